@@ -1,0 +1,101 @@
+"""What a user may choose about a compressed cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+BITS = (2, 3, 4, 8)
+ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")
+CHANNEL_SCALES = ("none", "prefill")
+
+# One stage mixes at most four channels, so an outlier channel stays one: these rotations need a
+# channel scale to be usable (docs/RESULTS.md).
+ONE_STAGE_ROTATIONS = ("rotor3", "iso4", "planar2", "identity")
+
+
+@dataclass(frozen=True)
+class RotorConfig:
+    """How keys and values are compressed.
+
+    Args:
+        key_bits: Bits of one key code: 2, 3, 4 or 8.
+        value_bits: Bits of one value code: 2, 3, 4 or 8.
+        rotation: One of ``cascade``, ``rotor3``, ``iso4``, ``planar2``, ``hadamard``, ``dense``,
+            ``identity``.
+        channel_scale: ``"none"``, ``"prefill"`` (the root mean square of each channel over the
+            first packed block, then frozen), or None for the default of the rotation: ``prefill``
+            for the one-stage rotations, ``none`` for the others.
+        sink: Tokens at the start of a sequence that stay exact (attention sinks).
+        window: Most recent tokens that are always exact.
+        seed: Selects the rotations; two caches agree only if their seeds do.
+
+    Raises:
+        ValueError: If a field is out of range.
+
+    Source: docs/FORMAT.md, section 2.
+    """
+
+    key_bits: int = 4
+    value_bits: int = 4
+    rotation: str = "cascade"
+    channel_scale: str | None = None
+    sink: int = 4
+    window: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            _require_choice(name, getattr(self, name), BITS)
+        _require_choice("rotation", self.rotation, ROTATIONS)
+        if self.channel_scale is not None:
+            _require_choice("channel_scale", self.channel_scale, CHANNEL_SCALES)
+        for name, limit in (("sink", 2**20), ("window", 2**20), ("seed", 2**63)):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < limit:
+                raise ValueError(
+                    f"[RotorConfig] {name} must be an integer from 0 to {limit - 1}, "
+                    f"but {value!r} was given; leave it out for the default."
+                )
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether a channel scale is taken from the first packed block."""
+        if self.channel_scale is None:
+            return self.rotation in ONE_STAGE_ROTATIONS
+        return self.channel_scale == "prefill"
+
+    def to_json(self) -> str:
+        """The configuration as one line of JSON, the form it has inside a saved cache."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> RotorConfig:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is not such a configuration.
+        """
+        names = {f.name for f in fields(cls)}
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"[RotorConfig] A configuration must be JSON, but {text[:40]!r} is not; "
+                "the file is damaged: make it again."
+            ) from error
+        if not isinstance(values, dict) or set(values) != names:
+            raise ValueError(
+                f"[RotorConfig] A configuration must have exactly the fields {sorted(names)}, "
+                f"but {text[:80]!r} was read; the file is damaged or of another version: "
+                "make it again."
+            )
+        return cls(**values)
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices or isinstance(value, (bool, float)):
+        raise ValueError(
+            f"[RotorConfig] {name} must be one of {', '.join(map(str, choices))}, "
+            f"but {value!r} was given."
+        )

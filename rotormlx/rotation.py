@@ -1,0 +1,320 @@
+"""The rotations: each spreads a vector's outliers before its coordinates are quantized.
+
+Every rotation of the family is a list of stages. A stage mixes channels in small groups by one
+orthogonal block a group: radix 4 multiplies by a rotor from one side, radix 3 is the sandwich
+product, radix 2 turns a plane. The **cascade** takes as many stages, with growing stride, as mix
+every channel with every other; ``rotor3``, ``iso4`` and ``planar2`` stop after one. ``dense`` is a
+matrix instead of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from rotormlx import algebra
+from rotormlx.config import ROTATIONS
+from rotormlx.generator import Floats, Sphere, Stream, sequential_sum
+
+KEY, VALUE = "key", "value"
+ROLES = (KEY, VALUE)
+
+# Stages are built of these radices; a head_dim with another prime factor is refused.
+RADICES = (4, 3, 2, 5, 7)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Orthogonal blocks over groups of channels.
+
+    Group ``(o, i)`` mixes the ``radix`` channels ``start + (o * radix + r) * stride + i`` for
+    r = 0 .. radix - 1; channels that no group holds pass unchanged.
+
+    Args:
+        start: First channel of the stage.
+        stride: Distance between the channels of a group.
+        blocks: float64 ``[outer, stride, radix, radix]``, one orthogonal matrix a group.
+    """
+
+    start: int
+    stride: int
+    blocks: Floats
+
+    @property
+    def radix(self) -> int:
+        return int(self.blocks.shape[-1])
+
+    @property
+    def outer(self) -> int:
+        return int(self.blocks.shape[0])
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.outer * self.radix * self.stride
+
+    def apply(self, x: Floats) -> Floats:
+        """Mix the channels of float64 ``[..., D]``."""
+        groups = x[..., self.start : self.stop].reshape(
+            *x.shape[:-1], self.outer, self.radix, self.stride
+        )
+        mixed = np.einsum("oirs,...osi->...ori", self.blocks, groups)
+        out = x.copy()
+        out[..., self.start : self.stop] = mixed.reshape(*x.shape[:-1], -1)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal map of head_dim channels.
+
+    Args:
+        name: One of ``rotormlx.config.ROTATIONS``.
+        head_dim: D.
+        stages: Applied first to last; empty for ``dense`` and ``identity``.
+        matrix: float64 ``[D, D]``: the whole map, ``rotated = matrix @ x``. For a rotation with
+            stages it is their product.
+        parameters: Real numbers that determine it: 4 a rotor, 1 a plane, D² for ``dense``.
+        sign_bits: Random signs that determine it, besides.
+        multiply_adds: Multiplications-with-addition, or additions alone, for one vector. Constant
+            factors common to all channels are not counted: they fold into the vector's norm.
+
+    Source: docs/FORMAT.md, section 4.
+    """
+
+    name: str
+    head_dim: int
+    stages: tuple[Stage, ...]
+    matrix: Floats
+    parameters: int
+    sign_bits: int
+    multiply_adds: int
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Refuse a head_dim that the rotations cannot do.
+
+    Raises:
+        ValueError: If it is not a multiple of 8 from 16 to 1024 with no prime factor above 7.
+    """
+    if 16 <= head_dim <= 1024 and head_dim % 8 == 0 and _factors(head_dim) is not None:
+        return
+    raise ValueError(
+        f"[rotation] head_dim must be a multiple of 8 from 16 to 1024 whose prime factors are "
+        f"2, 3, 5 and 7, but {head_dim} was given; leave this model's cache uncompressed."
+    )
+
+
+@lru_cache(maxsize=None)
+def rotation(name: str, head_dim: int, *, seed: int = 0, layer: int = 0, role: str = KEY) -> Rotation:
+    """The rotation of one layer's keys or values.
+
+    Args:
+        name: One of ``rotormlx.config.ROTATIONS``.
+        head_dim: D, see :func:`check_head_dim`.
+        seed: From the configuration.
+        layer: Index of the layer in the model.
+        role: ``"key"`` or ``"value"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: docs/FORMAT.md, section 4.
+    """
+    check_head_dim(head_dim)
+    if name not in ROTATIONS or role not in ROLES or layer < 0:
+        raise ValueError(
+            f"[rotation] A rotation needs a name of {', '.join(ROTATIONS)}, a role of "
+            f"{', '.join(ROLES)} and a layer from 0, but {name!r}, {role!r} and {layer} were given."
+        )
+    stream = (seed, layer, ROLES.index(role), ROTATIONS.index(name), head_dim)
+    return _BUILDERS[name](head_dim, stream)
+
+
+# ---- the named rotations ------------------------------------------------------------------------
+
+Name = tuple[int, ...]
+
+
+def _cascade(d: int, name: Name) -> Rotation:
+    stages, sign_bits, adds, stride = [], 0, 0, 1
+    for index, radix in enumerate(_factors(d) or ()):
+        groups = d // radix
+        signs = _sign_rows(groups, _SIGNS_A_GROUP.get(radix, radix), (*name, index))
+        blocks = _SIGNED_BLOCKS[radix](signs)
+        stages.append(Stage(0, stride, _grouped(blocks, stride)))
+        sign_bits += signs.size
+        adds += groups * _SIGNED_MULTIPLY_ADDS[radix]
+        stride *= radix
+    return _from_stages("cascade", d, stages, 0, sign_bits, adds)
+
+
+def _hadamard(d: int, name: Name) -> Rotation:
+    stages, adds, stride = [], 0, 1
+    signs = Stream(*name, 0).signs(d)
+    for index, radix in enumerate(_factors(d) or ()):
+        blocks = np.broadcast_to(_HADAMARD_BLOCKS[radix], (d // radix, radix, radix))
+        if index == 0:
+            blocks = blocks * signs.reshape(-1, 1, radix)
+        stages.append(Stage(0, stride, _grouped(blocks, stride)))
+        adds += d // radix * _HADAMARD_MULTIPLY_ADDS[radix]
+        stride *= radix
+    return _from_stages("hadamard", d, stages, 0, d, adds)
+
+
+def _rotor3(d: int, name: Name) -> Rotation:
+    """The published method: sandwich products of neighbouring threes; a plane for a last pair."""
+    groups, rest = divmod(d, 3)
+    stages = [Stage(0, 1, _grouped(_sandwich_blocks(_rotors(groups, (*name, 0))), 1))]
+    parameters, multiply_adds = 4 * groups, 9 * groups
+    if rest == 2:
+        stages.append(Stage(3 * groups, 1, _grouped(_plane_blocks(_planes(1, (*name, 1))), 1)))
+        parameters, multiply_adds = parameters + 1, multiply_adds + 4
+    return _from_stages("rotor3", d, stages, parameters, 0, multiply_adds)
+
+
+def _iso4(d: int, name: Name) -> Rotation:
+    blocks = _left_blocks(_rotors(d // 4, (*name, 0)))
+    return _from_stages("iso4", d, [Stage(0, 1, _grouped(blocks, 1))], d, 0, 4 * d)
+
+
+def _planar2(d: int, name: Name) -> Rotation:
+    blocks = _plane_blocks(_planes(d // 2, (*name, 0)))
+    return _from_stages("planar2", d, [Stage(0, 1, _grouped(blocks, 1))], d // 2, 0, 2 * d)
+
+
+def _dense(d: int, name: Name) -> Rotation:
+    """Evenly distributed over all orthogonal matrices (the subgroup algorithm).
+
+    From the last row up: the matrix of dimension k is the one of dimension k - 1, bordered by a 1,
+    then reflected so that e1 goes to an even point v of the sphere.
+    """
+    sphere = Sphere(*name, 0, pairs=sum((k + 1) // 2 for k in range(2, d + 1)))
+    matrix = np.eye(d)
+    matrix[d - 1, d - 1] = Stream(*name, 1).signs(1)[0]
+    for k in range(2, d + 1):
+        u = sphere.point(k)
+        u[0] -= 1.0
+        square = sequential_sum(u * u)
+        if square > 0:
+            below = matrix[d - k :]
+            matrix[d - k :] = below - np.outer(u, sequential_sum(u[:, None] * below) * (2 / square))
+    return Rotation("dense", d, (), _frozen(matrix), d * d, 0, d * d)
+
+
+def _identity(d: int, name: Name) -> Rotation:
+    return Rotation("identity", d, (), _frozen(np.eye(d)), 0, 0, 0)
+
+
+_BUILDERS: dict[str, Callable[[int, Name], Rotation]] = {
+    "cascade": _cascade,
+    "rotor3": _rotor3,
+    "iso4": _iso4,
+    "planar2": _planar2,
+    "hadamard": _hadamard,
+    "dense": _dense,
+    "identity": _identity,
+}
+
+
+def _from_stages(
+    name: str, d: int, stages: list[Stage], parameters: int, sign_bits: int, multiply_adds: int
+) -> Rotation:
+    columns = np.eye(d)
+    for stage in stages:
+        columns = stage.apply(columns)
+    return Rotation(
+        name, d, tuple(stages), _frozen(columns.T), parameters, sign_bits, multiply_adds
+    )
+
+
+def _factors(d: int) -> list[int] | None:
+    """``d`` as a product of radices in the order of the stages; None if a prime is left over."""
+    factors = []
+    for radix in RADICES:
+        while d % radix == 0:
+            factors.append(radix)
+            d //= radix
+    return factors if d == 1 else None
+
+
+def _grouped(blocks: Floats, stride: int) -> Floats:
+    return _frozen(blocks.reshape(-1, stride, *blocks.shape[-2:]))
+
+
+def _frozen(a: npt.ArrayLike) -> Floats:
+    """A contiguous copy that nobody can write to: rotations are cached and shared."""
+    a = np.array(a, np.float64)
+    a.flags.writeable = False
+    return a
+
+
+# ---- blocks -------------------------------------------------------------------------------------
+
+
+def _rotors(count: int, name: Name) -> Floats:
+    sphere = Sphere(*name, pairs=2 * count)
+    return algebra.rotor(np.stack([sphere.point(4) for _ in range(count)]))
+
+
+def _planes(count: int, name: Name) -> Floats:
+    xy = Stream(*name).disc(count)
+    return xy / np.sqrt(xy[:, :1] * xy[:, :1] + xy[:, 1:] * xy[:, 1:])
+
+
+def _sandwich_blocks(rotors: Floats) -> Floats:
+    return algebra.sandwich_matrix(rotors)
+
+
+def _left_blocks(rotors: Floats) -> Floats:
+    return algebra.left_matrix(rotors)
+
+
+def _plane_blocks(planes: Floats) -> Floats:
+    """``[[c, -s], [s, c]]`` for each ``(c, s)`` of ``[n, 2]``."""
+    c, s = planes[:, 0], planes[:, 1]
+    return np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
+
+
+def _sign_rows(groups: int, signs_a_group: int, name: Name) -> Floats:
+    return Stream(*name).signs(groups * signs_a_group).reshape(groups, signs_a_group)
+
+
+def _mirrored(block: Floats) -> Callable[[Floats], Floats]:
+    """``diag(s) block diag(s)`` for each row of signs s."""
+    return lambda signs: signs[:, :, None] * block * signs[:, None, :]
+
+
+def _two_valued_7() -> Floats:
+    """The flattest orthogonal 7x7 matrix of two values, from the quadratic residues modulo 7."""
+    y = 1 / np.sqrt(3 * (2 - np.sqrt(2)) * (2 - np.sqrt(2)) + 4)
+    x = -(2 - np.sqrt(2)) * y
+    return np.array([[x if (j - i) % 7 in (1, 2, 4) else y for j in range(7)] for i in range(7)])
+
+
+# Blocks of the cascade, one a row of signs. They need no parameter but the signs, and their entries
+# are as equal in size as the dimension allows, so that they spread an outlier best:
+#   radix 4: the rotor (±1 ±e12 ±e13 ±e23) / 2 from one side, all entries ±1/2;
+#   radix 3: the sandwich with the rotor of half a turn about (±1, ±1, ±1), entries 1/3 and 2/3;
+#   radix 2: an eighth of a turn, entries 1/sqrt 2;
+#   radix 5: the reflection at (±1, ±1, ±1, ±1, ±1), entries 3/5 and 2/5;
+#   radix 7: two values from a difference set, 0.26 and 0.45.
+_ODD_BLOCKS = {
+    3: np.full((3, 3), 2 / 3) - np.eye(3),
+    5: np.eye(5) - np.full((5, 5), 2 / 5),
+    7: _two_valued_7(),
+}
+_SIGNED_BLOCKS: dict[int, Callable[[Floats], Floats]] = {
+    4: lambda signs: algebra.left_matrix(algebra.rotor(signs / 2)),
+    2: lambda signs: _plane_blocks(np.concatenate([np.ones_like(signs), signs], 1) * np.sqrt(0.5)),
+    **{radix: _mirrored(block) for radix, block in _ODD_BLOCKS.items()},
+}
+_SIGNS_A_GROUP = {2: 1}
+_SIGNED_MULTIPLY_ADDS = {4: 12, 2: 2, 3: 9, 5: 25, 7: 49}
+
+_H2 = np.array([[1.0, 1.0], [1.0, -1.0]])
+_HADAMARD_BLOCKS = {4: np.kron(_H2, _H2) / 2, 2: _H2 * np.sqrt(0.5), **_ODD_BLOCKS}
+_HADAMARD_MULTIPLY_ADDS = {4: 8, 2: 2, 3: 9, 5: 25, 7: 49}
