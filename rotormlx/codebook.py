@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+BITS = (2, 3, 4, 8)
+
 # float32 bit patterns.
 _MAGNITUDES = {
     2: (
