@@ -1,0 +1,50 @@
+"""KV-cache compression with Clifford rotors for mlx-lm.
+
+    import rotormlx
+
+    model, tokenizer = rotormlx.load("path or repository", rotormlx.RotorConfig(key_bits=4))
+
+From then on ``mlx_lm.generate`` and everything else that asks the model for a cache gets a
+compressed one. Importing this package loads neither a model library nor a compiler: what needs
+them is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from rotormlx.config import RotorConfig
+
+if TYPE_CHECKING:
+    from rotormlx.cache import RotorKVCache
+    from rotormlx.integration import apply, load, make_prompt_cache, remove
+    from rotormlx.report import Report
+
+__version__ = version("rotormlx")
+
+_LAZY = {
+    "Report": "rotormlx.report",
+    "RotorKVCache": "rotormlx.cache",
+    "apply": "rotormlx.integration",
+    "load": "rotormlx.integration",
+    "make_prompt_cache": "rotormlx.integration",
+    "remove": "rotormlx.integration",
+}
+
+__all__ = [
+    "Report",
+    "RotorConfig",
+    "RotorKVCache",
+    "apply",
+    "load",
+    "make_prompt_cache",
+    "remove",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rotormlx' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

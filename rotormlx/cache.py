@@ -79,17 +79,18 @@ class RotorKVCache(_BaseCache):
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
         """The attention mask for N new tokens, as mlx-lm's growing cache makes it."""
-        return create_attention_mask(
-            N, offset=self.offset, return_array=return_array, window_size=window_size
-        )
+        return create_attention_mask(N, self.offset, return_array, window_size)
 
     def size(self) -> int:
+        """All tokens, S."""
         return self.offset
 
     def empty(self) -> bool:
+        """Whether nothing was ever appended."""
         return self._keys is None
 
     def is_trimmable(self) -> bool:
+        """Always: see :meth:`trim`."""
         return True
 
     def trim(self, n: int) -> int:
@@ -123,9 +124,17 @@ class RotorKVCache(_BaseCache):
 
         Source: docs/FORMAT.md, section 8.
         """
-        header = (FORMAT_VERSION, self.config.to_json(), self.layer, self.offset, self.packed_tokens)
+        header = (
+            FORMAT_VERSION,
+            self.config.to_json(),
+            self.layer,
+            self.offset,
+            self.packed_tokens,
+        )
         return header + tuple(
-            array for store in self._stores for array in store.state(self.offset, self.packed_tokens)
+            array
+            for store in self._stores
+            for array in store.state(self.offset, self.packed_tokens)
         )
 
     @state.setter
@@ -236,8 +245,8 @@ class _Store:
         batch, heads, _, head_dim = self.exact.shape
         if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
             raise ValueError(
-                f"[RotorKVCache] This cache holds {self.codec.role}s of shape [{batch}, {heads}, S, "
-                f"{head_dim}], but shape {x.shape} was appended; use a cache of its own."
+                f"[RotorKVCache] This cache holds {self.codec.role}s of shape "
+                f"[{batch}, {heads}, S, {head_dim}], but shape {x.shape} was appended; use a cache of its own."
             )
 
     def append(self, x: mx.array, exact_tokens: int) -> None:
@@ -323,8 +332,12 @@ class _Store:
         front = (batch, heads, blocks)
         is_key = role == KEY and blocks > 0
         scales_channels = cache.config.scales_channels and blocks > 0
-        _require(f"exact {role}s", exact, (batch, heads, cache._exact_tokens, head_dim), exact.dtype)
-        _require(f"{role} words", words, (*front, *chosen.words_shape) if blocks else None, mx.uint32)
+        _require(
+            f"exact {role}s", exact, (batch, heads, cache._exact_tokens, head_dim), exact.dtype
+        )
+        _require(
+            f"{role} words", words, (*front, *chosen.words_shape) if blocks else None, mx.uint32
+        )
         _require(f"{role} scales", scales, (*front, BLOCK) if blocks else None, mx.float16)
         _require(f"{role} centres", centres, (*front, head_dim) if is_key else None, mx.float16)
         _require(
@@ -352,7 +365,7 @@ def _slice(packed: Packed, start: int, stop: int | None) -> Packed:
 
 
 def _with_room(a: mx.array, room: int) -> mx.array:
-    """A contiguous copy with zeros behind the third axis: no larger buffer stays alive through it."""
+    """A copy with zeros behind the third axis; no larger buffer stays alive through it."""
     shape = (*a.shape[:2], max(0, room), *a.shape[3:])
     return mx.concatenate([a, mx.zeros(shape, a.dtype)], axis=2)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,10 +83,12 @@ class Codec:
 
     @property
     def head_dim(self) -> int:
+        """D."""
         return self.rotation.head_dim
 
     @property
     def planes(self) -> tuple[Plane, ...]:
+        """How a code is split over words."""
         return PLANES[self.bits]
 
     @property
@@ -131,7 +133,7 @@ class Codec:
         return np.array(masks, np.uint32)[:, None]
 
 
-@lru_cache(maxsize=None)
+@cache
 def codec(config: RotorConfig, head_dim: int, *, layer: int, role: str) -> Codec:
     """The codec of one layer's keys or values.
 

@@ -7,6 +7,8 @@ Source: docs/FORMAT.md, sections 5 to 7.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -52,9 +54,7 @@ def encode(
     return Packed(pack(codes, codec), scales, mu)
 
 
-def decode(
-    packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None = None
-) -> Floats:
+def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None = None) -> Floats:
     """The vectors that packed blocks stand for, float64 ``[B, K, N * 64, D]``."""
     level = codebook.levels(codec.bits).astype(np.float64)[unpack(packed.words, codec)]
     scaled = np.asarray(packed.scales, np.float64)[..., None] * level
@@ -70,7 +70,7 @@ def attend(
     values: npt.ArrayLike,
     *,
     scale: float,
-    mask: npt.NDArray[np.generic] | str | None = None,
+    mask: npt.NDArray[Any] | str | None = None,
     sinks: npt.ArrayLike | None = None,
 ) -> Floats:
     """Attention over decoded keys and values.
@@ -94,8 +94,8 @@ def attend(
     scores = scale * (q @ np.swapaxes(k, -1, -2))
     if isinstance(mask, str):
         length, tokens = scores.shape[-2:]
-        mask = np.arange(tokens) <= np.arange(length)[:, None] + tokens - length
-    if mask is not None:
+        mask = np.asarray(np.arange(tokens) <= np.arange(length)[:, None] + tokens - length)
+    if isinstance(mask, np.ndarray):
         if mask.dtype == np.bool_:
             scores = np.where(mask, scores, -np.inf)
         else:
@@ -127,6 +127,7 @@ def prefill_scale(x: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.float32]:
 
     Args:
         x: Keys or values of the first block, ``[1, K, 64, D]``.
+        codec: Role of the block.
 
     Returns:
         float32 ``[K, D]``: root mean squares over the tokens (of centred keys), at least 1/64 of
@@ -150,9 +151,9 @@ def rotate(y: Floats, codec: Codec) -> tuple[Floats, Floats]:
 
 def nearest(z: Floats, bits: int) -> npt.NDArray[np.uint32]:
     """Codes of the nearest levels; at a boundary the larger magnitude."""
-    index = np.searchsorted(codebook.boundaries(bits).astype(np.float64), np.abs(z), side="right")
-    sign = (z < 0).astype(np.uint32)
-    return (sign << (bits - 1)) | index.astype(np.uint32)
+    limits = codebook.boundaries(bits).astype(np.float64)
+    index = np.searchsorted(limits, np.abs(z), side="right").astype(np.uint32)
+    return np.where(z < 0, index | np.uint32(1 << (bits - 1)), index)
 
 
 def pack(codes: npt.NDArray[np.uint32], codec: Codec) -> npt.NDArray[np.uint32]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +46,17 @@ class Stage:
 
     @property
     def radix(self) -> int:
+        """Channels of a group."""
         return int(self.blocks.shape[-1])
 
     @property
     def outer(self) -> int:
+        """Runs of ``radix * stride`` channels."""
         return int(self.blocks.shape[0])
 
     @property
     def stop(self) -> int:
+        """The channel behind the last of the stage."""
         return self.start + self.outer * self.radix * self.stride
 
     def apply(self, x: Floats) -> Floats:
@@ -108,8 +111,10 @@ def check_head_dim(head_dim: int) -> None:
     )
 
 
-@lru_cache(maxsize=None)
-def rotation(name: str, head_dim: int, *, seed: int = 0, layer: int = 0, role: str = KEY) -> Rotation:
+@cache
+def rotation(
+    name: str, head_dim: int, *, seed: int = 0, layer: int = 0, role: str = KEY
+) -> Rotation:
     """The rotation of one layer's keys or values.
 
     Args:

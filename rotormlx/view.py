@@ -37,6 +37,7 @@ class KVView:
 
     @property
     def exact_tokens(self) -> int:
+        """Tokens of the sink and the tail."""
         return self.tokens - self.packed_tokens
 
     @property
@@ -47,8 +48,10 @@ class KVView:
 
     @property
     def ndim(self) -> int:
+        """Dimensions of :attr:`shape`."""
         return 4
 
     @property
     def dtype(self) -> mx.Dtype:
+        """Of the exact tokens."""
         return self.exact.dtype

@@ -49,6 +49,7 @@ class Case(NamedTuple):
 
     @property
     def file_name(self) -> str:
+        """Name of the file in ``tests/vectors``."""
         return f"{self.rotation}-d{self.head_dim}.safetensors"
 
 
@@ -163,8 +164,12 @@ def _too_close(x: np.ndarray, codecs: list[Codec], scale: np.ndarray | None) -> 
         z = np.abs(rotated) * np.sqrt(chosen.head_dim) / norm
         limits = np.concatenate([[0], codebook.boundaries(chosen.bits).astype(np.float64)])
         right = np.clip(np.searchsorted(limits, z), 0, len(limits) - 1)
-        nearest = np.minimum(np.abs(z - limits[right]), np.abs(z - limits[np.maximum(right, 1) - 1]))
-        bad |= (nearest < BOUNDARY_MARGIN).any(-1) | (_tie_distance(packed, rotated, chosen) < TIE_MARGIN)
+        nearest = np.minimum(
+            np.abs(z - limits[right]), np.abs(z - limits[np.maximum(right, 1) - 1])
+        )
+        bad |= (nearest < BOUNDARY_MARGIN).any(-1) | (
+            _tie_distance(packed, rotated, chosen) < TIE_MARGIN
+        )
     return bad
 
 

@@ -1,5 +1,7 @@
 """The constants of the codebooks against their own derivation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from mpmath import erfc, erfinv, exp, inf, matrix, mp, mpf, pi, sqrt
@@ -21,21 +23,21 @@ def tail(x):
 
 def centroids(sizes):
     """One Lloyd step in 40 digits: the mean of N(0, 1) in the cell of each magnitude."""
-    limits = [mpf(0), *((a + b) / 2 for a, b in zip(sizes, sizes[1:], strict=False)), inf]
-    cells = list(zip(limits, limits[1:], strict=False))
+    limits = [mpf(0), *((a + b) / 2 for a, b in pairwise(sizes)), inf]
+    cells = list(pairwise(limits))
     mass = [tail(a) - (0 if b == inf else tail(b)) for a, b in cells]
     moment = [density(a) - (0 if b == inf else density(b)) for a, b in cells]
     return [m / p for m, p in zip(moment, mass, strict=True)], mass
 
 
 def lloyd_max(bits):
-    """Magnitudes of the optimal quantizer of N(0, 1) by Newton's method on "each is its centroid"."""
+    """Magnitudes of the optimal quantizer of N(0, 1): each its centroid, by Newton's method."""
     n = 2 ** (bits - 1)
     # Cells of equal mass of a wider normal: close enough for every width.
     sizes = [sqrt(3) * sqrt(2) * erfinv(mpf(2 * i + 1) / (2 * n)) for i in range(n)]
     while True:
         centres, mass = centroids(sizes)
-        limits = [mpf(0), *((a + b) / 2 for a, b in zip(sizes, sizes[1:], strict=False))]
+        limits = [mpf(0), *((a + b) / 2 for a, b in pairwise(sizes))]
         # Half the derivative of centroid i by its lower limit, and of centroid i - 1 by its upper.
         lower = [density(limits[i]) * (centres[i] - limits[i]) / mass[i] / 2 for i in range(n)]
         upper = [

@@ -215,7 +215,11 @@ def test_attention_is_softmax_of_scores():
 
 def test_causal_mask_is_aligned_to_the_end():
     rng = np.random.default_rng(8)
-    q, k, v = rng.normal(size=(1, 4, 3, 8)), rng.normal(size=(1, 2, 7, 8)), rng.normal(size=(1, 2, 7, 5))
+    q, k, v = (
+        rng.normal(size=(1, 4, 3, 8)),
+        rng.normal(size=(1, 2, 7, 8)),
+        rng.normal(size=(1, 2, 7, 5)),
+    )
     out = reference.attend(q, k, v, scale=0.3, mask="causal")
     for i in range(3):
         seen = slice(0, 7 - 2 + i)

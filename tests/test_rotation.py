@@ -170,7 +170,7 @@ def test_distortion_of_unit_vectors_is_the_theory(name, bits):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_cascade_handles_outlier_channels_like_dense(head_dim):
-    """Four channels ten times as large, anywhere: at most 10 % more error than the dense rotation."""
+    """Four channels ten times as large: at most 10 % more error than the dense rotation."""
     rng = np.random.default_rng(2)
     errors = {"cascade": [], "dense": [], "rotor3": []}
     for seed in range(8):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache
 
 from rotormlx.backends.mlx_ops import MLXBackend
 
@@ -19,7 +19,7 @@ def backend() -> MLXBackend:
     return _backend(os.environ.get("ROTORMLX_BACKEND", "mlx"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _backend(name: str) -> MLXBackend:
     if name not in _BACKENDS:
         raise RuntimeError(

@@ -10,8 +10,9 @@ T tokens of a tile, D head_dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,9 +24,11 @@ from rotormlx.reference import LARGEST_FLOAT16
 from rotormlx.rotation import Rotation, Stage
 from rotormlx.view import KVView
 
+# Values that are encoded at once: about thirty float32 arrays of them are alive, 16 MiB.
+TILE_VALUES = 2**17
 # Scores held at once, over all query heads: 16 MiB in float32.
 TILE_SCORES = 2**22
-TILE_TOKENS = 4096
+TILE_TOKENS = 2048
 
 
 # From the first and the last-plus-one token of a tile to its mask ``[B or 1, K or 1, G, T]``,
@@ -77,26 +80,17 @@ class MLXBackend:
         """
         _check_rows(x, codec)
         batch, heads, tokens, head_dim = x.shape
-        y = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim).astype(mx.float32)
-        if codec.role == KEY:
-            if centres is None:
-                centres = block_means(y)
-            y = y - centres.astype(mx.float32)[..., None, :]
-        if channel_scale is not None:
-            y = y / channel_scale[:, None, None, :]
-
-        rotated = rotate(y, codec.rotation)
-        norm = mx.sqrt(sum_in_order(rotated * rotated, -1))
-        z = rotated * (np.float32(np.sqrt(codec.head_dim)) / norm)
-        index = nearest_magnitude(mx.abs(z), codec.bits)
-        negative = (z < 0).astype(mx.uint32)
-        codes = index | (negative << (codec.bits - 1))
-        level = levels_of_codes(codes, codec.bits)
-        scales = sum_in_order(level * rotated, -1) / sum_in_order(level * level, -1)
-        scales = scales.astype(mx.float16)
-        scales = mx.where(mx.isfinite(scales), scales, mx.array(np.nan, mx.float16))
-        codes = mx.where(mx.isnan(scales) | (scales == 0), mx.array(0, mx.uint32), codes)
-        return Packed(pack(codes, codec), scales[..., 0], centres)
+        x = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
+        tile = max(1, TILE_VALUES // (batch * heads * BLOCK * head_dim))
+        done: list[Packed] = []
+        for start, stop in tiles(x.shape[2], tile):
+            part = x[:, :, start:stop]
+            if done:
+                part = after(done[-1].words, part)
+            given = None if centres is None else centres[:, :, start:stop]
+            done.append(encode_blocks(part, codec, channel_scale, given))
+        fields = (list(parts) for parts in zip(*done, strict=True))
+        return Packed(*(None if a[0] is None else mx.concatenate(a, axis=2) for a in fields))
 
     def decode(
         self,
@@ -155,7 +149,9 @@ class MLXBackend:
             batch, kv_heads, repeats * length, head_dim
         )
         masks = partial(mask_of_tile, mask, (heads, kv_heads, length, keys.tokens))
-        tile = max(BLOCK, min(TILE_TOKENS, TILE_SCORES // (batch * heads * length)) // BLOCK * BLOCK)
+        tile = max(
+            BLOCK, min(TILE_TOKENS, TILE_SCORES // (batch * heads * length)) // BLOCK * BLOCK
+        )
 
         state = start_softmax(batch, kv_heads, repeats, length, values.shape[-1], sinks)
         if keys.packed_tokens:
@@ -218,17 +214,17 @@ def attend_packed(
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         words, scales, centres = (a[:, :, blocks] for a in keys.packed)
         # [B, K, N, G, 64]
-        scores = rotated[:, :, None] @ levels(words, keys.codec)
+        scores = rotated[:, :, None] @ levels(after(state.output, words), keys.codec)
         scores = scores * scales.astype(mx.float32)[..., None, :]
         about_centres = q @ mx.swapaxes(centres.astype(mx.float32), -1, -2)
         scores = scores + mx.swapaxes(about_centres, -1, -2)[..., None]
         scores = hide(scores, masks, keys.sink + start, keys.sink + stop)
 
         state, weights = advance(state, scores)
-        weights = weights * values.packed.scales[:, :, blocks].astype(mx.float32)[..., None, :]
-        weights = in_word_order(weights, values.codec)
-        level = levels(values.packed.words[:, :, blocks], values.codec)
-        state = state._replace(output=state.output + (weights @ level).sum(2))
+        words, scales = (a[:, :, blocks] for a in values.packed[:2])
+        weights = in_word_order(weights * scales.astype(mx.float32)[..., None, :], values.codec)
+        output = (weights @ levels(after(weights, words), values.codec)).sum(2)
+        state = state._replace(output=state.output + output)
 
     output = state.output @ inverse_matrix(values.codec.rotation)
     if values.channel_scale is not None:
@@ -242,7 +238,9 @@ def attend_exact(
     """Go over the sink and the tail; q is ``[B, K, G, D]``, already scaled."""
     sink = min(keys.sink, keys.exact_tokens) if keys.packed_tokens else 0
     runs = [(0, sink, 0)] if sink else []
-    runs += [(sink + a, sink + b, keys.packed_tokens) for a, b in tiles(keys.exact_tokens - sink, tile)]
+    runs += [
+        (sink + a, sink + b, keys.packed_tokens) for a, b in tiles(keys.exact_tokens - sink, tile)
+    ]
     for start, stop, packed_before in runs:
         tokens = slice(start, stop)
         scores = q @ mx.swapaxes(keys.exact[:, :, tokens].astype(mx.float32), -1, -2)
@@ -294,6 +292,14 @@ def hide(scores: mx.array, masks: Masks, start: int, stop: int) -> mx.array:
     return scores + mask.astype(mx.float32)
 
 
+def after(earlier: mx.array, a: mx.array) -> mx.array:
+    """The array a, but not before ``earlier`` is there.
+
+    MLX may run ahead and work on all tiles at once; this keeps one at a time in memory.
+    """
+    return mx.depends([a], [earlier])[0]
+
+
 def tiles(tokens: int, tile: int) -> Iterator[tuple[int, int]]:
     """Split ``tokens`` into runs of at most ``tile``."""
     for start in range(0, tokens, tile):
@@ -301,6 +307,32 @@ def tiles(tokens: int, tile: int) -> Iterator[tuple[int, int]]:
 
 
 # ---- rows and codes -----------------------------------------------------------------------------
+
+
+def encode_blocks(
+    x: mx.array, codec: Codec, channel_scale: mx.array | None, centres: mx.array | None
+) -> Packed:
+    """Compress blocks ``[B, K, N, 64, D]``; see :meth:`MLXBackend.encode`."""
+    y = x.astype(mx.float32)
+    if codec.role == KEY:
+        if centres is None:
+            centres = block_means(y)
+        y = y - centres.astype(mx.float32)[..., None, :]
+    if channel_scale is not None:
+        y = y / channel_scale[:, None, None, :]
+
+    rotated = rotate(y, codec.rotation)
+    norm = mx.sqrt(sum_in_order(rotated * rotated, -1))
+    z = rotated * (math.sqrt(codec.head_dim) / norm)
+    index = nearest_magnitude(mx.abs(z), codec.bits)
+    negative = (z < 0).astype(mx.uint32)
+    codes = index | (negative << (codec.bits - 1))
+    level = levels_of_codes(codes, codec.bits)
+    scales = sum_in_order(level * rotated, -1) / sum_in_order(level * level, -1)
+    scales = scales.astype(mx.float16)
+    scales = mx.where(mx.isfinite(scales), scales, mx.array(np.nan, mx.float16))
+    codes = mx.where(mx.isnan(scales) | (scales == 0), mx.array(0, mx.uint32), codes)
+    return Packed(pack(codes, codec), scales[..., 0], centres)
 
 
 def block_means(x: mx.array) -> mx.array:
@@ -421,7 +453,7 @@ def levels(words: mx.array, codec: Codec) -> mx.array:
 
 
 def sign_plane(words: mx.array, codec: Codec) -> mx.array:
-    """Sign bits of 3-bit codes in the word order of their magnitudes, ``[..., 16, rows, lanes]``."""
+    """Sign bits of 3-bit codes in the word order of magnitudes, ``[..., 16, rows, lanes]``."""
     magnitude, sign = codec.planes
     rows = codec.plane_rows[0]
     a_sign_word = sign.a_word // magnitude.a_word
@@ -473,26 +505,26 @@ def flat_fields(a: mx.array) -> mx.array:
 # ---- constants, made once -----------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def matrix(rotation: Rotation) -> mx.array:
     """The whole rotation, float32 ``[D, D]``."""
     return mx.array(rotation.matrix.astype(np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def inverse_matrix(rotation: Rotation) -> mx.array:
     """The transposed inverse, float32 ``[D, D]``: rows times it are un-rotated."""
     return mx.array(np.linalg.inv(rotation.matrix).T.astype(np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def stage_columns(stage: Stage) -> tuple[mx.array, ...]:
     """Column r of every block of a stage, float32 ``[outer, radix, stride]``."""
     by_column = stage.blocks.transpose(3, 0, 2, 1).astype(np.float32)
     return tuple(mx.array(column) for column in by_column)
 
 
-@lru_cache(maxsize=None)
+@cache
 def magnitude_polynomial(bits: int) -> tuple[float, tuple[float, ...]]:
     """An offset and coefficients, highest first: magnitude i is the polynomial at i - offset."""
     sizes = codebook.magnitudes(bits).astype(np.float64)
