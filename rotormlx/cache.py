@@ -15,7 +15,6 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from rotormlx.backends import backend
-from rotormlx.backends.mlx_ops import prefill_scale
 from rotormlx.config import RotorConfig
 from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, VALUE, Codec, Packed, codec
 from rotormlx.view import KVView
@@ -246,7 +245,8 @@ class _Store:
         if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
             raise ValueError(
                 f"[RotorKVCache] This cache holds {self.codec.role}s of shape "
-                f"[{batch}, {heads}, S, {head_dim}], but shape {x.shape} was appended; use a cache of its own."
+                f"[{batch}, {heads}, S, {head_dim}], but shape {x.shape} was appended; "
+                "use a cache of its own."
             )
 
     def append(self, x: mx.array, exact_tokens: int) -> None:
@@ -271,7 +271,7 @@ class _Store:
             self._fill_up(x, packed_tokens // BLOCK, filled)
         else:
             if self.scales_channels and self.channel_scale is None:
-                self.channel_scale = prefill_scale(x[:, :, :BLOCK], self.codec)
+                self.channel_scale = backend().prefill_scale(x[:, :, :BLOCK], self.codec)
             new = backend().encode(x, self.codec, channel_scale=self.channel_scale)
             self._write(new, packed_tokens // BLOCK)
 

@@ -32,6 +32,7 @@ from rotormlx.rotation import KEY, ROLES, VALUE, Rotation, rotation
 FORMAT_VERSION = 1
 BLOCK = 64
 WORD_BITS = 32
+LARGEST_FLOAT16 = 65504.0
 
 
 class Plane(NamedTuple):
@@ -148,6 +149,7 @@ __all__ = [
     "BLOCK",
     "FORMAT_VERSION",
     "KEY",
+    "LARGEST_FLOAT16",
     "PLANES",
     "ROLES",
     "VALUE",

@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rotormlx import codebook
-from rotormlx.format import BLOCK, KEY, Codec, Packed
+from rotormlx.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.generator import Floats
-
-LARGEST_FLOAT16 = 65504.0
 
 
 def encode(

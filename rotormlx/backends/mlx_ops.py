@@ -19,8 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from rotormlx import codebook
-from rotormlx.format import BLOCK, KEY, Codec, Packed
-from rotormlx.reference import LARGEST_FLOAT16
+from rotormlx.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.rotation import Rotation, Stage
 from rotormlx.view import KVView
 
@@ -91,6 +90,26 @@ class MLXBackend:
             done.append(encode_blocks(part, codec, channel_scale, given))
         fields = (list(parts) for parts in zip(*done, strict=True))
         return Packed(*(None if a[0] is None else mx.concatenate(a, axis=2) for a in fields))
+
+    def prefill_scale(self, x: mx.array, codec: Codec) -> mx.array:
+        """The channel scale ``prefill`` of a first block.
+
+        Args:
+            x: Keys or values of the first block, ``[B, K, 64, D]``; batch row 0 counts.
+            codec: Role of the block.
+
+        Returns:
+            float32 ``[K, D]``.
+
+        Source: docs/FORMAT.md, section 5.
+        """
+        block = x[0].astype(mx.float32)
+        if codec.role == KEY:
+            block = block - block_means(block).astype(mx.float32)[:, None, :]
+        square = sum_in_order(block * block, -2)[:, 0] / BLOCK
+        floor = sum_in_order(square, -1) / (codec.head_dim * 64**2)
+        rms = mx.sqrt(mx.maximum(square, floor))
+        return mx.where(mx.isfinite(rms) & (rms > 0), rms, mx.array(1.0))
 
     def decode(
         self,
@@ -340,25 +359,6 @@ def block_means(x: mx.array) -> mx.array:
     finite = mx.all(mx.isfinite(x), axis=-1, keepdims=True)
     mean = sum_in_order(mx.where(finite, x, mx.array(0.0)), -2)[..., 0, :] / BLOCK
     return mx.clip(mean, -LARGEST_FLOAT16, LARGEST_FLOAT16).astype(mx.float16)
-
-
-def prefill_scale(x: mx.array, codec: Codec) -> mx.array:
-    """The channel scale ``prefill`` of a first block.
-
-    Args:
-        x: Keys or values of the first block, ``[1, K, 64, D]``.
-        codec: Role of the block.
-
-    Returns:
-        float32 ``[K, D]``; docs/FORMAT.md, section 5 says of what.
-    """
-    block = x[0].astype(mx.float32)
-    if codec.role == KEY:
-        block = block - block_means(block).astype(mx.float32)[:, None, :]
-    square = sum_in_order(block * block, -2)[:, 0] / BLOCK
-    floor = sum_in_order(square, -1) / (codec.head_dim * 64**2)
-    rms = mx.sqrt(mx.maximum(square, floor))
-    return mx.where(mx.isfinite(rms) & (rms > 0), rms, mx.array(1.0))
 
 
 def rotate(y: mx.array, rotation: Rotation) -> mx.array:

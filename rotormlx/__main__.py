@@ -1,0 +1,5 @@
+"""``python -m rotormlx``."""
+
+from rotormlx.cli import main
+
+main()

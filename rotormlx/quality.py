@@ -1,0 +1,231 @@
+"""What a compressed cache costs in quality, measured on text that is read through the cache.
+
+``mlx_lm.perplexity`` runs a model without a cache, so it cannot see cache compression. Here the
+text goes through the cache in chunks, and each chunk attends to what the chunks before it left
+there. Quality of a cache is the distance of its next-token distributions from those of the exact
+cache (KL divergence) and the share of equal most likely tokens (top-1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import CacheList, QuantizedKVCache
+from numpy.typing import NDArray
+
+# Topics of pydoc_data that hold connected prose, in the order they are read. The list is fixed so
+# that the text changes only where CPython's documentation does.
+_TOPICS = (
+    "objects",
+    "execmodel",
+    "import",
+    "types",
+    "exceptions",
+    "calls",
+    "compound",
+    "typesseq",
+    "formatstrings",
+    "debugger",
+)
+# An indented line, a bullet, a number, a change note, or a character of code or markup.
+_NOT_PROSE = re.compile(
+    r"^\s|^\* |^[\d.-]|^\w+ in version|^Deprecated|::|>>>|[=`{}|\\<>#@_]", re.MULTILINE
+)
+_ROWS = 64  # rows of a vocabulary in float64 at a time: 25 MB for 49,152 tokens
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model predicted for every token of a text but the first.
+
+    Args:
+        log_probs: Log-probabilities of the next token, ``[S - 1, V]``, float32.
+        targets: The tokens that came, ``[S - 1]``.
+        packed_tokens: How many earlier tokens were read from packed bytes at each prediction, at
+            least, ``[S - 1]``; zeros for a cache that packs nothing.
+    """
+
+    log_probs: NDArray[np.float32]
+    targets: NDArray[np.int64]
+    packed_tokens: NDArray[np.int64]
+
+    def perplexity(self, start: int = 0) -> float:
+        """Perplexity of the tokens from prediction ``start`` on."""
+        rows = np.arange(start, len(self.targets))
+        return float(np.exp(-self.log_probs[rows, self.targets[rows]].mean(dtype=np.float64)))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Distance of one cache's predictions from the reference's.
+
+    Args:
+        kl_mean: Mean KL divergence (reference || other), in nats.
+        kl_median: Its median.
+        kl_p99: Its 99th percentile.
+        top1: Share of predictions with the same most likely token.
+        ppl: Perplexity of the other cache's predictions.
+        predictions: How many predictions were compared.
+    """
+
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    top1: float
+    ppl: float
+    predictions: int
+
+
+def score(
+    model: Callable[..., mx.array],
+    tokens: Sequence[int],
+    caches: Sequence[Any],
+    *,
+    chunk: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Read a text through a model's caches and keep every next-token distribution.
+
+    Args:
+        model: An mlx-lm model, called as ``model(tokens[1, L], cache=caches)``.
+        tokens: The text, S tokens.
+        caches: One cache per layer, empty at the start; they hold the text afterwards.
+        chunk: Tokens of one call. Keys of earlier chunks are read as the cache keeps them.
+        progress: Called with the number of tokens read after each chunk.
+
+    Returns:
+        Log-probabilities, targets and the packed tokens behind each prediction. 4 bytes times the
+        vocabulary for each token: 100 MB for 512 tokens of a vocabulary of 49,152.
+
+    Raises:
+        ValueError: If there is nothing to predict, or the chunk is empty.
+    """
+    if len(tokens) < 2 or chunk < 1:
+        raise ValueError(
+            f"[score] At least 2 tokens and a chunk of at least 1 token are required, but "
+            f"{len(tokens)} tokens and chunk={chunk} came; give a longer text."
+        )
+    predictions = len(tokens) - 1
+    packed_tokens = np.zeros(predictions, np.int64)
+    log_probs = np.empty((0, 0), np.float32)
+    for start in range(0, predictions, chunk):
+        stop = min(start + chunk, predictions)
+        # Counted before the call: what the chunk itself adds may be read exact or packed.
+        packed_tokens[start:stop] = packed_of(caches)
+        logits = model(mx.array([tokens[start:stop]]), cache=caches)[0].astype(mx.float32)
+        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if start == 0:
+            log_probs = np.empty((predictions, rows.shape[-1]), np.float32)
+        log_probs[start:stop] = np.array(rows)
+        if progress is not None:
+            progress(stop - start)
+    return Scores(log_probs, np.asarray(tokens[1:], np.int64), packed_tokens)
+
+
+def compare(reference: Scores, other: Scores, *, start: int = 0) -> Quality:
+    """Measure how far the predictions through one cache are from those through another.
+
+    Args:
+        reference: Scores through the exact cache.
+        other: Scores of the same text through the cache in question.
+        start: First prediction compared; earlier ones read nothing packed and only dilute a mean.
+
+    Returns:
+        KL divergence, top-1 agreement and perplexity over the predictions from ``start`` on.
+
+    Raises:
+        ValueError: If the scores are of different texts or vocabularies, or nothing is left.
+    """
+    if reference.log_probs.shape != other.log_probs.shape or not np.array_equal(
+        reference.targets, other.targets
+    ):
+        raise ValueError(
+            f"[compare] Both scores must be of the same text and vocabulary, but their shapes are "
+            f"{reference.log_probs.shape} and {other.log_probs.shape}, or their tokens differ; "
+            "score one text with one model."
+        )
+    predictions = len(other.targets) - start
+    if start < 0 or predictions < 1:
+        raise ValueError(
+            f"[compare] start must leave a prediction of {len(other.targets)}, but {start} came."
+        )
+    divergences = np.empty(predictions)
+    same = 0
+    for row in range(start, start + predictions, _ROWS):
+        p_log = reference.log_probs[row : row + _ROWS].astype(np.float64)
+        q_log = other.log_probs[row : row + _ROWS].astype(np.float64)
+        p = np.exp(p_log)
+        # A token of probability 0 adds 0, also where both logarithms are -inf.
+        terms = np.subtract(p_log, q_log, out=np.zeros_like(p), where=p > 0)
+        divergences[row - start : row - start + len(p)] = (p * terms).sum(axis=1)
+        same += int((p_log.argmax(axis=1) == q_log.argmax(axis=1)).sum())
+    return Quality(
+        kl_mean=float(divergences.mean()),
+        kl_median=float(np.median(divergences)),
+        kl_p99=float(np.percentile(divergences, 99, method="higher")),
+        top1=same / predictions,
+        ppl=other.perplexity(start),
+        predictions=predictions,
+    )
+
+
+def packed_of(caches: Sequence[Any]) -> int:
+    """The fewest tokens any compressed layer holds as packed bytes; 0 if no layer is compressed."""
+    return min(_packed_tokens(caches), default=0)
+
+
+def assert_packed(caches: Sequence[Any], at_least: int) -> None:
+    """Refuse a measurement whose keys and values did not come from packed bytes.
+
+    Args:
+        caches: The caches after the measurement.
+        at_least: Tokens that every compressed layer must hold as packed bytes.
+
+    Raises:
+        RuntimeError: If no layer is compressed, or one holds fewer packed tokens.
+    """
+    packed = packed_of(caches)
+    if packed < max(at_least, 1):
+        raise RuntimeError(
+            f"[assert_packed] Every compressed layer must hold at least {max(at_least, 1)} tokens "
+            f"as packed bytes, but only {packed} are; the measurement would say nothing about "
+            "compression: use a longer text, and check which layers are compressed."
+        )
+
+
+def default_text() -> str:
+    """English prose that every CPython carries: paragraphs of the language reference.
+
+    The paragraphs come from ``pydoc_data.topics``, from a fixed list of topics in a fixed order. A
+    paragraph counts as prose if it has at least 160 characters, starts with a capital and ends with
+    a full stop, and has no indentation, bullets, change notes or characters of code. It is about
+    40,000 characters, 8,500 tokens of SmolLM2. Versions of CPython word it a little differently:
+    compare numbers of one minor version.
+    """
+    found = (paragraph for name in _TOPICS for paragraph in _prose(topics.get(name, "")))
+    return "\n\n".join(dict.fromkeys(found))  # topics repeat each other
+
+
+def _packed_tokens(caches: Sequence[Any]) -> Iterator[int]:
+    for cache in caches:
+        if hasattr(cache, "packed_tokens"):
+            yield int(cache.packed_tokens)
+        elif isinstance(cache, QuantizedKVCache):
+            yield cache.offset  # it has codes for every token
+        elif isinstance(cache, CacheList):
+            yield from _packed_tokens(cache.caches)
+
+
+def _prose(text: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        if _NOT_PROSE.search(paragraph):
+            continue
+        line = re.sub(r"\*(\w[^*]*)\*", r"\1", " ".join(paragraph.split()))
+        if len(line) >= 160 and line[0].isupper() and line.endswith("."):
+            yield line

@@ -1,0 +1,212 @@
+"""What is compressed, what is left alone and why, and what that costs in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList
+from rich.table import Table
+
+from rotormlx.cache import RotorKVCache
+from rotormlx.config import RotorConfig
+from rotormlx.format import BLOCK
+
+FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One cache of a model.
+
+    Args:
+        index: Position in the model's list of caches.
+        cache: Class of the cache the model uses, with its place if it is one of several.
+        compressed: Whether :class:`RotorKVCache` takes its place.
+        reason: Why it is left alone; empty if it is compressed.
+        kv_heads: KV heads, 0 if the cache holds no keys and values.
+        head_dim_k: Dimension of a key.
+        head_dim_v: Dimension of a value.
+        key_bits: True bits of one packed key coordinate, everything included.
+        value_bits: The same for values.
+        exact_bytes: Bytes of one coordinate in the sink and the tail.
+        max_tokens: The most tokens that the cache ever keeps, or None.
+        state_bytes: Bytes of a cache whose size does not depend on the tokens.
+    """
+
+    index: int
+    cache: str
+    compressed: bool
+    reason: str = ""
+    kv_heads: int = 0
+    head_dim_k: int = 0
+    head_dim_v: int = 0
+    key_bits: float = 0.0
+    value_bits: float = 0.0
+    exact_bytes: int = FLOAT16_BYTES
+    max_tokens: int | None = None
+    state_bytes: int = 0
+
+    @property
+    def values_per_token(self) -> int:
+        """Coordinates that a token adds, keys and values together."""
+        return self.kv_heads * (self.head_dim_k + self.head_dim_v)
+
+    @property
+    def packed_bits_per_token(self) -> float:
+        """Bits that a packed token takes, keys and values together."""
+        return self.kv_heads * (self.head_dim_k * self.key_bits + self.head_dim_v * self.value_bits)
+
+    @property
+    def bits_per_value(self) -> float:
+        """True bits of one packed coordinate, the mean over keys and values."""
+        return self.packed_bits_per_token / self.values_per_token
+
+    def float_bytes(self, tokens: int) -> int:
+        """Bytes at ``tokens`` tokens with keys and values in float16."""
+        kept = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
+        return self.state_bytes + kept * self.values_per_token * FLOAT16_BYTES
+
+    def compressed_bytes(self, tokens: int, config: RotorConfig) -> int:
+        """Bytes at ``tokens`` tokens with rotormlx, sink and tail included."""
+        if not self.compressed:
+            return self.float_bytes(tokens)
+        packed = packed_tokens(tokens, config)
+        exact = (tokens - packed) * self.values_per_token * self.exact_bytes
+        return exact + round(packed * self.packed_bits_per_token / 8)
+
+    def __str__(self) -> str:
+        if not self.compressed:
+            return f"layer {self.index}: {self.cache} left alone, {self.reason}"
+        return (
+            f"layer {self.index}: {self.cache} compressed, {self.kv_heads} KV heads, "
+            f"head_dim {_head_dim(self)}, {self.bits_per_value:.3f} bits a value"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`rotormlx.apply` did to a model; ``print`` gives a line per layer.
+
+    Args:
+        config: How keys and values are compressed.
+        model_type: mlx-lm's name of the architecture.
+        layers: One entry a cache, in the model's order.
+    """
+
+    config: RotorConfig
+    model_type: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def bits_per_value(self) -> float:
+        """True bits of one packed coordinate over all compressed layers."""
+        compressed = [layer for layer in self.layers if layer.compressed]
+        bits = sum(layer.packed_bits_per_token for layer in compressed)
+        return bits / sum(layer.values_per_token for layer in compressed)
+
+    def float_bytes(self, tokens: int) -> int:
+        """Cache bytes at ``tokens`` tokens with keys and values in float16."""
+        return sum(layer.float_bytes(tokens) for layer in self.layers)
+
+    def compressed_bytes(self, tokens: int) -> int:
+        """Cache bytes at ``tokens`` tokens with rotormlx.
+
+        Packed and exact parts, without the room that a cache keeps for growth; layers left alone
+        count as float16.
+        """
+        return sum(layer.compressed_bytes(tokens, self.config) for layer in self.layers)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many caches of how many, with which settings."""
+        count = sum(layer.compressed for layer in self.layers)
+        return (
+            f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
+            f"K{self.config.key_bits} V{self.config.value_bits} {self.config.rotation}, "
+            f"{self.bits_per_value:.3f} bits a value"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.layers), self.summary])
+
+    def layer_table(self) -> Table:
+        """A table with a row per layer."""
+        table = Table(title=self.summary)
+        table.add_column("layer", justify="right")
+        table.add_column("cache", no_wrap=True)
+        for name in ("KV heads", "head_dim", "bits a value"):
+            table.add_column(name, justify="right")
+        table.add_column("left alone because")
+        for layer in self.layers:
+            table.add_row(
+                str(layer.index),
+                layer.cache,
+                str(layer.kv_heads) if layer.kv_heads else "",
+                _head_dim(layer) if layer.kv_heads else "",
+                f"{layer.bits_per_value:.3f}" if layer.compressed else "",
+                layer.reason,
+            )
+        return table
+
+    def memory_table(self, lengths: Sequence[int] = (4096, 32768, 131072)) -> Table:
+        """A table of cache memory against float16, a row per context length."""
+        table = Table(title="cache memory")
+        for name in ("tokens", "float16", "rotormlx", "ratio"):
+            table.add_column(name, justify="right")
+        for tokens in lengths:
+            before, after = self.float_bytes(tokens), self.compressed_bytes(tokens)
+            ratio = f"{before / after:.2f}x" if after else ""
+            table.add_row(f"{tokens:,}", megabytes(before), megabytes(after), ratio)
+        return table
+
+    def usage(self, caches: Sequence[Any]) -> str:
+        """What filled caches of this model take, in two lines.
+
+        Args:
+            caches: The list that ``model.make_cache()`` gave, filled.
+        """
+        tokens = packed = size = float_size = 0
+        for layer, (_, _, cache) in zip(self.layers, leaves(caches), strict=True):
+            if isinstance(cache, RotorKVCache):
+                tokens, packed = cache.offset, cache.packed_tokens
+                # What is saved is what counts: both sides without the room that caches keep.
+                size += sum(part.nbytes for part in cache.state if isinstance(part, mx.array))
+                float_size += layer.float_bytes(tokens)
+            else:
+                size += cache.nbytes
+                float_size += cache.nbytes
+        ratio = f", {float_size / size:.2f}x smaller" if packed else ""
+        limit = self.config.sink + self.config.window + BLOCK
+        why = "" if packed else f" (all exact: packing starts at {limit} tokens)"
+        return (
+            f"{self.summary}\n{packed:,} of {tokens:,} tokens packed{why}; cache "
+            f"{megabytes(size)} against {megabytes(float_size)} in float16{ratio}"
+        )
+
+
+def packed_tokens(tokens: int, config: RotorConfig) -> int:
+    """How many of ``tokens`` tokens lie in packed blocks; the rest are sink and tail."""
+    return max(0, (tokens - config.sink - config.window) // BLOCK * BLOCK)
+
+
+def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
+    """Each cache that holds something itself: index in the list, label, cache."""
+    for index, cache in enumerate(caches):
+        if isinstance(cache, CacheList):
+            for place, (_, label, leaf) in enumerate(leaves(cache.caches)):
+                yield index, f"{label} [{place}]", leaf
+        else:
+            yield index, type(cache).__name__, cache
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes for people to read, in units of 1000."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def _head_dim(layer: LayerReport) -> str:
+    same = layer.head_dim_k == layer.head_dim_v
+    return str(layer.head_dim_k) if same else f"{layer.head_dim_k}/{layer.head_dim_v}"

@@ -1,0 +1,95 @@
+"""The order of the modules, and what importing the package loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rotormlx
+
+PACKAGE = Path(rotormlx.__file__).parent
+
+# From the ground up: a module imports only from lines above its own.
+LAYERS = [
+    {"config"},
+    {"algebra", "generator", "codebook"},
+    {"rotation"},
+    {"format"},
+    {"reference", "view"},
+    {"backends", "backends.mlx_ops"},
+    {"attention", "cache"},
+    {"hook", "report"},
+    {"integration", "quality", "smollm2"},
+    {"demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+# The package itself names what it offers, lazily; the hook's replacement runs inside mlx-lm.
+ALLOWED = {("backends", "backends.mlx_ops"), ("hook", "hook")}
+
+
+def modules():
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), ast.parse(path.read_text())
+
+
+def imports(tree):
+    """Modules of this package that a module imports, at its top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rotormlx."):
+            yield node.module.removeprefix("rotormlx.")
+        elif isinstance(node, ast.ImportFrom) and node.module == "rotormlx":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("rotormlx."):
+                    yield alias.name.removeprefix("rotormlx.")
+
+
+def level(module):
+    return next((i for i, names in enumerate(LAYERS) if module in names), None)
+
+
+def test_every_module_has_its_place():
+    assert {name for name, _ in modules()} == set().union(*LAYERS)
+
+
+def test_imports_flow_downward():
+    upward = [
+        f"{module} imports {imported}"
+        for module, tree in modules()
+        for imported in imports(tree)
+        if level(imported) is not None
+        and level(imported) >= level(module)
+        and (module, imported) not in ALLOWED
+    ]
+    assert upward == []
+
+
+def test_only_one_place_knows_the_backends():
+    """Nobody else imports a backend's class or compares a backend's name."""
+    for module, tree in modules():
+        if module.startswith("backends"):
+            continue
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+        assert "MLXBackend" not in names, module
+
+
+@pytest.mark.parametrize("module", ["torch", "mlx_lm", "transformers", "mlx.core"])
+def test_import_is_light(module, tmp_path):
+    """``import rotormlx`` loads no model library: one that cannot be imported is not missed."""
+    package = tmp_path / Path(*module.split("."))
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    code = f"import sys, rotormlx; assert {module!r} not in sys.modules, 'loaded'"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,559 @@
+import copy
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.base as base
+import pytest
+import tiny_models as tiny
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import (
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
+
+from rotormlx import hook, integration
+from rotormlx.cache import RotorKVCache
+from rotormlx.config import RotorConfig
+
+K8V8 = RotorConfig(key_bits=8, value_bits=8)
+COARSE = RotorConfig(key_bits=2, value_bits=2)
+
+# Model type -> classes of its caches once compressed.
+COMPRESSED = {
+    "llama": ["RotorKVCache", "RotorKVCache"],
+    "qwen2": ["RotorKVCache", "RotorKVCache"],
+    "gemma3_text": ["RotatingKVCache", "RotorKVCache"] * 2,
+    "gpt_oss": ["RotatingKVCache", "RotorKVCache"],
+    "afm7": ["RotorKVCache", "RotorKVCache"],
+    "llama4": ["ChunkedKVCache"] * 3 + ["RotorKVCache"],
+    "falcon_h1": ["ArraysCache [0]", "RotorKVCache [1]"] * 2,
+}
+
+# Model type -> a part of the reason.
+REFUSED = {
+    "deepseek_v3": "untouched, but AttributeError: 'KVView' object has no attribute 'swapaxes'",
+    "gemma2": "untouched, but TypeError: expand_dims(): incompatible function arguments; use",
+    "mamba2": "must have at least one KVCache, but all it has is ArraysCache",
+}
+
+
+class Attention(nn.Module):
+    """Attention of one head, with faults to choose from."""
+
+    def __init__(self, fault: str, head_dim: int) -> None:
+        super().__init__()
+        self.fault = fault
+        self.head_dim = head_dim
+        self.o_proj = nn.Linear(head_dim, 8)
+
+    def __call__(self, x: mx.array, cache: object) -> mx.array:
+        fresh = mx.zeros((1, 1, x.shape[1], self.head_dim))
+        if self.fault == "ignores the cache":
+            return x
+        keys, values = cache.update_and_fetch(fresh, fresh)
+        if self.fault == "attends elsewhere":
+            keys = values = fresh
+        if self.fault == "only at prefill" and x.shape[1] == 1:
+            return x
+        if self.fault == "keys as values":
+            values = keys
+        if self.fault == "raises":
+            raise KeyError("a bug. And more words.")
+        mask = None
+        out = base.scaled_dot_product_attention(fresh, keys, values, cache, 1.0, mask)
+        return self.o_proj(out[:, 0])
+
+
+class ToyModel(nn.Module):
+    model_type = "toy"
+
+    def __init__(self, fault: str = "", head_dim: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tiny.VOCABULARY, 8)
+        self.layers = [Attention("", head_dim), Attention(fault, head_dim)]
+
+    def __call__(self, inputs: mx.array, cache: list) -> mx.array:
+        x = self.embedding(inputs)
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, layer_cache)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def original_code():
+    """mlx-lm as it came, before and after each test."""
+    integration._users.clear()
+    hook.remove()
+    yield base.scaled_dot_product_attention.__code__
+    integration._users.clear()
+    hook.remove()
+
+
+def classes(caches: list) -> list[str]:
+    return [label for _, label, _ in integration.leaves(caches)]
+
+
+def relative_error(got: mx.array, want: mx.array) -> float:
+    return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
+
+
+def fill(caches: list, model: nn.Module, count: int) -> list:
+    tiny.logits(model, tiny.tokens(count), caches)
+    mx.eval([cache.state for cache in caches])
+    return caches
+
+
+# ---- apply --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", COMPRESSED)
+def test_apply_replaces_exactly_the_growing_caches(model_type: str) -> None:
+    model = tiny.build(model_type)
+    report = integration.apply(model, COARSE)
+    caches = make_prompt_cache(model)
+    assert classes(caches) == COMPRESSED[model_type]
+    rotors = [(i, c) for i, _, c in integration.leaves(caches) if isinstance(c, RotorKVCache)]
+    assert all(c.config == COARSE and c.layer == i for i, c in rotors)
+    # A line per layer and the summary; a reason exactly where something is left alone.
+    lines = str(report).splitlines()
+    assert len(lines) == len(COMPRESSED[model_type]) + 1
+    for line, name, layer in zip(lines, COMPRESSED[model_type], report.layers, strict=False):
+        assert layer.compressed == name.startswith("Rotor") == (not layer.reason)
+        assert ("bits a value" in line) == layer.compressed
+        assert ("left alone, " in line) != layer.compressed
+
+
+@pytest.mark.parametrize("model_type", COMPRESSED)
+def test_packed_logits_are_close_to_the_float_cache(model_type: str) -> None:
+    model = tiny.build(model_type)
+    inputs = tiny.tokens(300)
+    want = tiny.logits(model, inputs, make_prompt_cache(model))
+    errors = []
+    for config in (K8V8, COARSE):
+        integration.apply(model, config)
+        caches = make_prompt_cache(model)
+        errors.append(relative_error(tiny.logits(model, inputs, caches), want))
+        rotors = [c for _, _, c in integration.leaves(caches) if isinstance(c, RotorKVCache)]
+        assert all(c.packed_tokens == 192 for c in rotors)
+    # 8 bit: a relative error of a code of about 0.006, through two to four layers. 2 bit: 0.34 of
+    # that size. A cache that is not read at all gives 0 for both or the same for both.
+    assert 0 < errors[0] < 0.02
+    assert errors[1] > 4 * errors[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "gemma3_text"])
+def test_short_generation_is_the_float_cache_token_for_token(model_type: str) -> None:
+    model = tiny.build(model_type)
+    prompt = tiny.tokens(20)[0]
+
+    def generated() -> list[int]:
+        # 20 + 40 tokens are fewer than sink, window and a block: all of them exact.
+        return [token for token, _ in generate_step(prompt, model, max_tokens=40)]
+
+    want = generated()
+    assert len(set(want)) > 1
+    integration.apply(model, K8V8)
+    assert generated() == want
+
+
+def test_apply_again_replaces_the_configuration() -> None:
+    model = tiny.build("llama")
+    integration.apply(model, COARSE)
+    report = integration.apply(model, K8V8)
+    assert report.config == K8V8
+    assert integration.model_report(model) is report
+    assert [cache.config for cache in make_prompt_cache(model)] == [K8V8, K8V8]
+    integration.remove(model)
+    assert classes(make_prompt_cache(model)) == ["KVCache", "KVCache"]
+
+
+def test_apply_computes_nothing() -> None:
+    wide = {"hidden_size": 1024, "intermediate_size": 4096}
+    module = __import__("mlx_lm.models.llama", fromlist=["Model"])
+    config = {"model_type": "llama"} | tiny.CONFIGS["llama"] | wide
+    model = module.Model(module.ModelArgs.from_dict(config))  # weights are not evaluated
+    size = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+    before = mx.get_active_memory()
+    integration.apply(model)
+    assert mx.get_active_memory() - before < size / 10
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+def assert_refused(model: nn.Module, reason: str, original_code: object) -> None:
+    own = vars(model).get("make_cache")
+    with pytest.raises(ValueError, match=r"^\[apply\] .* without rotormlx\.$") as error:
+        integration.apply(model)
+    message = str(error.value)
+    assert model.model_type in message
+    assert reason in message
+    assert "\n" not in message
+    assert vars(model).get("make_cache") is own
+    assert base.scaled_dot_product_attention.__code__ is original_code
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_model_that_bypasses_the_hook_is_refused(model_type: str, original_code) -> None:
+    assert_refused(tiny.build(model_type), REFUSED[model_type], original_code)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("ignores the cache", "layer 1 must use mlx-lm's attention, but does not"),
+        ("attends elsewhere", "layer 1 must use mlx-lm's attention, but does not"),
+        ("only at prefill", "layer 1 must use mlx-lm's attention, but does not"),
+        ("keys as values", "its attention must take keys with their values, but mixes them"),
+        ("raises", "untouched, but KeyError: 'a bug;"),
+    ],
+)
+def test_each_fault_of_a_layer_is_refused(fault: str, reason: str, original_code) -> None:
+    assert_refused(ToyModel(fault), reason, original_code)
+
+
+def test_a_head_dim_that_no_rotation_does_is_refused(original_code) -> None:
+    assert_refused(ToyModel(head_dim=44), "layer 0: head_dim must be", original_code)
+    integration.apply(ToyModel(head_dim=48))
+
+
+def test_a_refused_model_leaves_the_hook_of_another_in_place() -> None:
+    model = tiny.build("llama")
+    integration.apply(model)
+    with pytest.raises(ValueError, match="mamba2"):
+        integration.apply(tiny.build("mamba2"))
+    assert hook.installed()
+
+
+def test_an_incompatible_mlx_lm_changes_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(hook.mlx_lm, "__version__", "0.1.0")
+    model = tiny.build("llama")
+    with pytest.raises(RuntimeError, match=r"0\.1\.0"):
+        integration.apply(model)
+    assert "make_cache" not in vars(model)
+
+
+def test_the_pair_of_mlx_lm_load_is_not_a_model() -> None:
+    pair = (tiny.build("llama"), "tokenizer")
+    for function in (
+        integration.apply,
+        integration.remove,
+        integration.make_prompt_cache,
+        integration.model_report,
+    ):
+        with pytest.raises(ValueError, match="a tuple was given"):
+            function(pair)
+
+
+# ---- remove -------------------------------------------------------------------------------------
+
+
+def test_remove_restores_model_and_mlx_lm(original_code) -> None:
+    model = tiny.build("llama")
+    integration.apply(model)
+    integration.remove(model)
+    assert "make_cache" not in vars(model)
+    assert base.scaled_dot_product_attention.__code__ is original_code
+    integration.remove(model)  # nothing left to do
+    with pytest.raises(ValueError, match="has its own"):
+        integration.model_report(model)
+
+
+def test_remove_puts_back_an_attribute_of_the_instance() -> None:
+    model = tiny.build("llama")
+
+    def own() -> list:
+        return [KVCache(), RotatingKVCache(max_size=8)]
+
+    model.make_cache = own
+    integration.apply(model)
+    assert classes(model.make_cache()) == ["RotorKVCache", "RotatingKVCache"]
+    integration.apply(model, K8V8)
+    integration.remove(model)
+    assert model.make_cache is own
+
+
+def test_two_models_live_side_by_side(original_code) -> None:
+    models = [tiny.build("llama", seed) for seed in range(3)]
+    inputs = tiny.tokens(150)
+    want = tiny.logits(models[2], inputs, make_prompt_cache(models[2]))
+    integration.apply(models[0], COARSE)
+    integration.apply(models[1], K8V8)
+    assert mx.array_equal(tiny.logits(models[2], inputs, make_prompt_cache(models[2])), want)
+    integration.remove(models[0])
+    integration.remove(models[2])  # never applied
+    assert hook.installed()
+    assert classes(make_prompt_cache(models[0])) == ["KVCache", "KVCache"]
+    assert [cache.config for cache in make_prompt_cache(models[1])] == [K8V8, K8V8]
+    fill(make_prompt_cache(models[1]), models[1], 150)
+    integration.remove(models[1])
+    assert base.scaled_dot_product_attention.__code__ is original_code
+
+
+def test_a_dead_model_does_not_keep_the_hook(original_code) -> None:
+    model, other = tiny.build("llama"), ToyModel()
+    integration.apply(model)
+    integration.apply(other)
+    del other
+    integration.remove(model)
+    assert base.scaled_dot_product_attention.__code__ is original_code
+
+
+def test_a_copy_works_after_the_model_is_gone() -> None:
+    model = tiny.build("llama")
+    integration.apply(model, K8V8)
+    clone = copy.deepcopy(model)
+    integration.remove(model)
+    del model
+    assert fill(make_prompt_cache(clone), clone, 150)[0].packed_tokens == 64
+
+
+# ---- load and make_prompt_cache -----------------------------------------------------------------
+
+
+def test_load_passes_its_arguments_on(tmp_path) -> None:
+    path = tiny.save(tmp_path)
+    model, tokenizer, config = integration.load(path, COARSE, return_config=True)
+    assert integration.model_report(model).config == COARSE
+    assert config["model_type"] == "llama"
+    assert tokenizer.encode("abc")
+    assert integration.model_report(integration.load(path)[0]).config == RotorConfig()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_load_reads_weights_unless_lazy(tmp_path, lazy: bool) -> None:
+    path = tiny.save(tmp_path, hidden_size=512)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    before = mx.get_active_memory()
+    loaded = integration.load(path, lazy=lazy)
+    assert (mx.get_active_memory() - before > 0.9 * size) != lazy
+    assert loaded
+
+
+def test_load_refuses_before_it_reads_weights(tmp_path) -> None:
+    path = tiny.save(tmp_path, "gemma2", hidden_size=512)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with pytest.raises(ValueError, match="gemma2"):
+        integration.load(path)
+    assert mx.get_peak_memory() - before < size / 10
+
+
+def test_make_prompt_cache_leaves_the_model_as_it_is(original_code) -> None:
+    model = tiny.build("llama")
+    caches = integration.make_prompt_cache(model, COARSE)
+    assert [cache.config for cache in caches] == [COARSE, COARSE]
+    assert classes(make_prompt_cache(model)) == ["KVCache", "KVCache"]
+    assert fill(caches, model, 150)[0].packed_tokens == 64
+    integration.remove(model)
+    assert base.scaled_dot_product_attention.__code__ is original_code
+
+
+def test_make_prompt_cache_takes_the_configuration_of_the_model() -> None:
+    model = tiny.build("llama")
+    integration.apply(model, K8V8)
+    assert integration.make_prompt_cache(model)[0].config == K8V8
+    assert integration.make_prompt_cache(model, COARSE)[0].config == COARSE
+    assert make_prompt_cache(model)[0].config == K8V8
+    with pytest.raises(ValueError, match="mamba2"):
+        integration.make_prompt_cache(tiny.build("mamba2"))
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def test_report_counts_bytes() -> None:
+    config = RotorConfig(key_bits=4, value_bits=3)
+    report = integration.apply(tiny.build("llama"), config)
+    layer = report.layers[1]
+    assert (layer.kv_heads, layer.head_dim_k, layer.head_dim_v) == (2, 64, 64)
+    # Code, scale, centre: 4 + 16 / 64 + 16 / 64 for a key, 3 + 16 / 64 for a value.
+    assert (layer.key_bits, layer.value_bits) == (4.5, 3.25)
+    assert report.bits_per_value == layer.bits_per_value == (4.5 + 3.25) / 2
+    # Two layers of two heads; 4 + 64 + 49 of 501 tokens stay exact in float32.
+    assert report.float_bytes(501) == 2 * 2 * 501 * 128 * 2
+    packed = 2 * 2 * 384 * 64 * (4.5 + 3.25) / 8
+    assert report.compressed_bytes(501) == packed + 2 * 2 * (501 - 384) * 128 * 4
+    for tokens in (3, 131):
+        assert report.compressed_bytes(tokens) == 2 * 2 * tokens * 128 * 4
+
+
+def test_report_counts_what_is_left_alone_at_float16() -> None:
+    report = integration.apply(tiny.build("gemma3_text"))
+    window, growing = report.layers[0], report.layers[1]
+    assert window.float_bytes(10_000) == window.float_bytes(32) == 32 * 2 * 64 * 2
+    assert window.compressed_bytes(10_000, report.config) == window.float_bytes(32)
+    assert growing.float_bytes(10_000) == 10_000 * 2 * 64 * 2
+    total = 2 * (window.float_bytes(32) + growing.compressed_bytes(10_000, report.config))
+    assert report.compressed_bytes(10_000) == total
+
+
+def test_report_counts_states_of_constant_size() -> None:
+    model = tiny.build("falcon_h1")
+    report = integration.apply(model)
+    caches = fill(model.make_cache(), model, 100)
+    assert (
+        report.layers[0].float_bytes(5) == report.layers[0].float_bytes(500) == caches[0][0].nbytes
+    )
+
+
+@pytest.mark.parametrize("count", [90, 1000])
+def test_report_foresees_the_bytes_of_a_filled_cache(count: int) -> None:
+    model = tiny.build("llama")
+    report = integration.apply(model)
+    caches = fill(model.make_cache(), model, count)
+    # Exactly what is saved, and what is allocated but for room: a chunk of 60 exact tokens, and
+    # four blocks once there is one.
+    size = sum(part.nbytes for c in caches for part in c.state if isinstance(part, mx.array))
+    assert report.compressed_bytes(count) == size
+    layer = report.layers[0]
+    room = 64 * layer.values_per_token * 4 + 4 * 64 * layer.packed_bits_per_token / 8
+    assert 0 <= sum(cache.nbytes for cache in caches) - size <= len(caches) * room
+    usage = report.usage(caches)
+    packed = (count - 68) // 64 * 64
+    assert f"{packed:,} of {count:,} tokens packed" in usage
+    assert ("all exact: packing starts at 132 tokens" in usage) == (packed == 0)
+    assert f"{size / 1e6:.2f} MB against {report.float_bytes(count) / 1e6:.2f} MB" in usage
+
+
+# ---- prompt cache files -------------------------------------------------------------------------
+
+
+def saved(path, model: nn.Module, count: int = 150) -> str:
+    save_prompt_cache(str(path), fill(make_prompt_cache(model), model, count), {"model": "m"})
+    return str(path)
+
+
+def test_a_saved_compressed_cache_continues_bit_for_bit(tmp_path) -> None:
+    model = tiny.build("falcon_h1")
+    integration.apply(model, COARSE)
+    path = saved(tmp_path / "cache.safetensors", model)
+    want = tiny.logits(model, tiny.tokens(70, seed=2), fill(make_prompt_cache(model), model, 150))
+    hook.remove()
+    caches, metadata = integration.read_prompt_cache(path)
+    assert metadata == {"model": "m"}
+    assert integration.adopt_prompt_cache(model, caches) == 0
+    assert mx.array_equal(tiny.logits(model, tiny.tokens(70, seed=2), caches), want).item()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "falcon_h1"])
+def test_a_plain_cache_is_compressed_in_place(tmp_path, model_type: str) -> None:
+    model = tiny.build(model_type)
+    path = saved(tmp_path / "cache.safetensors", model, 300)
+    report = integration.apply(model, COARSE)
+    caches, _ = integration.read_prompt_cache(path)
+    converted = integration.adopt_prompt_cache(model, caches)
+    assert converted == sum(layer.compressed for layer in report.layers)
+    assert classes(caches) == COMPRESSED[model_type]
+    rotors = [(i, c) for i, _, c in integration.leaves(caches) if isinstance(c, RotorKVCache)]
+    assert all(c.layer == i and c.config == COARSE and c.packed_tokens == 192 for i, c in rotors)
+    assert tiny.logits(model, tiny.tokens(3), caches).shape == (1, 3, tiny.VOCABULARY)
+
+
+def llama_cache(**changes) -> list:
+    model = tiny.build("llama", **changes)
+    return fill(make_prompt_cache(model), model, 10)
+
+
+def rotor_cache(config: RotorConfig, layers: tuple[int, ...] = (0, 1)) -> list:
+    model = tiny.build("llama")
+    integration.apply(model, config)
+    caches = [RotorKVCache(config, layer) for layer in layers]
+    return fill(caches, model, 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: llama_cache(num_hidden_layers=3), "requires 2 caches, but the prompt cache has 3"),
+        (lambda: llama_cache(head_dim=32), "of 64 and 64 dimensions in layer 0, but .* 32 and 32"),
+        (lambda: llama_cache(num_key_value_heads=4), "2 KV heads .* but the prompt cache has 4 of"),
+        (lambda: [KVCache(), RotatingKVCache(8)], "KVCache in layer 1, but .* RotatingKVCache"),
+        (lambda: [KVCache(), CacheList(KVCache(), KVCache())], "requires 2 caches, .* has 3"),
+        (lambda: [c.to_quantized() for c in llama_cache()], "but .* QuantizedKVCache"),
+        (lambda: rotor_cache(COARSE), '"key_bits": 8.* but .*"key_bits": 2'),
+        (lambda: rotor_cache(K8V8, (1, 0)), "layer 0 at position 0, but .* has layer 1"),
+    ],
+)
+def test_a_cache_of_another_model_or_configuration_is_refused(make, reason: str) -> None:
+    model, caches = tiny.build("llama"), make()
+    integration.apply(model, K8V8)
+    before = list(caches)
+    with pytest.raises(ValueError, match=rf"^\[prompt cache\] .*{reason}.*\.$"):
+        integration.adopt_prompt_cache(model, caches)
+    assert all(cache is old for cache, old in zip(caches, before, strict=True))
+
+
+def test_a_sliding_window_of_another_size_is_refused() -> None:
+    model, other = tiny.build("gemma3_text"), tiny.build("gemma3_text", sliding_window=16)
+    caches = make_prompt_cache(other)
+    integration.apply(model)
+    with pytest.raises(ValueError, match=r"a window of 32 tokens in layer 0, but .* has 16"):
+        integration.adopt_prompt_cache(model, caches)
+
+
+def another_version(path) -> None:
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    arrays["0.0"] = mx.array(99)  # the first field of the first cache
+    mx.save_safetensors(str(path), arrays, metadata)
+
+
+def truncate(path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_header(path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def text(path) -> None:
+    path.write_text("this is no prompt cache at all")
+
+
+def weights(path) -> None:
+    mx.save_safetensors(str(path), {"model.weight": mx.zeros(3)})
+
+
+def another_class(path) -> None:
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    mx.save_safetensors(str(path), arrays, metadata | {"1.0": "FutureCache"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (another_version, "99"),
+        (truncate, r"must have \d+ bytes, but it has \d+"),
+        (cut_header, "no readable header"),
+        (text, "no readable header"),
+        (weights, "another safetensors file"),
+        (another_class, "FutureCache"),
+        (lambda path: path.unlink(), "existing file"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_damaged_or_foreign_file_is_refused(tmp_path, damage, reason: str) -> None:
+    model = tiny.build("llama")
+    integration.apply(model)
+    path = tmp_path / "cache.safetensors"
+    saved(path, model)
+    integration.read_prompt_cache(str(path))
+    damage(path)
+    with pytest.raises(ValueError, match=rf"(?s)^\[prompt cache\] .*{reason}") as error:
+        integration.read_prompt_cache(str(path))
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_mlx_lm_itself_loads_the_cache_once_installed(tmp_path) -> None:
+    model = tiny.build("llama")
+    integration.apply(model, COARSE)
+    caches = load_prompt_cache(saved(tmp_path / "cache.safetensors", model))
+    assert [json.loads(cache.config.to_json())["key_bits"] for cache in caches] == [2, 2]
