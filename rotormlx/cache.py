@@ -8,6 +8,7 @@ packed bytes do not depend on how a prompt was cut into chunks.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,6 +112,16 @@ class RotorKVCache(_BaseCache):
             for store in self._filled():
                 store.forget_packed()
         return n
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> RotorKVCache:
+        """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
+        warnings.warn(
+            f"kv_bits={bits} asks for mlx-lm's own cache quantization, but this cache is already "
+            f"compressed by rotormlx, at {self.bits_per_value:g} bits a value; leave kv_bits out, "
+            "or call rotormlx.remove(model) first.",
+            stacklevel=2,
+        )
+        return self
 
     @property
     def nbytes(self) -> int:

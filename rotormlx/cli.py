@@ -162,7 +162,11 @@ def demo(
         _load(model, DEFAULT)  # reads no weights: only to refuse early
     options = {"prompt": prompt, "max_tokens": max_tokens, "score_tokens": score_tokens}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    with _refusing(ValueError, RuntimeError, where=("[demo]", "[smollm2]", "[apply]", "[hook]")):
+    with _refusing(
+        ValueError,
+        RuntimeError,
+        where=("[demo]", "[smollm2]", "[apply]", "[hook]", "[assert_packed]"),
+    ):
         importlib.import_module("rotormlx.demo").run(model=model, console=Console(), **given)
 
 

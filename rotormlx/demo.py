@@ -32,7 +32,11 @@ DEFAULT_PROMPT = "What does this text say about objects? Answer in two sentences
 # The first 132 tokens are exact in a rotormlx cache; predictions behind them are what is compared.
 LEAST_SCORE_TOKENS = 256
 CHUNK = 64
+ROTOR_BITS = (4, 3)
+FLOAT16_BITS = 16
 EXACT = "exact"
+# A context at which the exact tokens, 132 at most, weigh as little as they do in practice.
+LONG_CONTEXT = 8192
 
 Caches = list[Any]
 
@@ -49,6 +53,7 @@ class Row:
         packed_share: Share of earlier tokens read from packed bytes, the mean over the predictions
             compared.
         cache_bytes: Bytes of the cache at the end, without room for growth.
+        long_context_ratio: How many times smaller than the exact cache it is at 8,192 tokens.
         bits_per_value: True bits of a packed value; of any value in the exact cache.
         quality: Distance from the exact cache; None for the exact cache itself.
         tokens_per_second: Speed of the answer.
@@ -60,6 +65,7 @@ class Row:
     packed_tokens: int
     packed_share: float
     cache_bytes: int
+    long_context_ratio: float
     bits_per_value: float
     quality: quality.Quality | None
     tokens_per_second: float
@@ -110,6 +116,7 @@ def run(
         loaded: tuple[Any, ...] = load(model or str(smollm2.fetch(progress)))
         network, tokenizer = loaded[:2]
         tokens = _prompt_tokens(tokenizer, prompt, score_tokens)
+        ratios = _long_context_ratios(network)
         makers = _cache_makers(network)
         task = progress.add_task("", total=len(makers) * (len(tokens) + max_tokens))
         runs: dict[str, _Run] = {}
@@ -125,7 +132,7 @@ def run(
         finally:
             integration.remove(network)
     start = _first_packed(runs)
-    rows = [_row(name, one, runs[EXACT], start) for name, one in runs.items()]
+    rows = [_row(name, one, runs[EXACT], start, ratios) for name, one in runs.items()]
     _print(console, rows, runs[EXACT].scores, start)
     return rows
 
@@ -145,9 +152,24 @@ def _cache_makers(network: Any) -> dict[str, Callable[[], Caches]]:
     return {
         EXACT: lambda: list(make_prompt_cache(network)),
         "mlx-lm 4 bit": mlx_lm_4_bit,
-        "rotormlx 4 bit": rotormlx(4),
-        "rotormlx 3 bit": rotormlx(3),
+        **{_rotor_name(bits): rotormlx(bits) for bits in ROTOR_BITS},
     }
+
+
+def _long_context_ratios(network: Any) -> dict[str, float]:
+    """How many times smaller than float16 each of our caches is in a long context."""
+    ratios = {}
+    for bits in ROTOR_BITS:
+        report = integration.apply(network, RotorConfig(key_bits=bits, value_bits=bits))
+        ratios[_rotor_name(bits)] = report.float_bytes(LONG_CONTEXT) / report.compressed_bytes(
+            LONG_CONTEXT
+        )
+    integration.remove(network)
+    return ratios
+
+
+def _rotor_name(bits: int) -> str:
+    return f"rotormlx {bits} bit"
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str, score_tokens: int) -> list[int]:
@@ -189,8 +211,9 @@ def _first_packed(runs: dict[str, _Run]) -> int:
     return int(np.argmax(np.min(packed, axis=0) > 0))
 
 
-def _row(name: str, one: _Run, exact: _Run, start: int) -> Row:
+def _row(name: str, one: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
     caches = [cache for _, _, cache in leaves(one.caches)]
+    bits, exact_bits = _mean_bits(one.caches), _mean_bits(exact.caches)
     return Row(
         name=name,
         text=one.text,
@@ -198,7 +221,8 @@ def _row(name: str, one: _Run, exact: _Run, start: int) -> Row:
         packed_tokens=quality.packed_of(caches),
         packed_share=_packed_share(one.scores, start),
         cache_bytes=sum(_used_bytes(cache) for cache in caches),
-        bits_per_value=float(np.mean([b for c in caches if (b := _bits_per_value(c))])),
+        long_context_ratio=ratios.get(name, FLOAT16_BITS / bits) * exact_bits / FLOAT16_BITS,
+        bits_per_value=bits,
         quality=None if one is exact else quality.compare(exact.scores, one.scores, start=start),
         tokens_per_second=one.tokens_per_second,
     )
@@ -218,6 +242,10 @@ def _used_bytes(cache: Any) -> int:
         return int(cache.nbytes)
     arrays: Any = tree_flatten(used)
     return sum(leaf.nbytes for _, leaf in arrays if isinstance(leaf, mx.array))
+
+
+def _mean_bits(caches: Caches) -> float:
+    return float(np.mean([b for _, _, c in leaves(caches) if (b := _bits_per_value(c))]))
 
 
 def _bits_per_value(cache: Any) -> float | None:
@@ -241,6 +269,7 @@ def _print(console: Console, rows: list[Row], exact: quality.Scores, start: int)
     lines: dict[str, Callable[[Row], str]] = {
         "memory": lambda row: f"{row.cache_bytes / 1e6:.2f} MB",
         "smaller": lambda row: f"{first.cache_bytes / row.cache_bytes:.2f}x",
+        "at 8,192 tokens": lambda row: f"{row.long_context_ratio:.2f}x",
         "bits a value": lambda row: f"{row.bits_per_value:.3f}",
         "tokens packed": lambda row: f"{row.packed_tokens} of {row.context_tokens}",
         "read packed": lambda row: f"{row.packed_share:.0%}",

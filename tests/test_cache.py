@@ -6,6 +6,7 @@ import gc
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
@@ -305,10 +306,17 @@ def test_conversion_takes_source_result_and_one_layer():
 
 def test_contract_has_every_member():
     own = {name for name in vars(KVCache) if not name.startswith("_")} - {"step"}
-    later = {"to_quantized", "merge"}  # quantized already; batches have a cache of their own
-    assert {name for name in own - later if not hasattr(RotorKVCache, name)} == set()
+    # Batches are not compressed yet; mlx-lm's server then takes one request after the other.
+    assert {name for name in own - {"merge"} if not hasattr(RotorKVCache, name)} == set()
     assert not hasattr(RotorKVCache(), "bits"), "mlx-lm's attention dispatches on it"
-    assert not hasattr(RotorKVCache, "to_quantized"), "mlx-lm would convert it"
+
+
+def test_kv_bits_is_no_silent_no_op():
+    cache = filled(RotorConfig(), *tokens(200), 200)
+    with pytest.warns(UserWarning, match="kv_bits=4 asks for mlx-lm's own .* leave kv_bits out"):
+        same = [cache]
+        maybe_quantize_kv_cache(same, quantized_kv_start=0, kv_group_size=64, kv_bits=4)
+    assert same == [cache]
 
 
 def test_contract_of_an_empty_cache():

@@ -270,6 +270,10 @@ def test_demo_rows(tmp_path: Path) -> None:
     for row, bits in ((rotor4, 4.375), (rotor3, 3.375)):
         assert row.cache_bytes == values * (packed * bits / 8 + (context - packed) * 4)
 
+    # 8,192 tokens: 128 of them are exact.
+    ratios = [32 * 8192 / (8064 * bits + 128 * 32) for bits in (4.375, 3.375)]
+    assert [row.long_context_ratio for row in rows] == pytest.approx([1, 32 / 5, *ratios])
+
     assert exact.quality is None
     for row in rows[1:]:
         assert row.quality is not None
