@@ -75,8 +75,10 @@ def make(case: Case) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     for role in ROLES:
         codecs = [_codec(case, bits, role) for bits in codebook.BITS]
         x = _grid(rng, (batch, heads, case.blocks * BLOCK, head_dim), offset=role == KEY)
+        # Fixed before rows are redrawn, so it is an input, near the one that `prefill` would take.
         scale = _channel_scale(case, x, codecs[0])
         _keep_margins(x, codecs, scale, rng)
+        arrays |= {f"{role}.prefill": reference.prefill_scale(x[:1, :, :BLOCK], codecs[0])}
         exact[role] = _grid(rng, (batch, heads, SINK + TAIL, head_dim), offset=role == KEY)
         arrays |= {f"{role}.input": x.astype(np.float16)}
         arrays |= {f"{role}.exact": exact[role].astype(np.float16)}

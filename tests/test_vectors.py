@@ -75,6 +75,14 @@ def test_encode_reproduces_every_bit(vectors, role, bits, dtype):
         assert np.array_equal(np.array(packed.centres), arrays["key.centres"])
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_prefill_scale_is_reproduced(vectors, role):
+    _, arrays, facts = vectors
+    first = mx.array(arrays[f"{role}.input"][:, :, :BLOCK])
+    found = backend().prefill_scale(first, codec_of(facts, 4, role))
+    assert np.allclose(np.array(found), arrays[f"{role}.prefill"], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
 def test_decode_reproduces_the_vectors(vectors, role, bits):
