@@ -444,8 +444,9 @@ def test_vector_centres(vector):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_vector_channel_scale(vector, role):
-    """An input where null means `prefill` (2); what `prefill` would take (5) is stored beside it."""
-    assert (f"{role}.channel_scale" in vector.arrays) == (vector.rotation in prefill_rotations())
+    """An input where null means `prefill` (2); what `prefill` would take (5) stands beside it."""
+    stored = f"{role}.channel_scale" in vector.arrays
+    assert stored == (vector.rotation in prefill_rotations())
     first = [head(vector, role, 0, k) for k in range(vector.kv_heads)]
     found = [prefill(h.x[0] - h.mu[0]) for h in first]
     np.testing.assert_allclose(found, vector.arrays[f"{role}.prefill"], rtol=1e-6)

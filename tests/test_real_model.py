@@ -27,7 +27,9 @@ def compare(smollm2):
     @cache
     def exact(first):
         tokens = tokenizer.encode(quality.default_text()[:8000])[: first + SCORED + 1]
-        return tokens, quality.score(model, tokens, [KVCache() for _ in layers], chunk=CHUNK)
+        scores = quality.score(model, tokens, [KVCache() for _ in layers], chunk=CHUNK)
+        print(f"exact: PPL {scores.perplexity(first):.2f}")
+        return tokens, scores
 
     @cache
     def run(config):

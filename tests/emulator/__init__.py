@@ -1,0 +1,18 @@
+"""Run Metal kernels on a machine without Metal, and check what they do. See README.md."""
+
+from .launch import KernelError, Kind, Report
+from .lint import lint
+from .metal import EmulatedKernel, execution_order, metal_kernel, run_text
+from .toolchain import CompilerMissingError
+
+__all__ = [
+    "CompilerMissingError",
+    "EmulatedKernel",
+    "KernelError",
+    "Kind",
+    "Report",
+    "execution_order",
+    "lint",
+    "metal_kernel",
+    "run_text",
+]

@@ -1,0 +1,301 @@
+"""Run ``mx.fast.metal_kernel`` kernels on the CPU: the same call, MLX's own text, with checks."""
+
+import contextlib
+import contextvars
+import functools
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from . import toolchain
+from .launch import Buffer, CompiledKernel, Report, Role, launch
+from .msl_text import (
+    Parameter,
+    kernel_parameters,
+    share_threadgroup_variables,
+    without_host_names,
+)
+
+Template = Sequence[tuple[str, bool | int | mx.Dtype]]
+Scalar = bool | int | float
+
+_mlx_metal_kernel = mx.fast.metal_kernel  # the real one, even where tests put ours in its place
+_order: contextvars.ContextVar[int] = contextvars.ContextVar("order", default=0)
+
+
+@contextlib.contextmanager
+def execution_order(order: int) -> Iterator[None]:
+    """Run threads in another order: 0 ascending, 1 descending, any other number a random one."""
+    token = _order.set(order)
+    try:
+        yield
+    finally:
+        _order.reset(token)
+
+
+def metal_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+    compile_options: object | None = None,
+) -> "EmulatedKernel":
+    """Stands in for ``mx.fast.metal_kernel``, with the same arguments."""
+    mlx_kernel = _mlx_metal_kernel(
+        name,
+        input_names,
+        output_names,
+        source,
+        header,
+        ensure_row_contiguous,
+        atomic_outputs,
+        compile_options,
+    )
+    return EmulatedKernel(
+        cast(Callable[..., list[mx.array]], mlx_kernel),
+        tuple(input_names),
+        tuple(output_names),
+        ensure_row_contiguous,
+    )
+
+
+class EmulatedKernel:
+    """Stands in for the object that ``mx.fast.metal_kernel`` returns, with the same call.
+
+    A call runs at once, not lazily, so it cannot be made inside ``mx.compile`` or a gradient.
+
+    Attributes:
+        report: What the latest call cost, or ``None`` before the first.
+    """
+
+    def __init__(
+        self,
+        mlx_kernel: Callable[..., list[mx.array]],
+        input_names: tuple[str, ...],
+        output_names: tuple[str, ...],
+        ensure_row_contiguous: bool,
+    ) -> None:
+        self._mlx_kernel = mlx_kernel
+        self._input_names = input_names
+        self._output_names = output_names
+        self._ensure_row_contiguous = ensure_row_contiguous
+        self.report: Report | None = None
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array | Scalar],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Template | None = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: object = None,
+    ) -> list[mx.array]:
+        """Run the kernel. Arguments as for MLX; ``stream`` is ignored.
+
+        Raises:
+            KernelError: If the kernel breaks a rule.
+        """
+        arrays = _as_arrays(inputs)
+        name, text = self._trace(
+            arrays,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+            grid=grid,
+            threadgroup=threadgroup,
+            template=template,
+            init_value=init_value,
+        )
+        if verbose:
+            print(f"Generated source code for `{name}`:\n```\n{text}\n```")
+        arguments: dict[str, np.ndarray] = {}
+        for input_name, array in zip(self._input_names, arrays, strict=True):
+            arguments |= _input_arguments(input_name, array, self._ensure_row_contiguous)
+        outputs = {
+            output_name: _output_array(shape, dtype, init_value)
+            for output_name, shape, dtype in zip(
+                self._output_names, output_shapes, output_dtypes, strict=True
+            )
+        }
+        self.report = run_text(
+            text,
+            name,
+            arguments,
+            outputs,
+            grid=grid,
+            threadgroup=threadgroup,
+            initialised=init_value is not None,
+        )
+        return [
+            _to_mlx(output, dtype)
+            for output, dtype in zip(outputs.values(), output_dtypes, strict=True)
+        ]
+
+    def metal_text(self, *, inputs: Sequence[mx.array | Scalar], **call: Any) -> str:
+        """The text that MLX would hand to Apple's compiler for a call, for the lint."""
+        return self._trace(_as_arrays(inputs), **call)[1]
+
+    def _trace(self, inputs: list[mx.array], **call: Any) -> tuple[str, str]:
+        """The kernel's name and text, both MLX's, recorded by exporting the call."""
+        recorded: list[tuple[str, str]] = []
+
+        def record(event: dict[str, Any]) -> None:
+            if event["type"] == "primitive" and event["name"] == "CustomKernel":
+                name, text = event["arguments"][:2]
+                recorded.append((name, text))
+
+        def traced(*arrays: mx.array) -> list[mx.array]:
+            return self._mlx_kernel(inputs=list(arrays), **call)
+
+        mx.export_function(record, traced, *inputs)
+        if len(recorded) != 1:
+            raise RuntimeError(
+                f"[emulator] The call must record one CustomKernel, but MLX "
+                f"{importlib.metadata.version('mlx')} recorded {len(recorded)}."
+            )
+        return recorded[0]
+
+
+def run_text(
+    text: str,
+    name: str,
+    arguments: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray],
+    *,
+    grid: Sequence[int],
+    threadgroup: Sequence[int],
+    instance: str | None = None,
+    initialised: bool = False,
+) -> Report:
+    """Compile a kernel's text and run it.
+
+    Args:
+        text: Metal source with one kernel of that name.
+        name: The function's name.
+        arguments: Inputs by parameter name; bfloat16 as uint16.
+        outputs: Outputs by parameter name; written in place.
+        grid, threadgroup: In threads.
+        instance: The template's instance to run, such as ``"f<float, 4>"``; by default the one
+            that the text instantiates, or the function itself.
+        initialised: Whether the outputs hold values to start from.
+
+    Raises:
+        KernelError: If the kernel breaks a rule.
+    """
+    parameters = kernel_parameters(text, name)
+    buffers = []
+    for parameter in parameters:
+        if parameter.is_attribute:
+            continue
+        if parameter.name in outputs:
+            role = Role.INITIALISED_OUTPUT if initialised else Role.OUTPUT
+            buffers.append(Buffer(parameter.name, outputs[parameter.name], role))
+        else:
+            array = np.require(arguments[parameter.name], requirements="C")
+            buffers.append(Buffer(parameter.name, array, Role.INPUT))
+    return launch(
+        _compile(text, name, instance, tuple(parameters)),
+        buffers,
+        grid=grid,
+        threadgroup=threadgroup,
+        order=_order.get(),
+    )
+
+
+@functools.cache
+def _compile(
+    text: str, name: str, instance: str | None, parameters: tuple[Parameter, ...]
+) -> CompiledKernel:
+    if instance is None:
+        instantiated = re.search(r"\[\[kernel\]\]\s+decltype\((.*?)\)\s", text)
+        instance = instantiated[1] if instantiated else name
+    source_name = f"{name}.metal"
+    unit = "\n".join(
+        [
+            f"// With the headers of MLX {importlib.metadata.version('mlx')}",
+            '#include "prelude.h"',
+            f'#line 1 "{source_name}"',
+            share_threadgroup_variables(without_host_names(text)),
+            '#line 1 "entry"',
+            _entry(instance, parameters),
+        ]
+    )
+    module = toolchain.kernel_module(
+        unit, shim=toolchain.HERE / "msl", include=[Path(mx.__file__).parent / "include"]
+    )
+    return CompiledKernel(name, module, source_name, text)
+
+
+def _entry(instance: str, parameters: Sequence[Parameter]) -> str:
+    """The function that the runtime calls for every thread."""
+    arguments = []
+    buffer = 0
+    for parameter in parameters:
+        if parameter.is_attribute:
+            arguments.append(f"emulator::attribute::{parameter.attribute}(*context)")
+        else:
+            kind = "BufferReference" if parameter.is_reference else "BufferPointer"
+            arguments.append(f"emulator::{kind}{{buffers[{buffer}]}}")
+            buffer += 1
+    return f"""
+extern "C" __attribute__((no_sanitize("thread")))
+void emulator_entry(void* const* buffers, const emulator::ThreadContext* context) {{
+  {instance}({", ".join(arguments)});
+}}
+"""
+
+
+def _as_arrays(inputs: Sequence[mx.array | Scalar]) -> list[mx.array]:
+    return [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+
+
+def _input_arguments(
+    name: str, array: mx.array, ensure_row_contiguous: bool
+) -> dict[str, np.ndarray]:
+    """The parameters that MLX may derive from an input."""
+    view = _to_numpy(array)
+    if ensure_row_contiguous:
+        view = np.require(view, requirements="C")
+    strides = [stride // view.itemsize for stride in view.strides]
+    return {
+        name: _memory(view, strides),
+        f"{name}_shape": np.array(view.shape, np.int32),
+        f"{name}_strides": np.array(strides, np.int64),
+        f"{name}_ndim": np.array(view.ndim, np.int32),
+    }
+
+
+def _memory(view: np.ndarray, strides: Sequence[int]) -> np.ndarray:
+    """A view's memory, with the gaps in it, which are filled with bytes that mean nothing."""
+    if any(stride < 0 for stride in strides):
+        raise ValueError("[emulator] An input's strides must not be negative; copy it first.")
+    if view.size == 0:
+        return np.empty(0, view.dtype)
+    reach = sum((n - 1) * stride for n, stride in zip(view.shape, strides, strict=True))
+    memory = np.full((reach + 1) * view.itemsize, 0xFF, np.uint8).view(view.dtype)
+    np.lib.stride_tricks.as_strided(memory, view.shape, view.strides)[...] = view
+    return memory
+
+
+def _to_numpy(array: mx.array) -> np.ndarray:
+    """A view of an array's memory; numpy has no bfloat16, so that comes as uint16."""
+    return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def _to_mlx(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    return mx.array(array).view(dtype) if dtype == mx.bfloat16 else mx.array(array)
+
+
+def _output_array(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> np.ndarray:
+    return np.array(_to_numpy(mx.full(tuple(shape), mx.array(init_value or 0, dtype))))

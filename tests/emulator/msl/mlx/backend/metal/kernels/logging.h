@@ -1,0 +1,1 @@
+// Stands before MLX's header of this name: kernels do not log.

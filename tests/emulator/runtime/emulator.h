@@ -1,0 +1,68 @@
+// What a front end may ask of the runtime. A front end is a set of headers that lets g++ compile
+// the text of a GPU kernel; the runtime knows threads, barriers and memory, but no GPU language.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace emulator {
+
+constexpr int kSimdWidth = 32;
+constexpr int kMaxThreads = 1024;
+
+struct Index3 {
+  uint32_t x, y, z;
+};
+
+// Where a thread stands in its launch. Handed to the kernel's entry function.
+struct ThreadContext {
+  Index3 position_in_grid;
+  Index3 position_in_threadgroup;
+  Index3 threadgroup_position;
+  Index3 threadgroup_size;          // smaller than dispatched at the edge of the grid
+  Index3 dispatched_threadgroup_size;
+  Index3 threadgroup_count;
+  Index3 grid_size;
+  uint32_t index_in_threadgroup;
+  uint32_t lane;
+  uint32_t simdgroup;
+  uint32_t simdgroup_count;
+};
+
+// Which memory a barrier orders; a bit set.
+enum BarrierScope : unsigned { kNoMemory = 0, kDeviceMemory = 1, kThreadgroupMemory = 2 };
+
+// One per declaration of a variable shared by a threadgroup: remembers where the current
+// threadgroup's copy lies. Zero-initialised statics of the kernel's own module.
+struct SharedVariable {
+  const char* name;
+  uint64_t threadgroup_serial;
+  void* address;
+};
+
+using KernelEntry = void (*)(void* const* buffers, const ThreadContext* thread);
+
+}  // namespace emulator
+
+extern "C" {
+
+// Both barriers end the launch with a violation unless every thread of the group arrives at the
+// same source line.
+void emulator_barrier(unsigned scope, int line);
+void emulator_simdgroup_barrier(unsigned scope, int line);
+
+// Rendezvous of a simdgroup: every lane gives `bytes` bytes and receives all lanes' values, lane i
+// at `everyones + i * bytes`. Returns the mask of lanes that exist.
+uint32_t emulator_exchange(const void* mine, size_t bytes, void* everyones, int line);
+uint32_t emulator_lane();
+
+// Memory for a variable shared by the threadgroup. Races are tracked in cells of `cell_bytes`.
+void* emulator_shared_variable(emulator::SharedVariable* variable, size_t bytes, size_t alignment,
+                               size_t cell_bytes);
+
+// Announces an atomic read-modify-write. The access itself must not be instrumented.
+void emulator_atomic_access(const volatile void* address, size_t bytes);
+
+// Ends the launch with a violation found by the front end.
+[[noreturn]] void emulator_fail(const char* kind, const char* message, int line);
+}
