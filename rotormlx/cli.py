@@ -187,7 +187,7 @@ class _Session:
 
     def open_prompt_cache(self, path: str, model: str | None) -> None:
         with _refusing(ValueError, RuntimeError):
-            self.prompt_cache, self.metadata = _integration().read_prompt_cache(path)
+            self.prompt_cache, self.metadata = _prompt_cache().read_prompt_cache(path)
         missing = {"model", "tokenizer_config"} - set(self.metadata)
         if missing:
             _refuse(
@@ -208,7 +208,7 @@ class _Session:
         self.models += 1
         if self.prompt_cache is not None and self.models == 1:  # not for a draft model
             with _refusing(ValueError):
-                converted = _integration().adopt_prompt_cache(loaded[0], self.prompt_cache)
+                converted = _prompt_cache().adopt_prompt_cache(loaded[0], self.prompt_cache)
             if converted:
                 _say(f"{converted} uncompressed layers of the prompt cache were compressed")
             self.made.append((loaded[0], self.prompt_cache))
@@ -290,6 +290,10 @@ def _tool(name: str) -> ModuleType:
 def _integration() -> ModuleType:
     # mlx-lm takes two seconds to import, and --help and --version need none of it.
     return importlib.import_module("rotormlx.integration")
+
+
+def _prompt_cache() -> ModuleType:
+    return importlib.import_module("rotormlx.prompt_cache")
 
 
 @contextmanager

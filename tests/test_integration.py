@@ -17,9 +17,10 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 
-from rotormlx import hook, integration
+from rotormlx import hook, integration, prompt_cache
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
+from rotormlx.report import leaves
 
 K8V8 = RotorConfig(key_bits=8, value_bits=8)
 COARSE = RotorConfig(key_bits=2, value_bits=2)
@@ -96,7 +97,7 @@ def original_code():
 
 
 def classes(caches: list) -> list[str]:
-    return [label for _, label, _ in integration.leaves(caches)]
+    return [label for _, label, _ in leaves(caches)]
 
 
 def relative_error(got: mx.array, want: mx.array) -> float:
@@ -118,7 +119,7 @@ def test_apply_replaces_exactly_the_growing_caches(model_type: str) -> None:
     report = integration.apply(model, COARSE)
     caches = make_prompt_cache(model)
     assert classes(caches) == COMPRESSED[model_type]
-    rotors = [(i, c) for i, _, c in integration.leaves(caches) if isinstance(c, RotorKVCache)]
+    rotors = [(i, c) for i, _, c in leaves(caches) if isinstance(c, RotorKVCache)]
     assert all(c.config == COARSE and c.layer == i for i, c in rotors)
     # A line per layer and the summary; a reason exactly where something is left alone.
     lines = str(report).splitlines()
@@ -139,7 +140,7 @@ def test_packed_logits_are_close_to_the_float_cache(model_type: str) -> None:
         integration.apply(model, config)
         caches = make_prompt_cache(model)
         errors.append(relative_error(tiny.logits(model, inputs, caches), want))
-        rotors = [c for _, _, c in integration.leaves(caches) if isinstance(c, RotorKVCache)]
+        rotors = [c for _, _, c in leaves(caches) if isinstance(c, RotorKVCache)]
         assert all(c.packed_tokens == 192 for c in rotors)
     # 8 bit: a relative error of a code of about 0.006, through two to four layers. 2 bit: 0.34 of
     # that size. A cache that is not read at all gives 0 for both or the same for both.
@@ -437,9 +438,9 @@ def test_a_saved_compressed_cache_continues_bit_for_bit(tmp_path) -> None:
     path = saved(tmp_path / "cache.safetensors", model)
     want = tiny.logits(model, tiny.tokens(70, seed=2), fill(make_prompt_cache(model), model, 150))
     hook.remove()
-    caches, metadata = integration.read_prompt_cache(path)
+    caches, metadata = prompt_cache.read_prompt_cache(path)
     assert metadata == {"model": "m"}
-    assert integration.adopt_prompt_cache(model, caches) == 0
+    assert prompt_cache.adopt_prompt_cache(model, caches) == 0
     assert mx.array_equal(tiny.logits(model, tiny.tokens(70, seed=2), caches), want).item()
 
 
@@ -448,11 +449,11 @@ def test_a_plain_cache_is_compressed_in_place(tmp_path, model_type: str) -> None
     model = tiny.build(model_type)
     path = saved(tmp_path / "cache.safetensors", model, 300)
     report = integration.apply(model, COARSE)
-    caches, _ = integration.read_prompt_cache(path)
-    converted = integration.adopt_prompt_cache(model, caches)
+    caches, _ = prompt_cache.read_prompt_cache(path)
+    converted = prompt_cache.adopt_prompt_cache(model, caches)
     assert converted == sum(layer.compressed for layer in report.layers)
     assert classes(caches) == COMPRESSED[model_type]
-    rotors = [(i, c) for i, _, c in integration.leaves(caches) if isinstance(c, RotorKVCache)]
+    rotors = [(i, c) for i, _, c in leaves(caches) if isinstance(c, RotorKVCache)]
     assert all(c.layer == i and c.config == COARSE and c.packed_tokens == 192 for i, c in rotors)
     assert tiny.logits(model, tiny.tokens(3), caches).shape == (1, 3, tiny.VOCABULARY)
 
@@ -487,7 +488,7 @@ def test_a_cache_of_another_model_or_configuration_is_refused(make, reason: str)
     integration.apply(model, K8V8)
     before = list(caches)
     with pytest.raises(ValueError, match=rf"^\[prompt cache\] .*{reason}.*\.$"):
-        integration.adopt_prompt_cache(model, caches)
+        prompt_cache.adopt_prompt_cache(model, caches)
     assert all(cache is old for cache, old in zip(caches, before, strict=True))
 
 
@@ -496,7 +497,7 @@ def test_a_sliding_window_of_another_size_is_refused() -> None:
     caches = make_prompt_cache(other)
     integration.apply(model)
     with pytest.raises(ValueError, match=r"a window of 32 tokens in layer 0, but .* has 16"):
-        integration.adopt_prompt_cache(model, caches)
+        prompt_cache.adopt_prompt_cache(model, caches)
 
 
 def another_version(path) -> None:
@@ -544,10 +545,10 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, damage, reason: str) -> 
     integration.apply(model)
     path = tmp_path / "cache.safetensors"
     saved(path, model)
-    integration.read_prompt_cache(str(path))
+    prompt_cache.read_prompt_cache(str(path))
     damage(path)
     with pytest.raises(ValueError, match=rf"(?s)^\[prompt cache\] .*{reason}") as error:
-        integration.read_prompt_cache(str(path))
+        prompt_cache.read_prompt_cache(str(path))
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
 
