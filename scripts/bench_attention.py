@@ -32,11 +32,19 @@ FILL_TOKENS = 2048
 
 
 def contenders(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, bits: list[int]
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: mx.Dtype,
+    bits: list[int],
+    *,
+    batch: int = 1,
 ) -> dict[str, Callable[[], mx.array]]:
     """One step of decode attention for each cache, filled with the same random tokens."""
-    keys, values = (mx.random.normal((1, kv_heads, tokens, head_dim)).astype(dtype) for _ in "kv")
-    query = mx.random.normal((1, heads, 1, head_dim)).astype(dtype)
+    shape = (batch, kv_heads, tokens, head_dim)
+    keys, values = (mx.random.normal(shape).astype(dtype) for _ in "kv")
+    query = mx.random.normal((batch, heads, 1, head_dim)).astype(dtype)
     scale = head_dim**-0.5
     quantized = QuantizedKVCache(group_size=64, bits=4)
     quantized_keys, quantized_values = quantized.update_and_fetch(keys, values)
