@@ -143,6 +143,7 @@ def info(
     console = Console()
     console.print(report.layer_table())
     console.print(report.memory_table())
+    console.print(f"Backend: {_backends().describe()}", highlight=False)
 
 
 @app.command()
@@ -224,6 +225,7 @@ class _Session:
         for model, caches in self.made:
             for line in _integration().model_report(model).usage(caches).splitlines():
                 _say(line)
+        _say(f"backend {_backends().describe()}")
 
 
 def _config(*fields: Any) -> RotorConfig:
@@ -290,6 +292,10 @@ def _tool(name: str) -> ModuleType:
 def _integration() -> ModuleType:
     # mlx-lm takes two seconds to import, and --help and --version need none of it.
     return importlib.import_module("rotormlx.integration")
+
+
+def _backends() -> ModuleType:
+    return importlib.import_module("rotormlx.backends")
 
 
 def _prompt_cache() -> ModuleType:

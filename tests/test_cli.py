@@ -13,6 +13,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, sav
 from typer.testing import CliRunner, Result
 
 from rotormlx import cli, demo, hook, integration
+from rotormlx.backends import describe
 from rotormlx.config import RotorConfig
 
 # The attribute mlx_lm.generate is the function of that name.
@@ -89,7 +90,8 @@ def test_generate_gives_the_text_of_mlx_lm(llama: str) -> None:
 def test_generate_says_what_it_compressed(llama: str, options, name: str, bits: float) -> None:
     result = run("generate", *options, "--model", llama, *LONG, *QUIET)
     assert result.exit_code == 0, result.output
-    first, second = result.stderr.splitlines()
+    first, second, third = result.stderr.splitlines()
+    assert third == f"rotormlx: backend {describe()}"
     assert first == f"rotormlx: llama: 2 of 2 caches compressed, {name}, {bits:.3f} bits a value"
     tokens = len(LONG_PROMPT) + 5
     match = re.fullmatch(

@@ -8,7 +8,7 @@ import pytest
 
 from rotormlx import codebook, reference
 from rotormlx.attention import attend_view
-from rotormlx.backends import backend, mlx_ops
+from rotormlx.backends import backend, describe, mlx_ops
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.view import KVView
@@ -101,6 +101,22 @@ def test_special_rows_are_the_reference(role, kind, bits):
 
 def to_mlx(a):
     return None if a is None else mx.array(a)
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_ties_go_to_the_larger_magnitude(bits):
+    limits = mx.array(codebook.boundaries(bits))
+    below = mx.array(np.nextafter(codebook.boundaries(bits), np.float32(0)))
+    assert mlx_ops.nearest_magnitude(limits, bits).tolist() == list(range(1, limits.size + 1))
+    assert mlx_ops.nearest_magnitude(below, bits).tolist() == list(range(limits.size))
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_centres_leave_whole_broken_rows_out(broken):
+    x = rows((1, 2, BLOCK, 80))
+    x[:, 1, 5::7, 3] = broken
+    found = np.array(mlx_ops.block_means(mx.array(x)))
+    assert np.allclose(found, reference.block_means(x.astype(np.float64)), rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -220,6 +236,21 @@ def test_attend_ignores_lanes_behind_the_last_token(missing):
     check(RotorConfig(), (64, 80), "none", missing=missing)
 
 
+def test_attend_ignores_whatever_stands_behind_the_last_token():
+    """A trim may leave rows behind it that were not finite."""
+    views, (keys, values) = make_views(RotorConfig(), 64, 80, 3, 13, mx.float32)
+    spoiled = []
+    for view in views:
+        scales = np.array(view.packed.scales)
+        scales[:, :, -1, BLOCK - 13 :] = np.nan
+        spoiled.append(replace(view, packed=view.packed._replace(scales=mx.array(scales))))
+    q = queries(64, L, mx.float32)
+    expected = reference.attend(float64(q), keys, values, scale=0.1)
+    found = np.array(attend_view(q, *spoiled, scale=0.1))
+    # As in check().
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
 def test_attend_without_tail():
     check(RotorConfig(), (64, 80), "none", tail=0, missing=13, length=1)
 
@@ -229,6 +260,13 @@ def test_attend_tile_by_tile(mask, monkeypatch):
     """Tiles much smaller than the history give what one tile gives."""
     monkeypatch.setattr(mlx_ops, "TILE_TOKENS", BLOCK)
     check(RotorConfig(), (64, 80), mask)
+
+
+@pytest.mark.parametrize("tail", range(64, 72))
+def test_causal_mask_at_the_edge_of_a_tile(tail, monkeypatch):
+    """The first query stops seeing before, at and behind the end of a tile of the tail."""
+    monkeypatch.setattr(mlx_ops, "TILE_TOKENS", BLOCK)
+    check(RotorConfig(), (64, 80), "causal", tail=tail)
 
 
 def test_attend_of_many_queries_takes_small_tiles(monkeypatch):
@@ -311,9 +349,19 @@ def test_attend_refuses(change, message):
         attend_view(arguments.pop("q"), keys, values, scale=0.1, **arguments)
 
 
+def test_backend_says_why_it_is_not_a_better_one(monkeypatch):
+    monkeypatch.delenv("ROTORMLX_BACKEND", raising=False)
+    if backend().name == "metal":
+        assert describe() == "metal"
+    else:
+        assert describe().startswith("mlx (no metal, MLX ")
+    monkeypatch.setenv("ROTORMLX_BACKEND", "mlx")
+    assert describe() == "mlx (named by ROTORMLX_BACKEND)"
+
+
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("ROTORMLX_BACKEND", "abacus")
     with pytest.raises(
-        RuntimeError, match="ROTORMLX_BACKEND must be one of mlx, but it is 'abacus'"
+        RuntimeError, match="ROTORMLX_BACKEND must be one of metal, mlx, but it is 'abacus'"
     ):
         backend()

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 
+from rotormlx.backends.metal import MetalBackend, missing
 from rotormlx.backends.mlx_ops import MLXBackend
 
-_BACKENDS = {"mlx": MLXBackend}
+# Best first, each with what tells why this process cannot run it.
+_BACKENDS: dict[str, tuple[type[MLXBackend], Callable[[], str | None]]] = {
+    "metal": (MetalBackend, missing),
+    "mlx": (MLXBackend, lambda: None),
+}
 
 
 def backend() -> MLXBackend:
     """The backend of this process: the one named by ``ROTORMLX_BACKEND``, else the best there is.
 
     Raises:
-        RuntimeError: If the name is not of a backend.
+        RuntimeError: If the name is not of a backend, or this process cannot run it.
     """
-    return _backend(os.environ.get("ROTORMLX_BACKEND", "mlx"))
-
-
-@cache
-def _backend(name: str) -> MLXBackend:
-    if name not in _BACKENDS:
+    name = os.environ.get("ROTORMLX_BACKEND")
+    if name is None:
+        name = next(name for name, (_, lack) in _BACKENDS.items() if lack() is None)
+    elif name not in _BACKENDS:
         raise RuntimeError(
             f"[backend] ROTORMLX_BACKEND must be one of {', '.join(_BACKENDS)}, but it is "
             f"{name!r}; unset it for the automatic choice."
         )
-    return _BACKENDS[name]()
+    elif (reason := _BACKENDS[name][1]()) is not None:
+        raise RuntimeError(
+            f"[backend] ROTORMLX_BACKEND is {name!r}, but {reason}; unset it for the automatic "
+            "choice."
+        )
+    return _instance(name)
+
+
+def describe() -> str:
+    """The backend's name, and why the automatic choice took no better one."""
+    name = backend().name
+    if "ROTORMLX_BACKEND" in os.environ:
+        return f"{name} (named by ROTORMLX_BACKEND)"
+    better = list(_BACKENDS)[: list(_BACKENDS).index(name)]
+    reasons = "; ".join(f"no {other}, {_BACKENDS[other][1]()}" for other in better)
+    return f"{name} ({reasons})" if reasons else name
+
+
+@cache
+def _instance(name: str) -> MLXBackend:
+    return _BACKENDS[name][0]()

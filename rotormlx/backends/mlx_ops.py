@@ -77,7 +77,7 @@ class MLXBackend:
 
         Source: docs/FORMAT.md, section 5.
         """
-        _check_rows(x, codec)
+        check_rows(x, codec)
         batch, heads, tokens, head_dim = x.shape
         x = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
         tile = max(1, TILE_VALUES // (batch * heads * BLOCK * head_dim))
@@ -241,7 +241,11 @@ def attend_packed(
 
         state, weights = advance(state, scores)
         words, scales = (a[:, :, blocks] for a in values.packed[:2])
-        weights = in_word_order(weights * scales.astype(mx.float32)[..., None, :], values.codec)
+        # The scale of a hidden token may be anything, NaN among them.
+        weights = mx.where(
+            weights == 0, mx.array(0.0), weights * scales.astype(mx.float32)[..., None, :]
+        )
+        weights = in_word_order(weights, values.codec)
         output = (weights @ levels(after(weights, words), values.codec)).sum(2)
         state = state._replace(output=state.output + output)
 
@@ -533,7 +537,8 @@ def magnitude_polynomial(bits: int) -> tuple[float, tuple[float, ...]]:
     return offset, tuple(np.linalg.solve(np.vander(t), sizes).tolist())
 
 
-def _check_rows(x: mx.array, codec: Codec) -> None:
+def check_rows(x: mx.array, codec: Codec) -> None:
+    """Refuse rows of a shape or dtype that cannot be encoded."""
     if x.ndim != 4 or x.shape[-1] != codec.head_dim or x.shape[2] % BLOCK:
         raise ValueError(
             f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a multiple of "

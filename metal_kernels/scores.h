@@ -1,0 +1,26 @@
+// What the attention kernels have in common: hidden scores and masks.
+
+// The score of a hidden token. Finite, because fast math need not know infinity.
+constant float HIDDEN = -3.402823466e38f;
+
+// exp(x - top), or 0 for what is hidden.
+METAL_FUNC float share_of(float x, float top) { return x <= HIDDEN ? 0.0f : exp(x - top); }
+
+// The score of a token that exists, under the mask. MASK is 0 (none), 1 (causal), 2 (boolean, true means
+// visible) or 3 (additive). Row `row` of `rows` of a KV head is query `row % length` of its query head
+// `row / length`.
+template <int MASK, typename Mask>
+METAL_FUNC float masked(
+    float score, Mask mask, const constant int64_t* strides,  // [B, H, L, S]
+    int batch, int kv_head, int rows, int row, int length, int position, int tokens) {
+  const int place = row % length;
+  if (MASK == 1) return position <= tokens - length + place ? score : HIDDEN;
+  if (MASK >= 2) {
+    const int head = kv_head * (rows / length) + row / length;
+    const int64_t at =
+        batch * strides[0] + head * strides[1] + place * strides[2] + position * strides[3];
+    if (MASK == 2) return bool(mask[at]) ? score : HIDDEN;
+    return score + float(mask[at]);
+  }
+  return score;
+}

@@ -1,0 +1,252 @@
+"""Everything a Mac can tell about speed: ``python scripts/bench_metal.py``.
+
+Decode attention, encoding, prefill, the paper's quantizer comparison and, with ``--model``, tokens
+a second end to end. Contenders of a row run in one process, in turn; figures are medians. Bytes are
+those that must be read and written at least; the share is of the copy bandwidth measured first.
+Writes JSON and a plot. It runs on any device, so that a small run can be tried without a Mac.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+import mlx_lm
+import typer
+from bench_attention import contenders, median_ms
+from matplotlib import pyplot as plt
+from mlx_lm.models.cache import make_prompt_cache
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import rotormlx
+from rotormlx.attention import attend_view
+from rotormlx.backends import backend
+from rotormlx.backends.metal import rotor3_quantize_dequantize
+from rotormlx.backends.mlx_ops import levels_of_codes, matrix, nearest_magnitude
+from rotormlx.cache import RotorKVCache
+from rotormlx.config import RotorConfig
+from rotormlx.format import KEY, VALUE, codec
+from rotormlx.rotation import rotation
+
+Row = dict[str, Any]
+HEAD_DIM, KV_HEADS = 128, 8
+PAPER_BITS = 3
+
+
+def copy_bandwidth(runs: int, size: int) -> float:
+    """Bytes a second, read and written, of copying an array of ``size`` bytes."""
+    x = mx.zeros((size // 4,), mx.float32)
+    mx.eval(x)
+    return 2e3 * size / median_ms({"copy": lambda: x + 1.0}, runs)["copy"]
+
+
+def decode_attention(contexts: list[int], runs: int) -> list[Row]:
+    """One query token over a history, for several groupings and batches."""
+    rows = []
+    cases = list(product((1, 4, 8), (1, 8), contexts))
+    for repeats, batch, tokens in track(cases, "Decode attention"):
+        heads = KV_HEADS * repeats
+        steps = contenders(tokens, heads, KV_HEADS, HEAD_DIM, mx.float16, [4, 3], batch=batch)
+        values = 2 * batch * KV_HEADS * tokens * HEAD_DIM
+        bits = {"exact (mx.fast)": 16, "mlx-lm 4 bit": 4.5}
+        for name, ms in median_ms(steps, runs).items():
+            width = bits.get(name) or rotor_bits(name)
+            case = {"gqa": repeats, "batch": batch, "tokens": tokens}
+            rows.append({**case, "contender": name, "ms": ms, "bytes": values * width / 8})
+    return rows
+
+
+def rotor_bits(name: str) -> float:
+    """True bits a value of ``rotormlx 4 bit`` and its like."""
+    config = RotorConfig(*[int(name.split()[1])] * 2)
+    codecs = [codec(config, HEAD_DIM, layer=0, role=role) for role in (KEY, VALUE)]
+    return sum(c.bits_per_value for c in codecs) / 2
+
+
+def encoding(runs: int) -> list[Row]:
+    """Keys and values of a chunk to packed blocks."""
+    rows = []
+    for role, bits, tokens in product((KEY, VALUE), (4, 3), (64, 512, 4096)):
+        chosen = codec(RotorConfig(bits, bits), HEAD_DIM, layer=0, role=role)
+        x = mx.random.normal((1, KV_HEADS, tokens, HEAD_DIM)).astype(mx.float16)
+        mx.eval(x)
+        ms = median_ms({"encode": lambda x=x, c=chosen: backend().encode(x, c)}, runs)["encode"]
+        size = x.nbytes + KV_HEADS * tokens // 64 * chosen.block_bytes
+        name = f"{role}s, {bits} bit"
+        rows.append({"tokens": tokens, "contender": name, "ms": ms, "bytes": size})
+    return rows
+
+
+def prefill(contexts: list[int], runs: int, length: int) -> list[Row]:
+    """A chunk of queries over a history, causally."""
+    rows = []
+    for tokens in contexts:
+        keys, values = (
+            mx.random.normal((1, KV_HEADS, tokens + length, HEAD_DIM)).astype(mx.float16)
+            for _ in "kv"
+        )
+        query = mx.random.normal((1, 4 * KV_HEADS, length, HEAD_DIM)).astype(mx.float16)
+        cache = RotorKVCache()
+        cache.update_and_fetch(keys[:, :, :tokens], values[:, :, :tokens])
+        views = cache.update_and_fetch(keys[:, :, tokens:], values[:, :, tokens:])
+        mx.eval(keys, values, query, cache.state)
+        exact = partial(mx.fast.scaled_dot_product_attention, query, keys, values)
+        steps = {
+            "exact (mx.fast)": partial(exact, scale=HEAD_DIM**-0.5, mask="causal"),
+            "rotormlx 4 bit": partial(
+                attend_view, query, *views, scale=HEAD_DIM**-0.5, mask="causal"
+            ),
+        }
+        for name, ms in median_ms(steps, runs).items():
+            rows.append({"tokens": tokens, "queries": length, "contender": name, "ms": ms})
+    return rows
+
+
+def paper_table(counts: list[int], runs: int) -> list[Row]:
+    """Fused rotor3 against a dense rotation by matrix product, as the paper compares them."""
+    dense = matrix(rotation("dense", HEAD_DIM, role=VALUE))
+
+    def dense_quantizer(x: mx.array) -> mx.array:
+        rotated = x @ dense.T
+        norm = mx.linalg.norm(rotated, axis=-1, keepdims=True)
+        z = rotated * (HEAD_DIM**0.5 / norm)
+        index = nearest_magnitude(mx.abs(z), PAPER_BITS)
+        codes = index | ((z < 0).astype(mx.uint32) << (PAPER_BITS - 1))
+        return (levels_of_codes(codes, PAPER_BITS) * (norm / HEAD_DIM**0.5)) @ dense
+
+    rows = []
+    for count in track(counts, "Paper's table"):
+        x = mx.random.normal((count, HEAD_DIM))
+        mx.eval(x)
+        steps: dict[str, Callable[[], mx.array]] = {
+            "dense matmul": lambda x=x: dense_quantizer(x),
+            "fused rotor3": lambda x=x: rotor3_quantize_dequantize(x, PAPER_BITS),
+        }
+        if backend().name != "metal":
+            del steps["fused rotor3"]
+        for name, ms in median_ms(steps, runs).items():
+            rows.append({"n": count, "contender": name, "ms": ms, "bytes": 2 * x.nbytes})
+    return rows
+
+
+def end_to_end(path: str, contexts: list[int]) -> list[Row]:
+    """Tokens a second of generation after a prompt, with the exact cache and with ours."""
+    model, tokenizer = mlx_lm.load(path)
+    makers = {
+        "exact": lambda: make_prompt_cache(model),
+        "rotormlx 4 bit": lambda: rotormlx.make_prompt_cache(model),
+    }
+    rows = []
+    for tokens in contexts:
+        prompt = mx.random.randint(0, 1000, (tokens,))
+        for name, make in makers.items():
+            responses = mlx_lm.stream_generate(
+                model, tokenizer, prompt, max_tokens=64, prompt_cache=make()
+            )
+            *_, last = responses
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "contender": name,
+                    "prompt tokens a second": last.prompt_tps,
+                    "tokens a second": last.generation_tps,
+                }
+            )
+    rotormlx.remove(model)
+    return rows
+
+
+def add_rates(rows: list[Row], bandwidth: float) -> None:
+    """GB/s and the share of the copy bandwidth, where bytes are known."""
+    for row in rows:
+        if "bytes" in row:
+            row["GB/s"] = row["bytes"] / row["ms"] / 1e6
+            row["share of copy"] = 1e9 * row["GB/s"] / bandwidth
+
+
+def print_table(console: Console, title: str, rows: list[Row]) -> None:
+    """One table; numbers with three digits that count."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "contender" else "right")
+    for row in rows:
+        table.add_row(*(f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def plot(rows: list[Row], title: str, path: Path) -> None:
+    """Time of decode attention over the length of the history, a panel for each case."""
+    cases = sorted({(row["gqa"], row["batch"]) for row in rows})
+    figure, panels = plt.subplots(
+        1, len(cases), figsize=(3.2 * len(cases), 3.6), sharey=True, squeeze=False
+    )
+    for panel, (gqa, batch) in zip(panels[0], cases, strict=True):
+        here = [row for row in rows if (row["gqa"], row["batch"]) == (gqa, batch)]
+        for name in dict.fromkeys(row["contender"] for row in here):
+            points = [(row["tokens"], row["ms"]) for row in here if row["contender"] == name]
+            panel.loglog(*zip(*points, strict=True), marker="o", label=name)
+        panel.set_title(f"GQA {gqa}, batch {batch}")
+        panel.set_xlabel("tokens")
+    panels[0][0].set_ylabel("ms a step")
+    panels[0][-1].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(
+    contexts: Annotated[
+        str, typer.Option(help="History lengths, comma-separated.")
+    ] = "1024,4096,16384,65536,131072",
+    counts: Annotated[
+        str, typer.Option(help="Vectors in the paper's table.")
+    ] = "1024,4096,16384,65536",
+    runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 21,
+    prefill_length: Annotated[int, typer.Option(help="Queries of a prefill chunk.")] = 512,
+    copy_mb: Annotated[int, typer.Option(help="Size of the array copied for bandwidth.")] = 512,
+    model: Annotated[str | None, typer.Option(help="Also time this model end to end.")] = None,
+    output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-metal"),
+) -> None:
+    """Measure and print every table."""
+    console = Console()
+    lengths = [int(c) for c in contexts.split(",")]
+    bandwidth = copy_bandwidth(runs, copy_mb * 2**20)
+    device = f"{mx.default_device()}, backend {backend().name}, MLX {mx.__version__}"
+    console.print(f"{device}; copying moves {bandwidth / 1e9:.1f} GB/s")
+
+    tables = {
+        "Decode attention, float16, head_dim 128": decode_attention(lengths, runs),
+        "Encoding, float16, head_dim 128": encoding(runs),
+        f"Prefill of {prefill_length} queries, GQA 4": prefill(lengths, runs, prefill_length),
+        "Quantize and dequantize, float32, d = 128, 3 bit": paper_table(
+            [int(c) for c in counts.split(",")], runs
+        ),
+    }
+    if model is not None:
+        tables[f"End to end, {model}"] = end_to_end(model, lengths)
+    for title, rows in tables.items():
+        add_rates(rows, bandwidth)
+        print_table(console, title, rows)
+
+    output.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "device": device,
+        "date": time.strftime("%Y-%m-%d"),
+        "copy_bytes_a_second": bandwidth,
+        "tables": tables,
+    }
+    (output / "figures.json").write_text(json.dumps(facts, indent=2) + "\n")
+    plot(next(iter(tables.values())), device, output / "decode.svg")
+    console.print(f"Written: {output}/figures.json and {output}/decode.svg")
+
+
+if __name__ == "__main__":
+    typer.run(main)
