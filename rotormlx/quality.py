@@ -55,6 +55,14 @@ class Scores:
     targets: NDArray[np.int64]
     packed_tokens: NDArray[np.int64]
 
+    def first(self, predictions: int) -> Scores:
+        """The scores of the first predictions only."""
+        return Scores(
+            self.log_probs[:predictions],
+            self.targets[:predictions],
+            self.packed_tokens[:predictions],
+        )
+
     def perplexity(self, start: int = 0) -> float:
         """Perplexity of the tokens from prediction ``start`` on."""
         rows = np.arange(start, len(self.targets))

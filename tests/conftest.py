@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +23,20 @@ def smollm2(smollm2_path: Path) -> tuple[Any, Any]:
     """The same, loaded: model and tokenizer."""
     model, tokenizer = mlx_lm.load(str(smollm2_path))
     return model, tokenizer
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Keeps a measured figure for the end of the run, where all of them are printed."""
+    return lambda text: record_property("figure", text)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the figures that tests have measured."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", [])]
+    figures = dict.fromkeys(text for name, text in properties if name == "figure")
+    if figures:
+        terminalreporter.section("measured")
+        for text in figures:
+            terminalreporter.write_line(text)

@@ -5,6 +5,7 @@ memory access they make. Mutated kernels must fail.
 """
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -38,6 +39,7 @@ needs_clang = pytest.mark.skipif(
 DTYPES = {"f16": mx.float16, "bf16": mx.bfloat16, "f32": mx.float32}
 # Half a unit in the last place of 1.
 ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 # Hidden tokens before the others of a batch row, for each row before it.
 PADDING = 40
 REAL_METAL_KERNEL = mx.fast.metal_kernel
@@ -281,6 +283,26 @@ def test_attend_with_bits(monkeypatch, dtype, bits, length):
 def test_attend_with_head_dim(monkeypatch, dims, length):
     case = Case(dims=dims, length=length, bits=(3, 4), batch=1, kv_heads=2, dtype="bf16")
     check(monkeypatch, case)
+
+
+# Decode: every head_dim, width and dtype; prefill: every head_dim and width. Masks take turns, and
+# dtypes where they are not crossed.
+_MASK_TURNS = itertools.cycle(MASKS)
+_DTYPE_TURNS = itertools.cycle(DTYPES)
+EVERY = [
+    pytest.param(d, bits, dtype, next(_MASK_TURNS), 1, id=f"decode-d{d}-b{bits}-{dtype}")
+    for d, bits, dtype in itertools.product(HEAD_DIMS, codebook.BITS, DTYPES)
+] + [
+    pytest.param(d, bits, next(_DTYPE_TURNS), next(_MASK_TURNS), 17, id=f"prefill-d{d}-b{bits}")
+    for d, bits in itertools.product(HEAD_DIMS, codebook.BITS)
+]
+
+
+@pytest.mark.parametrize(("head_dim", "bits", "dtype", "mask", "length"), EVERY)
+def test_attend_in_every_combination(monkeypatch, head_dim, bits, dtype, mask, length):
+    shapes = {"batch": 1, "kv_heads": 1, "blocks": 2, "tail": 5, "length": length}
+    variant = {"dims": (head_dim, head_dim), "bits": (bits, bits), "dtype": dtype, "mask": mask}
+    check(monkeypatch, Case(**shapes, **variant))
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 4, 5, 7, 8, 9])
@@ -726,14 +748,14 @@ def is_caught(name, case, old, new):
 
 
 @needs_emulator
-def test_mutated_kernels_fail():
+def test_mutated_kernels_fail(figure):
     missed = []
     count = 0
     for name, case, old, new, changes in mutations():
         count += 1
         if not is_caught(name, replace(case, **changes), old, new):
             missed.append((name, old, new))
-    print(f"{count - len(missed)} of {count} mutations caught")
+    figure(f"attention kernels: {count - len(missed)} of {count} mutations caught")
     assert not missed, "\n".join(map(repr, missed))
 
 
