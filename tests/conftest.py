@@ -31,6 +31,15 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str], No
     return lambda text: record_property("figure", text)
 
 
+# They take minutes: started first, the processes end at about the same time.
+_LONG_FILES = ("test_real_model", "test_metal_attend", "test_metal_kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the long files first."""
+    items.sort(key=lambda item: item.path.stem not in _LONG_FILES)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the figures that tests have measured."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]

@@ -285,20 +285,16 @@ def test_attend_with_head_dim(monkeypatch, dims, length):
     check(monkeypatch, case)
 
 
-# Decode: every head_dim, width and dtype; prefill: every head_dim and width. Masks take turns, and
-# dtypes where they are not crossed.
+# Every head_dim, width and dtype, with masks in turn; and every mask with every width.
 _MASK_TURNS = itertools.cycle(MASKS)
-_DTYPE_TURNS = itertools.cycle(DTYPES)
 EVERY = [
-    pytest.param(d, bits, dtype, next(_MASK_TURNS), 1, id=f"decode-d{d}-b{bits}-{dtype}")
-    for d, bits, dtype in itertools.product(HEAD_DIMS, codebook.BITS, DTYPES)
-] + [
-    pytest.param(d, bits, next(_DTYPE_TURNS), next(_MASK_TURNS), 17, id=f"prefill-d{d}-b{bits}")
-    for d, bits in itertools.product(HEAD_DIMS, codebook.BITS)
+    *((*case, next(_MASK_TURNS)) for case in itertools.product(HEAD_DIMS, codebook.BITS, DTYPES)),
+    *((80, bits, "f16", mask) for bits, mask in itertools.product(codebook.BITS, MASKS)),
 ]
 
 
-@pytest.mark.parametrize(("head_dim", "bits", "dtype", "mask", "length"), EVERY)
+@pytest.mark.parametrize("length", [1, 17], ids=["decode", "prefill"])
+@pytest.mark.parametrize(("head_dim", "bits", "dtype", "mask"), dict.fromkeys(EVERY), ids=str)
 def test_attend_in_every_combination(monkeypatch, head_dim, bits, dtype, mask, length):
     shapes = {"batch": 1, "kv_heads": 1, "blocks": 2, "tail": 5, "length": length}
     variant = {"dims": (head_dim, head_dim), "bits": (bits, bits), "dtype": dtype, "mask": mask}
