@@ -173,7 +173,7 @@ def _hadamard(d: int, name: Name) -> Rotation:
 def _rotor3(d: int, name: Name) -> Rotation:
     """The published method: sandwich products of neighbouring threes; a plane for a last pair."""
     groups, rest = divmod(d, 3)
-    stages = [Stage(0, 1, _grouped(_sandwich_blocks(_rotors(groups, (*name, 0))), 1))]
+    stages = [Stage(0, 1, _grouped(algebra.sandwich_matrix(_rotors(groups, (*name, 0))), 1))]
     parameters, multiply_adds = 4 * groups, 9 * groups
     if rest == 2:
         stages.append(Stage(3 * groups, 1, _grouped(_plane_blocks(_planes(1, (*name, 1))), 1)))
@@ -182,7 +182,7 @@ def _rotor3(d: int, name: Name) -> Rotation:
 
 
 def _iso4(d: int, name: Name) -> Rotation:
-    blocks = _left_blocks(_rotors(d // 4, (*name, 0)))
+    blocks = algebra.left_matrix(_rotors(d // 4, (*name, 0)))
     return _from_stages("iso4", d, [Stage(0, 1, _grouped(blocks, 1))], d, 0, 4 * d)
 
 
@@ -268,14 +268,6 @@ def _rotors(count: int, name: Name) -> Floats:
 def _planes(count: int, name: Name) -> Floats:
     xy = Stream(*name).disc(count)
     return xy / np.sqrt(xy[:, :1] * xy[:, :1] + xy[:, 1:] * xy[:, 1:])
-
-
-def _sandwich_blocks(rotors: Floats) -> Floats:
-    return algebra.sandwich_matrix(rotors)
-
-
-def _left_blocks(rotors: Floats) -> Floats:
-    return algebra.left_matrix(rotors)
 
 
 def _plane_blocks(planes: Floats) -> Floats:
