@@ -1,7 +1,7 @@
 // Packed blocks to the vectors they stand for (docs/FORMAT.md, section 6).
 //
-// One threadgroup a block of one KV head; LANES lanes a row, THREADS / LANES rows at once. Rows are un-rotated in
-// threadgroup memory and share nothing, so no barrier reaches beyond a simdgroup.
+// One threadgroup a block of one KV head. As in encode.metal, a lane has its channels of ROWS tokens in registers and rows
+// exchange numbers by shuffles; rows share nothing, so there is neither threadgroup memory nor a barrier.
 //
 // Template arguments, and the macros CENTRES and CHANNEL_SCALE for the inputs, as in encode.metal.
 //
@@ -13,39 +13,55 @@
 // out            T       [B, K, N * BLOCK, D]
 
 // kernel body
+  using Channels = LaneRow<D, LANES, HELD>;
+  constexpr uint CHANNELS = Channels::CHANNELS;
   constexpr uint WORKERS = THREADS / LANES;
+  constexpr uint ROWS = BLOCK / WORKERS;    // tokens of a lane: every WORKERS-th
   constexpr uint PACKED = KEY ? D : BLOCK;  // codes along the packed axis
-  threadgroup float rows[WORKERS * D];      // [WORKERS, D]
 
   const uint3 place = threadgroup_position_in_grid;  // (N, K, B)
-  const uint worker =
-      simdgroup_index_in_threadgroup * (32 / LANES) + thread_index_in_simdgroup / LANES;
-  const uint lane = thread_index_in_simdgroup % LANES;
+  const uint worker = thread_position_in_threadgroup.x / LANES;
+  const uint lane = thread_position_in_threadgroup.x % LANES;
   const long block = (long(place.z) * words_shape[1] + place.y) * words_shape[2] + place.x;
   device const uint* block_words = words + place.z * words_strides[0] +
       place.y * words_strides[1] + place.x * words_strides[2];
   device const half* block_scales = scales + place.z * scales_strides[0] +
       place.y * scales_strides[1] + place.x * scales_strides[2];
-  threadgroup float* row = rows + worker * D;
 
-  for (uint token = worker; token < BLOCK; token += WORKERS) {
+  float rows[ROWS * CHANNELS];  // [ROWS, CHANNELS]; channels that do not exist are 0
+  for (uint r = 0; r < ROWS; ++r) {
+    const uint token = worker + r * WORKERS;
     const float scale = float(block_scales[token * scales_strides[3]]);
-    for (uint c = lane; c < D; c += LANES) {
-      device const uint* first = block_words + (KEY ? token : c) * words_strides[4];
-      const uint code = code_at<BITS, PACKED>(first, words_strides[3], KEY ? c : token);
-      row[c] = scale * level_of_code<BITS>(code);
+    for (uint p = 0; p < CHANNELS; ++p) {
+      const uint c = Channels::channel(lane, p);
+      float number = 0.0f;
+      if (Channels::exists(c)) {
+        device const uint* first = block_words + (KEY ? token : c) * words_strides[4];
+        const uint code = code_at<BITS, PACKED>(first, words_strides[3], KEY ? c : token);
+        number = scale * level_of_code<BITS>(code);
+      }
+      rows[r * CHANNELS + p] = number;
     }
-    lane_barrier();  // row written
-    unrotate_row<LANES>(row, coefficients, lane);
-    for (uint c = lane; c < D; c += LANES) {
-      float number = row[c];
+  }
+
+  unrotate_rows<LANES, ROWS>(rows, coefficients, lane);
+
+  for (uint p = 0; p < CHANNELS; ++p) {
+    const uint c = Channels::channel(lane, p);
+    if (Channels::exists(c)) {
+      float channel_factor = 1.0f;
+      float centre = 0.0f;
 #ifdef CHANNEL_SCALE
-      number *= channel_scale[place.y * channel_scale_strides[0] + c * channel_scale_strides[1]];
+      channel_factor =
+          channel_scale[place.y * channel_scale_strides[0] + c * channel_scale_strides[1]];
 #endif
 #ifdef CENTRES
-      number += float(centres[place.z * centres_strides[0] + place.y * centres_strides[1] +
-                              place.x * centres_strides[2] + c * centres_strides[3]]);
+      centre = float(centres[place.z * centres_strides[0] + place.y * centres_strides[1] +
+                             place.x * centres_strides[2] + c * centres_strides[3]]);
 #endif
-      out[(block * BLOCK + token) * D + c] = T(number);
+      for (uint r = 0; r < ROWS; ++r) {
+        const float number = fma(rows[r * CHANNELS + p], channel_factor, centre);
+        out[(block * BLOCK + worker + r * WORKERS) * D + c] = T(number);
+      }
     }
   }

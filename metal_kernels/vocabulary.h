@@ -18,6 +18,3 @@ DEVICE_FN half half_of_bits(ushort bits) { return as_type<half>(bits); }
 // What the lane whose number differs by the bits of `mask` brings; all lanes of a simdgroup meet here.
 DEVICE_FN float shuffle_xor(float x, ushort mask) { return simd_shuffle_xor(x, mask); }
 DEVICE_FN uint shuffle_xor(uint x, ushort mask) { return simd_shuffle_xor(x, mask); }
-
-// Behind it, lanes read what lanes of their simdgroup wrote to threadgroup memory before it.
-DEVICE_FN void lane_barrier() { simdgroup_barrier(mem_flags::mem_threadgroup); }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +37,19 @@ class Stage:
     Args:
         start: First channel of the stage.
         stride: Distance between the channels of a group.
-        blocks: float64 ``[outer, stride, radix, radix]``, one orthogonal matrix a group.
+        kind: What the blocks are, one of ``BLOCKS``.
+        coefficients: float64 ``[outer, stride, n]``, the numbers that make a block of its kind.
     """
 
     start: int
     stride: int
-    blocks: Floats
+    kind: str
+    coefficients: Floats
+
+    @cached_property
+    def blocks(self) -> Floats:
+        """float64 ``[outer, stride, radix, radix]``, one orthogonal matrix a group."""
+        return _frozen(BLOCKS[self.kind](self.coefficients))
 
     @property
     def radix(self) -> int:
@@ -52,7 +59,7 @@ class Stage:
     @property
     def outer(self) -> int:
         """Runs of ``radix * stride`` channels."""
-        return int(self.blocks.shape[0])
+        return int(self.coefficients.shape[0])
 
     @property
     def stop(self) -> int:
@@ -148,9 +155,14 @@ def _cascade(d: int, name: Name) -> Rotation:
     stages, sign_bits, adds, stride = [], 0, 0, 1
     for index, radix in enumerate(_factors(d) or ()):
         groups = d // radix
-        signs = _sign_rows(groups, _SIGNS_A_GROUP.get(radix, radix), (*name, index))
-        blocks = _SIGNED_BLOCKS[radix](signs)
-        stages.append(Stage(0, stride, _grouped(blocks, stride)))
+        signs = _sign_rows(groups, 1 if radix == 2 else radix, (*name, index))
+        kind, coefficients = f"Odd{radix}", signs
+        if radix == 4:
+            kind, coefficients = "Left", signs / 2
+        elif radix == 2:
+            kind = "Plane"
+            coefficients = np.concatenate([np.ones_like(signs), signs], 1) * np.sqrt(0.5)
+        stages.append(_stage(stride, kind, coefficients))
         sign_bits += signs.size
         adds += groups * _SIGNED_MULTIPLY_ADDS[radix]
         stride *= radix
@@ -158,14 +170,14 @@ def _cascade(d: int, name: Name) -> Rotation:
 
 
 def _hadamard(d: int, name: Name) -> Rotation:
-    stages, adds, stride = [], 0, 1
-    signs = Stream(*name, 0).signs(d)
-    for index, radix in enumerate(_factors(d) or ()):
-        blocks = np.broadcast_to(_HADAMARD_BLOCKS[radix], (d // radix, radix, radix))
-        if index == 0:
-            blocks = blocks * signs.reshape(-1, 1, radix)
-        stages.append(Stage(0, stride, _grouped(blocks, stride)))
-        adds += d // radix * _HADAMARD_MULTIPLY_ADDS[radix]
+    stages, adds, stride = [_stage(1, "Signs", Stream(*name, 0).signs(d)[:, None])], 0, 1
+    for radix in _factors(d) or ():
+        groups = d // radix
+        if radix in (2, 4):
+            stages.append(_stage(stride, f"Walsh{radix}", np.zeros((groups, 0))))
+        else:
+            stages.append(_stage(stride, f"Odd{radix}", np.ones((groups, radix))))
+        adds += groups * _HADAMARD_MULTIPLY_ADDS[radix]
         stride *= radix
     return _from_stages("hadamard", d, stages, 0, d, adds)
 
@@ -173,22 +185,22 @@ def _hadamard(d: int, name: Name) -> Rotation:
 def _rotor3(d: int, name: Name) -> Rotation:
     """The published method: sandwich products of neighbouring threes; a plane for a last pair."""
     groups, rest = divmod(d, 3)
-    stages = [Stage(0, 1, _grouped(algebra.sandwich_matrix(_rotors(groups, (*name, 0))), 1))]
+    stages = [_stage(1, "Sandwich", _rotors(groups, (*name, 0)))]
     parameters, multiply_adds = 4 * groups, 9 * groups
     if rest == 2:
-        stages.append(Stage(3 * groups, 1, _grouped(_plane_blocks(_planes(1, (*name, 1))), 1)))
+        stages.append(_stage(1, "Plane", _planes(1, (*name, 1)), start=3 * groups))
         parameters, multiply_adds = parameters + 1, multiply_adds + 4
     return _from_stages("rotor3", d, stages, parameters, 0, multiply_adds)
 
 
 def _iso4(d: int, name: Name) -> Rotation:
-    blocks = algebra.left_matrix(_rotors(d // 4, (*name, 0)))
-    return _from_stages("iso4", d, [Stage(0, 1, _grouped(blocks, 1))], d, 0, 4 * d)
+    stage = _stage(1, "Left", _rotors(d // 4, (*name, 0)))
+    return _from_stages("iso4", d, [stage], d, 0, 4 * d)
 
 
 def _planar2(d: int, name: Name) -> Rotation:
-    blocks = _plane_blocks(_planes(d // 2, (*name, 0)))
-    return _from_stages("planar2", d, [Stage(0, 1, _grouped(blocks, 1))], d // 2, 0, 2 * d)
+    stage = _stage(1, "Plane", _planes(d // 2, (*name, 0)))
+    return _from_stages("planar2", d, [stage], d // 2, 0, 2 * d)
 
 
 def _dense(d: int, name: Name) -> Rotation:
@@ -246,8 +258,12 @@ def _factors(d: int) -> list[int] | None:
     return factors if d == 1 else None
 
 
-def _grouped(blocks: Floats, stride: int) -> Floats:
-    return _frozen(blocks.reshape(-1, stride, *blocks.shape[-2:]))
+def _stage(stride: int, kind: str, coefficients: Floats, *, start: int = 0) -> Stage:
+    """A stage from the coefficients ``[groups, n]`` of its blocks."""
+    groups, numbers = coefficients.shape
+    return Stage(
+        start, stride, kind, _frozen(coefficients.reshape(groups // stride, stride, numbers))
+    )
 
 
 def _frozen(a: npt.ArrayLike) -> Floats:
@@ -257,12 +273,13 @@ def _frozen(a: npt.ArrayLike) -> Floats:
     return a
 
 
-# ---- blocks -------------------------------------------------------------------------------------
+# ---- coefficients -------------------------------------------------------------------------------
 
 
 def _rotors(count: int, name: Name) -> Floats:
+    """Rotors as unit 4-vectors ``[count, 4]``, evenly distributed."""
     sphere = Sphere(*name, pairs=2 * count)
-    return algebra.rotor(np.stack([sphere.point(4) for _ in range(count)]))
+    return np.stack([sphere.point(4) for _ in range(count)])
 
 
 def _planes(count: int, name: Name) -> Floats:
@@ -270,19 +287,26 @@ def _planes(count: int, name: Name) -> Floats:
     return xy / np.sqrt(xy[:, :1] * xy[:, :1] + xy[:, 1:] * xy[:, 1:])
 
 
-def _plane_blocks(planes: Floats) -> Floats:
-    """``[[c, -s], [s, c]]`` for each ``(c, s)`` of ``[n, 2]``."""
-    c, s = planes[:, 0], planes[:, 1]
-    return np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
-
-
 def _sign_rows(groups: int, signs_a_group: int, name: Name) -> Floats:
     return Stream(*name).signs(groups * signs_a_group).reshape(groups, signs_a_group)
 
 
+# ---- blocks -------------------------------------------------------------------------------------
+
+
+def _plane_blocks(planes: Floats) -> Floats:
+    """``[[c, -s], [s, c]]`` for each ``(c, s)`` of ``[..., 2]``."""
+    c, s = planes[..., 0], planes[..., 1]
+    return np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
+
+
 def _mirrored(block: Floats) -> Callable[[Floats], Floats]:
     """``diag(s) block diag(s)`` for each row of signs s."""
-    return lambda signs: signs[:, :, None] * block * signs[:, None, :]
+    return lambda signs: signs[..., :, None] * block * signs[..., None, :]
+
+
+def _always(block: Floats) -> Callable[[Floats], Floats]:
+    return lambda coefficients: np.broadcast_to(block, (*coefficients.shape[:-1], *block.shape))
 
 
 def _two_valued_7() -> Floats:
@@ -292,26 +316,29 @@ def _two_valued_7() -> Floats:
     return np.array([[x if (j - i) % 7 in (1, 2, 4) else y for j in range(7)] for i in range(7)])
 
 
-# Blocks of the cascade, one a row of signs. They need no parameter but the signs, and their entries
-# are as equal in size as the dimension allows, so that they spread an outlier best:
-#   radix 4: the rotor (±1 ±e12 ±e13 ±e23) / 2 from one side, all entries ±1/2;
-#   radix 3: the sandwich with the rotor of half a turn about (±1, ±1, ±1), entries 1/3 and 2/3;
-#   radix 2: an eighth of a turn, entries 1/sqrt 2;
-#   radix 5: the reflection at (±1, ±1, ±1, ±1, ±1), entries 3/5 and 2/5;
-#   radix 7: two values from a difference set, 0.26 and 0.45.
-_ODD_BLOCKS = {
-    3: np.full((3, 3), 2 / 3) - np.eye(3),
-    5: np.eye(5) - np.full((5, 5), 2 / 5),
-    7: _two_valued_7(),
-}
-_SIGNED_BLOCKS: dict[int, Callable[[Floats], Floats]] = {
-    4: lambda signs: algebra.left_matrix(algebra.rotor(signs / 2)),
-    2: lambda signs: _plane_blocks(np.concatenate([np.ones_like(signs), signs], 1) * np.sqrt(0.5)),
-    **{radix: _mirrored(block) for radix, block in _ODD_BLOCKS.items()},
-}
-_SIGNS_A_GROUP = {2: 1}
-_SIGNED_MULTIPLY_ADDS = {4: 12, 2: 2, 3: 9, 5: 25, 7: 49}
-
 _H2 = np.array([[1.0, 1.0], [1.0, -1.0]])
-_HADAMARD_BLOCKS = {4: np.kron(_H2, _H2) / 2, 2: _H2 * np.sqrt(0.5), **_ODD_BLOCKS}
+
+# What a stage's blocks can be: matrices ``[..., radix, radix]`` from coefficients ``[..., n]``. The
+# device code of shared_kernels/rotation.h has the same names.
+#   Left: x -> R x for a rotor R = (a, b, c, d) and even multivectors x;
+#   Sandwich: v -> R v R~ for such a rotor;
+#   Plane: a turn of the plane by the angle with cosine and sine (c, s);
+#   Odd3, Odd5, Odd7: a fixed block between the same signs, its entries as equal in size as the
+#     dimension allows: the sandwich of half a turn about (1, 1, 1), 1/3 and 2/3; the reflection at
+#     (1, 1, 1, 1, 1), 2/5 and 3/5; two values from a difference set, 0.26 and 0.45;
+#   Walsh4, Walsh2: Walsh-Hadamard; Signs: a sign for each channel.
+# The cascade takes (±1 ±e12 ±e13 ±e23) / 2 for Left, entries ±1/2, and an eighth of a turn for
+# Plane, so that it needs no parameter but signs and spreads an outlier as widely as can be.
+BLOCKS: dict[str, Callable[[Floats], Floats]] = {
+    "Left": lambda rotors: algebra.left_matrix(algebra.rotor(rotors)),
+    "Sandwich": lambda rotors: algebra.sandwich_matrix(algebra.rotor(rotors)),
+    "Plane": _plane_blocks,
+    "Odd3": _mirrored(np.full((3, 3), 2 / 3) - np.eye(3)),
+    "Odd5": _mirrored(np.eye(5) - np.full((5, 5), 2 / 5)),
+    "Odd7": _mirrored(_two_valued_7()),
+    "Walsh4": _always(np.kron(_H2, _H2) / 2),
+    "Walsh2": _always(_H2 * np.sqrt(0.5)),
+    "Signs": lambda signs: signs[..., None],
+}
+_SIGNED_MULTIPLY_ADDS = {4: 12, 2: 2, 3: 9, 5: 25, 7: 49}
 _HADAMARD_MULTIPLY_ADDS = {4: 8, 2: 2, 3: 9, 5: 25, 7: 49}

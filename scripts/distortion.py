@@ -14,13 +14,12 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from rotormlx import algebra, reference
+from rotormlx import reference
 from rotormlx.config import ROTATIONS
 from rotormlx.format import VALUE, Codec
 from rotormlx.rotation import Rotation, rotation
 
 OUTLIERS, OUTLIER_SIZE = 4, 10.0
-QUATERNION = 4
 
 
 def named(name: str, head_dim: int, seed: int) -> Rotation:
@@ -34,13 +33,12 @@ def with_random_rotors(head_dim: int, seed: int) -> Rotation:
     cascade = named("cascade", head_dim, seed)
     stages, columns, drawn = [], np.eye(head_dim), 0
     for stage in cascade.stages:
-        blocks = stage.blocks
-        if stage.radix == QUATERNION:
-            q = rng.normal(size=(*blocks.shape[:2], 4))
-            rotors = algebra.rotor(q / np.linalg.norm(q, axis=-1, keepdims=True))
-            blocks = algebra.left_matrix(rotors)
+        coefficients = stage.coefficients
+        if stage.kind == "Left":
+            q = rng.normal(size=coefficients.shape)
+            coefficients = q / np.linalg.norm(q, axis=-1, keepdims=True)
             drawn += q.size
-        stages.append(replace(stage, blocks=blocks))
+        stages.append(replace(stage, coefficients=coefficients))
         columns = stages[-1].apply(columns)
     return replace(
         cascade,

@@ -1,26 +1,74 @@
 // Rotations, nearest levels, scales and words (docs/FORMAT.md, sections 3 to 6), once for every platform.
 // In front of this text stand a vocabulary header and levels.h.
 //
-// D head_dim. A row is worked on by LANES neighbouring lanes of one simdgroup, 32 or 16; lane l of them has the
-// channels l, l + LANES, ... BACK asks for the inverse.
+// D head_dim. LANES neighbouring lanes of a simdgroup share a row, each with some of its channels in registers (see
+// LaneRow); a lane has ROWS such rows at once, so that what is read for one serves all. BACK asks for the inverse.
 
-// ---- blocks: what a stage does with the channels of one group, in registers -----------------------
+// ---- blocks: what a stage does with the channels of one group ------------------------------------------
+
+// Blocks in which each channel is a sum over the others by the numbers of their places: channel r of the group becomes
+// sum_m weight(r, m) x[r ^ m]. So one definition serves a group in the registers of one lane and a group spread over
+// neighbouring lanes, where x[r ^ m] is a shuffle away.
+template <typename Block, int N>
+struct Crossing {
+  enum { RADIX = N };
+  template <bool BACK>
+  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* coefficients) {
+    float turned[N];
+    for (uint r = 0; r < N; ++r) {
+      turned[r] = Block::template weight<BACK>(coefficients, r, 0) * x[r];
+      for (uint m = 1; m < N; ++m) {
+        turned[r] = fma(Block::template weight<BACK>(coefficients, r, m), x[r ^ m], turned[r]);
+      }
+    }
+    for (uint r = 0; r < N; ++r) x[r] = turned[r];
+  }
+};
+
+// Bit 4 m + r of a table of signs as a factor.
+DEVICE_FN float sign_at(uint table, uint r, uint m) {
+  return (table >> (4 * m + r)) & 1u ? -1.0f : 1.0f;
+}
 
 // x -> R x, or R~ x: the one-sided product with a rotor (a, b, c, d). In the cascade all four are +1/2 or -1/2:
 // products are then exact, and these are additions with signs, at the price that a GPU takes for additions.
-struct Left {
-  enum { RADIX = 4, COEFFICIENTS = 4 };
+struct Left : Crossing<Left, 4> {
+  enum { COEFFICIENTS = 4 };
   template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* rotor) {
-    const float a = rotor[0];
-    const float b = BACK ? -rotor[1] : rotor[1];
-    const float c = BACK ? -rotor[2] : rotor[2];
-    const float d = BACK ? -rotor[3] : rotor[3];
-    const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
-    x[0] = fma(a, x0, -fma(b, x1, fma(c, x2, d * x3)));
-    x[1] = fma(b, x0, fma(a, x1, fma(d, x2, -c * x3)));
-    x[2] = fma(c, x0, fma(a, x2, fma(b, x3, -d * x1)));
-    x[3] = fma(d, x0, fma(c, x1, fma(a, x3, -b * x2)));
+  static DEVICE_FN float weight(GLOBAL const float* rotor, uint r, uint m) {
+    return sign_at(BACK ? 0xAC60u : 0x5390u, r, m) * rotor[m];
+  }
+};
+
+// A turn of the plane by the angle with cosine and sine (c, s).
+struct Plane : Crossing<Plane, 2> {
+  enum { COEFFICIENTS = 2 };
+  template <bool BACK>
+  static DEVICE_FN float weight(GLOBAL const float* plane, uint r, uint m) {
+    return sign_at(BACK ? 0x20u : 0x10u, r, m) * plane[m];
+  }
+};
+
+// Walsh-Hadamard blocks, their own inverses, and the signs in front of them.
+struct Walsh4 : Crossing<Walsh4, 4> {
+  enum { COEFFICIENTS = 0 };
+  template <bool BACK>
+  static DEVICE_FN float weight(GLOBAL const float*, uint r, uint m) {
+    return sign_at(0x0AC6u, r, m) * 0.5f;
+  }
+};
+struct Walsh2 : Crossing<Walsh2, 2> {
+  enum { COEFFICIENTS = 0 };
+  template <bool BACK>
+  static DEVICE_FN float weight(GLOBAL const float*, uint r, uint m) {
+    return sign_at(0x02u, r, m) * 0.707106781f;
+  }
+};
+struct Signs : Crossing<Signs, 1> {
+  enum { COEFFICIENTS = 1 };
+  template <bool BACK>
+  static DEVICE_FN float weight(GLOBAL const float* sign, uint, uint) {
+    return sign[0];
   }
 };
 
@@ -39,19 +87,6 @@ struct Sandwich {
     v[0] = fma(aa - bb - cc + dd, x, 2.0f * fma(ab - cd, y, (ac + bd) * z));
     v[1] = fma(aa - bb + cc - dd, y, 2.0f * fma(-(ab + cd), x, (ad - bc) * z));
     v[2] = fma(aa + bb - cc - dd, z, 2.0f * fma(bd - ac, x, -(ad + bc) * y));
-  }
-};
-
-// A turn of the plane by the angle with cosine and sine (c, s).
-struct Plane {
-  enum { RADIX = 2, COEFFICIENTS = 2 };
-  template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* plane) {
-    const float c = plane[0];
-    const float s = BACK ? -plane[1] : plane[1];
-    const float x0 = x[0], x1 = x[1];
-    x[0] = fma(c, x0, -s * x1);
-    x[1] = fma(s, x0, c * x1);
   }
 };
 
@@ -97,63 +132,101 @@ struct Odd7 {
   }
 };
 
-// Walsh-Hadamard blocks, their own inverses, and the signs in front of them.
-struct Walsh4 {
-  enum { RADIX = 4, COEFFICIENTS = 0 };
-  template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float*) {
-    const float s = x[0] + x[1], d = x[0] - x[1], t = x[2] + x[3], e = x[2] - x[3];
-    x[0] = 0.5f * (s + t);
-    x[1] = 0.5f * (d + e);
-    x[2] = 0.5f * (s - t);
-    x[3] = 0.5f * (d - e);
+// ---- rows in registers ----------------------------------------------------------------------------------
+
+// Which channels a lane has: HELD neighbouring ones at a time, the next LANES * HELD channels further on.
+template <int D, int LANES, int HELD>
+struct LaneRow {
+  enum { CHANNELS = HELD * ((D + LANES * HELD - 1) / (LANES * HELD)) };
+  static DEVICE_FN uint channel(uint lane, uint p) {
+    return (p / HELD * LANES + lane) * HELD + p % HELD;
   }
-};
-struct Walsh2 {
-  enum { RADIX = 2, COEFFICIENTS = 0 };
-  template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float*) {
-    const float q = 0.707106781f;
-    const float sum = x[0] + x[1];
-    x[1] = q * (x[0] - x[1]);
-    x[0] = q * sum;
-  }
-};
-struct Signs {
-  enum { RADIX = 1, COEFFICIENTS = 1 };
-  template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* sign) {
-    x[0] *= sign[0];
+  // Where the lanes' channels are more than D, those behind the last do not exist.
+  static DEVICE_FN bool exists(uint channel) {
+    return D % (LANES * HELD) == 0 || channel < D;
   }
 };
 
-// ---- a row in threadgroup memory ------------------------------------------------------------------
-
-// One stage, in place. A lane takes whole groups, so no two lanes touch the same channel; the barrier hands the
-// channels to the groups of the next stage.
-template <typename Block, int LANES, int START, int STRIDE, int OUTER, bool BACK>
-DEVICE_FN void turn_stage(THREADGROUP float* row, GLOBAL const float* coefficients, uint lane) {
-  for (uint g = lane; g < OUTER * STRIDE; g += LANES) {
-    THREADGROUP float* first = row + START + g / STRIDE * (Block::RADIX * STRIDE) + g % STRIDE;
-    float x[Block::RADIX];
-    for (uint r = 0; r < Block::RADIX; ++r) x[r] = first[r * STRIDE];
-    Block::template turn<BACK>(x, coefficients + g * Block::COEFFICIENTS);
-    for (uint r = 0; r < Block::RADIX; ++r) first[r * STRIDE] = x[r];
+// A stage whose groups lie across lanes: a group is RADIX lanes, STRIDE apart.
+template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
+DEVICE_FN void turn_across_lanes(
+    THREAD float* rows,  // [ROWS][D / LANES]
+    GLOBAL const float* coefficients, uint lane) {
+  enum { RADIX = Block::RADIX, CHANNELS = D / LANES };
+  const uint place = lane / STRIDE % RADIX;
+  for (uint p = 0; p < CHANNELS; ++p) {
+    const uint c = lane + p * LANES;
+    const uint group = c / (RADIX * STRIDE) * STRIDE + c % STRIDE;
+    float weights[RADIX];
+    for (uint m = 0; m < RADIX; ++m) {
+      weights[m] =
+          Block::template weight<BACK>(coefficients + group * Block::COEFFICIENTS, place, m);
+    }
+    for (uint row = 0; row < ROWS; ++row) {
+      const float x = rows[row * CHANNELS + p];
+      float turned = weights[0] * x;
+      for (uint m = 1; m < RADIX; ++m) {
+        turned = fma(weights[m], shuffle_xor(x, ushort(m * STRIDE)), turned);
+      }
+      rows[row * CHANNELS + p] = turned;
+    }
   }
-  lane_barrier();
 }
 
-// The whole rotation as a product, in place: row times `matrix`, [D, D]. A lane writes its own channels, which nobody
-// else reads without a barrier of his own.
-template <int LANES, int D>
-DEVICE_FN void turn_by_matrix(THREADGROUP float* row, GLOBAL const float* matrix, uint lane) {
-  float sums[(D + LANES - 1) / LANES];
-  for (uint c = lane, p = 0; c < D; c += LANES, ++p) {
-    sums[p] = 0.0f;
-    for (uint i = 0; i < D; ++i) sums[p] = fma(row[i], matrix[i * D + c], sums[p]);
+// A stage whose groups each lie in one lane, STRIDE / LANES registers apart.
+template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
+DEVICE_FN void turn_in_lanes(
+    THREAD float* rows,  // [ROWS][D / LANES]
+    GLOBAL const float* coefficients, uint lane) {
+  enum { RADIX = Block::RADIX, CHANNELS = D / LANES, STEP = STRIDE / LANES };
+  for (uint g = 0; g < CHANNELS / RADIX; ++g) {
+    GLOBAL const float* of_group = coefficients + (g * LANES + lane) * Block::COEFFICIENTS;
+    for (uint row = 0; row < ROWS; ++row) {
+      THREAD float* first = rows + row * CHANNELS + g / STEP * (RADIX * STEP) + g % STEP;
+      float x[RADIX];
+      for (uint r = 0; r < RADIX; ++r) x[r] = first[r * STEP];
+      Block::template turn<BACK>(x, of_group);
+      for (uint r = 0; r < RADIX; ++r) first[r * STEP] = x[r];
+    }
   }
-  lane_barrier();
-  for (uint c = lane, p = 0; c < D; c += LANES, ++p) row[c] = sums[p];
+}
+
+// A stage of neighbouring channels, GROUPS groups from the channel FIRST * HELD on, where a lane has HELD neighbours.
+template <typename Block, int CHANNELS, int LANES, int HELD, int ROWS, int FIRST, int GROUPS, bool BACK>
+DEVICE_FN void turn_held(
+    THREAD float* rows,  // [ROWS][CHANNELS]
+    GLOBAL const float* coefficients, uint lane) {
+  for (uint p = 0; p < CHANNELS / HELD; ++p) {
+    const uint place = p * LANES + lane;
+    if (place >= FIRST && place < FIRST + GROUPS) {
+      for (uint row = 0; row < ROWS; ++row) {
+        Block::template turn<BACK>(
+            rows + row * CHANNELS + p * HELD, coefficients + (place - FIRST) * Block::COEFFICIENTS);
+      }
+    }
+  }
+}
+
+// The whole rotation as a product: rows times `matrix`, [D, D], which is read once for all ROWS.
+template <int D, int LANES, int ROWS>
+DEVICE_FN void turn_by_matrix(
+    THREAD float* rows,  // [ROWS][D / LANES]
+    GLOBAL const float* matrix, uint lane) {
+  enum { CHANNELS = D / LANES };
+  float sums[ROWS * CHANNELS];
+  for (uint i = 0; i < ROWS * CHANNELS; ++i) sums[i] = 0.0f;
+  for (uint p = 0; p < CHANNELS; ++p) {
+    for (uint m = 0; m < LANES; ++m) {
+      GLOBAL const float* entries = matrix + (p * LANES + (lane ^ m)) * D + lane;
+      for (uint row = 0; row < ROWS; ++row) {
+        const float x = shuffle_xor(rows[row * CHANNELS + p], ushort(m));
+        for (uint q = 0; q < CHANNELS; ++q) {
+          sums[row * CHANNELS + q] = fma(x, entries[q * LANES], sums[row * CHANNELS + q]);
+        }
+      }
+    }
+  }
+  for (uint i = 0; i < ROWS * CHANNELS; ++i) rows[i] = sums[i];
 }
 
 // The sum over the lanes of a row; the order is the same everywhere, and all lanes get the same number.
@@ -201,6 +274,36 @@ DEVICE_FN half stored_scale(float square_sum, float level_row, float level_level
 // Whether the codes of a row count: all are stored as 0 where its scale is zero or a NaN.
 DEVICE_FN bool has_codes(half scale) {
   return fabs(float(scale)) > 0.0f;
+}
+
+// Rounds a row to levels: code[p] of each channel of this lane, zero where the channel does not exist or codes do not
+// count, and the scale, which all lanes get.
+template <int BITS, int D, int LANES, int HELD, typename Table>
+DEVICE_FN half encode_row(
+    THREAD const float* row, THREAD uint* code, uint lane, Table boundaries) {
+  using Channels = LaneRow<D, LANES, HELD>;
+  float square_sum = 0.0f;
+  for (uint p = 0; p < Channels::CHANNELS; ++p) square_sum = fma(row[p], row[p], square_sum);
+  square_sum = lane_sum<LANES>(square_sum);
+
+  const float to_unit_variance = sqrt(float(D)) / sqrt(square_sum);
+  float level_row = 0.0f;
+  float level_level = 0.0f;
+  for (uint p = 0; p < Channels::CHANNELS; ++p) {
+    code[p] = 0;
+    if (Channels::exists(Channels::channel(lane, p))) {
+      code[p] = nearest_code<BITS>(row[p] * to_unit_variance, boundaries);
+      const float level = level_of_code<BITS>(code[p]);
+      level_row = fma(level, row[p], level_row);
+      level_level = fma(level, level, level_level);
+    }
+  }
+  const half scale =
+      stored_scale(square_sum, lane_sum<LANES>(level_row), lane_sum<LANES>(level_level));
+  if (!has_codes(scale)) {
+    for (uint p = 0; p < Channels::CHANNELS; ++p) code[p] = 0;
+  }
+  return scale;
 }
 
 // ---- words ----------------------------------------------------------------------------------------

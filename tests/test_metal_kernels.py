@@ -417,20 +417,43 @@ def test_rotor3_refuses(x, bits, message):
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("head_dim", [128, 840])
-def test_coefficients_are_the_rotation(name, head_dim):
-    """What the kernels read gives back the stages' matrices; 840 has all radices."""
-    turned = rotation(name, head_dim, layer=2)
-    if not turned.stages:
-        given = np.array(kernel_source.coefficients(turned))
-        assert name == "identity" or np.allclose(given.reshape(head_dim, -1), turned.matrix.T)
-        return
-    for step in kernel_source._steps(turned):
-        assert np.isfinite(step.coefficients).all()
-        if step.block in ("Left", "Sandwich", "Plane"):
-            assert np.allclose(np.linalg.norm(step.coefficients, axis=-1), 1)
-        else:
-            assert np.isin(step.coefficients, (-1, 1)).all()
+def test_coefficients_are_the_rotation(name):
+    """Of all stages in a row, or the matrix; never so few that MLX would bind them elsewhere."""
+    turned = rotation(name, 16, layer=2)
+    given = kernel_source.coefficients(turned)
+    assert given.dtype == np.float32
+    assert given.size >= 8
+    if turned.stages:
+        stages = np.concatenate([stage.coefficients.ravel() for stage in turned.stages])
+        assert np.array_equal(given, stages.astype(np.float32))
+    elif name == "dense":
+        assert np.allclose(given.reshape(16, 16), turned.matrix.T)
+        back = kernel_source.coefficients(turned, back=True)
+        assert np.allclose(back.reshape(16, 16), turned.matrix)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 80, 96, 112, 120, 128, 192, 256, 840])
+def test_lanes_of_a_row_hold_whole_groups(name, head_dim):
+    """What the stages of rotation.h take for granted: a group is within the lanes or within one."""
+    turned = rotation(name, head_dim)
+    template = dict(kernel_source.row_template(turned))
+    lanes, held = template["LANES"], template["HELD"]
+    assert metal.THREADS // lanes <= BLOCK
+    if held == 1:
+        assert head_dim % lanes == 0
+    for stage in turned.stages:
+        for channels in groups_of(stage):
+            holders = {channel // held % lanes for channel in channels}
+            registers = {channel // (lanes * held) for channel in channels}
+            assert len(holders) == 1 or (held == 1 and len(registers) == 1)
+
+
+def groups_of(stage):
+    for o in range(stage.outer):
+        for i in range(stage.stride):
+            first = stage.start + o * stage.radix * stage.stride + i
+            yield [first + r * stage.stride for r in range(stage.radix)]
 
 
 def texts():
@@ -487,7 +510,7 @@ def test_launches_are_traced_without_metal(role):
 
     with kernels_made_by(MLX_METAL_KERNEL):
         mx.export_function(record, there_and_back, mx.zeros((B, K, N * BLOCK, 128)))
-    names = ("encode_cascade_128_4", "decode_cascade_128_4", "rotor3_4")
+    names = ("encode_cascade_128_4", "decode_cascade_128_4", "rotor3_128_4")
     assert len(recorded) == len(names)
     for name, kernel in zip(names, recorded, strict=True):
         assert f"rotormlx_{name}" in kernel
@@ -567,67 +590,120 @@ def decodes(name="cascade", head_dim=80, bits=3, role=KEY):
 
 
 def barrier_mutations():
-    """Each barrier deleted; each of a threadgroup for no memory."""
-    for place, checks in {
-        "sums written": encodes,
-        "sums read": encodes,
-        "codes written": encodes,
-    }.items():
+    """Each barrier deleted; each for no memory."""
+    for place in ("sums written", "codes written"):
         barrier = f"threadgroup_barrier(mem_flags::mem_threadgroup);  // {place}"
-        yield barrier, "", checks
-        yield barrier, "threadgroup_barrier(mem_flags::mem_none);", checks
-    yield "lane_barrier();  // row written", "", encodes
-    yield "lane_barrier();  // row written", "", decodes
-    behind_stage = "first[r * STRIDE] = x[r];\n  }\n  lane_barrier();"
-    without = "first[r * STRIDE] = x[r];\n  }\n"
-    yield behind_stage, without, encodes
-    yield behind_stage, without, decodes
-    before_write = "  lane_barrier();\n  for (uint c = lane, p = 0; c < D; c += LANES, ++p) row[c]"
-    yield before_write, before_write.split("\n")[1], partial(encodes, "dense")
-    flags = "simdgroup_barrier(mem_flags::mem_threadgroup)"
-    yield flags, "simdgroup_barrier(mem_flags::mem_none)", encodes
+        yield barrier, "", encodes
+        yield barrier, "threadgroup_barrier(mem_flags::mem_none);", encodes
 
 
 def bound_mutations():
-    """Each bound shifted by one."""
-    rows_of_block = "for (uint token = worker; token < BLOCK; token += WORKERS) {\n    "
-    for what, checks in (
-        ("float numbers", encodes),
-        ("for (uint p", encodes),
-        ("const float scale", decodes),
-    ):
-        old = rows_of_block + what
-        for shift in ("- 1", "+ 1"):
-            yield old, old.replace("BLOCK", f"BLOCK {shift}"), checks
-    for old, checks in {
-        "if (c < D) row[c] = centre[p];": encodes,
-        "if (c < D) {\n      float mean": encodes,
-        "if (c < D) {\n        const float number": encodes,
-        "if (c < D) {\n        code[p]": encodes,
-        "if (c < D) codes[": encodes,
-        "c < D; c += LANES) square_sum": encodes,
-        "c < D; c += LANES) {\n      device": decodes,
-        "c < D; c += LANES) {\n      float number": decodes,
-        "c < D; c += LANES, ++p) {": partial(encodes, "dense"),
-        "c < D; c += LANES, ++p) row[c]": partial(encodes, "dense"),
-        "uint i = 0; i < D; ++i) sums": partial(encodes, "dense"),
-        "3 * g + i < D ? float(x_row": partial(check_rotor3, 80, 3, "f32"),
-        "if (3 * (lane + 32 * p) + i < D)": partial(check_rotor3, 80, 3, "f32"),
-        "if (3 * g + i < D) out": partial(check_rotor3, 80, 3, "f32"),
-    }.items():
-        yield old, old.replace("< D", "< D - 1"), checks
-        # One code more lands in the padding between rows, where nobody looks.
-        if "codes[" not in old:
-            yield old, old.replace("< D", "< D + 1"), checks
-    for old, new, checks in (
-        ("c < D ? float(block_rows", "c < D - 1 ? float(block_rows", encodes),
-        ("c < D ? float(block_rows", "c < D + 1 ? float(block_rows", encodes),
-        ("g < OUTER * STRIDE", "g < OUTER * STRIDE - 1", encodes),
-        ("g < OUTER * STRIDE", "g < OUTER * STRIDE + 1", encodes),
-        ("w < WORKERS", "w < WORKERS - 1", encodes),
-        ("w < WORKERS", "w < WORKERS + 1", encodes),
-        ("i < ROWS * WORD_LANES", "i < ROWS * WORD_LANES - 1", encodes),
-        ("i < ROWS * WORD_LANES", "i < ROWS * WORD_LANES + 1", encodes),
+    """Each bound shifted by one, or to where a nearby one stands."""
+    rotor3 = partial(check_rotor3, 80, 3, "f32")
+    threes = partial(encodes, "rotor3", 80)
+    dense = partial(encodes, "dense", 80)
+    wide = partial(encodes, "cascade", 128)
+    return [
+        ("(D + LANES * HELD - 1)", "D", threes),
+        ("|| channel < D;", "|| channel < D - 1;", threes),
+        ("|| channel < D;", "|| channel < D + 1;", threes),
+        ("|| channel < D;", "|| channel < D - 1;", rotor3),
+        ("|| channel < D;", "|| channel < D + 1;", rotor3),
+        (
+            "p < CHANNELS; ++p) {\n    const uint c = lane",
+            "p < CHANNELS - 1; ++p) {\n    const uint c = lane",
+            encodes,
+        ),
+        (
+            "row < ROWS; ++row) {\n      const float x = rows",
+            "row < ROWS - 1; ++row) {\n      const float x = rows",
+            encodes,
+        ),
+        ("m < RADIX; ++m) {\n        turned =", "m < RADIX - 1; ++m) {\n        turned =", encodes),
+        ("m < RADIX; ++m) {\n      weights", "m < RADIX - 1; ++m) {\n      weights", encodes),
+        ("m < N; ++m", "m < N - 1; ++m", wide),
+        ("r < N; ++r) x[r]", "r < N - 1; ++r) x[r]", wide),
+        ("g < CHANNELS / RADIX", "g < CHANNELS / RADIX - 1", wide),
+        ("g < CHANNELS / RADIX", "g < CHANNELS / RADIX + 1", wide),
+        ("row < ROWS; ++row) {\n      thread", "row < ROWS - 1; ++row) {\n      thread", wide),
+        ("r < RADIX; ++r) first", "r < RADIX - 1; ++r) first", wide),
+        ("p < CHANNELS / HELD;", "p < CHANNELS / HELD - 1;", threes),
+        ("place < FIRST + GROUPS", "place < FIRST + GROUPS - 1", threes),
+        ("place < FIRST + GROUPS", "place < FIRST + GROUPS + 1", threes),
+        ("place >= FIRST", "place > FIRST", threes),
+        ("row < ROWS; ++row) {\n        Block", "row < ROWS - 1; ++row) {\n        Block", threes),
+        ("m < LANES; ++m", "m < LANES - 1; ++m", dense),
+        ("q < CHANNELS; ++q", "q < CHANNELS - 1; ++q", dense),
+        (
+            "p < CHANNELS; ++p) {\n    for (uint m",
+            "p < CHANNELS - 1; ++p) {\n    for (uint m",
+            dense,
+        ),
+        (
+            "p < Channels::CHANNELS; ++p) square_sum",
+            "p < Channels::CHANNELS - 1; ++p) square_sum",
+            encodes,
+        ),
+        (
+            "p < Channels::CHANNELS; ++p) {\n    code",
+            "p < Channels::CHANNELS - 1; ++p) {\n    code",
+            encodes,
+        ),
+        ("p < CHANNELS; ++p) broken", "p < CHANNELS - 1; ++p) broken", check_centre_of_finite_rows),
+        ("p < CHANNELS; ++p) sum[p] = fma", "p < CHANNELS - 1; ++p) sum[p] = fma", encodes),
+        (
+            "p < CHANNELS; ++p) {\n    for (ushort",
+            "p < CHANNELS - 1; ++p) {\n    for (ushort",
+            encodes,
+        ),
+        ("mask < 32", "mask < 16", encodes),
+        ("worker % (32 / LANES) == 0", "worker == 0", encodes),
+        ("worker % (32 / LANES) == 0", "true", encodes),
+        ("s < SIMDGROUPS; ++s", "s < SIMDGROUPS - 1; ++s", encodes),
+        ("s < SIMDGROUPS; ++s", "s < SIMDGROUPS + 1; ++s", encodes),
+        ("if (worker == 0) centres", "if (worker == 1 && lane > 0) centres", encodes),
+        (
+            "r < ROWS; ++r) {\n    device const T* row",
+            "r < ROWS - 1; ++r) {\n    device const T* row",
+            encodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n    device const T* row",
+            "r < ROWS + 1; ++r) {\n    device const T* row",
+            encodes,
+        ),
+        ("r < ROWS; ++r) {\n    bool broken", "r < ROWS - 1; ++r) {\n    bool broken", encodes),
+        ("r < ROWS; ++r) {\n        rows", "r < ROWS - 1; ++r) {\n        rows", encodes),
+        (
+            "r < ROWS; ++r) {\n    const uint token",
+            "r < ROWS - 1; ++r) {\n    const uint token",
+            encodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n    const uint token",
+            "r < ROWS + 1; ++r) {\n    const uint token",
+            encodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n    const uint token",
+            "r < ROWS - 1; ++r) {\n    const uint token",
+            decodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n        const float number",
+            "r < ROWS - 1; ++r) {\n        const float number",
+            decodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n        const float number",
+            "r < ROWS + 1; ++r) {\n        const float number",
+            decodes,
+        ),
+        ("worker + r * WORKERS", "worker + r * (WORKERS - 1)", encodes),
+        ("worker + r * WORKERS", "worker + r * (WORKERS + 1)", decodes),
+        ("if (lane == 0) scales", "if (true) scales", encodes),
+        ("i < WORD_ROWS * WORD_LANES", "i < WORD_ROWS * WORD_LANES - 1", encodes),
+        ("i < WORD_ROWS * WORD_LANES", "i < WORD_ROWS * WORD_LANES + 1", encodes),
         ("f < 32 / FIELD && f < count", "f < 32 / FIELD - 1 && f < count", encodes),
         ("f < 32 / FIELD && f < count", "f < 32 / FIELD", encodes),
         ("f < 32 / FIELD && f < count", "f < 32 / FIELD && f < count - 1", encodes),
@@ -636,70 +712,85 @@ def bound_mutations():
         ("mask = LANES / 2; mask > 0", "mask = LANES / 2; mask > 1", encodes),
         ("mask = LANES / 2; mask > 0", "mask = LANES / 4; mask > 0", encodes),
         ("mask = LANES / 2; mask > 0", "mask = LANES / 4; mask > 0", check_centre_of_finite_rows),
-        ("row >= rows", "row > rows", partial(check_rotor3, 80, 3, "f32")),
-        ("row >= rows", "row >= rows - 1", partial(check_rotor3, 80, 3, "f32")),
-        ("g < ROTORS", "g < ROTORS - 1", partial(check_rotor3, 80, 3, "f32")),
-        ("g < ROTORS", "g < ROTORS + 1", partial(check_rotor3, 80, 3, "f32")),
-    ):
-        yield old, new, checks
+        ("&& at < count", "&& at < count - 1", rotor3),
+        ("&& at < count", "", rotor3),
+        ("long(count) - 1", "long(count)", rotor3),
+    ]
 
 
-# Each block type with a line of its function, and where it occurs.
+# Each block type with the line that does the work, and where it occurs.
 BLOCKS = {
-    "Left": ("const float x0 = x[0], x1 = x[1], x2", ("cascade", 64)),
+    "Left": ("return sign_at(BACK ? 0xAC60u : 0x5390u, r, m) * rotor[m];", ("cascade", 64)),
+    "Plane": ("return sign_at(BACK ? 0x20u : 0x10u, r, m) * plane[m];", ("planar2", 64)),
+    "Walsh4": ("return sign_at(0x0AC6u, r, m) * 0.5f;", ("hadamard", 64)),
+    "Walsh2": ("return sign_at(0x02u, r, m) * 0.707106781f;", ("hadamard", 128)),
+    "Signs": ("return sign[0];", ("hadamard", 64)),
     "Sandwich": ("const float x = v[0]", ("rotor3", 64)),
-    "Plane": ("const float x0 = x[0], x1 = x[1];", ("planar2", 64)),
     "Odd3": ("const float sum = 0.666666667f", ("cascade", 96)),
     "Odd5": ("for (uint i = 0; i < RADIX; ++i) sum = fma", ("cascade", 80)),
     "Odd7": ("const float y = 0.445902914f;", ("cascade", 112)),
-    "Walsh4": ("const float s = x[0] + x[1], d", ("hadamard", 64)),
-    "Walsh2": ("const float q = 0.707106781f;", ("hadamard", 128)),
-    "Signs": ("x[0] *= sign[0];", ("hadamard", 64)),
 }
 
 
 def stage_mutations():
     """Each kind of block, each stage and the matrix replaced by the identity, both ways."""
-    for line, where in BLOCKS.values():
-        yield line, f"return; {line}", partial(encodes, *where, scaled=False)
-        yield line, f"if (BACK) return; {line}", partial(decodes, *where)
+    for name, (line, where) in BLOCKS.items():
+        same = ""
+        if line.startswith("return"):
+            same = " 1.0f" if name == "Signs" else " m == 0 ? 1.0f : 0.0f"
+        yield line, f"return{same}; {line}", partial(encodes, *where, scaled=False)
+        yield line, f"if (BACK) return{same}; {line}", partial(decodes, *where)
     for name, head_dim in (("cascade", 64), ("rotor3", 64), ("planar2", 64), ("cascade", 112)):
         yield "BACK ?", "false ?", partial(decodes, name, head_dim)
+    for old, new, where in (
+        ("0x5390u", "0x5380u", ("cascade", 64)),
+        ("0x5390u", "0x3590u", ("cascade", 64)),
+        ("0x0AC6u", "0x0AC4u", ("hadamard", 64)),
+        ("0x02u", "0x00u", ("hadamard", 128)),
+        ("m * STRIDE", "m", ("cascade", 64)),
+        ("lane / STRIDE % RADIX", "lane % RADIX", ("cascade", 64)),
+        ("* STRIDE + c % STRIDE;", "* STRIDE;", ("cascade", 64)),
+        ("g / STEP * (RADIX * STEP) + g % STEP", "g * RADIX", ("cascade", 128)),
+        ("(g * LANES + lane) * Block", "(g * LANES) * Block", ("cascade", 128)),
+        ("(place - FIRST) * Block", "place * Block", ("rotor3", 80)),
+    ):
+        yield old, new, partial(encodes, *where, scaled=False)
     for name, head_dim in (("cascade", 128), ("cascade", 280), ("rotor3", 80), ("hadamard", 192)):
         lines = kernel_source.rotation_text(made_codec(name, head_dim, 4, VALUE).rotation)
         for line in lines.splitlines():
-            if "turn_stage" in line:
+            if "turn_" in line:
                 check = decodes if "true>" in line else partial(encodes, scaled=False)
                 yield line, "", partial(check, name, head_dim, 4, VALUE)
     for check in (encodes, decodes):
-        yield "row[c] = sums[p];", ";", partial(check, "dense")
+        yield "rows[i] = sums[i];", ";", partial(check, "dense")
     rotor3 = partial(check_rotor3, 80, 3, "f32")
-    for turn in ("Sandwich::turn<false>", "Sandwich::turn<true>"):
-        yield f"{turn}(v + 3 * p, coefficients + 4 * g);", ";", rotor3
-    for turn in ("Plane::turn<false>", "Plane::turn<true>"):
-        yield f"{turn}(v + 3 * p, coefficients + 4 * ROTORS);", ";", rotor3
+    yield "rotate_rows<LANES, 1>(row, coefficients, lane);\n\n", "\n\n", rotor3
+    yield "unrotate_rows<LANES, 1>(row, coefficients, lane);", "", rotor3
 
 
 def scale_mutations():
     """Each scale and centre dropped; roundings to what is stored left out."""
     rotor3 = partial(check_rotor3, 80, 3, "f32")
     return [
-        (" / channel_factor[p]", "", encodes),
-        ("(number - centre[p])", "number", encodes),
-        ("centre[p] = float(rounded)", "centre[p] = mean", partial(encodes, bits=8)),
+        (" / channel_factor", "", encodes),
+        ("(rows[r * CHANNELS + p] - centre)", "rows[r * CHANNELS + p]", encodes),
+        ("centre = float(rounded)", "centre = mean", partial(encodes, bits=8)),
         ("clamp(mean, -65504.0f, 65504.0f)", "mean", check_centre_of_finite_rows),
-        ("row[c] * to_unit_variance", "row[c]", encodes),
+        ("row[p] * to_unit_variance", "row[p]", encodes),
+        ("row[p] * to_unit_variance", "row[p]", rotor3),
         ("sqrt(float(D)) / ", "1.0f / ", encodes),
         ("const float scale = level_row / level_level;", "const float scale = level_row;", encodes),
-        ("row[c] = scale * level", "row[c] = level", decodes),
-        ("number *= channel_scale", "channel_scale", decodes),
-        ("number += float(centres", "float(centres", decodes),
-        ("number * to_unit_variance", "number", rotor3),
-        ("v[3 * p + i] *= scale;", ";", rotor3),
+        ("number = scale * level", "number = level", decodes),
+        ("row[p] = scale * level", "row[p] = level", rotor3),
         (
-            "float(stored_scale(square_sum, lane_sum<32>(level_row), lane_sum<32>(level_level)))",
-            "lane_sum<32>(level_row) / lane_sum<32>(level_level)",
-            rotor3,
+            "fma(rows[r * CHANNELS + p], channel_factor, centre)",
+            "rows[r * CHANNELS + p] + centre",
+            decodes,
+        ),
+        (
+            "fma(rows[r * CHANNELS + p], channel_factor, centre)",
+            "rows[r * CHANNELS + p] * channel_factor",
+            decodes,
         ),
         ("place.z * centres_strides[0]", "place.y * centres_strides[0]", fills_up),
         ("place.y * channel_scale_strides[0]", "0 * channel_scale_strides[0]", encodes),
@@ -719,9 +810,14 @@ def rule_mutations():
         ("fabs(scale) < 65520.0f", "true", special),
         ("fabs(scale) < 65520.0f", "fabs(scale) < 65504.0f", special),
         ("fits ? half(scale)", "true ? half(scale)", special),
-        ("counts ? code[p] : 0u", "code[p]", special),
+        ("if (!has_codes(scale))", "if (false)", special),
         ("> 0.0f;\n}", ">= 0.0f;\n}", special),
         ("> 0.0f;\n}", "> 1e-6f;\n}", special),
+        (
+            "if (Channels::exists(Channels::channel(lane, p)))",
+            "if (true)",
+            partial(encodes, "rotor3", 80),
+        ),
         ("if (!lane_any<LANES>(broken))", "if (true)", check_centre_of_finite_rows),
         ("if (!lane_any<LANES>(broken))", "if (!broken)", check_centre_of_finite_rows),
         ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes),

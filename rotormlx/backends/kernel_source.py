@@ -13,12 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from rotormlx import codebook
-from rotormlx.generator import Floats
 from rotormlx.rotation import Rotation, Stage
+
+Float32s = npt.NDArray[np.float32]
 
 _PACKAGE = Path(__file__).parent.parent
 _BODY = "\n// kernel body\n"
@@ -73,123 +74,90 @@ def boundaries_text(bits: int) -> str:
 # ---- rotations ----------------------------------------------------------------------------------
 
 
-class _Step(NamedTuple):
-    """One call of ``turn_stage``: a block type of rotation.h; coefficients, one row a group."""
+def lanes_of_row(rotation: Rotation) -> int:
+    """Lanes that share a row, at most 16.
 
-    block: str
-    start: int
-    stride: int
-    outer: int
-    coefficients: Floats
+    As many as leave each group of each stage either within these lanes or within one of them.
+    """
+    if _held(rotation) > 1:
+        return 16
+    return next(
+        lanes
+        for lanes in (16, 8, 4)
+        if rotation.head_dim % lanes == 0
+        and all(
+            lanes % (stage.radix * stage.stride) == 0 or stage.stride % lanes == 0
+            for stage in rotation.stages
+        )
+    )
+
+
+def row_template(rotation: Rotation) -> list[tuple[str, int]]:
+    """The template arguments that say which lane has which channels; see ``LaneRow``."""
+    return [
+        ("D", rotation.head_dim),
+        ("LANES", lanes_of_row(rotation)),
+        ("HELD", _held(rotation)),
+    ]
 
 
 def rotation_text(rotation: Rotation) -> str:
-    """The functions ``rotate_row`` and ``unrotate_row`` of a row in threadgroup memory.
+    """The functions ``rotate_rows`` and ``unrotate_rows`` of rows in registers.
 
     It depends on the rotation's name and head_dim only; the rest is in the coefficients.
     """
     turns, turns_back, offset = [], [], 0
-    for step in _steps(rotation):
-        arguments = f"{step.block}, LANES, {step.start}, {step.stride}, {step.outer}"
-        row = f"(row, coefficients + {offset}, lane);"
-        turns.append(f"turn_stage<{arguments}, false>{row}")
-        turns_back.append(f"turn_stage<{arguments}, true>{row}")
-        offset += step.coefficients.size
+    for stage in rotation.stages:
+        call = _stage_call(rotation, stage)
+        arguments = f"(rows, coefficients + {offset}, lane);"
+        turns.append(f"{call}, false>{arguments}")
+        turns_back.append(f"{call}, true>{arguments}")
+        offset += stage.coefficients.size
     if not rotation.stages and rotation.name != "identity":
         turns = turns_back = [
-            f"turn_by_matrix<LANES, {rotation.head_dim}>(row, coefficients, lane);"
+            f"turn_by_matrix<{rotation.head_dim}, LANES, ROWS>(rows, coefficients, lane);"
         ]
-    return _function("rotate_row", turns) + _function("unrotate_row", turns_back[::-1])
+    return _function("rotate_rows", turns) + _function("unrotate_rows", turns_back[::-1])
+
+
+def _stage_call(rotation: Rotation, stage: Stage) -> str:
+    """The function of rotation.h that does a stage, up to its last template argument."""
+    if (held := _held(rotation)) > 1:
+        lanes = lanes_of_row(rotation)
+        channels = held * -(-rotation.head_dim // (lanes * held))
+        return (
+            f"turn_held<{stage.kind}, {channels}, LANES, {held}, ROWS, "
+            f"{stage.start // held}, {stage.outer}"
+        )
+    where = "across_lanes" if stage.stride < lanes_of_row(rotation) else "in_lanes"
+    return f"turn_{where}<{stage.kind}, {rotation.head_dim}, LANES, ROWS, {stage.stride}"
+
+
+def _held(rotation: Rotation) -> int:
+    """Neighbouring channels of a lane: threes must not be split, powers of two may be."""
+    return 3 if rotation.name == "rotor3" else 1
 
 
 def _function(name: str, calls: list[str]) -> str:
     lines = "".join(f"  {call}\n" for call in calls)
     return (
-        f"template <int LANES>\nDEVICE_FN void {name}(\n"
-        f"    THREADGROUP float* row, GLOBAL const float* coefficients, uint lane) {{\n{lines}}}\n"
+        f"template <int LANES, int ROWS>\nDEVICE_FN void {name}(\n"
+        f"    THREAD float* rows, GLOBAL const float* coefficients, uint lane) {{\n{lines}}}\n"
     )
 
 
 @cache
-def coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
-    """What ``rotate_row``, or with ``back`` ``unrotate_row``, reads: float32.
+def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
+    """What ``rotate_rows``, or with ``back`` ``unrotate_rows``, reads.
 
     The coefficients of all stages, or a matrix ``[D, D]`` that rows are multiplied by. At least 8
     numbers, because MLX binds fewer to another address space.
     """
     if rotation.stages:
-        flat = np.concatenate([step.coefficients.ravel() for step in _steps(rotation)])
+        flat = np.concatenate([stage.coefficients.ravel() for stage in rotation.stages])
     elif rotation.name == "identity":
         flat = np.zeros(8)
     else:
         matrix = np.linalg.inv(rotation.matrix) if back else rotation.matrix
         flat = matrix.T.ravel()
-    return mx.array(flat.astype(np.float32))
-
-
-def _steps(rotation: Rotation) -> list[_Step]:
-    steps = []
-    for index, stage in enumerate(rotation.stages):
-        blocks = stage.blocks.reshape(-1, stage.radix, stage.radix)
-        if rotation.name == "hadamard":
-            signs = _signs_before(blocks)
-            if index == 0:
-                steps.append(_Step("Signs", 0, 1, rotation.head_dim, signs.ravel()))
-            if stage.radix in (2, 4):
-                block, numbers = f"Walsh{stage.radix}", np.zeros(0)
-            else:
-                block, numbers = f"Odd{stage.radix}", np.ones(signs.shape)
-        else:
-            block, numbers = _block(rotation, stage, blocks)
-        steps.append(_Step(block, stage.start, stage.stride, stage.outer, numbers))
-    return steps
-
-
-def _block(rotation: Rotation, stage: Stage, blocks: Floats) -> tuple[str, Floats]:
-    """The block type of a stage and its coefficients, read off its matrices ``[groups, r, r]``."""
-    if stage.radix == 4:
-        return "Left", blocks[:, :, 0]
-    if stage.radix == 2:
-        return "Plane", blocks[:, :, 0]
-    if rotation.name == "rotor3":
-        return "Sandwich", _rotors_of_sandwiches(blocks)
-    return f"Odd{stage.radix}", _mirror_signs(blocks)
-
-
-def _mirror_signs(blocks: Floats) -> Floats:
-    """The signs t of blocks ``diag(t) E diag(t)``, up to a common one, which cancels."""
-    return np.sign(blocks[:, 0, :] * _plain_row(blocks.shape[-1]))
-
-
-def _signs_before(blocks: Floats) -> Floats:
-    """The signs s of blocks ``E diag(s)`` of the rotation ``hadamard``."""
-    radix = blocks.shape[-1]
-    return np.sign(blocks[:, 0, :] * (1.0 if radix in (2, 4) else _plain_row(radix)))
-
-
-def _plain_row(radix: int) -> Floats:
-    """The signs of the first row of an odd block E."""
-    return {
-        3: np.array([-1.0, 1, 1]),
-        5: np.array([1.0, -1, -1, -1, -1]),
-        7: np.array([1.0, -1, -1, 1, -1, 1, 1]),
-    }[radix]
-
-
-def _rotors_of_sandwiches(m: Floats) -> Floats:
-    """The rotors (a, b, c, d), up to sign, of sandwich matrices ``[groups, 3, 3]``.
-
-    The products of two coefficients are sums of entries; the row of the largest square gives them.
-    """
-    aa = 1 + m[:, 0, 0] + m[:, 1, 1] + m[:, 2, 2]
-    bb = 1 - m[:, 0, 0] - m[:, 1, 1] + m[:, 2, 2]
-    cc = 1 - m[:, 0, 0] + m[:, 1, 1] - m[:, 2, 2]
-    dd = 1 + m[:, 0, 0] - m[:, 1, 1] - m[:, 2, 2]
-    ab, cd = m[:, 0, 1] - m[:, 1, 0], -m[:, 0, 1] - m[:, 1, 0]
-    ac, bd = m[:, 0, 2] - m[:, 2, 0], m[:, 0, 2] + m[:, 2, 0]
-    ad, bc = m[:, 1, 2] - m[:, 2, 1], -m[:, 1, 2] - m[:, 2, 1]
-    rows = [[aa, ab, ac, ad], [ab, bb, bc, bd], [ac, bc, cc, cd], [ad, bd, cd, dd]]
-    products = np.array(rows).transpose(2, 0, 1)  # [groups, 4, 4], 4 times each product
-    largest = np.argmax(np.stack([aa, bb, cc, dd], -1), -1)
-    chosen = products[np.arange(len(m)), largest]
-    return chosen / np.linalg.norm(chosen, axis=-1, keepdims=True)
+    return flat.astype(np.float32)

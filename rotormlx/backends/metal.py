@@ -15,9 +15,11 @@ from rotormlx.backends.kernel_source import (
     KernelText,
     boundaries_text,
     coefficients,
+    lanes_of_row,
     metal_text,
     read,
     rotation_text,
+    row_template,
 )
 from rotormlx.backends.metal_attend import attend
 from rotormlx.backends.mlx_ops import MLXBackend, check_rows
@@ -78,7 +80,7 @@ class MetalBackend(MLXBackend):
         made = _launch(
             "encode",
             codec,
-            inputs={"x": x, "coefficients": coefficients(codec.rotation)},
+            inputs={"x": x, "coefficients": _coefficients(codec.rotation)},
             optional_inputs={"centres": centres, "channel_scale": channel_scale},
             outputs=outputs,
             macros=macros,
@@ -103,7 +105,7 @@ class MetalBackend(MLXBackend):
             inputs={
                 "words": packed.words,
                 "scales": packed.scales,
-                "coefficients": coefficients(codec.rotation, back=True),
+                "coefficients": _coefficients(codec.rotation, back=True),
             },
             optional_inputs={"centres": packed.centres, "channel_scale": channel_scale},
             outputs={"out": ((batch, heads, count * BLOCK, codec.head_dim), dtype)},
@@ -158,10 +160,11 @@ def rotor3_quantize_dequantize(
         )
     count, head_dim = x.shape
     rotors = rotation("rotor3", head_dim, seed=seed, layer=layer, role=VALUE)
-    (out,) = _rotor3_kernel(bits)(
-        inputs=[x, coefficients(rotors), count],
-        template=[("T", x.dtype), ("BITS", bits), ("D", head_dim), ("THREADS", THREADS)],
-        grid=(-(-count // (THREADS // 32)) * THREADS, 1, 1),
+    rows = THREADS // lanes_of_row(rotors)
+    (out,) = _rotor3_kernel(bits, rotors.head_dim)(
+        inputs=[x, _coefficients(rotors), count],
+        template=[("T", x.dtype), ("BITS", bits), ("THREADS", THREADS), *row_template(rotors)],
+        grid=(-(-count // rows) * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[x.shape],
         output_dtypes=[x.dtype],
@@ -169,15 +172,14 @@ def rotor3_quantize_dequantize(
     return out
 
 
-def lanes_of_row(head_dim: int) -> int:
-    """Lanes that work on one row: half a simdgroup where a whole one would be half idle."""
-    return 16 if head_dim <= 64 else 32
-
-
 def encode_bytes(head_dim: int) -> int:
-    """Threadgroup memory of the kernel ``encode``: rows under way, and a block of codes."""
-    rows = 4 * head_dim * (THREADS // lanes_of_row(head_dim))
-    return rows + BLOCK * (head_dim + 4)
+    """Threadgroup memory of the kernel ``encode``: a block of codes, and sums for its centre."""
+    return BLOCK * (head_dim + 4) + 4 * head_dim * (THREADS // 32)
+
+
+@cache
+def _coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
+    return mx.array(coefficients(rotation, back=back))
 
 
 def _launch(
@@ -200,11 +202,10 @@ def _launch(
     template: list[tuple[str, Any]] = [
         ("T", dtype),
         ("BITS", codec.bits),
-        ("D", codec.head_dim),
         ("BLOCK", BLOCK),
         ("THREADS", THREADS),
-        ("LANES", lanes_of_row(codec.head_dim)),
         ("KEY", codec.role == KEY),
+        *row_template(codec.rotation),
     ]
     arrays = kernel(
         inputs=list(inputs.values()),
@@ -227,7 +228,23 @@ def _codec_kernel(
     outputs: tuple[str, ...],
 ) -> Kernel:
     """The kernel ``encode`` or ``decode`` of a rotation and a codebook."""
-    text = metal_text(
+    text = _codec_text(name, bits, rotation, macros)
+    # MLX keeps one compiled text a name, so the name tells apart all that the text depends on.
+    parts = (name, rotation.name, str(rotation.head_dim), str(bits), *map(str.lower, macros))
+    return _metal_kernel("_".join(parts), inputs, outputs, text)
+
+
+@cache
+def _rotor3_kernel(bits: int, head_dim: int) -> Kernel:
+    text = _codec_text("rotor3", bits, rotation("rotor3", head_dim))
+    name = f"rotor3_{head_dim}_{bits}"
+    return _metal_kernel(name, ("x", "coefficients", "count"), ("out",), text)
+
+
+def _codec_text(
+    name: str, bits: int, rotation: Rotation, macros: tuple[str, ...] = ()
+) -> KernelText:
+    return metal_text(
         name,
         "".join(f"#define {macro}\n" for macro in macros),
         read("shared_kernels/levels.h"),
@@ -235,20 +252,6 @@ def _codec_kernel(
         boundaries_text(bits),
         rotation_text(rotation),
     )
-    # MLX keeps one compiled text a name, so the name tells apart all that the text depends on.
-    parts = (name, rotation.name, str(rotation.head_dim), str(bits), *map(str.lower, macros))
-    return _metal_kernel("_".join(parts), inputs, outputs, text)
-
-
-@cache
-def _rotor3_kernel(bits: int) -> Kernel:
-    text = metal_text(
-        "rotor3",
-        read("shared_kernels/levels.h"),
-        read("shared_kernels/rotation.h"),
-        boundaries_text(bits),
-    )
-    return _metal_kernel(f"rotor3_{bits}", ("x", "coefficients", "rows"), ("out",), text)
 
 
 @cache

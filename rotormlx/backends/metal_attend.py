@@ -77,7 +77,7 @@ def attend(
     """
     if max(keys.shape[3], values.shape[3]) > MAX_HEAD_DIM:
         return MLXBackend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-    lengths = mx.array([[keys.packed_tokens, keys.tokens]] * keys.shape[0], mx.int32)
+    lengths = mx.array(keys.lengths, mx.int32)
     return attend_ragged(queries, keys, values, lengths, scale=scale, mask=mask, sinks=sinks)
 
 
