@@ -1,4 +1,4 @@
-// Decode attention on packed bytes, first pass: one part of the sequence for all query rows of a KV head.
+// Attention of few queries on packed bytes, first pass: one part of the sequence for all query rows of a KV head.
 //
 // A threadgroup walks its part in steps of SIMDGROUPS blocks; simdgroup s has block s of a step. Keys: a
 // lane has two tokens and adds up over channels. Values: it has two channels and adds up over tokens.
@@ -83,7 +83,7 @@ METAL_FUNC void add_exact(
 }
 
 // kernel body
-// Template: KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, BLOCK, ROWS, WIDTH (rows loaded at once),
+// Template: KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, BLOCK, ROWS = G, WIDTH (rows loaded at once),
 // SIMDGROUPS, MASK (see scores.h).
 //
 // q, rotated     float32 [B, K, G, KEY_DIM], G = H / K * L query rows, multiplied by the scale of the
@@ -119,10 +119,8 @@ const int simdgroup = int(simdgroup_index_in_threadgroup);
 const int part = int(threadgroup_position_in_grid.x);
 const int parts = int(threadgroups_per_grid.x);
 const int kv_heads = q_shape[1];
-const int group_rows = q_shape[2];
 const int batch = int(threadgroup_position_in_grid.y) / kv_heads;
 const int kv_head = int(threadgroup_position_in_grid.y) % kv_heads;
-const int first_row = int(threadgroup_position_in_grid.z) * ROWS;
 
 const int packed_tokens = lengths[2 * batch];
 const int tokens = lengths[2 * batch + 1];
@@ -137,15 +135,11 @@ const int stop = min(start + part_tokens, exact ? tokens - packed_tokens : packe
 
 threadgroup float* query_numbers = (threadgroup float*)query;
 for (int i = thread_index; i < KEY_DIM * ROWS; i += THREADS) {
-  const int row = first_row + i % ROWS, channel = i / ROWS;
-  float x = 0.0f;
-  if (row < group_rows) {
-    x = exact ? q[batch * q_strides[0] + kv_head * q_strides[1] + row * q_strides[2] +
-                  channel * q_strides[3]]
-              : rotated[batch * rotated_strides[0] + kv_head * rotated_strides[1] +
-                        row * rotated_strides[2] + channel * rotated_strides[3]];
-  }
-  query_numbers[i] = x;
+  const int row = i % ROWS, channel = i / ROWS;
+  query_numbers[i] = exact ? q[batch * q_strides[0] + kv_head * q_strides[1] +
+                               row * q_strides[2] + channel * q_strides[3]]
+                           : rotated[batch * rotated_strides[0] + kv_head * rotated_strides[1] +
+                                     row * rotated_strides[2] + channel * rotated_strides[3]];
 }
 fill_levels<KEY_BITS>(key_levels, uint(thread_index), uint(THREADS));
 fill_levels<VALUE_BITS>(value_levels, uint(thread_index), uint(THREADS));
@@ -198,9 +192,8 @@ for (int step = start; step < stop; step += STEP) {
     for (int i = lane; i < KEY_DIM; i += LANES) {
       const float centre = float(head_centres[block * centres_strides[2] + i * centres_strides[3]]);
       for (int row = 0; row < ROWS; ++row) {
-        const int query_row = min(first_row + row, group_rows - 1);
-        const float x = q[batch * q_strides[0] + kv_head * q_strides[1] +
-                          query_row * q_strides[2] + i * q_strides[3]];
+        const float x = q[batch * q_strides[0] + kv_head * q_strides[1] + row * q_strides[2] +
+                          i * q_strides[3]];
         about_centre[row] = fma(x, centre, about_centre[row]);
       }
     }
@@ -221,12 +214,11 @@ for (int step = start; step < stop; step += STEP) {
     const int index = block_start + t * LANES + lane;
     const int position = !exact ? sink + index : index < sink ? index : packed_tokens + index;
     for (int row = 0; row < ROWS; ++row) {
-      const int query_row = min(first_row + row, group_rows - 1);
       float score = HIDDEN;
       if (index < stop) {
         score = masked<MASK>(
-            scores[t * ROWS + row], mask, mask_strides, batch, kv_head, group_rows, query_row,
-            length, position, tokens);
+            scores[t * ROWS + row], mask, mask_strides, batch, kv_head, ROWS, row, length, position,
+            tokens);
       }
       scores[t * ROWS + row] = score;
     }
@@ -291,9 +283,8 @@ for (int row = 0; row < ROWS; ++row) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);  // the groups' sums and the totals are there
 
-for (int row = 0; row < ROWS && first_row + row < group_rows; ++row) {
-  const int64_t query_row = threadgroup_position_in_grid.y * group_rows + first_row + row;
-  const int64_t at = query_row * parts + part;
+for (int row = 0; row < ROWS; ++row) {
+  const int64_t at = (int64_t(threadgroup_position_in_grid.y) * ROWS + row) * parts + part;
   if (value_group == 0) {
     for (int c = 0; c < 2; ++c) {
       float sum = sums[c * ROWS + row];

@@ -56,7 +56,7 @@ def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None 
     """The vectors that packed blocks stand for, float64 ``[B, K, N * 64, D]``."""
     level = codebook.levels(codec.bits).astype(np.float64)[unpack(packed.words, codec)]
     scaled = np.asarray(packed.scales, np.float64)[..., None] * level
-    y = scaled @ np.linalg.inv(codec.rotation.matrix).T * _scale_rows(channel_scale)
+    y = scaled @ codec.rotation.inverse.T * _scale_rows(channel_scale)
     if codec.role == KEY:
         y = y + np.asarray(packed.centres, np.float64)[..., None, :]
     return y.reshape(*y.shape[:2], -1, codec.head_dim)

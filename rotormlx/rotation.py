@@ -103,6 +103,11 @@ class Rotation:
     sign_bits: int
     multiply_adds: int
 
+    @cached_property
+    def inverse(self) -> Floats:
+        """float64 ``[D, D]``: ``x = inverse @ rotated``."""
+        return _frozen(np.linalg.inv(self.matrix))
+
 
 def check_head_dim(head_dim: int) -> None:
     """Refuse a head_dim that the rotations cannot do.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_vectors import CASES, channel_scale, codec_of, load, packed_of
 
-from rotormlx import backends, codebook, reference
+from rotormlx import backends, codebook, cpu_library, reference
 from rotormlx.backends import kernel_source, metal
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
@@ -172,6 +172,16 @@ def test_encode_where_no_vectors_are(head_dim, role, bits, dtype):
     """The shared vectors have the smaller head_dims in every combination."""
     chosen = made_codec("cascade", head_dim, bits, role)
     check_encode(mx.array(rows((1, 1, BLOCK, head_dim))).astype(DTYPES[dtype]), chosen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_decode_in_every_combination(head_dim, role, bits, dtype):
+    chosen = made_codec("cascade", head_dim, bits, role)
+    packed = reference.encode(rows((1, 1, BLOCK, head_dim)), chosen)
+    check_decode(packed, chosen, dtype=dtype)
 
 
 # Each rotation meets each head_dim; bits, roles and dtypes take turns, so that every pair occurs.
@@ -531,6 +541,7 @@ def machine(monkeypatch):
     def pretend(*, metal_gpu, device):
         monkeypatch.setattr(mx.metal, "is_available", lambda: metal_gpu)
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+        monkeypatch.setattr(cpu_library, "missing", lambda: "it is not built")
 
     monkeypatch.delenv("ROTORMLX_BACKEND", raising=False)
     return pretend

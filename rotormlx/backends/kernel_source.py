@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rotormlx import codebook
+from rotormlx.format import Codec
 from rotormlx.rotation import Rotation, Stage
 
 Float32s = npt.NDArray[np.float32]
@@ -146,6 +147,18 @@ def _function(name: str, calls: list[str]) -> str:
     )
 
 
+def cuda_header(codec: Codec) -> str:
+    """The header ``key_rotation.h`` or ``value_rotation.h`` of ``cuda_kernels/launch.cu``.
+
+    It depends on the codec's role and bits and on the rotation's name and head_dim.
+    """
+    lanes, held = lanes_of_row(codec.rotation), _held(codec.rotation)
+    return (
+        f"namespace {codec.role}_rotation {{\nconstexpr int LANES = {lanes}, HELD = {held};\n"
+        f"{boundaries_text(codec.bits)}{rotation_text(codec.rotation)}}}\n"
+    )
+
+
 @cache
 def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
     """What ``rotate_rows``, or with ``back`` ``unrotate_rows``, reads.
@@ -158,6 +171,6 @@ def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
     elif rotation.name == "identity":
         flat = np.zeros(8)
     else:
-        matrix = np.linalg.inv(rotation.matrix) if back else rotation.matrix
+        matrix = rotation.inverse if back else rotation.matrix
         flat = matrix.T.ravel()
     return flat.astype(np.float32)

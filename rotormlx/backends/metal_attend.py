@@ -21,14 +21,14 @@ from rotormlx.backends.mlx_ops import MLXBackend, inverse_matrix
 from rotormlx.format import BLOCK, Packed
 from rotormlx.view import KVView
 
-# Up to so many queries are done on words as they lie; more of them are matrix products.
-MAX_QUERIES = 16
-# Query rows of one threadgroup of the kernel ``attend``: more of them read the cache again. It
-# bounds registers (four sums a row) and threadgroup memory (18.1 KiB at head_dim 256 and 8 bits).
+# Up to so many query rows of a KV head are done on words as they lie; more of them are matrix
+# products. It bounds registers (four sums a row) and threadgroup memory (18.1 KiB at head_dim 256
+# and 8 bits).
 MAX_ROWS = 8
 # Two channels of a thread are at most that many; longer vectors are left to MLX's operations.
 MAX_HEAD_DIM = 256
-# Simdgroups of a threadgroup, and so blocks of a step of the kernel ``attend``.
+# Simdgroups of a threadgroup, and so blocks of a step of the kernel ``attend``. For more than 32
+# query rows there are twice as many, so that a group of 4 heads and 16 queries reads a byte once.
 SIMDGROUPS = 4
 # Threadgroups that keep a large GPU busy: a longer sequence gets longer parts, not more of them.
 THREADGROUPS = 512
@@ -51,6 +51,7 @@ class Tiling(NamedTuple):
     kernel: ``"attend"`` or ``"prefill"``.
     tiles: Threadgroups.
     rows: Query rows of each.
+    simdgroups: Of each.
     merged: Query rows of a threadgroup of the kernel ``attend_merge``.
     template: Template arguments that only this kernel has.
     """
@@ -58,6 +59,7 @@ class Tiling(NamedTuple):
     kernel: str
     tiles: int
     rows: int
+    simdgroups: int
     merged: int
     template: tuple[tuple[str, int], ...]
 
@@ -77,51 +79,23 @@ def attend(
     """
     if max(keys.shape[3], values.shape[3]) > MAX_HEAD_DIM:
         return MLXBackend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-    lengths = mx.array(keys.lengths, mx.int32)
-    return attend_ragged(queries, keys, values, lengths, scale=scale, mask=mask, sinks=sinks)
-
-
-def attend_ragged(
-    queries: mx.array,
-    keys: KVView,
-    values: KVView,
-    lengths: mx.array,
-    *,
-    scale: float,
-    mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Attention in which every batch row has its own lengths; head_dim is at most 256.
-
-    Args:
-        queries: ``[B, H, L, D]``; head h reads KV head ``h * K // H``.
-        keys: Shape ``[B, K, S, D]``; its counts are the largest of the batch.
-        values: Shape ``[B, K, S, Dv]``.
-        lengths: int32 ``[B, 2]``: packed tokens and all tokens of each row. The last query of a row
-            is its last token.
-        scale: Factor of the scores.
-        mask: As for :func:`attend`; a row's tokens count from its first.
-        sinks: Attention-sink logits ``[H]``.
-
-    Returns:
-        ``[B, H, L, Dv]`` in the dtype of the queries; zero for a query that sees nothing.
-    """
     batch, heads, length, _ = queries.shape
     kv_heads, key_dim, value_dim = keys.shape[1], keys.shape[3], values.shape[3]
     group = heads // kv_heads * length  # G
-    tiling = _tiling(length, group, max(key_dim, value_dim))
+    tiling = _tiling(group, max(key_dim, value_dim))
     limit = max(1, min(MAX_PARTS, THREADGROUPS // (batch * kv_heads * tiling.tiles)))
     packed_parts = cut(keys.packed_tokens, limit)
     # A row with fewer packed tokens than the view counts may have more exact ones, up to a buffer.
     exact_parts = cut(min(keys.exact.shape[2], keys.tokens), limit)
     plan = mx.array([keys.sink, *packed_parts, exact_parts.tokens, length, group], mx.int32)
+    lengths = mx.array(keys.lengths, mx.int32)
 
     # Flat in between: the kernels read it row by row, and a reshape alone may keep strides.
     q = (queries.astype(mx.float32) * scale).reshape(-1).reshape(batch, kv_heads, group, key_dim)
-    rows = tiling.tiles * tiling.rows if tiling.kernel == "prefill" else group
+    rows = tiling.tiles * tiling.rows
     q = mx.pad(q, [(0, 0), (0, 0), (0, rows - group), (0, 0)])
     kind, mask_array = _mask_of_kernel(mask, (batch, heads, length, keys.tokens))
-    threads = 32 * SIMDGROUPS
+    threads = 32 * tiling.simdgroups
     parts = packed_parts.number + exact_parts.number
     parts_shape = (batch, kv_heads, rows, parts)
     tops, totals, outputs = _parts_kernel(tiling.kernel)(
@@ -132,7 +106,7 @@ def attend_ragged(
         template=[
             *(("KEY_BITS", keys.codec.bits), ("VALUE_BITS", values.codec.bits)),
             *(("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("BLOCK", BLOCK)),
-            *(("SIMDGROUPS", SIMDGROUPS), ("MASK", kind)),
+            *(("SIMDGROUPS", tiling.simdgroups), ("MASK", kind)),
             *tiling.template,
         ],
         grid=(threads * parts, batch * kv_heads, tiling.tiles),
@@ -172,16 +146,15 @@ def cut(tokens: int, limit: int) -> Parts:
     return Parts(-(-steps // steps_a_part), steps_a_part * step)
 
 
-def _tiling(length: int, group: int, larger_dim: int) -> Tiling:
-    if length > MAX_QUERIES:
-        rows = 8 * SIMDGROUPS
-        # Decoded tokens of a tile: 16 KiB of them, in float32.
-        tile = 32 if larger_dim <= 128 else 16
-        return Tiling("prefill", -(-group // rows), rows, 8, (("TILE", tile),))
-    tiles = -(-group // MAX_ROWS)
-    rows = -(-group // tiles)
-    width = next(width for width in (4, 2, 1) if rows % width == 0)
-    return Tiling("attend", tiles, rows, 1, (("ROWS", rows), ("WIDTH", width)))
+def _tiling(group: int, larger_dim: int) -> Tiling:
+    if group <= MAX_ROWS:
+        width = next(width for width in (4, 2, 1) if group % width == 0)
+        return Tiling("attend", 1, group, SIMDGROUPS, 1, (("ROWS", group), ("WIDTH", width)))
+    simdgroups = SIMDGROUPS if group <= 8 * SIMDGROUPS else 2 * SIMDGROUPS
+    # Decoded tokens of a tile: 16 KiB of them, in float32.
+    tile = 32 if larger_dim <= 128 else 16
+    rows = 8 * simdgroups
+    return Tiling("prefill", -(-group // rows), rows, simdgroups, 8, (("TILE", tile),))
 
 
 # ---- inputs -------------------------------------------------------------------------------------
