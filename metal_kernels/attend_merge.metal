@@ -6,7 +6,7 @@
 //
 // tops, totals   float32 [B, K, rows, parts], rows >= G; outputs: float32 [B, K, rows, parts, VALUE_DIM]
 // unrotation     float32 [VALUE_DIM, VALUE_DIM]: rows times it are rotated back
-// channel_scale  float32 [K, VALUE_DIM], if HAS_SCALE
+// channel_scale  float32 [B, K, VALUE_DIM], if HAS_SCALE
 // sinks          float32 [H], if HAS_SINKS: attention-sink logits
 // plan           int32 [6], as in the first pass
 // output         T [B, H, L, VALUE_DIM]
@@ -68,7 +68,7 @@ for (int c = 0; c < CHANNELS; ++c) {
         for (int r = 0; r < ROWS; ++r) x[r] = fma(packed_sums[r * VALUE_DIM + i], entry, x[r]);
       }
       if (HAS_SCALE) {
-        for (int r = 0; r < ROWS; ++r) x[r] *= channel_scale[kv_head * VALUE_DIM + channel];
+        for (int r = 0; r < ROWS; ++r) x[r] *= channel_scale[head_index * VALUE_DIM + channel];
       }
     }
     for (int r = 0; r < ROWS && first_row + r < group_rows; ++r) {

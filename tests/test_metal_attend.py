@@ -402,6 +402,40 @@ def test_rows_of_a_batch_have_their_own_lengths(length):
         assert np.abs(float64(output[row : row + 1]) - expected).max() <= made.tolerance
 
 
+@pytest.mark.parametrize("length", [2, 17])
+def test_rows_of_a_batch_have_their_own_channel_scale(length):
+    case = Case(kv_heads=2, length=length)
+    made = problem(case)
+    views = [replace(view, channel_scale=own_scales(case, view)) for view in made.views]
+    output = metal_attend.attend(made.queries, *views, scale=case.scale)
+    for row in range(case.batch):
+        part = slice(row, row + 1)
+        keys_and_values = [vectors_of_row(case, view, row) for view in views]
+        expected = reference.attend(float64(made.queries[part]), *keys_and_values, scale=case.scale)
+        # Scores and outputs may be twice as large as those that the tolerance is for.
+        assert np.abs(float64(output[part]) - expected).max() <= 2 * made.tolerance
+
+
+def own_scales(case, view):
+    factor = np.random.default_rng(11).uniform(0.5, 2, (case.batch, *view.channel_scale.shape))
+    return view.channel_scale * mx.array(factor.astype(np.float32))
+
+
+def vectors_of_row(case, view, row):
+    packed = Packed(*(None if a is None else np.array(a[row : row + 1]) for a in view.packed))
+    with np.errstate(invalid="ignore"):  # what does not count is spoiled
+        decoded = reference.decode(
+            packed, view.codec, channel_scale=np.array(view.channel_scale[row])
+        )
+    exact = float64(view.exact[row : row + 1])
+    parts = (
+        exact[:, :, : case.sink],
+        decoded[:, :, : case.packed_tokens],
+        exact[:, :, case.sink :],
+    )
+    return np.concatenate(parts, 2)
+
+
 @needs_emulator
 @pytest.mark.parametrize("order", [1, 7])
 @pytest.mark.parametrize("length", [3, 17])
@@ -724,7 +758,8 @@ MERGE = [
     ("total = exp(sink - top)", "total = 0.0f", {"sinks": True}),
     ("kv_head * (group_rows / length) + row / length", "row / length", {"sinks": True}),
     ("if (HAS_SCALE)", "if (false)", {}),
-    ("channel_scale[kv_head * VALUE_DIM +", "channel_scale[", {}),
+    ("channel_scale[head_index * VALUE_DIM +", "channel_scale[", {}),
+    ("channel_scale[head_index * VALUE_DIM +", "channel_scale[(head_index + 1) * VALUE_DIM +", {}),
     ("unrotation[i * VALUE_DIM + channel]", "unrotation[channel * VALUE_DIM + i]", {}),
     ("unrotation[i * VALUE_DIM + channel]", "float(i == channel)", {}),
     ("i < VALUE_DIM; ++i", "i < VALUE_DIM - 1; ++i", {}),

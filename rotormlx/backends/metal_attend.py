@@ -118,7 +118,9 @@ def attend(
     (output,) = _merge_kernel()(
         inputs=[
             *(tops, totals, outputs, inverse_matrix(values.codec.rotation)),
-            nothing if values.channel_scale is None else values.channel_scale,
+            nothing
+            if values.channel_scale is None
+            else mx.broadcast_to(values.channel_scale, (batch, kv_heads, value_dim)),
             nothing if sinks is None else sinks.astype(mx.float32),
             plan,
         ],
@@ -164,7 +166,7 @@ def _rotated(q: mx.array, keys: KVView) -> mx.array:
     """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
     if not keys.packed_tokens:
         return q
-    scaled = q if keys.channel_scale is None else q * keys.channel_scale[:, None, :]
+    scaled = q if keys.channel_scale is None else q * keys.channel_scale[..., None, :]
     return scaled @ inverse_matrix(keys.codec.rotation).T
 
 
