@@ -29,6 +29,7 @@ class Kind(enum.StrEnum):
     DIVERGENCE = "divergence"
     ABSENT_LANE = "absent lane"
     ARITHMETIC = "arithmetic"
+    ALIGNMENT = "alignment"
     UNWRITTEN_OUTPUT = "unwritten output"
     LAUNCH = "launch"
 

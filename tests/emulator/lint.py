@@ -32,7 +32,7 @@ _FLAGS = (
 _ADDRESS_SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b")
 _BUILT_IN_TYPE = (
     r"(?:float|half|bfloat|u?(?:char|short|int|long))(?:[234])?|bool[234]?|void|auto|"
-    r"u?int(?:8|16|32|64)_t|b?float16_t|size_t|vec|simdgroup_matrix|atomic(?:_\w+)?"
+    r"u?int(?:8|16|32|64)_t|b?float16_t|size_t|vec|simdgroup_matrix"
 )
 _DEFINED_TYPE = re.compile(r"\b(?:typename|class|struct|using)\s+(\w+)|\btypedef\b[^;]*?(\w+)\s*;")
 

@@ -45,19 +45,10 @@ def metal_kernel(
     source: str,
     header: str = "",
     ensure_row_contiguous: bool = True,
-    atomic_outputs: bool = False,
-    compile_options: object | None = None,
 ) -> "EmulatedKernel":
-    """Stands in for ``mx.fast.metal_kernel``, with the same arguments."""
+    """Stands in for ``mx.fast.metal_kernel``, with those of its arguments that are used here."""
     mlx_kernel = _mlx_metal_kernel(
-        name,
-        input_names,
-        output_names,
-        source,
-        header,
-        ensure_row_contiguous,
-        atomic_outputs,
-        compile_options,
+        name, input_names, output_names, source, header, ensure_row_contiguous
     )
     return EmulatedKernel(
         cast(Callable[..., list[mx.array]], mlx_kernel),
@@ -99,10 +90,8 @@ class EmulatedKernel:
         threadgroup: tuple[int, int, int],
         template: Template | None = None,
         init_value: float | None = None,
-        verbose: bool = False,
-        stream: object = None,
     ) -> list[mx.array]:
-        """Run the kernel. Arguments as for MLX; ``stream`` is ignored.
+        """Run the kernel. Arguments as for MLX.
 
         Raises:
             KernelError: If the kernel breaks a rule.
@@ -117,8 +106,6 @@ class EmulatedKernel:
             template=template,
             init_value=init_value,
         )
-        if verbose:
-            print(f"Generated source code for `{name}`:\n```\n{text}\n```")
         arguments: dict[str, np.ndarray] = {}
         for input_name, array in zip(self._input_names, arrays, strict=True):
             arguments |= _input_arguments(input_name, array, self._ensure_row_contiguous)

@@ -11,10 +11,6 @@ enum class mem_flags : unsigned {
   mem_device = emulator::kDeviceMemory,
   mem_threadgroup = emulator::kThreadgroupMemory,
 };
-constexpr mem_flags operator|(mem_flags a, mem_flags b) {
-  return static_cast<mem_flags>(static_cast<unsigned>(a) | static_cast<unsigned>(b));
-}
-
 #define AT_LINE int line = __builtin_LINE()
 
 METAL_FUNC void threadgroup_barrier(mem_flags flags, AT_LINE) {
@@ -64,7 +60,7 @@ class Lanes {
 
 template <class T>
 METAL_FUNC Lanes<T> meet(T mine, int line) {
-  static_assert(sizeof(element_t<T>) == 4, "simd functions take 32-bit scalars and vectors here");
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) == 4, "simd functions take 32 bits here");
   return Lanes<T>(mine, line);
 }
 
@@ -76,56 +72,23 @@ template <class T>
 METAL_FUNC T simd_max(T value, AT_LINE) {
   return meet(value, line).reduce([](T a, T b) { return max(a, b); });
 }
-template <class T>
-METAL_FUNC T simd_min(T value, AT_LINE) {
-  return meet(value, line).reduce([](T a, T b) { return min(a, b); });
-}
-template <class T>
-METAL_FUNC T simd_or(T value, AT_LINE) {
-  return meet(value, line).reduce([](T a, T b) { return a | b; });
-}
-METAL_FUNC bool simd_any(bool value, AT_LINE) { return simd_or(uint(value), line) != 0; }
-METAL_FUNC bool simd_all(bool value, AT_LINE) { return !simd_any(!value, line); }
+METAL_FUNC bool simd_any(bool value, AT_LINE) { return simd_max(uint(value), line) != 0; }
 
-template <class T>
-METAL_FUNC T simd_prefix_inclusive_sum(T value, AT_LINE) {
-  const Lanes<T> lanes = meet(value, line);
-  T sum = lanes.from(0);
-  for (uint i = 1; i <= emulator_lane(); ++i) sum += lanes.from(i);
-  return sum;
-}
-
-template <class T>
-METAL_FUNC T simd_shuffle(T value, ushort lane, AT_LINE) {
-  return meet(value, line).from(lane);
-}
-template <class T>
-METAL_FUNC T simd_broadcast(T value, ushort lane, AT_LINE) {
-  return meet(value, line).from(lane);
-}
 template <class T>
 METAL_FUNC T simd_shuffle_xor(T value, ushort mask, AT_LINE) {
   return meet(value, line).from(emulator_lane() ^ mask);
 }
-// Lanes whose source would lie outside the simdgroup keep `filling`.
+
+// What else MLX's utils.h calls, in functions that no kernel here calls: declared only.
 template <class T>
-METAL_FUNC T simd_shuffle_and_fill_down(T value, T filling, ushort delta, AT_LINE) {
-  const Lanes<T> lanes = meet(value, line);
-  const uint source = emulator_lane() + delta;
-  return source < emulator::kSimdWidth ? lanes.from(source) : filling;
-}
+T simd_shuffle(T, ushort);
 template <class T>
-METAL_FUNC T simd_shuffle_and_fill_up(T value, T filling, ushort delta, AT_LINE) {
-  const Lanes<T> lanes = meet(value, line);
-  return emulator_lane() >= delta ? lanes.from(emulator_lane() - delta) : filling;
-}
+T simd_shuffle_down(T, ushort);
 template <class T>
-METAL_FUNC T simd_shuffle_down(T value, ushort delta, AT_LINE) {
-  return simd_shuffle_and_fill_down(value, value, delta, line);
-}
+T simd_shuffle_up(T, ushort);
 template <class T>
-METAL_FUNC T simd_shuffle_up(T value, ushort delta, AT_LINE) {
-  return simd_shuffle_and_fill_up(value, value, delta, line);
-}
+T simd_shuffle_and_fill_up(T, T, ushort);
+template <class T>
+T simd_prefix_inclusive_sum(T);
 
 }  // namespace metal

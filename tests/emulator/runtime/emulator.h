@@ -19,14 +19,11 @@ struct ThreadContext {
   Index3 position_in_grid;
   Index3 position_in_threadgroup;
   Index3 threadgroup_position;
-  Index3 threadgroup_size;          // smaller than dispatched at the edge of the grid
-  Index3 dispatched_threadgroup_size;
+  Index3 threadgroup_size;  // smaller at the edge of the grid
   Index3 threadgroup_count;
-  Index3 grid_size;
   uint32_t index_in_threadgroup;
   uint32_t lane;
   uint32_t simdgroup;
-  uint32_t simdgroup_count;
 };
 
 // Which memory a barrier orders; a bit set.
@@ -56,12 +53,12 @@ void emulator_simdgroup_barrier(unsigned scope, int line);
 uint32_t emulator_exchange(const void* mine, size_t bytes, void* everyones, int line);
 uint32_t emulator_lane();
 
+// The running thread, for a front end whose kernels ask for it anywhere.
+const emulator::ThreadContext* emulator_context();
+
 // Memory for a variable shared by the threadgroup. Races are tracked in cells of `cell_bytes`.
 void* emulator_shared_variable(emulator::SharedVariable* variable, size_t bytes, size_t alignment,
                                size_t cell_bytes);
-
-// Announces an atomic read-modify-write. The access itself must not be instrumented.
-void emulator_atomic_access(const volatile void* address, size_t bytes);
 
 // Ends the launch with a violation found by the front end.
 [[noreturn]] void emulator_fail(const char* kind, const char* message, int line);

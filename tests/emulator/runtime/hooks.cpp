@@ -43,10 +43,6 @@ extern "C" void __tsan_write_range(void* p, size_t bytes) {
 }
 extern "C" void __tsan_init() {}
 
-void emulator_atomic_access(const volatile void* p, size_t bytes) {
-  check(const_cast<const void*>(p), bytes, Access::kAtomic, CALLER);
-}
-
 // The part of the undefined-behaviour checks' arguments that is used here.
 struct SourceLocation {
   const char* file;

@@ -153,23 +153,8 @@ Region* ThreadgroupMemory::region_near(uintptr_t address) {
 
 namespace {
 
-const char* verb(Access access) {
-  switch (access) {
-    case Access::kRead: return "read of";
-    case Access::kWrite: return "write to";
-    case Access::kAtomic: return "atomic access to";
-  }
-  return "";
-}
-
-const char* noun(Access access) {
-  switch (access) {
-    case Access::kRead: return "read";
-    case Access::kWrite: return "write";
-    case Access::kAtomic: return "atomic access";
-  }
-  return "";
-}
+const char* verb(Access access) { return access == Access::kRead ? "read of" : "write to"; }
+const char* noun(Access access) { return access == Access::kRead ? "read" : "write"; }
 
 const char* memory_name(const Region& region) {
   return region.memory == kDeviceMemory ? "device" : "threadgroup";
@@ -194,7 +179,7 @@ void check_cells(Region& region, size_t first, size_t last, Access access, const
   const Accessor me = scheduler.accessor(region.memory);
   for (size_t i = first; i <= last; ++i) {
     Cell& cell = region.cells[i];
-    if (access != Access::kWrite && !cell.written()) {
+    if (access == Access::kRead && !cell.written()) {
       fail_at_element("uninitialised", region, i, access, "which nobody has written", caller);
     }
     const Cell::Conflict conflict = cell.record(access, me);
@@ -215,7 +200,7 @@ void check_region(Region& region, uintptr_t address, size_t bytes, Access access
   const size_t first = offset / region.cell_bytes;
   const size_t last = (offset + bytes - 1) / region.cell_bytes;
   if (region.writable) return check_cells(region, first, last, access, caller);
-  if (access != Access::kRead) {
+  if (access == Access::kWrite) {
     fail_at_element("read-only", region, first, access, "which is an input", caller);
   }
 }

@@ -52,15 +52,13 @@ void Scheduler::run(const LaunchRequest& request, void* const* buffers) {
   std::vector<int> threadgroups;
   put_in_order(threadgroups, static_cast<int>(count.x * count.y * count.z));
   for (int threadgroup : threadgroups) {
-    place_threads(request, index_of(threadgroup, count));
+    place_threads(grid, size, count, index_of(threadgroup, count));
     run_threadgroup();
     if (violated()) return;
   }
 }
 
-void Scheduler::place_threads(const LaunchRequest& request, Index3 position) {
-  const Index3 grid = from_array(request.grid);
-  const Index3 dispatched = smaller(from_array(request.threadgroup), grid);
+void Scheduler::place_threads(Index3 grid, Index3 dispatched, Index3 count, Index3 position) {
   const Index3 origin{position.x * dispatched.x, position.y * dispatched.y,
                       position.z * dispatched.z};
   // Metal's dispatchThreads cuts the threadgroups at the edge of the grid.
@@ -78,14 +76,10 @@ void Scheduler::place_threads(const LaunchRequest& request, Index3 position) {
                           origin.z + c.position_in_threadgroup.z};
     c.threadgroup_position = position;
     c.threadgroup_size = size;
-    c.dispatched_threadgroup_size = dispatched;
-    c.threadgroup_count = {ceil_div(grid.x, dispatched.x), ceil_div(grid.y, dispatched.y),
-                           ceil_div(grid.z, dispatched.z)};
-    c.grid_size = grid;
+    c.threadgroup_count = count;
     c.index_in_threadgroup = i;
     c.lane = i % kSimdWidth;
     c.simdgroup = i / kSimdWidth;
-    c.simdgroup_count = simdgroup_count_;
     thread.state = State::kReady;
     thread.fiber.start(stacks_ + i * Fiber::kStackBytes, i, fiber_main);
   }
@@ -300,6 +294,8 @@ uint32_t emulator_exchange(const void* mine, size_t bytes, void* everyones, int 
 }
 
 uint32_t emulator_lane() { return scheduler.context().lane; }
+
+const ThreadContext* emulator_context() { return &scheduler.context(); }
 
 void* emulator_shared_variable(SharedVariable* variable, size_t bytes, size_t alignment,
                                size_t cell_bytes) {

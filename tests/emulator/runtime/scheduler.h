@@ -54,7 +54,7 @@ class Scheduler {
 
   static void fiber_main();
 
-  void place_threads(const LaunchRequest& request, Index3 position);
+  void place_threads(Index3 grid, Index3 dispatched, Index3 count, Index3 position);
   void run_threadgroup();
   void run_simdgroup(int simdgroup);
   void resume(Thread& thread);

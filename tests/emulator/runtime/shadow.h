@@ -1,9 +1,9 @@
 // Who touched a cell of memory, and whether a new access could race with that.
 //
-// Two accesses to one cell race when they come from different threads, at least one writes, not
-// both are atomic, and nothing orders them. Within a threadgroup a barrier orders them, within a
-// simdgroup also a simdgroup barrier, and between threadgroups of a launch nothing does. Barriers
-// are counted: accesses with different counts of a barrier that both threads pass are ordered.
+// Two accesses to one cell race when they come from different threads, at least one writes, and
+// nothing orders them. Within a threadgroup a barrier orders them, within a simdgroup also a
+// simdgroup barrier, and between threadgroups of a launch nothing does. Barriers are counted:
+// accesses with different counts of a barrier that both threads pass are ordered.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace emulator {
 
-enum class Access { kRead, kWrite, kAtomic };
+enum class Access { kRead, kWrite };
 
 // The running thread, as race detection sees it.
 struct Accessor {
@@ -85,19 +85,16 @@ class Cell {
     const AccessSet* by;  // null if there is none
   };
   Conflict record(Access access, const Accessor& me) {
-    for (Access earlier : {Access::kRead, Access::kWrite, Access::kAtomic}) {
-      const bool harmless = earlier == access && access != Access::kWrite;
-      if (!harmless && of(earlier).conflicts_with(me)) return {earlier, &of(earlier)};
-    }
-    of(access).add(me);
-    written_ |= access != Access::kRead;
+    const bool writes = access == Access::kWrite;
+    if (writes && reads_.conflicts_with(me)) return {Access::kRead, &reads_};
+    if (writes_.conflicts_with(me)) return {Access::kWrite, &writes_};
+    (writes ? writes_ : reads_).add(me);
+    written_ |= writes;
     return {access, nullptr};
   }
 
  private:
-  AccessSet& of(Access access) { return accesses_[static_cast<int>(access)]; }
-
-  AccessSet accesses_[3];
+  AccessSet reads_, writes_;
   bool written_ = false;
 };
 

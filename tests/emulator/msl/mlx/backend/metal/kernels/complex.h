@@ -2,13 +2,9 @@
 // Just enough of the type for MLX's utils.h to compile; no kernel here is complex.
 #pragma once
 
-#include "mlx/backend/metal/kernels/bf16.h"
-
 template <class T>
 struct complex_t {
   T real, imag;
-  constexpr complex_t() : real(0), imag(0) {}
   constexpr complex_t(T r, T i) : real(r), imag(i) {}
-  constexpr complex_t(T r) : real(r), imag(0) {}
 };
 using complex64_t = complex_t<float>;
