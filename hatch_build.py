@@ -1,20 +1,26 @@
-"""Adds the dependencies at build time, with the MLX that this machine needs.
+"""Adds the dependencies at build time, with the MLX that this machine needs, and the CPU library.
 
 On Linux the wheel ``mlx`` holds no backend: ``mlx[cpu]`` or ``mlx[cuda13]`` brings one, and the two
 overwrite each other's files. So an installation from source looks at the machine: a CUDA build of
 MLX that is there stays, an NVIDIA driver asks for the CUDA build, anything else for the CPU build.
 A wheel for others must not carry this machine's choice: build it with ``ROTORMLX_MLX=plain``.
+
+The library of cpu_kernels/ is compiled where there is a C++ compiler, and the wheel is then one for
+this kind of machine. Without one the package works, on MLX's own operations.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
+from packaging.tags import sys_tags
 
 DEPENDENCIES = [
     "mlx-lm>=0.32.2",  # model loading and generation; its cache contract changed in 0.32
@@ -33,6 +39,34 @@ class DependenciesHook(MetadataHookInterface):
     def update(self, metadata: dict[str, Any]) -> None:
         """Called by hatchling with the project table."""
         metadata["dependencies"] = [f"{mlx_for_this_machine()}>=0.32.2", *DEPENDENCIES]
+
+
+class CPULibraryHook(BuildHookInterface[Any]):
+    """Compiles cpu_kernels/ into the package."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called by hatchling before it builds a wheel, standard or editable."""
+        done = subprocess.run(
+            [sys.executable, str(Path(self.root, "cpu_kernels", "build.py"))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            reason = (done.stderr.strip() or "cpu_kernels/build.py failed").splitlines()[0]
+            self.app.display_warning(
+                "rotormlx is built without its CPU library, so attention on a CPU is slow: "
+                + reason
+            )
+            return
+        library = Path(done.stdout.strip())
+        if version != "editable":  # an editable installation finds it in the clone
+            build_data["force_include"][str(library)] = f"rotormlx/{library.name}"
+        # It needs no particular Python, but this kind of machine.
+        platforms = (tag.platform for tag in sys_tags())
+        machine = next(p for p in platforms if not p.startswith(("manylinux", "musllinux")))
+        build_data["tag"] = f"py3-none-{machine}"
+        build_data["pure_python"] = False
 
 
 def mlx_for_this_machine() -> str:

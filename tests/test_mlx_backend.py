@@ -1,4 +1,4 @@
-"""The MLX path against the float64 reference: any shape, dtype, mask and length."""
+"""Every backend against the float64 reference: any shape, dtype, mask and length."""
 
 from dataclasses import replace
 
@@ -12,6 +12,8 @@ from rotormlx.backends import backend, describe, mlx_ops
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.view import KVView
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 B, K, REPEATS, L, SINK, TAIL = 2, 3, 2, 5, 4, 70
 H = K * REPEATS
@@ -343,6 +345,7 @@ def test_encode_refuses(shape, dtype, message):
 )
 def test_attend_refuses(change, message):
     (keys, values), _ = make_views(RotorConfig(), 64, 80, 2, 0, mx.float32)
+    change = dict(change)
     values = replace(values, **change.pop("values", {}))
     arguments = {"q": queries(64, L, mx.float32), **change}
     with pytest.raises(ValueError, match=message):
@@ -354,7 +357,7 @@ def test_backend_says_why_it_is_not_a_better_one(monkeypatch):
     if backend().name == "metal":
         assert describe() == "metal"
     else:
-        assert describe().startswith("mlx (no metal, MLX ")
+        assert describe().startswith(f"{backend().name} (no metal, MLX ")
     monkeypatch.setenv("ROTORMLX_BACKEND", "mlx")
     assert describe() == "mlx (named by ROTORMLX_BACKEND)"
 
@@ -362,6 +365,6 @@ def test_backend_says_why_it_is_not_a_better_one(monkeypatch):
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("ROTORMLX_BACKEND", "abacus")
     with pytest.raises(
-        RuntimeError, match="ROTORMLX_BACKEND must be one of metal, mlx, but it is 'abacus'"
+        RuntimeError, match="must be one of metal, mlx_cuda, cpu, mlx, but it is 'abacus'"
     ):
         backend()

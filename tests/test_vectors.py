@@ -60,6 +60,7 @@ def test_files_are_what_the_script_makes(vectors):
             assert np.array_equal(array, arrays[name]), name
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
@@ -75,6 +76,7 @@ def test_encode_reproduces_every_bit(vectors, role, bits, dtype):
         assert np.array_equal(np.array(packed.centres), arrays["key.centres"])
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("role", ROLES)
 def test_prefill_scale_is_reproduced(vectors, role):
     _, arrays, facts = vectors
@@ -83,6 +85,7 @@ def test_prefill_scale_is_reproduced(vectors, role):
     assert np.allclose(np.array(found), arrays[f"{role}.prefill"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
 def test_decode_reproduces_the_vectors(vectors, role, bits):
@@ -98,6 +101,7 @@ def test_decode_reproduces_the_vectors(vectors, role, bits):
     assert np.abs(decoded - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("bits", codebook.BITS)
 def test_attend_reproduces_the_outputs(vectors, bits):
     _, arrays, facts = vectors

@@ -6,14 +6,21 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-from rotormlx.backends.metal import MetalBackend, missing
+from rotormlx.backends import cpu, metal, mlx_cuda
 from rotormlx.backends.mlx_ops import MLXBackend
 
 # Best first, each with what tells why this process cannot run it.
 _BACKENDS: dict[str, tuple[type[MLXBackend], Callable[[], str | None]]] = {
-    "metal": (MetalBackend, missing),
+    "metal": (metal.MetalBackend, metal.missing),
+    "mlx_cuda": (mlx_cuda.MLXCUDABackend, mlx_cuda.missing),
+    "cpu": (cpu.CPUBackend, cpu.missing),
     "mlx": (MLXBackend, lambda: None),
 }
+
+
+def available() -> list[str]:
+    """Names of the backends that this process can run, best first."""
+    return [name for name, (_, lack) in _BACKENDS.items() if lack() is None]
 
 
 def backend() -> MLXBackend:

@@ -21,7 +21,7 @@ import numpy as np
 from rotormlx import codebook
 from rotormlx.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.rotation import Rotation, Stage
-from rotormlx.view import KVView
+from rotormlx.view import KVView, attend_by_row
 
 # Values that are encoded at once: about thirty float32 arrays of them are alive, 16 MiB.
 TILE_VALUES = 2**17
@@ -161,6 +161,10 @@ class MLXBackend:
 
         Source: docs/FORMAT.md, section 7.
         """
+        if keys.rows is not None:
+            return attend_by_row(
+                self.attend, queries, keys, values, scale=scale, mask=mask, sinks=sinks
+            )
         batch, heads, length, head_dim = queries.shape
         kv_heads = keys.shape[1]
         repeats = heads // kv_heads
@@ -518,7 +522,7 @@ def matrix(rotation: Rotation) -> mx.array:
 @cache
 def inverse_matrix(rotation: Rotation) -> mx.array:
     """The transposed inverse, float32 ``[D, D]``: rows times it are un-rotated."""
-    return mx.array(np.linalg.inv(rotation.matrix).T.astype(np.float32))
+    return mx.array(rotation.inverse.T.astype(np.float32))
 
 
 @cache

@@ -1,0 +1,230 @@
+// Vectors of LANES floats, the same text for every processor: compiler vectors, and intrinsics only where a
+// level is looked up in registers.
+//
+// This file is compiled several times into one library, with other flags each time. Everything in it and in what
+// includes it lies in an unnamed namespace, and no inline function of the C++ library is called: the linker keeps one
+// copy of such a function, and it might be one for a processor that is not there.
+#pragma once
+
+#include "vocabulary.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#ifndef LANES
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+using std::uint16_t;
+using std::uint32_t;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+INLINE Floats load(const float* p) {
+  Floats x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+INLINE Words load(const uint32_t* p) {
+  Words x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+INLINE void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
+INLINE void store(uint32_t* p, Words x) { __builtin_memcpy(p, &x, sizeof x); }
+
+INLINE Floats all(float x) { return x - Floats{}; }
+INLINE Words all_words(uint32_t x) { return x - Words{}; }
+
+INLINE Words bits_of(Floats x) { return (Words)x; }
+INLINE Floats floats_of(Words x) { return (Floats)x; }
+
+INLINE Floats choose(Mask mask, Floats yes, Floats no) {
+  return floats_of((bits_of(yes) & (Words)mask) | (bits_of(no) & ~(Words)mask));
+}
+INLINE Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
+
+INLINE float sum_of_lanes(Floats x) {
+  float sum = 0.0f;
+  for (int i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
+}
+INLINE float largest_lane(Floats x) {
+  float top = x[0];
+  for (int i = 1; i < LANES; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+// ---- 16-bit numbers --------------------------------------------------------------------------------
+
+// float16 to float32, subnormal numbers included whatever the processor is told to do with those of float32.
+INLINE Floats floats_of_halves(Words h) {
+  const Words size = (h & 0x7fffu) << 13;
+  const Words exponent = size & 0x0f800000u;
+  const Floats normal = floats_of(size + (112u << 23));
+  const Floats subnormal = floats_of(size + (113u << 23)) - floats_of(all_words(113u << 23));
+  const Floats special = floats_of(size + (224u << 23));  // infinite or not a number
+  Floats x = choose(exponent == 0u, subnormal, normal);
+  x = choose(exponent == 0x0f800000u, special, x);
+  return floats_of(bits_of(x) | ((h & 0x8000u) << 16));
+}
+
+INLINE Words load_halves(const uint16_t* p) {
+  Halves x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Words);
+}
+
+inline float float_of_half(uint16_t h) {
+  const uint32_t size = (h & 0x7fffu) << 13, exponent = size & 0x0f800000u;
+  const uint32_t sign = (h & 0x8000u) << 16;
+  float x = float_of_bits(size + (exponent == 0x0f800000u ? 224u << 23 : 112u << 23));
+  if (exponent == 0u) x = float_of_bits(size + (113u << 23)) - float_of_bits(113u << 23);
+  return float_of_bits(bits_of_float(x) | sign);
+}
+
+// Rounded to nearest, ties to even.
+inline uint16_t half_of_float(float x) {
+  uint32_t bits = bits_of_float(x);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits >= 0x47800000u) return uint16_t(sign | (bits > 0x7f800000u ? 0x7e00u : 0x7c00u));
+  if (bits < 0x38800000u) {
+    // The last place of 0.5 is that of subnormal float16, so the addition rounds.
+    return uint16_t(sign | (bits_of_float(float_of_bits(bits) + 0.5f) - bits_of_float(0.5f)));
+  }
+  return uint16_t(sign | ((bits - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13));
+}
+
+inline uint16_t bfloat_of_float(float x) {
+  const uint32_t bits = bits_of_float(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);
+  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// ---- exponentials ----------------------------------------------------------------------------------
+
+// e^x for x <= 0, to 2 units in the last place; zero below -87, a NaN for a NaN.
+INLINE Floats exponential(Floats x) {
+  const Floats to_nearest = all(12582912.0f);  // 1.5 * 2^23: adding it drops the fraction
+  const Floats shifted = x * 1.44269504f + to_nearest;
+  const Floats n = shifted - to_nearest;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // x - n ln 2, ln 2 in two parts
+  Floats p = r * 1.98412698e-4f + 1.38888889e-3f;  // the series of e^r, |r| <= 0.35
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Words power = (bits_of(shifted) - bits_of(to_nearest) + 127u) << 23;
+  return choose(x < -87.0f, Floats{}, p * floats_of(power));
+}
+
+// ---- levels ----------------------------------------------------------------------------------------
+
+// The levels of a codebook as bit patterns. A short codebook is repeated: its look-up then needs no mask against the
+// bits of the next field. At 3 bits only magnitudes, because the signs lie elsewhere.
+template <int BITS>
+struct LevelTable {
+  enum { SIZE = BITS == 8 ? 256 : 16, PERIOD = BITS == 3 ? 4 : 1 << BITS };
+  alignas(64) uint32_t bits[SIZE] = {};
+  constexpr LevelTable() {
+    for (uint32_t i = 0; i < SIZE; ++i) {
+      const uint32_t code = i % PERIOD, negative = code >> (BITS - 1);
+      bits[i] = magnitude_bits<BITS>(code & ((1u << (BITS - 1)) - 1u)) ^ (negative << 31);
+    }
+  }
+};
+
+// `level` takes the code in field `field` of words; at 3 bits bit `field` of `signs` is its sign.
+template <int BITS>
+struct Levels {
+  static constexpr LevelTable<BITS> TABLE{};
+
+  INLINE Floats level(Words word, Words signs, int field) const {
+    const Words code = word >> (unsigned)((BITS == 3 ? 2 : BITS) * field);
+    if (BITS == 8) return any_level(code & 255u);
+#if defined(__AVX512F__) && LANES == 16
+    Floats x = (Floats)_mm512_permutexvar_ps((__m512i)code, _mm512_load_ps(numbers()));
+#elif defined(__AVX2__) && LANES == 8
+    Floats x = (Floats)_mm256_permutevar8x32_ps(_mm256_load_ps(numbers()), (__m256i)code);
+    // A table of 8: the magnitudes of 4 bits, without their signs.
+    if (BITS == 4) {
+      const Words sign = field == 7 ? word : word << (unsigned)(28 - 4 * field);
+      x = floats_of(bits_of(x) ^ (sign & 0x80000000u));
+    }
+#elif defined(__ARM_NEON) && LANES == 4
+    Floats x = by_bytes(code & (BITS == 4 ? 15u : 3u));
+#else
+    Floats x = any_level(code & (BITS == 4 ? 15u : 3u));
+#endif
+    if (BITS == 3) x = floats_of(bits_of(x) ^ (signs << (unsigned)(31 - field) & 0x80000000u));
+    return x;
+  }
+
+ private:
+  static const float* numbers() { return (const float*)TABLE.bits; }
+  INLINE Floats any_level(Words code) const {
+#if defined(__AVX512F__) && LANES == 16
+    return large_table(code);
+#elif defined(__AVX2__) && LANES == 8
+    return (Floats)_mm256_i32gather_ps(numbers(), (__m256i)code, 4);
+#else
+    Floats x;
+    for (int i = 0; i < LANES; ++i) x[i] = float_of_bits(TABLE.bits[code[i]]);
+    return x;
+#endif
+  }
+
+#if defined(__AVX512F__) && LANES == 16
+  // 128 magnitudes from eight registers: four look-ups in 32 of them, and two more bits choose.
+  INLINE Floats large_table(Words code) const {
+    const auto of_32 = [&](int first) {
+      const __m512 low = _mm512_load_ps(numbers() + first), high = _mm512_load_ps(numbers() + first + 16);
+      return _mm512_permutex2var_ps(low, (__m512i)code, high);
+    };
+    const __mmask16 bit_5 = _mm512_test_epi32_mask((__m512i)code, _mm512_set1_epi32(32));
+    const __mmask16 bit_6 = _mm512_test_epi32_mask((__m512i)code, _mm512_set1_epi32(64));
+    const __m512 low = _mm512_mask_blend_ps(bit_5, of_32(0), of_32(32));
+    const __m512 high = _mm512_mask_blend_ps(bit_5, of_32(64), of_32(96));
+    const Words size = (Words)_mm512_mask_blend_ps(bit_6, low, high);
+    return floats_of(size ^ (code << 24 & 0x80000000u));
+  }
+#endif
+
+#if defined(__ARM_NEON) && LANES == 4
+  // The four bytes of every lane's level.
+  INLINE Floats by_bytes(Words code) const {
+    const uint8x16_t index = (uint8x16_t)(code * 0x04040404u + 0x03020100u);
+    const uint8_t* bytes = (const uint8_t*)TABLE.bits;
+    if (BITS == 4) return (Floats)vqtbl4q_u8(vld1q_u8_x4(bytes), index);
+    return (Floats)vqtbl1q_u8(vld1q_u8(bytes), index);
+  }
+#endif
+};
+
+}  // namespace

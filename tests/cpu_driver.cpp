@@ -1,0 +1,157 @@
+// Runs the CPU library without Python: under a sanitizer, or for another processor. Usage: driver problem result
+//
+// `problem` is a sequence of numbers (int64): arrays, rotations and calls, as test_cpu_library.py writes them;
+// `result` gets the bytes of all arrays after the calls, in order.
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <vector>
+
+#include "../cpu_kernels/problem.h"
+
+extern "C" {
+const char* rotormlx_encode(const rotormlx::CodecCall*);
+const char* rotormlx_decode(const rotormlx::CodecCall*);
+const char* rotormlx_attend(const rotormlx::AttendCall*);
+}
+
+namespace {
+
+using namespace rotormlx;
+
+std::ifstream problem;
+
+int64_t number() {
+  int64_t n = 0;
+  problem.read((char*)&n, sizeof n);
+  return n;
+}
+
+void read_into(void* to, size_t bytes) { problem.read((char*)to, bytes); }
+
+// An allocation of the exact size, so that a sanitizer sees what lies behind it.
+struct Stored {
+  Array array = {};
+  int64_t shape[5] = {};
+  size_t bytes = 0;
+};
+
+struct Rotations {
+  Rotation rotation = {};
+  std::vector<Stage> stages;
+  std::deque<std::vector<float>> numbers;
+
+  const float* floats(int64_t count) {
+    numbers.emplace_back(count);
+    read_into(numbers.back().data(), sizeof(float) * count);
+    return numbers.back().data();
+  }
+};
+
+std::deque<Stored> arrays;
+std::deque<Rotations> rotations;
+
+void read_array() {
+  Stored& stored = arrays.emplace_back();
+  Array& a = stored.array;
+  a.device_type = 1;
+  a.kind = (uint8_t)number();
+  a.bits = (uint8_t)number();
+  a.ndim = (int32_t)number();
+  stored.bytes = a.bits / 8;
+  for (int i = 0; i < a.ndim; ++i) stored.bytes *= stored.shape[i] = number();
+  a.shape = stored.shape;
+  a.data = std::malloc(stored.bytes);
+  read_into(a.data, stored.bytes);
+}
+
+void read_rotation() {
+  Rotations& r = rotations.emplace_back();
+  r.rotation.head_dim = number();
+  r.rotation.stage_count = number();
+  for (int64_t i = 0; i < r.rotation.stage_count; ++i) {
+    Stage s = {};
+    s.start = number();
+    s.radix = number();
+    s.stride = number();
+    s.outer = number();
+    s.blocks = r.floats(s.outer * s.stride * s.radix * s.radix);
+    r.stages.push_back(s);
+  }
+  r.rotation.stages = r.stages.data();
+  if (number()) {
+    r.rotation.matrix = r.floats(r.rotation.head_dim * r.rotation.head_dim);
+    r.rotation.inverse_transpose = r.floats(r.rotation.head_dim * r.rotation.head_dim);
+  }
+}
+
+Array* array_of(int64_t index) { return index < 0 ? nullptr : &arrays[index].array; }
+
+Packed packed() {
+  Packed p = {};
+  p.words = array_of(number());
+  p.scales = array_of(number());
+  p.centres = array_of(number());
+  p.channel_scale = array_of(number());
+  p.rotation = &rotations[number()].rotation;
+  p.bits = number();
+  p.is_key = number();
+  return p;
+}
+
+void check(const char* message) {
+  if (!message) return;
+  std::fprintf(stderr, "%s\n", message);
+  std::exit(1);
+}
+
+void codec_call(const char* (*function)(const CodecCall*)) {
+  CodecCall call = {};
+  call.rows = array_of(number());
+  call.packed = packed();
+  call.given_centres = number();
+  call.threads = number();
+  check(function(&call));
+}
+
+void attend() {
+  AttendCall call = {};
+  for (Array** a : {&call.queries, &call.output, &call.key_exact, &call.value_exact}) *a = array_of(number());
+  call.keys = packed();
+  call.values = packed();
+  std::vector<int64_t> lengths(number());
+  for (int64_t& n : lengths) n = number();
+  call.lengths = lengths.data();
+  call.mask = array_of(number());
+  call.sinks = array_of(number());
+  call.sink = number();
+  call.causal = number();
+  const int64_t scale = number();
+  std::memcpy(&call.scale, &scale, sizeof scale);
+  call.threads = number();
+  check(rotormlx_attend(&call));
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  problem.open(arguments[1], std::ios::binary);
+  while (problem.peek() != EOF) {
+    switch (number()) {
+      case 'A': read_array(); break;
+      case 'R': read_rotation(); break;
+      case 'E': codec_call(rotormlx_encode); break;
+      case 'D': codec_call(rotormlx_decode); break;
+      case 'T': attend(); break;
+      default: check("damaged problem");
+    }
+  }
+  std::ofstream result(arguments[2], std::ios::binary);
+  for (Stored& stored : arrays) {
+    result.write((const char*)stored.array.data, stored.bytes);
+    std::free(stored.array.data);
+  }
+}
