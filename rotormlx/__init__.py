@@ -18,29 +18,37 @@ from typing import TYPE_CHECKING, Any
 from rotormlx.config import RotorConfig
 
 if TYPE_CHECKING:
+    from rotormlx.batch_cache import BatchRotorKVCache
     from rotormlx.cache import RotorKVCache
     from rotormlx.integration import apply, load, make_prompt_cache, remove
+    from rotormlx.prompt_cache import load_prompt_cache, save_prompt_cache
     from rotormlx.report import Report
 
 __version__ = version("rotormlx")
 
 _LAZY = {
+    "BatchRotorKVCache": "rotormlx.batch_cache",
     "Report": "rotormlx.report",
     "RotorKVCache": "rotormlx.cache",
     "apply": "rotormlx.integration",
     "load": "rotormlx.integration",
+    "load_prompt_cache": "rotormlx.prompt_cache",
     "make_prompt_cache": "rotormlx.integration",
     "remove": "rotormlx.integration",
+    "save_prompt_cache": "rotormlx.prompt_cache",
 }
 
 __all__ = [
+    "BatchRotorKVCache",
     "Report",
     "RotorConfig",
     "RotorKVCache",
     "apply",
     "load",
+    "load_prompt_cache",
     "make_prompt_cache",
     "remove",
+    "save_prompt_cache",
 ]
 
 

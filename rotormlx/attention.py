@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from rotormlx.backends import backend
-from rotormlx.view import KVView
+from rotormlx.view import KVView, attend_by_row
 
 
 def attend_view(
@@ -25,7 +25,8 @@ def attend_view(
         values: View of the values, ``[B, K, S, Dv]``.
         scale: Factor of the scores.
         mask: None, ``"causal"``, or an array, boolean (True: visible) or additive, broadcastable
-            to ``[B, H, L, S]``.
+            to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row count from
+            its first, and the last query of a row is its last token.
         sinks: Attention-sink logits ``[H]``.
 
     Returns:
@@ -34,6 +35,21 @@ def attend_view(
     Raises:
         ValueError: If shapes, dtypes or the mask do not fit together.
     """
+    check(queries, keys, values, mask, sinks)
+    attend = backend().attend
+    if any(v.channel_scale is not None and v.channel_scale.ndim == 3 for v in (keys, values)):
+        return attend_by_row(attend, queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def check(
+    queries: mx.array,
+    keys: KVView,
+    values: KVView,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> None:
+    """Refuse what :func:`attend_view` cannot do; arguments and errors are the same."""
     _check_queries(queries, keys, values)
     _check_mask(mask, (*queries.shape[:3], keys.tokens))
     if sinks is not None and sinks.shape != (queries.shape[1],):
@@ -41,7 +57,6 @@ def attend_view(
             f"[attend] Attention-sink logits must have shape ({queries.shape[1]},), one a query "
             f"head, but they have shape {sinks.shape}."
         )
-    return backend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def _check_queries(queries: mx.array, keys: KVView, values: KVView) -> None:

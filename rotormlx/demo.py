@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm import load, stream_generate
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from rich.console import Console
@@ -23,8 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rotormlx import integration, quality, smollm2
-from rotormlx.cache import RotorKVCache
+from rotormlx import integration, quality, rivals, smollm2
 from rotormlx.config import RotorConfig
 from rotormlx.report import leaves
 
@@ -213,14 +210,14 @@ def _first_packed(runs: dict[str, _Run]) -> int:
 
 def _row(name: str, one: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
     caches = [cache for _, _, cache in leaves(one.caches)]
-    bits, exact_bits = _mean_bits(one.caches), _mean_bits(exact.caches)
+    bits, exact_bits = rivals.bits_per_value(one.caches), rivals.bits_per_value(exact.caches)
     return Row(
         name=name,
         text=one.text,
         context_tokens=max(getattr(cache, "offset", 0) for cache in caches),
         packed_tokens=quality.packed_of(caches),
         packed_share=_packed_share(one.scores, start),
-        cache_bytes=sum(_used_bytes(cache) for cache in caches),
+        cache_bytes=rivals.used_bytes(one.caches),
         long_context_ratio=ratios.get(name, FLOAT16_BITS / bits) * exact_bits / FLOAT16_BITS,
         bits_per_value=bits,
         quality=None if one is exact else quality.compare(exact.scores, one.scores, start=start),
@@ -231,32 +228,6 @@ def _row(name: str, one: _Run, exact: _Run, start: int, ratios: dict[str, float]
 def _packed_share(scores: quality.Scores, start: int) -> float:
     earlier = np.arange(start, len(scores.targets)) + 1
     return float(np.mean(scores.packed_tokens[start:] / earlier))
-
-
-def _used_bytes(cache: Any) -> int:
-    if isinstance(cache, RotorKVCache):
-        used = cache.state
-    elif hasattr(cache, "keys_and_values"):
-        used = cache.keys_and_values()
-    else:
-        return int(cache.nbytes)
-    arrays: Any = tree_flatten(used)
-    return sum(leaf.nbytes for _, leaf in arrays if isinstance(leaf, mx.array))
-
-
-def _mean_bits(caches: Caches) -> float:
-    return float(np.mean([b for _, _, c in leaves(caches) if (b := _bits_per_value(c))]))
-
-
-def _bits_per_value(cache: Any) -> float | None:
-    if isinstance(cache, RotorKVCache):
-        return cache.bits_per_value
-    keys: Any = getattr(cache, "keys", None)
-    if isinstance(cache, QuantizedKVCache):
-        return float(cache.bits + 2 * 8 * keys[1].itemsize / cache.group_size)  # scale and bias
-    if isinstance(cache, KVCache):
-        return float(8 * keys.itemsize)
-    return None
 
 
 def _print(console: Console, rows: list[Row], exact: quality.Scores, start: int) -> None:

@@ -3,7 +3,9 @@
 About 105 model files bind ``scaled_dot_product_attention`` by name when they are imported, so
 replacing the attribute of ``mlx_lm.models.base`` would reach none of them. The function object is
 the same everywhere: its ``__code__`` is exchanged for a call of :func:`attend`, which looks at the
-type of the keys. Keys that are arrays run the code that was there before.
+type of the keys. Keys that are arrays run the code that was there before. ``make_prompt_cache`` is
+bound by name likewise, and drops ``max_kv_size`` where a model makes its caches itself: the same is
+done to it.
 """
 
 from __future__ import annotations
@@ -12,58 +14,96 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import CodeType, FunctionType
-from typing import Any
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
-from rotormlx.attention import attend_view
+from rotormlx.attention import attend_view, check
+from rotormlx.batch_cache import BatchRotorKVCache
 from rotormlx.cache import RotorKVCache
 from rotormlx.view import KVView
 
 TESTED_VERSIONS = ("0.32.2",)
-PARAMETERS = ("queries", "keys", "values", "cache", "scale", "mask", "sinks")
-DEFAULTS = (None,)
 _VARARGS = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
 
-# What mlx-lm came with; empty while nothing is changed.
-_original: list[FunctionType] = []
+# load_prompt_cache and CacheList look a class up by its name in the globals of their module.
+_CLASSES = (RotorKVCache, BatchRotorKVCache)
+
 _attended: ContextVar[list[tuple[Any, Any]] | None] = ContextVar("attended", default=None)
+_pretend: ContextVar[bool] = ContextVar("pretend", default=False)
+
+
+def _attention(  # type: ignore[no-untyped-def]
+    queries, keys, values, cache, scale, mask, sinks=None
+):
+    # This code runs with the globals of mlx_lm.models.base, hence the import.
+    from rotormlx.hook import attend  # noqa: PLC0415
+
+    return attend(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def _make_caches(model, max_kv_size=None):  # type: ignore[no-untyped-def]
+    from rotormlx.hook import make_caches  # noqa: PLC0415 - as above
+
+    return make_caches(model, max_kv_size)
+
+
+class Exchange(NamedTuple):
+    """A function of mlx-lm whose code is exchanged."""
+
+    module: ModuleType
+    name: str
+    replacement: Any
+
+    @property
+    def function(self) -> Any:
+        """The function object, the same wherever it was bound."""
+        return vars(self.module)[self.name]
+
+
+EXCHANGES = (
+    Exchange(base, "scaled_dot_product_attention", _attention),
+    Exchange(mlx_lm_cache, "make_prompt_cache", _make_caches),
+)
+# By name, a function with the code that mlx-lm came with; empty while nothing is changed.
+_original: dict[str, FunctionType] = {}
 
 
 def install() -> None:
-    """Teach mlx-lm's attention and its prompt cache files about compressed caches.
+    """Teach mlx-lm's attention, its caches and its prompt cache files about compressed caches.
 
     Calling it again changes nothing.
 
     Raises:
-        RuntimeError: If the installed mlx-lm is older than tested, or its attention has another
-            signature; nothing is changed then.
+        RuntimeError: If the installed mlx-lm is older than tested, or one of the functions has
+            another signature; nothing is changed then.
     """
     if _original:
         return
-    function: Any = base.scaled_dot_product_attention
     _check_version(mlx_lm.__version__)
-    _check_signature(function)
-    _original.append(
-        FunctionType(
+    for exchange in EXCHANGES:
+        _check_signature(exchange)
+    for exchange in EXCHANGES:
+        function = exchange.function
+        _original[exchange.name] = FunctionType(
             function.__code__, function.__globals__, function.__name__, function.__defaults__
         )
-    )
-    function.__code__ = _replacement.__code__
-    # load_prompt_cache and CacheList look a class up by its name in the globals of their module.
-    vars(mlx_lm_cache)[RotorKVCache.__name__] = RotorKVCache
+        function.__code__ = exchange.replacement.__code__
+    vars(mlx_lm_cache).update({kind.__name__: kind for kind in _CLASSES})
 
 
 def remove() -> None:
-    """Give mlx-lm back the code object it came with; calling it again changes nothing."""
+    """Give mlx-lm back the code objects it came with; calling it again changes nothing."""
     if not _original:
         return
-    base.scaled_dot_product_attention.__code__ = _original.pop().__code__
-    vars(mlx_lm_cache).pop(RotorKVCache.__name__, None)
+    for exchange in EXCHANGES:
+        exchange.function.__code__ = _original.pop(exchange.name).__code__
+    for kind in _CLASSES:
+        vars(mlx_lm_cache).pop(kind.__name__, None)
 
 
 def installed() -> bool:
@@ -72,14 +112,19 @@ def installed() -> bool:
 
 
 @contextmanager
-def record_attention() -> Iterator[list[tuple[Any, Any]]]:
-    """Collect the ``(keys, values)`` handles that reach :func:`attend` in this context."""
+def record_attention(*, pretend: bool = False) -> Iterator[list[tuple[Any, Any]]]:
+    """Collect the ``(keys, values)`` handles that reach :func:`attend` in this context.
+
+    Args:
+        pretend: Whether attention over handles only checks its arguments and gives zeros.
+    """
     seen: list[tuple[Any, Any]] = []
-    token = _attended.set(seen)
+    tokens = _attended.set(seen), _pretend.set(pretend)
     try:
         yield seen
     finally:
-        _attended.reset(token)
+        _attended.reset(tokens[0])
+        _pretend.reset(tokens[1])
 
 
 def attend(
@@ -107,23 +152,34 @@ def attend(
         ``[B, H, L, D]``.
     """
     if not isinstance(keys, KVView):
-        # Empty if another thread called remove() just now: then mlx-lm's function is its own again.
-        function: Any = _original[0] if _original else base.scaled_dot_product_attention
-        out: mx.array = function(queries, keys, values, cache, scale, mask, sinks)
+        arguments = (queries, keys, values, cache, scale, mask, sinks)
+        out: mx.array = _run("scaled_dot_product_attention", *arguments)
         return out
     seen = _attended.get()
     if seen is not None:
         seen.append((keys, values))
+    if _pretend.get():
+        check(queries, keys, values, mask, sinks)
+        return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
     return attend_view(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
-def _replacement(  # type: ignore[no-untyped-def]
-    queries, keys, values, cache, scale, mask, sinks=None
-):
-    # This code runs with the globals of mlx_lm.models.base, hence the import.
-    from rotormlx.hook import attend  # noqa: PLC0415
+def make_caches(model: Any, max_kv_size: int | None) -> list[Any]:
+    """Make the caches of a model; ``max_kv_size`` reaches what makes compressed ones."""
+    limited = getattr(vars(model).get("make_cache"), "limited", None)
+    if limited is not None and max_kv_size is not None:
+        made: list[Any] = limited(max_kv_size)
+    else:
+        made = _run("make_prompt_cache", model, max_kv_size)
+    return made
 
-    return attend(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+def _run(name: str, *args: Any) -> Any:
+    """Call a function of mlx-lm with the code that it came with."""
+    # Not among them if another thread called remove() just now: then it has that code again.
+    own = next(exchange.function for exchange in EXCHANGES if exchange.name == name)
+    function: Any = _original.get(name, own)
+    return function(*args)
 
 
 def _check_version(version: str) -> None:
@@ -133,19 +189,25 @@ def _check_version(version: str) -> None:
         raise RuntimeError(_incompatible(f"at least version {TESTED_VERSIONS[0]}", version))
 
 
-def _check_signature(function: FunctionType) -> None:
+def _check_signature(exchange: Exchange) -> None:
+    function, replacement = exchange.function, exchange.replacement
     code: CodeType = function.__code__
+    parameters = _parameters(replacement)
     same = (
-        code.co_varnames[: code.co_argcount] == PARAMETERS
-        and function.__defaults__ == DEFAULTS
+        _parameters(function) == parameters
+        and function.__defaults__ == replacement.__defaults__
         and code.co_kwonlyargcount == 0
         and code.co_posonlyargcount == 0
         and not code.co_flags & _VARARGS
         and not code.co_freevars
     )
     if not same:
-        wanted = f"scaled_dot_product_attention({', '.join(PARAMETERS[:-1])}, sinks=None)"
+        wanted = f"{exchange.name}({', '.join(parameters[:-1])}, {parameters[-1]}=None)"
         raise RuntimeError(_incompatible(wanted, mlx_lm.__version__))
+
+
+def _parameters(function: FunctionType) -> tuple[str, ...]:
+    return function.__code__.co_varnames[: function.__code__.co_argcount]
 
 
 def _incompatible(wanted: str, version: str) -> str:

@@ -12,6 +12,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache
 
 from rotormlx import hook
+from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 from rotormlx.probe import compress, probe
 from rotormlx.report import Report
@@ -46,9 +47,18 @@ class CompressedCaches:
 
     def __call__(self) -> list[Any]:
         """Make caches for one sequence."""
+        return self.limited(None)
+
+    def limited(self, max_kv_size: int | None) -> list[Any]:
+        """Make caches that hold at most so many tokens.
+
+        Raises:
+            ValueError: If that has no room for sink, window and a block.
+        """
         # A copy of a model outlives remove() of the model it was copied from.
         hook.install()
-        return compress(_own_caches(self.model(), self.own), self.config)
+        own = _own_caches(self.model(), self.own)
+        return compress(own, lambda layer: RotorKVCache(self.config, layer, max_kv_size))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
         """A copy for the copy of the model that is being made."""
@@ -121,7 +131,9 @@ def load(path_or_repo: str, config: RotorConfig | None = None, **kwargs: Any) ->
     return loaded
 
 
-def make_prompt_cache(model: Module, config: RotorConfig | None = None) -> list[Any]:
+def make_prompt_cache(
+    model: Module, config: RotorConfig | None = None, max_kv_size: int | None = None
+) -> list[Any]:
     """Make compressed caches for one conversation, to be passed as ``prompt_cache=``.
 
     The model's own setting stays what it is, so a model may run with and without.
@@ -130,20 +142,24 @@ def make_prompt_cache(model: Module, config: RotorConfig | None = None) -> list[
         model: What ``mlx_lm.load`` returned first.
         config: How keys and values are compressed; the model's configuration if None, and the
             default one if the model has none.
+        max_kv_size: The most tokens that a compressed cache holds; None for no limit. Beyond it
+            the oldest packed block goes, the sink stays, and positions keep growing.
 
     Returns:
         One cache a layer, compressed where it can be.
 
     Raises:
-        ValueError: As :func:`apply`.
+        ValueError: As :func:`apply`, or if ``max_kv_size`` is too small for sink, window and a
+            block.
     """
     maker = _maker(model)
     if maker is not None and config in (None, maker.config):
-        return maker()
+        return maker.limited(max_kv_size)
     config = config or RotorConfig()
     own = _own_attribute(model)
     _probe(model, own, config)
-    return compress(_own_caches(model, own), config)
+    chosen = config
+    return compress(_own_caches(model, own), lambda layer: RotorKVCache(chosen, layer, max_kv_size))
 
 
 def model_report(model: Module) -> Report:

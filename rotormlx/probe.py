@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -39,7 +40,7 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
     model_type = str(getattr(model, "model_type", type(model).__name__))
     hook.install()
     try:
-        caches = compress(caches, config, _ProbeCache)
+        caches = compress(caches, lambda layer: _ProbeCache(config, layer))
         if not any(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
             has = ", ".join(sorted({label for _, label, _ in leaves(caches)})) or "nothing"
             reason = f"it must have at least one KVCache, but all it has is {has}"
@@ -57,7 +58,7 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
 def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) -> None:
     probes = [(i, cache) for i, _, cache in leaves(caches) if isinstance(cache, _ProbeCache)]
     try:
-        with hook.record_attention() as attended:
+        with hook.record_attention(pretend=True) as attended:
             model(mx.zeros((1, tokens), dtype=mx.int32), cache=caches)
     except Exception as error:  # a model may use the handle in any way, so anything may come
         refused = next((f"layer {i}: {p.refusal}" for i, p in probes if p.refusal), "")
@@ -72,19 +73,17 @@ def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) 
             raise _refusal(model_type, f"layer {index} must use mlx-lm's attention, but does not")
 
 
-def compress(
-    caches: list[Any], config: RotorConfig, kind: type[RotorKVCache] = RotorKVCache
-) -> list[Any]:
-    """The same caches with every plain growing one replaced by an empty compressed one."""
-    return [_replace(cache, config, layer, kind) for layer, cache in enumerate(caches)]
+def compress(caches: list[Any], make: Callable[[int], RotorKVCache]) -> list[Any]:
+    """The same caches with every plain growing one replaced by what ``make(layer)`` gives."""
+    return [_replace(cache, layer, make) for layer, cache in enumerate(caches)]
 
 
-def _replace(cache: Any, config: RotorConfig, layer: int, kind: type[RotorKVCache]) -> Any:
+def _replace(cache: Any, layer: int, make: Callable[[int], RotorKVCache]) -> Any:
     # Exactly this class: what derives from it may promise more than a compressed cache keeps.
     if type(cache) is KVCache:
-        return kind(config, layer)
+        return make(layer)
     if type(cache) is CacheList:
-        return CacheList(*(_replace(part, config, layer, kind) for part in cache.caches))
+        return CacheList(*(_replace(part, layer, make) for part in cache.caches))
     return cache
 
 

@@ -1,14 +1,18 @@
-"""Prompt caches from files: whole, of this format, and of the model that is to read them."""
+"""Prompt caches in files: whole, of this format, and of the model that is to read them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, load_prompt_cache
+from mlx.utils import tree_flatten
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from rotormlx import hook
 from rotormlx.cache import RotorKVCache
@@ -16,6 +20,73 @@ from rotormlx.config import RotorConfig
 from rotormlx.integration import model_report
 from rotormlx.probe import brief, dims
 from rotormlx.report import LayerReport, Report, leaves
+
+# The entry of a file's metadata that tells which model's keys and values it holds.
+FINGERPRINT = "rotormlx_model"
+# Numbers of each parameter that the fingerprint reads.
+_SAMPLE = 16
+
+
+def save_prompt_cache(
+    path: str, model: Module, caches: list[Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Write caches to a file that only the same model takes back.
+
+    mlx-lm's ``save_prompt_cache`` writes the same file without the model's fingerprint.
+
+    Args:
+        path: A ``.safetensors`` file.
+        model: The model that filled the caches.
+        caches: Its caches.
+        metadata: Texts to keep with them.
+    """
+    kept = {**(metadata or {}), FINGERPRINT: fingerprint(model)}
+    mlx_lm_cache.save_prompt_cache(path, caches, kept)
+
+
+def load_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, str]]:
+    """Read caches from a file for a compressed model; plain ones in it are compressed.
+
+    Args:
+        path: A file of :func:`save_prompt_cache` or of mlx-lm's function of that name.
+        model: A model that :func:`rotormlx.apply` was given.
+
+    Returns:
+        The caches and the metadata.
+
+    Raises:
+        ValueError: If the file is missing, damaged or of another format version, or belongs to
+            another model or configuration.
+    """
+    report = model_report(model)
+    caches, metadata = read_prompt_cache(path)
+    check_fingerprint(path, metadata, model, report.model_type)
+    adopt_prompt_cache(model, caches)
+    return caches, metadata
+
+
+def fingerprint(model: Module) -> str:
+    """A name for a model's weights: a digest of all shapes and of the first numbers of each."""
+    tree: Any = model
+    parameters: dict[str, mx.array] = dict(tree_flatten(tree.parameters()))
+    samples = {name: p.reshape(-1)[:_SAMPLE] for name, p in parameters.items()}
+    mx.eval(samples)
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
+        digest.update(np.array(mx.contiguous(samples[name]).view(mx.uint8)).tobytes())
+    return digest.hexdigest()
+
+
+def check_fingerprint(path: str, metadata: dict[str, str], model: Module, model_type: str) -> None:
+    """Refuse a file whose caches other weights have filled; one that does not say is taken."""
+    saved = metadata.get(FINGERPRINT)
+    if saved is not None and saved != (own := fingerprint(model)):
+        raise ValueError(
+            f"[prompt cache] {path} must be of this {model_type} with fingerprint {own[:12]}, but "
+            f"other weights, with fingerprint {saved[:12]}, made it; use that model, or make it "
+            "again."
+        )
 
 
 def read_prompt_cache(path: str) -> tuple[list[Any], dict[str, str]]:
@@ -33,7 +104,7 @@ def read_prompt_cache(path: str) -> tuple[list[Any], dict[str, str]]:
     _check_complete(path)
     hook.install()
     try:
-        caches, metadata = load_prompt_cache(path, return_metadata=True)
+        caches, metadata = mlx_lm_cache.load_prompt_cache(path, return_metadata=True)
     except Exception as error:  # whatever a foreign or damaged file trips over
         raise ValueError(
             f"[prompt cache] {path} must be a prompt cache that the installed mlx-lm and rotormlx "

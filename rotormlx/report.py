@@ -6,11 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-from mlx_lm.models.cache import CacheList
 from rich.table import Table
 
-from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 from rotormlx.format import BLOCK
 
@@ -162,30 +159,6 @@ class Report:
             table.add_row(f"{tokens:,}", megabytes(before), megabytes(after), ratio)
         return table
 
-    def usage(self, caches: Sequence[Any]) -> str:
-        """What filled caches of this model take, in two lines.
-
-        Args:
-            caches: The list that ``model.make_cache()`` gave, filled.
-        """
-        tokens = packed = size = float_size = 0
-        for layer, (_, _, cache) in zip(self.layers, leaves(caches), strict=True):
-            if isinstance(cache, RotorKVCache):
-                tokens, packed = cache.offset, cache.packed_tokens
-                # What is saved is what counts: both sides without the room that caches keep.
-                size += sum(part.nbytes for part in cache.state if isinstance(part, mx.array))
-                float_size += layer.float_bytes(tokens)
-            else:
-                size += cache.nbytes
-                float_size += cache.nbytes
-        ratio = f", {float_size / size:.2f}x smaller" if packed else ""
-        limit = self.config.sink + self.config.window + BLOCK
-        why = "" if packed else f" (all exact: packing starts at {limit} tokens)"
-        return (
-            f"{self.summary}\n{packed:,} of {tokens:,} tokens packed{why}; cache "
-            f"{megabytes(size)} against {megabytes(float_size)} in float16{ratio}"
-        )
-
 
 def packed_tokens(tokens: int, config: RotorConfig) -> int:
     """How many of ``tokens`` tokens lie in packed blocks; the rest are sink and tail."""
@@ -194,6 +167,8 @@ def packed_tokens(tokens: int, config: RotorConfig) -> int:
 
 def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
     """Each cache that holds something itself: index in the list, label, cache."""
+    from mlx_lm.models.cache import CacheList  # noqa: PLC0415
+
     for index, cache in enumerate(caches):
         if isinstance(cache, CacheList):
             for place, (_, label, leaf) in enumerate(leaves(cache.caches)):

@@ -293,6 +293,27 @@ def test_cache_holds_no_more_than_it_says():
     assert mx.get_active_memory() - before < cache.nbytes + 7 * 16384
 
 
+def test_memory_grows_to_20000_tokens_exactly_as_the_format_says():
+    """Bits of docs/FORMAT.md a packed value; sink, tail and room beside them stay what they are."""
+    config, heads, head_dim = RotorConfig(4, 3), 2, 128
+    cache = RotorKVCache(config)
+    before = None
+    for tokens_so_far in range(500, 20001, 500):
+        new = [memory_shape(head_dim, 500, heads) for _ in range(2)]
+        cache.update_and_fetch(*new)
+        mx.eval(cache.state)
+        packed = (tokens_so_far - config.sink - config.window) // BLOCK * BLOCK
+        exact = (tokens_so_far - packed) * 2 * heads * head_dim * 2
+        bits = packed * heads * head_dim * (4 + 16 / 64 + 16 / 128 + 3 + 16 / 128)
+        state = sum(part.nbytes for part in cache.state if isinstance(part, mx.array))
+        assert state == exact + bits / 8
+        # Room: up to a tail's worth of exact tokens, and a thirty-second of the blocks, at least 4.
+        room = BLOCK * 2 * heads * head_dim * 2 + max(4 * BLOCK, packed / 32) * bits / packed / 8
+        assert state <= cache.nbytes <= state + room
+        before = cache.nbytes
+    assert before < 0.26 * 20000 * 2 * heads * head_dim * 2
+
+
 def test_conversion_takes_source_result_and_one_layer():
     """Converting layer by layer, sources dropped as they go, never holds more than that."""
     layers = [KVCache() for _ in range(4)]
@@ -312,8 +333,7 @@ def test_conversion_takes_source_result_and_one_layer():
 
 def test_contract_has_every_member():
     own = {name for name in vars(KVCache) if not name.startswith("_")} - {"step"}
-    # Batches are not compressed yet; mlx-lm's server then takes one request after the other.
-    assert {name for name in own - {"merge"} if not hasattr(RotorKVCache, name)} == set()
+    assert {name for name in own if not hasattr(RotorKVCache, name)} == set()
     assert not hasattr(RotorKVCache(), "bits"), "mlx-lm's attention dispatches on it"
 
 
@@ -359,6 +379,138 @@ def test_views_answer_like_arrays():
     assert (keys.shape, values.shape) == ((B, K, 300, D), (B, K, 300, DV))
     assert (keys.ndim, keys.dtype) == (4, mx.float16)
     assert cache.size() == 300
+
+
+# ---- a limit ------------------------------------------------------------------------------------
+
+LIMIT = 500
+
+
+def limited(config, keys, values, chunks, max_size=LIMIT):
+    cache = RotorKVCache(config, 3, max_size)
+    for start in range(0, keys.shape[2], chunks):
+        part = slice(start, start + chunks)
+        cache.update_and_fetch(keys[:, :, part], values[:, :, part])
+    return cache
+
+
+@pytest.mark.parametrize("chunks", [1, 37, 64, 700])
+def test_limited_bytes_do_not_depend_on_chunks(config, chunks):
+    keys, values = tokens()
+    assert_same(limited(config, keys, values, chunks), limited(config, keys, values, TOKENS))
+
+
+def test_limit_drops_whole_blocks_and_keeps_sink_and_positions(config):
+    """What is held is, byte for byte, the sink, the latest blocks and the tail of a cache without
+    a limit; block n of the sequence lies at n mod the number of blocks."""
+    keys, values = tokens()
+    cache, full = limited(config, keys, values, 90), filled(config, keys, values, 90)
+    assert cache.offset == full.offset == TOKENS
+    assert LIMIT - 128 < cache.size() <= LIMIT
+    assert cache.size() + cache.counts.evicted == TOKENS
+    number = cache.packed_tokens // BLOCK
+    newest = np.arange(full.packed_tokens // BLOCK - number, full.packed_tokens // BLOCK)
+    for ours, all_of_it in ((cache._keys, full._keys), (cache._values, full._values)):
+        exact = cache.counts.exact
+        assert mx.array_equal(ours.exact[:, :, :exact], all_of_it.exact[:, :, :exact])
+        for a, b in zip(ours.packed, all_of_it.packed, strict=True):
+            if a is not None:
+                mine, every = np.array(a), np.array(b)
+                assert np.array_equal(mine[:, :, newest % number], every[:, :, newest])
+
+
+def test_limit_never_holds_more_and_allocates_no_more():
+    config = RotorConfig()
+    cache = RotorKVCache(config, max_size=LIMIT)
+    keys, values = tokens()
+    sizes = []
+    for n in range(TOKENS):
+        views = cache.update_and_fetch(keys[:, :, n : n + 1], values[:, :, n : n + 1])
+        # The new token comes in before an old block goes.
+        assert views[0].tokens <= LIMIT + 1
+        assert cache.size() <= LIMIT
+        sizes.append(cache.nbytes)
+    assert sizes[-1] == sizes[LIMIT] == max(sizes)
+
+
+def test_limited_attention_is_that_over_the_tokens_held(config):
+    keys, values = tokens()
+    cache, full = limited(config, keys, values, 90), filled(config, keys, values, 90)
+    oldest = config.sink + cache.counts.evicted
+    position = mx.arange(TOKENS)
+    held = (position < config.sink) | (position >= oldest)
+    q = mx.random.normal((B, H, 1, D), key=mx.random.key(1))
+    expected = attend_view(q, *full.keys_and_values(), scale=D**-0.5, mask=held)
+    got = attend_view(q, *cache.keys_and_values(), scale=D**-0.5)
+    # The same rows in another order: float32 sums.
+    assert mx.allclose(got, expected, atol=1e-5)
+    everything = attend_view(q, *full.keys_and_values(), scale=D**-0.5)
+    assert not mx.allclose(got, everything, atol=1e-3)
+
+
+def test_limited_cache_trims_until_it_evicts_and_then_its_tail():
+    config = RotorConfig()
+    keys, values = tokens()
+    young = limited(config, keys[:, :, :400], values[:, :, :400], 400)
+    assert young.is_trimmable()
+    assert young.trim(200) == 200
+    young.update_and_fetch(keys[:, :, 200:], values[:, :, 200:])
+    assert_same(young, limited(config, keys, values, TOKENS))
+    assert not young.is_trimmable()
+    tail = young.counts.exact - config.sink
+    assert young.trim(10**4) == tail
+    young.update_and_fetch(keys[:, :, TOKENS - tail :], values[:, :, TOKENS - tail :])
+    assert_same(young, limited(config, keys, values, TOKENS))
+
+
+@pytest.mark.parametrize("count", [0, 300, 1000])
+def test_saved_limited_cache_continues_bit_for_bit(config, count, tmp_path):
+    keys, values = tokens()
+    cache = limited(config, keys[:, :, :count], values[:, :, :count], 500)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache])
+    (loaded,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert (loaded.max_size, loaded.offset) == (LIMIT, count)
+    more = tokens(200, seed=2)
+    for c in (loaded, cache):
+        c.update_and_fetch(*more)
+    assert_same(loaded, cache)
+
+
+def test_a_limit_without_room_for_a_block_is_refused():
+    RotorKVCache(RotorConfig(), max_size=195)
+    with pytest.raises(ValueError, match=r"max_kv_size must be at least 195 .* but 194 was given"):
+        RotorKVCache(RotorConfig(), max_size=194)
+
+
+@pytest.mark.parametrize(
+    ("max_size", "evicted"), [(194, 0), (LIMIT, 63), (LIMIT, -64), (10**4, 64)]
+)
+def test_damaged_state_of_a_limited_cache_is_refused(max_size, evicted):
+    state = list(limited(RotorConfig(), *tokens(), 500).state)
+    RotorKVCache.from_state(state)
+    state[-2:] = max_size, evicted
+    with pytest.raises(ValueError, match=r"\[RotorKVCache\]"):
+        RotorKVCache.from_state(state)
+
+
+# ---- pipelines ----------------------------------------------------------------------------------
+
+
+def test_what_is_assigned_to_keys_is_computed_with_the_cache():
+    """As pipeline-parallel models do with what they have sent; keys and values stay as they are."""
+    cache = filled(RotorConfig(), *tokens(300), 300)
+    before = copy.deepcopy(cache)
+    assert (cache.keys.shape, cache.values.shape) == ((B, K, 0, D), (B, K, 0, DV))
+    mx.eval(cache.state)
+    gc.collect()
+    base = mx.get_active_memory()
+    message = mx.zeros(10**6) + 1
+    cache.keys = mx.depends(cache.keys, message)
+    mx.eval(cache.state)
+    # The message, 4 MB, was computed, and is kept only here.
+    assert mx.get_active_memory() - base >= 4 * 10**6
+    del message
+    assert_same(cache, before)
 
 
 # ---- refusal ------------------------------------------------------------------------------------

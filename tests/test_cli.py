@@ -1,8 +1,11 @@
 import importlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,8 +15,9 @@ import tiny_models as tiny
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
 from typer.testing import CliRunner, Result
 
-from rotormlx import cli, demo, hook, integration
+from rotormlx import cli, demo, hook, integration, session
 from rotormlx.backends import describe
+from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 
 # The attribute mlx_lm.generate is the function of that name.
@@ -90,8 +94,12 @@ def test_generate_gives_the_text_of_mlx_lm(llama: str) -> None:
 def test_generate_says_what_it_compressed(llama: str, options, name: str, bits: float) -> None:
     result = run("generate", *options, "--model", llama, *LONG, *QUIET)
     assert result.exit_code == 0, result.output
-    first, second, third = result.stderr.splitlines()
-    assert third == f"rotormlx: backend {describe()}"
+    first, second, peak, last = result.stderr.splitlines()
+    assert last == f"rotormlx: backend {describe()}"
+    # What float16 would have taken more is what the caches would have.
+    sizes = re.fullmatch(
+        r"rotormlx: peak memory ([\d.]+) MB, about ([\d.]+) MB with a float16 cache", peak
+    )
     assert first == f"rotormlx: llama: 2 of 2 caches compressed, {name}, {bits:.3f} bits a value"
     tokens = len(LONG_PROMPT) + 5
     match = re.fullmatch(
@@ -106,6 +114,8 @@ def test_generate_says_what_it_compressed(llama: str, options, name: str, bits: 
     plain = 2 * 2 * 128 * int(match[1]) * 2
     assert (match[2], match[3]) == (f"{used / 1e6:.2f}", f"{plain / 1e6:.2f}")
     assert float(match[4]) == pytest.approx(plain / used, abs=0.01)
+    # Both figures are rounded to 0.01 MB.
+    assert float(sizes[2]) - float(sizes[1]) == pytest.approx((plain - used) / 1e6, abs=0.011)
 
 
 def test_generate_says_when_nothing_was_packed(llama: str) -> None:
@@ -151,12 +161,13 @@ def test_generate_passes_every_other_option_on(monkeypatch, llama: str) -> None:
         "-qa": [],
         "--draft-model": ["d"],
         "--num-draft-tokens": ["2"],
+        "--max-kv-size": ["512"],
         "--model": [llama],
     }
     parser = tool.setup_arg_parser()
     options = {option: a.dest for a in parser._actions for option in a.option_strings}
     # A new option of mlx-lm must be added here, or be refused.
-    others = {"help", "prompt_cache_file", *cli.REFUSED}
+    others = {"help", "prompt_cache_file", *session.REFUSED}
     assert {options[option] for option in given} == set(options.values()) - others
 
     seen = []
@@ -187,7 +198,7 @@ def test_generate_help_has_all_options() -> None:
     text = run("generate", "--help").stdout
     parser = tool.setup_arg_parser()
     for action in parser._actions:
-        refused = action.dest in cli.REFUSED
+        refused = action.dest in session.REFUSED
         assert (action.option_strings[0] in text) != refused, action.option_strings
     for option in ("key-bits", "value-bits", "rotation", "channel-scale", "sink", "window"):
         assert f"--{option}" in text
@@ -204,8 +215,8 @@ def test_generate_help_has_all_options() -> None:
         (["--kv-bits", "4"], "--kv-bits 4 asks mlx-lm for another cache"),
         (["--kv-bits=8"], "--kv-bits 8"),
         (["--kv-b", "4"], "--kv-bits 4"),
-        (["--max-kv-size", "512"], "--max-kv-size 512"),
-        (["--max-k=512"], "--max-kv-size 512"),
+        (["--max-kv-size", "194"], "max_kv_size must be at least 195 with sink 4 and window 64"),
+        (["--max-k=100", "--window", "0"], "at least 131 with sink 4 and window 0, but 100"),
         (["--kv-group-size", "32"], "--kv-group-size 32"),
         (["--quantized-kv-start", "0"], "--quantized-kv-start 0"),
         (["--rotation", "spiral"], "rotation must be one of cascade, rotor3"),
@@ -353,6 +364,220 @@ def test_a_prompt_cache_of_another_model_is_refused(tmp_path, llama: str, kind) 
     save_prompt_cache(path, caches, {"model": llama, "tokenizer_config": "{}"})
     result = run("generate", "--prompt-cache-file", path, *SHORT)
     assert_refused(result, "[prompt cache] The model llama requires")
+
+
+# ---- a limit ------------------------------------------------------------------------------------
+
+
+def test_generate_honours_max_kv_size(llama: str) -> None:
+    result = run("generate", "--model", llama, *LONG, *QUIET, "--max-kv-size", "240")
+    assert result.exit_code == 0, result.output
+    # 240 tokens: 4 + 127 beside one block of 64.
+    assert re.search(r"64 of 1\d\d tokens packed", result.stderr), result.stderr
+
+
+def test_a_limit_for_a_loaded_prompt_cache_is_refused(tmp_path, llama: str) -> None:
+    path = str(save_cache(tmp_path / "c.safetensors", llama, RotorConfig()))
+    result = run("generate", "--prompt-cache-file", path, *SHORT, "--max-kv-size", "300")
+    assert_refused(result, "keeps the limit it was made with")
+
+
+# ---- every command of mlx-lm --------------------------------------------------------------------
+
+OTHERS = [name for name in cli.MLX_LM_COMMANDS if name not in ("generate", "evaluate")]
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_help_of_a_command_has_all_options_of_mlx_lm(command: str) -> None:
+    text = run(command, "--help").stdout
+    parser = session.parser_of(session.tool_module(command))
+    assert len(parser._actions) > 5
+    for action in parser._actions:
+        refused = action.dest in session.REFUSED
+        assert (action.option_strings[0] in text) != refused, action.option_strings
+    assert "--value-bits" in text
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_a_bad_option_of_a_command_is_refused(no_load, command: str) -> None:
+    assert_refused(run(command, "--no-such-option"), f"[{command}]", f"rotormlx {command} --help")
+
+
+def test_evaluate_without_its_package_is_refused(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlx_lm.evaluate", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert_refused(run("evaluate", "--tasks", "x"), "[evaluate] mlx_lm evaluate needs the package")
+
+
+def test_evaluate_makes_compressed_caches(monkeypatch, llama: str) -> None:
+    """A task of our own in place of lm_eval's: a likelihood, and batches of answers."""
+    fake = types.ModuleType("lm_eval")
+    model_module, registry = types.ModuleType("lm_eval.api.model"), types.ModuleType("registry")
+    model_module.LM = type("LM", (), {"__init__": lambda self: None})
+    registry.register_model = lambda name: lambda kind: kind
+    seen = {}
+
+    def simple_evaluate(model, **options):
+        request = types.SimpleNamespace(args=(LONG_PROMPT, "and so on"))
+        seen["score"] = model.loglikelihood([request])[0][0]
+        seen["caches"] = {type(c) for c in model._process_prompt([1] * 200)[1]}
+        return {"results": {"task": {"score": seen["score"]}}}
+
+    fake.simple_evaluate = simple_evaluate
+    modules = {"lm_eval": fake, "lm_eval.api": types.ModuleType("lm_eval.api")}
+    modules |= {"lm_eval.api.model": model_module, "lm_eval.api.registry": registry}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "mlx_lm.evaluate", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with tempfile.TemporaryDirectory() as directory:
+        options = ["--model", llama, "--tasks", "task", "--output-dir", directory]
+        result = run("evaluate", *options, "--no-apply-chat-template")
+    sys.modules.pop("mlx_lm.evaluate", None)
+    assert result.exit_code == 0, result.output
+    assert seen["caches"] == {RotorKVCache}
+    assert seen["score"] < 0
+    assert "llama: 2 of 2 caches compressed" in result.stderr
+
+
+def test_chat_keeps_a_compressed_cache_over_turns(monkeypatch, directory: Path) -> None:
+    path = tiny.save(directory / "chat")
+    settings = Path(path) / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    lines = iter([LONG_PROMPT, "and then?", "q"])
+    monkeypatch.setattr("mlx_lm.cli_ui.ChatUI.prompt", lambda ui: next(lines))
+    result = run("chat", "--model", path, "--max-tokens", "20")
+    assert result.exit_code == 0, result.output
+    tokens = len(LONG_PROMPT) + len("and then?") + 40
+    match = re.search(r"(\d+) of (\d+) tokens packed", result.stderr)
+    # The last token of a turn may or may not have been read.
+    assert tokens - 2 <= int(match[2]) <= tokens + 2
+    assert int(match[1]) == (int(match[2]) - 68) // 64 * 64
+    assert "peak memory" in result.stderr
+
+
+def test_cache_prompt_and_generate_in_other_processes(tmp_path, llama: str) -> None:
+    """What one process saved another continues; weights of another model are refused."""
+    path = str(tmp_path / "c.safetensors")
+    options = ["--prompt-cache-file", path, "--key-bits", "8", "--value-bits", "8"]
+    start = ["--model", llama, "--prompt", LONG_PROMPT[:200]]
+    command = [sys.executable, "-m", "rotormlx", "cache_prompt", *start, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "128 of 200 tokens packed" in done.stderr
+    rest = ["--prompt", LONG_PROMPT[200:], "--max-tokens", "5"]
+    result = run("generate", *options, *rest, *QUIET)
+    assert result.exit_code == 0, result.output
+    whole = run("generate", "--model", llama, *LONG, *QUIET, *options[2:])
+    assert result.stdout == whole.stdout
+
+    tiny.save(Path(llama), seed=5)
+    try:
+        assert_refused(run("generate", *options, *rest, *QUIET), "other weights")
+    finally:
+        tiny.save(Path(llama))
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_benchmark_says_what_was_compressed(llama: str, batch_size: str) -> None:
+    options = ["-p", "150", "-g", "10", "-n", "1", "-b", batch_size]
+    result = run("benchmark", "--model", llama, *options)
+    assert result.exit_code == 0, result.output
+    assert "generation_tps" in result.stdout
+    said = {
+        "1": r"64 of 1(59|60|61) tokens packed; cache ([\d.]+) MB",
+        "2": r"2 sequences of 160 tokens take ([\d.]+) MB against 0.33 MB in float16",
+    }
+    assert re.search(said[batch_size], result.stderr), result.stderr
+
+
+def test_perplexity_is_read_through_the_cache(tmp_path, llama: str) -> None:
+    """With coarse codes it differs from mlx-lm's, with fine ones and in float it is the same."""
+    text = tmp_path / "text.txt"
+    text.write_text(LONG_PROMPT * 3)
+    options = ["--model", llama, "--data-path", str(text), "--sequence-length", "200"]
+
+    def measure(*more: str) -> float:
+        result = run("perplexity", *options, *more)
+        assert result.exit_code == 0, result.output
+        assert "128 of 199 tokens packed" in result.stderr
+        return float(re.search(r"Perplexity: ([\d.]+)", result.stdout)[1])
+
+    model, tokenizer = mlx_lm.load(llama)
+    data = mx.array(tokenizer.encode(LONG_PROMPT * 3)[:800]).reshape(-1, 200)
+    exact = importlib.import_module("mlx_lm.perplexity").eval_ppl(model, data)[0]
+    none = ["--window", "0", "--sink", "0"]
+    fine = measure("--key-bits", "8", "--value-bits", "8")
+    # 8 bits change a logit of this model by a thousandth.
+    assert fine == pytest.approx(exact, rel=2e-3)
+    coarse = measure_coarse(options, none)
+    assert abs(coarse / exact - 1) > 2 * abs(fine / exact - 1)
+    result = run("perplexity", *options[:-1], "100000")
+    assert "must have at least 100000 tokens" in str(result.exception) + result.stderr
+
+
+def measure_coarse(options: list[str], more: list[str]) -> float:
+    result = run("perplexity", *options, *more, "--key-bits", "2", "--value-bits", "2")
+    assert "192 of 199 tokens packed" in result.stderr
+    return float(re.search(r"Perplexity: ([\d.]+)", result.stdout)[1])
+
+
+# ---- a file of prompts --------------------------------------------------------------------------
+
+
+def test_batch_answers_every_prompt_as_generate_does(tmp_path, llama: str) -> None:
+    prompts = ["Once upon a time", LONG_PROMPT, "x"]
+    lines, path = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    lines.write_text("\n\n".join(prompts))
+    bits = ["--key-bits", "8", "--value-bits", "8"]
+    options = ["--model", llama, "--max-tokens", "12", *bits]
+    result = run("batch", str(lines), *options, "--output", str(path))
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == prompts
+    assert all(a["tokens"] == 12 for a in answers)
+    for answer in answers:
+        want = run(
+            "generate",
+            "--model",
+            llama,
+            "--prompt",
+            answer["prompt"],
+            *QUIET,
+            "--max-tokens",
+            "12",
+            *bits,
+        )
+        assert answer["text"] + "\n" == want.stdout
+    assert "3 sequences, 192 of" in result.stderr
+    as_json = tmp_path / "prompts.jsonl"
+    as_json.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
+    again = run("batch", str(as_json), *options)
+    assert [json.loads(line) for line in again.stdout.splitlines()] == answers
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("none.txt", None, "is none"),
+        ("empty.txt", "\n \n", "has none"),
+        ("bad.jsonl", '"good"\n{"text": 1}\n', "line 2 of"),
+        ("bad.jsonl", "no json\n", "line 1 of"),
+        ("chat.jsonl", '[{"role": "user"}]\n', "a list of messages with role and content"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused(no_load, tmp_path, name, text, part) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert_refused(run("batch", str(tmp_path / name), "--model", "m"), "[batch]", part)
+
+
+def test_messages_without_a_chat_template_are_refused(tmp_path, llama: str) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps([{"role": "user", "content": "hello"}]))
+    assert_refused(run("batch", str(path), "--model", llama), "need a chat template")
 
 
 # ---- the other commands -------------------------------------------------------------------------

@@ -7,17 +7,19 @@ import mlx_lm.models.base as base
 import pytest
 import tiny_models as tiny
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import (
     CacheList,
     KVCache,
     RotatingKVCache,
+    can_trim_prompt_cache,
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
+    trim_prompt_cache,
 )
 
-from rotormlx import hook, integration, prompt_cache
+from rotormlx import hook, integration, prompt_cache, usage
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 from rotormlx.report import leaves
@@ -417,11 +419,11 @@ def test_report_foresees_the_bytes_of_a_filled_cache(count: int) -> None:
     layer = report.layers[0]
     room = 64 * layer.values_per_token * 4 + 4 * 64 * layer.packed_bits_per_token / 8
     assert 0 <= sum(cache.nbytes for cache in caches) - size <= len(caches) * room
-    usage = report.usage(caches)
+    said = usage.describe(report, caches)
     packed = (count - 68) // 64 * 64
-    assert f"{packed:,} of {count:,} tokens packed" in usage
-    assert ("all exact: packing starts at 132 tokens" in usage) == (packed == 0)
-    assert f"{size / 1e6:.2f} MB against {report.float_bytes(count) / 1e6:.2f} MB" in usage
+    assert f"{packed:,} of {count:,} tokens packed" in said
+    assert ("all exact: packing starts at 132 tokens" in said) == (packed == 0)
+    assert f"{size / 1e6:.2f} MB against {report.float_bytes(count) / 1e6:.2f} MB" in said
 
 
 # ---- prompt cache files -------------------------------------------------------------------------
@@ -558,3 +560,127 @@ def test_mlx_lm_itself_loads_the_cache_once_installed(tmp_path) -> None:
     integration.apply(model, COARSE)
     caches = load_prompt_cache(saved(tmp_path / "cache.safetensors", model))
     assert [json.loads(cache.config.to_json())["key_bits"] for cache in caches] == [2, 2]
+
+
+def test_other_weights_of_the_same_shape_are_refused(tmp_path) -> None:
+    """The fingerprint tells models apart that agree in every shape."""
+    models = [tiny.build("llama", seed=seed) for seed in (0, 1)]
+    for model in models:
+        integration.apply(model)
+    path = str(tmp_path / "c.safetensors")
+    caches = fill(make_prompt_cache(models[0]), models[0], 150)
+    prompt_cache.save_prompt_cache(path, models[0], caches, {"note": "kept"})
+    loaded, metadata = prompt_cache.load_prompt_cache(path, models[0])
+    assert metadata["note"] == "kept"
+    for ours, theirs in zip(loaded, caches, strict=True):
+        assert mx.array_equal(ours.state[6], theirs.state[6])
+    with pytest.raises(ValueError, match=r"must be of this llama .* other weights"):
+        prompt_cache.load_prompt_cache(path, models[1])
+    # One number of one matrix more or less.
+    weight = models[1].layers[1].self_attn.k_proj.weight
+    before = prompt_cache.fingerprint(models[1])
+    models[1].layers[1].self_attn.k_proj.weight = weight + mx.zeros_like(weight).at[0, 3].add(1.0)
+    assert prompt_cache.fingerprint(models[1]) != before
+
+
+def test_a_file_of_mlx_lm_alone_has_no_fingerprint_and_is_taken(tmp_path) -> None:
+    model = tiny.build("llama")
+    path = saved(tmp_path / "c.safetensors", model)
+    integration.apply(model)
+    caches, _ = prompt_cache.load_prompt_cache(path, model)
+    assert classes(caches) == ["RotorKVCache"] * 2
+
+
+# ---- a limit ------------------------------------------------------------------------------------
+
+
+def greedy(model: nn.Module, prompt: mx.array, count: int, **options) -> list[int]:
+    steps = generate_step(prompt, model, max_tokens=count, **options)
+    return [token for token, _ in steps]
+
+
+def test_max_kv_size_of_generate_is_honoured(monkeypatch) -> None:
+    """mlx-lm drops it where a model makes its caches itself; it must not be dropped silently."""
+    model = tiny.build("llama")
+    integration.apply(model, RotorConfig(8, 8))
+    made = []
+    limited = integration.CompressedCaches.limited
+
+    def recording(maker, size):
+        made.append(limited(maker, size))
+        return made[-1]
+
+    monkeypatch.setattr(integration.CompressedCaches, "limited", recording)
+    prompt = tiny.tokens(600)[0]
+    got = greedy(model, prompt, 20, max_kv_size=300, prefill_step_size=64)
+    for cache in made[0]:
+        assert (cache.max_size, cache.offset >= 619) == (300, True)
+        assert 300 - 128 < cache.size() <= 300
+    own = integration.make_prompt_cache(model, max_kv_size=300)
+    assert greedy(model, prompt, 20, prompt_cache=own, prefill_step_size=64) == got
+    # A limit that is never reached changes nothing; one that is reached does.
+    free = greedy(model, prompt, 20, prefill_step_size=64)
+    assert greedy(model, prompt, 20, max_kv_size=1000, prefill_step_size=64) == free
+    assert got != free
+    with pytest.raises(ValueError, match="max_kv_size must be at least 195"):
+        greedy(model, prompt, 20, max_kv_size=100)
+
+
+def test_max_kv_size_of_an_uncompressed_model_is_mlx_lms() -> None:
+    other = tiny.build("qwen2", seed=1)
+    integration.apply(other)
+    model = tiny.build("qwen2")  # has no make_cache of its own
+    assert classes(make_prompt_cache(model, 64)) == ["RotatingKVCache"] * 2
+    assert classes(make_prompt_cache(other, 400)) == ["RotorKVCache"] * 2
+
+
+# ---- speculative decoding -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accepts", [True, False], ids=["good draft", "bad draft"])
+def test_a_draft_model_changes_no_token(accepts: bool) -> None:
+    """Both caches are compressed; rejected drafts are trimmed away, into packed blocks too."""
+    model = tiny.build("llama")
+    draft = tiny.build("llama", seed=0 if accepts else 1)
+    for m in (model, draft):
+        integration.apply(m, RotorConfig(8, 8, window=0))
+    prompt = tiny.tokens(200)[0]
+    want = greedy(model, prompt, 80)
+    caches = make_prompt_cache(model) + make_prompt_cache(draft)
+    steps = speculative_generate_step(
+        prompt, model, draft, num_draft_tokens=4, max_tokens=80, prompt_cache=caches
+    )
+    got = list(steps)
+    assert [token for token, _, _ in got] == want
+    drafted = sum(from_draft for _, _, from_draft in got)
+    assert drafted > 40 if accepts else drafted < 40
+    assert {type(cache) for cache in caches} == {RotorKVCache}
+    assert all(cache.packed_tokens >= 192 for cache in caches)
+
+
+# ---- what mlx-lm documents of prompt caches -----------------------------------------------------
+
+
+def test_a_trimmed_cache_answers_again_as_the_first_time() -> None:
+    model = tiny.build("llama")
+    integration.apply(model, RotorConfig(8, 8))
+    caches = make_prompt_cache(model)
+    prompt = tiny.tokens(150)[0]
+    first = greedy(model, prompt, 30, prompt_cache=caches)
+    assert can_trim_prompt_cache(caches)
+    # One token more than it gave was computed; the last of the prompt is read again.
+    count = caches[0].offset - (len(prompt) - 1)
+    assert trim_prompt_cache(caches, count) == count
+    assert greedy(model, prompt[-1:], 30, prompt_cache=caches) == first
+
+
+def test_a_copied_cache_goes_its_own_way() -> None:
+    model = tiny.build("llama")
+    integration.apply(model, RotorConfig(8, 8))
+    caches = fill(make_prompt_cache(model), model, 150)
+    twin = copy.deepcopy(caches)
+    a, b = tiny.tokens(5, seed=5)[0], tiny.tokens(5, seed=6)[0]
+    first = greedy(model, a, 30, prompt_cache=caches)
+    other = greedy(model, b, 30, prompt_cache=copy.deepcopy(twin))
+    assert greedy(model, a, 30, prompt_cache=twin) == first
+    assert other != first

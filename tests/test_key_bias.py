@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rotormlx import cache as cache_module
+from rotormlx import store
 from rotormlx.attention import attend_view
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
@@ -69,7 +69,7 @@ def test_huge_key_bias_costs_nothing(position, figure):
 
 def test_without_centres_it_would_cost_everything(monkeypatch):
     """The same with centres forced to zero: the measurement can tell."""
-    encode = cache_module.backend().encode
+    encode = store.backend().encode
 
     class Uncentred:
         @staticmethod
@@ -80,5 +80,5 @@ def test_without_centres_it_would_cost_everything(monkeypatch):
             return encode(x, codec, channel_scale=channel_scale, centres=centres)
 
     plain = divergence(np.zeros(D, np.float32), 0)
-    monkeypatch.setattr(cache_module, "backend", lambda: Uncentred)
+    monkeypatch.setattr(store, "backend", lambda: Uncentred)
     assert divergence(constant(), 0) > 50 * plain

@@ -11,11 +11,11 @@ import pytest
 import tiny_models
 from emulator import metal_kernel
 
-from rotormlx import attention, hook, integration, quality
-from rotormlx import cache as cache_module
+from rotormlx import attention, hook, integration, quality, store
 from rotormlx.backends import metal, metal_attend
 from rotormlx.backends.metal import MetalBackend
 from rotormlx.backends.mlx_ops import MLXBackend
+from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 
 HAS_METAL = mx.metal.is_available()
@@ -31,7 +31,7 @@ def use(monkeypatch):
 
     def choose(backend, kernels=REAL_METAL_KERNEL):
         monkeypatch.setattr(mx.fast, "metal_kernel", kernels)
-        for module in (attention, cache_module):
+        for module in (attention, store):
             monkeypatch.setattr(module, "backend", lambda: backend)
         clear_kernels()
 
@@ -73,7 +73,7 @@ def test_model_on_metal_is_the_model_on_mlx(use, model_type):
     # float32 sums in another order, through two layers; a code may fall to its neighbour.
     assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
     for cache, other in zip(caches, expected_caches, strict=True):
-        if isinstance(cache, cache_module.RotorKVCache):
+        if isinstance(cache, RotorKVCache):
             words, others = (np.array(c.state[6]) for c in (cache, other))
             assert (words != others).mean() < 1e-2
 
