@@ -1,0 +1,76 @@
+// Launchers of the kernels encode, decode and rotor3.
+#include "launch.cuh"
+
+// Made by kernel_source.cuda_header(): namespaces with LANES, HELD, BOUNDARIES, rotate_rows and unrotate_rows.
+#include "key_rotation.h"
+#include "value_rotation.h"
+
+#include "decode.cu"
+#include "encode.cu"
+#include "rotor3.cu"
+
+namespace {
+
+constexpr int CODEC_THREADS = 256;
+
+struct KeyCodec {
+  enum { IS_KEY = 1, BITS = KEY_BITS, D = KEY_DIM, LANES = key_rotation::LANES, HELD = key_rotation::HELD };
+  static DEVICE_FN const float* boundaries() { return key_rotation::BOUNDARIES; }
+  template <int ROWS>
+  static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {
+    key_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }
+  template <int ROWS>
+  static DEVICE_FN void unrotate(float* rows, const float* coefficients, uint lane) {
+    key_rotation::unrotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }
+};
+
+struct ValueCodec {
+  enum { IS_KEY = 0, BITS = VALUE_BITS, D = VALUE_DIM, LANES = value_rotation::LANES, HELD = value_rotation::HELD };
+  static DEVICE_FN const float* boundaries() { return value_rotation::BOUNDARIES; }
+  template <int ROWS>
+  static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {
+    value_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }
+  template <int ROWS>
+  static DEVICE_FN void unrotate(float* rows, const float* coefficients, uint lane) {
+    value_rotation::unrotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }
+};
+
+template <typename Codec>
+__global__ void __launch_bounds__(CODEC_THREADS) encode(const __grid_constant__ rotormlx_encode_arguments call) {
+  encode_block<Codec, CODEC_THREADS>(call);
+}
+
+template <typename Codec>
+__global__ void __launch_bounds__(CODEC_THREADS) decode(const __grid_constant__ rotormlx_decode_arguments call) {
+  decode_block<Codec, CODEC_THREADS>(call);
+}
+
+__global__ void __launch_bounds__(CODEC_THREADS) rotor3(const __grid_constant__ rotormlx_rotor3_arguments call) {
+  quantize_dequantize<ValueCodec, CODEC_THREADS>(call);
+}
+
+}  // namespace
+
+int rotormlx_encode(const rotormlx_encode_arguments* arguments, void* stream) {
+  const dim3 grid(arguments->blocks, arguments->kv_heads, arguments->batch);
+  return arguments->role == ROTORMLX_KEY
+             ? launch(encode<KeyCodec>, grid, CODEC_THREADS, 0, stream, *arguments)
+             : launch(encode<ValueCodec>, grid, CODEC_THREADS, 0, stream, *arguments);
+}
+
+int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream) {
+  const dim3 grid(arguments->blocks, arguments->kv_heads, arguments->batch);
+  return arguments->role == ROTORMLX_KEY
+             ? launch(decode<KeyCodec>, grid, CODEC_THREADS, 0, stream, *arguments)
+             : launch(decode<ValueCodec>, grid, CODEC_THREADS, 0, stream, *arguments);
+}
+
+int rotormlx_rotor3(const rotormlx_rotor3_arguments* arguments, void* stream) {
+  const int rows_a_block = CODEC_THREADS / ValueCodec::LANES;
+  const dim3 grid(ceil_divide(arguments->rows, rows_a_block));
+  return launch(rotor3, grid, CODEC_THREADS, 0, stream, *arguments);
+}

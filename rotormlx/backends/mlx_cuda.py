@@ -1,0 +1,518 @@
+"""The codec as fused CUDA kernels in MLX's own CUDA build: the device code of ``cuda_kernels/``.
+
+MLX compiles the text when a kernel is first called. A body fills the arguments of
+``cuda_kernels/launch.h`` from MLX's pointers; arrays come contiguous, so strides follow from
+shapes. docs/CUDA.md says how the kernels work.
+
+Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
+N blocks, D head_dim.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from rotormlx.backends.kernel_source import coefficients, cuda_header, read
+from rotormlx.backends.metal_attend import cut
+from rotormlx.backends.mlx_ops import MLXBackend, check_rows, inverse_matrix
+from rotormlx.format import BLOCK, KEY, Codec, Packed
+from rotormlx.view import KVView
+
+THREADS = 256
+ATTEND_THREADS = 128
+# Vectors of a lane are held in registers: longer ones are left to MLX's operations.
+MAX_HEAD_DIM = 256
+# Every GPU from sm_80 on gives a thread block so much shared memory.
+MOST_SHARED_BYTES = 99 * 1024
+# Thread blocks that a large GPU runs at once, and the most parts of a sequence.
+THREAD_BLOCKS, MAX_PARTS = 396, 256
+_DTYPES = {mx.float16: 0, mx.bfloat16: 1, mx.float32: 2}
+
+Kernel = Callable[..., list[mx.array]]
+
+
+def missing() -> str | None:
+    """What keeps this process from running CUDA kernels in MLX, or None."""
+    if not mx.cuda.is_available():
+        return "MLX finds no CUDA GPU on this machine"
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "MLX's default device is the CPU"
+    return None
+
+
+class MLXCUDABackend(MLXBackend):
+    """What is fused runs as CUDA kernels; the rest is inherited."""
+
+    name = "mlx_cuda"
+
+    def encode(
+        self,
+        x: mx.array,
+        codec: Codec,
+        *,
+        channel_scale: mx.array | None = None,
+        centres: mx.array | None = None,
+    ) -> Packed:
+        """Compress whole blocks in one kernel; see :meth:`MLXBackend.encode`."""
+        check_rows(x, codec)
+        if codec.head_dim > MAX_HEAD_DIM:
+            return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
+        batch, heads, tokens, head_dim = x.shape
+        blocks = (batch, heads, tokens // BLOCK)
+        outputs = [((*blocks, *codec.words_shape), mx.uint32), ((*blocks, BLOCK), mx.float16)]
+        if takes_means := codec.role == KEY and centres is None:
+            outputs.append(((*blocks, head_dim), mx.float16))
+        given = codec.role == KEY and not takes_means
+        made = _codec_kernel("encode", _text_of(codec), channel_scale is not None, takes_means)(
+            inputs=[
+                x,
+                mx.array(coefficients(codec.rotation)),
+                _or_nothing(channel_scale, mx.float32),
+                _or_nothing(centres if given else None, mx.float16),
+                mx.array([_DTYPES[x.dtype], *blocks, int(given)], mx.int32),
+            ],
+            grid=(THREADS * blocks[2], heads, batch),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+        )
+        return Packed(made[0], made[1], made[2] if takes_means else centres if given else None)
+
+    def decode(
+        self,
+        packed: Packed,
+        codec: Codec,
+        *,
+        channel_scale: mx.array | None = None,
+        dtype: mx.Dtype = mx.float32,
+    ) -> mx.array:
+        """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
+        if codec.head_dim > MAX_HEAD_DIM:
+            return super().decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
+        batch, heads, blocks = packed.scales.shape[:3]
+        (out,) = _codec_kernel("decode", _text_of(codec), channel_scale is not None, False)(
+            inputs=[
+                packed.words,
+                packed.scales,
+                _or_nothing(packed.centres, mx.float16),
+                mx.array(coefficients(codec.rotation, back=True)),
+                _or_nothing(channel_scale, mx.float32),
+                mx.array([_DTYPES[dtype], batch, heads, blocks], mx.int32),
+            ],
+            grid=(THREADS * blocks, heads, batch),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(batch, heads, blocks * BLOCK, codec.head_dim)],
+            output_dtypes=[dtype],
+        )
+        return out
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: KVView,
+        values: KVView,
+        *,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
+        key_dim, value_dim = keys.shape[3], values.shape[3]
+        if max(key_dim, value_dim) > MAX_HEAD_DIM:
+            return super().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        batch, heads, length, _ = queries.shape
+        kv_heads = keys.shape[1]
+        group = heads // kv_heads * length
+        operands = _operands(keys.codec, values.codec, queries.dtype, group)
+        tiles = -(-group // (8 * max(operands, 1)))
+        limit = max(1, min(MAX_PARTS, THREAD_BLOCKS // (batch * kv_heads * tiles)))
+        packed = cut(keys.packed_tokens, limit)
+        exact = cut(min(keys.exact.shape[2], keys.tokens), limit)
+        parts = packed.number + exact.number
+        kind, mask_array = _mask(mask, (batch, heads, length, keys.tokens))
+        numbers = mx.array(
+            [
+                *(_DTYPES[queries.dtype], batch, heads, kv_heads, length, keys.sink, kind),
+                *(*packed, *exact, keys.exact.shape[2]),
+                *(1 if keys.packed is None else keys.packed.scales.shape[2],),
+                *(1 if values.packed is None else values.packed.scales.shape[2],),
+                # Strides of the mask: 0 along an axis that is broadcast.
+                *_strides(mask_array.shape),
+            ],
+            mx.int32,
+        )
+        rows = (batch, kv_heads, group)
+        key_packed, value_packed = _packed(keys), _packed(values)
+        tops, totals, outputs = _parts_kernel(keys.codec, values.codec, operands)(
+            inputs=[
+                *(queries, _rotated(queries, keys, group), *key_packed, *value_packed[:2]),
+                *(keys.exact.astype(queries.dtype), values.exact.astype(queries.dtype)),
+                *(mask_array, mx.array(keys.lengths, mx.int32), numbers),
+                mx.array([scale], mx.float32),
+            ],
+            grid=(ATTEND_THREADS * tiles, parts, batch * kv_heads),
+            threadgroup=(ATTEND_THREADS, 1, 1),
+            output_shapes=[(*rows, parts), (*rows, parts), (*rows, parts, value_dim)],
+            output_dtypes=[mx.float32] * 3,
+        )
+        scales = values.channel_scale
+        if scales is not None:
+            scales = mx.broadcast_to(scales, (batch, kv_heads, value_dim))
+        (output,) = _merge_kernel(value_dim, scales is not None, sinks is not None)(
+            inputs=[
+                *(tops, totals, outputs, inverse_matrix(values.codec.rotation)),
+                _or_nothing(scales, mx.float32),
+                mx.zeros((1,)) if sinks is None else sinks.astype(mx.float32),
+                numbers,
+            ],
+            grid=(ATTEND_THREADS * group, batch * kv_heads, 1),
+            threadgroup=(ATTEND_THREADS, 1, 1),
+            output_shapes=[(batch, heads, length, value_dim)],
+            output_dtypes=[queries.dtype],
+        )
+        return output
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def _or_nothing(array: mx.array | None, dtype: mx.Dtype) -> mx.array:
+    """An array, or one that no thread reads."""
+    return mx.zeros((1,), dtype) if array is None else array
+
+
+def _packed(view: KVView) -> Packed:
+    if view.packed_tokens and view.packed is None:
+        raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
+    given = view.packed or Packed(None, None, None)
+    dtypes = (mx.uint32, mx.float16, mx.float16)
+    return Packed(*(_or_nothing(a, dtype) for a, dtype in zip(given, dtypes, strict=True)))
+
+
+def _rotated(queries: mx.array, keys: KVView, group: int) -> mx.array:
+    """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
+    batch, kv_heads, _, key_dim = keys.shape
+    q = queries.astype(mx.float32).reshape(batch, kv_heads, group, key_dim)
+    if not keys.packed_tokens:
+        return q
+    scaled = q if keys.channel_scale is None else q * keys.channel_scale[..., None, :]
+    return scaled @ inverse_matrix(keys.codec.rotation).T
+
+
+def _mask(mask: mx.array | str | None, scores: tuple[int, int, int, int]) -> tuple[int, mx.array]:
+    """The kind of a mask (see launch.h), and the mask with four axes, boolean or float32."""
+    if mask is None or isinstance(mask, str):
+        return 0 if mask is None else 1, mx.zeros((1, 1, 1, 1), mx.bool_)
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if mask.dtype == mx.bool_:
+        return 2, mask
+    return 3, mask.astype(mx.float32)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Strides of a contiguous array, 0 along axes of size 1."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(0 if size == 1 else step)
+        step *= size
+    return strides[::-1]
+
+
+def _operands(keys: Codec, values: Codec, dtype: mx.Dtype, group: int) -> int:
+    """Operands of 8 query rows that a thread block takes on the tensor cores; 0 for float32."""
+    wanted = 0 if dtype == mx.float32 else 1 if group <= 8 else 2
+    while wanted and shared_bytes(keys, values, wanted) > MOST_SHARED_BYTES:
+        wanted -= 1
+    return wanted
+
+
+def shared_bytes(keys: Codec, values: Codec, operands: int) -> int:
+    """Shared memory of a thread block: ``SHARED_BYTES`` of the kernel's structures."""
+    rows = 8 * max(operands, 1)
+    levels = 2**keys.bits + 2**values.bits
+    plain = 4 * (rows * (keys.head_dim + 4 * BLOCK + 4) + levels)
+    if operands == 0:
+        return plain
+    key_loads, key_steps = _loads(keys.bits, keys.head_dim)
+    value_loads, _ = _loads(values.bits, BLOCK)
+    slot = max(2 * key_loads + 2, -(-values.head_dim // 32) * value_loads)
+    slots = 4 if slot <= 8 else 3 if slot <= 24 else 2
+    operand_steps = key_steps + -(-keys.head_dim // 32)
+    units = 128 * slots * slot + 32 * operands * operand_steps
+    units += rows // 2 + 4 * rows * (BLOCK + 16) // 8 + 16 * rows
+    units += 32 if 8 in (keys.bits, values.bits) else 0
+    return max(16 * units, 16 * rows * (2 + values.head_dim), plain)
+
+
+def _loads(bits: int, axis: int) -> tuple[int, int]:
+    """Words of four lanes that a thread loads for the packed axis, and steps of 32 codes."""
+    share = 2 if bits in (2, 3) else 1
+    loads = -(-axis // (32 * share))
+    return loads * (2 if bits in (3, 8) else 1), loads * share
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+class _CodecText(NamedTuple):
+    """What the text of a codec's kernels depends on."""
+
+    role: str
+    bits: int
+    head_dim: int
+    rotation: str
+    header: str
+    rows: int
+
+
+def _text_of(codec: Codec) -> _CodecText:
+    header = cuda_header(codec)
+    facts = (codec.role, codec.bits, codec.head_dim, codec.rotation.name)
+    return _CodecText(*facts, header, codec.words_shape[0])
+
+
+def _header(*names: str, before: str = "") -> str:
+    """Files of ``cuda_kernels/`` behind what all of them need, without what MLX includes itself."""
+    common = [
+        *("cuda_kernels/vocabulary.cuh", "shared_kernels/levels.h", "shared_kernels/rotation.h"),
+        *("cuda_kernels/launch.h", "cuda_kernels/scores.cuh"),
+    ]
+    texts = [read(name) for name in common]
+    texts.insert(1, f"constexpr int BLOCK = {BLOCK};\n")
+    texts += [before, *(read(f"cuda_kernels/{name}") for name in names)]
+    return re.sub(r"^#(include|pragma once).*$", "", "\n".join(texts), flags=re.MULTILINE) + "\n"
+
+
+# Axes (B, K, N) of contiguous packed arrays.
+_PACKED_TEXT = """
+DEVICE_FN void place_packed(rotormlx_packed& packed, const uint32_t* words, const __half* scales,
+                  const __half* centres, int kv_heads, int blocks, int block_words, int head_dim) {
+  packed.words = const_cast<uint32_t*>(words);
+  packed.scales = const_cast<__half*>(scales);
+  packed.centres = const_cast<__half*>(centres);
+  int64_t heads = blocks;
+  const int64_t sizes[3] = {heads * kv_heads, heads, 1};
+  for (int i = 0; i < 3; ++i) {
+    packed.words_strides[i] = sizes[i] * block_words;
+    packed.scales_strides[i] = sizes[i] * BLOCK;
+    packed.centres_strides[i] = sizes[i] * head_dim;
+  }
+}
+"""
+
+_CODEC_TEXT = """
+struct CODEC {{
+  enum {{ IS_KEY = {is_key}, BITS = {bits}, D = {d}, LANES = NS::LANES, HELD = NS::HELD }};
+  static DEVICE_FN const float* boundaries() {{ return NS::BOUNDARIES; }}
+  template <int ROWS>
+  static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {{
+    NS::rotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }}
+  template <int ROWS>
+  static DEVICE_FN void unrotate(float* rows, const float* coefficients, uint lane) {{
+    NS::unrotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }}
+}};
+"""
+
+_ENCODE_BODY = """
+  rotormlx_encode_arguments call = {};
+  call.dtype = numbers[0];
+  call.batch = numbers[1];
+  call.kv_heads = numbers[2];
+  call.blocks = numbers[3];
+  call.given_centres = numbers[4];
+  call.x = input;
+  const int64_t head_tokens = int64_t(call.blocks) * BLOCK;
+  call.x_strides[0] = call.kv_heads * head_tokens * CODEC::D;
+  call.x_strides[1] = head_tokens * CODEC::D;
+  call.x_strides[2] = CODEC::D;
+  call.coefficients = coefficients;
+  call.channel_scale = SCALE;
+  place_packed(call.packed, words, scales, CENTRES, call.kv_heads, call.blocks, BLOCK_WORDS,
+               CODEC::D);
+  encode_block<CODEC, THREADS>(call);
+"""
+
+_DECODE_BODY = """
+  rotormlx_decode_arguments call = {};
+  call.dtype = numbers[0];
+  call.batch = numbers[1];
+  call.kv_heads = numbers[2];
+  call.blocks = numbers[3];
+  place_packed(call.packed, words, scales, centres, call.kv_heads, call.blocks, BLOCK_WORDS,
+               CODEC::D);
+  call.coefficients = coefficients;
+  call.channel_scale = SCALE;
+  call.out = out;
+  decode_block<CODEC, THREADS>(call);
+"""
+
+# What both kernels of attention read of `numbers`.
+_CALL_TEXT = """
+  AttendParts all = {};
+  rotormlx_attend_arguments& call = all.call;
+  call.dtype = numbers[0];
+  call.batch = numbers[1];
+  call.heads = numbers[2];
+  call.kv_heads = numbers[3];
+  call.length = numbers[4];
+  call.sink = numbers[5];
+  call.mask_kind = numbers[6];
+  all.packed_parts = numbers[7];
+  all.packed_part_tokens = numbers[8];
+  all.exact_parts = numbers[9];
+  all.exact_part_tokens = numbers[10];
+"""
+
+_PARTS_BODY = """
+  extern __shared__ uint4 shared[];
+  call.scale = scale[0];
+  call.lengths = lengths;
+  call.q = queries;
+  call.q_strides[2] = KEY_DIM;
+  call.q_strides[1] = call.length * call.q_strides[2];
+  call.q_strides[0] = call.heads * call.q_strides[1];
+  place_packed(call.keys, key_words, key_scales, centres, call.kv_heads, numbers[12], KEY_WORDS,
+               KEY_DIM);
+  place_packed(call.values, value_words, value_scales, nullptr, call.kv_heads, numbers[13],
+               VALUE_WORDS, VALUE_DIM);
+  call.exact_keys = tail_keys;
+  call.exact_values = tail_values;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t rows =
+        i == 2 ? 1 : i == 1 ? numbers[11] : int64_t(numbers[11]) * call.kv_heads;
+    call.exact_keys_strides[i] = rows * KEY_DIM;
+    call.exact_values_strides[i] = rows * VALUE_DIM;
+  }
+  call.mask = visible;
+  for (int i = 0; i < 4; ++i) call.mask_strides[i] = numbers[14 + i];
+  all.rotated = const_cast<float*>(rotated);
+  all.tops = part_tops;
+  all.totals = part_totals;
+  all.outputs = part_outputs;
+"""
+
+_MERGE_BODY = """
+  extern __shared__ uint4 shared[];
+  call.value_matrix = unrotation;
+  call.value_channel_scale = SCALE;
+  call.value_channel_scale_stride = call.kv_heads * VALUE_DIM;
+  call.sinks = SINKS;
+  call.out = out;
+  all.tops = const_cast<float*>(tops);
+  all.totals = const_cast<float*>(totals);
+  all.outputs = const_cast<float*>(outputs);
+  merge_parts<VALUE_DIM, 1, THREADS>(all, reinterpret_cast<float*>(shared));
+"""
+
+
+@cache
+def _codec_kernel(name: str, text: _CodecText, has_scale: bool, takes_means: bool) -> Kernel:
+    """The kernel ``encode`` or ``decode``."""
+    is_key = text.role == KEY
+    lanes = BLOCK if is_key else text.head_dim
+    codec_text = _CODEC_TEXT.format(is_key=int(is_key), bits=text.bits, d=text.head_dim)
+    codec_text = codec_text.replace("NS::", f"{text.role}_rotation::")
+    body = {"encode": _ENCODE_BODY, "decode": _DECODE_BODY}[name]
+    body = body.replace("SCALE", "channel_scale" if has_scale else "nullptr")
+    body = body.replace("CENTRES", "centres" if takes_means else "given_centres")
+    body = body.replace("BLOCK_WORDS", str(text.rows * lanes)).replace("THREADS", str(THREADS))
+    inputs, outputs = {
+        "encode": (
+            ["input", "coefficients", "channel_scale", "given_centres", "numbers"],
+            ["words", "scales", *(["centres"] if takes_means else [])],
+        ),
+        "decode": (
+            ["words", "scales", "centres", "coefficients", "channel_scale", "numbers"],
+            ["out"],
+        ),
+    }[name]
+    facts = (name, text.role, text.bits, text.head_dim, text.rotation, has_scale, takes_means)
+    return _kernel(
+        "_".join(map(str, facts)),
+        inputs,
+        outputs,
+        body,
+        _header(f"{name}.cu", before=text.header) + _PACKED_TEXT + codec_text,
+    )
+
+
+@cache
+def _parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
+    dims = (keys.bits, values.bits, keys.head_dim, values.head_dim)
+    arguments = ", ".join(map(str, dims))
+    plain = f"AttendPlain<{arguments}, {8 * max(operands, 1)}>::run(all, plain_shared);"
+    run = f"  float* plain_shared = reinterpret_cast<float*>(shared);\n  {plain}\n"
+    if operands:
+        packed = f"AttendPacked<{arguments}, {operands}>::run(all, shared);"
+        run = (
+            f"  float* plain_shared = reinterpret_cast<float*>(shared);\n"
+            f"  if (int(blockIdx.y) < all.packed_parts) {{ {packed} }} else {{ {plain} }}\n"
+        )
+    body = _CALL_TEXT + _PARTS_BODY + run
+    for name, number in (
+        ("KEY_WORDS", keys.words_shape[0] * BLOCK),
+        ("VALUE_WORDS", values.words_shape[0] * values.head_dim),
+        *(("KEY_DIM", keys.head_dim), ("VALUE_DIM", values.head_dim)),
+    ):
+        body = body.replace(name, str(number))
+    return _kernel(
+        "_".join(map(str, ("attend", *dims, operands))),
+        [
+            *(
+                "queries",
+                "rotated",
+                "key_words",
+                "key_scales",
+                "centres",
+                "value_words",
+                "value_scales",
+            ),
+            *("tail_keys", "tail_values", "visible", "lengths", "numbers", "scale"),
+        ],
+        ["part_tops", "part_totals", "part_outputs"],
+        body,
+        _header("fragments.cuh", "attend.cu", "attend_plain.cu") + _PACKED_TEXT,
+        shared_bytes(keys, values, operands),
+    )
+
+
+@cache
+def _merge_kernel(value_dim: int, has_scale: bool, has_sinks: bool) -> Kernel:
+    body = (_CALL_TEXT + _MERGE_BODY).replace("VALUE_DIM", str(value_dim))
+    body = body.replace("THREADS", str(ATTEND_THREADS))
+    body = body.replace("SCALE", "channel_scale" if has_scale else "nullptr")
+    body = body.replace("SINKS", "sinks" if has_sinks else "nullptr")
+    return _kernel(
+        f"attend_merge_{value_dim}_{has_scale}_{has_sinks}",
+        ["tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "numbers"],
+        ["out"],
+        body,
+        _header("attend_merge.cu"),
+        4 * value_dim,
+    )
+
+
+def _kernel(
+    name: str,
+    inputs: list[str],
+    outputs: list[str],
+    source: str,
+    header: str,
+    shared_memory: int = 0,
+) -> Kernel:
+    kernel: Any = mx.fast.cuda_kernel(
+        name=f"rotormlx_{name}",
+        input_names=inputs,
+        output_names=outputs,
+        source=source,
+        header=header,
+        shared_memory=shared_memory,
+    )
+    return kernel
