@@ -1,0 +1,203 @@
+"""Builds the CUDA kernels: one library for each configuration, compiled on first use and kept.
+
+A library is the launchers of ``cuda_kernels/`` and ``binding.cpp``, compiled for the head_dims,
+bits and rotation of one configuration and for one kind of GPU. Its name is a hash of everything
+that decides what is in it: the texts, the versions of torch and nvcc, the architecture and the
+configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_dir
+from torch.utils import cpp_extension
+
+from rotormlx.config import RotorConfig
+from rotormlx.format import KEY, VALUE, codec
+
+_PACKAGE = Path(__file__).parents[1]
+_FOLDERS = ("cuda_kernels", "shared_kernels")
+# Compiled at the same time.
+SOURCES = ("launch_attend.cu", "launch_codec.cu", "binding.cpp")
+# nvcc's names where a GPU has instructions of its own beside those of its generation.
+_OWN_ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a"}
+_OLDEST = (8, 0)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a library is compiled for.
+
+    Args:
+        rotation: Name of the rotation.
+        key_dim: head_dim of keys.
+        value_dim: head_dim of values.
+        key_bits: Bits of a key code.
+        value_bits: Bits of a value code.
+        arch: nvcc's name of the GPU, such as ``sm_90a``.
+    """
+
+    rotation: str
+    key_dim: int
+    value_dim: int
+    key_bits: int
+    value_bits: int
+    arch: str
+
+    @property
+    def name(self) -> str:
+        """Name of the library and of its operators' namespace: a hash of all that goes into it."""
+        digest = hashlib.sha256()
+        facts = [*sorted(asdict(self).items()), torch.__version__, nvcc_version()]
+        texts = [path.read_bytes() for path in source_files()]
+        headers = [text.encode() for _, text in sorted(self.headers().items())]
+        for part in (repr(facts).encode(), *texts, *headers):
+            digest.update(hashlib.sha256(part).digest())
+        return f"rotormlx_cuda_{digest.hexdigest()[:16]}"
+
+    @property
+    def directory(self) -> Path:
+        """Where the library is built and kept."""
+        root = os.environ.get("ROTORMLX_CACHE") or user_cache_dir("rotormlx")
+        return Path(root) / "cuda" / self.name
+
+    def headers(self) -> dict[str, str]:
+        """The generated headers, by file name."""
+        # Not at the top: the package of the MLX backends is only needed to compile.
+        kernel_source = import_module("rotormlx.backends.kernel_source")
+        config = RotorConfig(self.key_bits, self.value_bits, self.rotation)
+        dims = ((KEY, self.key_dim), (VALUE, self.value_dim))
+        return {
+            f"{role}_rotation.h": kernel_source.cuda_header(codec(config, dim, layer=0, role=role))
+            for role, dim in dims
+        }
+
+    def cuda_flags(self) -> list[str]:
+        """What nvcc is told beside the files."""
+        numbers = {
+            "KEY_DIM": self.key_dim,
+            "VALUE_DIM": self.value_dim,
+            "KEY_BITS": self.key_bits,
+            "VALUE_BITS": self.value_bits,
+        }
+        defines = [f"-DROTORMLX_{name}={number}" for name, number in numbers.items()]
+        return ["-O3", f"-arch={self.arch}", *defines]
+
+    def cpp_flags(self) -> list[str]:
+        """What the C++ compiler is told beside the files."""
+        return ["-O2", f"-DROTORMLX_NAMESPACE={self.name}"]
+
+    def include_paths(self) -> list[str]:
+        """Folders of the headers, the generated ones among them."""
+        return [str(self.directory), str(folder("cuda_kernels"))]
+
+    def write_headers(self) -> None:
+        """Put the generated headers into :attr:`directory`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name, text in self.headers().items():
+            path = self.directory / name
+            # An unchanged file keeps its time, so that nothing is compiled again.
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                path.write_text(text, encoding="utf-8")
+
+
+def build(configuration: Configuration, *, verbose: bool = False) -> Path:
+    """Compile a configuration, or find it compiled, and load its operators.
+
+    Args:
+        configuration: What to compile for.
+        verbose: Show the compiler's commands and messages.
+
+    Returns:
+        The directory of the library; its operators are ``torch.ops.<configuration.name>``.
+
+    Raises:
+        RuntimeError: If something to compile or to run it with is missing, or a compiler fails.
+    """
+    if (reason := missing()) is not None:
+        raise RuntimeError(f"[build] CUDA kernels cannot be built: {reason}.")
+    configuration.write_headers()
+    cpp_extension.load(
+        name=configuration.name,
+        sources=[str(folder("cuda_kernels") / name) for name in SOURCES],
+        extra_cflags=configuration.cpp_flags(),
+        extra_cuda_cflags=configuration.cuda_flags(),
+        extra_include_paths=configuration.include_paths(),
+        build_directory=str(configuration.directory),
+        is_python_module=False,
+        verbose=verbose,
+    )
+    return configuration.directory
+
+
+def missing() -> str | None:
+    """What keeps this process from building and running CUDA kernels, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU; the CPU operators work without one"
+    if torch.cuda.get_device_capability() < _OLDEST:
+        return "the GPU is older than compute capability 8.0; the CPU operators work without one"
+    tools = {
+        "nvcc is neither on PATH nor in CUDA_HOME; install the CUDA toolkit": nvcc(),
+        "there is no C++ compiler; install g++ or name one in CXX": shutil.which(
+            os.environ.get("CXX", "c++")
+        ),
+        "there is no ninja; install it with pip": shutil.which("ninja"),
+    }
+    return next((reason for reason, found in tools.items() if found is None), None)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Nvcc's name for a compute capability such as (9, 0)."""
+    major, minor = capability
+    return _OWN_ARCHITECTURES.get(capability, f"sm_{major}{minor}")
+
+
+def nvcc() -> str | None:
+    """The path of the CUDA compiler, as torch finds it: CUDA_HOME first, then PATH."""
+    home = cpp_extension.CUDA_HOME
+    in_home = None if home is None else shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return in_home or shutil.which("nvcc")
+
+
+@cache
+def nvcc_version() -> str:
+    """The release of nvcc, such as ``13.0``; empty without one."""
+    path = nvcc()
+    if path is None:
+        return ""
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\S+),", done.stdout)
+    return found[1] if found else done.stdout.strip()
+
+
+def folder(name: str) -> Path:
+    """A folder of kernels, beside the package in the repository and inside it in a wheel.
+
+    Raises:
+        RuntimeError: If the installation lacks it.
+    """
+    for parent in (_PACKAGE, _PACKAGE.parent):
+        if (parent / name).is_dir():
+            return parent / name
+    raise RuntimeError(
+        f"[build] {name} must lie in {_PACKAGE} or beside it, but it does not; "
+        "install rotormlx anew."
+    )
+
+
+def source_files() -> list[Path]:
+    """Every file that a library is compiled from, but the generated headers."""
+    found = [path for name in _FOLDERS for path in folder(name).iterdir() if path.is_file()]
+    return sorted(found, key=lambda path: (path.parent.name, path.name))

@@ -1,0 +1,222 @@
+"""The operators on CUDA devices: the compiled kernels, or torch operations where they are missing.
+
+Checks, tables and the current device are settled here, so that the binding only fills structures.
+Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rotormlx.format import KEY, ROLES, Codec, Packed
+from rotormlx.rotation import Rotation
+from rotormlx.torch import build, torch_ops
+from rotormlx.torch.build import Configuration
+from rotormlx.torch.torch_ops import Source
+
+# The kernels hold a row in registers: larger head_dims take torch operations.
+LARGEST_HEAD_DIM = 256
+_ALIGNMENT = 16
+_NO_MASK, _CAUSAL, _BOOLEAN, _ADDITIVE = range(4)
+
+# Loaded libraries, newest last.
+_loaded: dict[Configuration, Any] = {}
+
+
+def encode(
+    x: Tensor, codec: Codec, *, channel_scale: Tensor | None = None, centres: Tensor | None = None
+) -> Packed:
+    """As :func:`rotormlx.torch.torch_ops.encode`."""
+    operators = _operators_for(codec, x.device)
+    if operators is None:
+        return torch_ops.encode(x, codec, channel_scale=channel_scale, centres=centres)
+    with _on(x.device):
+        packed = operators.encode(
+            _aligned(x),
+            None if centres is None else centres.contiguous(),
+            _contiguous(channel_scale),
+            _coefficients(codec.rotation, False, x.device),
+            ROLES.index(codec.role),
+            *codec.words_shape,
+            _stream(x.device),
+        )
+    return Packed(packed[0], packed[1], packed[2] if codec.role == KEY else None)
+
+
+def decode(
+    packed: Packed, codec: Codec, *, channel_scale: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """As :func:`rotormlx.torch.torch_ops.decode`."""
+    device = packed.words.device
+    operators = _operators_for(codec, device)
+    if operators is None:
+        return torch_ops.decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
+    with _on(device):
+        return operators.decode(
+            *_blocks(packed),
+            _contiguous(channel_scale),
+            _coefficients(codec.rotation, True, device),
+            ROLES.index(codec.role),
+            codec.head_dim,
+            dtype,
+            _stream(device),
+        )
+
+
+def attend(
+    query: Tensor,
+    lengths: Tensor,
+    keys: Source,
+    values: Source,
+    *,
+    sink: int,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """As :func:`rotormlx.torch.torch_ops.attend`."""
+    device = query.device
+    operators = _operators(keys.codec, values.codec, device)
+    if operators is None:
+        return torch_ops.attend(
+            query,
+            lengths,
+            keys,
+            values,
+            sink=sink,
+            scale=scale,
+            causal=causal,
+            mask=mask,
+            sink_logits=sink_logits,
+        )
+    kind = _CAUSAL if causal else _NO_MASK
+    if mask is not None:
+        kind = _BOOLEAN if mask.dtype == torch.bool else _ADDITIVE
+        mask = mask if mask.dtype == torch.bool else mask.float()
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        # Along an axis that is broadcast, the stride becomes 0 and nothing is copied.
+        tokens = mask.shape[-1] if mask.shape[-1] > 1 else keys.exact.shape[2]
+        mask = mask.expand(*query.shape[:3], tokens)
+    with _on(device):
+        output = operators.attend(
+            _aligned(query),
+            lengths.contiguous(),
+            _aligned(keys.exact.to(query.dtype)),
+            *_blocks(keys.packed),
+            _contiguous(keys.channel_scale),
+            _aligned(values.exact.to(query.dtype)),
+            *_blocks(values.packed)[:2],
+            _contiguous(values.channel_scale),
+            _query_matrix(keys.codec.rotation, device),
+            torch_ops.inverse_matrix(values.codec.rotation, device),
+            mask,
+            None if sink_logits is None else sink_logits.float().contiguous(),
+            sink,
+            scale,
+            kind,
+            _stream(device),
+        )
+    return output
+
+
+# ---- which library ------------------------------------------------------------------------------
+
+
+def _operators(keys: Codec, values: Codec, device: torch.device) -> Any:
+    """The compiled operators for keys and values, or None where torch operations do the work."""
+    if max(keys.head_dim, values.head_dim) > LARGEST_HEAD_DIM or not _can_compile():
+        return None
+    configuration = Configuration(
+        keys.rotation.name,
+        keys.head_dim,
+        values.head_dim,
+        keys.bits,
+        values.bits,
+        build.architecture(torch.cuda.get_device_capability(device)),
+    )
+    if configuration not in _loaded:
+        build.build(configuration)
+        _loaded[configuration] = getattr(torch.ops, configuration.name)
+    return _loaded[configuration]
+
+
+def _operators_for(codec: Codec, device: torch.device) -> Any:
+    """Operators that know a codec: of a library that is loaded already, else one of its own."""
+    facts = (codec.rotation.name, codec.head_dim, codec.bits)
+    for configuration, operators in _loaded.items():
+        keys = (configuration.rotation, configuration.key_dim, configuration.key_bits)
+        values = (configuration.rotation, configuration.value_dim, configuration.value_bits)
+        arch = build.architecture(torch.cuda.get_device_capability(device))
+        if configuration.arch == arch and facts == (keys if codec.role == KEY else values):
+            return operators
+    return _operators(codec, codec, device)
+
+
+@cache
+def _can_compile() -> bool:
+    reason = build.missing()
+    if reason is not None:
+        warnings.warn(
+            f"CUDA kernels are not to be had, so rotormlx uses torch operations, which are slower: "
+            f"{reason}.",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+# ---- tensors as the kernels want them -----------------------------------------------------------
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    return torch.cuda.device(device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _blocks(packed: Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Words, scales and centres; the words of a block side by side."""
+    if packed is None:
+        return None, None, None
+    words, scales, centres = packed
+    rows, lanes = words.shape[-2:]
+    side_by_side = words.stride(-2) == lanes or rows == 1
+    words = _aligned(words) if side_by_side else words.contiguous()
+    return words, _aligned(scales), None if centres is None else _aligned(centres)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if _is_aligned(x) else x.contiguous()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, as the kernels load them."""
+    steps = (x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and all(n * x.itemsize % _ALIGNMENT == 0 for n in steps)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+@cache
+def _coefficients(rotation: Rotation, back: bool, device: torch.device) -> Tensor:
+    """What the kernels read of a rotation, float32."""
+    from rotormlx.backends import kernel_source  # noqa: PLC0415 - loads MLX; only for compiling
+
+    found = np.array(kernel_source.coefficients(rotation, back=back), np.float32)
+    return torch.from_numpy(found).to(device)
+
+
+@cache
+def _query_matrix(rotation: Rotation, device: torch.device) -> Tensor:
+    """float32 ``[D, D]``: a query times it is rotated."""
+    return torch_ops.inverse_matrix(rotation, device).T.contiguous()

@@ -1,0 +1,146 @@
+"""Compressed caches for a whole model of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedModel
+
+from rotormlx.config import RotorConfig
+from rotormlx.format import KEY, VALUE, codec
+from rotormlx.report import LayerReport, Report
+from rotormlx.torch import attention
+from rotormlx.torch.cache import RotorCache, compressed_layers, layer_dims
+from rotormlx.torch.layer import RotorLayer
+
+# What transformers calls to make a cache for ``generate``; ours stands before it on the instance.
+_PREPARE = "_prepare_cache_for_generation"
+
+
+class CompressedCaches:
+    """Stands before a model's ``_prepare_cache_for_generation`` and makes its cache compressed.
+
+    Args:
+        model: The model.
+        config: How keys and values are compressed.
+        former: The attention that the model had.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: RotorConfig, former: str) -> None:
+        self.config = config
+        self.former = former
+        self._own = getattr(type(model), _PREPARE).__get__(model)
+        self._model_config = model.config
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **named: Any
+    ) -> None:
+        """Let transformers prepare a cache; a compressed one takes the place of a plain one."""
+        given = model_kwargs.get("past_key_values")
+        self._own(generation_config, model_kwargs, *rest, **named)
+        made = model_kwargs.get("past_key_values")
+        if given is None and type(made) is DynamicCache:
+            cache = RotorCache(self._model_config, self.config)
+            # Sliding windows of an assistant must be able to go back; older versions cannot.
+            if generation_config.is_assistant and hasattr(cache, "activate_past_recording"):
+                cache.activate_past_recording()  # type: ignore[no-untyped-call]
+            model_kwargs["past_key_values"] = cache
+
+
+def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
+    """Make a model of transformers use compressed caches from now on.
+
+    Its attention becomes ``rotormlx``, and ``generate`` makes a :class:`RotorCache` where it would
+    make a ``DynamicCache``. Applying again replaces the configuration.
+
+    Args:
+        model: What ``from_pretrained`` returned.
+        config: How keys and values are compressed; the default configuration if None.
+
+    Returns:
+        What is compressed, layer by layer, and what is left alone and why.
+
+    Raises:
+        ValueError: If nothing in the model can be compressed, or its attention cannot be set;
+            nothing is changed then.
+        RuntimeError: If the installed transformers makes its caches in another way.
+    """
+    config = config or RotorConfig()
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"[apply] A model of transformers is required, but a {type(model).__name__} was given; "
+            "pass what from_pretrained returned."
+        )
+    if not callable(getattr(type(model), _PREPARE, None)):
+        raise RuntimeError(
+            f"[apply] transformers must have {type(model).__name__}.{_PREPARE}, but the installed "
+            "one has not; pass past_key_values=RotorCache(model.config) to generate yourself."
+        )
+    found = report(model, config)
+    maker = vars(model).get(_PREPARE)
+    former = maker.former if isinstance(maker, CompressedCaches) else _attention_of(model)
+    model.set_attn_implementation(attention.NAME)
+    if _attention_of(model) != attention.NAME:
+        raise ValueError(
+            f"[apply] {type(model).__name__} must let its attention be set, but does not; use the "
+            "model without rotormlx."
+        )
+    vars(model)[_PREPARE] = CompressedCaches(model, config, former)
+    return found
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Give a model its own caches and attention back; without effect on one that has them."""
+    maker = vars(model).pop(_PREPARE, None)
+    if isinstance(maker, CompressedCaches):
+        model.set_attn_implementation(maker.former)
+
+
+def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
+    """What would be compressed in a model, layer by layer, and what is left alone and why.
+
+    Args:
+        model: What ``from_pretrained`` returned.
+        config: How keys and values would be compressed; the default configuration if None.
+
+    Raises:
+        ValueError: If nothing can be compressed.
+    """
+    config = config or RotorConfig()
+    text = model.config.get_text_config(decoder=True)
+    layers = compressed_layers(text, config)
+    dims = layer_dims(text)
+    dtype_bytes = model.dtype.itemsize
+    reports = (_layer_report(i, layer, config, dims, dtype_bytes) for i, layer in enumerate(layers))
+    return Report(config, text.model_type, tuple(reports))
+
+
+def _layer_report(
+    index: int, layer: Any, config: RotorConfig, dims: tuple[int, int, int], dtype_bytes: int
+) -> LayerReport:
+    name = type(layer).__name__
+    _, key_dim, value_dim = dims
+    if isinstance(layer, RotorLayer):
+        bits = [
+            codec(config, dim, layer=index, role=role).bits_per_value
+            for role, dim in ((KEY, key_dim), (VALUE, value_dim))
+        ]
+        return LayerReport(
+            index,
+            "DynamicLayer",
+            True,
+            "",
+            *dims,
+            key_bits=bits[0],
+            value_bits=bits[1],
+            exact_bytes=dtype_bytes,
+        )
+    limit = getattr(layer, "sliding_window", None)
+    if limit is not None:
+        reason = f"it never keeps more than {limit} tokens"
+        return LayerReport(index, name, False, reason, *dims, max_tokens=limit)
+    return LayerReport(index, name, False, "a kind of cache that rotormlx does not know")
+
+
+def _attention_of(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)

@@ -1,0 +1,345 @@
+"""One layer of a compressed cache in the shape that transformers expects.
+
+A sequence is three parts, in order: the sink (first tokens, exact), packed blocks of 64 tokens, and
+the tail (exact). In a batch every row has lengths of its own: left padding never enters the cache,
+so a row holds the bytes that it would hold alone.
+
+``update`` hands out handles instead of tensors. The registered attention function takes them back,
+says how many tokens of each row are padding, and only then are the new tokens stored and, after a
+view was taken in which they are still exact, packed. A model that does not use that attention
+function fails at once on a handle, in one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from rotormlx.config import RotorConfig
+from rotormlx.format import BLOCK, KEY, VALUE
+from rotormlx.torch.ops import FLOATS
+from rotormlx.torch.store import Store, groups, lengths_on, new_store
+from rotormlx.torch.torch_ops import Source
+
+ADVICE = (
+    "its attention must be rotormlx's and get keys and values untouched: call "
+    'model.set_attn_implementation("rotormlx") or rotormlx.torch.apply(model) first'
+)
+
+
+class View(NamedTuple):
+    """What attention reads of a layer.
+
+    keys, values: Exact and packed tokens; those just appended are still exact.
+    lengths: int32 ``[B, 2]`` on their device: packed tokens and all tokens of each row.
+    padding: Positions before the first token of each row.
+    """
+
+    keys: Source
+    values: Source
+    lengths: Tensor
+    padding: tuple[int, ...]
+
+
+class Step:
+    """The new keys and values of one call of a layer, until attention asks for them."""
+
+    def __init__(self, layer: RotorLayer, keys: Tensor, values: Tensor) -> None:
+        self.layer = layer
+        self.new: tuple[Tensor, Tensor] | None = (keys, values)
+        self.view: View | None = None
+
+    def read(self, padding: Sequence[int] | None) -> View:
+        """Store the new tokens, once, and return a view of everything.
+
+        Args:
+            padding: Positions before the first token of each row; None if the mask does not tell.
+        """
+        if self.view is None and self.new is not None:
+            keys, values = self.new
+            self.view = self.layer.store(keys, values, padding)
+            self.new = None
+        if self.view is None:
+            raise RuntimeError("[RotorCache] These keys were forgotten; run the model again.")
+        return self.view
+
+
+class KVHandle:
+    """Stands for the keys or the values of a layer between ``update`` and the attention function.
+
+    It tells its shape, dtype and device, and refuses everything else that one does with a tensor.
+    """
+
+    def __init__(self, step: Step, role: str) -> None:
+        self.step = step
+        self.role = role
+        like = step.new[0 if role == KEY else 1] if step.new is not None else torch.empty(0)
+        self.dtype, self.device = like.dtype, like.device
+        self.shape = torch.Size((*like.shape[:2], step.layer.get_seq_length(), like.shape[-1]))
+        self.ndim = 4
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Like a tensor's."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"[RotorCache] The {self.role}s of layer {self.step.layer.layer} are compressed, but "
+            f"the model uses {what} on them; {ADVICE}."
+        )
+
+    def __getitem__(self, index: object) -> NoReturn:
+        self._refuse("indexing")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        found = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)]
+        found[0]._refuse(f"torch.{getattr(function, '__name__', function)}")
+
+
+class RotorLayer(CacheLayerMixin):
+    """The compressed keys and values of one layer.
+
+    Args:
+        config: How to compress.
+        layer: Index of the layer in the model; selects its rotations.
+
+    Source: docs/FORMAT.md, section 8.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    # Keys and values have no tensors of the full size to make beforehand.
+    supports_early_init = False
+
+    def __init__(self, config: RotorConfig, layer: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.config = config
+        self.layer = layer
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0  # positions, left padding included
+        self.padding: list[int] = []
+        self.packed: list[int] = []
+        self.stores: tuple[Store, Store] | None = None
+        self.is_initialized = False
+        self._step: Step | None = None
+
+    # ---- transformers' contract -----------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make empty buffers for keys and values such as these."""
+        self.batch_size = key_states.shape[0]
+        self.padding = [0] * self.batch_size
+        self.packed = [0] * self.batch_size
+        self.stores = (
+            new_store(self.config, self.layer, KEY, key_states),
+            new_store(self.config, self.layer, VALUE, value_states),
+        )
+        self.is_initialized = True
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[KVHandle, KVHandle]:
+        """Take new tokens.
+
+        Args:
+            key_states: ``[B, K, L, D]``, float16, bfloat16 or float32.
+            value_states: ``[B, K, L, Dv]``, likewise.
+            *args: Ignored, as by the caches of transformers.
+            **kwargs: Ignored.
+
+        Returns:
+            Handles for the attention function.
+
+        Raises:
+            ValueError: If a shape, dtype or device does not fit.
+            RuntimeError: If the tokens before never reached rotormlx's attention.
+        """
+        if self._step is not None and self._step.view is None:
+            raise RuntimeError(
+                f"[RotorCache] The keys of the step before never reached attention in layer "
+                f"{self.layer}; {ADVICE}, and use a new cache."
+            )
+        self._check(key_states, value_states)
+        if self.stores is None:
+            self.lazy_initialization(key_states, value_states)
+        self.length += key_states.shape[2]
+        self._step = Step(self, key_states, value_states)
+        return KVHandle(self._step, KEY), KVHandle(self._step, VALUE)
+
+    def get_seq_length(self) -> int:
+        """Positions so far, left padding included."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the mask for ``query_length`` new tokens, and the position of the first."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    # The name before transformers 5.10.
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget tokens at the end, as docs/FORMAT.md, section 8 says.
+
+        In the tail that is exact. A packed block that loses tokens keeps its centre and its rows
+        and counts fewer of them; it is filled up again with the same centre.
+
+        Args:
+            tokens_to_remove: How many, negative; a positive number is how many to keep.
+        """
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.length)
+        removed = min(-tokens_to_remove, self.length)
+        if self.stores is None or not removed:
+            return
+        before = self.tokens
+        self.length -= removed
+        for row, (tokens, packed) in enumerate(zip(before, self.packed, strict=True)):
+            left = max(0, self.length - self.padding[row])
+            self.padding[row] = min(self.padding[row], self.length)
+            exact = tokens - packed
+            tail = exact - min(self.config.sink, exact)
+            self.packed[row] -= min(max(tokens - left - tail, 0), packed)
+        if not any(self.packed):
+            for store in self.stores:
+                store.forget_packed()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these batch rows, in this order (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these batch rows, in this order."""
+        if self.stores is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        for store in self.stores:
+            store.select(indices)
+        rows = indices.tolist()
+        self.padding = [self.padding[row] for row in rows]
+        self.packed = [self.packed[row] for row in rows]
+        self.batch_size = len(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row ``repeats`` times."""
+        if self.stores is not None:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Refused: what is compressed stays where it is used."""
+        raise ValueError(
+            "[RotorCache] A compressed cache cannot be offloaded, but offloading was asked for; "
+            "make the cache without it."
+        )
+
+    # ---- beyond the contract --------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each row, padding not counted."""
+        return [self.length - padding for padding in self.padding]
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that every row holds packed."""
+        return min(self.packed, default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(store.nbytes for store in self.stores or ())
+
+    def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> View:
+        """Append tokens, take a view, and pack; called once a step by the attention function."""
+        if self.stores is None:
+            raise ValueError("[RotorCache] The cache was reset during a step; run it again.")
+        length = keys.shape[2]
+        before = [max(0, self.length - length - padded) for padded in self.padding]
+        if padding is not None:
+            # A row that holds tokens keeps its padding: positions before them are no longer known.
+            self.padding = [
+                old if have else min(new, self.length)
+                for old, new, have in zip(self.padding, padding, before, strict=True)
+            ]
+        tokens = self.tokens
+        new_tokens = [now - have for now, have in zip(tokens, before, strict=True)]
+        exact = [have - packed for have, packed in zip(before, self.packed, strict=True)]
+        for buffers, x in zip(self.stores, (keys, values), strict=True):
+            buffers.append(x, exact, new_tokens)
+        counts = tuple(zip(self.packed, tokens, strict=True))
+        key_store, value_store = self.stores
+        lengths = lengths_on(key_store.exact.device, counts)
+        view = View(key_store.source, value_store.source, lengths, tuple(self.padding))
+        self._pack()
+        return view
+
+    def _pack(self) -> None:
+        """Pack what the tails hold beyond the window: the rest of a begun block, whole blocks."""
+        if self.stores is None:
+            return
+        sink, window = self.config.sink, self.config.window
+        exact = [t - p for t, p in zip(self.tokens, self.packed, strict=True)]
+        gone = [0] * len(exact)
+        for rest_of_block in (True, False):
+            counts = []
+            for have, packed, done in zip(exact, self.packed, gone, strict=True):
+                spare = max(0, have - done - sink - window)
+                # Where the rest does not fit, less than a block is spare.
+                count = -packed % BLOCK if rest_of_block else spare // BLOCK * BLOCK
+                counts.append(count if count <= spare else 0)
+            facts = list(zip(counts, self.packed, gone, strict=True))
+            for rows, (count, packed, done) in groups(iter(facts)):
+                for store in self.stores if count else ():
+                    store.pack(rows, sink + done, count, packed)
+            self.packed = [p + n for p, n in zip(self.packed, counts, strict=True)]
+            gone = [g + n for g, n in zip(gone, counts, strict=True)]
+        if any(gone):
+            for store in self.stores:
+                store.drop(exact, gone)
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        for role, x in ((KEY, keys), (VALUE, values)):
+            if x.ndim != 4 or x.dtype not in FLOATS or x.shape[:3] != keys.shape[:3]:
+                raise ValueError(
+                    f"[RotorCache] Keys and values must have shape [B, K, L, head_dim], equal up "
+                    f"to head_dim, and be float16, bfloat16 or float32, but the {role}s have shape "
+                    f"{tuple(x.shape)} and dtype {x.dtype} beside keys of {tuple(keys.shape)}."
+                )
+            if x.device != keys.device:
+                raise ValueError(
+                    f"[RotorCache] Keys and values must be on one device, but the keys are on "
+                    f"{keys.device} and the values on {x.device}."
+                )
+        for store, x in zip(self.stores or (), (keys, values), strict=False):
+            batch, heads, _, head_dim = store.exact.shape
+            if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
+                raise ValueError(
+                    f"[RotorCache] This cache holds {store.codec.role}s of shape [{batch}, "
+                    f"{heads}, S, {head_dim}] in layer {self.layer}, but {tuple(x.shape)} was "
+                    "appended; use a cache of its own."
+                )
+            if x.device != store.exact.device:
+                raise ValueError(
+                    f"[RotorCache] This cache is on {store.exact.device}, but {store.codec.role}s "
+                    f"on {x.device} were appended; use a cache of its own."
+                )

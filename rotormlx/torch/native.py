@@ -1,0 +1,96 @@
+"""The operators on the CPU: the native library where it is there, else torch operations.
+
+Both write the same bytes. The library reads tensors where they lie and takes any strides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotormlx import cpu_library
+from rotormlx.cpu_library import Blocks
+from rotormlx.format import BLOCK, KEY, Codec, Packed
+from rotormlx.torch import torch_ops
+from rotormlx.torch.torch_ops import Source
+
+
+def encode(
+    x: Tensor, codec: Codec, *, channel_scale: Tensor | None = None, centres: Tensor | None = None
+) -> Packed:
+    """As :func:`rotormlx.torch.torch_ops.encode`."""
+    if cpu_library.missing() is not None:
+        return torch_ops.encode(x, codec, channel_scale=channel_scale, centres=centres)
+    front = (*x.shape[:2], x.shape[2] // BLOCK)
+    words = x.new_empty((*front, *codec.words_shape), dtype=torch.int32)
+    scales = x.new_empty((*front, BLOCK), dtype=torch.float16)
+    given = centres is not None
+    if centres is not None:
+        centres = centres.contiguous()
+    elif codec.role == KEY:
+        centres = x.new_empty((*front, codec.head_dim), dtype=torch.float16)
+    packed = Packed(words, scales, centres)
+    cpu_library.encode(x.detach(), _blocks(codec, packed, channel_scale), given_centres=given)
+    return packed
+
+
+def decode(
+    packed: Packed, codec: Codec, *, channel_scale: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """As :func:`rotormlx.torch.torch_ops.decode`."""
+    if cpu_library.missing() is not None:
+        return torch_ops.decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
+    batch, heads, blocks = packed.words.shape[:3]
+    rows = packed.scales.new_empty((batch, heads, blocks * BLOCK, codec.head_dim), dtype=dtype)
+    cpu_library.decode(_blocks(codec, packed, channel_scale), rows)
+    return rows
+
+
+def attend(
+    query: Tensor,
+    lengths: Tensor,
+    keys: Source,
+    values: Source,
+    *,
+    sink: int,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """As :func:`rotormlx.torch.torch_ops.attend`."""
+    if cpu_library.missing() is not None:
+        return torch_ops.attend(
+            query,
+            lengths,
+            keys,
+            values,
+            sink=sink,
+            scale=scale,
+            causal=causal,
+            mask=mask,
+            sink_logits=sink_logits,
+        )
+    output = query.new_empty((*query.shape[:3], values.codec.head_dim))
+    cpu_library.attend(
+        query.detach(),
+        output,
+        (keys.exact.detach(), values.exact.detach()),
+        (
+            _blocks(keys.codec, keys.packed, keys.channel_scale),
+            _blocks(values.codec, values.packed, values.channel_scale),
+        ),
+        lengths.tolist(),
+        sink=sink,
+        scale=scale,
+        mask=None if mask is None else mask.detach(),
+        sinks=None if sink_logits is None else sink_logits.detach(),
+        causal=causal,
+    )
+    return output
+
+
+def _blocks(codec: Codec, packed: Packed | None, channel_scale: Tensor | None) -> Blocks:
+    words, scales, centres = packed or (None, None, None)
+    words = None if words is None else words.view(torch.uint32)
+    return Blocks(codec, words, scales, centres, channel_scale)

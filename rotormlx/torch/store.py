@@ -1,0 +1,190 @@
+"""The buffers of one layer: exact tokens and packed blocks, each batch row with its own lengths."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rotormlx.config import RotorConfig
+from rotormlx.format import BLOCK, Codec, Packed, codec
+from rotormlx.torch import ops
+from rotormlx.torch.torch_ops import Source
+
+# Rows that have the same lengths are handled together; a slice stands for all of them.
+Rows = slice | list[int]
+
+
+class Store:
+    """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
+
+    Lengths are the layer's to know; every method is told them. A buffer that was handed out in a
+    :class:`Source` is only ever written behind the tokens that counted then, or replaced.
+
+    Args:
+        codec: How the packed tokens are coded.
+        config: Fixes sink and window.
+        like: Gives batch, KV heads, dtype and device.
+    """
+
+    def __init__(self, codec: Codec, config: RotorConfig, layer: int, like: Tensor) -> None:
+        self.codec = codec
+        self.config = config
+        self.layer = layer
+        self.capacity = config.sink + config.window + BLOCK
+        self.exact = zeros(like, (*like.shape[:2], self.capacity, codec.head_dim))
+        self.packed: Packed | None = None
+        self.channel_scale: Tensor | None = None
+
+    @property
+    def source(self) -> Source:
+        """What attention reads; it stays valid while tokens are appended and packed."""
+        return Source(self.codec, self.exact, self.packed, self.channel_scale)
+
+    def append(self, x: Tensor, before: Sequence[int], new: Sequence[int]) -> None:
+        """Write the last ``new`` tokens of each row of ``x`` behind its exact ones."""
+        x = x.detach().to(self.exact.dtype)
+        need = max(have + count for have, count in zip(before, new, strict=True))
+        if need > self.exact.shape[2]:
+            wider = zeros(x, (*x.shape[:2], need, x.shape[3]))
+            wider[:, :, : self.exact.shape[2]] = self.exact
+            self.exact = wider
+        for rows, (have, count) in groups(zip(before, new, strict=True)):
+            if count:
+                self.exact[rows, :, have : have + count] = x[rows, :, x.shape[2] - count :]
+
+    def pack(self, rows: Rows, start: int, count: int, packed_tokens: int) -> None:
+        """Encode the ``count`` exact tokens from ``start`` on; they stay in the exact buffer."""
+        x = self.exact[rows, :, start : start + count]
+        block, filled = divmod(packed_tokens, BLOCK)
+        if filled:
+            self._fill_up(rows, x, block, filled)
+            return
+        if self.config.scales_channels and self.channel_scale is None:
+            self.channel_scale = ops.prefill_scale(
+                x[:, :, :BLOCK], self.config, layer=self.layer, role=self.codec.role
+            )
+        self._write(rows, self._encode(x), block)
+
+    def drop(self, exact_tokens: Sequence[int], packed_now: Sequence[int]) -> None:
+        """Close the gap behind the sink that packing has left, in a buffer of its own."""
+        sink = self.config.sink
+        need = max(have - gone for have, gone in zip(exact_tokens, packed_now, strict=True))
+        shape = (*self.exact.shape[:2], max(self.capacity, need), self.codec.head_dim)
+        kept = zeros(self.exact, shape)
+        for rows, (have, gone) in groups(zip(exact_tokens, packed_now, strict=True)):
+            kept[rows, :, :sink] = self.exact[rows, :, :sink]
+            if have > sink:
+                tail = self.exact[rows, :, sink + gone : have]
+                kept[rows, :, sink : have - gone] = tail
+        self.exact = kept
+
+    def forget_packed(self) -> None:
+        """Nothing packed is left."""
+        self.packed = self.channel_scale = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these batch rows, in this order."""
+        rows = rows.to(self.exact.device)
+        with torch.inference_mode(False):
+            self.exact = self.exact.index_select(0, rows)
+            if self.packed is not None:
+                parts = (None if a is None else a.index_select(0, rows) for a in self.packed)
+                self.packed = Packed(*parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        parts = [self.exact, self.channel_scale, *(self.packed or ())]
+        return sum(a.nbytes for a in parts if a is not None)
+
+    def state(self, exact_tokens: int, packed_tokens: int) -> tuple[Tensor | None, ...]:
+        """What counts, where all rows have the same lengths: exact, packed parts, channel scale."""
+        blocks = -(-packed_tokens // BLOCK)
+        packed = (
+            (None,) * 3
+            if self.packed is None
+            else (None if a is None else a[:, :, :blocks] for a in self.packed)
+        )
+        return self.exact[:, :, :exact_tokens], *packed, self.channel_scale
+
+    def _encode(self, x: Tensor, centres: Tensor | None = None) -> Packed:
+        return ops.encode(
+            x,
+            self.config,
+            layer=self.layer,
+            role=self.codec.role,
+            channel_scale=self.channel_scale,
+            centres=centres,
+        )
+
+    def _fill_up(self, rows: Rows, x: Tensor, block: int, filled: int) -> None:
+        """Complete a block, which counts ``filled`` tokens, with its own centre."""
+        if self.packed is None:
+            raise ValueError("[RotorCache] There is no packed block to fill up.")
+        last = Packed(*(None if a is None else a[rows, :, block : block + 1] for a in self.packed))
+        x = torch.nn.functional.pad(x, (0, 0, filled, 0))
+        new = self._encode(x, last.centres)
+        kept = torch.from_numpy(self.codec.kept_bits(filled).view("int32")).to(x.device)
+        words = (last.words & kept) | (new.words & ~kept)
+        is_kept = torch.arange(BLOCK, device=x.device) < filled
+        scales = torch.where(is_kept, last.scales, new.scales)
+        self._write(rows, Packed(words, scales, last.centres), block)
+
+    def _write(self, rows: Rows, new: Packed, block: int) -> None:
+        """Put blocks at position ``block``; what stood there and behind it counts no longer."""
+        stop = block + new.scales.shape[2]
+        if self.packed is None or stop > self.packed.scales.shape[2]:
+            # Room for a thirty-second more than needed, so that a long cache is seldom copied.
+            blocks = stop + max(4, stop // 32)
+            before = self.packed or Packed(None, None, None)
+            pairs = zip(before, new, strict=True)
+            self.packed = Packed(*(self._wider(a, b, blocks) for a, b in pairs))
+        for buffer, part in zip(self.packed, new, strict=True):
+            if buffer is not None:
+                buffer[rows, :, block:stop] = part
+
+    def _wider(self, before: Tensor | None, new: Tensor | None, blocks: int) -> Tensor | None:
+        if new is None:
+            return None
+        wider = zeros(new, (*self.exact.shape[:2], blocks, *new.shape[3:]))
+        if before is not None:
+            wider[:, :, : before.shape[2]] = before
+        return wider
+
+
+def zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A buffer in dtype and place of another tensor.
+
+    What is made in inference mode could not be written to outside of it, but a cache may be filled
+    here and go on there.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+
+
+def groups(facts: Iterator[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
+    """Batch rows of equal facts, together: which rows, and the facts."""
+    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for row, fact in enumerate(facts):
+        found[fact].append(row)
+    for fact, rows in found.items():
+        yield (slice(None) if len(found) == 1 else rows), fact
+
+
+@lru_cache(maxsize=16)
+def lengths_on(device: torch.device, rows: tuple[tuple[int, int], ...]) -> Tensor:
+    """Packed and all tokens of each row, int32 ``[B, 2]``; the layers of a step share it."""
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def new_store(config: RotorConfig, layer: int, role: str, like: Tensor) -> Store:
+    """An empty store for keys or values such as ``like``, ``[B, K, S, D]``.
+
+    Raises:
+        ValueError: If head_dim is one that the rotations cannot do.
+    """
+    return Store(codec(config, like.shape[-1], layer=layer, role=role), config, layer, like)

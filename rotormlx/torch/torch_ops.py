@@ -1,0 +1,487 @@
+"""The codec and its attention in torch operations: right on any device that torch runs on.
+
+Encoding uses only elementwise operations and sums in a fixed order, so a block's bytes do not
+depend on how many blocks are encoded in one call, and are those of the MLX path. Attention rotates
+the query once, reads levels straight from words and rotates the output back once; a long history is
+walked tile by tile. Lengths stay on the device: nothing here waits for it.
+
+Words are int32 tensors that hold the bits of the format's uint32, because torch shifts and gathers
+int32 on every device.
+
+Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
+N blocks, T tokens of a tile, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rotormlx import codebook
+from rotormlx.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.generator import Floats
+from rotormlx.rotation import Rotation, Stage
+
+# Values that are encoded at once: about ten float32 tensors of them are alive, 20 MiB.
+TILE_VALUES = 2**19
+# Scores held at once, over all query heads: 16 MiB in float32.
+TILE_SCORES = 2**22
+TILE_TOKENS = 2048
+
+
+class Softmax(NamedTuple):
+    """A softmax under way over the tokens seen so far, float32.
+
+    top: Largest score, ``[B, K, G, 1]``.
+    total: Sum of exponentials, ``[B, K, G, 1]``.
+    output: Weighted sum of values, ``[B, K, G, Dv]``.
+    """
+
+    top: Tensor
+    total: Tensor
+    output: Tensor
+
+
+class Source(NamedTuple):
+    """The keys or the values of one layer, as attention reads them.
+
+    codec: How the packed tokens are coded.
+    exact: ``[B, K, capacity, D]``, the sink first.
+    packed: Whole blocks with room at the end, or None.
+    channel_scale: float32 ``[K, D]``, or None for 1.
+    """
+
+    codec: Codec
+    exact: Tensor
+    packed: Packed | None
+    channel_scale: Tensor | None
+
+
+# ---- blocks -------------------------------------------------------------------------------------
+
+
+def encode(
+    x: Tensor, codec: Codec, *, channel_scale: Tensor | None = None, centres: Tensor | None = None
+) -> Packed:
+    """Compress whole blocks.
+
+    Args:
+        x: Keys or values, ``[B, K, N * 64, D]``, float16, bfloat16 or float32.
+        codec: Role, bits and rotation.
+        channel_scale: float32 ``[K, D]``, positive; None for 1.
+        centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
+
+    Returns:
+        Packed words, scales and centres; docs/FORMAT.md gives each shape.
+
+    Source: docs/FORMAT.md, section 5.
+    """
+    batch, heads, tokens, head_dim = x.shape
+    x = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
+    tile = max(1, TILE_VALUES // (batch * heads * BLOCK * head_dim))
+    parts = []
+    for start, stop in tiles(x.shape[2], tile):
+        given = None if centres is None else centres[:, :, start:stop]
+        parts.append(encode_blocks(x[:, :, start:stop], codec, channel_scale, given))
+    fields = zip(*parts, strict=True)
+    return Packed(*(None if a[0] is None else torch.cat(a, dim=2) for a in fields))
+
+
+def decode(
+    packed: Packed, codec: Codec, *, channel_scale: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """The vectors that packed blocks stand for, ``[B, K, N * 64, D]``.
+
+    Source: docs/FORMAT.md, section 6.
+    """
+    batch, heads, blocks = packed.words.shape[:3]
+    out = packed.scales.new_empty((batch, heads, blocks * BLOCK, codec.head_dim), dtype=dtype)
+    tile = max(1, TILE_VALUES // (batch * heads * BLOCK * codec.head_dim))
+    for start, stop in tiles(blocks, tile):
+        words, scales = (a[:, :, start:stop] for a in packed[:2])
+        level = in_natural_order(levels(words, codec), codec)
+        y = (level * scales.float()[..., None]) @ inverse_matrix(codec.rotation, words.device)
+        if channel_scale is not None:
+            y = y * channel_scale[:, None, None, :]
+        if codec.role == KEY:
+            y = y + packed.centres[:, :, start:stop].float()[..., None, :]
+        out[:, :, start * BLOCK : stop * BLOCK] = y.flatten(2, 3)
+    return out
+
+
+def prefill_scale(x: Tensor, codec: Codec) -> Tensor:
+    """The channel scale ``prefill`` of a first block.
+
+    Args:
+        x: Keys or values of the first block, ``[B, K, 64, D]``; batch row 0 counts.
+        codec: Role of the block.
+
+    Returns:
+        float32 ``[K, D]``.
+
+    Source: docs/FORMAT.md, section 5.
+    """
+    block = x[0].float()
+    if codec.role == KEY:
+        block = block - block_means(block).float()[:, None, :]
+    square = sum_in_order(block * block, -2)[:, 0] / BLOCK
+    floor = sum_in_order(square, -1) / (codec.head_dim * 64**2)
+    rms = square_root(torch.maximum(square, floor))
+    return torch.where(torch.isfinite(rms) & (rms > 0), rms, 1.0)
+
+
+def encode_blocks(
+    x: Tensor, codec: Codec, channel_scale: Tensor | None, centres: Tensor | None
+) -> Packed:
+    """Compress blocks ``[B, K, N, 64, D]``; see :func:`encode`."""
+    y = x.float()
+    if codec.role == KEY:
+        if centres is None:
+            centres = block_means(y)
+        y = y - centres.float()[..., None, :]
+    if channel_scale is not None:
+        y = y / channel_scale[:, None, None, :]
+
+    rotated = rotate(y, codec.rotation)
+    norm = square_root(sum_in_order(rotated * rotated, -1))
+    z = rotated * (math.sqrt(codec.head_dim) / norm)
+    limits = boundaries(codec.bits, x.device)
+    # Right of a boundary: a tie goes to the larger magnitude.
+    index = torch.bucketize(z.abs(), limits, right=True, out_int32=True)
+    codes = index | ((z < 0).int() << (codec.bits - 1))
+    level = level_table(codec.bits, x.device)[codes]
+    scales = (sum_in_order(level * rotated, -1) / sum_in_order(level * level, -1)).half()
+    scales = torch.where(torch.isfinite(scales), scales, math.nan)
+    codes = torch.where(torch.isnan(scales) | (scales == 0), 0, codes)
+    return Packed(pack(codes, codec), scales[..., 0], centres)
+
+
+def block_means(x: Tensor) -> Tensor:
+    """Centres of blocks ``[..., 64, D]``, float16 ``[..., D]``: means over the finite rows."""
+    finite = torch.isfinite(x).all(-1, keepdim=True)
+    mean = sum_in_order(torch.where(finite, x, 0.0), -2)[..., 0, :] / BLOCK
+    return mean.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16).half()
+
+
+def rotate(y: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate rows ``[B, K, N, 64, D]``, float32."""
+    if not rotation.stages:
+        # One product a block: a matrix product of another shape may add up in another order.
+        matrix = float32(rotation.matrix, y.device)
+        blocks = [block @ matrix.T for block in y.reshape(-1, *y.shape[-2:])]
+        return torch.stack(blocks).reshape(y.shape)
+    for stage in rotation.stages:
+        y = apply_stage(y, stage)
+    return y
+
+
+def apply_stage(y: Tensor, stage: Stage) -> Tensor:
+    """Mix the channels of float32 ``[..., D]``, one column of all blocks after the other."""
+    outer, radix, stride = stage.outer, stage.radix, stage.stride
+    groups = y[..., stage.start : stage.stop].unflatten(-1, (outer, radix, stride))
+    columns = stage_columns(stage, y.device)
+    mixed = columns[0] * groups[..., 0:1, :]
+    for r in range(1, radix):
+        mixed = mixed + columns[r] * groups[..., r : r + 1, :]
+    mixed = mixed.flatten(-3)
+    if mixed.shape == y.shape:
+        return mixed
+    return torch.cat([y[..., : stage.start], mixed, y[..., stage.stop :]], dim=-1)
+
+
+def sum_in_order(x: Tensor, axis: int) -> Tensor:
+    """The sum over an axis, kept with size 1: halves are added until one number is left.
+
+    ``torch.sum`` may choose its order by the shape of the whole tensor; this order is always the
+    same.
+    """
+    x = x.transpose(axis, -1)
+    while (n := x.shape[-1]) > 1:
+        half = n // 2
+        folded = x[..., :half] + x[..., half : 2 * half]
+        x = torch.cat([folded, x[..., 2 * half :]], dim=-1) if n % 2 else folded
+    return x.transpose(axis, -1)
+
+
+def square_root(x: Tensor) -> Tensor:
+    """The nearest float32 to the root of float32 numbers; torch's own may be the one beside it."""
+    return torch.sqrt(x.double()).float()
+
+
+# ---- words --------------------------------------------------------------------------------------
+
+
+def pack(codes: Tensor, codec: Codec) -> Tensor:
+    """Words ``[..., rows, lanes]`` from codes ``[..., 64, D]``, int32."""
+    if codec.role == KEY:
+        codes = codes.transpose(-1, -2)
+    planes = []
+    for plane, rows in zip(codec.planes, codec.plane_rows, strict=True):
+        fields = (codes >> plane.shift) & (2**plane.bits - 1)
+        missing = rows * plane.a_word - codec.packed_axis_size
+        fields = torch.nn.functional.pad(fields, (0, 0, 0, missing))
+        fields = fields.unflatten(-2, (rows, plane.a_word))
+        words = fields[..., 0, :].clone()
+        for i in range(1, plane.a_word):
+            words |= fields[..., i, :] << (i * plane.bits)
+        planes.append(words)
+    return torch.cat(planes, dim=-2)
+
+
+def levels(words: Tensor, codec: Codec) -> Tensor:
+    """float32 levels ``[..., fields, lanes]`` of words ``[..., rows, lanes]``, in word order.
+
+    Word order puts the first field of every word before the second of any, because then unpacking
+    moves nothing: see :func:`in_word_order`.
+    """
+    first, rows = codec.planes[0], codec.plane_rows[0]
+    shifts = torch.arange(0, 32, first.bits, dtype=torch.int32, device=words.device)
+    codes = (words[..., None, :rows, :] >> shifts[:, None, None]) & (2**first.bits - 1)
+    if len(codec.planes) > 1:
+        codes = codes | (sign_plane(words, codec) << first.bits)
+    return level_table(codec.bits, words.device)[codes].flatten(-3, -2)
+
+
+def sign_plane(words: Tensor, codec: Codec) -> Tensor:
+    """Sign bits of 3-bit codes in the word order of magnitudes, ``[..., 16, rows, lanes]``."""
+    magnitude, sign = codec.planes
+    rows = codec.plane_rows[0]
+    a_sign_word = sign.a_word // magnitude.a_word
+    signs = words[..., rows:, :].repeat_interleave(a_sign_word, dim=-2)[..., :rows, :]
+    row = torch.arange(rows, dtype=torch.int32, device=words.device)
+    field = torch.arange(magnitude.a_word, dtype=torch.int32, device=words.device)
+    shifts = field[:, None] + row % a_sign_word * magnitude.a_word
+    return (signs[..., None, :, :] >> shifts[..., None]) & 1
+
+
+def in_word_order(a: Tensor, codec: Codec) -> Tensor:
+    """Put the packed axis, which is the last of ``a``, into the order that levels come in."""
+    per_word, rows = codec.planes[0].a_word, codec.plane_rows[0]
+    a = torch.nn.functional.pad(a, (0, rows * per_word - codec.packed_axis_size))
+    return a.unflatten(-1, (rows, per_word)).transpose(-1, -2).flatten(-2)
+
+
+def in_natural_order(level: Tensor, codec: Codec) -> Tensor:
+    """Levels ``[..., 64, D]`` from levels in word order."""
+    per_word, rows = codec.planes[0].a_word, codec.plane_rows[0]
+    level = level.unflatten(-2, (per_word, rows)).transpose(-3, -2).flatten(-3, -2)
+    level = level[..., : codec.packed_axis_size, :]
+    return level.transpose(-1, -2) if codec.role == KEY else level
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def attend(
+    query: Tensor,
+    lengths: Tensor,
+    keys: Source,
+    values: Source,
+    *,
+    sink: int,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention over a partly packed cache.
+
+    Args:
+        query: ``[B, H, L, D]``; head h reads KV head ``h * K // H``.
+        lengths: int32 ``[B, 2]``: packed tokens and all tokens of each batch row.
+        keys: Keys with room behind the tokens that count.
+        values: Values likewise.
+        sink: Exact tokens before the packed ones.
+        scale: Factor of the scores.
+        causal: Whether the last query of a row sees all of its tokens, and each one before it one
+            fewer.
+        mask: Boolean (True: visible) or additive, broadcastable to ``[B, H, L, S]``, or None.
+        sink_logits: ``[H]``: a score in the softmax without a value; or None.
+
+    Returns:
+        ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees nothing. Sums are in
+        float32.
+
+    Source: docs/FORMAT.md, section 7.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, dim = keys.exact.shape[1], values.codec.head_dim
+    repeats = heads // kv_heads
+    q = (query.float() * scale).reshape(batch, kv_heads, repeats * length, head_dim)
+    tile = max(BLOCK, min(TILE_TOKENS, TILE_SCORES // (batch * heads * length)) // BLOCK * BLOCK)
+    packed_count, count = lengths[:, :1], lengths[:, 1:]
+    step = torch.arange(length, device=query.device)
+    # The last position that a query sees, [B, 1, G, 1]: query heads first, then queries.
+    last = (count - length + step).repeat(1, repeats)[:, None, :, None]
+
+    def hide(scores: Tensor, position: Tensor, counts: Tensor) -> Tensor:
+        """Mask scores ``[B, K, G, T]`` of tokens at positions ``[B, T]``, of which some count."""
+        visible = counts[:, None, None, :]
+        if causal:
+            visible = visible & (position[:, None, None, :] <= last)
+        if mask is not None:
+            part = mask_at(mask, position, (heads, kv_heads, length))
+            if part.dtype == torch.bool:
+                visible = visible & part
+            else:
+                scores = scores + part.float()
+        return torch.where(visible, scores, -math.inf)
+
+    state = start_softmax(batch, kv_heads, repeats, length, dim, sink_logits, query)
+    if keys.packed is not None and values.packed is not None:
+        blocks = (keys.packed, values.packed)
+        state = attend_packed(q, packed_count, keys, values, blocks, sink, tile, hide, state)
+    for start, stop in tiles(keys.exact.shape[2], tile):
+        slot = torch.arange(start, stop, device=query.device)
+        position = slot + torch.where(slot < sink, 0, packed_count)
+        counts = position < count
+        scores = q @ keys.exact[:, :, start:stop].float().transpose(-1, -2)
+        state, weights = advance(state, hide(scores, position, counts))
+        # What lies behind the last token may be anything, NaN among it.
+        rows = torch.where(counts[:, None, :, None], values.exact[:, :, start:stop].float(), 0.0)
+        state = state._replace(output=state.output + weights @ rows)
+    output = state.output / torch.where(state.total == 0, 1.0, state.total)
+    return output.reshape(batch, heads, length, dim).to(query.dtype)
+
+
+def attend_packed(
+    q: Tensor,
+    packed_count: Tensor,
+    keys: Source,
+    values: Source,
+    packed: tuple[Packed, Packed],
+    sink: int,
+    tile: int,
+    hide: Callable[[Tensor, Tensor, Tensor], Tensor],
+    state: Softmax,
+) -> Softmax:
+    """Go over the packed blocks first of all; q is ``[B, K, G, D]``, already scaled.
+
+    The output stays in the rotated space of the values until the end, so no value may have been
+    summed before.
+    """
+    device = q.device
+    scaled = q if keys.channel_scale is None else q * keys.channel_scale[:, None, :]
+    rotated = scaled @ inverse_matrix(keys.codec.rotation, device).T
+    rotated = in_word_order(rotated, keys.codec)
+
+    for start, stop in tiles(packed[0].scales.shape[2], tile // BLOCK):
+        words, scales, centres = (a[:, :, start:stop] for a in packed[0])
+        # [B, K, N, G, 64]
+        scores = rotated[:, :, None] @ levels(words, keys.codec)
+        scores = scores * scales.float()[..., None, :]
+        about_centres = q @ centres.float().transpose(-1, -2)
+        scores = scores + about_centres.transpose(-1, -2)[..., None]
+        scores = scores.transpose(2, 3).flatten(3)
+
+        slot = torch.arange(start * BLOCK, stop * BLOCK, device=device)
+        position = (sink + slot).expand(len(q), -1)
+        state, weights = advance(state, hide(scores, position, slot < packed_count))
+        words, scales = (a[:, :, start:stop] for a in packed[1][:2])
+        weights = weights.unflatten(3, (stop - start, BLOCK)).transpose(2, 3)
+        # The scale of a hidden token may be anything, NaN among it.
+        weights = torch.where(weights == 0, 0.0, weights * scales.float()[..., None, :])
+        weights = in_word_order(weights, values.codec)
+        output = (weights @ levels(words, values.codec)).sum(2)
+        state = state._replace(output=state.output + output)
+
+    output = state.output @ inverse_matrix(values.codec.rotation, device)
+    if values.channel_scale is not None:
+        output = output * values.channel_scale[:, None, :]
+    return state._replace(output=output)
+
+
+def start_softmax(
+    batch: int,
+    kv_heads: int,
+    repeats: int,
+    length: int,
+    dim: int,
+    sink_logits: Tensor | None,
+    like: Tensor,
+) -> Softmax:
+    """A softmax that has seen nothing, or only the attention-sink logits."""
+    rows = (batch, kv_heads, repeats * length)
+    output = like.new_zeros((*rows, dim), dtype=torch.float32)
+    if sink_logits is None:
+        seen = output.new_zeros((*rows, 1))
+        return Softmax(torch.full_like(seen, -math.inf), seen, output)
+    logits = sink_logits.float().reshape(1, kv_heads, repeats, 1)
+    top = logits.expand(batch, -1, -1, length).reshape(*rows, 1)
+    return Softmax(top, torch.ones_like(top), output)
+
+
+def advance(state: Softmax, scores: Tensor) -> tuple[Softmax, Tensor]:
+    """Take in the scores ``[B, K, G, T]`` of a tile.
+
+    Returns:
+        The state with its output still lacking this tile's values, and the tile's exponentials.
+    """
+    top = torch.maximum(state.top, scores.amax(-1, keepdim=True))
+    # A row that has seen nothing has no top: subtract 0 from its -inf.
+    reference = torch.where(top == -math.inf, 0.0, top)
+    weights = torch.exp(scores - reference)
+    shrink = torch.exp(state.top - reference)
+    total = state.total * shrink + weights.sum(-1, keepdim=True)
+    return Softmax(top, total, state.output * shrink), weights
+
+
+def mask_at(mask: Tensor, position: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The columns of a mask at positions ``[B, T]``, ``[B, K or 1, G, T]``; shape is (H, K, L)."""
+    heads, kv_heads, length = shape
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    if mask.shape[-1] > 1:
+        _, mask_heads, rows, _ = mask.shape
+        mask = mask.expand(len(position), -1, -1, -1)
+        # Slots behind the last token point behind the mask; they are hidden anyway.
+        index = position.clamp(max=mask.shape[-1] - 1)[:, None, None, :]
+        mask = mask.gather(3, index.expand(-1, mask_heads, rows, -1))
+    mask = mask.expand(-1, -1, length, -1)
+    repeats = heads // kv_heads
+    if mask.shape[1] == 1:
+        return mask.repeat(1, 1, repeats, 1)
+    return mask.reshape(len(mask), kv_heads, repeats * length, -1)
+
+
+# ---- constants, made once a device --------------------------------------------------------------
+
+
+@cache
+def level_table(bits: int, device: torch.device) -> Tensor:
+    """The level of every code, float32 ``[2**bits]``."""
+    return torch.from_numpy(codebook.levels(bits)).to(device)
+
+
+@cache
+def boundaries(bits: int, device: torch.device) -> Tensor:
+    """Where the nearest magnitude changes, float32."""
+    return torch.from_numpy(codebook.boundaries(bits)).to(device)
+
+
+@cache
+def inverse_matrix(rotation: Rotation, device: torch.device) -> Tensor:
+    """The transposed inverse, float32 ``[D, D]``: rows times it are un-rotated."""
+    return float32(rotation.inverse.T, device)
+
+
+@cache
+def stage_columns(stage: Stage, device: torch.device) -> tuple[Tensor, ...]:
+    """Column r of every block of a stage, float32 ``[outer, radix, stride]``."""
+    return tuple(float32(column, device) for column in stage.blocks.transpose(3, 0, 2, 1))
+
+
+def float32(a: Floats, device: torch.device) -> Tensor:
+    """A float64 array as a float32 tensor."""
+    return torch.from_numpy(np.array(a, np.float32, order="C")).to(device)
+
+
+def tiles(count: int, tile: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of at most ``tile`` that cover ``count``."""
+    for start in range(0, count, tile):
+        yield start, min(start + tile, count)
