@@ -1,31 +1,35 @@
-"""The command line: ``rotormlx generate``, ``rotormlx info``, ``rotormlx demo``."""
+"""The command line: the commands of mlx-lm with compressed caches, and a few of our own."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import re
-import sys
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
 
-import mlx.core as mx
 import typer
-from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rotormlx import __version__
+from rotormlx import __version__, measure_cli
 from rotormlx.config import BITS, CHANNEL_SCALES, ROTATIONS, RotorConfig
 
-# Options of mlx-lm for another kind of cache. They would change nothing, so they are refused.
-REFUSED = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
+# Commands of mlx-lm that run with compressed caches, and what each does.
+MLX_LM_COMMANDS = {
+    "generate": "Generate text.",
+    "chat": "Chat with a model.",
+    "server": "Serve a model over HTTP, as OpenAI's API does.",
+    "cache_prompt": "Read a prompt and save its compressed cache.",
+    "evaluate": "Evaluate a model on tasks of lm_eval.",
+    "benchmark": "Measure prompt and generation speed.",
+    "perplexity": "Measure perplexity, reading the text through the compressed cache.",
+}
 
 DEFAULT = RotorConfig()
 PANEL = "Options of rotormlx"
@@ -69,11 +73,13 @@ class PassThrough(TyperCommand):
         """Print our options, then mlx-lm's."""
         super().format_help(ctx, formatter)
         console = Console()
-        parser = _tool(str(ctx.info_name)).setup_arg_parser()
+        session = _session()
+        with _refusing(session.Refusal):
+            parser = session.parser_of(session.tool_module(ctx.info_name))
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=console.width - 4)
         parser.description, parser.usage = None, argparse.SUPPRESS
         for action in parser._actions:
-            if action.dest in ("help", *REFUSED):
+            if action.dest in ("help", *session.REFUSED):
                 action.help = argparse.SUPPRESS
         text = Text.from_ansi(parser.format_help().partition("\n")[2])
         console.print(Panel(text, title=f"Options of mlx_lm {ctx.info_name}", title_align="left"))
@@ -89,13 +95,54 @@ def root(
         raise typer.Exit
 
 
-@app.command(
-    cls=PassThrough,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def generate(
-    ctx: typer.Context,
+def _add_mlx_lm_command(name: str, does: str) -> None:
+    @app.command(
+        name,
+        cls=PassThrough,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        help=f"{does} Takes every option of mlx_lm {name}.",
+    )
+    def command(
+        ctx: typer.Context,
+        *,
+        key_bits: KeyBits = DEFAULT.key_bits,
+        value_bits: ValueBits = DEFAULT.value_bits,
+        rotation: RotationName = DEFAULT.rotation,
+        channel_scale: ChannelScale = DEFAULT.channel_scale,
+        sink: Sink = DEFAULT.sink,
+        window: Window = DEFAULT.window,
+        rotation_seed: RotationSeed = DEFAULT.seed,
+    ) -> None:
+        config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
+        session = _session()
+        with _refusing(session.Refusal):
+            session.run(name, ctx.args, config)
+
+
+for _name, _does in MLX_LM_COMMANDS.items():
+    _add_mlx_lm_command(_name, _does)
+
+
+@app.command()
+def batch(
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help="A text file with a prompt a line; in a .jsonl file each line is a prompt or a "
+            "list of chat messages."
+        ),
+    ],
     *,
+    model: Annotated[str, typer.Option(help="A directory or the name of a repository.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; standard output by default.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Most sequences at once.")] = 32,
+    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Take the prompts as they are.")
+    ] = False,
     key_bits: KeyBits = DEFAULT.key_bits,
     value_bits: ValueBits = DEFAULT.value_bits,
     rotation: RotationName = DEFAULT.rotation,
@@ -104,24 +151,25 @@ def generate(
     window: Window = DEFAULT.window,
     rotation_seed: RotationSeed = DEFAULT.seed,
 ) -> None:
-    """Generate text; takes every option of mlx_lm generate, such as --model and --prompt."""
+    """Answer the prompts of a file, many at once; writes a JSON object a line."""
     config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
-    tool = _tool("generate")
-    args = _parse(tool.setup_arg_parser(), "generate", ctx.args)
-    session = _Session(config)
-    if args.prompt_cache_file is not None:
-        session.open_prompt_cache(args.prompt_cache_file, args.model)
-    with (
-        _patched(
-            tool,
-            load=session.load,
-            load_prompt_cache=session.load_prompt_cache,
-            make_prompt_cache=session.make_prompt_cache,
-        ),
-        _patched(sys, argv=["mlx_lm generate", *ctx.args]),
-    ):
-        tool.main()
-    session.print_usage()
+    session, batching = _session(), importlib.import_module("rotormlx.batching")
+    with _refusing(session.Refusal):
+        questions = batching.read_prompts(prompts)
+        answers = batching.answer(
+            session.Session(config),
+            model,
+            questions,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            temp=temp,
+            use_chat_template=not ignore_chat_template,
+        )
+    lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+    if output is None:
+        typer.echo(lines, nl=False)
+    else:
+        output.write_text(lines, encoding="utf-8")
 
 
 @app.command()
@@ -139,11 +187,12 @@ def info(
     """Show what of a model would be compressed, and the memory that saves."""
     config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
     loaded = _load(model, config)
-    report = _integration().model_report(loaded[0])
+    report = importlib.import_module("rotormlx.integration").model_report(loaded[0])
     console = Console()
     console.print(report.layer_table())
     console.print(report.memory_table())
-    console.print(f"Backend: {_backends().describe()}", highlight=False)
+    backend = importlib.import_module("rotormlx.backends").describe()
+    console.print(f"Backend: {backend}", highlight=False)
 
 
 @app.command()
@@ -171,61 +220,12 @@ def demo(
         importlib.import_module("rotormlx.demo").run(model=model, console=Console(), **given)
 
 
+measure_cli.register(app)
+
+
 def main() -> None:
     """Entry point of the ``rotormlx`` command."""
     app(prog_name="rotormlx")
-
-
-class _Session:
-    """What mlx-lm's commands get in place of their own functions, and what came of it."""
-
-    def __init__(self, config: RotorConfig) -> None:
-        self.config = config
-        self.prompt_cache: list[Any] | None = None
-        self.metadata: dict[str, str] = {}
-        self.made: list[tuple[Any, list[Any]]] = []
-        self.models = 0
-
-    def open_prompt_cache(self, path: str, model: str | None) -> None:
-        with _refusing(ValueError, RuntimeError):
-            self.prompt_cache, self.metadata = _prompt_cache().read_prompt_cache(path)
-        missing = {"model", "tokenizer_config"} - set(self.metadata)
-        if missing:
-            _refuse(
-                f"[prompt cache] {path} must name its model and tokenizer_config, but its metadata "
-                f"has no {' and no '.join(sorted(missing))}; pass them to save_prompt_cache."
-            )
-        if model is not None and model != self.metadata["model"]:
-            _refuse(
-                f"[prompt cache] {path} was made with {self.metadata['model']}, but --model "
-                f"{model} was given; give the same model or leave --model out."
-            )
-
-    def load_prompt_cache(self, path: str, return_metadata: bool = False) -> Any:
-        return (self.prompt_cache, self.metadata) if return_metadata else self.prompt_cache
-
-    def load(self, path: str, **kwargs: Any) -> tuple[Any, ...]:
-        loaded = _load(path, self.config, **kwargs)
-        self.models += 1
-        if self.prompt_cache is not None and self.models == 1:  # not for a draft model
-            with _refusing(ValueError):
-                converted = _prompt_cache().adopt_prompt_cache(loaded[0], self.prompt_cache)
-            if converted:
-                _say(f"{converted} uncompressed layers of the prompt cache were compressed")
-            self.made.append((loaded[0], self.prompt_cache))
-        _read_weights(loaded[0])
-        return loaded
-
-    def make_prompt_cache(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
-        caches: list[Any] = model.make_cache()
-        self.made.append((model, caches))
-        return caches
-
-    def print_usage(self) -> None:
-        for model, caches in self.made:
-            for line in _integration().model_report(model).usage(caches).splitlines():
-                _say(line)
-        _say(f"backend {_backends().describe()}")
 
 
 def _config(*fields: Any) -> RotorConfig:
@@ -233,84 +233,16 @@ def _config(*fields: Any) -> RotorConfig:
         return RotorConfig(*fields)
 
 
-def _parse(parser: argparse.ArgumentParser, name: str, argv: list[str]) -> argparse.Namespace:
-    """Parse as mlx-lm will, abbreviations included, and refuse what cannot be combined."""
-
-    def error(message: str) -> NoReturn:
-        _refuse(f"[{name}] {message}; see rotormlx {name} --help.")
-
-    parser.error = error  # type: ignore[method-assign]
-    args = parser.parse_args(argv)
-    for dest in REFUSED:
-        if getattr(args, dest, None) != parser.get_default(dest):
-            option = "--" + dest.replace("_", "-")
-            _refuse(
-                f"[{name}] rotormlx compresses the cache itself, but {option} "
-                f"{getattr(args, dest)} asks mlx-lm for another cache; leave {option} out and use "
-                "--key-bits and --value-bits."
-            )
-    return args
+def _load(path: str, config: RotorConfig) -> tuple[Any, ...]:
+    session = _session()
+    with _refusing(session.Refusal):
+        loaded: tuple[Any, ...] = session.load_lazily(path, config)
+    return loaded
 
 
-def _load(path: str, config: RotorConfig, **kwargs: Any) -> tuple[Any, ...]:
-    """Load a model without reading its weights, or refuse it."""
-    if not Path(path).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        _refuse(
-            f"[load] A model directory or the name of a repository is required, but {path} is "
-            "neither; check the path."
-        )
-    try:
-        return _integration().load(path, config, lazy=True, **kwargs)
-    except (ValueError, OSError, RuntimeError) as error:
-        message = str(error)
-        if not message.startswith(("[apply]", "[hook]")):
-            first = message.splitlines()[0] if message else type(error).__name__
-            message = (
-                f"[load] A model that mlx-lm can load is required, but {path} gave: "
-                f"{first.rstrip('.')}; check the path or the name."
-            )
-        _refuse(message)
-
-
-def _read_weights(model: Any) -> None:
-    weights: list[mx.array] = [pair[1] for pair in tree_flatten(model.parameters())]  # type: ignore[misc]
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("Reading weights", total=sum(w.nbytes for w in weights))
-        for weight in weights:
-            mx.eval(weight)
-            progress.advance(task, weight.nbytes)
-
-
-def _tool(name: str) -> ModuleType:
-    return importlib.import_module(f"mlx_lm.{name}")
-
-
-def _integration() -> ModuleType:
+def _session() -> ModuleType:
     # mlx-lm takes two seconds to import, and --help and --version need none of it.
-    return importlib.import_module("rotormlx.integration")
-
-
-def _backends() -> ModuleType:
-    return importlib.import_module("rotormlx.backends")
-
-
-def _prompt_cache() -> ModuleType:
-    return importlib.import_module("rotormlx.prompt_cache")
-
-
-@contextmanager
-def _patched(module: ModuleType, **names: Any) -> Iterator[None]:
-    """Give names in a module other values for a while."""
-    before = {name: vars(module)[name] for name in names}
-    vars(module).update(names)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
+    return importlib.import_module("rotormlx.session")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -136,16 +137,49 @@ def score(
     return Scores(log_probs, np.asarray(tokens[1:], np.int64), packed_tokens)
 
 
-def compare(reference: Scores, other: Scores, *, start: int = 0) -> Quality:
-    """Measure how far the predictions through one cache are from those through another.
+@dataclass(frozen=True)
+class Differences:
+    """Predictions through one cache beside those through the exact cache, one by one.
+
+    Args:
+        kl: KL divergence (reference || other) of each next-token distribution, in nats, ``[n]``.
+        same: Whether the most likely token is the same, ``[n]``.
+        log_likelihoods: Log-probabilities of the tokens that came, through the other cache.
+    """
+
+    kl: NDArray[np.float64]
+    same: NDArray[np.bool_]
+    log_likelihoods: NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Differences]) -> Differences:
+        """Those of several texts as one."""
+        return cls(
+            np.concatenate([part.kl for part in parts]),
+            np.concatenate([part.same for part in parts]),
+            np.concatenate([part.log_likelihoods for part in parts]),
+        )
+
+    @property
+    def quality(self) -> Quality:
+        """Their summary."""
+        return Quality(
+            kl_mean=float(self.kl.mean()),
+            kl_median=float(np.median(self.kl)),
+            kl_p99=float(np.percentile(self.kl, 99, method="higher")),
+            top1=float(self.same.mean()),
+            ppl=float(np.exp(-self.log_likelihoods.mean())),
+            predictions=len(self.kl),
+        )
+
+
+def differences(reference: Scores, other: Scores, *, start: int = 0) -> Differences:
+    """Compare the predictions through one cache with those through another, one by one.
 
     Args:
         reference: Scores through the exact cache.
         other: Scores of the same text through the cache in question.
         start: First prediction compared; earlier ones read nothing packed and only dilute a mean.
-
-    Returns:
-        KL divergence, top-1 agreement and perplexity over the predictions from ``start`` on.
 
     Raises:
         ValueError: If the scores are of different texts or vocabularies, or nothing is left.
@@ -163,24 +197,54 @@ def compare(reference: Scores, other: Scores, *, start: int = 0) -> Quality:
         raise ValueError(
             f"[compare] start must leave a prediction of {len(other.targets)}, but {start} came."
         )
-    divergences = np.empty(predictions)
-    same = 0
+    kl = np.empty(predictions)
+    same = np.empty(predictions, np.bool_)
     for row in range(start, start + predictions, _ROWS):
         p_log = reference.log_probs[row : row + _ROWS].astype(np.float64)
         q_log = other.log_probs[row : row + _ROWS].astype(np.float64)
         p = np.exp(p_log)
         # A token of probability 0 adds 0, also where both logarithms are -inf.
         terms = np.subtract(p_log, q_log, out=np.zeros_like(p), where=p > 0)
-        divergences[row - start : row - start + len(p)] = (p * terms).sum(axis=1)
-        same += int((p_log.argmax(axis=1) == q_log.argmax(axis=1)).sum())
-    return Quality(
-        kl_mean=float(divergences.mean()),
-        kl_median=float(np.median(divergences)),
-        kl_p99=float(np.percentile(divergences, 99, method="higher")),
-        top1=same / predictions,
-        ppl=other.perplexity(start),
-        predictions=predictions,
-    )
+        part = slice(row - start, row - start + len(p))
+        kl[part] = (p * terms).sum(axis=1)
+        same[part] = p_log.argmax(axis=1) == q_log.argmax(axis=1)
+    rows = np.arange(start, start + predictions)
+    return Differences(kl, same, other.log_probs[rows, other.targets[rows]].astype(np.float64))
+
+
+def compare(reference: Scores, other: Scores, *, start: int = 0) -> Quality:
+    """Measure how far the predictions through one cache are from those through another.
+
+    Arguments and errors are those of :func:`differences`.
+
+    Returns:
+        KL divergence, top-1 agreement and perplexity over the predictions from ``start`` on.
+    """
+    return differences(reference, other, start=start).quality
+
+
+def greedy(
+    model: Callable[..., mx.array], first: int, caches: Sequence[Any], tokens: int
+) -> list[int]:
+    """The most likely tokens, one after the other, behind what the caches hold.
+
+    Args:
+        model: An mlx-lm model.
+        first: The token that is read first.
+        caches: One cache a layer, filled; they hold the new tokens afterwards.
+        tokens: How many.
+    """
+    out: list[int] = []
+    for _ in range(tokens):
+        logits = model(mx.array([[out[-1] if out else first]]), cache=caches)
+        out.append(int(np.array(mx.argmax(logits[0, -1]))))
+    return out
+
+
+def common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens at the start of two answers are the same."""
+    pairs = zip(a, b, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def packed_of(caches: Sequence[Any]) -> int:

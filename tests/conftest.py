@@ -9,6 +9,7 @@ from typing import Any
 import mlx_lm
 import pytest
 
+from rotormlx.backends import available
 from rotormlx.smollm2 import fetch
 
 
@@ -25,6 +26,13 @@ def smollm2(smollm2_path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+@pytest.fixture(params=available())
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test once on every backend that this machine has."""
+    monkeypatch.setenv("ROTORMLX_BACKEND", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Keeps a measured figure for the end of the run, where all of them are printed."""
@@ -32,7 +40,10 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str], No
 
 
 # They take minutes: started first, the processes end at about the same time.
-_LONG_FILES = ("test_real_model", "test_metal_attend", "test_metal_kernels")
+_LONG_FILES = (
+    *("test_real_model", "test_metal_attend", "test_metal_kernels"),
+    *("test_cuda_attend", "test_cuda_kernels", "test_cuda_compile"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -190,6 +190,41 @@ def test_score_refuses_nothing_to_predict(model: Any, count: int, chunk: int) ->
         quality.score(model, TOKENS[:count], exact_caches(model), chunk=chunk)
 
 
+# ---- one by one, and greedily -------------------------------------------------------------------
+
+
+def test_differences_of_several_texts_are_those_of_one() -> None:
+    reference, other = random_scores(1), random_scores(2)
+    whole = quality.differences(reference, other)
+    parts = [
+        quality.Differences(whole.kl[part], whole.same[part], whole.log_likelihoods[part])
+        for part in (slice(0, 40), slice(40, None))
+    ]
+    joined = quality.Differences.joined(parts)
+    assert joined.quality == whole.quality == quality.compare(reference, other)
+    assert joined.quality != parts[1].quality
+    for name in ("kl", "same", "log_likelihoods"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+
+
+def test_greedy_is_the_most_likely_continuation(model: Any) -> None:
+    caches = exact_caches(model)
+    quality.score(model, TOKENS[:101], caches)
+    answer = quality.greedy(model, TOKENS[100], caches, 6)
+    text = list(TOKENS[:101])
+    for token in answer:
+        assert token == int(np.array(model(mx.array([text]))[0, -1]).argmax())
+        text.append(token)
+    assert len(answer) == 6
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "common"), [([1, 2, 3], [1, 2, 4], 2), ([1], [2], 0), ([1, 2], [1, 2], 2)]
+)
+def test_common_start(a: list[int], b: list[int], common: int) -> None:
+    assert quality.common_start(a, b) == common
+
+
 # ---- packed tokens ------------------------------------------------------------------------------
 
 

@@ -1,0 +1,379 @@
+"""Retrieval through a compressed cache: is what stands far back in a text still found?
+
+Two kinds of needle. A **fact** is a sentence in prose ("The secret number of Oslo is 4829.") that a
+question behind the text asks for. A **copy** is a place in a text of random tokens: given the eight
+tokens before it again, the model has to go on with the next ones. Either counts as found if every
+token of the answer is the most likely one, which is what greedy decoding would give.
+
+A text is read once and asked for all of its needles, each time from a copy of the caches as they
+were. Every answer lies in packed bytes, or the run stops.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+from scipy.stats import binomtest
+
+from rotormlx import hook, quality, rivals
+from rotormlx.cpu_linear import numpy_linear
+from rotormlx.quality_run import machine, versions
+from rotormlx.rivals import EXACT, Scheme
+
+KINDS = ("fact", "copy")
+DEPTHS = 5  # equal parts of a text
+CHUNK = 256
+COPY_BEFORE, COPY_ANSWER = 8, 4
+# Names that do not begin alike, so that a model can tell them apart.
+PLACES = (
+    "Oslo", "Cairo", "Lima", "Tokyo", "Paris", "Boston", "Dublin", "Madrid", "Naples", "Quito",
+    "Sydney", "Vienna", "Warsaw", "Zurich", "Athens", "Berlin", "Havana", "Jakarta", "Kyoto",
+    "Lagos", "Manila", "Nairobi", "Prague", "Riga", "Seoul", "Tunis", "Utrecht", "Venice",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """One needle and how it is asked for.
+
+    Args:
+        position: Where its answer begins in the text, in tokens.
+        tokens: What is read behind the text: the question, and the answer but its last token.
+        answer: The tokens that must come.
+    """
+
+    position: int
+    tokens: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text with needles.
+
+    Args:
+        kind: One of ``KINDS``.
+        tokens: The text.
+        questions: One a needle.
+    """
+
+    kind: str
+    tokens: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One needle asked for through one scheme.
+
+    Args:
+        scheme: Name of the scheme.
+        kind: Kind of needle.
+        length: Tokens of the text.
+        depth: Where the needle is, from 0 (start) to 1 (end).
+        found: Whether it was found.
+    """
+
+    scheme: str
+    kind: str
+    length: int
+    depth: float
+    found: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of some trials found their needle, with a Wilson interval at 95 %."""
+
+    found: int
+    trials: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson interval of the share."""
+        bounds = binomtest(self.found, self.trials).proportion_ci(0.95, method="wilson")
+        return float(bounds.low), float(bounds.high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.found / self.trials:.1%} ({low:.0%} to {high:.0%})"
+
+
+@dataclass(frozen=True)
+class Result:
+    """All trials of a run, and what was run; fields as in :class:`rotormlx.quality_run.Result`."""
+
+    model: str
+    command: str
+    date: str
+    machine: str
+    versions: dict[str, str]
+    trials: tuple[Trial, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def schemes(self) -> list[str]:
+        """Names of the schemes, in the order of the run."""
+        return list(dict.fromkeys(trial.scheme for trial in self.trials))
+
+    def share(self, **wanted: object) -> Share:
+        """Of the trials whose fields are as wanted; ``part`` is the part of the text, 0 to 4."""
+        part = wanted.pop("part", None)
+        chosen = [
+            trial.found
+            for trial in self.trials
+            if all(getattr(trial, name) == value for name, value in wanted.items())
+            and part in (None, min(int(trial.depth * DEPTHS), DEPTHS - 1))
+        ]
+        return Share(sum(chosen), len(chosen))
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    model_name: str,
+    command: str,
+    lengths: Sequence[int] = (512, 1024),
+    trials: int = 200,
+    needles: int = 20,
+    kinds: Sequence[str] = KINDS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Hide needles in texts and ask for them through each scheme; the exact cache comes first.
+
+    Args:
+        model: An mlx-lm model with its own caches.
+        tokenizer: Its tokenizer.
+        names: Schemes, see :func:`rotormlx.rivals.scheme`.
+        model_name: What the report calls the model.
+        command: What the report gives as the command.
+        lengths: Tokens of the texts.
+        trials: Least number of trials of each kind and scheme, over all lengths.
+        needles: Needles in one text.
+        kinds: Kinds of needle.
+        seed: Selects the texts.
+        progress: Shows what is read, if given.
+
+    Raises:
+        ValueError: If a name is no scheme, or a text is too short for its needles.
+        RuntimeError: If an answer does not lie in packed bytes.
+    """
+    if set(kinds) - set(KINDS) or trials < 1 or not 1 <= needles <= len(PLACES):
+        raise ValueError(
+            f"[needle] Kinds of {', '.join(KINDS)}, at least 1 trial and 1 to {len(PLACES)} "
+            f"needles a text are required, but {', '.join(kinds)}, {trials} and {needles} came."
+        )
+    schemes = [rivals.scheme(name) for name in dict.fromkeys((EXACT, *names))]
+    progress = progress or Progress(disable=True)
+    texts = -(-trials // (needles * len(lengths)))
+    stacks = [
+        haystack(tokenizer, kind, length, needles, seed=seed + number)
+        for kind in kinds
+        for length in lengths
+        for number in range(texts)
+    ]
+    task = progress.add_task("", total=len(stacks) * len(schemes) * needles)
+    done: list[Trial] = []
+    was_installed = hook.installed()
+    hook.install()
+    try:
+        with numpy_linear():
+            for stack in stacks:
+                for each in schemes:
+                    progress.update(task, description=f"{stack.kind}: {each.name}")
+                    done += search(model, stack, each, lambda: progress.advance(task))
+    finally:
+        if not was_installed:
+            hook.remove()
+    return Result(
+        model_name,
+        command,
+        datetime.now(UTC).date().isoformat(),
+        machine(),
+        versions(),
+        tuple(done),
+    )
+
+
+def search(
+    model: Any, stack: Haystack, each: Scheme, advance: Callable[[], None] | None = None
+) -> Iterator[Trial]:
+    """Read a text through a scheme's caches and ask for each of its needles.
+
+    Raises:
+        RuntimeError: If an answer does not lie in packed bytes.
+    """
+    caches = each.caches(model)
+    length = len(stack.tokens)
+    for start in range(0, length, CHUNK):
+        mx.eval(model(mx.array([stack.tokens[start : start + CHUNK]]), cache=caches))
+    if each.name != EXACT:
+        _check_packed(stack, each, caches)
+    for question in stack.questions:
+        logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
+        best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
+        found = bool((best == question.answer).all())
+        yield Trial(each.name, stack.kind, length, question.position / length, found)
+        if advance is not None:
+            advance()
+
+
+def haystack(tokenizer: Any, kind: str, length: int, needles: int, *, seed: int) -> Haystack:
+    """A text of ``length`` tokens with needles at even distances.
+
+    Args:
+        tokenizer: Of the model.
+        kind: One of ``KINDS``.
+        length: Tokens.
+        needles: How many.
+        seed: Selects the text, the answers and who is asked for.
+
+    Raises:
+        ValueError: If the text has no room for them.
+    """
+    rng = np.random.default_rng([seed, length, KINDS.index(kind)])
+    # The first needle lies behind the sink, the last before the window.
+    first, last = 16, length - 208
+    room = (last - first) // needles
+    if room < (40 if kind == "fact" else COPY_BEFORE + COPY_ANSWER):
+        raise ValueError(
+            f"[needle] A text must have 40 tokens a needle and 224 more, but {length} tokens and "
+            f"{needles} needles came; take longer texts or fewer needles."
+        )
+    if kind == "copy":
+        words = np.array(sorted(set(_ids(tokenizer, quality.default_text()[:20_000]))))
+        return _copies(words, length, first, room, needles, rng)
+    return _facts(tokenizer, length, (first, room, needles), rng)
+
+
+def _copies(
+    vocabulary: Any, length: int, first: int, room: int, needles: int, rng: np.random.Generator
+) -> Haystack:
+    tokens = [int(t) for t in rng.choice(vocabulary, length)]
+    questions = []
+    for number in range(needles):
+        at = first + number * room + int(rng.integers(room - COPY_ANSWER + 1))
+        at = max(at, COPY_BEFORE)
+        answer = tokens[at : at + COPY_ANSWER]
+        questions.append(
+            Question(at, (*tokens[at - COPY_BEFORE : at], *answer[:-1]), tuple(answer))
+        )
+    return Haystack("copy", tuple(tokens), tuple(questions))
+
+
+def _facts(
+    tokenizer: Any, length: int, layout: tuple[int, int, int], rng: np.random.Generator
+) -> Haystack:
+    first, room, needles = layout
+    sentences = re.split(r"(?<=\.) ", quality.default_text().replace("\n\n", " "))
+    offset = int(rng.integers(len(sentences)))
+    places = [str(place) for place in rng.permutation(PLACES)[:needles]]
+    tokens: list[int] = []
+    questions: list[Question] = []
+    while len(tokens) < length:
+        number = len(questions)
+        if number < needles and len(tokens) >= first + number * room:
+            fact = f"The secret number of {places[number]} is"
+            digits = "".join(map(str, rng.integers(10, size=4)))
+            before = _ids(tokenizer, f" {fact}")
+            answer = _ids(tokenizer, f" {fact} {digits}")[len(before) :]
+            asked = _ids(
+                tokenizer,
+                f"\n\nQuestion: What is the secret number of {places[number]}?\nAnswer: {fact}",
+            )
+            position = len(tokens) + len(before)
+            tokens += [*before, *answer, *_ids(tokenizer, ".")]
+            questions.append(Question(position, (*asked, *answer[:-1]), tuple(answer)))
+        else:
+            tokens += _ids(tokenizer, f" {sentences[offset % len(sentences)]}")
+            offset += 1
+    if len(questions) < needles:
+        raise ValueError(
+            f"[needle] {needles} needles do not fit into {length} tokens of this tokenizer; take "
+            "longer texts or fewer needles."
+        )
+    return Haystack("fact", tuple(tokens[:length]), tuple(questions))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
+    packed = quality.packed_of(caches)
+    held = next(cache for _, cache in rivals.compressed(caches))
+    sink = getattr(getattr(held, "config", held), "sink", 0)
+    for question in stack.questions:
+        end = question.position + len(question.answer)
+        if question.position < sink or end > sink + packed:
+            raise RuntimeError(
+                f"[needle] Every answer must lie in packed bytes, but one is tokens "
+                f"{question.position} to {end}, and {each.name} packed {sink} to {sink + packed}; "
+                "take longer texts."
+            )
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a scheme a row; a kind and length, then a kind and part of the text."""
+    kinds = dict.fromkeys(trial.kind for trial in result.trials)
+    columns: dict[str, dict[str, object]] = {}
+    for kind in kinds:
+        columns[f"{kind}, all"] = {"kind": kind}
+        for length in dict.fromkeys(trial.length for trial in result.trials):
+            columns[f"{kind}, {length} tokens"] = {"kind": kind, "length": length}
+    for kind in kinds:
+        for part in range(DEPTHS):
+            wanted: dict[str, object] = {"kind": kind, "part": part}
+            if result.share(**wanted).trials:
+                label = f"{kind}, depth {100 * part // DEPTHS}-{100 * (part + 1) // DEPTHS} %"
+                columns[label] = wanted
+    rows = [
+        [name, *(str(result.share(scheme=name, **wanted)) for wanted in columns.values())]
+        for name in result.schemes
+    ]
+    return ["scheme", *columns], rows
+
+
+def table(result: Result) -> Table:
+    """For a terminal: a column a scheme."""
+    header, rows = cells(result)
+    out = Table(title=f"{result.model}: needles found")
+    for name in ("", *(row[0] for row in rows)):
+        out.add_column(name)
+    for index, label in enumerate(header[1:], start=1):
+        out.add_row(label, *(row[index] for row in rows))
+    return out
+
+
+def markdown(result: Result) -> str:
+    """For a file: a column a scheme."""
+    header, rows = cells(result)
+    lines = [["found", *(f"`{row[0]}`" for row in rows)], ["---"] * (1 + len(rows))]
+    lines += [
+        [label, *(row[index] for row in rows)] for index, label in enumerate(header[1:], start=1)
+    ]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    trials = result.share(scheme=EXACT).trials
+    packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    return (
+        f"{result.model}: share of needles found, {trials} a scheme, with Wilson intervals at "
+        f"95 %.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
+    )
