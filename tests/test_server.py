@@ -66,8 +66,8 @@ def test_health_tells_sizes_and_memory_comes_back(server: int, models: Path) -> 
     least = 512 * (exact * 4 + sizes["packed_tokens"] * 8.375 / 8)
     most = 512 * (exact * 4 + (blocks + 64 * 10) * 8.375 / 8)
     assert least <= sizes["cache_bytes"] <= most
-    # Weights and prompt caches are all that is left, and the last logits and small arrays: the cache
-    # of a single one of 46 requests, left behind, would be more than that.
+    # Weights and prompt caches are all that is left, and the last logits and small arrays: the
+    # cache of a single one of 46 requests, left behind, would be more than that.
     assert sizes["cache_bytes"] <= sizes["allocated_bytes"]
     weights = (models / "llama" / "model.safetensors").stat().st_size
     rest = sizes["memory_bytes"] - sizes["allocated_bytes"] - weights
