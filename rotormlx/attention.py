@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from rotormlx.backends import backend
-from rotormlx.view import KVView, attend_by_row
+from rotormlx.view import KVView
 
 
 def attend_view(
@@ -36,10 +36,7 @@ def attend_view(
         ValueError: If shapes, dtypes or the mask do not fit together.
     """
     check(queries, keys, values, mask, sinks)
-    attend = backend().attend
-    if any(v.channel_scale is not None and v.channel_scale.ndim == 3 for v in (keys, values)):
-        return attend_by_row(attend, queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-    return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return backend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def check(

@@ -46,6 +46,12 @@ class KVView:
         return self.rows or ((self.packed_tokens, self.tokens),) * self.exact.shape[0]
 
     @property
+    def rows_differ(self) -> bool:
+        """Whether batch rows have lengths or channel scales of their own."""
+        has_scales = self.channel_scale is not None and self.channel_scale.ndim == 3
+        return self.rows is not None or has_scales
+
+    @property
     def exact_tokens(self) -> int:
         """Tokens of the sink and the tail."""
         return self.tokens - self.packed_tokens

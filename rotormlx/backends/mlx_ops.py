@@ -161,7 +161,7 @@ class MLXBackend:
 
         Source: docs/FORMAT.md, section 7.
         """
-        if keys.rows is not None:
+        if keys.rows_differ or values.rows_differ:
             return attend_by_row(
                 self.attend, queries, keys, values, scale=scale, mask=mask, sinks=sinks
             )
