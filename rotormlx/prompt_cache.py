@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from rotormlx import hook
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
+from rotormlx.fingerprint import fingerprint
 from rotormlx.integration import model_report
 from rotormlx.probe import brief, dims
 from rotormlx.report import LayerReport, Report, leaves
 
 # The entry of a file's metadata that tells which model's keys and values it holds.
 FINGERPRINT = "rotormlx_model"
-# Numbers of each parameter that the fingerprint reads.
-_SAMPLE = 16
 
 
 def save_prompt_cache(
@@ -63,19 +59,6 @@ def load_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, st
     check_fingerprint(path, metadata, model, report.model_type)
     adopt_prompt_cache(model, caches)
     return caches, metadata
-
-
-def fingerprint(model: Module) -> str:
-    """A name for a model's weights: a digest of all shapes and of the first numbers of each."""
-    tree: Any = model
-    parameters: dict[str, mx.array] = dict(tree_flatten(tree.parameters()))
-    samples = {name: p.reshape(-1)[:_SAMPLE] for name, p in parameters.items()}
-    mx.eval(samples)
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
-        digest.update(np.array(mx.contiguous(samples[name]).view(mx.uint8)).tobytes())
-    return digest.hexdigest()
 
 
 def check_fingerprint(path: str, metadata: dict[str, str], model: Module, model_type: str) -> None:

@@ -22,6 +22,7 @@ from mlx_lm.models.cache import (
 from rotormlx import hook, integration, prompt_cache, usage
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
+from rotormlx.fingerprint import fingerprint
 from rotormlx.report import leaves
 
 K8V8 = RotorConfig(key_bits=8, value_bits=8)
@@ -578,9 +579,9 @@ def test_other_weights_of_the_same_shape_are_refused(tmp_path) -> None:
         prompt_cache.load_prompt_cache(path, models[1])
     # One number of one matrix more or less.
     weight = models[1].layers[1].self_attn.k_proj.weight
-    before = prompt_cache.fingerprint(models[1])
+    before = fingerprint(models[1])
     models[1].layers[1].self_attn.k_proj.weight = weight + mx.zeros_like(weight).at[0, 3].add(1.0)
-    assert prompt_cache.fingerprint(models[1]) != before
+    assert fingerprint(models[1]) != before
 
 
 def test_a_file_of_mlx_lm_alone_has_no_fingerprint_and_is_taken(tmp_path) -> None:

@@ -1,0 +1,27 @@
+"""A name for a model's weights, so that a file made with one model is not used with another."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+# Numbers of each parameter that are read.
+_SAMPLE = 16
+
+
+def fingerprint(model: Module) -> str:
+    """A name for a model's weights: a digest of all shapes and of the first numbers of each."""
+    tree: Any = model
+    parameters: dict[str, mx.array] = dict(tree_flatten(tree.parameters()))
+    samples = {name: p.reshape(-1)[:_SAMPLE] for name, p in parameters.items()}
+    mx.eval(samples)
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
+        digest.update(np.array(mx.contiguous(samples[name]).view(mx.uint8)).tobytes())
+    return digest.hexdigest()
