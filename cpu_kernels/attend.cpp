@@ -229,7 +229,7 @@ void prepare(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
           x[c * LANES + r] = r < count ? tile_rows[(first + r) * pitch + c] * factor : 0.0f;
         }
       }
-      turn(*a.keys.rotation, Turn::query, x, spare, LANES, 1);
+      turn(*a.keys.rotation, at.kv_head, Turn::query, x, spare, LANES, 1);
       for (int64_t c = 0; c < dim; ++c) {
         for (int64_t r = 0; r < count; ++r) turned[(first + r) * pitch + c] = x[c * LANES + r];
       }
@@ -388,18 +388,23 @@ void attend_part(const Attend& a, int64_t head, int64_t chunk, int64_t part, flo
   float* key_scales = p + MAX_ROWS * BLOCK;                 // [64]
   float* value_scales = key_scales + BLOCK;                 // [64]
   float* centre = value_scales + BLOCK;                     // [key_pitch]
+  float* key_rows = centre + a.key_pitch;                   // exact [LANES][key_pitch]
   for (int64_t start = first; start < stop; start += BLOCK) {
     BlockView block = {};
     block.first = start;
     block.tokens = stop - start < BLOCK ? stop - start : BLOCK;
     if (exact) {
+      const Tensor &key = a.key_exact, &value = a.value_exact;
       for (int64_t t = 0; t < block.tokens; ++t) {
-        const Tensor &key = a.key_exact, &value = a.value_exact;
-        read_row(row_of(key, at.batch, at.kv_head, start + t), key.type, key.strides[3], a.keys.head_dim, centre);
-        for (int64_t c = 0; c < a.keys.head_dim; ++c) key_tile[c * BLOCK + t] = centre[c];
+        read_row(
+            row_of(key, at.batch, at.kv_head, start + t), key.type, key.strides[3], a.keys.head_dim,
+            key_rows + t % LANES * a.key_pitch);
         read_row(
             row_of(value, at.batch, at.kv_head, start + t), value.type, value.strides[3], a.values.head_dim,
             value_tile + t * a.value_pitch);
+        if (t % LANES == LANES - 1 || t == block.tokens - 1) {
+          transpose(key_rows, a.key_pitch, a.keys.head_dim, key_tile + t / LANES * LANES, BLOCK);
+        }
       }
       const int64_t read_tokens = rounded_up(block.tokens, a_word(EXACT));
       __builtin_memset(
@@ -472,7 +477,7 @@ void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
       }
       for (int64_t c = 0; c < dim; ++c) x[c * LANES + r] = packed[c];
     }
-    if (a.packed_parts) turn(*a.values.rotation, Turn::back, x, spare, LANES, 1);
+    if (a.packed_parts) turn(*a.values.rotation, at.kv_head, Turn::back, x, spare, LANES, 1);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = first + r;
       float* out = packed;

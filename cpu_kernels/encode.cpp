@@ -74,16 +74,13 @@ INLINE Words nearest_codes(Floats z, const float* boundaries) {
     UNROLL
     for (int i = 0; i < (1 << (BITS - 1)) - 1; ++i) index -= (Words)(size >= boundaries[i]);
   } else {
-    // A coarse search over every 16th boundary, then the 15 that are left.
+    // Over every 16th boundary, then by halves among the 15 that are left.
     UNROLL
     for (int i = 15; i < 127; i += 16) index -= (Words)(size >= boundaries[i]) << 4;
-    Words fine = {};
-    for (int i = 0; i < 15; ++i) {
-      Floats limit;
-      for (int k = 0; k < LANES; ++k) limit[k] = boundaries[index[k] + i];
-      fine -= (Words)(size >= limit);
+    UNROLL
+    for (unsigned half = 8; half > 0; half /= 2) {
+      index += (Words)(size >= of_128(boundaries, index + (half - 1u))) & half;
     }
-    index += fine;
   }
   return index | ((Words)(z < 0.0f) & (1u << (BITS - 1)));
 }
@@ -148,7 +145,7 @@ template <int BITS>
 void quantize(const Blocks& blocks, float* w, float* spare, uint32_t* codes, uint32_t* words, uint16_t* scales) {
   const Levels<BITS> levels;
   const int64_t dim = blocks.head_dim, size = dim * BLOCK;
-  float boundaries[BITS == 8 ? 128 : 8];
+  float boundaries[BITS == 8 ? 128 : 8] = {};
   for (int i = 0; i < (1 << (BITS - 1)) - 1; ++i) {
     // The sum of two magnitudes is exact in float64, so this rounds once.
     boundaries[i] = (float)(((double)level_of_code<BITS>(i) + level_of_code<BITS>(i + 1)) / 2);
@@ -231,10 +228,9 @@ void encode(const Codec& codec, int64_t head, int64_t n, float* scratch) {
       }
     }
   }
-  for (int64_t t = 0; t < BLOCK; ++t) {
-    for (int64_t c = 0; c < dim; ++c) x[c * BLOCK + t] = rows[t * pitch + c];
-  }
-  turn(*blocks.rotation, Turn::row, x, spare, BLOCK, GROUPS);
+  // What it writes behind the last channel lies in `spare`.
+  for (int64_t t = 0; t < BLOCK; t += LANES) transpose(rows + t * pitch, pitch, dim, x + t, BLOCK);
+  turn(*blocks.rotation, k, Turn::row, x, spare, BLOCK, GROUPS);
 
   uint32_t* words = blocks.words.at<uint32_t>(b, k, n);
   uint16_t* scales = blocks.scales.at<uint16_t>(b, k, n);
@@ -276,7 +272,7 @@ void decode(const Codec& codec, int64_t head, int64_t n, float* scratch) {
     case 4: scaled_levels<4>(blocks, b, k, n, x); break;
     case 8: scaled_levels<8>(blocks, b, k, n, x); break;
   }
-  turn(*blocks.rotation, Turn::back, x, x + dim * BLOCK, BLOCK, GROUPS);
+  turn(*blocks.rotation, k, Turn::back, x, x + dim * BLOCK, BLOCK, GROUPS);
   for (int64_t t = 0; t < BLOCK; ++t) {
     char* row = (char*)row_of(codec.rows, b, k, n * BLOCK + t);
     for (int64_t c = 0; c < dim; ++c) {

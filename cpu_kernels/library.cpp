@@ -113,16 +113,16 @@ bool is_float(Type type) {
   return type == Type::float32 || type == Type::float16 || type == Type::bfloat16;
 }
 
-Blocks blocks_of(const Packed& p) {
+Blocks blocks_of(const Packed& p, const Coding& coding) {
   Blocks b;
   b.words = tensor_of(p.words, 5);
   b.scales = tensor_of(p.scales, 4);
   b.centres = tensor_of(p.centres, 4);
   b.channel_scale = tensor_of(p.channel_scale, 3);
-  b.rotation = p.rotation;
-  b.bits = p.bits;
-  b.head_dim = p.rotation->head_dim;
-  b.is_key = p.is_key;
+  b.rotation = coding.rotation;
+  b.bits = coding.bits;
+  b.head_dim = coding.rotation->head_dim;
+  b.is_key = coding.is_key;
   require(b.head_dim >= 8 && b.head_dim <= MAX_DIM && b.head_dim % 8 == 0, "head_dim is out of range");
   require(b.bits == 2 || b.bits == 3 || b.bits == 4 || b.bits == 8, "bits must be 2, 3, 4 or 8");
   return b;
@@ -132,20 +132,25 @@ int64_t shape_of(const Array* a, int i) { return a->shape[i]; }
 
 int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// So few numbers are prepared, merged, encoded or decoded sooner than another thread wakes.
+bool few(int64_t numbers) { return numbers <= 1 << 15; }
+
 // ---- rows to blocks and back ------------------------------------------------------------------------
 
 template <typename Run>
 void codec_call(const CodecCall& call, Run run) {
   Codec codec;
   codec.rows = tensor_of(call.rows, 4);
-  codec.blocks = blocks_of(call.packed);
+  codec.blocks = blocks_of(call.packed, call.coding);
   codec.kv_heads = shape_of(call.rows, 1);
   codec.block_count = shape_of(call.rows, 2) / BLOCK;
   codec.given_centres = call.given_centres;
   require(is_float(codec.rows.type), "rows must be float16, bfloat16 or float32");
   const CodecKernels& kernels = *variant_of(call.variant).codec;
   const int64_t heads = shape_of(call.rows, 0) * codec.kv_heads, floats = kernels.scratch(codec);
-  run_tasks(heads * codec.block_count, call.threads, [&](int64_t i) {
+  const int64_t tasks = heads * codec.block_count;
+  const int64_t threads = few(tasks * BLOCK * codec.blocks.head_dim) ? 1 : call.threads;
+  run_tasks(tasks, threads, [&](int64_t i) {
     run(kernels, codec, i / codec.block_count, i % codec.block_count, scratch.floats(floats));
   });
 }
@@ -153,8 +158,8 @@ void codec_call(const CodecCall& call, Run run) {
 // ---- attention --------------------------------------------------------------------------------------
 
 // Query rows of a task, so that what is prepared of a block serves many of them; tasks that keep a large machine
-// busy; and the least blocks of a part, so that merging stays cheap.
-enum { CHUNK_ROWS = 64, TASKS = 64, PART_BLOCKS = 4 };
+// busy; and the least blocks of a part, so that merging stays cheap. An exact block takes twice as long as a packed one.
+enum { CHUNK_ROWS = 64, TASKS = 64, PART_BLOCKS = 4, EXACT_PART_BLOCKS = 2 };
 
 void attend_call(const AttendCall& call) {
   Attend a;
@@ -165,9 +170,9 @@ void attend_call(const AttendCall& call) {
   a.value_exact = tensor_of(call.value_exact, 4);
   a.mask = tensor_of(call.mask, 4);
   a.sinks = tensor_of(call.sinks, 1);
-  a.keys = blocks_of(call.keys);
-  a.values = blocks_of(call.values);
-  a.lengths = call.lengths;
+  a.keys = blocks_of(call.keys, call.key_coding);
+  a.values = blocks_of(call.values, call.value_coding);
+  a.lengths = call.lengths();
   a.sink = call.sink;
   a.causal = call.causal;
   a.scale = (float)call.scale;
@@ -189,25 +194,27 @@ void attend_call(const AttendCall& call) {
     exact = row_exact > exact ? row_exact : exact;
   }
   require(packed == 0 || (a.keys.words.data && a.values.words.data), "packed tokens must have blocks");
-  for (const Blocks* blocks : {&a.keys, &a.values}) {
-    const int64_t lanes = blocks->is_key ? BLOCK : blocks->head_dim;
-    require(
-        packed == 0 || (blocks->words.strides[4] == 1 && blocks->words.strides[3] == lanes),
-        "the words of a block must lie side by side");
-  }
+  const auto side_by_side = [](const Blocks& blocks, const Array* words) {
+    const int64_t lanes = blocks.is_key ? BLOCK : blocks.head_dim;
+    // Keys of 16 channels at 2 bits have one row of words, which has no stride.
+    return blocks.words.strides[4] == 1 && (blocks.words.strides[3] == lanes || shape_of(words, 3) == 1);
+  };
+  require(
+      packed == 0 || (side_by_side(a.keys, call.keys.words) && side_by_side(a.values, call.values.words)),
+      "the words of a block must lie side by side");
 
   const int64_t heads = batch * a.kv_heads;
   a.chunks = divided_up(a.rows, CHUNK_ROWS);
   a.chunk_rows = divided_up(a.rows, a.chunks);
   a.chunks = divided_up(a.rows, a.chunk_rows);
   const int64_t most_parts = divided_up(TASKS, heads * a.chunks);
-  const auto cut = [&](int64_t tokens, int64_t& parts, int64_t& part_blocks) {
+  const auto cut = [&](int64_t tokens, int64_t least, int64_t& parts, int64_t& part_blocks) {
     const int64_t blocks = divided_up(tokens, BLOCK), share = divided_up(blocks, most_parts);
-    part_blocks = share > PART_BLOCKS ? share : (int64_t)PART_BLOCKS;
+    part_blocks = share > least ? share : least;
     parts = divided_up(blocks, part_blocks);
   };
-  cut(packed, a.packed_parts, a.packed_part_blocks);
-  cut(exact, a.exact_parts, a.exact_part_blocks);
+  cut(packed, PART_BLOCKS, a.packed_parts, a.packed_part_blocks);
+  cut(exact, EXACT_PART_BLOCKS, a.exact_parts, a.exact_part_blocks);
 
   a.key_pitch = divided_up(a.keys.head_dim, 16) * 16;
   a.value_pitch = divided_up(a.values.head_dim, 16) * 16;
@@ -224,16 +231,15 @@ void attend_call(const AttendCall& call) {
 
   const AttendKernels& kernels = *variant_of(call.variant).attend;
   const int64_t floats = kernels.scratch(a);
-  // A few rows are prepared and merged sooner than another thread wakes.
-  const int64_t few = query_floats <= 1 << 15 ? 1 : call.threads;
-  run_tasks(heads * a.chunks, few, [&](int64_t i) {
+  const int64_t threads = few(query_floats) ? 1 : call.threads;
+  run_tasks(heads * a.chunks, threads, [&](int64_t i) {
     kernels.prepare(a, i / a.chunks, i % a.chunks, scratch.floats(floats));
   });
   run_tasks(tasks, call.threads, [&](int64_t i) {
-    const int64_t chunk = i / a.parts();
-    kernels.part(a, chunk / a.chunks, chunk % a.chunks, i % a.parts(), scratch.floats(floats));
+    const int64_t chunk = i / a.parts(), part = (i + a.packed_parts) % a.parts();
+    kernels.part(a, chunk / a.chunks, chunk % a.chunks, part, scratch.floats(floats));
   });
-  run_tasks(heads * a.chunks, few, [&](int64_t i) {
+  run_tasks(heads * a.chunks, threads, [&](int64_t i) {
     kernels.merge(a, i / a.chunks, i % a.chunks, scratch.floats(floats));
   });
 }
@@ -263,7 +269,7 @@ const char* guarded(Call call) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Has to agree with rotormlx/cpu_library.py.
-EXPORT int64_t rotormlx_interface_version() { return 1; }
+EXPORT int64_t rotormlx_interface_version() { return 2; }
 
 // The name of variant `index`, best first; null behind the last.
 EXPORT const char* rotormlx_variant(int64_t index) {

@@ -62,6 +62,12 @@ struct Pool {
     work(f, c, tasks);
     std::unique_lock<std::mutex> lock(mutex);
     open = false;
+    // The others are at their last tasks, which takes less time than to sleep and be woken.
+    for (int i = 0; i < 100 && working > 0; ++i) {
+      lock.unlock();
+      std::this_thread::yield();
+      lock.lock();
+    }
     done.wait(lock, [this] { return working == 0; });
   }
 };

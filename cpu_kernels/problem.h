@@ -50,12 +50,18 @@ struct Rotation {
   const Stage* stages;
   const float* matrix;             // [D, D]: rotated = matrix row
   const float* inverse_transpose;  // [D, D]: for queries
+  int64_t matrix_stride;           // from one KV head's matrices to the next one's; 0 if all have the same
 };
 
 // ---- asked for by the caller ------------------------------------------------------------------------
 
+// Every member has 8 bytes, so the caller may write them one after the other.
+
 struct Packed {
   Array *words, *scales, *centres, *channel_scale;  // centres and channel_scale: or null
+};
+
+struct Coding {
   const Rotation* rotation;
   int64_t bits, is_key;
 };
@@ -64,6 +70,7 @@ struct Packed {
 struct CodecCall {
   Array* rows;  // [B, K, N * 64, D]
   Packed packed;
+  Coding coding;
   int64_t given_centres, threads, variant;
 };
 
@@ -71,11 +78,13 @@ struct AttendCall {
   Array *queries, *output;         // [B, H, L, D], [B, H, L, Dv] of the same dtype
   Array *key_exact, *value_exact;  // [B, K, capacity, D]
   Packed keys, values;             // words null: nothing is packed
-  const int64_t* lengths;          // [B, 2]: packed tokens, all tokens
   Array *mask, *sinks;             // or null
-  int64_t sink, causal;
+  Coding key_coding, value_coding;
+  int64_t sink, causal, threads, variant;
   double scale;
-  int64_t threads, variant;
+
+  // [B, 2], behind the call: packed tokens, all tokens.
+  const int64_t* lengths() const { return (const int64_t*)(this + 1); }
 };
 
 // ---- at hand ----------------------------------------------------------------------------------------

@@ -74,15 +74,15 @@ void multiply(const float* matrix, int64_t dim, float* x, float* spare, int64_t 
 
 enum class Turn { row, query, back };
 
-// Turn rows forward, queries along with them, or rows and outputs back. `spare` is used by matrices only.
-void turn(const Rotation& rotation, Turn how, float* x, float* spare, int64_t pitch, int64_t groups) {
+// Turn rows of a KV head forward, queries along with them, or rows and outputs back. `spare` is used by matrices only.
+void turn(const Rotation& rotation, int64_t kv_head, Turn how, float* x, float* spare, int64_t pitch, int64_t groups) {
   if (rotation.matrix) {
-    if (how == Turn::row) multiply<false>(rotation.matrix, rotation.head_dim, x, spare, pitch, groups);
-    if (how == Turn::query) {
-      multiply<false>(rotation.inverse_transpose, rotation.head_dim, x, spare, pitch, groups);
-    }
+    const float* matrix = (how == Turn::row ? rotation.matrix : rotation.inverse_transpose);
+    matrix += kv_head * rotation.matrix_stride;
     if (how == Turn::back) {
-      multiply<true>(rotation.inverse_transpose, rotation.head_dim, x, spare, pitch, groups);
+      multiply<true>(matrix, rotation.head_dim, x, spare, pitch, groups);
+    } else {
+      multiply<false>(matrix, rotation.head_dim, x, spare, pitch, groups);
     }
   } else if (how == Turn::back) {
     for (int64_t s = rotation.stage_count; s-- > 0;) {

@@ -6,6 +6,8 @@
 // copy of such a function, and it might be one for a processor that is not there.
 #pragma once
 
+#include <utility>
+
 #include "vocabulary.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -78,6 +80,43 @@ INLINE float largest_lane(Floats x) {
   return top;
 }
 
+// The lanes `index...` of a, counted on in b.
+template <int... INDEX>
+INLINE Floats pick(Floats a, Floats b, std::integer_sequence<int, INDEX...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, INDEX...);
+#else
+  return __builtin_shuffle(a, b, Mask{INDEX...});
+#endif
+}
+
+// Exchanges, in every square of 2 SIZE by 2 SIZE numbers, the quarter right of the top with the one left below.
+template <int SIZE, int... LANE>
+INLINE void exchange(Floats* x, std::integer_sequence<int, LANE...> lanes) {
+  if constexpr (SIZE > 0) {
+    UNROLL
+    for (int i = 0; i < LANES; ++i) {
+      if (i & SIZE) continue;
+      const Floats a = x[i], b = x[i + SIZE];
+      x[i] = pick(a, b, std::integer_sequence<int, (LANE & SIZE ? LANES + LANE - SIZE : LANE)...>());
+      x[i + SIZE] = pick(a, b, std::integer_sequence<int, (LANE & SIZE ? LANES + LANE : LANE + SIZE)...>());
+    }
+    exchange<SIZE / 2>(x, lanes);
+  }
+}
+
+// to[c][r] = from[r][c] for LANES rows and `columns` columns, rounded up to whole vectors.
+INLINE void transpose(const float* from, int64_t from_pitch, int64_t columns, float* to, int64_t to_pitch) {
+  for (int64_t c = 0; c < columns; c += LANES) {
+    Floats x[LANES];
+    UNROLL
+    for (int r = 0; r < LANES; ++r) x[r] = load(from + r * from_pitch + c);
+    exchange<LANES / 2>(x, std::make_integer_sequence<int, LANES>());
+    UNROLL
+    for (int r = 0; r < LANES; ++r) store(to + (c + r) * to_pitch, x[r]);
+  }
+}
+
 // ---- 16-bit numbers --------------------------------------------------------------------------------
 
 // float16 to float32, subnormal numbers included whatever the processor is told to do with those of float32.
@@ -144,13 +183,37 @@ INLINE Floats exponential(Floats x) {
   return choose(x < -87.0f, Floats{}, p * floats_of(power));
 }
 
+// ---- look-ups --------------------------------------------------------------------------------------
+
+// table[index mod 128] of 128 numbers.
+INLINE Floats of_128(const float* table, Words index) {
+#if defined(__AVX512F__) && LANES == 16
+  // From eight registers: four look-ups in 32 numbers, and two more bits choose.
+  const auto of_32 = [&](int first) {
+    const __m512 low = _mm512_loadu_ps(table + first), high = _mm512_loadu_ps(table + first + 16);
+    return _mm512_permutex2var_ps(low, (__m512i)index, high);
+  };
+  const __mmask16 bit_5 = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(32));
+  const __mmask16 bit_6 = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(64));
+  const __m512 low = _mm512_mask_blend_ps(bit_5, of_32(0), of_32(32));
+  const __m512 high = _mm512_mask_blend_ps(bit_5, of_32(64), of_32(96));
+  return (Floats)_mm512_mask_blend_ps(bit_6, low, high);
+#elif defined(__AVX2__) && LANES == 8
+  return (Floats)_mm256_i32gather_ps(table, (__m256i)(index & 127u), 4);
+#else
+  Floats x;
+  for (int i = 0; i < LANES; ++i) x[i] = table[index[i] & 127u];
+  return x;
+#endif
+}
+
 // ---- levels ----------------------------------------------------------------------------------------
 
 // The levels of a codebook as bit patterns. A short codebook is repeated: its look-up then needs no mask against the
 // bits of the next field. At 3 bits only magnitudes, because the signs lie elsewhere.
 template <int BITS>
 struct LevelTable {
-  enum { SIZE = BITS == 8 ? 256 : 16, PERIOD = BITS == 3 ? 4 : 1 << BITS };
+  enum { SIZE = BITS == 8 ? 128 : 16, PERIOD = BITS == 3 ? 4 : 1 << BITS };
   alignas(64) uint32_t bits[SIZE] = {};
   constexpr LevelTable() {
     for (uint32_t i = 0; i < SIZE; ++i) {
@@ -167,7 +230,7 @@ struct Levels {
 
   INLINE Floats level(Words word, Words signs, int field) const {
     const Words code = word >> (unsigned)((BITS == 3 ? 2 : BITS) * field);
-    if (BITS == 8) return any_level(code & 255u);
+    if (BITS == 8) return floats_of(bits_of(of_128(numbers(), code)) ^ (code << 24 & 0x80000000u));
 #if defined(__AVX512F__) && LANES == 16
     Floats x = (Floats)_mm512_permutexvar_ps((__m512i)code, _mm512_load_ps(numbers()));
 #elif defined(__AVX2__) && LANES == 8
@@ -189,32 +252,10 @@ struct Levels {
  private:
   static const float* numbers() { return (const float*)TABLE.bits; }
   INLINE Floats any_level(Words code) const {
-#if defined(__AVX512F__) && LANES == 16
-    return large_table(code);
-#elif defined(__AVX2__) && LANES == 8
-    return (Floats)_mm256_i32gather_ps(numbers(), (__m256i)code, 4);
-#else
     Floats x;
     for (int i = 0; i < LANES; ++i) x[i] = float_of_bits(TABLE.bits[code[i]]);
     return x;
-#endif
   }
-
-#if defined(__AVX512F__) && LANES == 16
-  // 128 magnitudes from eight registers: four look-ups in 32 of them, and two more bits choose.
-  INLINE Floats large_table(Words code) const {
-    const auto of_32 = [&](int first) {
-      const __m512 low = _mm512_load_ps(numbers() + first), high = _mm512_load_ps(numbers() + first + 16);
-      return _mm512_permutex2var_ps(low, (__m512i)code, high);
-    };
-    const __mmask16 bit_5 = _mm512_test_epi32_mask((__m512i)code, _mm512_set1_epi32(32));
-    const __mmask16 bit_6 = _mm512_test_epi32_mask((__m512i)code, _mm512_set1_epi32(64));
-    const __m512 low = _mm512_mask_blend_ps(bit_5, of_32(0), of_32(32));
-    const __m512 high = _mm512_mask_blend_ps(bit_5, of_32(64), of_32(96));
-    const Words size = (Words)_mm512_mask_blend_ps(bit_6, low, high);
-    return floats_of(size ^ (code << 24 & 0x80000000u));
-  }
-#endif
 
 #if defined(__ARM_NEON) && LANES == 4
   // The four bytes of every lane's level.

@@ -2,10 +2,10 @@
 // in the rotated space of the values; their sum is rotated back once.
 
 // kernel body
-// Template: T (dtype of the output), VALUE_DIM, ROWS, THREADS, HAS_SCALE, HAS_SINKS.
+// Template: T (dtype of the output), VALUE_DIM, MATRICES, ROWS, THREADS, HAS_SCALE, HAS_SINKS.
 //
 // tops, totals   float32 [B, K, rows, parts], rows >= G; outputs: float32 [B, K, rows, parts, VALUE_DIM]
-// unrotation     float32 [VALUE_DIM, VALUE_DIM]: rows times it are rotated back
+// unrotation     float32 [MATRICES, VALUE_DIM, VALUE_DIM], K matrices or 1: rows times it are rotated back
 // channel_scale  float32 [B, K, VALUE_DIM], if HAS_SCALE
 // sinks          float32 [H], if HAS_SINKS: attention-sink logits
 // plan           int32 [6], as in the first pass
@@ -64,7 +64,7 @@ for (int c = 0; c < CHANNELS; ++c) {
     for (int r = 0; r < ROWS; ++r) x[r] = 0.0f;
     if (packed_parts > 0) {
       for (int i = 0; i < VALUE_DIM; ++i) {
-        const float entry = unrotation[i * VALUE_DIM + channel];
+        const float entry = unrotation[(kv_head % MATRICES * VALUE_DIM + i) * VALUE_DIM + channel];
         for (int r = 0; r < ROWS; ++r) x[r] = fma(packed_sums[r * VALUE_DIM + i], entry, x[r]);
       }
       if (HAS_SCALE) {

@@ -44,7 +44,7 @@
     }
   }
 
-  unrotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  unrotate_rows<LANES, ROWS>(rows, coefficients + place.y % MATRICES * (D * D), lane);
 
   for (uint p = 0; p < CHANNELS; ++p) {
     const uint c = Channels::channel(lane, p);

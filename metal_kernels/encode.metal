@@ -5,12 +5,12 @@
 // then meet in threadgroup memory, where every thread packs whole words.
 //
 // Template arguments: T the dtype, BITS of a code, D head_dim, BLOCK tokens, THREADS, LANES and HELD (see
-// LaneRow), and KEY: a word packs channels of a token, else tokens of a channel. BOUNDARIES is the table of the codebook.
+// LaneRow), MATRICES (see coefficients), and KEY: a word packs channels of a token, else tokens of a channel. BOUNDARIES is the table of the codebook.
 // Macros say which buffers there are: CENTRE_MEANS the output `centres`, CENTRES the input of that name,
 // CHANNEL_SCALE the input `channel_scale`. B batch, K KV heads, N blocks, R rows of words.
 //
 // x              T       [B, K, N * BLOCK, D], any strides
-// coefficients   float   of the rotation
+// coefficients   float   of the rotation; [MATRICES, D, D] where each KV head has its own, else MATRICES is 1
 // centres        half    [B, K, N, D], as an input with any strides
 // channel_scale  float   [K, D], any strides
 // words          uint    [B, K, N, R, BLOCK] for keys, [B, K, N, R, D] for values
@@ -93,7 +93,7 @@
     }
   }
 
-  rotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  rotate_rows<LANES, ROWS>(rows, coefficients + place.y % MATRICES * (D * D), lane);
 
   for (uint r = 0; r < ROWS; ++r) {
     const uint token = worker + r * WORKERS;

@@ -20,6 +20,7 @@ from rotormlx.config import RotorConfig
 if TYPE_CHECKING:
     from rotormlx.batch_cache import BatchRotorKVCache
     from rotormlx.cache import RotorKVCache
+    from rotormlx.calibration import Calibration, calibrate
     from rotormlx.integration import apply, load, make_prompt_cache, remove
     from rotormlx.prompt_cache import load_prompt_cache, save_prompt_cache
     from rotormlx.report import Report
@@ -30,7 +31,9 @@ _LAZY = {
     "BatchRotorKVCache": "rotormlx.batch_cache",
     "Report": "rotormlx.report",
     "RotorKVCache": "rotormlx.cache",
+    "Calibration": "rotormlx.calibration",
     "apply": "rotormlx.integration",
+    "calibrate": "rotormlx.calibration",
     "load": "rotormlx.integration",
     "load_prompt_cache": "rotormlx.prompt_cache",
     "make_prompt_cache": "rotormlx.integration",
@@ -40,10 +43,12 @@ _LAZY = {
 
 __all__ = [
     "BatchRotorKVCache",
+    "Calibration",
     "Report",
     "RotorConfig",
     "RotorKVCache",
     "apply",
+    "calibrate",
     "load",
     "load_prompt_cache",
     "make_prompt_cache",

@@ -7,6 +7,8 @@ import mlx.core as mx
 from rotormlx.backends import backend
 from rotormlx.view import KVView
 
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
 
 def attend_view(
     queries: mx.array,
@@ -48,7 +50,8 @@ def check(
 ) -> None:
     """Refuse what :func:`attend_view` cannot do; arguments and errors are the same."""
     _check_queries(queries, keys, values)
-    _check_mask(mask, (*queries.shape[:3], keys.tokens))
+    if mask is not None:
+        _check_mask(mask, (*queries.shape[:3], keys.tokens))
     if sinks is not None and sinks.shape != (queries.shape[1],):
         raise ValueError(
             f"[attend] Attention-sink logits must have shape ({queries.shape[1]},), one a query "
@@ -57,38 +60,34 @@ def check(
 
 
 def _check_queries(queries: mx.array, keys: KVView, values: KVView) -> None:
-    batch, kv_heads, tokens, head_dim = keys.shape
-    if values.shape[:3] != keys.shape[:3]:
+    shape, asked = keys.shape, queries.shape
+    batch, kv_heads, tokens, head_dim = shape
+    if values.shape[:3] != shape[:3]:
         raise ValueError(
             f"[attend] Keys and values must agree in batch, KV heads and tokens, but the keys have "
             f"shape {keys.shape} and the values {values.shape}."
         )
-    if (
-        queries.ndim != 4
-        or queries.shape[0] != batch
-        or queries.shape[1] % kv_heads
-        or queries.shape[3] != head_dim
-    ):
+    if len(asked) != 4 or asked[0] != batch or asked[1] % kv_heads or asked[3] != head_dim:
         raise ValueError(
             f"[attend] Queries must have shape [{batch}, a multiple of {kv_heads}, L, {head_dim}] "
             f"to read keys of shape {keys.shape}, but they have shape {queries.shape}."
         )
-    if queries.dtype not in (mx.float16, mx.bfloat16, mx.float32):
+    if queries.dtype not in FLOATS:
         raise ValueError(
             f"[attend] Queries must be float16, bfloat16 or float32, but they are "
             f"{queries.dtype}; cast them."
         )
-    if queries.shape[2] > tokens:
+    if asked[2] > tokens:
         raise ValueError(
             f"[attend] There must be at least as many tokens as queries, but {queries.shape[2]} "
             f"queries meet {tokens} tokens; append the keys first."
         )
 
 
-def _check_mask(mask: mx.array | str | None, scores: tuple[int, ...]) -> None:
-    if mask is None or mask == "causal":
-        return
+def _check_mask(mask: mx.array | str, scores: tuple[int, ...]) -> None:
     if isinstance(mask, str):
+        if mask == "causal":
+            return
         raise ValueError(
             f"[attend] A mask must be None, 'causal' or an array, but {mask!r} was given."
         )

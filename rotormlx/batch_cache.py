@@ -19,8 +19,18 @@ from mlx_lm.models.cache import _BaseCache, create_attention_mask
 from rotormlx.backends import backend
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, VALUE, Packed, codec
-from rotormlx.store import Counts, Store, check_update, damaged, encode, max_blocks, with_room
+from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, ROLES, VALUE, Packed
+from rotormlx.store import (
+    Calibrated,
+    Counts,
+    Store,
+    check_growth,
+    check_update,
+    damaged,
+    encode,
+    max_blocks,
+    with_room,
+)
 from rotormlx.view import KVView
 
 
@@ -66,6 +76,7 @@ class BatchRotorKVCache(_BaseCache):
         config: How to compress.
         layer: Index of the layer in the model; selects its rotations.
         max_size: The most tokens a row holds; see :class:`RotorKVCache`.
+        calibrated: See :class:`RotorKVCache`.
     """
 
     def __init__(
@@ -74,10 +85,12 @@ class BatchRotorKVCache(_BaseCache):
         config: RotorConfig | None = None,
         layer: int = 0,
         max_size: int | None = None,
+        calibrated: Calibrated | None = None,
     ) -> None:
         self.config = config or RotorConfig()
         self.layer = layer
         self.max_size = max_size
+        self.calibrated = calibrated
         self.rows = [Row(left=int(n)) for n in left_padding]
         self._max_blocks = max_blocks(max_size, self.config)
         self._keys: BatchStore | None = None
@@ -101,7 +114,10 @@ class BatchRotorKVCache(_BaseCache):
             Views of all keys and values, with the lengths of each row.
 
         Raises:
-            ValueError: If a shape or dtype does not fit; the cache is then unchanged.
+            ValueError: If a shape or dtype does not fit.
+            MemoryError: If MLX's memory limit leaves no room for them.
+
+            Whatever is raised, an interrupt too: the cache is then unchanged.
         """
         check_update(keys, values, self._keys, self._values)
         if keys.shape[0] != len(self.rows):
@@ -109,22 +125,26 @@ class BatchRotorKVCache(_BaseCache):
                 f"[BatchRotorKVCache] This cache has {len(self.rows)} rows, but keys of shape "
                 f"{keys.shape} were appended; give one row of keys for each."
             )
+        rows = [row.copy() for row in self.rows]
         if self._keys is None or self._values is None:
-            self._keys, self._values = self._new_store(KEY, keys), self._new_store(VALUE, values)
-        exact = [row.counts.exact for row in self.rows]
-        skipped = [row.append(keys.shape[2]) for row in self.rows]
-        self._keys.append_rows(keys, exact, skipped)
-        self._values.append_rows(values, exact, skipped)
-        views = self.keys_and_values()
-        self._pack_tails()
+            stores = self._new_store(KEY, keys), self._new_store(VALUE, values)
+        else:
+            stores = self._keys.twin(), self._values.twin()
+        if rows:
+            check_growth(stores, [row.counts for row in rows], keys.shape[2], self.config)
+        exact = [row.counts.exact for row in rows]
+        skipped = [row.append(keys.shape[2]) for row in rows]
+        for store, x in zip(stores, (keys, values), strict=True):
+            store.append_rows(x, exact, skipped)
+        views = self._views(stores, rows)
+        self._pack_tails(stores, rows)
+        # One step, between whose halves no interrupt comes.
+        vars(self).update(_keys=stores[0], _values=stores[1], rows=rows)
         return views
 
     def keys_and_values(self) -> tuple[KVView, KVView]:
         """Views of all keys and values."""
-        key_store, value_store = self._filled()
-        lengths = [(row.counts.packed, row.counts.tokens + row.right) for row in self.rows]
-        sink = self.config.sink
-        return key_store.view_rows(sink, lengths), value_store.view_rows(sink, lengths)
+        return self._views(self._filled(), self.rows)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -193,23 +213,27 @@ class BatchRotorKVCache(_BaseCache):
         """Keep these rows, in this order."""
         listed = isinstance(batch_indices, mx.array)
         indices: list[int] = list(batch_indices.tolist() if listed else batch_indices)
-        self.rows = [self.rows[i].copy() for i in indices]
-        blocks = self._most_blocks()
-        for store in self._stores:
+        rows = [self.rows[i].copy() for i in indices]
+        blocks = max((-(-row.counts.packed // BLOCK) for row in rows), default=0)
+        stores = [store.twin() for store in self._stores]
+        for store in stores:
             store.take(indices, blocks)
+        key_store, value_store = stores or (None, None)
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
 
     def extend(self, other: BatchRotorKVCache) -> None:
         """Append the rows of another batch."""
         _check_same([self, other])
         sources = [(self._keys, len(self.rows)), (other._keys, len(other.rows))]
-        self._keys = BatchStore.join(sources)
+        key_store = BatchStore.join(sources)
         sources = [(self._values, len(self.rows)), (other._values, len(other.rows))]
-        self._values = BatchStore.join(sources)
-        self.rows += [row.copy() for row in other.rows]
+        value_store = BatchStore.join(sources)
+        rows = self.rows + [row.copy() for row in other.rows]
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
 
     def extract(self, idx: int) -> RotorKVCache:
         """A row as a cache by itself; it shares no buffer with the batch."""
-        single = RotorKVCache(self.config, self.layer, self.max_size)
+        single = RotorKVCache(self.config, self.layer, self.max_size, self.calibrated)
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
@@ -228,7 +252,7 @@ class BatchRotorKVCache(_BaseCache):
         """
         first = caches[0]
         _check_same(caches)
-        batch = cls([], first.config, first.layer, first.max_size)
+        batch = cls([], first.config, first.layer, first.max_size, first.calibrated)
         sizes = [1 if c._keys is None else c._keys.exact.shape[0] for c in caches]
         batch.rows = [
             Row(replace(cache.counts))
@@ -277,8 +301,10 @@ class BatchRotorKVCache(_BaseCache):
         self.config = RotorConfig.from_json(config)
         self._max_blocks = max_blocks(self.max_size, self.config)
         self.rows = [Row(Counts(*counts)) for counts in table.tolist()]
-        self._keys = self._values = None
+        self._keys = self._values = self.calibrated = None
         if len(state) > 5:
+            if self.config.is_calibrated:
+                self.calibrated = state[9], state[14]
             self._keys = self._saved_store(KEY, state[5:10])
             self._values = self._saved_store(VALUE, state[10:])
 
@@ -311,15 +337,17 @@ class BatchRotorKVCache(_BaseCache):
         return self._keys, self._values
 
     def _new_store(self, role: str, like: mx.array) -> BatchStore:
-        chosen = codec(self.config, like.shape[-1], layer=self.layer, role=role)
-        return BatchStore(chosen, self.config, like[:, :, :0], self._max_blocks)
+        calibrated = None if self.calibrated is None else self.calibrated[ROLES.index(role)]
+        like = like[:, :, :0]
+        return BatchStore(self.config, self.layer, role, like, calibrated, self._max_blocks)
 
     def _saved_store(self, role: str, arrays: Sequence[Any]) -> BatchStore:
         exact, words, scales, centres, channel_scale = arrays
         store = self._new_store(role, exact)
         store.exact = with_room(exact, store.capacity - exact.shape[2])
         store.packed = None if words is None else Packed(words, scales, centres)
-        store.channel_scale = channel_scale
+        if store.calibrated is None:
+            store.channel_scale = channel_scale
         return store
 
     def _most_blocks(self) -> int:
@@ -342,11 +370,18 @@ class BatchRotorKVCache(_BaseCache):
             mask = mx.ones((length, counts.tokens + length), mx.bool_)
         return mask
 
-    def _pack_tails(self) -> None:
+    def _views(
+        self, stores: tuple[BatchStore, BatchStore], rows: Sequence[Row]
+    ) -> tuple[KVView, KVView]:
+        lengths = [(row.counts.packed, row.counts.tokens + row.right) for row in rows]
+        sink = self.config.sink
+        return stores[0].view_rows(sink, lengths), stores[1].view_rows(sink, lengths)
+
+    def _pack_tails(self, stores: Sequence[BatchStore], rows: Sequence[Row]) -> None:
         """Pack what the tails hold beyond the window; rows alike are encoded in one call."""
         while True:
             alike: dict[tuple[int, ...], list[int]] = {}
-            for index, row in enumerate(self.rows):
+            for index, row in enumerate(rows):
                 count = row.counts.packable(self.config)
                 if count and self._max_blocks is not None:
                     slot = row.counts.next_block % self._max_blocks
@@ -358,20 +393,20 @@ class BatchRotorKVCache(_BaseCache):
             if not alike:
                 break
             for (count, *_), indices in alike.items():
-                counts = [self.rows[i].counts for i in indices]
-                for store in self._stores:
+                counts = [rows[i].counts for i in indices]
+                for store in stores:
                     store.pack_rows(self.config.sink, count, indices, counts)
                 for c in counts:
                     c.add_packed(count, self._max_blocks)
-        longest = max(row.counts.exact + row.right for row in self.rows)
-        for store in self._stores:
+        longest = max(row.counts.exact + row.right for row in rows)
+        for store in stores:
             store.shrink(longest)
 
 
 class BatchStore(Store):
     """The keys or the values of several sequences; a row lies in it as by itself.
 
-    The channel scale, where there is one, is float32 ``[B, K, D]``.
+    A channel scale that is taken from the first packed block is float32 ``[B, K, D]``.
     """
 
     def append_rows(self, x: mx.array, exact: Sequence[int], skipped: Sequence[int]) -> None:
@@ -412,7 +447,7 @@ class BatchStore(Store):
         """
         x = self._rows(self.exact[:, :, sink : sink + count], rows)
         filled = counts[0].packed % BLOCK
-        scale = None
+        scale = self.channel_scale
         if self.scales_channels:
             scale = self._channel_scale(
                 x, rows[0], is_first=counts[0].packed == counts[0].evicted == 0
@@ -483,7 +518,7 @@ class BatchStore(Store):
         """Keep these rows, and so many blocks of them."""
         index = mx.array(rows, mx.int32)
         self.exact = self.exact[index]
-        if self.channel_scale is not None:
+        if self.scales_channels and self.channel_scale is not None:
             self.channel_scale = self.channel_scale[index]
         if self.packed is not None:
             kept = (a if a is None else a[index, :, :blocks] for a in self.packed)
@@ -494,19 +529,21 @@ class BatchStore(Store):
         packed = Packed(None, None, None)
         if self.packed is not None and blocks:
             packed = Packed(*(a if a is None else a[:, :, :blocks] for a in self.packed))
-        return self.exact[:, :, :exact_tokens], *packed, self.channel_scale
+        return self.exact[:, :, :exact_tokens], *packed, self.saved_scale
 
     def single(self, row: int, counts: Counts, config: RotorConfig) -> Store:
         """A copy of one row."""
         part = slice(row, row + 1)
-        store = Store(self.codec, config, self.exact[part, :, : counts.exact], self.max_blocks)
+        exact = self.exact[part, :, : counts.exact]
+        place = self.layer, self.codec.role
+        store = Store(config, *place, exact, self.calibrated, self.max_blocks)
         if counts.packed:
             blocks = -(-counts.packed // BLOCK)
             packed = self.packed or Packed(None, None, None)
             store.packed = Packed(
                 *(a if a is None else with_room(a[part, :, :blocks], 0) for a in packed)
             )
-            if self.channel_scale is not None:
+            if self.scales_channels and self.channel_scale is not None:
                 store.channel_scale = mx.contiguous(self.channel_scale[row])
         return store
 
@@ -559,8 +596,7 @@ class BatchStore(Store):
                     for place, p in enumerate(pattern)
                 )
             )
-        out.channel_scale = None
-        if any(store.channel_scale is not None for store in filled):
+        if first.scales_channels and any(store.channel_scale is not None for store in filled):
             out.channel_scale = mx.concatenate(
                 [_scale_rows(store, n, heads, head_dim) for store, n in given]
             )
@@ -585,8 +621,20 @@ def _scale_rows(store: Store | None, rows: int, heads: int, head_dim: int) -> mx
 def _check_same(caches: Sequence[Any]) -> None:
     """Refuse caches that cannot be rows of one batch."""
     kinds = {(cache.config.to_json(), cache.layer, cache.max_size) for cache in caches}
+    calibrated = [cache.calibrated for cache in caches]
+    if not all(_equal(calibrated[0], other) for other in calibrated):
+        raise ValueError(
+            "[BatchRotorKVCache] Rows of a batch must share their calibration, but two came; make "
+            "their caches anew."
+        )
     if len(kinds) > 1:
         raise ValueError(
             "[BatchRotorKVCache] Rows of a batch must share configuration, layer and max_kv_size, "
             f"but they have {sorted(map(str, kinds))}; make them alike."
         )
+
+
+def _equal(a: Calibrated | None, b: Calibrated | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return all(x is y or mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))

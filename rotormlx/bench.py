@@ -107,7 +107,7 @@ def run(
             f"[bench] Contexts, repeats and decode tokens must be at least 1, but "
             f"{', '.join(map(str, contexts))}, {repeats} and {decode_tokens} came."
         )
-    schemes = [rivals.scheme(name) for name in dict.fromkeys(names)]
+    schemes = [rivals.scheme(name).bound(model) for name in dict.fromkeys(names)]
     progress = progress or Progress(disable=True)
     ids = tokenizer.encode(quality.default_text()[: 8 * max(contexts)])
     ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again

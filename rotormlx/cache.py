@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, VALUE, codec
-from rotormlx.store import Counts, Store, check_update, damaged, max_blocks
+from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, ROLES, VALUE
+from rotormlx.store import (
+    Calibrated,
+    Counts,
+    Store,
+    calibrated_of,
+    check_growth,
+    check_update,
+    damaged,
+    max_blocks,
+)
 from rotormlx.view import KVView
 
 # Tokens of a filled cache that are converted at once: bounds the memory a conversion takes.
@@ -32,6 +42,8 @@ class RotorKVCache(_BaseCache):
         layer: Index of the layer in the model; selects its rotations.
         max_size: The most tokens to hold; None for no limit. Beyond it the oldest packed block
             goes; the sink stays, and positions keep growing.
+        calibrated: Of a calibrated configuration, for keys and values: the channel scales, float32
+            ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
 
     Raises:
         ValueError: If ``max_size`` has no room for sink, window and a block.
@@ -40,11 +52,16 @@ class RotorKVCache(_BaseCache):
     """
 
     def __init__(
-        self, config: RotorConfig | None = None, layer: int = 0, max_size: int | None = None
+        self,
+        config: RotorConfig | None = None,
+        layer: int = 0,
+        max_size: int | None = None,
+        calibrated: Calibrated | None = None,
     ) -> None:
         self.config = config or RotorConfig()
         self.layer = layer
         self.max_size = max_size
+        self.calibrated = calibrated
         self.counts = Counts()
         self._max_blocks = max_blocks(max_size, self.config)
         self._keys: Store | None = None
@@ -68,16 +85,26 @@ class RotorKVCache(_BaseCache):
             Views of all keys and values, in which the tokens just appended are still exact.
 
         Raises:
-            ValueError: If a shape or dtype does not fit; the cache is then unchanged.
+            ValueError: If a shape or dtype does not fit.
+            MemoryError: If MLX's memory limit leaves no room for them.
+
+            Whatever is raised, an interrupt too: the cache is then unchanged.
         """
         check_update(keys, values, self._keys, self._values)
+        counts = replace(self.counts)
         if self._keys is None or self._values is None:
-            self._keys, self._values = self._new_store(KEY, keys), self._new_store(VALUE, values)
-        self._keys.append(keys, self.counts.exact)
-        self._values.append(values, self.counts.exact)
-        self.counts.tokens += keys.shape[2]
-        views = self.keys_and_values()
-        self._pack_tail()
+            key_store, value_store = self._new_store(KEY, keys), self._new_store(VALUE, values)
+        else:
+            key_store, value_store = self._keys.twin(), self._values.twin()
+        check_growth((key_store, value_store), [counts], keys.shape[2], self.config)
+        key_store.append(keys, counts.exact)
+        value_store.append(values, counts.exact)
+        counts.tokens += keys.shape[2]
+        sink = self.config.sink
+        views = key_store.view(sink, counts), value_store.view(sink, counts)
+        self._pack_tail((key_store, value_store), counts)
+        # One step, between whose halves no interrupt comes.
+        vars(self).update(_keys=key_store, _values=value_store, counts=counts)
         return views
 
     def keys_and_values(self) -> tuple[KVView, KVView]:
@@ -175,7 +202,7 @@ class RotorKVCache(_BaseCache):
         """
         self.config, self.layer, self.max_size, self.counts = _read_header(state)
         self._max_blocks = max_blocks(self.max_size, self.config)
-        self._keys = self._values = None
+        self._keys = self._values = self.calibrated = None
         if len(state) >= _HEADER + 2 * _STORE:
             known = (self.config, self.layer, self.counts)
             first, second = _HEADER + _STORE, _HEADER + 2 * _STORE
@@ -184,6 +211,7 @@ class RotorKVCache(_BaseCache):
             self._keys.max_blocks = self._values.max_blocks = self._max_blocks
             if self._keys.exact.shape[:2] != self._values.exact.shape[:2]:
                 raise damaged("keys and values that agree in batch and KV heads", "others")
+            self.calibrated = calibrated_of(self._keys, self._values)
 
     @property
     def keys(self) -> mx.array | None:
@@ -248,19 +276,20 @@ class RotorKVCache(_BaseCache):
         return self._keys, self._values
 
     def _new_store(self, role: str, like: mx.array) -> Store:
-        chosen = codec(self.config, like.shape[-1], layer=self.layer, role=role)
-        return Store(chosen, self.config, like[:, :, :0], self._max_blocks)
+        calibrated = None if self.calibrated is None else self.calibrated[ROLES.index(role)]
+        like = like[:, :, :0]
+        return Store(self.config, self.layer, role, like, calibrated, self._max_blocks)
 
-    def _pack_tail(self) -> None:
+    def _pack_tail(self, stores: Sequence[Store], counts: Counts) -> None:
         """Pack what the tail holds beyond the window, a block's worth at a time."""
-        while count := self.counts.packable(self.config):
+        while count := counts.packable(self.config):
             if self._max_blocks is not None:
                 # Not beyond the end of the ring in one go.
-                slot = self.counts.next_block % self._max_blocks
+                slot = counts.next_block % self._max_blocks
                 count = min(count, (self._max_blocks - slot) * BLOCK)
-            for store in self._stores:
-                store.pack(self.config.sink, count, self.counts)
-            self.counts.add_packed(count, self._max_blocks)
+            for store in stores:
+                store.pack(self.config.sink, count, counts)
+            counts.add_packed(count, self._max_blocks)
 
     def _positions(self) -> mx.array:
         """The position of every token held, in the order in which attention reads them."""

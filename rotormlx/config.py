@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, fields
 
 BITS = (2, 3, 4, 8)
 ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")
-CHANNEL_SCALES = ("none", "prefill")
+# Not generated from a seed but read from a calibration file, for each layer and KV head.
+CALIBRATED = "calibrated"
+CHANNEL_SCALES = ("none", "prefill", CALIBRATED)
 
 # One stage mixes at most four channels, so an outlier channel stays one: these rotations need a
 # channel scale to be usable (docs/RESULTS.md).
@@ -22,10 +24,11 @@ class RotorConfig:
         key_bits: Bits of one key code: 2, 3, 4 or 8.
         value_bits: Bits of one value code: 2, 3, 4 or 8.
         rotation: One of ``cascade``, ``rotor3``, ``iso4``, ``planar2``, ``hadamard``, ``dense``,
-            ``identity``.
+            ``identity``; or ``calibrated``, a matrix for each KV head from a calibration file.
         channel_scale: ``"none"``, ``"prefill"`` (the root mean square of each channel over the
-            first packed block, then frozen), or None for the default of the rotation: ``prefill``
-            for the one-stage rotations, ``none`` for the others.
+            first packed block, then frozen), ``"calibrated"`` (from a calibration file), or None
+            for the default of the rotation: ``prefill`` for the one-stage rotations, ``none`` for
+            the others.
         sink: Tokens at the start of a sequence that stay exact (attention sinks).
         window: Most recent tokens that are always exact.
         seed: Selects the rotations; two caches agree only if their seeds do.
@@ -47,9 +50,14 @@ class RotorConfig:
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
             _require_choice(name, getattr(self, name), BITS)
-        _require_choice("rotation", self.rotation, ROTATIONS)
+        _require_choice("rotation", self.rotation, (*ROTATIONS, CALIBRATED))
         if self.channel_scale is not None:
             _require_choice("channel_scale", self.channel_scale, CHANNEL_SCALES)
+        if self.rotation == CALIBRATED and self.channel_scale not in (None, "none"):
+            raise ValueError(
+                "[RotorConfig] A calibrated rotation holds the channel scale, but channel_scale "
+                f"{self.channel_scale!r} was given; leave it out."
+            )
         for name, limit in (("sink", 2**20), ("window", 2**20), ("seed", 2**63)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < limit:
@@ -64,6 +72,11 @@ class RotorConfig:
         if self.channel_scale is None:
             return self.rotation in ONE_STAGE_ROTATIONS
         return self.channel_scale == "prefill"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether what a calibration file holds is needed, scales or rotations."""
+        return CALIBRATED in (self.rotation, self.channel_scale)
 
     def to_json(self) -> str:
         """The configuration as one line of JSON, the form it has inside a saved cache."""

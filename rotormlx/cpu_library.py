@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,63 +24,17 @@ from rotormlx.rotation import Rotation
 
 # Where hatch_build.py puts it.
 PATH = Path(__file__).parent / "librotormlx_cpu.so"
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 
-class _Stage(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("start", "radix", "stride", "outer")),
-        ("blocks", ctypes.c_void_p),
-    )
-
-
-class _Rotation(ctypes.Structure):
-    _fields_ = (
-        ("head_dim", ctypes.c_int64),
-        ("stage_count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("stages", "matrix", "inverse_transpose")),
-    )
-
-
-class _Packed(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("words", "scales", "centres", "channel_scale")),
-        ("rotation", ctypes.c_void_p),
-        ("bits", ctypes.c_int64),
-        ("is_key", ctypes.c_int64),
-    )
-
-
-class _CodecCall(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_void_p),
-        ("packed", _Packed),
-        *((name, ctypes.c_int64) for name in ("given_centres", "threads", "variant")),
-    )
-
-
-class _AttendCall(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("queries", "output", "key_exact", "value_exact")),
-        ("keys", _Packed),
-        ("values", _Packed),
-        *((name, ctypes.c_void_p) for name in ("lengths", "mask", "sinks")),
-        *((name, ctypes.c_int64) for name in ("sink", "causal")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("threads", "variant")),
-    )
-
-
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """Packed blocks of keys or values, each array as docs/FORMAT.md has it.
 
-    Args:
-        codec: Role, bits and rotation.
-        words: uint32 ``[B, K, N, rows, lanes]``; None where nothing is packed, and the others then.
-        scales: float16 ``[B, K, N, 64]``.
-        centres: float16 ``[B, K, N, D]``; None for values.
-        channel_scale: float32 ``[K, D]`` or ``[B, K, D]``; None for 1.
+    codec: Role, bits and rotation.
+    words: uint32 ``[B, K, N, rows, lanes]``; None where nothing is packed, and the others then.
+    scales: float16 ``[B, K, N, 64]``.
+    centres: float16 ``[B, K, N, D]``; None for values.
+    channel_scale: float32 ``[K, D]`` or ``[B, K, D]``; None for 1.
     """
 
     codec: Codec
@@ -186,38 +140,38 @@ def attend(
 
     Source: docs/FORMAT.md, section 7.
     """
-    keep: list[Any] = []
+    keys, values = blocks
+    arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sinks)
+    capsules = _described(arrays)
     counts = [n for pair in lengths for n in pair]
-    call = _AttendCall(
-        _pointer(queries, keep),
-        _pointer(output, keep),
-        *(_pointer(a, keep) for a in exact),
-        *(_packed(b, keep) for b in blocks),
-        ctypes.addressof(pairs := (ctypes.c_int64 * len(counts))(*counts)),
-        _pointer(mask, keep),
-        _pointer(sinks, keep),
+    call = struct.pack(
+        f"=24qd{len(counts)}q",
+        *_addresses(capsules),
+        *_coding(keys.codec),
+        *_coding(values.codec),
         sink,
         causal,
-        scale,
         threads or thread_count(),
         variant,
+        scale,
+        *counts,
     )
-    keep.append(pairs)
-    _check(_library().rotormlx_attend(ctypes.byref(call)))
+    _check(_library().rotormlx_attend(call))
 
 
 def _codec_call(
     function: str, rows: Any, blocks: Blocks, given_centres: bool, threads: int | None, variant: int
 ) -> None:
-    keep: list[Any] = []
-    call = _CodecCall(
-        _pointer(rows, keep),
-        _packed(blocks, keep),
+    capsules = _described((rows, *blocks[1:]))
+    call = struct.pack(
+        "=11q",
+        *_addresses(capsules),
+        *_coding(blocks.codec),
         given_centres,
         threads or thread_count(),
         variant,
     )
-    _check(getattr(_library(), function)(ctypes.byref(call)))
+    _check(getattr(_library(), function)(call))
 
 
 def _check(message: bytes | None) -> None:
@@ -225,15 +179,17 @@ def _check(message: bytes | None) -> None:
         raise RuntimeError(f"[cpu] The library cannot do this: {message.decode()}.")
 
 
-def _packed(blocks: Blocks, keep: list[Any]) -> _Packed:
-    codec = blocks.codec
-    arrays = (blocks.words, blocks.scales, blocks.centres, blocks.channel_scale)
-    return _Packed(
-        *(_pointer(a, keep) for a in arrays),
-        _rotation(codec.rotation)[0],
-        codec.bits,
-        codec.role == KEY,
-    )
+def _described(arrays: Iterable[Any]) -> list[Any]:
+    """The DLPack descriptions of arrays, which have to live as long as they are read."""
+    return [None if a is None else a.__dlpack__() for a in arrays]
+
+
+def _addresses(capsules: list[Any]) -> list[int]:
+    return [0 if c is None else _capsule_pointer(c, b"dltensor") for c in capsules]
+
+
+def _coding(codec: Codec) -> tuple[int, int, bool]:
+    return _rotation(codec.rotation)[0], codec.bits, codec.role == KEY
 
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -241,39 +197,26 @@ _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
-def _pointer(array: Any, keep: list[Any]) -> int | None:
-    """The address of an array's DLPack description, which lives as long as ``keep`` does."""
-    if array is None:
-        return None
-    capsule = array.__dlpack__()
-    keep.append(capsule)
-    address: int = _capsule_pointer(capsule, b"dltensor")
-    return address
-
-
 @cache
 def _rotation(rotation: Rotation) -> tuple[int, object]:
     """The address of a rotation in the library's form, and what keeps it alive."""
-    blocks = [np.ascontiguousarray(stage.blocks, np.float32) for stage in rotation.stages]
-    stages = (_Stage * len(blocks))(
-        *(
-            _Stage(stage.start, stage.radix, stage.stride, stage.outer, block.ctypes.data)
-            for stage, block in zip(rotation.stages, blocks, strict=True)
-        )
+    keep = [np.ascontiguousarray(stage.blocks, np.float32) for stage in rotation.stages]
+    stages = np.array(
+        [
+            (stage.start, stage.radix, stage.stride, stage.outer, block.ctypes.data)
+            for stage, block in zip(rotation.stages, keep, strict=True)
+        ],
+        np.int64,
     )
-    matrices = []
+    matrices = [0, 0]
     if not rotation.stages and rotation.name != "identity":
-        inverse_transpose = rotation.inverse.T
-        matrices = [
-            np.ascontiguousarray(m, np.float32) for m in (rotation.matrix, inverse_transpose)
-        ]
-    made = _Rotation(
-        rotation.head_dim,
-        len(blocks),
-        ctypes.addressof(stages),
-        *(m.ctypes.data for m in matrices),
-    )
-    return ctypes.addressof(made), (made, stages, blocks, matrices)
+        inverse_transpose = np.swapaxes(rotation.inverse, -1, -2)
+        keep += [np.ascontiguousarray(m, np.float32) for m in (rotation.matrix, inverse_transpose)]
+        matrices = [m.ctypes.data for m in keep]
+    matrix_stride = rotation.head_dim**2 if rotation.is_per_head else 0
+    numbers = (rotation.head_dim, len(stages), stages.ctypes.data, *matrices, matrix_stride)
+    made = np.array(numbers, np.int64)
+    return made.ctypes.data, (made, stages, keep)
 
 
 def _library() -> ctypes.CDLL:
@@ -299,6 +242,6 @@ def _load() -> ctypes.CDLL | str:
     library.rotormlx_variant.restype = ctypes.c_char_p
     for name in ("encode", "decode", "attend"):
         function = getattr(library, f"rotormlx_{name}")
-        function.argtypes = (ctypes.c_void_p,)
+        function.argtypes = (ctypes.c_char_p,)
         function.restype = ctypes.c_char_p
     return library

@@ -11,6 +11,7 @@ done to it.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,7 +34,16 @@ _VARARGS = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
 # load_prompt_cache and CacheList look a class up by its name in the globals of their module.
 _CLASSES = (RotorKVCache, BatchRotorKVCache)
 
-_attended: ContextVar[list[tuple[Any, Any]] | None] = ContextVar("attended", default=None)
+
+class Attended(NamedTuple):
+    """What reached :func:`attend` with compressed keys: queries ``[B, H, L, D]`` and handles."""
+
+    queries: mx.array
+    keys: KVView
+    values: KVView
+
+
+_attended: ContextVar[list[Attended] | None] = ContextVar("attended", default=None)
 _pretend: ContextVar[bool] = ContextVar("pretend", default=False)
 
 
@@ -71,6 +81,8 @@ EXCHANGES = (
 )
 # By name, a function with the code that mlx-lm came with; empty while nothing is changed.
 _original: dict[str, FunctionType] = {}
+# Held while mlx-lm is changed, and while who uses the change is counted.
+lock = threading.RLock()
 
 
 def install() -> None:
@@ -82,28 +94,30 @@ def install() -> None:
         RuntimeError: If the installed mlx-lm is older than tested, or one of the functions has
             another signature; nothing is changed then.
     """
-    if _original:
-        return
-    _check_version(mlx_lm.__version__)
-    for exchange in EXCHANGES:
-        _check_signature(exchange)
-    for exchange in EXCHANGES:
-        function = exchange.function
-        _original[exchange.name] = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__
-        )
-        function.__code__ = exchange.replacement.__code__
-    vars(mlx_lm_cache).update({kind.__name__: kind for kind in _CLASSES})
+    with lock:
+        if _original:
+            return
+        _check_version(mlx_lm.__version__)
+        for exchange in EXCHANGES:
+            _check_signature(exchange)
+        for exchange in EXCHANGES:
+            function = exchange.function
+            _original[exchange.name] = FunctionType(
+                function.__code__, function.__globals__, function.__name__, function.__defaults__
+            )
+            function.__code__ = exchange.replacement.__code__
+        vars(mlx_lm_cache).update({kind.__name__: kind for kind in _CLASSES})
 
 
 def remove() -> None:
     """Give mlx-lm back the code objects it came with; calling it again changes nothing."""
-    if not _original:
-        return
-    for exchange in EXCHANGES:
-        exchange.function.__code__ = _original.pop(exchange.name).__code__
-    for kind in _CLASSES:
-        vars(mlx_lm_cache).pop(kind.__name__, None)
+    with lock:
+        if not _original:
+            return
+        for exchange in EXCHANGES:
+            exchange.function.__code__ = _original.pop(exchange.name).__code__
+        for kind in _CLASSES:
+            vars(mlx_lm_cache).pop(kind.__name__, None)
 
 
 def installed() -> bool:
@@ -112,13 +126,13 @@ def installed() -> bool:
 
 
 @contextmanager
-def record_attention(*, pretend: bool = False) -> Iterator[list[tuple[Any, Any]]]:
-    """Collect the ``(keys, values)`` handles that reach :func:`attend` in this context.
+def record_attention(*, pretend: bool = False) -> Iterator[list[Attended]]:
+    """Collect the queries and handles that reach :func:`attend` in this context.
 
     Args:
         pretend: Whether attention over handles only checks its arguments and gives zeros.
     """
-    seen: list[tuple[Any, Any]] = []
+    seen: list[Attended] = []
     tokens = _attended.set(seen), _pretend.set(pretend)
     try:
         yield seen
@@ -157,7 +171,7 @@ def attend(
         return out
     seen = _attended.get()
     if seen is not None:
-        seen.append((keys, values))
+        seen.append(Attended(queries, keys, values))
     if _pretend.get():
         check(queries, keys, values, mask, sinks)
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,9 +13,11 @@ import mlx_lm
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache
 
+from rotormlx import calibration as calibration_file
 from rotormlx import hook
 from rotormlx.cache import RotorKVCache
-from rotormlx.config import RotorConfig
+from rotormlx.calibration import Calibration
+from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.probe import compress, probe
 from rotormlx.report import Report
 
@@ -30,6 +34,7 @@ class CompressedCaches:
         own: What ``make_cache`` the instance had, if it did not have its class's.
         config: How keys and values are compressed.
         report: What the model's caches become.
+        calibration: Of a calibrated configuration, else None.
     """
 
     def __init__(
@@ -38,12 +43,14 @@ class CompressedCaches:
         own: CacheMaker | None,
         config: RotorConfig,
         report: Report,
+        calibration: Calibration | None,
     ) -> None:
         # Not the model itself: a cycle would keep its weights after the last use of the model.
         self.model = weakref.ref(model)
         self.own = own
         self.config = config
         self.report = report
+        self.calibration = calibration
 
     def __call__(self) -> list[Any]:
         """Make caches for one sequence."""
@@ -55,18 +62,25 @@ class CompressedCaches:
         Raises:
             ValueError: If that has no room for sink, window and a block.
         """
-        # A copy of a model outlives remove() of the model it was copied from.
-        hook.install()
-        own = _own_caches(self.model(), self.own)
-        return compress(own, lambda layer: RotorKVCache(self.config, layer, max_kv_size))
+        model = self.model()
+        with hook.lock:
+            # A copy of a model outlives remove() of the model it was copied from.
+            hook.install()
+            if model is not None:
+                _users[id(model)] = weakref.ref(model)
+        own = _own_caches(model, self.own)
+        return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
         """A copy for the copy of the model that is being made."""
         model: Any = self.model()
-        return CompressedCaches(memo.get(id(model), model), self.own, self.config, self.report)
+        twin = memo.get(id(model), model)
+        return CompressedCaches(twin, self.own, self.config, self.report, self.calibration)
 
 
-def apply(model: Module, config: RotorConfig | None = None) -> Report:
+def apply(
+    model: Module, config: RotorConfig | None = None, calibration: Calibration | None = None
+) -> Report:
     """Make a model use compressed caches from now on.
 
     ``generate``, ``stream_generate`` and everything else of mlx-lm that asks the model for its
@@ -75,19 +89,23 @@ def apply(model: Module, config: RotorConfig | None = None) -> Report:
     Args:
         model: What ``mlx_lm.load`` returned first.
         config: How keys and values are compressed; the default configuration if None.
+        calibration: What :func:`rotormlx.calibrate` made of this model; the configuration becomes
+            a calibrated one then. A calibrated configuration without it takes the calibration that
+            is kept for the model.
 
     Returns:
         What is compressed, layer by layer, and what is left alone and why.
 
     Raises:
-        ValueError: If nothing in the model can be compressed, or its attention does not go
-            through mlx-lm's; nothing is changed then.
+        ValueError: If nothing in the model can be compressed, its attention does not go through
+            mlx-lm's, or a calibration is missing or does not fit; nothing is changed then.
         RuntimeError: If the installed mlx-lm is not one that rotormlx can extend.
     """
     config = config or RotorConfig()
     own = _own_attribute(model)
-    report = _probe(model, own, config)
-    model.make_cache = CompressedCaches(model, own, config, report)
+    with hook.lock:
+        report, calibration = _probe(model, own, config, calibration)
+    model.make_cache = CompressedCaches(model, own, report.config, report, calibration)
     return report
 
 
@@ -104,28 +122,46 @@ def remove(model: Module) -> None:
         del model.make_cache
         if maker.own is not None:
             model.make_cache = maker.own
-    _users.pop(id(model), None)
-    if all(user() is None for user in _users.values()):
-        hook.remove()
+    with hook.lock:
+        _users.pop(id(model), None)
+        if all(user() is None for user in _users.values()):
+            hook.remove()
 
 
-def load(path_or_repo: str, config: RotorConfig | None = None, **kwargs: Any) -> tuple[Any, ...]:
+def load(
+    path_or_repo: str,
+    config: RotorConfig | None = None,
+    calibration: str | Path | None = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
     """Load a model and its tokenizer, with compressed caches.
+
+    Where ``rotormlx calibrate`` has kept a calibration of the model, it is used, unless the
+    configuration names another rotation than the default or a channel scale (``"none"``, say).
 
     Args:
         path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
         config: How keys and values are compressed; the default configuration if None.
+        calibration: A calibration file to use instead of the one that is kept for the model.
         **kwargs: Everything else that ``mlx_lm.load`` takes.
 
     Returns:
         What ``mlx_lm.load`` returns: ``(model, tokenizer)``.
 
     Raises:
-        ValueError: As :func:`apply`, before any weight is read.
+        ValueError: As :func:`apply`, before any weight is read unless there is a calibration.
     """
     lazy = kwargs.pop("lazy", False)
+    config = config or RotorConfig()
     loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
-    apply(loaded[0], config)
+    model = loaded[0]
+    apply(model, replace(config, rotation=ROTATIONS[0], channel_scale=None))
+    found = None
+    if calibration is not None:
+        found = calibration_file.load(calibration, model)
+    elif config.rotation == ROTATIONS[0] and config.channel_scale is None:
+        found = calibration_file.find(model)
+    apply(model, config, found)
     if not lazy:
         mx.eval(loaded[0].parameters())
     return loaded
@@ -157,9 +193,24 @@ def make_prompt_cache(
         return maker.limited(max_kv_size)
     config = config or RotorConfig()
     own = _own_attribute(model)
-    _probe(model, own, config)
-    chosen = config
-    return compress(_own_caches(model, own), lambda layer: RotorKVCache(chosen, layer, max_kv_size))
+    with hook.lock:
+        report, calibration = _probe(model, own, config, None)
+    return compress(_own_caches(model, own), cache_factory(report.config, calibration, max_kv_size))
+
+
+def cache_factory(
+    config: RotorConfig, calibration: Calibration | None, max_kv_size: int | None = None
+) -> Callable[[int], RotorKVCache]:
+    """What makes the compressed cache of a layer, by its index."""
+    return lambda layer: RotorKVCache(
+        config, layer, max_kv_size, None if calibration is None else calibration.of(layer)
+    )
+
+
+def model_calibration(model: Module) -> Calibration | None:
+    """The calibration that a model's compressed caches use, or None."""
+    maker = _maker(model)
+    return None if maker is None else maker.calibration
 
 
 def model_report(model: Module) -> Report:
@@ -187,11 +238,24 @@ def _maker(model: Module) -> CompressedCaches | None:
     return maker if isinstance(maker, CompressedCaches) else None
 
 
-def _probe(model: Module, own: CacheMaker | None, config: RotorConfig) -> Report:
-    """Probe a model; it uses the hook from now on."""
+def _probe(
+    model: Module, own: CacheMaker | None, config: RotorConfig, calibration: Calibration | None
+) -> tuple[Report, Calibration | None]:
+    """Probe a model and see to its calibration; it uses the hook from now on."""
+    was_installed = hook.installed()
     report = probe(model, _own_caches(model, own), config)
+    try:
+        if calibration is None and config.is_calibrated:
+            calibration = calibration_file.required(model, config)
+        if calibration is not None:
+            report = replace(report, config=calibration.configured(config))
+            calibration.check(report)
+    except BaseException:
+        if not was_installed:
+            hook.remove()
+        raise
     _users[id(model)] = weakref.ref(model)
-    return report
+    return report, calibration
 
 
 def _own_attribute(model: Module) -> CacheMaker | None:

@@ -1,4 +1,4 @@
-"""The commands that measure: ``rotormlx quality``, ``rotormlx needle`` and ``rotormlx bench``."""
+"""The commands that measure: ``quality``, ``needle``, ``bench`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ Schemes = Annotated[
     typer.Option(
         help="Schemes, separated by spaces: exact, or [FAMILY-]kBITSvBITS[:OPTION,...]. Families: "
         "the rotations, affine (mlx-lm's own), kivi, turboquant, rotorquant. Options: sink=N, "
-        "window=N, seed=N, scale=NAME, bare (no sink and window), qjl, centred."
+        "window=N, seed=N, scale=NAME, calibrated=TRANSFORM, bare (no sink and window), "
+        "qjl, centred."
     ),
 ]
 Output = Annotated[Path | None, typer.Option(help="A directory for the files with the results.")]
@@ -39,7 +40,7 @@ Output = Annotated[Path | None, typer.Option(help="A directory for the files wit
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (quality, needle, bench):
+    for command in (quality, needle, bench, calibrate):
         app.command()(command)
 
 
@@ -150,6 +151,52 @@ def bench(
             )
     console.print(module.table(result))
     _save(output, "bench", result, module.markdown(result), module.plot(result))
+
+
+def calibrate(
+    model: Model = None,
+    *,
+    transform: Annotated[
+        str,
+        typer.Option(
+            help="scale: a factor a channel; rotors: learned rotors besides; klt: a matrix a KV "
+            "head."
+        ),
+    ] = "scale",
+    text: Annotated[
+        Path | None, typer.Option(help="A text file; prose of CPython's documentation if none.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of it to read, from its end.")] = 512,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A .safetensors file; where the model finds it by itself if none."),
+    ] = None,
+) -> None:
+    """Read a short text and keep what compresses this model's cache best."""
+    with _refusing("[calibration]", "[smollm2]", "[hook]"):
+        module = importlib.import_module("rotormlx.calibration")
+        words = None if text is None else _read(text)
+        console, path, (loaded, tokenizer) = _load(model)
+        with _progress(console) as progress:
+            task = progress.add_task(f"Calibrating {path.name}", total=tokens + len(loaded.layers))
+            found = module.calibrate(
+                loaded,
+                tokenizer,
+                transform=transform,
+                text=words,
+                tokens=tokens,
+                progress=lambda n: progress.advance(task, n),
+            )
+        target = output or module.default_path(loaded, transform)
+        if output is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        found.save(target)
+    console.print(
+        f"{path.name}: {transform} of {len(found.layers)} layers from {found.tokens} tokens, "
+        f"{found.numbers_a_head:,} numbers a KV head, {target.stat().st_size / 1e6:.2f} MB",
+        highlight=False,
+    )
+    typer.echo(f"wrote {target}", err=True)
 
 
 def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:

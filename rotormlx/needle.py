@@ -1,12 +1,12 @@
 """Retrieval through a compressed cache: is what stands far back in a text still found?
 
-Two kinds of needle. A **fact** is a sentence in prose ("The secret number of Oslo is 4829.") that a
-question behind the text asks for. A **copy** is a place in a text of random tokens: given the eight
-tokens before it again, the model has to go on with the next ones. Either counts as found if every
+Two kinds of needle in prose. A **fact** is a sentence ("The secret number of Oslo is 4829.") that a
+question behind the text asks for. A **copy** is a run of 17 random tokens, said three times on end:
+given the first 16 again, the model has to go on with the last. Either counts as found if every
 token of the answer is the most likely one, which is what greedy decoding would give.
 
 A text is read once and asked for all of its needles, each time from a copy of the caches as they
-were. Every answer lies in packed bytes, or the run stops.
+were. Every needle lies in packed bytes, or the run stops.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -32,7 +33,10 @@ from rotormlx.rivals import EXACT, Scheme
 KINDS = ("fact", "copy")
 DEPTHS = 5  # equal parts of a text
 CHUNK = 256
-COPY_BEFORE, COPY_ANSWER = 8, 4
+COPY_BEFORE, COPY_TIMES = 16, 3
+# Tokens of a text for each needle, and those that hold none: a start, and more than a window.
+ROOM = {"fact": 40, "copy": 64}
+START, END = 16, 208
 # Names that do not begin alike, so that a model can tell them apart.
 PLACES = (
     "Oslo", "Cairo", "Lima", "Tokyo", "Paris", "Boston", "Dublin", "Madrid", "Naples", "Quito",
@@ -46,12 +50,14 @@ class Question:
     """One needle and how it is asked for.
 
     Args:
-        position: Where its answer begins in the text, in tokens.
+        first: Where the needle begins in the text, in tokens.
+        end: Where it ends, with its answer.
         tokens: What is read behind the text: the question, and the answer but its last token.
         answer: The tokens that must come.
     """
 
-    position: int
+    first: int
+    end: int
     tokens: tuple[int, ...]
     answer: tuple[int, ...]
 
@@ -109,6 +115,23 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Two schemes on the same needles: what the second lost and gained against the first."""
+
+    lost: int
+    gained: int
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact test: how likely so uneven a split is if neither is better."""
+        differing = self.lost + self.gained
+        return float(binomtest(self.lost, differing).pvalue) if differing else 1.0
+
+    def __str__(self) -> str:
+        return f"-{self.lost} +{self.gained}, p = {self.p:.2g}"
+
+
+@dataclass(frozen=True)
 class Result:
     """All trials of a run, and what was run; fields as in :class:`rotormlx.quality_run.Result`."""
 
@@ -130,14 +153,28 @@ class Result:
 
     def share(self, **wanted: object) -> Share:
         """Of the trials whose fields are as wanted; ``part`` is the part of the text, 0 to 4."""
-        part = wanted.pop("part", None)
-        chosen = [
+        chosen = self._found(**wanted)
+        return Share(sum(chosen), len(chosen))
+
+    def pairs(self, reference: str, scheme: str, **wanted: object) -> Pairs:
+        """A scheme against a reference, needle by needle, where fields are as wanted."""
+        # The trials of every scheme are in the same order.
+        both = list(
+            zip(
+                self._found(scheme=reference, **wanted),
+                self._found(scheme=scheme, **wanted),
+                strict=True,
+            )
+        )
+        return Pairs(both.count((True, False)), both.count((False, True)))
+
+    def _found(self, *, part: object = None, **wanted: object) -> list[bool]:
+        return [
             trial.found
             for trial in self.trials
             if all(getattr(trial, name) == value for name, value in wanted.items())
             and part in (None, min(int(trial.depth * DEPTHS), DEPTHS - 1))
         ]
-        return Share(sum(chosen), len(chosen))
 
 
 def run(
@@ -164,35 +201,37 @@ def run(
         command: What the report gives as the command.
         lengths: Tokens of the texts.
         trials: Least number of trials of each kind and scheme, over all lengths.
-        needles: Needles in one text.
+        needles: Most needles in one text; a short one has room for fewer.
         kinds: Kinds of needle.
         seed: Selects the texts.
         progress: Shows what is read, if given.
 
     Raises:
         ValueError: If a name is no scheme, or a text is too short for its needles.
-        RuntimeError: If an answer does not lie in packed bytes.
+        RuntimeError: If a needle does not lie in packed bytes.
     """
     if set(kinds) - set(KINDS) or trials < 1 or not 1 <= needles <= len(PLACES):
         raise ValueError(
             f"[needle] Kinds of {', '.join(KINDS)}, at least 1 trial and 1 to {len(PLACES)} "
             f"needles a text are required, but {', '.join(kinds)}, {trials} and {needles} came."
         )
-    schemes = [rivals.scheme(name) for name in dict.fromkeys((EXACT, *names))]
+    schemes = [rivals.scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
     progress = progress or Progress(disable=True)
-    texts = -(-trials // (needles * len(lengths)))
-    stacks = [
-        haystack(tokenizer, kind, length, needles, seed=seed + number)
-        for kind in kinds
-        for length in lengths
-        for number in range(texts)
-    ]
-    task = progress.add_task("", total=len(stacks) * len(schemes) * needles)
+    stacks: list[Haystack] = []
+    for kind in kinds:
+        for length in lengths:
+            each_text = min(needles, max(_room(length) // ROOM[kind], 1))
+            texts = -(-trials // (each_text * len(lengths)))
+            stacks += [
+                haystack(tokenizer, kind, length, each_text, seed=seed + number)
+                for number in range(texts)
+            ]
+    task = progress.add_task("", total=len(schemes) * sum(len(stack.questions) for stack in stacks))
     done: list[Trial] = []
     was_installed = hook.installed()
     hook.install()
     try:
-        with numpy_linear():
+        with numpy_linear(), _float32(model):
             for stack in stacks:
                 for each in schemes:
                     progress.update(task, description=f"{stack.kind}: {each.name}")
@@ -216,7 +255,7 @@ def search(
     """Read a text through a scheme's caches and ask for each of its needles.
 
     Raises:
-        RuntimeError: If an answer does not lie in packed bytes.
+        RuntimeError: If a needle does not lie in packed bytes.
     """
     caches = each.caches(model)
     length = len(stack.tokens)
@@ -228,7 +267,7 @@ def search(
         logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
         best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
         found = bool((best == question.answer).all())
-        yield Trial(each.name, stack.kind, length, question.position / length, found)
+        yield Trial(each.name, stack.kind, length, question.first / length, found)
         if advance is not None:
             advance()
 
@@ -247,67 +286,65 @@ def haystack(tokenizer: Any, kind: str, length: int, needles: int, *, seed: int)
         ValueError: If the text has no room for them.
     """
     rng = np.random.default_rng([seed, length, KINDS.index(kind)])
-    # The first needle lies behind the sink, the last before the window.
-    first, last = 16, length - 208
-    room = (last - first) // needles
-    if room < (40 if kind == "fact" else COPY_BEFORE + COPY_ANSWER):
-        raise ValueError(
-            f"[needle] A text must have 40 tokens a needle and 224 more, but {length} tokens and "
-            f"{needles} needles came; take longer texts or fewer needles."
-        )
-    if kind == "copy":
-        words = np.array(sorted(set(_ids(tokenizer, quality.default_text()[:20_000]))))
-        return _copies(words, length, first, room, needles, rng)
-    return _facts(tokenizer, length, (first, room, needles), rng)
-
-
-def _copies(
-    vocabulary: Any, length: int, first: int, room: int, needles: int, rng: np.random.Generator
-) -> Haystack:
-    tokens = [int(t) for t in rng.choice(vocabulary, length)]
-    questions = []
-    for number in range(needles):
-        at = first + number * room + int(rng.integers(room - COPY_ANSWER + 1))
-        at = max(at, COPY_BEFORE)
-        answer = tokens[at : at + COPY_ANSWER]
-        questions.append(
-            Question(at, (*tokens[at - COPY_BEFORE : at], *answer[:-1]), tuple(answer))
-        )
-    return Haystack("copy", tuple(tokens), tuple(questions))
-
-
-def _facts(
-    tokenizer: Any, length: int, layout: tuple[int, int, int], rng: np.random.Generator
-) -> Haystack:
-    first, room, needles = layout
-    sentences = re.split(r"(?<=\.) ", quality.default_text().replace("\n\n", " "))
-    offset = int(rng.integers(len(sentences)))
-    places = [str(place) for place in rng.permutation(PLACES)[:needles]]
+    sentences = [_ids(tokenizer, f" {sentence}") for sentence in _sentences()]
+    following = int(rng.integers(len(sentences)))
+    places = [str(place) for place in rng.permutation(PLACES)]
+    vocabulary = np.array(sorted({token for sentence in sentences for token in sentence}))
     tokens: list[int] = []
     questions: list[Question] = []
-    while len(tokens) < length:
-        number = len(questions)
-        if number < needles and len(tokens) >= first + number * room:
-            fact = f"The secret number of {places[number]} is"
-            digits = "".join(map(str, rng.integers(10, size=4)))
-            before = _ids(tokenizer, f" {fact}")
-            answer = _ids(tokenizer, f" {fact} {digits}")[len(before) :]
-            asked = _ids(
-                tokenizer,
-                f"\n\nQuestion: What is the secret number of {places[number]}?\nAnswer: {fact}",
-            )
-            position = len(tokens) + len(before)
-            tokens += [*before, *answer, *_ids(tokenizer, ".")]
-            questions.append(Question(position, (*asked, *answer[:-1]), tuple(answer)))
+    distance = _room(length) // needles
+    while len(tokens) < length and distance >= ROOM[kind]:
+        if len(questions) < needles and len(tokens) >= START + len(questions) * distance:
+            if kind == "fact":
+                digits = "".join(map(str, rng.integers(10, size=4)))
+                said, asked, answer = _fact(tokenizer, places[len(questions)], digits)
+                stop = _ids(tokenizer, ".")
+            else:
+                run = [int(t) for t in rng.choice(vocabulary, COPY_BEFORE + 1, replace=False)]
+                said, asked, answer, stop = run * COPY_TIMES, run[:-1], run[-1:], []
+            end = len(tokens) + len(said)
+            questions.append(Question(len(tokens), end, (*asked, *answer[:-1]), tuple(answer)))
+            tokens += [*said, *stop]
         else:
-            tokens += _ids(tokenizer, f" {sentences[offset % len(sentences)]}")
-            offset += 1
-    if len(questions) < needles:
+            tokens += sentences[following % len(sentences)]
+            following += 1
+    if len(questions) < needles or questions[-1].end > length:
         raise ValueError(
-            f"[needle] {needles} needles do not fit into {length} tokens of this tokenizer; take "
-            "longer texts or fewer needles."
+            f"[needle] A text must have {ROOM[kind]} tokens a needle and {START + END} more, but "
+            f"{length} tokens and {needles} needles came, and not all fit; take longer texts or "
+            "fewer needles."
         )
-    return Haystack("fact", tuple(tokens[:length]), tuple(questions))
+    return Haystack(kind, tuple(tokens[:length]), tuple(questions))
+
+
+def _fact(tokenizer: Any, place: str, digits: str) -> tuple[list[int], list[int], list[int]]:
+    """What the text says but its full stop, what is asked, and the answer."""
+    fact = f"The secret number of {place} is"
+    before = _ids(tokenizer, f" {fact}")
+    said = _ids(tokenizer, f" {fact} {digits}")
+    question = f"\n\nQuestion: What is the secret number of {place}?\nAnswer: {fact}"
+    return said, _ids(tokenizer, question), said[len(before) :]
+
+
+def _sentences() -> list[str]:
+    return re.split(r"(?<=\.) ", quality.default_text().replace("\n\n", " "))
+
+
+def _room(length: int) -> int:
+    """Tokens of a text among which needles may begin."""
+    return length - START - END
+
+
+@contextmanager
+def _float32(model: Any) -> Iterator[None]:
+    """Let a model compute in float32 on a CPU, where MLX is slow in 16 bits."""
+    before = model.parameters()
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+    try:
+        yield
+    finally:
+        model.update(before)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -319,12 +356,11 @@ def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
     held = next(cache for _, cache in rivals.compressed(caches))
     sink = getattr(getattr(held, "config", held), "sink", 0)
     for question in stack.questions:
-        end = question.position + len(question.answer)
-        if question.position < sink or end > sink + packed:
+        if question.first < sink or question.end > sink + packed:
             raise RuntimeError(
-                f"[needle] Every answer must lie in packed bytes, but one is tokens "
-                f"{question.position} to {end}, and {each.name} packed {sink} to {sink + packed}; "
-                "take longer texts."
+                f"[needle] Every needle must lie in packed bytes, but one is tokens "
+                f"{question.first} to {question.end}, and {each.name} packed {sink} to "
+                f"{sink + packed}; take longer texts."
             )
 
 
@@ -332,7 +368,10 @@ def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
 
 
 def cells(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a scheme a row; a kind and length, then a kind and part of the text."""
+    """Header and rows: a scheme a row; a kind and length, then a kind and part of the text.
+
+    The last columns are the same needles through the exact cache, and through the first scheme.
+    """
     kinds = dict.fromkeys(trial.kind for trial in result.trials)
     columns: dict[str, dict[str, object]] = {}
     for kind in kinds:
@@ -349,6 +388,12 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
         [name, *(str(result.share(scheme=name, **wanted)) for wanted in columns.values())]
         for name in result.schemes
     ]
+    for reference in result.schemes[:2]:
+        for kind in kinds:
+            columns[f"{kind}, against {reference}"] = {}
+            for row in rows:
+                pairs = result.pairs(reference, row[0], kind=kind)
+                row.append("" if row[0] == reference else str(pairs))
     return ["scheme", *columns], rows
 
 
@@ -375,5 +420,6 @@ def markdown(result: Result) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     return (
         f"{result.model}: share of needles found, {trials} a scheme, with Wilson intervals at "
-        f"95 %.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
+        f"95 %. Against: needles that a scheme lost and gained, with the p of McNemar's exact "
+        f"test.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
     )

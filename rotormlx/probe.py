@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from rotormlx import hook
 from rotormlx.cache import RotorKVCache
-from rotormlx.config import RotorConfig
+from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.report import LayerReport, Report, leaves
 from rotormlx.view import KVView
 
@@ -40,7 +41,9 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
     model_type = str(getattr(model, "model_type", type(model).__name__))
     hook.install()
     try:
-        caches = compress(caches, lambda layer: _ProbeCache(config, layer))
+        # Shapes and bits are the same with a calibration, which needs what is measured here.
+        plain = replace(config, rotation=ROTATIONS[0], channel_scale=None)
+        caches = compress(caches, lambda layer: _ProbeCache(plain, layer))
         if not any(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
             has = ", ".join(sorted({label for _, label, _ in leaves(caches)})) or "nothing"
             reason = f"it must have at least one KVCache, but all it has is {has}"
@@ -65,9 +68,9 @@ def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) 
         touched = f"mlx-lm's attention must get its keys and values untouched, but {brief(error)}"
         raise _refusal(model_type, refused or touched) from error
     handed_out = {(id(k), id(v)) for _, probe in probes for k, v in probe.handed_out}
-    if any((id(keys), id(values)) not in handed_out for keys, values in attended):
+    if any((id(keys), id(values)) not in handed_out for _, keys, values in attended):
         raise _refusal(model_type, "its attention must take keys with their values, but mixes them")
-    reached = {(id(keys), id(values)) for keys, values in attended}
+    reached = {(id(keys), id(values)) for _, keys, values in attended}
     for index, probe in probes:
         if not any((id(keys), id(values)) in reached for keys, values in probe.handed_out):
             raise _refusal(model_type, f"layer {index} must use mlx-lm's attention, but does not")

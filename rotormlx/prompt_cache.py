@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
-from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
-from rotormlx import hook
+from rotormlx import saved_state
+from rotormlx.batch_cache import BatchRotorKVCache
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
+from rotormlx.files import Array
 from rotormlx.fingerprint import fingerprint
 from rotormlx.integration import model_report
-from rotormlx.probe import brief, dims
+from rotormlx.probe import dims
 from rotormlx.report import LayerReport, Report, leaves
+from rotormlx.saved_rules import Shape
+from rotormlx.saved_state import SavedCaches
 
 # The entry of a file's metadata that tells which model's keys and values it holds.
 FINGERPRINT = "rotormlx_model"
+
+# What a file may name, besides CacheList: rotormlx/saved_rules.py has a rule for each.
+_CLASSES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        *(KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache),
+        *(RotorKVCache, BatchRotorKVCache),
+    )
+}
+_DTYPES = {
+    **{mx.bool_: "BOOL", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"},
+    **{mx.uint8: "U8", mx.uint16: "U16", mx.uint32: "U32", mx.uint64: "U64"},
+    **{mx.int8: "I8", mx.int16: "I16", mx.int32: "I32", mx.int64: "I64"},
+}
 
 
 def save_prompt_cache(
@@ -28,20 +45,32 @@ def save_prompt_cache(
 ) -> None:
     """Write caches to a file that only the same model takes back.
 
-    mlx-lm's ``save_prompt_cache`` writes the same file without the model's fingerprint.
+    mlx-lm reads it too, and its own ``save_prompt_cache`` writes the same layout, but without the
+    model's fingerprint and a checksum. The file appears whole or not at all: an interrupt, a full
+    disk or a crash leaves what was there before.
 
     Args:
-        path: A ``.safetensors`` file.
+        path: A ``.safetensors`` file; that suffix is appended where it is missing.
         model: The model that filled the caches.
         caches: Its caches.
         metadata: Texts to keep with them.
+
+    Raises:
+        ValueError: If a cache holds what no file can hold, or ``path`` is no place for a file.
+        OSError: If the disk is full, or the directory is read-only.
     """
     kept = {**(metadata or {}), FINGERPRINT: fingerprint(model)}
-    mlx_lm_cache.save_prompt_cache(path, caches, kept)
+    classes = [type(cache).__name__ for cache in caches]
+    path = path if path.endswith(".safetensors") else f"{path}.safetensors"
+    saved_state.write(path, classes, [cache.state for cache in caches], kept, _tensor)
 
 
 def load_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, str]]:
     """Read caches from a file for a compressed model; plain ones in it are compressed.
+
+    Nothing of the file is believed: its header, its classes, their configuration, shapes and
+    counts, and the model are checked before an array is read, and no more memory is taken than the
+    arrays have bytes.
 
     Args:
         path: A file of :func:`save_prompt_cache` or of mlx-lm's function of that name.
@@ -55,10 +84,11 @@ def load_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, st
             another model or configuration.
     """
     report = model_report(model)
-    caches, metadata = read_prompt_cache(path)
-    check_fingerprint(path, metadata, model, report.model_type)
+    with saved_state.opened(path) as saved:
+        check_fingerprint(path, saved.metadata, model, report.model_type)
+        caches = _read(saved, model, report)
     adopt_prompt_cache(model, caches)
-    return caches, metadata
+    return caches, saved.metadata
 
 
 def check_fingerprint(path: str, metadata: dict[str, str], model: Module, model_type: str) -> None:
@@ -67,37 +97,65 @@ def check_fingerprint(path: str, metadata: dict[str, str], model: Module, model_
     if saved is not None and saved != (own := fingerprint(model)):
         raise ValueError(
             f"[prompt cache] {path} must be of this {model_type} with fingerprint {own[:12]}, but "
-            f"other weights, with fingerprint {saved[:12]}, made it; use that model, or make it "
+            f"other weights, with fingerprint {saved[:12]!a}, made it; use that model, or make it "
             "again."
         )
 
 
-def read_prompt_cache(path: str) -> tuple[list[Any], dict[str, str]]:
-    """Read a file of ``save_prompt_cache``, compressed caches or not.
-
-    Args:
-        path: A ``.safetensors`` file.
-
-    Returns:
-        The caches and the metadata.
+def read_metadata(path: str) -> dict[str, str]:
+    """Check the header of a file of caches, and read the texts in it.
 
     Raises:
         ValueError: If the file is missing, incomplete, no prompt cache, or of another version.
     """
-    _check_complete(path)
-    hook.install()
-    try:
-        caches, metadata = mlx_lm_cache.load_prompt_cache(path, return_metadata=True)
-    except Exception as error:  # whatever a foreign or damaged file trips over
+    with saved_state.opened(path) as saved:
+        return saved.metadata
+
+
+def read_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, str]]:
+    """As :func:`load_prompt_cache`, but plain caches stay so, and no weight of the model is read.
+
+    What is left to do is :func:`check_fingerprint` and :func:`adopt_prompt_cache`.
+    """
+    with saved_state.opened(path) as saved:
+        return _read(saved, model, model_report(model)), saved.metadata
+
+
+def _read(saved: SavedCaches, model: Module, report: Report) -> list[Any]:
+    _check_model(report, model.make_cache(), saved.shapes)
+    states = saved.read(_array)
+    return [_restored(name, state) for name, state in zip(saved.classes, states, strict=True)]
+
+
+def _restored(name: str, state: list[Any]) -> Any:
+    if name == CacheList.__name__:
+        return CacheList(*(_restored(part_name, part) for part, part_name in state))
+    return _CLASSES[name].from_state(state)
+
+
+def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
+    """Dtype, shape and bytes of an array, which are made when their turn comes."""
+    if not isinstance(array, mx.array) or array.dtype not in _DTYPES:
         raise ValueError(
-            f"[prompt cache] {path} must be a prompt cache that the installed mlx-lm and rotormlx "
-            f"can read, but {brief(error)}; make it again."
-        ) from error
-    return caches, metadata
+            "[prompt cache] A cache must hold arrays, numbers, texts and None to be saved, but one "
+            f"holds {array!r:.80}; keep it in memory."
+        )
+
+    def give() -> Array:
+        is_wide = array.dtype == mx.bfloat16  # numpy has none
+        whole = mx.contiguous(array)
+        return np.array(whole.view(mx.uint16) if is_wide else whole, copy=False)
+
+    return _DTYPES[array.dtype], array.shape, give
+
+
+def _array(array: Array, dtype: str) -> mx.array:
+    made = mx.array(array)
+    return made.view(mx.bfloat16) if dtype == "BF16" else made
 
 
 def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
-    """Check that caches from a file fit a compressed model, and compress plain ones in place.
+    """Check that caches fit a compressed model, and compress plain ones in place.
 
     Args:
         model: A model that :func:`apply` was given.
@@ -111,12 +169,8 @@ def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
             unchanged then.
     """
     report = model_report(model)
-    expected = list(leaves(model.make_cache()))
-    given = list(leaves(caches))
-    if len(given) != len(expected):
-        raise _mismatch(report, f"{len(expected)} caches", f"{len(given)}")
-    for layer, (index, _, want), (_, _, cache) in zip(report.layers, expected, given, strict=True):
-        _check_fits(report, layer, index, want, cache)
+    shapes = [(index, _shape(cache)) for index, _, cache in leaves(caches)]
+    _check_model(report, model.make_cache(), shapes)
     return _convert(caches, report.config)
 
 
@@ -136,21 +190,43 @@ def _convert(caches: list[Any], config: RotorConfig, layer: int | None = None) -
     return count
 
 
-def _check_fits(report: Report, layer: LayerReport, index: int, want: Any, cache: Any) -> None:
-    if isinstance(cache, RotorKVCache) and isinstance(want, RotorKVCache):
-        if cache.config != report.config:
+def _shape(cache: Any) -> Shape:
+    """What of a cache must fit a model."""
+    name = type(cache).__name__
+    if isinstance(cache, RotorKVCache):
+        return Shape(name, cache.config, cache.layer, dims=dims(cache))
+    window = cache.max_size if isinstance(cache, RotatingKVCache) else None
+    return Shape(name, window=window, dims=dims(cache) if name in _CLASSES else None)
+
+
+def _check_model(report: Report, wanted: list[Any], shapes: Sequence[tuple[int, Shape]]) -> None:
+    """Refuse caches of these shapes unless they are such as the model makes itself."""
+    expected = list(leaves(wanted))
+    if len(shapes) != len(expected):
+        raise _mismatch(report, f"{len(expected)} caches", f"{len(shapes)}")
+    for layer, (index, _, want), (place, shape) in zip(
+        report.layers, expected, shapes, strict=True
+    ):
+        if place != index:
+            raise _mismatch(report, f"layer {index} in its place", f"a cache of layer {place}")
+        _check_fits(report, layer, index, want, shape)
+
+
+def _check_fits(report: Report, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
+    if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
+        if shape.config is not None and shape.config != report.config:
             raise _mismatch(
-                report, report.config.to_json(), cache.config.to_json(), "the configuration"
+                report, report.config.to_json(), shape.config.to_json(), "the configuration"
             )
-        if cache.layer != index:
-            raise _mismatch(report, f"layer {index} at position {index}", f"layer {cache.layer}")
-    elif type(cache) is not (KVCache if layer.compressed else type(want)):
-        raise _mismatch(report, f"{layer.cache} in layer {index}", type(cache).__name__)
-    elif isinstance(cache, RotatingKVCache) and cache.max_size != want.max_size:
+        if shape.layer != index:
+            raise _mismatch(report, f"layer {index} at position {index}", f"layer {shape.layer}")
+    elif shape.name != (KVCache if layer.compressed else type(want)).__name__:
+        raise _mismatch(report, f"{layer.cache} in layer {index}", shape.name)
+    elif shape.window is not None and shape.window != want.max_size:
         raise _mismatch(
-            report, f"a window of {want.max_size} tokens in layer {index}", str(cache.max_size)
+            report, f"a window of {want.max_size} tokens in layer {index}", str(shape.window)
         )
-    found = dims(cache)
+    found = shape.dims
     if found is not None and found != (layer.kv_heads, layer.head_dim_k, layer.head_dim_v):
         raise _mismatch(
             report,
@@ -165,34 +241,3 @@ def _mismatch(report: Report, wanted: str, came: str, what: str = "the model") -
         f"[prompt cache] {what.capitalize()} {report.model_type} requires {wanted}, but the prompt "
         f"cache has {came}; use it with {what} that it was made with, or make it again."
     )
-
-
-def _check_complete(path: str) -> None:
-    """Raise unless a file is a whole safetensors file with the metadata of a prompt cache."""
-    if not Path(path).is_file():
-        raise ValueError(
-            f"[prompt cache] An existing file is required, but {path} is none; check the path."
-        )
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= size else b""
-    try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"[prompt cache] A safetensors file is required, but {path} has no readable header; "
-            "it is damaged or something else: make it again."
-        ) from error
-    if size != 8 + length + end:
-        raise ValueError(
-            f"[prompt cache] {path} must have {8 + length + end} bytes, but it has {size}; "
-            "it is damaged: make it again."
-        )
-    if "1.0" not in metadata:  # where mlx-lm writes the class of the first cache
-        raise ValueError(
-            f"[prompt cache] A file of mlx_lm's save_prompt_cache is required, but {path} is "
-            "another safetensors file; check the path."
-        )

@@ -153,7 +153,7 @@ def run(
         ValueError: If a name is no scheme, or a text is too short.
         RuntimeError: If what was scored did not come from packed bytes.
     """
-    schemes = [rivals.scheme(name) for name in dict.fromkeys(names) if name != EXACT]
+    schemes = [rivals.scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT]
     if not schemes:
         raise ValueError("[quality] At least one scheme must be given; k4v4 is our default.")
     progress = progress or Progress(disable=True)

@@ -56,7 +56,7 @@ def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None 
     """The vectors that packed blocks stand for, float64 ``[B, K, N * 64, D]``."""
     level = codebook.levels(codec.bits).astype(np.float64)[unpack(packed.words, codec)]
     scaled = np.asarray(packed.scales, np.float64)[..., None] * level
-    y = scaled @ codec.rotation.inverse.T * _scale_rows(channel_scale)
+    y = _multiplied(scaled, codec.rotation.inverse) * _scale_rows(channel_scale)
     if codec.role == KEY:
         y = y + np.asarray(packed.centres, np.float64)[..., None, :]
     return y.reshape(*y.shape[:2], -1, codec.head_dim)
@@ -143,7 +143,7 @@ def prefill_scale(x: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.float32]:
 def rotate(y: Floats, codec: Codec) -> tuple[Floats, Floats]:
     """Rotated rows ``[..., D]`` and their norms ``[..., 1]``."""
     with np.errstate(invalid="ignore", over="ignore"):
-        rotated = y @ codec.rotation.matrix.T
+        rotated = _multiplied(y, codec.rotation.matrix)
         return rotated, np.sqrt((rotated * rotated).sum(-1, keepdims=True))
 
 
@@ -186,6 +186,12 @@ def unpack(words: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.uint32]:
 def _blocks(x: npt.ArrayLike) -> Floats:
     x = np.asarray(x, np.float64)
     return x.reshape(*x.shape[:2], -1, BLOCK, x.shape[-1])
+
+
+def _multiplied(rows: Floats, matrix: Floats) -> Floats:
+    """A matrix ``[D, D]``, or one a KV head, times each row of ``[B, K, N, 64, D]``."""
+    out: Floats = rows @ np.swapaxes(matrix, -1, -2)[..., None, :, :]
+    return out
 
 
 def _scale_rows(channel_scale: npt.ArrayLike | None) -> Floats:

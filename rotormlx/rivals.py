@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -21,11 +21,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, create_attention_mask, make_prompt_cache
 from numpy.typing import NDArray
 
-from rotormlx import codebook
+from rotormlx import calibration, codebook
 from rotormlx.backends import backend
 from rotormlx.cache import RotorKVCache
+from rotormlx.calibration import TRANSFORMS
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.format import BLOCK, KEY, VALUE
+from rotormlx.integration import cache_factory
 from rotormlx.probe import compress
 from rotormlx.report import leaves
 from rotormlx.rotation import rotation
@@ -42,7 +44,8 @@ AFFINE_BITS = (2, 3, 4, 6, 8)
 _NAME = re.compile(r"(?:([a-z]+\d?)-)?k(\d)v(\d)(?::(.+))?")
 GRAMMAR = (
     "[FAMILY-]kBITSvBITS[:OPTION,...] with a family of "
-    f"{', '.join(FAMILIES)} and options sink=N, window=N, seed=N, scale=NAME, bare, qjl, centred"
+    f"{', '.join(FAMILIES)} and options sink=N, window=N, seed=N, scale=NAME, "
+    "calibrated=TRANSFORM, bare, qjl, centred"
 )
 
 
@@ -253,11 +256,30 @@ class Scheme:
         name: As it was written.
         make: The cache of a layer, by its index.
         config: Of a rotormlx cache; None for the others.
+        transform: The calibration that it needs, see :mod:`rotormlx.calibration`; None for none.
     """
 
     name: str
     make: Callable[[int], Any]
     config: RotorConfig | None = None
+    transform: str | None = None
+
+    def bound(self, model: Any) -> Scheme:
+        """The scheme with the calibration of a model, if it needs one.
+
+        Raises:
+            ValueError: If the model has none.
+        """
+        if self.transform is None or self.config is None:
+            return self
+        found = calibration.find(model, self.transform)
+        if found is None:
+            raise ValueError(
+                f"[scheme] {self.name} needs a calibration of this model, but none is kept; make "
+                f"it: rotormlx calibrate MODEL --transform {self.transform}."
+            )
+        config = found.configured(self.config)
+        return replace(self, config=config, make=cache_factory(config, found))
 
     def caches(self, model: Any) -> list[Any]:
         """Fresh caches for a model that has its own; what cannot be compressed stays as it is."""
@@ -391,7 +413,7 @@ def _options(name: str, text: str | None) -> dict[str, Any]:
         key, equals, value = option.partition("=")
         if key in _NUMBERS and value.isdecimal():
             options[key] = int(value)
-        elif key == "scale" and value:
+        elif key in ("scale", "calibrated") and value:
             options[key] = value
         elif key in _FLAGS and not equals:
             options[key] = True
@@ -414,10 +436,15 @@ def _allow(name: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None
 
 
 def _rotor_scheme(name: str, family: str, bits: tuple[int, int], options: dict[str, Any]) -> Scheme:
-    _allow(name, options, ("sink", "window", "seed", "scale"))
-    scale = options.pop("scale", None)
+    _allow(name, options, ("sink", "window", "seed", "scale", "calibrated"))
+    scale, transform = options.pop("scale", None), options.pop("calibrated", None)
+    if transform is not None and (transform not in TRANSFORMS or family != "cascade" or scale):
+        raise ValueError(
+            f"[scheme] A calibrated scheme must have the cascade, no other scale, and a transform "
+            f"of {', '.join(TRANSFORMS)}, but {name!r} was given."
+        )
     config = RotorConfig(*bits, rotation=family, channel_scale=scale, **options)
-    return Scheme(name, lambda layer: RotorKVCache(config, layer), config)
+    return Scheme(name, lambda layer: RotorKVCache(config, layer), config, transform)
 
 
 def _rival(name: str, family: str, bits: tuple[int, int], options: dict[str, Any]) -> Scheme:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rotormlx import algebra
-from rotormlx.config import ROTATIONS
+from rotormlx.config import CALIBRATED, ROTATIONS
 from rotormlx.generator import Floats, Sphere, Stream, sequential_sum
 
 KEY, VALUE = "key", "value"
@@ -79,14 +79,14 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """An orthogonal map of head_dim channels.
+    """A map of head_dim channels, orthogonal unless it is calibrated.
 
     Args:
-        name: One of ``rotormlx.config.ROTATIONS``.
+        name: One of ``rotormlx.config.ROTATIONS``, or ``calibrated``.
         head_dim: D.
         stages: Applied first to last; empty for ``dense`` and ``identity``.
         matrix: float64 ``[D, D]``: the whole map, ``rotated = matrix @ x``. For a rotation with
-            stages it is their product.
+            stages it is their product; a calibrated one has ``[K, D, D]``, a matrix a KV head.
         parameters: Real numbers that determine it: 4 a rotor, 1 a plane, D² for ``dense``.
         sign_bits: Random signs that determine it, besides.
         multiply_adds: Multiplications-with-addition, or additions alone, for one vector. Constant
@@ -105,8 +105,13 @@ class Rotation:
 
     @cached_property
     def inverse(self) -> Floats:
-        """float64 ``[D, D]``: ``x = inverse @ rotated``."""
+        """float64, the shape of ``matrix``: ``x = inverse @ rotated``."""
         return _frozen(np.linalg.inv(self.matrix))
+
+    @property
+    def is_per_head(self) -> bool:
+        """Whether every KV head has a matrix of its own."""
+        return self.matrix.ndim == 3
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -115,7 +120,7 @@ def check_head_dim(head_dim: int) -> None:
     Raises:
         ValueError: If it is not a multiple of 8 from 16 to 1024 with no prime factor above 7.
     """
-    if 16 <= head_dim <= 1024 and head_dim % 8 == 0 and _factors(head_dim) is not None:
+    if 16 <= head_dim <= 1024 and head_dim % 8 == 0 and factors(head_dim) is not None:
         return
     raise ValueError(
         f"[rotation] head_dim must be a multiple of 8 from 16 to 1024 whose prime factors are "
@@ -151,6 +156,24 @@ def rotation(
     return _BUILDERS[name](head_dim, stream)
 
 
+def calibrated(matrix: npt.ArrayLike) -> Rotation:
+    """The rotation of a calibration file.
+
+    Args:
+        matrix: ``[K, D, D]``, invertible, one a KV head.
+    """
+    frozen = _frozen(matrix)
+    return _calibrated(frozen.shape, frozen.tobytes())
+
+
+@cache
+def _calibrated(shape: tuple[int, ...], content: bytes) -> Rotation:
+    # One object for one content: what backends derive from a rotation is kept for each object.
+    d = shape[-1]
+    matrix = _frozen(np.frombuffer(content).reshape(shape))
+    return Rotation(CALIBRATED, d, (), matrix, d * d, 0, d * d)
+
+
 # ---- the named rotations ------------------------------------------------------------------------
 
 Name = tuple[int, ...]
@@ -158,7 +181,7 @@ Name = tuple[int, ...]
 
 def _cascade(d: int, name: Name) -> Rotation:
     stages, sign_bits, adds, stride = [], 0, 0, 1
-    for index, radix in enumerate(_factors(d) or ()):
+    for index, radix in enumerate(factors(d) or ()):
         groups = d // radix
         signs = _sign_rows(groups, 1 if radix == 2 else radix, (*name, index))
         kind, coefficients = f"Odd{radix}", signs
@@ -176,7 +199,7 @@ def _cascade(d: int, name: Name) -> Rotation:
 
 def _hadamard(d: int, name: Name) -> Rotation:
     stages, adds, stride = [_stage(1, "Signs", Stream(*name, 0).signs(d)[:, None])], 0, 1
-    for radix in _factors(d) or ():
+    for radix in factors(d) or ():
         groups = d // radix
         if radix in (2, 4):
             stages.append(_stage(stride, f"Walsh{radix}", np.zeros((groups, 0))))
@@ -253,14 +276,14 @@ def _from_stages(
     )
 
 
-def _factors(d: int) -> list[int] | None:
+def factors(d: int) -> list[int] | None:
     """``d`` as a product of radices in the order of the stages; None if a prime is left over."""
-    factors = []
+    found = []
     for radix in RADICES:
         while d % radix == 0:
-            factors.append(radix)
+            found.append(radix)
             d //= radix
-    return factors if d == 1 else None
+    return found if d == 1 else None
 
 
 def _stage(stride: int, kind: str, coefficients: Floats, *, start: int = 0) -> Stage:

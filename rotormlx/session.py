@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 import sys
 import weakref
@@ -94,7 +95,9 @@ class Session:
         self._models: list[tuple[weakref.ref[Module], Report]] = []
         self._caches: dict[int, list[Any]] = {}  # the latest of each model, by the id of its report
         self.foreseen = (0, 0)  # tokens of a sequence and sequences, where no cache is left
-        self._prompt_cache: list[Any] | None = None
+        # Of a file: mlx-lm asks for it, and looks at the first, before it loads the model, without
+        # which we read no cache. Filled by load.
+        self._prompt_cache: list[Any] = [None]
         self._metadata: dict[str, str] = {}
         self._file = ""
 
@@ -130,15 +133,17 @@ class Session:
         """``mlx_lm.load`` with compressed caches; refuses before it reads weights."""
         loaded = self._load(path, **kwargs)
         is_first = not self._models
-        if is_first and self._prompt_cache is not None:  # not for a draft model
+        if is_first and self._file:  # not for a draft model
             with refusing(ValueError):
-                converted = prompt_cache.adopt_prompt_cache(loaded[0], self._prompt_cache)
+                caches, self._metadata = prompt_cache.read_prompt_cache(self._file, loaded[0])
+                converted = prompt_cache.adopt_prompt_cache(loaded[0], caches)
+            self._prompt_cache[:] = caches
             if converted:
                 say(f"{converted} uncompressed layers of the prompt cache were compressed")
             self._caches[id(integration.model_report(loaded[0]))] = self._prompt_cache
         read_weights(loaded[0])
         report = integration.model_report(loaded[0])
-        if is_first and self._prompt_cache is not None:
+        if is_first and self._file:
             with refusing(ValueError):
                 prompt_cache.check_fingerprint(
                     self._file, self._metadata, loaded[0], report.model_type
@@ -161,17 +166,18 @@ class Session:
         return caches
 
     def load_prompt_cache(self, path: str, return_metadata: bool = False) -> Any:
-        """What :meth:`prepare` read."""
+        """The list that :meth:`load` fills."""
         return (self._prompt_cache, self._metadata) if return_metadata else self._prompt_cache
 
     def save_prompt_cache(
         self, path: str, caches: list[Any], metadata: dict[str, str] | None = None
     ) -> None:
-        """mlx-lm's function of that name, with the fingerprint of the model."""
+        """mlx-lm's function of that name: whole or not at all, with checksum and fingerprint."""
         model = self._models[0][0]()
         if model is None:
             raise RuntimeError("[session] The model is gone; save its caches while it is in use.")
-        prompt_cache.save_prompt_cache(path, model, caches, metadata)
+        with refusing(ValueError, OSError):
+            prompt_cache.save_prompt_cache(path, model, caches, metadata)
 
     def print_usage(self) -> None:
         """Say what was compressed, what the caches take, and the peak memory."""
@@ -201,7 +207,7 @@ class Session:
 
     def _open_prompt_cache(self, path: str, model: str | None) -> None:
         with refusing(ValueError, RuntimeError):
-            self._prompt_cache, self._metadata = prompt_cache.read_prompt_cache(path)
+            self._metadata = prompt_cache.read_metadata(path)
         self._file = path
         missing = {"model", "tokenizer_config"} - set(self._metadata)
         if missing:
@@ -209,14 +215,29 @@ class Session:
                 f"[prompt cache] {path} must name its model and tokenizer_config, but its metadata "
                 f"has no {' and no '.join(sorted(missing))}; pass them to save_prompt_cache."
             )
+        _check_tokenizer_config(path, self._metadata["tokenizer_config"])
         if model is not None and model != self._metadata["model"]:
             raise Refusal(
-                f"[prompt cache] {path} was made with {self._metadata['model']}, but --model "
+                f"[prompt cache] {path} was made with {self._metadata['model']!a}, but --model "
                 f"{model} was given; give the same model or leave --model out."
             )
 
     def _load(self, path: str, **kwargs: Any) -> tuple[Any, ...]:
         return load_lazily(path, self.config, **kwargs)
+
+
+def _check_tokenizer_config(path: str, text: str) -> None:
+    """Let a file say no more to the tokenizer than what mlx-lm writes."""
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        options = None
+    kinds = {"trust_remote_code": bool, "eos_token": str}
+    if type(options) is not dict or any(type(v) is not kinds.get(k) for k, v in options.items()):
+        raise Refusal(
+            f"[prompt cache] {path} must have a tokenizer_config of {' and '.join(kinds)} in JSON, "
+            f"but it has {text[:80]!a}; make it again."
+        )
 
 
 def load_lazily(path: str, config: RotorConfig, **kwargs: Any) -> tuple[Any, ...]:
@@ -327,7 +348,8 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise Refusal(str(error)) from error
+        text = error.strerror if isinstance(error, OSError) else None  # without its number
+        raise Refusal(text or str(error)) from error
 
 
 def say(message: str) -> None:

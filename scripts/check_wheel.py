@@ -1,24 +1,56 @@
-"""Use an installed rotormlx for real, away from the clone: ``python check_wheel.py``."""
+"""What was built: use it for real, or compare what it holds with the clone.
+
+python check_wheel.py                 an installed rotormlx, away from the clone
+python check_wheel.py contents DIST   the wheel and the sdist in this folder, in the clone
+python check_wheel.py same A B        two folders of them, built in other places and times
+"""
 
 from __future__ import annotations
 
-import importlib.resources
+import hashlib
 import subprocess
 import sys
+import tarfile
+import tomllib
+import zipfile
 from pathlib import Path
 
-import mlx.core as mx
-
-import rotormlx
+CLONE = Path(__file__).resolve().parents[1]
+# What the package consists of; anything else has come in by mistake.
+KINDS = {
+    "rotormlx": {".py", ".typed", ".html"},
+    "cuda_kernels": {".cu", ".cuh", ".h", ".cpp"},
+    "metal_kernels": {".metal", ".h"},
+    "shared_kernels": {".h"},
+}
+LIBRARY = "rotormlx/librotormlx_cpu.so"
+METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 
 
 def main() -> None:
+    """Do what the arguments say."""
+    match sys.argv[1:]:
+        case []:
+            use()
+        case ["contents", folder]:
+            wheel, sdist = built(Path(folder))
+            check("wheel", in_wheel(wheel), wanted_in_wheel(wheel))
+            check("sdist", in_sdist(sdist), wanted_in_sdist())
+        case ["same", first, second]:
+            compare(Path(first), Path(second))
+        case _:
+            sys.exit(__doc__)
+
+
+def use() -> None:
     """Compress and read a cache, find the type marker, and run the command."""
+    import mlx.core as mx  # noqa: PLC0415 - the other checks need neither
+
+    import rotormlx  # noqa: PLC0415
+
     package = Path(rotormlx.__file__).parent
     if "site-packages" not in package.parts:
         sys.exit(f"An installed rotormlx is required, but {package} was imported.")
-    if not importlib.resources.files("rotormlx").joinpath("py.typed").is_file():
-        sys.exit("The wheel lacks py.typed.")
     cache = rotormlx.RotorKVCache()
     keys = mx.random.normal((1, 2, 300, 64))
     cache.update_and_fetch(keys, keys)
@@ -26,6 +58,101 @@ def main() -> None:
         sys.exit(f"192 tokens must be packed, but {cache.packed_tokens} are.")
     command = Path(sys.executable).parent / "rotormlx"
     print(subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout)
+
+
+# ---- contents -----------------------------------------------------------------------------------
+
+
+def built(folder: Path) -> tuple[Path, Path]:
+    """The wheel and the sdist of a folder."""
+    found = [sorted(folder.glob(pattern)) for pattern in ("*.whl", "*.tar.gz")]
+    if [len(paths) for paths in found] != [1, 1] or len(list(folder.iterdir())) != 2:
+        names = sorted(path.name for path in folder.iterdir())
+        sys.exit(f"{folder} must hold one wheel and one sdist and nothing else, but holds {names}.")
+    return found[0][0], found[1][0]
+
+
+def check(name: str, found: list[str], wanted: set[str]) -> None:
+    """Refuse a file too much, too little, or twice."""
+    wrong = sorted(f"+ {path}" for path in set(found) - wanted)
+    wrong += sorted(f"- {path}" for path in wanted - set(found))
+    wrong += sorted(f"twice: {path}" for path in set(found) if found.count(path) > 1)
+    if wrong:
+        sys.exit(f"The {name} must hold what the clone has and no more, but:\n" + "\n".join(wrong))
+    print(f"{name}: {len(found)} files, as listed")
+
+
+def in_wheel(path: Path) -> list[str]:
+    """Names of all files."""
+    with zipfile.ZipFile(path) as wheel:
+        return wheel.namelist()
+
+
+def in_sdist(path: Path) -> list[str]:
+    """Names of all files, without the folder that they lie in."""
+    with tarfile.open(path) as sdist:
+        return [member.name.partition("/")[2] for member in sdist]
+
+
+def wanted_in_wheel(path: Path) -> set[str]:
+    """The package, the kernels, the CPU library unless the wheel is for any machine."""
+    of_package = {
+        name if folder == "rotormlx" else f"rotormlx/{name}"
+        for folder, kinds in KINDS.items()
+        for name in files_of_clone(folder)
+        if Path(name).suffix in kinds
+    }
+    name, version, *tag = path.name.removesuffix(".whl").split("-")
+    library = set() if tag == ["py3", "none", "any"] else {LIBRARY}
+    return of_package | library | {f"{name}-{version}.dist-info/{file}" for file in METADATA}
+
+
+def wanted_in_sdist() -> set[str]:
+    """What pyproject.toml includes, and what hatchling adds."""
+    table = tomllib.loads((CLONE / "pyproject.toml").read_text(encoding="utf-8"))
+    included = table["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    return {*files_of_clone(*included), ".gitignore", "pyproject.toml", "PKG-INFO"}
+
+
+def files_of_clone(*paths: str) -> list[str]:
+    """Files of the clone that git does not ignore."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *paths]
+    done = subprocess.run(command, cwd=CLONE, check=True, capture_output=True, text=True)
+    return [name for name in done.stdout.split("\0") if name and (CLONE / name).is_file()]
+
+
+# ---- the same bytes -----------------------------------------------------------------------------
+
+
+def compare(first: Path, second: Path) -> None:
+    """Refuse two builds that differ, and name the files that do."""
+    if {path.name for path in first.iterdir()} != {path.name for path in second.iterdir()}:
+        sys.exit(f"{first} and {second} must hold files of the same names.")
+    for path in sorted(first.iterdir()):
+        digests = [
+            hashlib.sha256((p / path.name).read_bytes()).hexdigest() for p in (first, second)
+        ]
+        if digests[0] != digests[1]:
+            sys.exit(
+                f"{path.name} must have the same bytes wherever and whenever it is built, but has "
+                f"not; they differ in {differing(path, second / path.name) or 'times or order'}."
+            )
+        print(f"{digests[0]}  {path.name}, twice")
+
+
+def differing(first: Path, second: Path) -> list[str]:
+    """Names of the files inside two archives whose bytes differ."""
+    contents = []
+    for path in (first, second):
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                contents.append({name: wheel.read(name) for name in wheel.namelist()})
+        else:
+            with tarfile.open(path) as sdist:
+                files = [member for member in sdist if member.isfile()]
+                contents.append({m.name: sdist.extractfile(m).read() for m in files})  # type: ignore[union-attr]
+    names = set(contents[0]) | set(contents[1])
+    return sorted(name for name in names if contents[0].get(name) != contents[1].get(name))
 
 
 if __name__ == "__main__":

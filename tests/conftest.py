@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx_lm
 import pytest
 
-from rotormlx.backends import available
+from rotormlx.backends import available, choose
 from rotormlx.smollm2 import fetch
 
 
@@ -24,6 +24,14 @@ def smollm2(smollm2_path: Path) -> tuple[Any, Any]:
     """The same, loaded: model and tokenizer."""
     model, tokenizer = mlx_lm.load(str(smollm2_path))
     return model, tokenizer
+
+
+@pytest.fixture(autouse=True)
+def chosen_anew() -> Iterator[None]:
+    """A process chooses its backend once; every test may name another."""
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
 
 
 @pytest.fixture(params=available())

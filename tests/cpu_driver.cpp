@@ -82,9 +82,11 @@ void read_rotation() {
     r.stages.push_back(s);
   }
   r.rotation.stages = r.stages.data();
-  if (number()) {
-    r.rotation.matrix = r.floats(r.rotation.head_dim * r.rotation.head_dim);
-    r.rotation.inverse_transpose = r.floats(r.rotation.head_dim * r.rotation.head_dim);
+  const int64_t size = r.rotation.head_dim * r.rotation.head_dim;
+  if (const int64_t matrices = number()) {
+    r.rotation.matrix = r.floats(matrices * size);
+    r.rotation.inverse_transpose = r.floats(matrices * size);
+    r.rotation.matrix_stride = matrices > 1 ? size : 0;
   }
 }
 
@@ -92,14 +94,16 @@ Array* array_of(int64_t index) { return index < 0 ? nullptr : &arrays[index].arr
 
 Packed packed() {
   Packed p = {};
-  p.words = array_of(number());
-  p.scales = array_of(number());
-  p.centres = array_of(number());
-  p.channel_scale = array_of(number());
-  p.rotation = &rotations[number()].rotation;
-  p.bits = number();
-  p.is_key = number();
+  for (Array** a : {&p.words, &p.scales, &p.centres, &p.channel_scale}) *a = array_of(number());
   return p;
+}
+
+Coding coding() {
+  Coding c = {};
+  c.rotation = &rotations[number()].rotation;
+  c.bits = number();
+  c.is_key = number();
+  return c;
 }
 
 void check(const char* message) {
@@ -112,6 +116,7 @@ void codec_call(const char* (*function)(const CodecCall*)) {
   CodecCall call = {};
   call.rows = array_of(number());
   call.packed = packed();
+  call.coding = coding();
   call.given_centres = number();
   call.threads = number();
   check(function(&call));
@@ -122,17 +127,24 @@ void attend() {
   for (Array** a : {&call.queries, &call.output, &call.key_exact, &call.value_exact}) *a = array_of(number());
   call.keys = packed();
   call.values = packed();
-  std::vector<int64_t> lengths(number());
-  for (int64_t& n : lengths) n = number();
-  call.lengths = lengths.data();
-  call.mask = array_of(number());
-  call.sinks = array_of(number());
+  for (Array** a : {&call.mask, &call.sinks}) *a = array_of(number());
+  call.key_coding = coding();
+  call.value_coding = coding();
   call.sink = number();
   call.causal = number();
   const int64_t scale = number();
   std::memcpy(&call.scale, &scale, sizeof scale);
   call.threads = number();
-  check(rotormlx_attend(&call));
+  // The lengths stand behind the call, in memory of the exact size.
+  const int64_t count = number();
+  char* memory = (char*)std::malloc(sizeof call + sizeof(int64_t) * count);
+  std::memcpy(memory, &call, sizeof call);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = number();
+    std::memcpy(memory + sizeof call + sizeof n * i, &n, sizeof n);
+  }
+  check(rotormlx_attend((const AttendCall*)memory));
+  std::free(memory);
 }
 
 }  // namespace

@@ -13,12 +13,12 @@ PACKAGE = Path(rotormlx.__file__).parent
 
 # From the ground up: a module imports only from lines above its own.
 LAYERS = [
-    {"config", "fingerprint"},
+    {"config", "limits", "files", "fingerprint", "paths"},
     {"algebra", "generator", "codebook", "cpu_linear"},
     {"rotation"},
-    {"format"},
-    {"cpu_library", "reference", "view"},
-    {"backends.mlx_ops", "backends.kernel_source"},
+    {"format", "learned"},
+    {"cpu_library", "reference", "saved_rules", "view"},
+    {"backends.mlx_ops", "backends.kernel_source", "backends.first_call", "saved_state"},
     {"backends.metal_attend"},
     {"backends.cpu", "backends.metal", "backends.mlx_cuda"},
     {"backends"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"batch_cache"},
     {"hook", "report"},
     {"probe", "quality", "smollm2"},
+    {"calibration"},
     {"integration"},
     {"rivals"},
     {"retention"},

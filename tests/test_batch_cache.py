@@ -495,7 +495,7 @@ def test_rows_removed_and_inserted_while_others_run(llama):
     (cache, tokens_so_far) = removed[second]
     # The row goes on by itself from where it was taken out.
     assert cache[0].offset == len(tokens_so_far)
-    assert any(isinstance(k, KVView) and k.rows and k.packed_tokens for k, _ in attended)
+    assert any(isinstance(k, KVView) and k.rows and k.packed_tokens for _, k, _ in attended)
     rotormlx.remove(model)
 
 

@@ -227,6 +227,13 @@ def test_cpu_is_chosen_where_mlx_computes_on_the_cpu(machine, metal_gpu, device,
     assert backends.backend().name == name
 
 
+def test_the_choice_follows_the_default_device(machine):
+    """Although it is made once for each."""
+    for device, name in ((mx.cpu, "cpu"), (mx.gpu, "metal"), (mx.cpu, "cpu")):
+        machine(metal_gpu=True, device=device, lack=None)
+        assert backends.backend().name == name
+
+
 @pytest.mark.parametrize(
     ("device", "lack", "message"),
     [(mx.cpu, "it is not built", "it is not built"), (mx.gpu, None, "default device is the GPU")],

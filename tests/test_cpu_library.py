@@ -5,7 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ import pytest
 from test_metal_kernels import special_rows, tied_row
 
 from rotormlx import codebook, cpu_library, reference
-from rotormlx.config import ROTATIONS, RotorConfig
-from rotormlx.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
+from rotormlx.config import CALIBRATED, ROTATIONS, RotorConfig
+from rotormlx.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
+from rotormlx.rotation import calibrated
 
 ROOT = Path(__file__).parent.parent
 needs_library = pytest.mark.skipif(
@@ -31,6 +32,16 @@ def rows(shape, seed=0):
     spread = np.exp(rng.normal(size=shape[-1]) * 0.5)
     x = rng.normal(size=shape) * spread + rng.normal(size=shape[-1]) * 3
     return x.astype(np.float32)
+
+
+def codec_of(config, head_dim, *, layer, role):
+    """As codec(), but the matrices that a calibration file would bring are random ones."""
+    if config.rotation != CALIBRATED:
+        return codec(config, head_dim, layer=layer, role=role)
+    rng = np.random.default_rng(head_dim)
+    matrix = np.eye(head_dim) + rng.normal(size=(K, head_dim, head_dim)) / head_dim
+    bits = config.key_bits if role == KEY else config.value_bits
+    return Codec(role, bits, calibrated(matrix))
 
 
 def empty_blocks(chosen, batch, heads, count, channel_scale=None):
@@ -77,7 +88,7 @@ class Problem:
         self.exact, self.blocks, middles = [], [], []
         for role, head_dim in zip(ROLES, case.dims, strict=True):
             config = RotorConfig(case.bits[0], case.bits[1], case.rotation)
-            chosen = codec(config, head_dim, layer=1, role=role)
+            chosen = codec_of(config, head_dim, layer=1, role=role)
             scale = None
             if config.scales_channels:
                 scale = np.exp(rows((K, head_dim), 5) / 9)
@@ -121,7 +132,7 @@ class Problem:
         packed = any(packed for packed, _ in case.lengths)
         blocks = self.blocks
         if not packed:
-            blocks = [replace(b, words=None, scales=None, centres=None) for b in blocks]
+            blocks = [b._replace(words=None, scales=None, centres=None) for b in blocks]
         cpu_library.attend(
             self.queries,
             output,
@@ -169,11 +180,11 @@ BOUNDS = {np.float32: 2e-6, np.float16: 2**-10}
 @needs_library
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("name", [*ROTATIONS, CALIBRATED])
 @pytest.mark.parametrize("head_dim", [16, 72, 112, 128])
 def test_variants_write_the_same_bytes(head_dim, name, role, bits):
     """On any numbers, and with any number of threads."""
-    chosen = codec(RotorConfig(bits, bits, name), head_dim, layer=2, role=role)
+    chosen = codec_of(RotorConfig(bits, bits, name), head_dim, layer=2, role=role)
     x = rows((B, K, 2 * BLOCK, head_dim))
     x[0, 1, 70:73, 3] = np.nan, np.inf, 1e30
     x[1, 0, :BLOCK] = 0
@@ -261,9 +272,9 @@ def test_bytes_are_those_of_the_mlx_operations(bits):
 @pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=VARIANTS)
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("name", ["cascade", "rotor3", "hadamard", "dense", "identity"])
+@pytest.mark.parametrize("name", ["cascade", "rotor3", "hadamard", "dense", "identity", CALIBRATED])
 def test_decode_is_the_reference(name, role, bits, variant):
-    chosen = codec(RotorConfig(bits, bits, name), 72, layer=0, role=role)
+    chosen = codec_of(RotorConfig(bits, bits, name), 72, layer=0, role=role)
     rng = np.random.default_rng(0)
     blocks = empty_blocks(chosen, B, K, 2, np.exp(rows((K, 72), 5) / 9))
     blocks.words[:] = rng.integers(0, 2**32, blocks.words.shape, np.uint32)
@@ -285,7 +296,7 @@ MASKS = ("causal", "bool", "heads", "additive", "infinite")
 CASES = [
     *(Case(bits, (24, 72)) for bits in itertools.product(codebook.BITS, codebook.BITS)),
     *(Case(dims=dims, length=2) for dims in DIMS),
-    *(Case((3, 2), rotation=name, length=3, mask="causal") for name in ROTATIONS),
+    *(Case((3, 2), rotation=name, length=3, mask="causal") for name in (*ROTATIONS, CALIBRATED)),
     *(Case(mask=mask, length=length) for mask in MASKS for length in (1, 7)),
     *(Case(sinks=True, mask=m, length=2) for m in ("none", "causal", "hidden")),
     *(Case(repeats=n) for n in (1, 2, 3, 4, 6, 7, 8, 9, 17)),
@@ -360,8 +371,7 @@ def test_arrays_are_read_where_they_lie():
         for x in problem.exact
     ]
     problem.blocks = [
-        replace(
-            blocks,
+        blocks._replace(
             words=np.pad(blocks.words, [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)])[:, :, :-3],
             scales=np.repeat(blocks.scales, 2, axis=-1)[..., ::2],
             centres=None if blocks.centres is None else np.repeat(blocks.centres, 3, -1)[..., ::3],
@@ -378,7 +388,7 @@ def test_refuses_what_it_cannot_read():
     with pytest.raises(RuntimeError, match="must be float16, bfloat16 or float32"):
         problem.run()
     problem = Problem(Case())
-    problem.blocks = [replace(b, words=b.words[..., ::2]) for b in problem.blocks]
+    problem.blocks = [b._replace(words=b.words[..., ::2]) for b in problem.blocks]
     with pytest.raises(RuntimeError, match="side by side"):
         problem.run()
     with pytest.raises(RuntimeError, match="no such variant"):
@@ -447,30 +457,28 @@ class Writer:
             for s in r.stages:
                 self.numbers(s.start, s.radix, s.stride, s.outer)
                 self.text += s.blocks.astype(np.float32).tobytes()
+            matrices = (r.matrix, np.swapaxes(r.inverse, -1, -2))
             dense = not r.stages and r.name != "identity"
-            self.numbers(dense)
-            for matrix in (r.matrix, r.inverse.T) if dense else ():
+            self.numbers(r.matrix.size // r.head_dim**2 if dense else 0)
+            for matrix in matrices if dense else ():
                 self.text += matrix.astype(np.float32).tobytes()
             self.rotations[r] = len(self.rotations)
         return self.rotations[r]
 
-    def packed(self, b):
-        arrays = (b.words, b.scales, b.centres, b.channel_scale)
-        chosen = b.codec
-        rotation = self.rotation(chosen.rotation)
-        return *map(self.array, arrays), rotation, chosen.bits, chosen.role == KEY
+    def coding(self, b):
+        return self.rotation(b.codec.rotation), b.codec.bits, b.codec.role == KEY
 
     def codec_call(self, letter, x, blocks, given_centres):
-        places = self.array(x), *self.packed(blocks)
+        places = [*map(self.array, (x, *blocks[1:])), *self.coding(blocks)]
         self.numbers(ord(letter), *places, given_centres, 4)
 
     def attend(self, queries, output, exact, blocks, lengths, *, sink, scale, mask, sinks, causal):
-        places = [*map(self.array, (queries, output, *exact))]
-        places += [n for b in blocks for n in self.packed(b)]
+        keys, values = blocks
+        arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sinks)
+        places = [*map(self.array, arrays), *self.coding(keys), *self.coding(values)]
         counts = [n for pair in lengths for n in pair]
-        hidden = [self.array(mask), self.array(sinks)]
         (bits,) = struct.unpack("<q", struct.pack("<d", scale))
-        self.numbers(ord("T"), *places, len(counts), *counts, *hidden, sink, causal, bits, 4)
+        self.numbers(ord("T"), *places, sink, causal, bits, 4, len(counts), *counts)
 
 
 @pytest.fixture(scope="module")
@@ -497,6 +505,7 @@ def calls():
     attended = [
         *(Case((bits, bits), (24, 40), length=2, repeats=3) for bits in codebook.BITS),
         Case((3, 4), (40, 24), "dense", mask="bool", sinks=True),
+        Case((4, 4), (24, 24), CALIBRATED),
         Case((2, 3), (24, 24), lengths=((320, 400), (0, 37), (77, 150), (0, 2)), mask="causal"),
         Case((2, 2), (24, 24), lengths=((0, 90),), length=70, mask="additive", dtype=np.float16),
     ]

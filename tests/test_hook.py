@@ -104,8 +104,8 @@ def test_record_attention_collects_views_only_inside() -> None:
             attend(views)
     attend(views)
     assert len(seen) == len(inner) == 1
-    assert seen[0][0] is views[0]
-    assert seen[0][1] is views[1]
+    assert seen[0].queries is queries
+    assert (seen[0].keys, seen[0].values) == views
 
 
 @pytest.mark.parametrize("in_list", [False, True])

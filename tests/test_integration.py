@@ -441,7 +441,7 @@ def test_a_saved_compressed_cache_continues_bit_for_bit(tmp_path) -> None:
     path = saved(tmp_path / "cache.safetensors", model)
     want = tiny.logits(model, tiny.tokens(70, seed=2), fill(make_prompt_cache(model), model, 150))
     hook.remove()
-    caches, metadata = prompt_cache.read_prompt_cache(path)
+    caches, metadata = prompt_cache.read_prompt_cache(path, model)
     assert metadata == {"model": "m"}
     assert prompt_cache.adopt_prompt_cache(model, caches) == 0
     assert mx.array_equal(tiny.logits(model, tiny.tokens(70, seed=2), caches), want).item()
@@ -452,7 +452,7 @@ def test_a_plain_cache_is_compressed_in_place(tmp_path, model_type: str) -> None
     model = tiny.build(model_type)
     path = saved(tmp_path / "cache.safetensors", model, 300)
     report = integration.apply(model, COARSE)
-    caches, _ = prompt_cache.read_prompt_cache(path)
+    caches, _ = prompt_cache.read_prompt_cache(path, model)
     converted = prompt_cache.adopt_prompt_cache(model, caches)
     assert converted == sum(layer.compressed for layer in report.layers)
     assert classes(caches) == COMPRESSED[model_type]
@@ -534,9 +534,9 @@ def another_class(path) -> None:
     ("damage", "reason"),
     [
         (another_version, "99"),
-        (truncate, r"must have \d+ bytes, but it has \d+"),
-        (cut_header, "no readable header"),
-        (text, "no readable header"),
+        (truncate, r"must have \d+ bytes of tensors, but it has \d+"),
+        (cut_header, "must have a safetensors header"),
+        (text, "must have a safetensors header"),
         (weights, "another safetensors file"),
         (another_class, "FutureCache"),
         (lambda path: path.unlink(), "existing file"),
@@ -548,10 +548,10 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, damage, reason: str) -> 
     integration.apply(model)
     path = tmp_path / "cache.safetensors"
     saved(path, model)
-    prompt_cache.read_prompt_cache(str(path))
+    prompt_cache.read_prompt_cache(str(path), model)
     damage(path)
     with pytest.raises(ValueError, match=rf"(?s)^\[prompt cache\] .*{reason}") as error:
-        prompt_cache.read_prompt_cache(str(path))
+        prompt_cache.read_prompt_cache(str(path), model)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
 

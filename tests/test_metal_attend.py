@@ -760,8 +760,16 @@ MERGE = [
     ("if (HAS_SCALE)", "if (false)", {}),
     ("channel_scale[head_index * VALUE_DIM +", "channel_scale[", {}),
     ("channel_scale[head_index * VALUE_DIM +", "channel_scale[(head_index + 1) * VALUE_DIM +", {}),
-    ("unrotation[i * VALUE_DIM + channel]", "unrotation[channel * VALUE_DIM + i]", {}),
-    ("unrotation[i * VALUE_DIM + channel]", "float(i == channel)", {}),
+    (
+        "MATRICES * VALUE_DIM + i) * VALUE_DIM + channel]",
+        "MATRICES * VALUE_DIM + channel) * VALUE_DIM + i]",
+        {},
+    ),
+    (
+        "unrotation[(kv_head % MATRICES * VALUE_DIM + i) * VALUE_DIM + channel]",
+        "float(i == channel)",
+        {},
+    ),
     ("i < VALUE_DIM; ++i", "i < VALUE_DIM - 1; ++i", {}),
     ("i < VALUE_DIM; ++i", "i < VALUE_DIM + 1; ++i", {}),
     ("total == 0.0f ? 0.0f :", "", {"mask": "bool"}),

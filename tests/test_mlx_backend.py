@@ -8,7 +8,7 @@ import pytest
 
 from rotormlx import codebook, reference
 from rotormlx.attention import attend_view
-from rotormlx.backends import backend, describe, mlx_ops
+from rotormlx.backends import backend, choose, describe, mlx_ops
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.view import KVView
@@ -359,6 +359,7 @@ def test_backend_says_why_it_is_not_a_better_one(monkeypatch):
     else:
         assert describe().startswith(f"{backend().name} (no metal, MLX ")
     monkeypatch.setenv("ROTORMLX_BACKEND", "mlx")
+    choose.cache_clear()
     assert describe() == "mlx (named by ROTORMLX_BACKEND)"
 
 

@@ -139,4 +139,5 @@ def test_it_is_chosen_where_mlx_has_cuda(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert backends.backend().name == "mlx_cuda"
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    backends.choose.cache_clear()
     assert backends.backend().name == "metal"

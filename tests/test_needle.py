@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_models
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
-from rotormlx import cli, needle, rivals
-from rotormlx.needle import COPY_BEFORE, Share, Trial
+from rotormlx import cli, needle, quality, rivals
+from rotormlx.needle import COPY_BEFORE, COPY_TIMES, Pairs, Share, Trial
 from rotormlx.rivals import Scheme, SimulatedCache
 
 D = 64
@@ -95,18 +98,33 @@ def test_answers_stand_where_they_are_said_to(kind: str) -> None:
     assert len(made.tokens) == 1200
     assert len(made.questions) == 8
     for question in made.questions:
-        end = question.position + len(question.answer)
-        assert made.tokens[question.position : end] == question.answer
+        said = made.tokens[question.first : question.end]
+        assert said[-len(question.answer) :] == question.answer
         # What is read behind the text ends with the answer but its last token.
-        assert question.tokens[-len(question.answer) + 1 :] == question.answer[:-1]
-        before = question.tokens[: len(question.tokens) - len(question.answer) + 1]
-        assert before[-8:] == made.tokens[question.position - 8 : question.position]
-        assert question.position >= 4
-        assert end <= 1200 - 128  # before any window
-    depths = [question.position / 1200 for question in made.questions]
-    assert depths == sorted(depths)
+        before = (*question.tokens, question.answer[-1])[: -len(question.answer)]
+        assert (*before, *question.answer[:-1]) == question.tokens
+        assert before[-COPY_BEFORE:] == said[-COPY_BEFORE - len(question.answer) :][:COPY_BEFORE]
+        assert question.first >= 4
+        assert question.end <= 1200 - 128  # before any window
+    for earlier, later in itertools.pairwise(made.questions):
+        assert earlier.end <= later.first
+    depths = [question.first / 1200 for question in made.questions]
     assert depths[0] < 0.25  # a needle stands behind a whole sentence
     assert depths[-1] > 0.7
+
+
+def test_copies_are_runs_said_three_times_in_prose() -> None:
+    made = stack("copy")
+    prose = list(made.tokens)
+    for question in reversed(made.questions):
+        run = (*question.tokens, *question.answer)
+        assert (len(question.tokens), len(question.answer)) == (COPY_BEFORE, 1)
+        assert made.tokens[question.first : question.end] == run * COPY_TIMES
+        assert len(set(run)) == len(run)
+        assert bytes(run) not in quality.default_text().encode()
+        del prose[question.first : question.end]
+    # What is left are whole sentences, one behind the other.
+    assert bytes(prose[1:]) in quality.default_text().replace("\n\n", " ").encode() * 2
 
 
 def test_facts_read_like_facts() -> None:
@@ -130,10 +148,28 @@ def test_texts_differ_by_seed_and_are_the_same_again() -> None:
         assert stack(kind, seed=1).tokens != stack(kind, seed=2).tokens
 
 
-@pytest.mark.parametrize(("kind", "length"), [("fact", 500), ("copy", 300)])
+@pytest.mark.parametrize(("kind", "length"), [("fact", 543), ("copy", 735)])
 def test_texts_without_room_are_refused(kind: str, length: int) -> None:
-    with pytest.raises(ValueError, match=f"but {length} tokens and 8 needles came"):
+    room = needle.ROOM[kind]
+    assert length == 8 * room + 224 - 1
+    with pytest.raises(ValueError, match=f"have {room} .* {length} tokens and 8 needles came"):
         stack(kind, length)
+
+
+def test_no_needle_is_cut_off_by_the_end_of_a_text() -> None:
+    """Sentences are of any length, so a text with just enough room may still have too little."""
+    made, refused = 0, 0
+    for seed in range(40):
+        try:
+            questions = stack("copy", 736, seed=seed).questions
+        except ValueError:
+            refused += 1
+        else:
+            assert len(questions) == 8
+            assert questions[-1].end <= 736
+            made += 1
+    assert made
+    assert refused
 
 
 # ---- trials -------------------------------------------------------------------------------------
@@ -152,10 +188,10 @@ def test_what_a_cache_loses_is_not_found(kind: str) -> None:
     made = stack(kind)
     trials = list(needle.search(Recalling(), made, forgetting(400, 800)))
     for trial, question in zip(trials, made.questions, strict=True):
-        assert trial.depth == question.position / 1200
-        if 430 <= question.position < 770:
+        assert trial.depth == question.first / 1200
+        if question.first >= 400 and question.end <= 800:
             assert not trial.found
-        if question.position < 370 or question.position >= 850:
+        if question.end <= 400 or question.first >= 800:
             assert trial.found
     assert 0 < sum(trial.found for trial in trials) < 8
 
@@ -176,7 +212,7 @@ def test_answers_must_lie_in_packed_bytes() -> None:
     made = stack("copy")
     for scheme in (
         Scheme("late", lambda layer: SimulatedCache(Forgetting(0, 0), 0, sink=4, window=700)),
-        Scheme("early", lambda layer: SimulatedCache(Forgetting(0, 0), 0, sink=64, window=0)),
+        Scheme("early", lambda layer: SimulatedCache(Forgetting(0, 0), 0, sink=200, window=0)),
         Scheme("never", lambda layer: KVCache()),
     ):
         with pytest.raises(RuntimeError, match=f"must lie in packed bytes.* and {scheme.name} "):
@@ -228,6 +264,31 @@ def test_shares_are_of_the_trials_asked_for() -> None:
     header, rows = needle.cells(result)
     assert rows[0][header.index("fact, 20 tokens")] == "50.0% (15% to 85%)"
     assert rows[1][header.index("copy, depth 0-20 %")] == "0.0% (0% to 66%)"
+    assert [row[header.index("copy, against a")] for row in rows] == ["", "-4 +0, p = 0.12"]
+    assert [row[header.index("fact, against b")] for row in rows] == ["-0 +4, p = 0.12", ""]
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p"),
+    # Twice the sum of C(n, i) / 2^n for i up to the smaller of the two, at most 1.
+    [(0, 0, 1), (3, 3, 1), (5, 0, 2 / 32), (1, 7, 2 * (1 + 8) / 256)],
+)
+def test_pairs_have_mcnemars_exact_p(lost: int, gained: int, p: float) -> None:
+    assert Pairs(lost, gained).p == pytest.approx(p, rel=1e-12)
+
+
+def test_pairs_are_of_the_same_needles() -> None:
+    """Shares alone would call these two schemes equal."""
+    found = {"a": (True, True, False, False), "b": (False, True, True, False)}
+    trials = tuple(
+        Trial(scheme, "fact", 10, depth / 10, one)
+        for scheme, all_found in found.items()
+        for depth, one in enumerate(all_found)
+    )
+    result = needle.Result("", "", "", "", {}, trials)
+    assert result.share(scheme="a") == result.share(scheme="b")
+    assert result.pairs("a", "b") == Pairs(lost=1, gained=1)
+    assert result.pairs("a", "b", part=0) == Pairs(lost=1, gained=0)
 
 
 # ---- a run --------------------------------------------------------------------------------------
@@ -241,13 +302,15 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(cli.app, argv)
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "needle.json").read_text())
-    # 2 schemes, 2 kinds, and a text of 3 needles of each length: 6 are at least 5.
-    assert len(found["trials"]) == 2 * 2 * 6
-    assert {trial["scheme"] for trial in found["trials"]} == {"exact", "k2v2"}
+    # 5 over two lengths are 3 of each. Facts: 3 needles a text; a text of 400 tokens has room for
+    # 2 copies, so two such texts are read.
+    trials = Counter((t["scheme"], t["kind"], t["length"]) for t in found["trials"])
+    expected = {("fact", 400): 3, ("fact", 600): 3, ("copy", 400): 4, ("copy", 600): 3}
+    assert trials == {(s, *key): n for s in ("exact", "k2v2") for key, n in expected.items()}
     # A model with random weights finds nothing.
     assert not any(trial["found"] for trial in found["trials"])
     page = (tmp_path / "out" / "needle.md").read_text()
-    assert "12 a scheme" in page
+    assert "13 a scheme" in page
     assert "| copy, 600 tokens | 0.0% (0% to 56%) | 0.0% (0% to 56%) |" in page
 
 
@@ -259,3 +322,27 @@ def test_run_refuses(trials: int, needles: int, kinds: tuple[str, ...]) -> None:
         needle.run(
             None, None, [], model_name="", command="", trials=trials, needles=needles, kinds=kinds
         )
+
+
+def test_a_run_computes_in_float32_on_a_cpu_and_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_models.build("llama")
+    model.set_dtype(mx.bfloat16)
+    before = tree_flatten(model.parameters())
+    seen: set[mx.Dtype] = set()
+
+    def search(model: Any, *_: Any) -> list[Trial]:
+        seen.update(value.dtype for _, value in tree_flatten(model.parameters()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(needle, "search", search)
+    for device, dtype in ((mx.Device(mx.cpu), mx.float32), (mx.Device(mx.gpu), mx.bfloat16)):
+        seen.clear()
+        monkeypatch.setattr(mx, "default_device", lambda device=device: device)
+        with pytest.raises(KeyboardInterrupt):
+            needle.run(model, Bytes(), [], model_name="", command="", needles=1)
+        assert seen == {dtype}
+        after = tree_flatten(model.parameters())
+        assert [name for name, _ in after] == [name for name, _ in before]
+        assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True))

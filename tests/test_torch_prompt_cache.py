@@ -49,7 +49,8 @@ def content(path):
 
 def assert_same_file(a, b):
     (arrays, facts), (others, other_facts) = content(a), content(b)
-    assert facts == other_facts
+    # mlx-lm leaves the place of our checksum empty.
+    assert facts | {"2.0": ""} == other_facts | {"2.0": ""}
     assert arrays.keys() == others.keys()
     for name, array in arrays.items():
         assert array.dtype == others[name].dtype, name
@@ -172,18 +173,18 @@ def text(string):
 
 
 DAMAGE = {
-    "version": ("0.0", lambda a: a + 1, "reads format version 1, but the cache has version 2"),
+    "version": ("0.0", lambda a: a + 1, "format version 1, .* has version 2"),
     "config": ("0.1", lambda a: text("{}"), "must have exactly the fields"),
     "other-config": ("1.1", lambda a: text(RotorConfig().to_json()), "one configuration for all"),
     "layer": ("1.2", lambda a: a * 0, "layer 1 at position 1, but it holds 'layer 0'"),
-    "tokens": ("1.3", lambda a: a - 1, r"key exact tokens of shape"),
-    "packed": ("1.4", lambda a: a - 64, r"key exact tokens of shape"),
+    "tokens": ("1.3", lambda a: a - 1, r"exact keys of dtype and shape"),
+    "packed": ("1.4", lambda a: a - 64, r"exact keys of dtype and shape"),
     "counts": ("1.4", lambda a: a + 64, "counts that add up"),
-    "negative": ("1.4", lambda a: a * 0 - 1, "as integers from 0"),
-    "exact": ("1.5", lambda a: a[0], "floating tensor of 4 dimensions"),
-    "words": ("1.6", lambda a: a[:, :, :1], "key words of shape"),
-    "dtype": ("1.12", lambda a: a.float(), "value scales of shape"),
-    "centres": ("1.8", lambda a: a[..., :8].contiguous(), "key centres of shape"),
+    "negative": ("1.4", lambda a: a * 0 - 1, "integers from 0"),
+    "exact": ("1.5", lambda a: a[0], "floating array of 4 dimensions"),
+    "words": ("1.6", lambda a: a[:, :, :1], "key words of dtype and shape"),
+    "dtype": ("1.12", lambda a: a.float(), "value scales of dtype and shape"),
+    "centres": ("1.8", lambda a: a[..., :8].contiguous(), "key centres of dtype and shape"),
 }
 
 
@@ -200,13 +201,13 @@ def test_a_damaged_file_is_refused(saved, tmp_path, name):
 
 def test_files_that_are_none_are_refused(saved, tmp_path):
     model, path = saved
-    with pytest.raises(ValueError, match="A whole safetensors file is required"):
+    with pytest.raises(ValueError, match="An existing file is required"):
         rt.load_prompt_cache(tmp_path / "none.safetensors", model.config)
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="A whole safetensors file is required"):
+    with pytest.raises(ValueError, match="bytes of tensors, but it has"):
         rt.load_prompt_cache(tmp_path / "cut.safetensors", model.config)
     save_file(load_file(path), tmp_path / "bare.safetensors")
-    with pytest.raises(ValueError, match="file of save_prompt_cache is required"):
+    with pytest.raises(ValueError, match="must be a file of save_prompt_cache"):
         rt.load_prompt_cache(tmp_path / "bare.safetensors", model.config)
     mlx_cache.save_prompt_cache(str(tmp_path / "k.safetensors"), [mlx_cache.KVCache()])
     with pytest.raises(

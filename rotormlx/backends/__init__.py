@@ -6,8 +6,12 @@ import os
 from collections.abc import Callable
 from functools import cache
 
+import mlx.core as mx
+
 from rotormlx.backends import cpu, metal, mlx_cuda
 from rotormlx.backends.mlx_ops import MLXBackend
+
+_CPU = mx.Device(mx.cpu)
 
 # Best first, each with what tells why this process cannot run it.
 _BACKENDS: dict[str, tuple[type[MLXBackend], Callable[[], str | None]]] = {
@@ -29,6 +33,12 @@ def backend() -> MLXBackend:
     Raises:
         RuntimeError: If the name is not of a backend, or this process cannot run it.
     """
+    return choose(mx.default_device() == _CPU)
+
+
+@cache
+def choose(_on_cpu: bool, /) -> MLXBackend:
+    """What :func:`backend` gives; made once for MLX's default device, CPU or GPU."""
     name = os.environ.get("ROTORMLX_BACKEND")
     if name is None:
         name = next(name for name, (_, lack) in _BACKENDS.items() if lack() is None)
@@ -42,7 +52,7 @@ def backend() -> MLXBackend:
             f"[backend] ROTORMLX_BACKEND is {name!r}, but {reason}; unset it for the automatic "
             "choice."
         )
-    return _instance(name)
+    return _BACKENDS[name][0]()
 
 
 def describe() -> str:
@@ -53,8 +63,3 @@ def describe() -> str:
     better = list(_BACKENDS)[: list(_BACKENDS).index(name)]
     reasons = "; ".join(f"no {other}, {_BACKENDS[other][1]()}" for other in better)
     return f"{name} ({reasons})" if reasons else name
-
-
-@cache
-def _instance(name: str) -> MLXBackend:
-    return _BACKENDS[name][0]()

@@ -5,6 +5,8 @@ Shapes: B batch, H query heads, K KV heads, L queries, N blocks, D head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -87,20 +89,20 @@ class CPUBackend(MLXBackend):
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
-        mask_array = None if mask is None or isinstance(mask, str) else mask
+        mask_array = None if isinstance(mask, str) else mask
         if mask_array is not None and mask_array.dtype not in (mx.bool_, *_ROOM):
             mask_array = mask_array.astype(mx.float32)
         if sinks is not None and sinks.dtype not in _ROOM:
             sinks = sinks.astype(mx.float32)
-        arrays = [a for view in (keys, values) for a in (view.exact, *_packed(view))]
-        if not _evaluated(queries, mask_array, sinks, *arrays):
+        exact, blocks = (keys.exact, values.exact), (_blocks(keys), _blocks(values))
+        if not _evaluated(queries, mask_array, sinks, exact, blocks[0][1:], blocks[1][1:]):
             return super().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        output = np.empty((*queries.shape[:3], values.shape[3]), _ROOM[queries.dtype])
+        output = np.empty((*queries.shape[:3], values.codec.head_dim), _ROOM[queries.dtype])
         cpu_library.attend(
             queries,
             output,
-            (keys.exact, values.exact),
-            (_blocks(keys), _blocks(values)),
+            exact,
+            blocks,
             keys.lengths,
             sink=keys.sink,
             scale=scale,
@@ -112,18 +114,15 @@ class CPUBackend(MLXBackend):
         return made.view(mx.bfloat16) if queries.dtype == mx.bfloat16 else made
 
 
-def _packed(view: KVView) -> tuple[mx.array | None, ...]:
-    return (*(view.packed or (None,) * 3), view.channel_scale)
-
-
 def _blocks(view: KVView) -> cpu_library.Blocks:
-    return cpu_library.Blocks(view.codec, *_packed(view))
+    packed = view.packed or Packed(None, None, None)
+    return cpu_library.Blocks(view.codec, *packed, view.channel_scale)
 
 
-def _evaluated(*arrays: mx.array | None) -> bool:
-    """Evaluate arrays; False while a function is traced, which has no numbers yet."""
+def _evaluated(*arrays: Any) -> bool:
+    """Evaluate arrays and tuples of them; False while a function is traced, without numbers yet."""
     try:
-        mx.eval([a for a in arrays if a is not None])
+        mx.eval(arrays)
     except ValueError:
         return False
     return True

@@ -102,6 +102,11 @@ def row_template(rotation: Rotation) -> list[tuple[str, int]]:
     ]
 
 
+def matrices(rotation: Rotation) -> int:
+    """K where every KV head has a matrix of its own, else 1."""
+    return len(rotation.matrix) if rotation.is_per_head else 1
+
+
 def rotation_text(rotation: Rotation) -> str:
     """The functions ``rotate_rows`` and ``unrotate_rows`` of rows in registers.
 
@@ -163,7 +168,8 @@ def cuda_header(codec: Codec) -> str:
 def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
     """What ``rotate_rows``, or with ``back`` ``unrotate_rows``, reads.
 
-    The coefficients of all stages, or a matrix ``[D, D]`` that rows are multiplied by. At least 8
+    The coefficients of all stages, or a matrix ``[D, D]`` that rows are multiplied by, or one for
+    each KV head, ``[K, D, D]``. At least 8
     numbers, because MLX binds fewer to another address space.
     """
     if rotation.stages:
@@ -172,5 +178,5 @@ def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
         flat = np.zeros(8)
     else:
         matrix = rotation.inverse if back else rotation.matrix
-        flat = matrix.T.ravel()
+        flat = np.swapaxes(matrix, -1, -2).ravel()
     return flat.astype(np.float32)

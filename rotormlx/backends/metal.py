@@ -11,11 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from rotormlx.backends.first_call import FirstCallKernel
 from rotormlx.backends.kernel_source import (
     KernelText,
     boundaries_text,
     coefficients,
     lanes_of_row,
+    matrices,
     metal_text,
     read,
     rotation_text,
@@ -205,6 +207,7 @@ def _launch(
         ("BLOCK", BLOCK),
         ("THREADS", THREADS),
         ("KEY", codec.role == KEY),
+        ("MATRICES", matrices(codec.rotation)),
         *row_template(codec.rotation),
     ]
     arrays = kernel(
@@ -259,12 +262,12 @@ def _metal_kernel(
     name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], text: KernelText
 ) -> Kernel:
     """The kernel object, which the layers of a model share; it reads inputs as they lie."""
-    kernel: Any = mx.fast.metal_kernel(
-        name=f"rotormlx_{name}",
+    return FirstCallKernel(
+        f"rotormlx_{name}",
+        mx.fast.metal_kernel,
         input_names=list(inputs),
         output_names=list(outputs),
         source=text.source,
         header=text.header,
         ensure_row_contiguous=False,
     )
-    return kernel

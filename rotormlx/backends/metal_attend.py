@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from rotormlx.backends.kernel_source import metal_text, read
-from rotormlx.backends.mlx_ops import MLXBackend, inverse_matrix
+from rotormlx.backends.first_call import FirstCallKernel
+from rotormlx.backends.kernel_source import matrices, metal_text, read
+from rotormlx.backends.mlx_ops import MLXBackend, inverse_matrix, rotated_queries
 from rotormlx.format import BLOCK, Packed
 from rotormlx.view import KVView
 
@@ -126,7 +127,7 @@ def attend(
         ],
         template=[
             *(("T", queries.dtype), ("VALUE_DIM", value_dim), ("ROWS", tiling.merged)),
-            ("THREADS", MERGE_THREADS),
+            *(("THREADS", MERGE_THREADS), ("MATRICES", matrices(values.codec.rotation))),
             ("HAS_SCALE", values.channel_scale is not None),
             ("HAS_SINKS", sinks is not None),
         ],
@@ -166,8 +167,7 @@ def _rotated(q: mx.array, keys: KVView) -> mx.array:
     """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
     if not keys.packed_tokens:
         return q
-    scaled = q if keys.channel_scale is None else q * keys.channel_scale[..., None, :]
-    return scaled @ inverse_matrix(keys.codec.rotation).T
+    return rotated_queries(q, keys)
 
 
 def _packed(view: KVView) -> Packed:
@@ -200,8 +200,9 @@ def _mask_of_kernel(
 @cache
 def _parts_kernel(name: str) -> Kernel:
     text = metal_text(name, read("shared_kernels/levels.h"), read("metal_kernels/scores.h"))
-    kernel: Any = mx.fast.metal_kernel(
-        name=f"rotormlx_{name}",
+    return FirstCallKernel(
+        f"rotormlx_{name}",
+        mx.fast.metal_kernel,
         input_names=[
             *("q", "rotated", "key_words", "key_scales", "centres", "exact_keys"),
             *("value_words", "value_scales", "exact_values", "mask", "lengths", "plan"),
@@ -212,14 +213,14 @@ def _parts_kernel(name: str) -> Kernel:
         # The buffers of the cache are read where they lie.
         ensure_row_contiguous=False,
     )
-    return kernel
 
 
 @cache
 def _merge_kernel() -> Kernel:
     text = metal_text("attend_merge", read("metal_kernels/scores.h"))
-    kernel: Any = mx.fast.metal_kernel(
-        name="rotormlx_attend_merge",
+    return FirstCallKernel(
+        "rotormlx_attend_merge",
+        mx.fast.metal_kernel,
         input_names=[
             *("tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "plan"),
         ],
@@ -227,4 +228,3 @@ def _merge_kernel() -> Kernel:
         source=text.source,
         header=text.header,
     )
-    return kernel

@@ -13,14 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from rotormlx.backends.kernel_source import coefficients, cuda_header, read
+from rotormlx.backends.first_call import FirstCallKernel
+from rotormlx.backends.kernel_source import coefficients, cuda_header, matrices, read
 from rotormlx.backends.metal_attend import cut
-from rotormlx.backends.mlx_ops import MLXBackend, check_rows, inverse_matrix
+from rotormlx.backends.mlx_ops import MLXBackend, check_rows, inverse_matrix, rotated_queries
 from rotormlx.format import BLOCK, KEY, Codec, Packed
+from rotormlx.limits import check_grid
 from rotormlx.view import KVView
 
 THREADS = 256
@@ -63,6 +65,7 @@ class MLXCUDABackend(MLXBackend):
         if codec.head_dim > MAX_HEAD_DIM:
             return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
         batch, heads, tokens, head_dim = x.shape
+        check_grid("encode", batch, heads)
         blocks = (batch, heads, tokens // BLOCK)
         outputs = [((*blocks, *codec.words_shape), mx.uint32), ((*blocks, BLOCK), mx.float16)]
         if takes_means := codec.role == KEY and centres is None:
@@ -95,6 +98,7 @@ class MLXCUDABackend(MLXBackend):
         if codec.head_dim > MAX_HEAD_DIM:
             return super().decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
         batch, heads, blocks = packed.scales.shape[:3]
+        check_grid("decode", batch, heads)
         (out,) = _codec_kernel("decode", _text_of(codec), channel_scale is not None, False)(
             inputs=[
                 packed.words,
@@ -127,6 +131,7 @@ class MLXCUDABackend(MLXBackend):
             return super().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         batch, heads, length, _ = queries.shape
         kv_heads = keys.shape[1]
+        check_grid("attend", batch, kv_heads)
         group = heads // kv_heads * length
         operands = _operands(keys.codec, values.codec, queries.dtype, group)
         tiles = -(-group // (8 * max(operands, 1)))
@@ -144,7 +149,8 @@ class MLXCUDABackend(MLXBackend):
                 # Strides of the mask: 0 along an axis that is broadcast.
                 *_strides(mask_array.shape),
             ],
-            mx.int32,
+            # Strides of a mask of many queries and tokens are no 32-bit integers.
+            mx.int64,
         )
         rows = (batch, kv_heads, group)
         key_packed, value_packed = _packed(keys), _packed(values)
@@ -163,7 +169,8 @@ class MLXCUDABackend(MLXBackend):
         scales = values.channel_scale
         if scales is not None:
             scales = mx.broadcast_to(scales, (batch, kv_heads, value_dim))
-        (output,) = _merge_kernel(value_dim, scales is not None, sinks is not None)(
+        count = matrices(values.codec.rotation)
+        (output,) = _merge_kernel(value_dim, count, scales is not None, sinks is not None)(
             inputs=[
                 *(tops, totals, outputs, inverse_matrix(values.codec.rotation)),
                 _or_nothing(scales, mx.float32),
@@ -200,8 +207,7 @@ def _rotated(queries: mx.array, keys: KVView, group: int) -> mx.array:
     q = queries.astype(mx.float32).reshape(batch, kv_heads, group, key_dim)
     if not keys.packed_tokens:
         return q
-    scaled = q if keys.channel_scale is None else q * keys.channel_scale[..., None, :]
-    return scaled @ inverse_matrix(keys.codec.rotation).T
+    return rotated_queries(q, keys)
 
 
 def _mask(mask: mx.array | str | None, scores: tuple[int, int, int, int]) -> tuple[int, mx.array]:
@@ -268,12 +274,13 @@ class _CodecText(NamedTuple):
     rotation: str
     header: str
     rows: int
+    matrices: int
 
 
 def _text_of(codec: Codec) -> _CodecText:
     header = cuda_header(codec)
     facts = (codec.role, codec.bits, codec.head_dim, codec.rotation.name)
-    return _CodecText(*facts, header, codec.words_shape[0])
+    return _CodecText(*facts, header, codec.words_shape[0], matrices(codec.rotation))
 
 
 def _header(*names: str, before: str = "") -> str:
@@ -332,7 +339,7 @@ _ENCODE_BODY = """
   call.x_strides[0] = call.kv_heads * head_tokens * CODEC::D;
   call.x_strides[1] = head_tokens * CODEC::D;
   call.x_strides[2] = CODEC::D;
-  call.coefficients = coefficients;
+  call.coefficients = coefficients + int(blockIdx.y) % MATRICES * (CODEC::D * CODEC::D);
   call.channel_scale = SCALE;
   place_packed(call.packed, words, scales, CENTRES, call.kv_heads, call.blocks, BLOCK_WORDS,
                CODEC::D);
@@ -347,7 +354,7 @@ _DECODE_BODY = """
   call.blocks = numbers[3];
   place_packed(call.packed, words, scales, centres, call.kv_heads, call.blocks, BLOCK_WORDS,
                CODEC::D);
-  call.coefficients = coefficients;
+  call.coefficients = coefficients + int(blockIdx.y) % MATRICES * (CODEC::D * CODEC::D);
   call.channel_scale = SCALE;
   call.out = out;
   decode_block<CODEC, THREADS>(call);
@@ -400,7 +407,8 @@ _PARTS_BODY = """
 
 _MERGE_BODY = """
   extern __shared__ uint4 shared[];
-  call.value_matrix = unrotation;
+  const int matrix = int(blockIdx.y) % call.kv_heads % MATRICES;
+  call.value_matrix = unrotation + matrix * (VALUE_DIM * VALUE_DIM);
   call.value_channel_scale = SCALE;
   call.value_channel_scale_stride = call.kv_heads * VALUE_DIM;
   call.sinks = SINKS;
@@ -420,6 +428,7 @@ def _codec_kernel(name: str, text: _CodecText, has_scale: bool, takes_means: boo
     codec_text = _CODEC_TEXT.format(is_key=int(is_key), bits=text.bits, d=text.head_dim)
     codec_text = codec_text.replace("NS::", f"{text.role}_rotation::")
     body = {"encode": _ENCODE_BODY, "decode": _DECODE_BODY}[name]
+    body = body.replace("MATRICES", str(text.matrices))
     body = body.replace("SCALE", "channel_scale" if has_scale else "nullptr")
     body = body.replace("CENTRES", "centres" if takes_means else "given_centres")
     body = body.replace("BLOCK_WORDS", str(text.rows * lanes)).replace("THREADS", str(THREADS))
@@ -433,9 +442,9 @@ def _codec_kernel(name: str, text: _CodecText, has_scale: bool, takes_means: boo
             ["out"],
         ),
     }[name]
-    facts = (name, text.role, text.bits, text.head_dim, text.rotation, has_scale, takes_means)
+    facts = (*(name, text.role, text.bits, text.head_dim), text.rotation, text.matrices)
     return _kernel(
-        "_".join(map(str, facts)),
+        "_".join(map(str, (*facts, has_scale, takes_means))),
         inputs,
         outputs,
         body,
@@ -484,13 +493,14 @@ def _parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
 
 
 @cache
-def _merge_kernel(value_dim: int, has_scale: bool, has_sinks: bool) -> Kernel:
+def _merge_kernel(value_dim: int, matrices: int, has_scale: bool, has_sinks: bool) -> Kernel:
     body = (_CALL_TEXT + _MERGE_BODY).replace("VALUE_DIM", str(value_dim))
+    body = body.replace("MATRICES", str(matrices))
     body = body.replace("THREADS", str(ATTEND_THREADS))
     body = body.replace("SCALE", "channel_scale" if has_scale else "nullptr")
     body = body.replace("SINKS", "sinks" if has_sinks else "nullptr")
     return _kernel(
-        f"attend_merge_{value_dim}_{has_scale}_{has_sinks}",
+        f"attend_merge_{value_dim}_{matrices}_{has_scale}_{has_sinks}",
         ["tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "numbers"],
         ["out"],
         body,
@@ -507,12 +517,12 @@ def _kernel(
     header: str,
     shared_memory: int = 0,
 ) -> Kernel:
-    kernel: Any = mx.fast.cuda_kernel(
-        name=f"rotormlx_{name}",
+    return FirstCallKernel(
+        f"rotormlx_{name}",
+        mx.fast.cuda_kernel,
         input_names=inputs,
         output_names=outputs,
         source=source,
         header=header,
         shared_memory=shared_memory,
     )
-    return kernel

@@ -127,7 +127,8 @@ class MLXBackend:
         Source: docs/FORMAT.md, section 6.
         """
         level = in_natural_order(levels(packed.words, codec), codec)
-        y = (level * packed.scales.astype(mx.float32)[..., None]) @ inverse_matrix(codec.rotation)
+        y = level * packed.scales.astype(mx.float32)[..., None]
+        y = multiplied(y, inverse_matrix(codec.rotation))
         if channel_scale is not None:
             y = y * channel_scale[:, None, None, :]
         if codec.role == KEY:
@@ -230,8 +231,7 @@ def attend_packed(
     """
     if keys.packed is None or values.packed is None:
         raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
-    scaled = q if keys.channel_scale is None else q * keys.channel_scale[:, None, :]
-    rotated = in_word_order(scaled @ inverse_matrix(keys.codec.rotation).T, keys.codec)
+    rotated = in_word_order(rotated_queries(q, keys), keys.codec)
 
     for start, stop in tiles(keys.packed_tokens, tile):
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
@@ -357,7 +357,11 @@ def encode_blocks(
     level = levels_of_codes(codes, codec.bits)
     scales = sum_in_order(level * rotated, -1) / sum_in_order(level * level, -1)
     scales = scales.astype(mx.float16)
-    scales = mx.where(mx.isfinite(scales), scales, mx.array(np.nan, mx.float16))
+    # A norm beyond float32 is that of a row whose scale is beyond float16.
+    counts = mx.isfinite(scales) & mx.isfinite(norm)
+    # The NaN of the format; MLX's own is another, a signalling one.
+    nan = mx.array(0x7E00, mx.uint16).view(mx.float16)
+    scales = mx.where(counts, scales, nan)
     codes = mx.where(mx.isnan(scales) | (scales == 0), mx.array(0, mx.uint32), codes)
     return Packed(pack(codes, codec), scales[..., 0], centres)
 
@@ -373,11 +377,25 @@ def rotate(y: mx.array, rotation: Rotation) -> mx.array:
     """Rotate rows ``[B, K, N, 64, D]``, float32."""
     if not rotation.stages:
         # One product a block: a matrix product of another shape may add up in another order.
-        blocks = [y[:, :, n : n + 1] @ matrix(rotation).T for n in range(y.shape[2])]
+        whole = mx.swapaxes(matrix(rotation), -1, -2)
+        blocks = [multiplied(y[:, :, n : n + 1], whole) for n in range(y.shape[2])]
         return mx.concatenate(blocks, axis=2)
     for stage in rotation.stages:
         y = apply_stage(y, stage)
     return y
+
+
+def rotated_queries(q: mx.array, keys: KVView) -> mx.array:
+    """The queries ``[B, K, G, D]`` as the levels of the keys meet them, float32."""
+    scaled = q if keys.channel_scale is None else q * keys.channel_scale[..., None, :]
+    return scaled @ mx.swapaxes(inverse_matrix(keys.codec.rotation), -1, -2)
+
+
+def multiplied(rows: mx.array, matrix: mx.array) -> mx.array:
+    """Rows ``[B, K, ..., D]`` times a matrix ``[D, D]``, or times one a KV head, ``[K, D, D]``."""
+    if matrix.ndim == 3:
+        matrix = matrix.reshape(-1, *(1,) * (rows.ndim - 4), *matrix.shape[1:])
+    return rows @ matrix
 
 
 def apply_stage(y: mx.array, stage: Stage) -> mx.array:
@@ -515,14 +533,14 @@ def flat_fields(a: mx.array) -> mx.array:
 
 @cache
 def matrix(rotation: Rotation) -> mx.array:
-    """The whole rotation, float32 ``[D, D]``."""
+    """The whole rotation, float32 ``[D, D]``, or ``[K, D, D]`` where it is calibrated."""
     return mx.array(rotation.matrix.astype(np.float32))
 
 
 @cache
 def inverse_matrix(rotation: Rotation) -> mx.array:
-    """The transposed inverse, float32 ``[D, D]``: rows times it are un-rotated."""
-    return mx.array(rotation.inverse.T.astype(np.float32))
+    """The transposed inverse, as :func:`matrix`: rows times it are un-rotated."""
+    return mx.array(np.swapaxes(rotation.inverse, -1, -2).astype(np.float32))
 
 
 @cache

@@ -127,16 +127,23 @@ def build(configuration: Configuration, *, verbose: bool = False) -> Path:
     if (reason := missing()) is not None:
         raise RuntimeError(f"[build] CUDA kernels cannot be built: {reason}.")
     configuration.write_headers()
-    cpp_extension.load(
-        name=configuration.name,
-        sources=[str(folder("cuda_kernels") / name) for name in SOURCES],
-        extra_cflags=configuration.cpp_flags(),
-        extra_cuda_cflags=configuration.cuda_flags(),
-        extra_include_paths=configuration.include_paths(),
-        build_directory=str(configuration.directory),
-        is_python_module=False,
-        verbose=verbose,
-    )
+    try:
+        cpp_extension.load(
+            name=configuration.name,
+            sources=[str(folder("cuda_kernels") / name) for name in SOURCES],
+            extra_cflags=configuration.cpp_flags(),
+            extra_cuda_cflags=configuration.cuda_flags(),
+            extra_include_paths=configuration.include_paths(),
+            build_directory=str(configuration.directory),
+            is_python_module=False,
+            verbose=verbose,
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"[build] The kernels of {', '.join(SOURCES)} must compile for {configuration.arch} "
+            f"({torch.cuda.get_device_name()}), but they do not; rotormlx.torch.remove(model) "
+            f"gives a model its own caches back. The compiler says: {error}"
+        ) from error
     return configuration.directory
 
 

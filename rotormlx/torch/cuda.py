@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotormlx.format import KEY, ROLES, Codec, Packed
+from rotormlx.format import BLOCK, KEY, ROLES, Codec, Packed
+from rotormlx.limits import check_grid, check_tokens
 from rotormlx.rotation import Rotation
 from rotormlx.torch import build, torch_ops
 from rotormlx.torch.build import Configuration
@@ -36,6 +37,7 @@ def encode(
     operators = _operators_for(codec, x.device)
     if operators is None:
         return torch_ops.encode(x, codec, channel_scale=channel_scale, centres=centres)
+    check_grid("encode", *x.shape[:2])
     with _on(x.device):
         packed = operators.encode(
             _aligned(x),
@@ -57,6 +59,7 @@ def decode(
     operators = _operators_for(codec, device)
     if operators is None:
         return torch_ops.decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
+    check_grid("decode", *packed.words.shape[:2])
     with _on(device):
         return operators.decode(
             *_blocks(packed),
@@ -96,6 +99,9 @@ def attend(
             mask=mask,
             sink_logits=sink_logits,
         )
+    check_grid("attend", *keys.exact.shape[:2])
+    blocks = 0 if keys.packed is None else keys.packed.scales.shape[2]
+    check_tokens("attend", blocks * BLOCK + keys.exact.shape[2])
     kind = _CAUSAL if causal else _NO_MASK
     if mask is not None:
         kind = _BOOLEAN if mask.dtype == torch.bool else _ADDITIVE

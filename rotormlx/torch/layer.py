@@ -21,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rotormlx.config import RotorConfig
 from rotormlx.format import BLOCK, KEY, VALUE
+from rotormlx.limits import check_tokens
 from rotormlx.torch.ops import FLOATS
 from rotormlx.torch.store import Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import Source
@@ -60,9 +61,8 @@ class Step:
             padding: Positions before the first token of each row; None if the mask does not tell.
         """
         if self.view is None and self.new is not None:
-            keys, values = self.new
+            (keys, values), self.new = self.new, None
             self.view = self.layer.store(keys, values, padding)
-            self.new = None
         if self.view is None:
             raise RuntimeError("[RotorCache] These keys were forgotten; run the model again.")
         return self.view
@@ -167,15 +167,16 @@ class RotorLayer(CacheLayerMixin):
             Handles for the attention function.
 
         Raises:
-            ValueError: If a shape, dtype or device does not fit.
+            ValueError: If a shape, dtype or device does not fit, or the sequence gets too long.
             RuntimeError: If the tokens before never reached rotormlx's attention.
         """
-        if self._step is not None and self._step.view is None:
+        if self._step is not None:
             raise RuntimeError(
                 f"[RotorCache] The keys of the step before never reached attention in layer "
                 f"{self.layer}; {ADVICE}, and use a new cache."
             )
         self._check(key_states, value_states)
+        check_tokens("RotorCache", self.length + key_states.shape[2])
         if self.stores is None:
             self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[2]
@@ -270,52 +271,71 @@ class RotorLayer(CacheLayerMixin):
         return sum(store.nbytes for store in self.stores or ())
 
     def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> View:
-        """Append tokens, take a view, and pack; called once a step by the attention function."""
+        """Append tokens, take a view, and pack; called once a step by the attention function.
+
+        Whatever is raised, an interrupt too: the layer is then as before the step.
+        """
         if self.stores is None:
             raise ValueError("[RotorCache] The cache was reset during a step; run it again.")
-        length = keys.shape[2]
+        before = self.stores
+        try:
+            return self._store(keys, values, padding)
+        except BaseException:
+            if self.stores is before:
+                vars(self).update(length=self.length - keys.shape[2], _step=None)
+            raise
+
+    def _store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> View:
+        key_store, value_store = (store.twin() for store in self.stores or ())
+        length, row_padding = keys.shape[2], self.padding
         before = [max(0, self.length - length - padded) for padded in self.padding]
         if padding is not None:
             # A row that holds tokens keeps its padding: positions before them are no longer known.
-            self.padding = [
+            row_padding = [
                 old if have else min(new, self.length)
-                for old, new, have in zip(self.padding, padding, before, strict=True)
+                for old, new, have in zip(row_padding, padding, before, strict=True)
             ]
-        tokens = self.tokens
+        tokens = [self.length - padded for padded in row_padding]
         new_tokens = [now - have for now, have in zip(tokens, before, strict=True)]
         exact = [have - packed for have, packed in zip(before, self.packed, strict=True)]
-        for buffers, x in zip(self.stores, (keys, values), strict=True):
-            buffers.append(x, exact, new_tokens)
+        stores = (key_store, value_store)
+        for store, x in zip(stores, (keys, values), strict=True):
+            store.append(x, exact, new_tokens)
         counts = tuple(zip(self.packed, tokens, strict=True))
-        key_store, value_store = self.stores
         lengths = lengths_on(key_store.exact.device, counts)
-        view = View(key_store.source, value_store.source, lengths, tuple(self.padding))
-        self._pack()
+        view = View(key_store.source, value_store.source, lengths, tuple(row_padding))
+        packed = self._pack(stores, tokens)
+        # One step, between whose halves no interrupt comes.
+        vars(self).update(stores=stores, padding=row_padding, packed=packed, _step=None)
         return view
 
-    def _pack(self) -> None:
-        """Pack what the tails hold beyond the window: the rest of a begun block, whole blocks."""
-        if self.stores is None:
-            return
+    def _pack(self, stores: tuple[Store, Store], tokens: Sequence[int]) -> list[int]:
+        """Pack what the tails hold beyond the window: the rest of a begun block, whole blocks.
+
+        Returns:
+            How many tokens of each row are packed then.
+        """
         sink, window = self.config.sink, self.config.window
-        exact = [t - p for t, p in zip(self.tokens, self.packed, strict=True)]
+        packed_tokens = self.packed
+        exact = [t - p for t, p in zip(tokens, packed_tokens, strict=True)]
         gone = [0] * len(exact)
         for rest_of_block in (True, False):
             counts = []
-            for have, packed, done in zip(exact, self.packed, gone, strict=True):
+            for have, packed, done in zip(exact, packed_tokens, gone, strict=True):
                 spare = max(0, have - done - sink - window)
                 # Where the rest does not fit, less than a block is spare.
                 count = -packed % BLOCK if rest_of_block else spare // BLOCK * BLOCK
                 counts.append(count if count <= spare else 0)
-            facts = list(zip(counts, self.packed, gone, strict=True))
+            facts = list(zip(counts, packed_tokens, gone, strict=True))
             for rows, (count, packed, done) in groups(iter(facts)):
-                for store in self.stores if count else ():
+                for store in stores if count else ():
                     store.pack(rows, sink + done, count, packed)
-            self.packed = [p + n for p, n in zip(self.packed, counts, strict=True)]
+            packed_tokens = [p + n for p, n in zip(packed_tokens, counts, strict=True)]
             gone = [g + n for g, n in zip(gone, counts, strict=True)]
         if any(gone):
-            for store in self.stores:
+            for store in stores:
                 store.drop(exact, gone)
+        return packed_tokens
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         for role, x in ((KEY, keys), (VALUE, values)):

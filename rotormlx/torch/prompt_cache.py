@@ -6,26 +6,31 @@ are ``RotorKVCache`` there; sliding windows are ``RotatingKVCache``, whose token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from rotormlx import saved_state
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, VALUE, Packed
+from rotormlx.files import Array
+from rotormlx.format import FORMAT_VERSION, Packed
+from rotormlx.saved_rules import Shape
 from rotormlx.torch.cache import RotorCache
 from rotormlx.torch.layer import RotorLayer
-from rotormlx.torch.ops import FLOATS
 from rotormlx.torch.store import Store
 
 _HEADER = 5  # format version, configuration, layer, tokens, packed tokens
 _STORE = 5  # exact, words, scales, centres, channel scale
 _COMPRESSED, _SLIDING = "RotorKVCache", "RotatingKVCache"
+_DTYPES = {
+    **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"},
+    torch.int32: "U32",  # words: torch counts in signed integers
+}
 
 State = list[Any]
 
@@ -35,6 +40,9 @@ def save_prompt_cache(
 ) -> None:
     """Write a cache as mlx-lm's ``save_prompt_cache`` writes it.
 
+    The file appears whole or not at all: an interrupt, a full disk or a crash leaves what was there
+    before. It has a checksum.
+
     Args:
         path: A ``.safetensors`` file, written anew.
         cache: All batch rows must have the same length and no padding.
@@ -42,22 +50,13 @@ def save_prompt_cache(
 
     Raises:
         ValueError: If rows differ, or a layer is of a kind that the file cannot hold.
+        OSError: If the disk is full, or the directory is read-only.
 
     Source: docs/FORMAT.md, section 8.
     """
-    arrays: dict[str, Tensor] = {}
-    facts = {f"0.{name}": text for name, text in (metadata or {}).items()} | {"2.0": ""}
-    scalars = 0
-    for index, layer in enumerate(cache.layers):
-        name, state = _state_of(index, layer)
-        facts[f"1.{index}"] = name
-        for entry, value in enumerate(state):
-            array, kind = _as_array(value)
-            arrays[f"{index}.{entry}"] = array
-            if kind is not None:
-                scalars += 1
-                facts[f"2.{scalars}.0"], facts[f"2.{scalars}.1"] = f"{index}.{entry}", kind
-    save_file(arrays, str(path), facts)
+    states = [_state_of(index, layer) for index, layer in enumerate(cache.layers)]
+    classes, arrays = [name for name, _ in states], [state for _, state in states]
+    saved_state.write(path, classes, arrays, metadata or {}, _tensor)
 
 
 def load_prompt_cache(
@@ -84,37 +83,33 @@ def load_prompt_cache(
 
     Source: docs/FORMAT.md, section 8.
     """
-    classes, states, metadata = _read(path)
-    compressed = [s for c, s in zip(classes, states, strict=True) if c == _COMPRESSED]
-    saved = _config_of(compressed[0]) if compressed else None
-    if saved is None:
-        raise ValueError(
-            f"[prompt cache] A cache with compressed layers is required, but {path} holds only "
-            f"{', '.join(sorted(set(classes))) or 'nothing'}; make it with rotormlx."
+    with saved_state.opened(path) as saved:
+        cache = RotorCache(
+            config, _config_of(path, [shape for _, shape in saved.shapes], rotor_config)
         )
-    if rotor_config not in (None, saved):
-        raise ValueError(
-            f"[prompt cache] The cache must have been made with {rotor_config.to_json()}, but "
-            f"{path} was made with {saved.to_json()}; leave rotor_config out, or make it again."
-        )
-    cache = RotorCache(config, saved)
-    if len(cache.layers) != len(states):
-        raise ValueError(
-            f"[prompt cache] The model has {len(cache.layers)} layers, but the cache in {path} "
-            f"{len(states)}; use it with the model that it was made with."
-        )
-    for index, (layer, name, state) in enumerate(zip(cache.layers, classes, states, strict=True)):
-        if isinstance(layer, RotorLayer) and name == _COMPRESSED:
-            _fill(layer, saved, state, torch.device(device))
-        elif type(layer) is DynamicSlidingWindowLayer and name == _SLIDING:
-            _fill_sliding(index, layer, state, torch.device(device))
-        else:
+        if len(cache.layers) != len(saved.classes):
             raise ValueError(
-                f"[prompt cache] Layer {index} of the model has a {type(layer).__name__}, but the "
-                f"cache in {path} has a {name} there; use it with the model it was made with."
+                f"[prompt cache] The model has {len(cache.layers)} layers, but the cache in {path} "
+                f"{len(saved.classes)}; use it with the model that it was made with."
             )
+        names: dict[type, str] = {RotorLayer: _COMPRESSED, DynamicSlidingWindowLayer: _SLIDING}
+        for index, (layer, name) in enumerate(zip(cache.layers, saved.classes, strict=True)):
+            if names.get(type(layer)) != name:
+                raise ValueError(
+                    f"[prompt cache] Layer {index} of the model has a {type(layer).__name__}, but "
+                    f"the cache in {path} has a {name} there; use it with the model that it was "
+                    "made with."
+                )
+        for index, shape in saved.shapes:
+            _check_shape(index, shape, cache, config)
+        states = saved.read(_array)
+    for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
+        if isinstance(layer, RotorLayer):
+            _fill(layer, state, torch.device(device))
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            _fill_sliding(index, layer, state, torch.device(device))
     _check_lengths(cache)
-    return cache, metadata
+    return cache, saved.metadata
 
 
 # ---- one layer ----------------------------------------------------------------------------------
@@ -146,83 +141,85 @@ def state_of(layer: RotorLayer) -> State:
     return state
 
 
-def _config_of(state: State) -> RotorConfig:
-    if len(state) in (_HEADER + 2, _HEADER + 2 * _STORE + 2):
+def _config_of(path: str | Path, shapes: list[Shape], wanted: RotorConfig | None) -> RotorConfig:
+    """The one configuration of a file."""
+    found = {shape.config for shape in shapes if shape.name == _COMPRESSED}
+    saved = next(iter(found), None)
+    if saved is None:
+        raise ValueError(
+            f"[prompt cache] A cache with compressed layers is required, but {path} holds only "
+            f"{', '.join(sorted({shape.name for shape in shapes})) or 'nothing'}; make it with "
+            "rotormlx."
+        )
+    if saved.is_calibrated:
+        raise ValueError(
+            "[prompt cache] A cache without a calibration is required, but this one was made with "
+            "one; use it with mlx-lm."
+        )
+    if len(found) > 1:
+        raise _damaged("one configuration for all layers", sorted(map(str, found)))
+    if wanted not in (None, saved):
+        raise ValueError(
+            f"[prompt cache] The cache must have been made with {wanted.to_json()}, but {path} was "
+            f"made with {saved.to_json()}; leave rotor_config out, or make it again."
+        )
+    return saved
+
+
+def _check_shape(index: int, shape: Shape, cache: RotorCache, config: PreTrainedConfig) -> None:
+    """Refuse what does not fit a layer of the model."""
+    if shape.name == _COMPRESSED and shape.layer != index:
+        raise _damaged(f"layer {index} at position {index}", f"layer {shape.layer}")
+    if shape.limited:
         raise ValueError(
             "[prompt cache] A cache without a limit of its size is required, but this one was made "
             "with max_kv_size; use it with mlx-lm."
         )
-    if len(state) not in (_HEADER, _HEADER + 2 * _STORE):
-        raise _damaged(f"{_HEADER} or {_HEADER + 2 * _STORE} entries a layer", len(state))
-    version, config = state[:2]
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"[prompt cache] This rotormlx reads format version {FORMAT_VERSION}, but the cache "
-            f"has version {version}; make it again, or use the rotormlx that wrote it."
+    layer = cache.layers[index]
+    if isinstance(layer, DynamicSlidingWindowLayer) and shape.window != layer.sliding_window:
+        raise _misfit(f"a window of {layer.sliding_window} tokens in layer {index}", shape.window)
+    if shape.dims is not None and not set(shape.dims[1:]) <= _head_dims(config):
+        raise _misfit(
+            f"vectors of {' or '.join(map(str, sorted(_head_dims(config))))} dimensions in layer "
+            f"{index}",
+            f"{shape.dims[1]} and {shape.dims[2]}",
         )
-    if not isinstance(config, str):
-        raise _damaged("a configuration in JSON", config)
-    return RotorConfig.from_json(config)
 
 
-def _fill(layer: RotorLayer, config: RotorConfig, state: State, device: torch.device) -> None:
-    if _config_of(state) != config:
-        raise _damaged("one configuration for all layers", _config_of(state).to_json())
-    index, tokens, packed = state[2:_HEADER]
-    if any(type(n) is not int or n < 0 for n in (index, tokens, packed)):
-        raise _damaged(
-            "layer, tokens and packed tokens as integers from 0", (index, tokens, packed)
-        )
-    if index != layer.layer:
-        raise _damaged(f"layer {layer.layer} at position {layer.layer}", f"layer {index}")
-    if packed + (config.sink if packed else 0) > tokens or (len(state) == _HEADER and tokens):
-        raise _damaged("counts that add up", (tokens, packed))
-    if len(state) == _HEADER:
-        return
+def _head_dims(config: PreTrainedConfig) -> set[int]:
+    """What a vector of this model may have as dimensions."""
+    text = config.get_text_config()
+    named = {v for k, v in text.to_dict().items() if k.endswith("head_dim") and type(v) is int}
+    heads, hidden = getattr(text, "num_attention_heads", 0), getattr(text, "hidden_size", 0)
+    if heads and hidden:
+        named.add(hidden // heads)
+    # Where a part of a vector is turned by position, the parts have names, and not the whole.
+    return named | {a + b for a in named for b in named if a != b}
+
+
+def _fill(layer: RotorLayer, state: State, device: torch.device) -> None:
+    tokens, packed = state[3:_HEADER]
+    if not tokens:
+        return  # an empty layer: of which batch, the next tokens tell
     parts = (state[_HEADER : _HEADER + _STORE], state[_HEADER + _STORE :])
-    exact = [part[0] for part in parts]
-    for role, x in zip((KEY, VALUE), exact, strict=True):
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.dtype not in FLOATS:
-            raise _damaged(f"exact {role}s as a floating tensor of 4 dimensions", x)
-    if exact[0].shape[:2] != exact[1].shape[:2]:
-        raise _damaged("keys and values that agree in batch and KV heads", "others")
-    layer.lazy_initialization(*(x.to(device) for x in exact))
+    # No row yet: buffers are as large as a window, which only the file tells.
+    layer.lazy_initialization(*(part[0][:0].to(device) for part in parts))
+    layer.batch_size = parts[0][0].shape[0]
+    layer.padding = [0] * layer.batch_size
     layer.length, layer.packed = tokens, [packed] * layer.batch_size
     for store, arrays in zip(layer.stores or (), parts, strict=True):
-        _fill_store(store, arrays, tokens, packed)
+        _fill_store(store, arrays, device)
 
 
-def _fill_store(store: Store, arrays: State, tokens: int, packed: int) -> None:
-    exact, words, scales, centres, channel_scale = arrays
-    role, head_dim = store.codec.role, store.codec.head_dim
-    batch, heads = store.exact.shape[:2]
-    blocks = -(-packed // BLOCK)
-    front = (batch, heads, blocks)
-
-    def require(
-        name: str, array: Any, shape: tuple[int, ...], dtype: torch.dtype, given: bool
-    ) -> None:
-        have = (tuple(array.shape), array.dtype) if isinstance(array, Tensor) else array
-        want = (shape, dtype) if given else None
-        if have != want:
-            raise _damaged(f"{role} {name} of shape and dtype {want}", have)
-
-    some = blocks > 0
-    require("exact tokens", exact, (batch, heads, tokens - packed, head_dim), exact.dtype, True)
-    require("words", words, (*front, *store.codec.words_shape), torch.uint32, some)
-    require("scales", scales, (*front, BLOCK), torch.float16, some)
-    require("centres", centres, (*front, head_dim), torch.float16, some and role == KEY)
-    scaled = some and store.config.scales_channels
-    require("channel scale", channel_scale, (heads, head_dim), torch.float32, scaled)
-
-    device = store.exact.device
-    batch_rows = range(batch)
-    store.append(exact.to(device), [0 for _ in batch_rows], [exact.shape[2] for _ in batch_rows])
-    if some:
-        words = words.view(torch.int32)
-        parts = (a if a is None else a.to(device) for a in (words, scales, centres))
-        store.packed = Packed(*parts)
-    store.channel_scale = None if channel_scale is None else channel_scale.to(device)
+def _fill_store(store: Store, arrays: State, device: torch.device) -> None:
+    exact = arrays[0].to(device)
+    words, scales, centres, channel_scale = (a if a is None else a.to(device) for a in arrays[1:])
+    room = max(0, min(store.capacity - exact.shape[2], exact.shape[2]))
+    with torch.inference_mode(False):
+        store.exact = torch.nn.functional.pad(exact, (0, 0, 0, room))
+    if words is not None:
+        store.packed = Packed(words, scales, centres)
+    store.channel_scale = channel_scale
 
 
 def _sliding_state(layer: DynamicSlidingWindowLayer) -> State:
@@ -240,15 +237,9 @@ def _sliding_state(layer: DynamicSlidingWindowLayer) -> State:
 def _fill_sliding(
     index: int, layer: DynamicSlidingWindowLayer, state: State, device: torch.device
 ) -> None:
-    if len(state) != 6:
-        raise _damaged(f"6 entries for the sliding window of layer {index}", len(state))
     keys, values, offset, keep, window, place = state
-    if (keep, window) != (0, layer.sliding_window):
-        raise ValueError(
-            f"[prompt cache] Layer {index} needs a window of {layer.sliding_window} tokens that "
-            f"keeps none at its start, but the cache has {window} and keeps {keep}; use it with "
-            "the model that it was made with."
-        )
+    if keep:
+        raise _misfit(f"a window without kept tokens in layer {index}", f"{keep} kept tokens")
     if keys is None:
         return
     ordered = (_in_order(x, offset, place) for x in (keys, values))
@@ -281,64 +272,32 @@ def _check_lengths(cache: RotorCache) -> None:
 # ---- the file -----------------------------------------------------------------------------------
 
 
-def _as_array(value: Any) -> tuple[Tensor, str | None]:
-    """How mlx-lm writes an entry, and what it says about one that is no array."""
-    if value is None:
-        return torch.empty(0), "none"
-    if isinstance(value, int):
-        return torch.tensor(value, dtype=torch.int32), "scalar"
-    if isinstance(value, str):
-        return torch.tensor([ord(c) for c in value], dtype=torch.int32), "string"
-    array = value.cpu().contiguous()
-    return (array.view(torch.uint32) if array.dtype == torch.int32 else array), None
+def _tensor(tensor: Tensor) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
+    """Dtype, shape and bytes of a tensor, which are made when their turn comes."""
+
+    def give() -> Array:
+        array = tensor.detach().cpu().contiguous()
+        return (array.view(torch.int16) if array.dtype == torch.bfloat16 else array).numpy()
+
+    return _DTYPES[tensor.dtype], tuple(tensor.shape), give
 
 
-def _read(path: str | Path) -> tuple[list[str], list[State], dict[str, str]]:
-    """Class names, states, and the metadata of the user."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            facts = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"[prompt cache] A whole safetensors file is required, but {path} cannot be read: "
-            f"{error}; check the path, or make it again."
-        ) from error
-    layers = sum(name.startswith("1.") for name in facts)
-    classes = [facts.get(f"1.{index}", "") for index in range(layers)]
-    kinds = {
-        facts[name]: facts.get(f"{name[:-2]}.1")
-        for name in facts
-        if name.startswith("2.") and name.endswith(".0") and name.count(".") == 2
-    }
-    states: list[State] = []
-    for index in range(layers):
-        count = sum(name.startswith(f"{index}.") for name in arrays)
-        names = [f"{index}.{entry}" for entry in range(count)]
-        if not all(name in arrays for name in names):
-            raise _damaged("entries that are numbered from 0", sorted(arrays))
-        states.append([_from_array(arrays[name], kinds.get(name)) for name in names])
-    if not states:
-        raise ValueError(
-            f"[prompt cache] A file of save_prompt_cache is required, but {path} is another "
-            "safetensors file; check the path."
-        )
-    return classes, states, {k[2:]: text for k, text in facts.items() if k.startswith("0.")}
+def _array(array: Array, dtype: str) -> Tensor:
+    if dtype == "U32":
+        return torch.from_numpy(array.view("int32"))
+    if dtype == "BF16":
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
-def _from_array(array: Tensor, kind: str | None) -> Any:
-    if kind == "none":
-        return None
-    if kind == "scalar":
-        return array.item()
-    if kind == "string":
-        return "".join(chr(i) for i in array.tolist())
-    return array
+def _misfit(required: str, came: object) -> ValueError:
+    return ValueError(
+        f"[prompt cache] The model requires {required}, but the cache has {came}; use it with the "
+        "model that it was made with."
+    )
 
 
 def _damaged(required: str, came: object) -> ValueError:
-    if isinstance(came, Tensor):
-        came = (tuple(came.shape), came.dtype)
     return ValueError(
         f"[prompt cache] A saved cache must hold {required}, but it holds {came!r}; "
         "the file is damaged: make it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -43,6 +44,10 @@ class Store:
     def source(self) -> Source:
         """What attention reads; it stays valid while tokens are appended and packed."""
         return Source(self.codec, self.exact, self.packed, self.channel_scale)
+
+    def twin(self) -> Store:
+        """A store of the same buffers; only tokens that do not count yet are written in place."""
+        return copy.copy(self)
 
     def append(self, x: Tensor, before: Sequence[int], new: Sequence[int]) -> None:
         """Write the last ``new`` tokens of each row of ``x`` behind its exact ones."""

@@ -240,6 +240,7 @@ class MLXKernel:
 _TYPES = {
     mx.bool_: "bool",
     mx.int32: "int32_t",
+    mx.int64: "int64_t",
     mx.uint32: "uint32_t",
     mx.float16: "__half",
     mx.bfloat16: "__nv_bfloat16",

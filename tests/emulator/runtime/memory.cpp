@@ -43,6 +43,15 @@ int find_module(dl_phdr_info* info, size_t, void* entry) {
   return 1;
 }
 
+// Pages of zeros stay what they are in fresh memory: then an array of 8 GiB with a few numbers in it takes a few pages.
+void copy_pages(char* to, const char* from, size_t bytes) {
+  static const char zeros[kPageBytes] = {};
+  for (size_t i = 0; i < bytes; i += kPageBytes) {
+    const size_t count = std::min(kPageBytes, bytes - i);
+    if (std::memcmp(from + i, zeros, count) != 0) std::memcpy(to + i, from + i, count);
+  }
+}
+
 }  // namespace
 
 void set_kernel_module(KernelEntry entry) {
@@ -74,7 +83,7 @@ void DeviceMemory::bind(const BufferRequest* requests, size_t count) {
     if (request.role == kOutput) {
       std::memset(base, kPoison, request.bytes);
     } else {
-      std::memcpy(base, request.host, request.bytes);
+      copy_pages(base, static_cast<const char*>(request.host), request.bytes);
     }
     Region region{request.name, base, request.bytes, request.element_bytes, kDeviceMemory,
                   request.role != kInput, {}};

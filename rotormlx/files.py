@@ -1,0 +1,472 @@
+"""Safetensors files, written so that none is ever half written, and read as if from a stranger.
+
+The format is a length (8 bytes), a header (JSON: where each tensor lies, and a dictionary of texts)
+and the tensors. A reader here believes nothing of it: the whole header is checked against the size
+of the file before anything is allocated, and no name in it is ever looked up or used as a path.
+
+A file written here carries a checksum among its texts: the SHA-256 of the file in which the 64
+digits of the checksum itself are zeros. Processors have instructions for it, so it runs at the
+speed of a disk, and unlike a CRC of 32 bits it lets no damage pass. It is no signature: who forges
+a file can compute it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from io import BufferedReader
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+# Where the checksum stands among the texts of a file, unless a caller has another place for it.
+CHECKSUM = "rotormlx_sha256"
+
+# A temporary file is called so, beside the file that it becomes. What a killed process left of them
+# can be deleted at any time.
+PARTIAL = ".rotormlx-{token}.partial{suffix}"
+
+# Bytes of an element. Other dtypes of the format (8-bit floats and below) have no use here.
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    **{f"U{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
+    **{f"I{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
+    **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
+}
+
+# JSON may take 20 times its size in memory, so the header is bounded: a cache of 100 layers has
+# about 200 KB of it.
+HEADER_BYTES = 2**20
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
+_MAX_DIMENSIONS = 8
+_MAX_SIZE = 2**31 - 1  # of one dimension: MLX counts in int32
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NO_DIGEST = "0" * 64
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+
+Array = npt.NDArray[Any]
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: its dtype as the format names it, its shape, and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(path: str | Path, where: str = "files") -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when the block ends without an error.
+
+    It is written to the disk first, so whoever looks at ``path``, also after a crash at any moment,
+    finds the old file or the new one, whole. On an error the temporary file is removed and the old
+    file stays.
+
+    Args:
+        path: The file to make or to replace. A symbolic link keeps pointing to it.
+        where: What an error names first, in brackets.
+
+    Yields:
+        The path to write to: an existing empty file in the same directory, of the same suffix.
+
+    Raises:
+        ValueError: If ``path`` is no place for a file.
+        OSError: If the file cannot be written: the disk is full, or the directory is read-only.
+    """
+    target = Path(os.path.realpath(path))
+    is_new = not os.path.lexists(target)
+    if not os.path.isdir(target.parent) or not (is_new or os.path.isfile(target)):
+        raise ValueError(
+            f"[{where}] A file in an existing directory is required, but {path} is "
+            f"{'in none' if is_new else 'no file'}; choose another path."
+        )
+    token = secrets.token_hex(8)
+    temporary = target.with_name(PARTIAL.format(token=token, suffix=target.suffix))
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            if not is_new:
+                temporary.chmod(target.stat().st_mode & 0o777)
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"[{where}] {path} must be written, but {error.strerror or error}; a file that was "
+            "there is unchanged: make room, or choose another path.",
+        ) from error
+    # The new name is on the disk only when its directory is. Not every file system can do this, and
+    # the file is whole either way.
+    with suppress(OSError):
+        _sync(target.parent)
+
+
+def write_arrays(
+    path: str | Path,
+    arrays: Mapping[str, Array],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    where: str = "files",
+) -> None:
+    """Write arrays to a safetensors file with a checksum; the file appears whole or not at all.
+
+    Args:
+        path: The file to make or to replace.
+        arrays: By name: letters, digits, ``_``, ``-`` and ``.``, at most 200 of them.
+        metadata: Texts to keep beside them.
+        where: What an error names first, in brackets.
+
+    Raises:
+        ValueError: If a name, a dtype or ``path`` cannot be written.
+        OSError: If the disk is full, or the directory is read-only; the old file is unchanged.
+    """
+    names = {dtype: name for name, dtype in _NUMPY.items()}
+    tensors: dict[str, tuple[str, tuple[int, ...], Callable[[], Array]]] = {}
+    for name, array in arrays.items():
+        dtype = names.get(array.dtype)
+        if dtype is None:
+            raise ValueError(
+                f"[{where}] An array must have one of the dtypes {', '.join(map(str, names))}, but "
+                f"{name} has {array.dtype}; convert it."
+            )
+        tensors[name] = (dtype, array.shape, partial(np.asarray, array))
+    write_tensors(path, tensors, metadata, where=where)
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...], Callable[[], Array]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    where: str = "files",
+    checksum: str = CHECKSUM,
+) -> None:
+    """As :func:`write_arrays`, where the arrays are made one by one when their turn comes.
+
+    Args:
+        path: The file to make or to replace.
+        tensors: By name the dtype as the format names it, the shape, and what gives the array; of
+            the array only the bytes count.
+        metadata: Texts to keep beside them.
+        where: What an error names first, in brackets.
+        checksum: The key of the checksum among the texts.
+
+    Raises:
+        ValueError: If a name, a dtype, a text or ``path`` cannot be written.
+        OSError: If the disk is full, or the directory is read-only; the old file is unchanged.
+    """
+    # Widest elements first, as other writers do, so that all lie at multiples of their size.
+    order = sorted(tensors, key=lambda name: (-ITEM_BYTES.get(tensors[name][0], 0), name))
+    entries: dict[str, Entry] = {}
+    stop = 0
+    for name in order:
+        dtype, shape, _ = tensors[name]
+        start, stop = stop, stop + ITEM_BYTES.get(dtype, 0) * math.prod(shape)
+        entries[name] = Entry(dtype, tuple(shape), start, stop)
+    texts = dict(metadata or {})
+    header = _header_bytes(entries, {**texts, checksum: _NO_DIGEST})
+    # What would not be read back is not written.
+    _Checking(where, str(path), "change it and save again").header(header[8:], stop)
+    with atomic_path(path, where) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        digest = hashlib.sha256(header)
+        for name in order:
+            array = np.ascontiguousarray(tensors[name][2]())
+            expected = entries[name].stop - entries[name].start
+            if array.nbytes != expected:
+                raise ValueError(
+                    f"[{where}] {name} must have {expected} bytes, but it has {array.nbytes}; give "
+                    "the shape and dtype that it has."
+                )
+            data = array.reshape(-1).view(np.uint8).data
+            digest.update(data)
+            file.write(data)
+            del array, data  # not beside the next one
+        file.seek(0)
+        file.write(_header_bytes(entries, {**texts, checksum: digest.hexdigest()}))
+
+
+def _header_bytes(entries: Mapping[str, Entry], texts: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(texts)}
+    for name, entry in entries.items():
+        offsets = [entry.start, entry.stop]
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class TensorFile:
+    """An open file whose header was checked.
+
+    Args:
+        file: Opened for reading.
+        header: The bytes before the first tensor.
+        checksum: The key of the checksum among the texts.
+        checking: Gives errors.
+
+    Attributes:
+        entries: The tensors by name, in the order in which they lie in the file.
+        metadata: The texts, without the checksum.
+        has_checksum: Whether the file says what its bytes add up to.
+        names_checksum: Whether it has a place for that, if only an empty one.
+    """
+
+    def __init__(
+        self, file: BufferedReader, header: bytes, checksum: str, checking: _Checking
+    ) -> None:
+        size = os.fstat(file.fileno()).st_size
+        self.entries, self.metadata = checking.header(header[8:], size - len(header))
+        self._file = file
+        self._header = header
+        self._checking = checking
+        # mlx-lm writes an empty text where its own files of caches could have a checksum.
+        self.names_checksum = checksum in self.metadata
+        self._digest = self.metadata.pop(checksum, "")
+        self.has_checksum = self._digest != ""
+        if self.has_checksum and not _DIGEST.fullmatch(self._digest):
+            raise self.error("have a checksum of 64 digits", _shown(self._digest))
+
+    def error(self, required: str, came: str) -> ValueError:
+        """What to raise where the content is not as required."""
+        return self._checking.error(required, came)
+
+    def tensors(self) -> Iterator[tuple[str, Array]]:
+        """Every tensor, in the order of the file; bfloat16 comes as uint16.
+
+        Believe none of them before the last one has come: then the checksum is compared.
+
+        Raises:
+            ValueError: If the file ends early, or its bytes are not those that were written.
+        """
+        digest = None
+        if self.has_checksum:
+            zeros = _NO_DIGEST.encode()
+            digest = hashlib.sha256(self._header.replace(self._digest.encode(), zeros))
+        for name, entry in self.entries.items():
+            array = self.read(entry)
+            if digest is not None:
+                digest.update(array.reshape(-1).view(np.uint8).data)
+            yield name, array
+            del array  # not beside the next one
+        if digest is not None and digest.hexdigest() != self._digest:
+            raise self.error("match its checksum", "its content was changed")
+
+    def read(self, entry: Entry) -> Array:
+        """One tensor, which no checksum vouches for; bfloat16 comes as uint16.
+
+        Raises:
+            ValueError: If the file ends early, or a boolean is neither 0 nor 1.
+        """
+        array = np.empty(entry.shape, _NUMPY.get(entry.dtype, np.dtype("<u2")))
+        data = array.reshape(-1).view(np.uint8)
+        self._file.seek(len(self._header) + entry.start)
+        if self._file.readinto(data.data) != data.nbytes:
+            raise self.error("be whole", "it ends early")
+        if entry.dtype == "BOOL" and data.max(initial=0) > 1:
+            raise self.error("hold booleans in bytes of 0 and 1", "it holds others")
+        return array
+
+
+@contextmanager
+def open_tensors(
+    path: str | Path, *, where: str = "files", checksum: str = CHECKSUM
+) -> Iterator[TensorFile]:
+    """Open a safetensors file and check its header; no tensor is read yet.
+
+    Checked are: the sizes of file and header, the header's form, names, dtypes, shapes, and that
+    the tensors fill the rest of the file without gap or overlap.
+
+    Args:
+        path: The file.
+        where: What an error names first, in brackets.
+        checksum: The key of the checksum among the texts.
+
+    Yields:
+        The file; what is read of it is of the very file that was checked.
+
+    Raises:
+        ValueError: If there is no such file, it cannot be read, or it is damaged.
+    """
+    if not Path(path).is_file():  # before it is opened: opening a pipe would wait
+        raise ValueError(
+            f"[{where}] An existing file is required, but {path} is none; check the path."
+        )
+    checking = _Checking(where, str(path), "it is damaged: make it again")
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            length = int.from_bytes(start := file.read(8), "little")
+            limit = min(status.st_size - 8, HEADER_BYTES)
+            if not S_ISREG(status.st_mode) or not 2 <= length <= limit:
+                raise checking.error(
+                    f"have a safetensors header of 2 to {HEADER_BYTES} bytes",
+                    f"it has {status.st_size} bytes and names {length} of them",
+                )
+            yield TensorFile(file, start + file.read(length), checksum, checking)
+    except OSError as error:
+        raise ValueError(
+            f"[{where}] {path} must be readable, but {error.strerror or error}; check the file."
+        ) from error
+
+
+def read_arrays(
+    path: str | Path, *, where: str = "files", checksum_required: bool = True
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """Read what :func:`write_arrays` wrote.
+
+    Args:
+        path: The file.
+        where: What an error names first, in brackets.
+        checksum_required: Whether a file without a checksum is refused.
+
+    Returns:
+        The arrays by name, and the texts without the checksum.
+
+    Raises:
+        ValueError: If there is no such file, or it is damaged.
+    """
+    with open_tensors(path, where=where) as file:
+        if checksum_required and not file.has_checksum:
+            raise file.error(f"have a checksum named {CHECKSUM}", "it has none")
+        for name, entry in file.entries.items():
+            if entry.dtype not in _NUMPY:
+                raise file.error("hold dtypes of numpy", f"{name} is {entry.dtype}")
+        return dict(file.tensors()), file.metadata
+
+
+class _Checking(NamedTuple):
+    """The checks of a header, and what they raise.
+
+    where: What an error names first, in brackets.
+    path: The file.
+    advice: What to do.
+    """
+
+    where: str
+    path: str
+    advice: str
+
+    def error(self, required: str, came: str) -> ValueError:
+        return ValueError(f"[{self.where}] {self.path} must {required}, but {came}; {self.advice}.")
+
+    def header(self, text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+        """The tensors, in the order in which they fill ``size`` bytes, and the metadata."""
+        if len(text) > HEADER_BYTES:
+            raise self.error(f"have a header of {HEADER_BYTES} bytes at most", f"{len(text)} came")
+        try:
+            # Only UTF-8: json guesses the encoding of bytes.
+            fields = json.loads(text.decode(), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise self.error("have a safetensors header in JSON", _shown(str(error))) from error
+        if type(fields) is not dict:
+            raise self.error("have a safetensors header, a JSON object", _shown(fields))
+        texts = fields.pop("__metadata__", None)
+        if texts is None:  # MLX writes a null where there are none
+            texts = {}
+        if type(texts) is not dict or not all(_is_text(t) for pair in texts.items() for t in pair):
+            raise self.error("have texts as metadata", _shown(texts))
+        entries = [(name, self.entry(name, field)) for name, field in fields.items()]
+        # Of tensors without bytes any number may start at one place.
+        entries.sort(key=lambda item: (item[1].start, item[1].stop))
+        end = 0
+        for name, entry in entries:
+            if entry.start != end:
+                raise self.error(
+                    "hold its tensors without gap or overlap",
+                    f"{name} starts at byte {entry.start} and the one before it ends at {end}",
+                )
+            end = entry.stop
+        if end != size:
+            raise self.error(f"have {end} bytes of tensors", f"it has {size}")
+        return dict(entries), texts
+
+    def entry(self, name: str, field: Any) -> Entry:
+        """What a header says of one tensor."""
+        if not _NAME.fullmatch(name):
+            raise self.error("name its tensors with letters, digits, _, - and .", _shown(name))
+        if type(field) is not dict or field.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self.error(f"give dtype, shape and data_offsets of {name}", _shown(field))
+        dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
+        if type(dtype) is not str or dtype not in ITEM_BYTES:
+            raise self.error(f"give {name} a dtype of {', '.join(ITEM_BYTES)}", _shown(dtype))
+        if (
+            not _are_integers(shape)
+            or len(shape) > _MAX_DIMENSIONS
+            # Not a number of nothing that overflows either.
+            or math.prod(n or 1 for n in shape) > max(_MAX_SIZE, math.prod(shape))
+            or max(shape, default=0) > _MAX_SIZE
+        ):
+            raise self.error(
+                f"give {name} at most {_MAX_DIMENSIONS} dimensions below 2^31", _shown(shape)
+            )
+        if not _are_integers(offsets) or len(offsets) != 2:
+            raise self.error(f"give {name} a first byte and an end", _shown(offsets))
+        start, stop = offsets
+        expected = ITEM_BYTES[dtype] * math.prod(shape)
+        if stop - start != expected:
+            raise self.error(
+                f"hold {expected} bytes of {name}, {dtype} of shape {shape}",
+                f"it holds {_shown(stop - start)}",
+            )
+        return Entry(dtype, tuple(shape), start, stop)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
+
+
+def _are_integers(numbers: Any) -> bool:
+    return type(numbers) is list and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+
+
+def _is_text(text: Any) -> bool:
+    """Whether it can be encoded: JSON may hold halves of surrogate pairs."""
+    return type(text) is str and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _shown(value: Any) -> str:
+    """What a file says, fit to be printed."""
+    return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()

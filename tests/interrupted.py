@@ -1,0 +1,105 @@
+"""Decodes a fixed text while Ctrl-C comes again and again; run in a process of its own.
+
+    python interrupted.py INTERRUPTS
+
+After every interrupt the layers' caches are checked, brought back to the same length, and the text
+goes on. The last line is JSON: where it was interrupted, and how the logits of the last tokens, and
+the bytes of the first layer, compare with those of a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_models
+
+import rotormlx
+from rotormlx import integration
+
+CONFIG = rotormlx.RotorConfig(8, 8, sink=2, window=16)
+TOKENS, LAST = 700, 20
+
+
+def read(model, ids, caches, start, stop):
+    """Feed tokens one by one; gives the logits of each."""
+    for i in range(start, stop):
+        logits = model(ids[:, i : i + 1], cache=caches)
+        mx.eval(logits)
+        yield logits[0, -1]
+
+
+def check(caches):
+    """Keys and values of every layer agree with each other and with the counts."""
+    for cache in caches:
+        counts = cache.counts
+        for store in (cache._keys, cache._values):
+            exact, words, *_ = store.state(counts)
+            assert exact.shape[2] == counts.exact
+            assert (0 if words is None else words.shape[2]) == -(-counts.packed // 64)
+            mx.eval(store.arrays)
+        assert cache._keys.packed is None or (
+            cache._keys.packed.scales.shape == cache._values.packed.scales.shape
+        )
+    offsets = [cache.offset for cache in caches]
+    assert max(offsets) - min(offsets) <= 1, offsets
+    return offsets
+
+
+def contents(cache):
+    """All bytes that count of a cache."""
+    arrays = [np.array(a) for a in cache.state if isinstance(a, mx.array)]
+    return [a.tobytes() for a in arrays]
+
+
+def main():
+    """Decode, be interrupted, and compare."""
+    chance = random.Random(1)
+    model, ids = tiny_models.build("llama"), tiny_models.tokens(TOKENS + LAST)
+    caches = integration.make_prompt_cache(model, CONFIG)
+    undisturbed = list(read(model, ids, caches, 0, TOKENS + LAST))[-LAST:]
+    first_layer = contents(caches[0])
+
+    caches = integration.make_prompt_cache(model, CONFIG)
+    position, seen = 0, []
+    for _ in range(int(sys.argv[1])):
+        ctrl_c = threading.Timer(chance.uniform(0.002, 0.04), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            ctrl_c.start()
+            for _ in read(model, ids, caches, position, TOKENS):
+                pass
+            time.sleep(60)
+        except KeyboardInterrupt:
+            ctrl_c.join()
+        seen.append(check(caches))
+        position = min(seen[-1])
+        for cache in caches:
+            cache.trim(cache.offset - position)
+    list(read(model, ids, caches, position, TOKENS))
+    after = list(read(model, ids, caches, TOKENS, TOKENS + LAST))
+    found, expected = (np.array(mx.stack(x)) for x in (after, undisturbed))
+    print(
+        json.dumps(
+            {
+                "offsets_when_interrupted": seen,
+                "offsets": [cache.offset for cache in caches],
+                "first_layer_is_the_same": first_layer == contents(caches[0]),
+                "packed": [cache.packed_tokens for cache in caches],
+                "difference": float(np.abs(found - expected).max() / np.abs(expected).max()),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
