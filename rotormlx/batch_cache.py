@@ -621,8 +621,7 @@ def _scale_rows(store: Store | None, rows: int, heads: int, head_dim: int) -> mx
 def _check_same(caches: Sequence[Any]) -> None:
     """Refuse caches that cannot be rows of one batch."""
     kinds = {(cache.config.to_json(), cache.layer, cache.max_size) for cache in caches}
-    calibrated = [cache.calibrated for cache in caches]
-    if not all(_equal(calibrated[0], other) for other in calibrated):
+    if not all(same_calibrated(caches[0], other) for other in caches):
         raise ValueError(
             "[BatchRotorKVCache] Rows of a batch must share their calibration, but two came; make "
             "their caches anew."
@@ -634,7 +633,9 @@ def _check_same(caches: Sequence[Any]) -> None:
         )
 
 
-def _equal(a: Calibrated | None, b: Calibrated | None) -> bool:
+def same_calibrated(one: Any, other: Any) -> bool:
+    """Whether two caches have the same channel scales or rotations from a calibration, or none."""
+    a, b = one.calibrated, other.calibrated
     if a is None or b is None:
         return a is b
     return all(x is y or mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))

@@ -236,13 +236,17 @@ class RotorKVCache(_BaseCache):
 
     @classmethod
     def from_kv_cache(
-        cls, cache: KVCache, config: RotorConfig | None = None, layer: int = 0
+        cls,
+        cache: KVCache,
+        config: RotorConfig | None = None,
+        layer: int = 0,
+        calibrated: Calibrated | None = None,
     ) -> RotorKVCache:
         """Compress a filled cache of mlx-lm; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
         """
-        out = cls(config, layer)
+        out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
             return out
         keys, values = cache.keys_and_values()

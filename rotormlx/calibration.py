@@ -376,13 +376,14 @@ def _power(symmetric: Floats, exponent: float) -> Floats:
 
 
 def _steady(moment: Floats) -> Floats:
-    """A moment that few tokens cannot lead astray; 1 where there is nothing."""
-    diagonal = np.diagonal(moment, axis1=-2, axis2=-1)
-    mean = diagonal.mean(-1, keepdims=True)
-    usual = np.where(np.isfinite(mean) & (mean > 0), mean, 1.0)
-    floored = np.maximum(np.where(np.isfinite(diagonal), diagonal, usual), usual * _FLOOR)
-    off = (1 - _SHRINKAGE) * (moment - diagonal[..., None] * np.eye(moment.shape[-1]))
-    out: Floats = np.where(np.isfinite(off), off, 0) + floored[..., None] * np.eye(moment.shape[-1])
+    """A moment that few tokens cannot lead astray; 1 for a head with nothing, or with NaN."""
+    identity = np.eye(moment.shape[-1])
+    mean = np.trace(moment, axis1=-2, axis2=-1)[:, None, None] / len(identity)
+    is_right = np.isfinite(moment).all((-2, -1), keepdims=True) & (mean > 0)
+    moment = np.where(is_right, moment, identity)
+    diagonal = moment * identity
+    floored = np.maximum(diagonal, np.where(is_right, mean, 1.0) * _FLOOR * identity)
+    out: Floats = (1 - _SHRINKAGE) * (moment - diagonal) + floored
     return out
 
 
@@ -432,7 +433,12 @@ def _usable(
         return False
     if name.endswith(".rotors"):
         scale = numbers[name.removesuffix(".rotors")]
-        return array.shape == (len(scale), learned_size(scale.shape[-1]))
+        if array.shape != (len(scale), learned_size(scale.shape[-1])):
+            return False
+        try:
+            return bool(np.isfinite(learned_matrix(array, scale, 0, KEY)).all())
+        except ValueError:  # no rotation has this head_dim
+            return False
     if transform != "klt":
         return bool((array > 0).all())
     square = array.shape[1] == array.shape[2]

@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rotormlx import __version__, measure_cli
-from rotormlx.config import BITS, CHANNEL_SCALES, ROTATIONS, RotorConfig
+from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, ROTATIONS, RotorConfig
 
 # Commands of mlx-lm that run with compressed caches, and what each does.
 MLX_LM_COMMANDS = {
@@ -53,7 +53,9 @@ KeyBits = Annotated[
 ValueBits = Annotated[
     int, typer.Option(help=f"Bits of a value: {_choices(BITS)}.", rich_help_panel=PANEL)
 ]
-RotationName = Annotated[str, typer.Option(help=f"{_choices(ROTATIONS)}.", rich_help_panel=PANEL)]
+RotationName = Annotated[
+    str, typer.Option(help=f"{_choices((*ROTATIONS, CALIBRATED))}.", rich_help_panel=PANEL)
+]
 ChannelScale = Annotated[
     str | None,
     typer.Option(
@@ -64,6 +66,15 @@ ChannelScale = Annotated[
 Sink = Annotated[int, typer.Option(help="First tokens that stay exact.", rich_help_panel=PANEL)]
 Window = Annotated[int, typer.Option(help="Latest tokens that stay exact.", rich_help_panel=PANEL)]
 RotationSeed = Annotated[int, typer.Option(help="Selects the rotations.", rich_help_panel=PANEL)]
+
+
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of rotormlx calibrate; by default the one that is kept for the model.",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
 class PassThrough(TyperCommand):
@@ -112,11 +123,12 @@ def _add_mlx_lm_command(name: str, does: str) -> None:
         sink: Sink = DEFAULT.sink,
         window: Window = DEFAULT.window,
         rotation_seed: RotationSeed = DEFAULT.seed,
+        calibration: CalibrationFile = None,
     ) -> None:
         config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
         session = _session()
         with _refusing(session.Refusal):
-            session.run(name, ctx.args, config)
+            session.run(name, ctx.args, config, calibration)
 
 
 for _name, _does in MLX_LM_COMMANDS.items():
@@ -150,6 +162,7 @@ def batch(
     sink: Sink = DEFAULT.sink,
     window: Window = DEFAULT.window,
     rotation_seed: RotationSeed = DEFAULT.seed,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Answer the prompts of a file, many at once; writes a JSON object a line."""
     config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
@@ -157,7 +170,7 @@ def batch(
     with _refusing(session.Refusal):
         questions = batching.read_prompts(prompts)
         answers = batching.answer(
-            session.Session(config),
+            session.Session(config, calibration),
             model,
             questions,
             max_tokens=max_tokens,
@@ -183,10 +196,11 @@ def info(
     sink: Sink = DEFAULT.sink,
     window: Window = DEFAULT.window,
     rotation_seed: RotationSeed = DEFAULT.seed,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Show what of a model would be compressed, and the memory that saves."""
     config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
-    loaded = _load(model, config)
+    loaded = _load(model, config, calibration)
     report = importlib.import_module("rotormlx.integration").model_report(loaded[0])
     console = Console()
     console.print(report.layer_table())
@@ -233,10 +247,10 @@ def _config(*fields: Any) -> RotorConfig:
         return RotorConfig(*fields)
 
 
-def _load(path: str, config: RotorConfig) -> tuple[Any, ...]:
+def _load(path: str, config: RotorConfig, calibration: Path | None = None) -> tuple[Any, ...]:
     session = _session()
     with _refusing(session.Refusal):
-        loaded: tuple[Any, ...] = session.load_lazily(path, config)
+        loaded: tuple[Any, ...] = session.load_lazily(path, config, calibration)
     return loaded
 
 

@@ -91,7 +91,7 @@ def needle(
         "512,1024"
     ),
     trials: Annotated[int, typer.Option(help="Least trials of each kind and scheme.")] = 200,
-    needles: Annotated[int, typer.Option(help="Needles in one text.")] = 20,
+    needles: Annotated[int, typer.Option(help="Most needles in one text.")] = 20,
     kinds: Annotated[
         str, typer.Option(help="Kinds of needle, separated by commas: fact, copy.")
     ] = "fact,copy",

@@ -11,12 +11,13 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from rotormlx import saved_state
-from rotormlx.batch_cache import BatchRotorKVCache
+from rotormlx.batch_cache import BatchRotorKVCache, same_calibrated
 from rotormlx.cache import RotorKVCache
+from rotormlx.calibration import Calibration
 from rotormlx.config import RotorConfig
 from rotormlx.files import Array
 from rotormlx.fingerprint import fingerprint
-from rotormlx.integration import model_report
+from rotormlx.integration import model_calibration, model_report
 from rotormlx.probe import dims
 from rotormlx.report import LayerReport, Report, leaves
 from rotormlx.saved_rules import Shape
@@ -170,22 +171,43 @@ def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
     """
     report = model_report(model)
     shapes = [(index, _shape(cache)) for index, _, cache in leaves(caches)]
-    _check_model(report, model.make_cache(), shapes)
-    return _convert(caches, report.config)
+    fresh = model.make_cache()
+    _check_model(report, fresh, shapes)
+    _check_calibration(report, fresh, caches)
+    return _convert(caches, report.config, model_calibration(model))
 
 
-def _convert(caches: list[Any], config: RotorConfig, layer: int | None = None) -> int:
+def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> None:
+    """Refuse caches of another calibration than the model's; those that are empty take it."""
+    pairs = [
+        (own, cache)
+        for (_, _, own), (_, _, cache) in zip(leaves(fresh), leaves(caches), strict=True)
+        if isinstance(own, RotorKVCache) and isinstance(cache, RotorKVCache)
+    ]
+    if not all(cache.empty() or same_calibrated(own, cache) for own, cache in pairs):
+        raise _mismatch(report, "its own", "another one", "the calibration")
+    for own, cache in pairs:
+        cache.calibrated = own.calibrated
+
+
+def _convert(
+    caches: list[Any],
+    config: RotorConfig,
+    calibration: Calibration | None,
+    layer: int | None = None,
+) -> int:
     count = 0
     for index, cache in enumerate(caches):
         place = index if layer is None else layer
         if type(cache) is KVCache:
             # Layer by layer, so that a plain layer is freed before the next one is packed.
-            caches[index] = RotorKVCache.from_kv_cache(cache, config, place)
+            calibrated = None if calibration is None else calibration.of(place)
+            caches[index] = RotorKVCache.from_kv_cache(cache, config, place, calibrated)
             mx.eval(caches[index].state)
             count += 1
         elif isinstance(cache, CacheList):
             parts = list(cache.caches)
-            count += _convert(parts, config, place)
+            count += _convert(parts, config, calibration, place)
             cache.caches = tuple(parts)
     return count
 

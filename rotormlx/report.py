@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rotormlx.config import RotorConfig
+from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.format import BLOCK
 
 FLOAT16_BYTES = 2
@@ -122,9 +122,16 @@ class Report:
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
-            f"K{self.config.key_bits} V{self.config.value_bits} {self.config.rotation}, "
+            f"K{self.config.key_bits} V{self.config.value_bits} {self._transform}, "
             f"{self.bits_per_value:.3f} bits a value"
         )
+
+    @property
+    def _transform(self) -> str:
+        scale = self.config.channel_scale
+        with_scale = f" with {scale} channel scales" if scale not in (None, "none") else ""
+        is_matrix = self.config.rotation == CALIBRATED
+        return f"{self.config.rotation}{' rotations' if is_matrix else ''}{with_scale}"
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.layers), self.summary])

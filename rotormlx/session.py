@@ -40,20 +40,21 @@ class Refusal(Exception):
     """What was asked cannot be done; the message is one sentence for the user."""
 
 
-def run(name: str, argv: list[str], config: RotorConfig) -> None:
+def run(name: str, argv: list[str], config: RotorConfig, calibration: Path | None = None) -> None:
     """Run ``mlx_lm <name>`` with compressed caches.
 
     Args:
         name: A command of mlx-lm, such as ``generate``.
         argv: Its options.
         config: How keys and values are compressed.
+        calibration: A calibration file instead of the one that is kept for the model.
 
     Raises:
         Refusal: If the options, the model or a file cannot be used.
     """
     tool = tool_module(name)
     args = parse(parser_of(tool), name, argv)
-    session = Session(config)
+    session = Session(config, calibration)
     session.prepare(name, args)
     with ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", [f"mlx_lm {name}", *argv]))
@@ -87,10 +88,12 @@ class Session:
 
     Args:
         config: How keys and values are compressed.
+        calibration: A calibration file instead of the one that is kept for a model.
     """
 
-    def __init__(self, config: RotorConfig) -> None:
+    def __init__(self, config: RotorConfig, calibration: Path | None = None) -> None:
         self.config = config
+        self.calibration = calibration
         # Not the models themselves: a server drops one before it loads another.
         self._models: list[tuple[weakref.ref[Module], Report]] = []
         self._caches: dict[int, list[Any]] = {}  # the latest of each model, by the id of its report
@@ -223,7 +226,7 @@ class Session:
             )
 
     def _load(self, path: str, **kwargs: Any) -> tuple[Any, ...]:
-        return load_lazily(path, self.config, **kwargs)
+        return load_lazily(path, self.config, self.calibration, **kwargs)
 
 
 def _check_tokenizer_config(path: str, text: str) -> None:
@@ -240,8 +243,10 @@ def _check_tokenizer_config(path: str, text: str) -> None:
         )
 
 
-def load_lazily(path: str, config: RotorConfig, **kwargs: Any) -> tuple[Any, ...]:
-    """Load a model without reading its weights.
+def load_lazily(
+    path: str, config: RotorConfig, calibration: Path | None = None, **kwargs: Any
+) -> tuple[Any, ...]:
+    """Load a model without reading its weights, unless there is a calibration to compare with.
 
     Raises:
         Refusal: If there is no such model, or it cannot be compressed.
@@ -252,10 +257,10 @@ def load_lazily(path: str, config: RotorConfig, **kwargs: Any) -> tuple[Any, ...
             "neither; check the path."
         )
     try:
-        return integration.load(path, config, lazy=True, **kwargs)
+        return integration.load(path, config, calibration, lazy=True, **kwargs)
     except (ValueError, OSError, RuntimeError) as error:
         message = str(error)
-        if not message.startswith(("[apply]", "[hook]")):
+        if not message.startswith(("[apply]", "[hook]", "[calibration]")):
             first = message.splitlines()[0] if message else type(error).__name__
             message = (
                 f"[load] A model that mlx-lm can load is required, but {path} gave: "

@@ -137,7 +137,10 @@ def decode_attention(contexts: list[int], runs: int) -> list[Row]:
     """One query token over a history, 8 query and 2 KV heads; a row a contender."""
     rows: dict[str, Row] = {}
     for tokens in track(contexts, "Decode attention"):
-        times = timed(decode_steps(tokens, HEADS, ()), runs if tokens <= 2**15 else runs // 2)
+        steps = decode_steps(tokens, HEADS, ())
+        times = timed(steps, runs if tokens <= 2**15 else runs // 2)
+        name = "rotormlx 4 bit"
+        times[f"{name}, in a loop"] = timed({name: steps[name]}, runs)[name]
         groups = {"MLX and mlx-lm": ("MLX", "mlx-lm"), "torch": "torch", "folded torch": "folded"}
         for title, start in groups.items():
             others = [ms for name, ms in times.items() if name.startswith(start)]
@@ -185,6 +188,9 @@ def encoding(runs: int) -> list[Row]:
                     "what": f"{role}s, {bits} bit",
                     **times,
                     "numpy / cpu": times["numpy"] / times["cpu"],
+                    # Each by itself, so that neither finds the caches full of the others.
+                    "numpy / cpu, in a loop": timed({"": steps["numpy"]}, runs)[""]
+                    / timed({"": steps["cpu"]}, runs)[""],
                     # A block is encoded once in 64 steps.
                     "a step / attention at 8k": times["cpu"] / BLOCK / decode_ms,
                 }

@@ -430,7 +430,8 @@ def run(count, seed):
 def write_corpus(directory):
     """Small files to start from; what is called valid is taken on any machine, by any weights."""
     rng = random.Random(0)
-    for name, (kind, data) in bases().items():
+    for name, (kind, found) in bases().items():
+        data = found
         if len(data) > 40_000:
             continue
         texts, tensors = taken_apart(data)

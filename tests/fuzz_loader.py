@@ -1,8 +1,9 @@
 """Coverage-guided fuzzing of everything that reads a file, with atheris (libFuzzer).
 
 ``python -m tests.fuzz_loader -max_total_time=60 NEW tests/corpus`` runs for a minute; longer runs
-take ``-max_total_time=3600 -jobs=2``. NEW is a directory of your own that keeps what is found; what it
-adds to ``tests/corpus`` after ``-merge=1`` is worth keeping there. Other options are libFuzzer's.
+take ``-max_total_time=3600 -jobs=2``. NEW is a directory of your own that keeps what is
+found; what ``-merge=1`` leaves of it is worth keeping in ``tests/corpus``. Other options are
+libFuzzer's.
 
 A finding (an exception that is not ours, a crash, more than 60 seconds or 2 GB) ends the run and is
 left in the working directory.

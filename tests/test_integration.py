@@ -1,13 +1,18 @@
 import copy
+import errno
 import json
+import os
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.base as base
+import numpy as np
 import pytest
 import tiny_models as tiny
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import (
     CacheList,
     KVCache,
@@ -19,7 +24,8 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from rotormlx import hook, integration, prompt_cache, usage
+from rotormlx import files, hook, integration, prompt_cache, saved_state, usage
+from rotormlx.batch_cache import BatchRotorKVCache
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 from rotormlx.fingerprint import fingerprint
@@ -554,6 +560,128 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, damage, reason: str) -> 
         prompt_cache.read_prompt_cache(str(path), model)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
+
+
+def sealed_file(path) -> tuple[Any, list]:
+    """A model, and the caches that it has saved with a checksum."""
+    model = tiny.build("llama")
+    integration.apply(model)
+    caches = fill(make_prompt_cache(model), model, 150)
+    prompt_cache.save_prompt_cache(str(path), model, caches, {"note": "kept"})
+    return model, caches
+
+
+def test_a_changed_number_is_seen_by_the_checksum(tmp_path) -> None:
+    path = tmp_path / "cache.safetensors"
+    model, _ = sealed_file(path)
+    data = bytearray(path.read_bytes())
+    data[-(len(data) // 3)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^\[prompt cache\] .* must match its checksum"):
+        prompt_cache.load_prompt_cache(str(path), model)
+    assert len(load_prompt_cache(str(path))) == 2  # which mlx-lm does not look at
+
+
+def test_a_file_without_the_suffix_gets_it(tmp_path) -> None:
+    model, _ = sealed_file(tmp_path / "cache")
+    assert prompt_cache.load_prompt_cache(str(tmp_path / "cache.safetensors"), model)[1] == {
+        "note": "kept",
+        prompt_cache.FINGERPRINT: fingerprint(model),
+    }
+
+
+@pytest.mark.parametrize("name", ["print", "LRUPromptCache", "QuantizedKVCache", "_BaseCache", ""])
+@pytest.mark.parametrize("in_list", [False, True], ids=["alone", "in-a-list"])
+def test_a_class_that_is_not_listed_is_never_called(tmp_path, monkeypatch, name, in_list) -> None:
+    model = tiny.build("llama")
+    integration.apply(model)
+    path = tmp_path / "cache.safetensors"
+    called = []
+    monkeypatch.setattr(mlx_lm_cache, name or "none", called.append, raising=False)
+    if in_list:
+        saved_state.write(path, ["CacheList"], [[[[None, None, 0], name]]], {}, None)
+    else:
+        saved_state.write(path, [name], [[None, None, 0]], {}, None)
+    with pytest.raises(
+        ValueError, match=r"must hold caches of KVCache, .* or CacheList, but it has"
+    ):
+        prompt_cache.load_prompt_cache(str(path), model)
+    assert called == []
+
+
+def test_a_cache_of_another_model_is_refused_before_an_array_is_read(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "cache.safetensors"
+    sealed_file(path)
+    other = tiny.build("llama", head_dim=32)
+    integration.apply(other)
+    monkeypatch.setattr(files.TensorFile, "tensors", lambda self: pytest.fail("arrays were read"))
+    with pytest.raises(ValueError, match="requires 2 KV heads of 32 and 32"):
+        prompt_cache.read_prompt_cache(str(path), other)
+
+
+# entry of layer 0, what it is changed to, part of the message
+STATES = {
+    "version": (0, 2, "format version 1, which this rotormlx reads"),
+    "version-true": (0, True, "format version 1"),
+    "config": (1, "{}", "a configuration in a RotorKVCache"),
+    "config-nested": (1, "[" * 5000, "a configuration in a RotorKVCache"),
+    "config-number": (1, "9" * 5000, "a configuration in a RotorKVCache"),
+    "layer": (2, -1, "integers from 0"),
+    "layer-real": (2, 0.0, "integers from 0"),
+    "tokens": (3, 149, "exact keys of dtype and shape"),
+    "tokens-many": (3, 2**31 - 1, "exact keys of dtype and shape"),
+    "packed": (4, 128, "exact keys of dtype and shape"),
+    "packed-many": (4, 192, "counts that add up"),
+    "exact": (5, mx.zeros((2, 86, 64)), "exact keys as a floating array of 4 dimensions"),
+    "exact-dtype": (5, mx.zeros((1, 2, 86, 64), mx.int32), "exact keys as a floating array"),
+    "exact-none": (5, None, "exact keys as a floating array"),
+    "words": (6, mx.zeros((1, 2, 1, 8, 63), mx.uint32), "key words of dtype and shape"),
+    "words-dtype": (6, mx.zeros((1, 2, 1, 8, 64), mx.int32), "key words of dtype and shape"),
+    "scales": (7, mx.zeros((1, 2, 2, 64), mx.float16), "key scales of dtype and shape"),
+    "centres": (8, None, "key centres of dtype and shape"),
+    "channel-scale": (9, mx.ones((2, 64)), "key channel scale of dtype and shape None"),
+    "values": (10, mx.zeros((1, 4, 86, 64)), "value words of dtype and shape"),
+    "value-centres": (13, mx.zeros((1, 2, 1, 64), mx.float16), "value centres of dtype and shape"),
+    "one-more": (15, 0, "entries in a RotorKVCache"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("in_batch", [False, True], ids=["single", "batch"])
+def test_a_state_that_does_not_add_up_is_refused(tmp_path, monkeypatch, name, in_batch) -> None:
+    """From the header alone; the checksum of the file is right."""
+    entry, value, message = STATES[name]
+    path = tmp_path / "cache.safetensors"
+    model, caches = sealed_file(path)
+    held = BatchRotorKVCache.merge(caches[:1]) if in_batch else caches[0]
+    state = list(held.state)
+    if in_batch and entry in (3, 4):  # a table of the counts of each row
+        counts = np.array(state[4])
+        counts[0, entry - 3] = value
+        entry, value = 4, mx.array(counts)
+    if name == "one-more" and in_batch:
+        state += [0]
+    state[entry : entry + 1] = [value]
+    monkeypatch.setattr(files.TensorFile, "tensors", lambda self: pytest.fail("arrays were read"))
+    message = message.replace("a RotorKVCache", f"a {type(held).__name__}")
+    saved_state.write(path, [type(held).__name__], [state], {}, prompt_cache._tensor)
+    with pytest.raises(ValueError, match=rf"^\[prompt cache\] .*{message}"):
+        prompt_cache.load_prompt_cache(str(path), model)
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "cache.safetensors"
+    model, caches = sealed_file(path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"\[prompt cache\] .* must be written, but No space left"):
+        prompt_cache.save_prompt_cache(str(path), model, caches, {"note": "new"})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_mlx_lm_itself_loads_the_cache_once_installed(tmp_path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ class Forgetting:
         return 4.0
 
 
-def forgetting(first: int, last: int) -> Scheme:
-    return Scheme("forgetting", lambda layer: SimulatedCache(Forgetting(first, last), 0, sink=0))
+def forgetting(first: int, last: int, **rule: int) -> Scheme:
+    rule = {"sink": 0} | rule
+    return Scheme("forgetting", lambda layer: SimulatedCache(Forgetting(first, last), 0, **rule))
 
 
 def stack(kind: str, length: int = 1200, needles: int = 8, seed: int = 0) -> needle.Haystack:
@@ -217,6 +219,19 @@ def test_answers_must_lie_in_packed_bytes() -> None:
     ):
         with pytest.raises(RuntimeError, match=f"must lie in packed bytes.* and {scheme.name} "):
             list(needle.search(Recalling(), made, scheme))
+
+
+def test_the_whole_needle_must_lie_in_packed_bytes() -> None:
+    """Of 1,200 tokens, 18 blocks are packed without sink and window: 1,152."""
+    made = stack("copy")
+    for end in (1152, 1153):
+        asked = replace(made, questions=(replace(made.questions[0], first=1101, end=end),))
+        search = needle.search(Recalling(), asked, forgetting(0, 0, window=0))
+        if end == 1152:
+            assert len(list(search)) == 1
+        else:
+            with pytest.raises(RuntimeError, match="is tokens 1101 to 1153, and forgetting packed"):
+                list(search)
 
 
 def test_every_question_meets_the_text_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -96,6 +97,7 @@ def test_models_come_and_go_while_another_generates():
         while not done.is_set() or rounds < 3:
             rotormlx.apply(model, CONFIG)
             assert hook.installed()
+            rotormlx.apply(stays, CONFIG)  # again, while it generates
             logits = model(prompt[None, :90], cache=model.make_cache())
             mx.eval(logits)
             rotormlx.remove(model)
@@ -114,8 +116,6 @@ def test_a_copy_keeps_the_hook_that_it_uses():
     """A copy of a model is in use too: removing the model it came from does not break it."""
     model = tiny_models.build("llama")
     rotormlx.apply(model, CONFIG)
-    import copy
-
     twin = copy.deepcopy(model)
     caches = twin.make_cache()
     tokens = tiny_models.tokens(100)

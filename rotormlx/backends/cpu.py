@@ -5,18 +5,20 @@ Shapes: B batch, H query heads, K KV heads, L queries, N blocks, D head_dim.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from rotormlx import cpu_library
 from rotormlx.backends.mlx_ops import MLXBackend, check_rows
 from rotormlx.format import BLOCK, KEY, Codec, Packed
 from rotormlx.view import KVView
 
-# What numpy calls room for each dtype; it has no bfloat16.
-_ROOM = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
+_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+# Numbers of an array that is copied from one that is kept.
+_SMALL = 2**16
 
 
 def missing() -> str | None:
@@ -50,16 +52,15 @@ class CPUBackend(MLXBackend):
             return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
         batch, heads, tokens, head_dim = x.shape
         front = (batch, heads, tokens // BLOCK)
-        words = np.empty((*front, *codec.words_shape), np.uint32)
-        scales = np.empty((*front, BLOCK), np.float16)
+        words = _room((*front, *codec.words_shape), mx.uint32)
+        scales = _room((*front, BLOCK), mx.float16)
         given = codec.role == KEY and centres is not None
-        means = np.empty((*front, head_dim), np.float16) if codec.role == KEY else None
-        blocks = cpu_library.Blocks(
-            codec, words, scales, centres if given else means, channel_scale
-        )
+        means = centres if given else None
+        if codec.role == KEY and not given:
+            means = _room((*front, head_dim), mx.float16)
+        blocks = cpu_library.Blocks(codec, words, scales, means, channel_scale)
         cpu_library.encode(x, blocks, given_centres=given)
-        made = centres if given or means is None else mx.array(means)
-        return Packed(mx.array(words), mx.array(scales), made)
+        return Packed(words, scales, means)
 
     def decode(
         self,
@@ -70,11 +71,10 @@ class CPUBackend(MLXBackend):
         dtype: mx.Dtype = mx.float32,
     ) -> mx.array:
         """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
-        if dtype not in _ROOM or not _evaluated(*packed, channel_scale):
+        if dtype not in _FLOATS or not _evaluated(*packed, channel_scale):
             return super().decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
         batch, heads, count = packed.scales.shape[:3]
-        rows = mx.zeros((batch, heads, count * BLOCK, codec.head_dim), dtype)
-        mx.eval(rows)
+        rows = _room((batch, heads, count * BLOCK, codec.head_dim), dtype)
         cpu_library.decode(cpu_library.Blocks(codec, *packed, channel_scale), rows)
         return rows
 
@@ -90,14 +90,14 @@ class CPUBackend(MLXBackend):
     ) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
         mask_array = None if isinstance(mask, str) else mask
-        if mask_array is not None and mask_array.dtype not in (mx.bool_, *_ROOM):
+        if mask_array is not None and mask_array.dtype not in (mx.bool_, *_FLOATS):
             mask_array = mask_array.astype(mx.float32)
-        if sinks is not None and sinks.dtype not in _ROOM:
+        if sinks is not None and sinks.dtype not in _FLOATS:
             sinks = sinks.astype(mx.float32)
         exact, blocks = (keys.exact, values.exact), (_blocks(keys), _blocks(values))
         if not _evaluated(queries, mask_array, sinks, exact, blocks[0][1:], blocks[1][1:]):
             return super().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        output = np.empty((*queries.shape[:3], values.codec.head_dim), _ROOM[queries.dtype])
+        output = _room((*queries.shape[:3], values.codec.head_dim), queries.dtype)
         cpu_library.attend(
             queries,
             output,
@@ -110,8 +110,22 @@ class CPUBackend(MLXBackend):
             sinks=sinks,
             causal=isinstance(mask, str),
         )
-        made = mx.array(output)
-        return made.view(mx.bfloat16) if queries.dtype == mx.bfloat16 else made
+        return output
+
+
+def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array to be written before anyone sees it."""
+    if math.prod(shape) > _SMALL:
+        return _zeros.__wrapped__(shape, dtype)
+    # A copy is made at once; what is evaluated waits for another thread.
+    return mx.from_dlpack(_zeros(shape, dtype), copy=True)
+
+
+@lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    made = mx.zeros(shape, dtype)
+    mx.eval(made)
+    return made
 
 
 def _blocks(view: KVView) -> cpu_library.Blocks:
