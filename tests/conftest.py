@@ -9,6 +9,7 @@ from typing import Any
 import mlx_lm
 import pytest
 
+from rotormlx import calibration
 from rotormlx.backends import available, choose
 from rotormlx.smollm2 import fetch
 
@@ -32,6 +33,15 @@ def chosen_anew() -> Iterator[None]:
     choose.cache_clear()
     yield
     choose.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a user of this machine has calibrated must not change a test."""
+    directory = tmp_path_factory.mktemp("calibrations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "cache_dir", lambda: directory)
+        yield
 
 
 @pytest.fixture(params=available())

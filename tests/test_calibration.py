@@ -15,11 +15,11 @@ from mlx_lm.models.cache import KVCache, save_prompt_cache
 from mlx_lm.models.cache import make_prompt_cache as own_caches
 
 import rotormlx
-from rotormlx import calibration, files, hook, integration, learned
+from rotormlx import calibration, files, hook, integration, learned, reference, rotation
 from rotormlx.cache import RotorKVCache
 from rotormlx.calibration import TRANSFORMS, Calibration
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, ROLES
+from rotormlx.format import BLOCK, ROLES, Codec, codec
 
 TOKENS = 4 + 3 * BLOCK
 SMALL = RotorConfig(sink=4, window=0)
@@ -147,6 +147,33 @@ def test_any_rotors_are_orthogonal_and_mix_all_channels(head_dim):
     # Fives and sevens are not learned, so a channel then meets a fifth of the others.
     met = head_dim // 5 if head_dim % 5 == 0 else head_dim
     assert ((np.abs(basis) > 1e-12).sum(-1) == met).all()
+
+
+@pytest.mark.parametrize("head_dim", [48, 64, 112])
+def test_learned_rotors_are_stages_of_the_format(head_dim):
+    """docs/FORMAT.md, section 10, by the stages of section 4."""
+    rng = np.random.default_rng(0)
+    coefficients = rng.normal(size=learned.learned_size(head_dim)).astype(np.float32)
+    columns, place, stride = np.eye(head_dim), 0, 1
+    for radix in rotation.factors(head_dim):
+        groups = head_dim // radix
+        n = {4: 4, 3: 4, 2: 1}.get(radix, 0)
+        own = coefficients[place : place + groups * n].reshape(groups, n).astype(np.float64)
+        place += groups * n
+        if n == 4:
+            kind, own = (
+                {4: "Left", 3: "Sandwich"}[radix],
+                own / np.linalg.norm(own, axis=1)[:, None],
+            )
+        elif n == 1:
+            kind, own = "Plane", np.concatenate([np.cos(own), np.sin(own)], 1)
+        if n:
+            blocks = own.reshape(groups // stride, stride, -1)
+            columns = rotation.Stage(0, stride, kind, blocks).apply(columns)
+        stride *= radix
+    assert place == len(coefficients)
+    found = learned._basis(mx.array(coefficients[None]), head_dim)
+    assert np.allclose(np.array(found)[0], columns.T, atol=1e-6)
 
 
 def test_448_numbers_at_head_dim_128():
@@ -358,9 +385,6 @@ def test_caches_of_a_model_use_it(llama, made, transform):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_packed_bytes_are_those_of_scale_and_matrix(llama, made, transform):
     """What lies in the cache is what the reference makes of the exact keys and values."""
-    from rotormlx import reference, rotation
-    from rotormlx.format import Codec, codec
-
     rotormlx.apply(llama, SMALL, made[transform])
     caches, exact = rotormlx.make_prompt_cache(llama), [KVCache() for _ in range(2)]
     for held in (caches, exact):

@@ -508,8 +508,8 @@ def test_vector_output(vector, bits):
 CONFIGURATION = {
     "key_bits": ("integer", list(BITS), 4),
     "value_bits": ("integer", list(BITS), 4),
-    "rotation": ("string", list(ROTATIONS), "cascade"),
-    "channel_scale": ("string or null", ["none", "prefill", None], None),
+    "rotation": ("string", [*ROTATIONS, "calibrated"], "cascade"),
+    "channel_scale": ("string or null", ["none", "prefill", "calibrated", None], None),
     "sink": ("integer", range(2**20), 4),
     "window": ("integer", range(2**20), 64),
     "seed": ("integer", range(2**63), 0),
@@ -527,8 +527,9 @@ def configuration():
     """The table of section 2: for each field its type, values (a list or a range) and default."""
     fields = {}
     for names, kind, values, default in table("2. Configuration"):
-        if values == "a name of section 4":
-            allowed = [name.strip("`") for _, name, _ in table("4.3 Names")]
+        if values.startswith("a name of section 4, or "):
+            named = [name for _, name, _ in table("4.3 Names")]
+            allowed = [name.strip("`") for name in (*named, values.rpartition(" ")[2])]
         elif " to " in values:
             low, high = map(literal, values.split(" to "))
             allowed = range(low, high + 1)

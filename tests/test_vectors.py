@@ -5,9 +5,8 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors import safe_open
 
-from rotormlx import codebook
+from rotormlx import codebook, files
 from rotormlx.attention import attend_view
 from rotormlx.backends import backend
 from rotormlx.config import RotorConfig
@@ -19,9 +18,9 @@ CASES = make_vectors.CASES
 
 
 def load(case):
-    with safe_open(make_vectors.DIRECTORY / case.file_name, "numpy") as file:
-        facts = json.loads(file.metadata()["rotormlx"])
-        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    path = make_vectors.DIRECTORY / case.file_name
+    arrays, texts = files.read_arrays(path, where="test vectors", checksum_required=False)
+    return arrays, json.loads(texts["rotormlx"])
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.file_name.split(".")[0])

@@ -26,7 +26,8 @@ class RotorCache(Cache):
         rotor_config: How keys and values are compressed; the default configuration if None.
 
     Raises:
-        ValueError: If the model's attention is another, or nothing in the model can be compressed.
+        ValueError: If the model's attention is another, nothing in the model can be compressed, or
+            the configuration is a calibrated one.
     """
 
     def __init__(self, config: PreTrainedConfig, rotor_config: RotorConfig | None = None) -> None:
@@ -40,6 +41,11 @@ class RotorCache(Cache):
                 "rotormlx.torch.apply(model) first."
             )
         self.rotor_config = rotor_config or RotorConfig()
+        if self.rotor_config.is_calibrated:
+            raise ValueError(
+                "[RotorCache] A configuration without a calibration is required, but "
+                f"{self.rotor_config.to_json()} was given; calibrations are of MLX models."
+            )
         super().__init__(layers=compressed_layers(text, self.rotor_config))
 
     @property
