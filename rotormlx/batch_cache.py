@@ -464,7 +464,10 @@ class BatchStore(Store):
             )
         new = encode(self.codec, x, scale, last, filled)
         self._make_room(new, max(slots) + new.scales.shape[2])
-        packed = self.packed or Packed(None, None, None)
+        # Handles of their own: others may hold those there were.
+        self.exact = self.exact[:]
+        packed = Packed(*(a if a is None else a[:] for a in self.packed or (None,) * 3))
+        self.packed = packed
         for place, (row, slot) in enumerate(zip(rows, slots, strict=True)):
             stop = slot + new.scales.shape[2]
             for buffer, array in zip(packed, new, strict=True):

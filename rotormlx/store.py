@@ -186,8 +186,8 @@ class Store:
 
     def twin(self) -> Self:
         """A store of the same buffers; what is written to one does not show in the other."""
-        twin = copy.copy(self)
-        _, twin.exact, twin.packed, twin.channel_scale = self.handles()
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
         return twin
 
     def new_bytes(self, exact_tokens: int, blocks: int) -> int:
@@ -217,7 +217,7 @@ class Store:
         x = x.astype(self.exact.dtype)
         stop = exact_tokens + x.shape[2]
         if stop <= self.exact.shape[2]:
-            self.exact[:, :, exact_tokens:stop] = x
+            self.exact = written(self.exact, slice(exact_tokens, stop), x)
         else:
             self.exact = mx.concatenate([self.exact[:, :, :exact_tokens], x], axis=2)
 
@@ -226,10 +226,8 @@ class Store:
         return KVView(*self.handles(), sink, counts.packed, counts.tokens)
 
     def handles(self) -> tuple[Codec, mx.array, Packed | None, mx.array | None]:
-        """What a view holds of this store: what is written into a buffer later does not show."""
-        # A slice is a handle of its own.
-        packed = None if self.packed is None else sliced(self.packed, 0, None)
-        return self.codec, self.exact[:, :, :], packed, self.channel_scale
+        """What a view holds of this store; nothing is ever written through these handles."""
+        return self.codec, self.exact, self.packed, self.channel_scale
 
     def pack(self, sink: int, count: int, counts: Counts) -> None:
         """Move the ``count`` exact tokens behind the sink into packed blocks."""
@@ -258,9 +256,9 @@ class Store:
         """Put blocks at position ``block``."""
         stop = block + new.scales.shape[2]
         if self.packed is not None and stop <= self.packed.scales.shape[2]:
-            for buffer, array in zip(self.packed, new, strict=True):
-                if buffer is not None:
-                    buffer[:, :, block:stop] = array
+            pairs = zip(self.packed, new, strict=True)
+            place = slice(block, stop)
+            self.packed = Packed(*(a if a is None else written(a, place, b) for a, b in pairs))
             return
         before = (None,) * 3 if self.packed is None else sliced(self.packed, 0, block)
         room = self.room(stop)
@@ -381,6 +379,13 @@ def encode(
 def sliced(packed: Packed, start: int, stop: int | None) -> Packed:
     """Blocks ``start`` to ``stop``."""
     return Packed(*(a if a is None else a[:, :, start:stop] for a in packed))
+
+
+def written(buffer: mx.array, place: slice, new: mx.array) -> mx.array:
+    """The buffer with something new along its third axis; the handle that was given stays."""
+    own = buffer[:]  # a handle of its own, which copies nothing
+    own[:, :, place] = new
+    return own
 
 
 def with_room(a: mx.array, room: int) -> mx.array:

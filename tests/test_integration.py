@@ -536,10 +536,18 @@ def another_class(path) -> None:
     mx.save_safetensors(str(path), arrays, metadata | {"1.0": "FutureCache"})
 
 
+def another_number(path) -> None:
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    arrays["0.15"] = arrays.pop("0.14")  # the last field of the first cache
+    metadata = {k: "0.15" if v == "0.14" else v for k, v in metadata.items()}
+    mx.save_safetensors(str(path), arrays, metadata)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (another_version, "99"),
+        (another_number, "number its entries from 0"),
         (truncate, r"must have \d+ bytes of tensors, but it has \d+"),
         (cut_header, "must have a safetensors header"),
         (text, "must have a safetensors header"),
@@ -710,6 +718,17 @@ def test_other_weights_of_the_same_shape_are_refused(tmp_path) -> None:
     before = fingerprint(models[1])
     models[1].layers[1].self_attn.k_proj.weight = weight + mx.zeros_like(weight).at[0, 3].add(1.0)
     assert fingerprint(models[1]) != before
+
+
+def test_what_a_file_says_is_fit_to_be_printed(tmp_path) -> None:
+    model = tiny.build("llama")
+    integration.apply(model)
+    path = str(tmp_path / "c.safetensors")
+    save_prompt_cache(path, make_prompt_cache(model), {prompt_cache.FINGERPRINT: "\x1b[2J\u0663"})
+    with pytest.raises(ValueError, match="other weights") as error:
+        prompt_cache.load_prompt_cache(path, model)
+    assert str(error.value).isascii()
+    assert str(error.value).isprintable()
 
 
 def test_a_file_of_mlx_lm_alone_has_no_fingerprint_and_is_taken(tmp_path) -> None:

@@ -153,8 +153,8 @@ def test_200000_tokens(figure):
     held = {name: cache.nbytes for name, cache in caches.items()}
     assert caches["ring"].size() <= RING
     assert caches["ring"].is_trimmable() is False
-    # The backend keeps 64 small arrays of zeros, and a buffer may lie in one that was freed and is a
-    # little larger. What stayed behind of each thousand, 27 KB, would add up to 5 MB.
+    # The backend keeps 64 small arrays of zeros, and a buffer may lie in one that was freed and is
+    # larger. What stayed behind of each thousand, 27 KB, would add up to 5 MB.
     assert max(beside) < 2**19
     true_bytes = TOKENS * (D * 4 + DV * 3) / 8 + TOKENS * 4 + TOKENS * D * 2 / BLOCK
     assert held["all"] < true_bytes * (1 + 1 / 32) + (BESIDE + BLOCK) * (D + DV) * 2 + 4 * 3000

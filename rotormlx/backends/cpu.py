@@ -18,7 +18,7 @@ from rotormlx.view import KVView
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 # Numbers of an array that is copied from one that is kept.
-_SMALL = 2**16
+_SMALL = 2**13
 
 
 def missing() -> str | None:
