@@ -260,8 +260,9 @@ def _save(output: Path | None, name: str, result: Any, markdown: str, svg: str =
 
 
 def _progress(console: Console) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    bar, left = BarColumn(), TimeRemainingColumn()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, left)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager

@@ -1,23 +1,27 @@
-"""How far compressed rows and attention over them may be from the exact ones, derived; and rows of every kind.
+"""How far compressed rows, and attention over them, may be off; and rows of every kind.
 
-A row y (centred, divided by the channel scale) is coded as ``s l``: w = C y with n = ||w||, z = sqrt(D) w / n, l the
-levels nearest to z, s the least-squares scale. ``s l`` is no farther from w than ``(n / sqrt(D)) l`` is, so
+A row y (centred, divided by the channel scale) is coded as ``s l``: w = C y with n = ||w||,
+z = sqrt(D) w / n, l the levels nearest to z, s the least-squares scale. ``s l`` is no farther from
+w than ``(n / sqrt(D)) l`` is, so
 
     ||w - s l|| <= E = (n / sqrt(D)) ||z - l||
 
-where ||z - l|| needs only z and the codebook. Rounding s to float16 adds ``t l`` with |t| <= max(2^-11 s, 2^-25), at
-right angles to w - s l; ||s l|| <= n, and no level exceeds the largest, M. C is orthogonal, so the decoded row, again
-divided by the channel scale, is no farther from y than
+where ||z - l|| needs only z and the codebook. Rounding s to float16 adds ``t l`` with
+|t| <= max(2^-11 s, 2^-25), at right angles to w - s l; ||s l|| <= n, and no level exceeds the
+largest, M. C is orthogonal, so the decoded row, divided by the channel scale again, is no farther
+from y than
 
     sqrt(E^2 + max(2^-11 n, 2^-25 M sqrt(D))^2).
 
-For no row is it worse than E <= n min(1, sqrt(h^2 + max(0, 1 - M / sqrt(D))^2)), h the largest distance of a number
-within [-M, M] from its level: beyond M the excess is |z| - M, its square is convex in z^2 and 0 at 0, so the sum over
-channels with sum z^2 = D is largest where one channel has all of it; and s = 0 is a choice.
+For no row is it worse than E <= n min(1, sqrt(h^2 + max(0, 1 - M / sqrt(D))^2)), h the largest
+distance of a number within [-M, M] from its level: beyond M the excess is |z| - M, its square is
+convex in z^2 and 0 at 0, so its sum over channels with sum z^2 = D is largest where one channel has
+all of it; and s = 0 is a choice.
 
-Attention: if every score is off by at most d, the softmax moves by at most tanh(d / 2) in total variation (a group of
-weight a whose scores rise by d while the others fall by d moves by a e^d / (a e^d + (1 - a) e^-d) - a, largest at
-a = 1 / (1 + e^d)). So the output is off by at most
+Attention: if every score is off by at most d, the softmax moves by at most tanh(d / 2) in total
+variation (a group of weight a whose scores rise by d while the others fall by d moves by
+a e^d / (a e^d + (1 - a) e^-d) - a, which is largest at a = 1 / (1 + e^d)). So the output is off by
+at most
 
     tanh(d / 2) diameter(values) + the largest error of a value,
 
@@ -41,7 +45,10 @@ FLOAT32_DOUBT = 1e-5
 
 
 def examples(count: int, **more: Any) -> settings:
-    """Settings of a property: ``count`` examples, always the same; with ROTORMLX_EXAMPLES=n, n times as many, at random."""
+    """Settings of a property: ``count`` examples, the same each time.
+
+    With ROTORMLX_EXAMPLES=n, n times as many, others each time.
+    """
     times = int(os.environ.get("ROTORMLX_EXAMPLES", "0"))
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     return settings(
@@ -58,7 +65,7 @@ def examples(count: int, **more: Any) -> settings:
 
 
 def largest_distance(bits: int) -> tuple[float, float]:
-    """h and M: the largest distance of a number from its level within the codebook, and the largest level."""
+    """h and M: the largest distance from a level within the codebook, and the largest level."""
     m = codebook.magnitudes(bits).astype(np.float64)
     return max(m[0], np.diff(m).max() / 2), m[-1]
 
@@ -102,7 +109,7 @@ def row_error(w: np.ndarray, bits: int) -> np.ndarray:
 
 
 def attention_error(values: np.ndarray, score_error: float, value_error: float) -> float:
-    """The largest error of an output, as a vector, over values ``[S, Dv]`` and perhaps the zero vector."""
+    """The largest error of an output over values ``[S, Dv]``, perhaps the zero vector too."""
     radius = np.linalg.norm(values, axis=-1).max(initial=0.0)
     return float(np.tanh(score_error / 2) * 2 * radius + value_error)
 
@@ -110,9 +117,11 @@ def attention_error(values: np.ndarray, score_error: float, value_error: float) 
 def check_encoded(
     x: Any, found: Packed, codec: Codec, channel_scale: Any = None, centres: Any = None
 ) -> None:
-    """Words, scales and centres are what docs/FORMAT.md, section 5 makes of rows ``[B, K, N * 64, D]``, float64.
+    """Words, scales and centres are what docs/FORMAT.md, section 5 makes of these rows.
 
-    Where float32 sums leave a doubt (next to a boundary, next to a rounding tie) both neighbours are right.
+    ``x`` is float64 ``[B, K, N * 64, D]``.
+    Where float32 sums leave a doubt (next to a boundary or to a rounding tie) both neighbours are
+    right.
     """
     blocks = x.reshape(*x.shape[:2], -1, BLOCK, x.shape[-1])
     finite = np.isfinite(blocks).all(-1, keepdims=True)
@@ -121,7 +130,10 @@ def check_encoded(
         # Sums of 64 numbers: at most 64 roundings of 2^-24 of all sizes together.
         doubt = 2.0**-18 * np.abs(counted).sum(-2) / BLOCK
         mean = counted.sum(-2) / BLOCK
-        low, high = (_float16(np.clip(m, -LARGEST_FLOAT16, LARGEST_FLOAT16)) for m in (mean - doubt, mean + doubt))
+        low, high = (
+            _float16(np.clip(m, -LARGEST_FLOAT16, LARGEST_FLOAT16))
+            for m in (mean - doubt, mean + doubt)
+        )
         assert found.centres.dtype == np.float16
         assert ((low <= found.centres) & (found.centres <= high)).all()
     elif codec.role == KEY:
@@ -130,7 +142,12 @@ def check_encoded(
     codes, scales = reference.unpack(found.words, codec), found.scales
     # Bits behind the last position of a plane are zero.
     assert np.array_equal(reference.pack(codes, codec), found.words)
-    w = rotated(np.where(finite, x.reshape(blocks.shape), 0).reshape(x.shape), codec, found.centres, channel_scale)
+    w = rotated(
+        np.where(finite, x.reshape(blocks.shape), 0).reshape(x.shape),
+        codec,
+        found.centres,
+        channel_scale,
+    )
     z, n = unit_variance(w)
 
     counts = ~(np.isnan(scales) | (scales == 0))
@@ -150,13 +167,18 @@ def check_encoded(
     size, doubt = np.abs(z), FLOAT32_DOUBT * (1 + np.abs(z))
     half = 2 ** (codec.bits - 1)
     index, negative = codes % half, codes >= half
-    near = (reference.nearest(np.maximum(size - doubt, 0), codec.bits), reference.nearest(size + doubt, codec.bits))
+    near = (
+        reference.nearest(np.maximum(size - doubt, 0), codec.bits),
+        reference.nearest(size + doubt, codec.bits),
+    )
     assert (((near[0] <= index) & (index <= near[1])) | ~counts[..., None]).all()
     assert ((negative == (z < 0)) | (size <= doubt) | ~counts[..., None]).all()
 
 
-def check_decoded(x: Any, decoded: Any, packed: Packed, codec: Codec, channel_scale: Any = None) -> float:
-    """Decoded rows are what the packed ones stand for, and within the bound of the rows x, float64.
+def check_decoded(
+    x: Any, decoded: Any, packed: Packed, codec: Codec, channel_scale: Any = None
+) -> float:
+    """Decoded rows are what the packed ones stand for, and within the bound of the rows x.
 
     Returns:
         The largest error as a share of its bound.
@@ -169,7 +191,9 @@ def check_decoded(x: Any, decoded: Any, packed: Packed, codec: Codec, channel_sc
     centre = np.zeros((*decoded.shape[:2], decoded.shape[2] // BLOCK, 1, decoded.shape[3]))
     if codec.role == KEY:
         centre = centre + packed.centres.astype(np.float64)[..., None, :]
-    centre = np.broadcast_to(centre, (*centre.shape[:3], BLOCK, centre.shape[-1])).reshape(decoded.shape)
+    centre = np.broadcast_to(centre, (*centre.shape[:3], BLOCK, centre.shape[-1])).reshape(
+        decoded.shape
+    )
     size = np.linalg.norm((expected - centre) / factor, axis=-1, keepdims=True)
     doubt = FLOAT32_DOUBT * (size * factor + np.abs(centre))
     assert (np.abs(decoded - expected) <= doubt)[~broken].all()
@@ -177,7 +201,9 @@ def check_decoded(x: Any, decoded: Any, packed: Packed, codec: Codec, channel_sc
     w = rotated(np.where(broken[..., None], 0, x), codec, packed.centres, channel_scale)
     _, n = unit_variance(w)
     bound = row_error(w, codec.bits)
-    assert (bound <= (worst_row_error(codec.bits, codec.head_dim) + 2.0**-10) * n[..., 0] + 2.0**-18).all()
+    assert (
+        bound <= (worst_row_error(codec.bits, codec.head_dim) + 2.0**-10) * n[..., 0] + 2.0**-18
+    ).all()
     bound = bound.reshape(decoded.shape[:3])
     error = np.linalg.norm((decoded - np.where(broken[..., None], decoded, x)) / factor, axis=-1)
     float32 = np.linalg.norm(doubt / factor, axis=-1) + FLOAT32_DOUBT * n.reshape(decoded.shape[:3])
@@ -219,7 +245,9 @@ KINDS: dict[str, Make] = {
     "one-hot": _one_hot,
     "outlier": _outlier,
     "constant": lambda rng, dim: np.full(dim, rng.normal() * 8),
-    "alternating": lambda rng, dim: np.where(np.arange(dim) % 2, 1.0, -1.0) * 2.0 ** rng.uniform(-8, 8),
+    "alternating": lambda rng, dim: (
+        np.where(np.arange(dim) % 2, 1.0, -1.0) * 2.0 ** rng.uniform(-8, 8)
+    ),
     "plateau": lambda rng, dim: rng.integers(-1, 2, dim) * 0.5,
     "subnormal": lambda rng, dim: rng.integers(-8, 9, dim) * 2.0**-24,
     "least": lambda rng, dim: (np.arange(dim) == 1) * 2.0**-24,
@@ -233,9 +261,15 @@ WIDE_KINDS: dict[str, Make] = {
     "tiny": lambda rng, dim: rng.normal(size=dim) * 1e-30,
 }
 BROKEN_KINDS: dict[str, Make] = {
-    "nan": lambda rng, dim: np.where(np.arange(dim) == rng.integers(dim), np.nan, rng.normal(size=dim)),
-    "inf": lambda rng, dim: np.where(np.arange(dim) == rng.integers(dim), np.inf, rng.normal(size=dim)),
-    "-inf": lambda rng, dim: np.where(np.arange(dim) == rng.integers(dim), -np.inf, rng.normal(size=dim)),
+    "nan": lambda rng, dim: np.where(
+        np.arange(dim) == rng.integers(dim), np.nan, rng.normal(size=dim)
+    ),
+    "inf": lambda rng, dim: np.where(
+        np.arange(dim) == rng.integers(dim), np.inf, rng.normal(size=dim)
+    ),
+    "-inf": lambda rng, dim: np.where(
+        np.arange(dim) == rng.integers(dim), -np.inf, rng.normal(size=dim)
+    ),
     "infinities": lambda rng, dim: np.where(np.arange(dim) % 2, np.inf, -np.inf),
 }
 ALL_KINDS = KINDS | WIDE_KINDS | BROKEN_KINDS
@@ -244,5 +278,8 @@ ALL_KINDS = KINDS | WIDE_KINDS | BROKEN_KINDS
 def rows(shape: tuple[int, ...], kinds: list[str] | tuple[str, ...], seed: int) -> np.ndarray:
     """Rows of these kinds in any order, float32 ``[..., D]``."""
     rng = np.random.default_rng(seed)
-    flat = [ALL_KINDS[kinds[rng.integers(len(kinds))]](rng, shape[-1]) for _ in range(int(np.prod(shape[:-1])))]
+    flat = [
+        ALL_KINDS[kinds[rng.integers(len(kinds))]](rng, shape[-1])
+        for _ in range(int(np.prod(shape[:-1])))
+    ]
     return np.array(flat, np.float32).reshape(shape)

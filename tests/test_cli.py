@@ -15,7 +15,7 @@ import tiny_models as tiny
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
 from typer.testing import CliRunner, Result
 
-from rotormlx import cli, demo, hook, integration, session
+from rotormlx import calibration, cli, demo, hook, integration, session
 from rotormlx.backends import describe
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
@@ -640,3 +640,55 @@ def test_python_m_rotormlx_is_the_command() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "Usage: rotormlx info" in result.stderr
+
+
+# ---- calibrate ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(97 + n * n % 26) for n in range(600)))
+    return str(path)
+
+
+def test_calibrate_keeps_what_generate_then_uses(llama: str, text: str, monkeypatch, tmp_path):
+    monkeypatch.setattr(calibration, "cache_dir", lambda: tmp_path)
+    result = run("calibrate", llama, "--text", text, "--tokens", "200")
+    assert result.exit_code == 0, result.output
+    assert "scale of 2 layers from 200 tokens, 64 numbers a KV head" in result.stdout
+    (kept,) = tmp_path.rglob("*-scale.safetensors")
+    assert result.stderr == f"wrote {kept}\n"
+    for options, name in (
+        ([], "cascade with calibrated channel scales"),
+        (["--channel-scale", "none"], "cascade with none"),
+        (["--rotation", "dense"], "dense"),
+    ):
+        used = run("generate", *options, "--model", llama, *LONG, *QUIET)
+        assert used.exit_code == 0, used.output
+        assert (f"K4 V4 {name}," in used.stderr) == ("none" not in name), used.stderr
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert_refused(run("generate", "--model", llama, *LONG, *QUIET), "[calibration]", str(kept))
+
+
+def test_calibrate_writes_a_file_that_commands_take(llama: str, text: str, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    options = ["--tokens", "200", "--transform", "klt", "--output", str(path)]
+    result = run("calibrate", llama, "--text", text, *options)
+    assert result.exit_code == 0, result.output
+    assert "4,096 numbers a KV head" in result.stdout
+    used = run("generate", "--calibration", str(path), "--model", llama, *LONG, *QUIET)
+    assert "K4 V4 calibrated rotations," in used.stderr
+    assert "calibrated rotations" in run("info", llama, "--calibration", str(path)).stdout
+
+
+def test_calibrate_refuses_in_one_sentence(llama: str, text: str, directory: Path):
+    assert_refused(run("calibrate", llama, "--transform", "pca"), "scale, rotors, klt", "'pca'")
+    assert_refused(
+        run("calibrate", llama, "--text", text, "--tokens", "2000"), "2000 tokens", "600"
+    )
+    assert_refused(run("calibrate", llama, "--text", "nowhere.txt"), "nowhere.txt")
+    assert_refused(
+        run("generate", "--rotation", "calibrated", "--model", llama, *LONG),
+        "rotormlx calibrate MODEL --transform klt",
+    )

@@ -150,7 +150,8 @@ def encode_blocks(
 
     rotated = rotate(y, codec.rotation)
     norm = square_root(sum_in_order(rotated * rotated, -1))
-    z = rotated * (math.sqrt(codec.head_dim) / norm)
+    # torch divides a number by a tensor in two roundings; a tensor by a tensor in one, as the others.
+    z = rotated * (torch.full_like(norm, math.sqrt(codec.head_dim)) / norm)
     limits = boundaries(codec.bits, x.device)
     # Right of a boundary: a tie goes to the larger magnitude.
     index = torch.bucketize(z.abs(), limits, right=True, out_int32=True)
