@@ -262,6 +262,12 @@ class RotorKVCache(_BaseCache):
         return self.counts.packed
 
     @property
+    def used_bytes(self) -> int:
+        """Bytes of the tokens held, without room for growth, and without what is calibrated."""
+        shared = sum(array.nbytes for array in self.calibrated or ())
+        return sum(a.nbytes for a in self.state if isinstance(a, mx.array)) - shared
+
+    @property
     def bits_per_value(self) -> float:
         """True bits a value of the packed part, keys and values together."""
         codecs = [store.codec for store in self._filled()]

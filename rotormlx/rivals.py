@@ -506,10 +506,9 @@ def _bits(cache: Any) -> float | None:
 
 def _used(cache: Any) -> int:
     if isinstance(cache, RotorKVCache):
-        used: Any = cache.state
-    elif isinstance(cache, (KVCache, QuantizedKVCache)):
-        used = cache.keys_and_values()  # type: ignore[no-untyped-call]
-    else:
+        return cache.used_bytes
+    if not isinstance(cache, (KVCache, QuantizedKVCache)):
         return int(cache.nbytes)
+    used: Any = cache.keys_and_values()  # type: ignore[no-untyped-call]
     found: Any = tree_flatten(used)
     return sum(leaf.nbytes for _, leaf in found if isinstance(leaf, mx.array))

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
 from rotormlx.cache import RotorKVCache
 from rotormlx.format import BLOCK
 from rotormlx.report import Report, leaves, megabytes
@@ -57,7 +55,7 @@ def measure(report: Report, caches: Sequence[Any]) -> Usage:
     for layer, (_, _, cache) in zip(report.layers, leaves(caches), strict=True):
         if isinstance(cache, RotorKVCache):
             tokens, packed = max((tokens, packed), (cache.size(), cache.packed_tokens))
-            size += sum(part.nbytes for part in cache.state if isinstance(part, mx.array))
+            size += cache.used_bytes
             rows = 1 if cache.keys is None else cache.keys.shape[0]
             float16_size += rows * layer.float_bytes(cache.size())
         else:

@@ -379,6 +379,7 @@ def test_caches_of_a_model_use_it(llama, made, transform):
     assert mx.abs(other - exact).max().item() < 0.2 * size
     # Bytes a value are the same, and what is calibrated is no cache's own.
     assert [c.nbytes for c in caches] == [c.nbytes for c in plain]
+    assert [c.used_bytes for c in caches] == [c.used_bytes for c in plain]
     assert caches[0].bits_per_value == plain[0].bits_per_value
 
 

@@ -109,6 +109,20 @@ class Sequence:
         return [*range(sink)], packed, [*tail]
 
 
+class Seen:
+    """The views that a cache hands out now: what comes later must not show in them."""
+
+    def __init__(self, cache):
+        self.arrays = []
+        for view in () if cache.empty() else cache.keys_and_values():
+            self.arrays += [view.exact, *(a for a in view.packed or () if a is not None)]
+        self.content = [np.array(a.view(mx.uint8)) for a in self.arrays]
+
+    def check(self):
+        for array, content in zip(self.arrays, self.content, strict=True):
+            assert np.array_equal(np.array(array.view(mx.uint8)), content)
+
+
 @functools.lru_cache(4096)
 def expected(chosen, x, centres, scale):
     """Codes and scales of one block, from the bytes of its rows, centre and channel scale."""
@@ -194,7 +208,9 @@ class Caches(RuleBasedStateMachine):
             tokens = 1
         new, vectors = self.rows(1, tokens)
         before = rows[0].tokens
+        seen = Seen(cache)
         keys, values = cache.update_and_fetch(*new)
+        seen.check()
         # In the view the new tokens are still exact.
         assert keys.tokens == values.tokens == before + tokens
         rows[0].append([v[0] for v in vectors])
@@ -263,7 +279,9 @@ class Caches(RuleBasedStateMachine):
         )
         cache.prepare(lengths=real, right_padding=[tokens - n for n in real])
         new, vectors = self.rows(len(rows), tokens)
+        seen = Seen(cache)
         cache.update_and_fetch(*new)
+        seen.check()
         cache.finalize()
         for b, (row, n) in enumerate(zip(rows, real, strict=True)):
             row.append([v[b, :, :n] for v in vectors])

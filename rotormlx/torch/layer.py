@@ -220,9 +220,7 @@ class RotorLayer(CacheLayerMixin):
             exact = tokens - packed
             tail = exact - min(self.config.sink, exact)
             self.packed[row] -= min(max(tokens - left - tail, 0), packed)
-        if not any(self.packed):
-            for store in self.stores:
-                store.forget_packed()
+        self._forget_unused()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these batch rows, in this order (beam search)."""
@@ -240,6 +238,7 @@ class RotorLayer(CacheLayerMixin):
         self.padding = [self.padding[row] for row in rows]
         self.packed = [self.packed[row] for row in rows]
         self.batch_size = len(rows)
+        self._forget_unused()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row ``repeats`` times."""
@@ -336,6 +335,12 @@ class RotorLayer(CacheLayerMixin):
             for store in stores:
                 store.drop(exact, gone)
         return packed_tokens
+
+    def _forget_unused(self) -> None:
+        """Drop packed blocks that no row counts, and the channel scale of the first of them."""
+        if not any(self.packed):
+            for store in self.stores or ():
+                store.forget_packed()
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         for role, x in ((KEY, keys), (VALUE, values)):

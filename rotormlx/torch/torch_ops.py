@@ -150,7 +150,7 @@ def encode_blocks(
 
     rotated = rotate(y, codec.rotation)
     norm = square_root(sum_in_order(rotated * rotated, -1))
-    # torch divides a number by a tensor in two roundings; a tensor by a tensor in one, as the others.
+    # Of two tensors: torch divides a number by a tensor in two roundings.
     z = rotated * (torch.full_like(norm, math.sqrt(codec.head_dim)) / norm)
     limits = boundaries(codec.bits, x.device)
     # Right of a boundary: a tie goes to the larger magnitude.
