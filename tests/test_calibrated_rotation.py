@@ -40,7 +40,9 @@ def backend(request):
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             stack.enter_context(test_metal_kernels.kernels_made_by(emulator.metal_kernel))
             test_metal_attend.use_kernels(patch, emulator.metal_kernel)
-            stack.callback(test_metal_attend.use_kernels, patch, test_metal_attend.REAL_METAL_KERNEL)
+            stack.callback(
+                test_metal_attend.use_kernels, patch, test_metal_attend.REAL_METAL_KERNEL
+            )
         if name == "mlx_cuda" and not mx.cuda.is_available():
             stack.enter_context(test_mlx_cuda.kernels_made_by(MLXKernel))
         made = {
