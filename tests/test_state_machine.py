@@ -401,7 +401,10 @@ class Caches(RuleBasedStateMachine):
                 n = len(tokens)
                 # A coordinate within float32 errors of a boundary may have the code beside it.
                 assert (codes[head, block, :n] != want[:n]).sum() <= 2
-                assert np.allclose(packed.scales[0, head, block, :n], want_scales[:n], rtol=2**-9)
+                # Another code has another scale.
+                same = (codes[head, block, :n] == want[:n]).all(-1)
+                found = packed.scales[0, head, block, :n]
+                assert np.allclose(found[same], want_scales[:n][same], rtol=2**-9)
                 if centre is not None and number not in row.cut and n == BLOCK:
                     assert np.allclose(centre, mean, rtol=2**-9, atol=1e-4)
 
