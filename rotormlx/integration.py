@@ -156,12 +156,16 @@ def load(
     loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
     model = loaded[0]
     apply(model, replace(config, rotation=ROTATIONS[0], channel_scale=None))
-    found = None
-    if calibration is not None:
-        found = calibration_file.load(calibration, model)
-    elif config.rotation == ROTATIONS[0] and config.channel_scale is None:
-        found = calibration_file.find(model)
-    apply(model, config, found)
+    try:
+        found = None
+        if calibration is not None:
+            found = calibration_file.load(calibration, model)
+        elif config.rotation == ROTATIONS[0] and config.channel_scale is None:
+            found = calibration_file.find(model)
+        apply(model, config, found)
+    except BaseException:
+        remove(model)
+        raise
     if not lazy:
         mx.eval(loaded[0].parameters())
     return loaded

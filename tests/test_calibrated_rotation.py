@@ -37,8 +37,8 @@ def backend(request):
         pytest.skip("the emulator needs g++")
     with ExitStack() as stack:
         if name == "metal" and not mx.metal.is_available():
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
             stack.enter_context(test_metal_kernels.kernels_made_by(emulator.metal_kernel))
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
             test_metal_attend.use_kernels(patch, emulator.metal_kernel)
             stack.callback(
                 test_metal_attend.use_kernels, patch, test_metal_attend.REAL_METAL_KERNEL

@@ -155,7 +155,7 @@ def test_200000_tokens(figure):
     assert caches["ring"].is_trimmable() is False
     # The backend keeps 64 small arrays of zeros, and a buffer may lie in one that was freed and is
     # larger. What stayed behind of each thousand, 27 KB, would add up to 5 MB.
-    assert max(beside) < 2**19
+    assert max(beside) - beside[0] < 2**19
     true_bytes = TOKENS * (D * 4 + DV * 3) / 8 + TOKENS * 4 + TOKENS * D * 2 / BLOCK
     assert held["all"] < true_bytes * (1 + 1 / 32) + (BESIDE + BLOCK) * (D + DV) * 2 + 4 * 3000
     line = f"200,000 tokens, head_dim 32 and 16, K4V3: {held['all']:,} bytes, "
