@@ -225,7 +225,7 @@ def find(model: Module, transform: str | None = None) -> Calibration | None:
     Raises:
         ValueError: If a file for this model is damaged.
     """
-    directory = default_path(model, "any").parent
+    directory = _directory(model)
     if not directory.is_dir():
         return None
     own = fingerprint(model)
@@ -253,8 +253,11 @@ def required(model: Module, config: RotorConfig) -> Calibration:
 
 def default_path(model: Module, transform: str) -> Path:
     """Where the calibration of a model is kept and looked for."""
-    name = "any" if transform == "any" else f"{fingerprint(model)[:16]}-{transform}"
-    return cache_dir() / "calibrations" / structure(model)[:16] / f"{name}.safetensors"
+    return _directory(model) / f"{fingerprint(model)[:16]}-{transform}.safetensors"
+
+
+def _directory(model: Module) -> Path:
+    return cache_dir() / "calibrations" / structure(model)[:16]
 
 
 # ---- what the text shows ------------------------------------------------------------------------

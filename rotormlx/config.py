@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 BITS = (2, 3, 4, 8)
 ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")
@@ -77,6 +77,13 @@ class RotorConfig:
     def is_calibrated(self) -> bool:
         """Whether what a calibration file holds is needed, scales or rotations."""
         return CALIBRATED in (self.rotation, self.channel_scale)
+
+    @property
+    def uncalibrated(self) -> RotorConfig:
+        """The same, with the default rotation and scale in place of calibrated ones."""
+        if not self.is_calibrated:
+            return self
+        return replace(self, rotation=ROTATIONS[0], channel_scale=None)
 
     def to_json(self) -> str:
         """The configuration as one line of JSON, the form it has inside a saved cache."""

@@ -155,14 +155,15 @@ def load(
     config = config or RotorConfig()
     loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
     model = loaded[0]
-    apply(model, replace(config, rotation=ROTATIONS[0], channel_scale=None))
+    apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
     try:
         found = None
         if calibration is not None:
             found = calibration_file.load(calibration, model)
         elif config.rotation == ROTATIONS[0] and config.channel_scale is None:
             found = calibration_file.find(model)
-        apply(model, config, found)
+        if found is not None or config.is_calibrated:
+            apply(model, config, found)
     except BaseException:
         remove(model)
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from rotormlx import hook
 from rotormlx.cache import RotorKVCache
-from rotormlx.config import ROTATIONS, RotorConfig
+from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport, Report, leaves
 from rotormlx.view import KVView
 
@@ -42,8 +41,7 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
     hook.install()
     try:
         # Shapes and bits are the same with a calibration, which needs what is measured here.
-        plain = replace(config, rotation=ROTATIONS[0], channel_scale=None)
-        caches = compress(caches, lambda layer: _ProbeCache(plain, layer))
+        caches = compress(caches, lambda layer: _ProbeCache(config.uncalibrated, layer))
         if not any(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
             has = ", ".join(sorted({label for _, label, _ in leaves(caches)})) or "nothing"
             reason = f"it must have at least one KVCache, but all it has is {has}"
