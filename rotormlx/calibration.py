@@ -42,7 +42,7 @@ from rotormlx.probe import compress
 from rotormlx.quality import default_text
 from rotormlx.report import Report, leaves
 from rotormlx.rotation import rotation
-from rotormlx.store import Calibrated, calibrated_shape
+from rotormlx.store import Calibrated
 
 Floats = NDArray[np.float64]
 TRANSFORMS = ("scale", "rotors", "klt")
@@ -110,7 +110,7 @@ class Calibration:
             if not layer.compressed:
                 continue
             for role, head_dim in zip(ROLES, (layer.head_dim_k, layer.head_dim_v), strict=True):
-                wanted = calibrated_shape(config, layer.kv_heads, head_dim)
+                wanted = config.calibrated_shape(layer.kv_heads, head_dim)
                 pair = self._arrays.get(layer.index)
                 have = None if pair is None else pair[ROLES.index(role)].shape
                 if have != wanted:

@@ -78,6 +78,10 @@ class RotorConfig:
         """Whether what a calibration file holds is needed, scales or rotations."""
         return CALIBRATED in (self.rotation, self.channel_scale)
 
+    def calibrated_shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
+        """What a calibrated configuration needs for a layer's keys or values: its shape."""
+        return (heads, head_dim, head_dim) if self.rotation == CALIBRATED else (heads, head_dim)
+
     @property
     def uncalibrated(self) -> RotorConfig:
         """The same, with the default rotation and scale in place of calibrated ones."""

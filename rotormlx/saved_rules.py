@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rotormlx.config import CALIBRATED, RotorConfig
+from rotormlx.config import RotorConfig
 from rotormlx.files import Entry, TensorFile
 from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, PLANES, ROLES
 
@@ -269,7 +269,7 @@ def _stores(
         rules.array(f"{role} centres", centres, "F16", (*front, d) if is_key else None)
         scale_shape: tuple[int, ...] | None = None
         if config.is_calibrated:
-            scale_shape = (heads, d, d) if config.rotation == CALIBRATED else (heads, d)
+            scale_shape = config.calibrated_shape(heads, d)
         elif config.scales_channels and some:
             scale_shape = (heads, d) if rows is None else (rows, heads, d)
         rules.array(f"{role} channel scale", channel_scale, "F32", scale_shape)

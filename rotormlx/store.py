@@ -297,7 +297,7 @@ class Store:
         blocks = -(-counts.packed // BLOCK)
         scale_shape: tuple[int, ...] | None = None
         if config.is_calibrated:
-            scale_shape = calibrated_shape(config, heads, head_dim)
+            scale_shape = config.calibrated_shape(heads, head_dim)
         elif config.scales_channels and blocks:
             scale_shape = heads, head_dim
         _require(f"{role} channel scale", channel_scale, scale_shape, mx.float32)
@@ -334,18 +334,12 @@ def calibrated_of(keys: Store, values: Store) -> Calibrated | None:
     return keys.calibrated, values.calibrated
 
 
-def calibrated_shape(config: RotorConfig, heads: int, head_dim: int) -> tuple[int, ...]:
-    """The shape of what a calibrated configuration needs for one layer's keys or values."""
-    square = (head_dim,) if config.rotation == CALIBRATED else ()
-    return heads, head_dim, *square
-
-
 def _codec(
     config: RotorConfig, layer: int, role: str, exact: mx.array, calibrated: mx.array | None
 ) -> Codec:
     _, heads, _, head_dim = exact.shape
     if config.is_calibrated:
-        wanted = calibrated_shape(config, heads, head_dim)
+        wanted = config.calibrated_shape(heads, head_dim)
         if calibrated is None or calibrated.shape != wanted:
             have = "none" if calibrated is None else f"{calibrated.shape}"
             raise ValueError(
