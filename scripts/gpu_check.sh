@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, from the repository's root: scripts/gpu_check.sh
 #
-# Installs what is missing into .venv-gpu, runs every test that needs the GPU, runs some of them under compute-sanitizer,
+# Installs what is missing (into .venv-gpu), runs every test that needs the GPU, runs some of them under compute-sanitizer,
 # and measures (scripts/bench_cuda.py). Everything it prints and measures lands in the folder $OUT, by default gpu-check.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,19 +20,23 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 nvcc --version | tail -2 | head -1 | tee -a "$out/gpu.txt"
 
 step "Python packages"
-# A torch of the system that sees the GPU is taken as it is.
-python3 -m venv --system-site-packages .venv-gpu || exit 1
-python=.venv-gpu/bin/python
-if ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-  echo "torch with CUDA is missing: pip installs it, some gigabytes."
-  $python -m pip install -q torch || { echo "torch could not be installed; install a CUDA build of it and run again."; exit 1; }
+# What the torch companion, its tests and the benchmark import. The text of the kernels is made in a package that
+# imports MLX; any build of it will do. A python3 that has all of it, and whose torch sees the GPU, is taken as it is.
+modules="torch, numpy, transformers, safetensors, ninja, platformdirs, rich, typer, matplotlib, pytest, xdist"
+sees_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
+python=python3
+if ! python3 -c "import mlx.core, $modules; $sees_gpu" 2>/dev/null; then
+  python3 -m venv --system-site-packages .venv-gpu || exit 1
+  python=.venv-gpu/bin/python
+  if ! $python -c "$sees_gpu" 2>/dev/null; then
+    echo "torch with CUDA is missing: pip installs it, some gigabytes."
+    $python -m pip install -q torch || { echo "torch could not be installed; install a CUDA build of it and run again."; exit 1; }
+  fi
+  $python -c 'import mlx.core' 2>/dev/null || $python -m pip install -q 'mlx[cpu]' || exit 1
+  $python -m pip install -q numpy 'transformers>=5.7' safetensors ninja platformdirs rich typer matplotlib pytest pytest-xdist || exit 1
 fi
 $python -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "sees the GPU:", torch.cuda.is_available())' | tee -a "$out/gpu.txt"
-# What the torch companion, its tests and the benchmark import. The text of the kernels is made in a package that
-# imports MLX; any build of it will do.
-$python -c 'import mlx.core' 2>/dev/null || $python -m pip install -q 'mlx[cpu]' || exit 1
-$python -m pip install -q numpy 'transformers>=5.7' safetensors ninja platformdirs rich typer matplotlib pytest pytest-xdist || exit 1
-export PYTHONPATH=$PWD:$PWD/tests ROTORMLX_CACHE=$PWD/$out/cache MAX_JOBS=${MAX_JOBS:-8}
+export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} ROTORMLX_CACHE=$PWD/$out/cache MAX_JOBS=${MAX_JOBS:-8}
 pytest="$python -m pytest -o addopts= -p no:cacheprovider --noconftest -W default -q tests/test_cuda_device.py"
 
 step "Tests on the GPU"

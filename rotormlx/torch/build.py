@@ -32,6 +32,8 @@ SOURCES = ("launch_attend.cu", "launch_codec.cu", "binding.cpp")
 # nvcc's names where a GPU has instructions of its own beside those of its generation.
 _OWN_ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a"}
 _OLDEST = (8, 0)
+# What torch tells nvcc before our own flags.
+TORCH_FLAGS = cpp_extension.COMMON_NVCC_FLAGS
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class Configuration:
             "VALUE_BITS": self.value_bits,
         }
         defines = [f"-DROTORMLX_{name}={number}" for name, number in numbers.items()]
-        return ["-O3", f"-arch={self.arch}", *defines]
+        # torch forbids the conversions of float16 that the kernels make.
+        allowed = [flag.replace("-D", "-U") for flag in TORCH_FLAGS if "CONVERSIONS" in flag]
+        return ["-O3", f"-arch={self.arch}", *allowed, *defines]
 
     def cpp_flags(self) -> list[str]:
         """What the C++ compiler is told beside the files."""
