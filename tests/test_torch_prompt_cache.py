@@ -15,7 +15,7 @@ from rotormlx import hook
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 from rotormlx.torch.prompt_cache import state_of
-from tests.torch_models import build, one_thread, padded, tokens  # noqa: F401
+from tests.torch_models import CACHE, build, one_thread, padded, tokens  # noqa: F401
 
 CONFIGS = [RotorConfig(), RotorConfig(3, 2, "rotor3", window=10)]
 IDS = ["default", "rotor3"]
@@ -37,7 +37,7 @@ def model_of(name="llama"):
 def filled(model, config, count=230, dtype=torch.float32):
     cache = rt.RotorCache(model.config, config)
     with torch.inference_mode():
-        model.to(dtype)(tokens(count), past_key_values=cache)
+        model.to(dtype)(tokens(count), **{CACHE: cache})
     return cache
 
 
@@ -129,7 +129,7 @@ def test_sliding_windows_go_to_mlx_and_back(tmp_path, count):
             assert torch.equal(found, expected)
     with torch.inference_mode():
         ids = tokens(4, 9)
-        a, b = (model(ids, past_key_values=c).logits for c in (again, cache))
+        a, b = (model(ids, **{CACHE: c}).logits for c in (again, cache))
     assert torch.equal(a, b)
 
 
@@ -139,9 +139,7 @@ def test_generation_goes_on_from_a_file(tmp_path):
     rt.save_prompt_cache(tmp_path / "a.safetensors", filled(model, config, 200))
     saved, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config, config)
     whole = filled(model, config, 200)
-    found, expected = (
-        model.generate(ids, past_key_values=c, max_new_tokens=10) for c in (saved, whole)
-    )
+    found, expected = (model.generate(ids, **{CACHE: c}, max_new_tokens=10) for c in (saved, whole))
     assert torch.equal(found, expected)
 
 
@@ -153,7 +151,7 @@ def test_an_empty_cache_is_saved(tmp_path):
     assert loaded.get_seq_length() == 0
     assert torch.equal(
         filled(model, RotorConfig()).layers[1].stores[0].exact,
-        (model(tokens(230), past_key_values=loaded).past_key_values.layers[1].stores[0].exact),
+        (getattr(model(tokens(230), **{CACHE: loaded}), CACHE).layers[1].stores[0].exact),
     )
 
 
@@ -239,7 +237,7 @@ def test_rows_of_other_lengths_are_not_saved(tmp_path):
     _, batch = padded([100, 60])
     cache = rt.RotorCache(model.config)
     with torch.inference_mode():
-        model(**batch, past_key_values=cache)
+        model(**batch, **{CACHE: cache})
     with pytest.raises(ValueError, match=r"must have one length to be saved, but layer 0 has rows"):
         rt.save_prompt_cache(tmp_path / "a.safetensors", cache)
     cache.batch_select_indices(torch.tensor([1]))

@@ -15,6 +15,7 @@ import rotormlx.torch as rt
 from rotormlx import quality
 from rotormlx.config import RotorConfig
 from rotormlx.format import BLOCK
+from tests.torch_models import CACHE
 
 CHUNK = 64
 # Before it, nothing is packed: two chunks and a block must be read.
@@ -48,7 +49,7 @@ def score(model, tokens, cache):
         # Counted before the call: what the chunk itself adds may be read exact or packed.
         packed[start:stop] = getattr(cache, "packed_tokens", 0)
         ids = torch.tensor([tokens[start:stop]])
-        logits = model(ids, past_key_values=cache).logits[0]
+        logits = model(ids, **{CACHE: cache}).logits[0]
         rows.append(torch.log_softmax(logits.float(), -1).numpy())
     return quality.Scores(np.concatenate(rows), np.asarray(tokens[1:], np.int64), packed)
 
@@ -89,7 +90,7 @@ def test_a_padded_batch_is_its_rows(model, text):
 
     def generate(ids, **more):
         cache = rt.RotorCache(model.config, config)
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, **more)
+        out = model.generate(ids, **{CACHE: cache}, max_new_tokens=6, do_sample=False, **more)
         return out[:, ids.shape[1] :], cache.rotor_layers[-1].packed
 
     together, packed = generate(ids, attention_mask=mask)

@@ -9,9 +9,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import rotormlx.torch as rt
 from rotormlx.config import RotorConfig
+from rotormlx.torch import integration
 from rotormlx.torch.attention import left_padding, of_tokens
 from rotormlx.torch.layer import RotorLayer
-from tests.torch_models import MODELS, build, one_thread, padded, tokens  # noqa: F401
+from tests.torch_models import CACHE, MODELS, build, one_thread, padded, tokens  # noqa: F401
 
 K8V8 = RotorConfig(8, 8, sink=2, window=8)
 NEW = 12
@@ -20,7 +21,7 @@ NEW = 12
 def generate(model, cache=None, count=NEW, **inputs):
     """The new tokens, ``[B, count]``."""
     length = inputs["input_ids"].shape[1]
-    out = model.generate(past_key_values=cache, max_new_tokens=count, **inputs)
+    out = model.generate(**{CACHE: cache}, max_new_tokens=count, **inputs)
     return out[:, length:]
 
 
@@ -42,7 +43,7 @@ def rotor_llama(llama):
 
 @torch.inference_mode()
 def logits(model, cache, ids, chunk=50):
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(chunk, dim=1)]
+    parts = [model(part, **{CACHE: cache}).logits for part in ids.split(chunk, dim=1)]
     return torch.cat(parts, dim=1)
 
 
@@ -86,7 +87,7 @@ def test_report_tells_what_a_cache_takes(rotor_llama):
     assert (layer.kv_heads, layer.head_dim_k, layer.head_dim_v) == (2, 32, 32)
     cache = rt.RotorCache(rotor_llama.config, RotorConfig(4, 3, window=0))
     with torch.inference_mode():
-        rotor_llama(tokens(200), past_key_values=cache)
+        rotor_llama(tokens(200), **{CACHE: cache})
     stores = cache.layers[1].stores
     size = sum(
         part.nbytes for store in stores for part in store.state(200 - 192, 192) if part is not None
@@ -138,14 +139,14 @@ def test_padding_may_span_chunks_of_a_prompt(rotor_llama):
     whole, cut = (rt.RotorCache(rotor_llama.config, K8V8) for _ in range(2))
     with torch.inference_mode():
         positions = batch["attention_mask"].cumsum(-1) - 1
-        expected = rotor_llama(**batch, position_ids=positions, past_key_values=whole).logits
+        expected = rotor_llama(**batch, position_ids=positions, **{CACHE: whole}).logits
         for stop in range(20, 101, 20):
             part = slice(stop - 20, stop)
             found = rotor_llama(
                 batch["input_ids"][:, part],
                 attention_mask=batch["attention_mask"][:, :stop],
                 position_ids=positions[:, part],
-                past_key_values=cut,
+                **{CACHE: cut},
             ).logits
     assert cut.layers[0].padding == whole.layers[0].padding == [0, 70]
     assert cut.layers[0].packed == whole.layers[0].packed == [64, 0]
@@ -180,16 +181,28 @@ def test_apply_compresses_what_generate_makes_itself(llama):
     rt.apply(llama, K8V8)
     try:
         out = llama.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True)
-        assert isinstance(out.past_key_values, rt.RotorCache)
-        assert out.past_key_values.rotor_config == K8V8
-        assert out.past_key_values.packed_tokens == 128
+        assert isinstance(getattr(out, CACHE), rt.RotorCache)
+        assert getattr(out, CACHE).rotor_config == K8V8
+        assert getattr(out, CACHE).packed_tokens == 128
         rt.apply(llama, RotorConfig())
     finally:
         rt.remove(llama)
     out = llama.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True)
-    assert type(out.past_key_values) is DynamicCache
+    assert type(getattr(out, CACHE)) is DynamicCache
     assert llama.config._attn_implementation == "sdpa"
     rt.remove(llama)
+
+
+def test_a_cache_of_another_name_is_no_silent_exact_one(llama, monkeypatch):
+    monkeypatch.setattr(integration, "_CACHE_NAMES", ("store",))
+    rt.apply(llama, K8V8)
+    try:
+        with pytest.raises(RuntimeError, match="must name its cache store, but"):
+            llama.generate(tokens(5), max_new_tokens=2)
+        out = llama.generate(tokens(5), max_new_tokens=2, use_cache=False)
+        assert out.shape == (1, 7)
+    finally:
+        rt.remove(llama)
 
 
 # ---- masks --------------------------------------------------------------------------------------
@@ -207,8 +220,8 @@ def test_a_mask_of_its_own_is_kept(rotor_llama):
     for mask in (shape, shape.float().log(), holes, holes.float().log()):
         cache = rt.RotorCache(rotor_llama.config, K8V8)
         with torch.inference_mode():
-            rotor_llama(**batch, past_key_values=cache)
-            results.append(rotor_llama(steps, attention_mask=mask, past_key_values=cache).logits)
+            rotor_llama(**batch, **{CACHE: cache})
+            results.append(rotor_llama(steps, attention_mask=mask, **{CACHE: cache}).logits)
     # Sums are in float32, in another order.
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(results[2], results[3], rtol=1e-4, atol=1e-4)
@@ -246,9 +259,9 @@ def test_another_attention_is_refused_later(rotor_llama, attention):
     cache = rt.RotorCache(rotor_llama.config)
     rotor_llama.set_attn_implementation(attention)
     with pytest.raises(ValueError, match="keys of layer 0 are compressed, but the model uses"):
-        rotor_llama(tokens(5), past_key_values=cache)
+        rotor_llama(tokens(5), **{CACHE: cache})
     with pytest.raises(RuntimeError, match="never reached attention in layer 0"):
-        rotor_llama(tokens(5), past_key_values=cache)
+        rotor_llama(tokens(5), **{CACHE: cache})
 
 
 def test_models_that_cannot_be_compressed_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 import transformers
 
+# What models call the cache, as an argument and in their output; renamed in transformers 5.24.
+_ARGUMENTS = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 VOCABULARY = 257
 _BASE = {
     "vocab_size": VOCABULARY,

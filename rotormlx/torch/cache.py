@@ -16,9 +16,9 @@ from rotormlx.torch.layer import RotorLayer
 class RotorCache(Cache):
     """Keys and values of a model, compressed where they grow with the text.
 
-    Pass it as ``past_key_values`` to ``model.generate`` or to the model. Layers with full attention
-    are compressed; sliding windows, linear attention and other layers keep the caches that
-    transformers gives them.
+    Pass it as ``cache`` (``past_key_values`` before transformers 5.24) to ``model.generate`` or to
+    the model. Layers with full attention are compressed; sliding windows, linear attention and
+    other layers keep the caches that transformers gives them.
 
     Args:
         config: ``model.config``; its attention must be ``rotormlx``, see

@@ -15,6 +15,8 @@ from rotormlx.torch.layer import RotorLayer
 
 # What transformers calls to make a cache for ``generate``; ours stands before it on the instance.
 _PREPARE = "_prepare_cache_for_generation"
+# Where it puts the cache; the second is the name of versions before 5.24.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 class CompressedCaches:
@@ -36,15 +38,24 @@ class CompressedCaches:
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> None:
         """Let transformers prepare a cache; a compressed one takes the place of a plain one."""
-        given = model_kwargs.get("past_key_values")
+        before = {name: model_kwargs.get(name) for name in _CACHE_NAMES}
         self._own(generation_config, model_kwargs, *rest, **named)
-        made = model_kwargs.get("past_key_values")
-        if given is None and type(made) is DynamicCache:
-            cache = RotorCache(self._model_config, self.config)
-            # Sliding windows of an assistant must be able to go back; older versions cannot.
-            if generation_config.is_assistant and hasattr(cache, "activate_past_recording"):
-                cache.activate_past_recording()  # type: ignore[no-untyped-call]
-            model_kwargs["past_key_values"] = cache
+        if generation_config.use_cache and not any(name in model_kwargs for name in _CACHE_NAMES):
+            raise RuntimeError(
+                f"[apply] transformers must name its cache {' or '.join(_CACHE_NAMES)}, but the "
+                "installed one does not, so nothing would be compressed; install another version, "
+                "or call rotormlx.torch.remove(model)."
+            )
+        for name, given in before.items():
+            if given is None and type(model_kwargs.get(name)) is DynamicCache:
+                model_kwargs[name] = self._compressed(generation_config)
+
+    def _compressed(self, generation_config: Any) -> RotorCache:
+        cache = RotorCache(self._model_config, self.config)
+        # Sliding windows of an assistant must be able to go back; older versions cannot.
+        if generation_config.is_assistant and hasattr(cache, "activate_past_recording"):
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
+        return cache
 
 
 def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
@@ -74,7 +85,7 @@ def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     if not callable(getattr(type(model), _PREPARE, None)):
         raise RuntimeError(
             f"[apply] transformers must have {type(model).__name__}.{_PREPARE}, but the installed "
-            "one has not; pass past_key_values=RotorCache(model.config) to generate yourself."
+            "one has not; pass a RotorCache(model.config) to generate yourself."
         )
     found = report(model, config)
     maker = vars(model).get(_PREPARE)
