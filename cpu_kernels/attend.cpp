@@ -26,21 +26,32 @@ constexpr int A_WORD = BITS == EXACT ? 4 : BITS == 3 ? 16 : 32 / (BITS == EXACT 
 
 int64_t a_word(int64_t bits) { return bits == EXACT ? 4 : bits == 3 ? 16 : 32 / bits; }
 
-// Where the loop reads: words, with a plane of signs behind them at 3 bits, or numbers, `pitch` apart.
+// Where the loop reads: words, with a plane of signs behind them at 3 bits, or numbers, `pitch` apart. The next block
+// lies `ahead` bytes further: its words are fetched meanwhile, since a processor does not see them coming.
 struct Source {
   const void* data;
   const uint32_t* signs;
-  int64_t pitch;
+  int64_t pitch, ahead;
 };
+
+// Fetches the line of memory that holds p[ahead bytes further]; anything may be there. One vector of a line does it.
+INLINE void fetch_ahead(const uint32_t* p, int64_t ahead, int64_t lane) {
+  if (lane % 16 == 0) __builtin_prefetch((const char*)((uintptr_t)p + (uintptr_t)ahead));
+}
 
 template <int BITS>
 struct Reader {
   Levels<BITS> levels;
   INLINE Words word(const Source& s, int64_t row, int64_t lane) const {
-    return load((const uint32_t*)s.data + row * s.pitch + lane);
+    const uint32_t* words = (const uint32_t*)s.data + row * s.pitch + lane;
+    fetch_ahead(words, s.ahead, lane);
+    return load(words);
   }
   INLINE Words sign(const Source& s, int64_t row, int64_t lane) const {
-    return BITS == 3 ? load(s.signs + row / 2 * s.pitch + lane) >> (unsigned)(row % 2 * 16) : Words{};
+    if (BITS != 3) return Words{};
+    const uint32_t* signs = s.signs + row / 2 * s.pitch + lane;
+    if (row % 2 == 0) fetch_ahead(signs, s.ahead, lane);
+    return load(signs) >> (unsigned)(row % 2 * 16);
   }
   INLINE Floats number(const Source&, int64_t, int64_t, Words word, Words sign, int i) const {
     return levels.level(word, sign, i);
@@ -115,7 +126,7 @@ void add(const Source& source, int64_t words, int64_t lanes, const float* weight
     // Less than a vector is left: copied where there is room behind it. At most 16 rows of words, and 2 of signs.
     uint32_t copy[(16 + 2) * LANES] = {};
     float* exact = (float*)copy;
-    Source rest = {copy, copy + 16 * LANES, LANES};
+    Source rest = {copy, copy + 16 * LANES, LANES, 0};
     if (BITS == EXACT) {
       rest = source;  // tiles have room
       exact = (float*)source.data + lane;
@@ -340,8 +351,9 @@ void attend_block(
       tops[r] = new_top;
     }
     any |= totals[r] != 0.0f;
-    for (int64_t t = 0; t < block.value_words * step; t += 4) {
-      __builtin_memcpy(p + (t / step * tile.rows + r) * step + t % step, row + t, 4 * sizeof(float));
+    float* to = p + r * step;
+    for (int64_t t = 0; t < block.value_words * step; t += step, to += tile.rows * step) {
+      for (int64_t i = 0; i < step; i += 4) __builtin_memcpy(to + i, row + t + i, 4 * sizeof(float));
     }
   }
   if (!any) return;
@@ -352,7 +364,7 @@ void attend_block(
 Source words_of(const Blocks& blocks, const Place& at, int64_t n) {
   const uint32_t* words = blocks.words.at<uint32_t>(at.batch, at.kv_head, n);
   const int64_t axis = blocks.is_key ? blocks.head_dim : BLOCK, pitch = blocks.is_key ? BLOCK : blocks.head_dim;
-  return {words, words + (axis + 15) / 16 * pitch, pitch};
+  return {words, words + (axis + 15) / 16 * pitch, pitch, blocks.words.strides[2] * (int64_t)sizeof(uint32_t)};
 }
 
 void read_scales(const Blocks& blocks, const Place& at, int64_t n, float* scales) {
@@ -410,8 +422,8 @@ void attend_part(const Attend& a, int64_t head, int64_t chunk, int64_t part, flo
       __builtin_memset(
           value_tile + block.tokens * a.value_pitch, 0,
           sizeof(float) * (read_tokens - block.tokens) * a.value_pitch);
-      block.keys = {key_tile, nullptr, BLOCK};
-      block.values = {value_tile, nullptr, a.value_pitch};
+      block.keys = {key_tile, nullptr, BLOCK, 0};
+      block.values = {value_tile, nullptr, a.value_pitch, 0};
       block.key_words = a.keys.head_dim / a_word(EXACT);
       block.value_words = read_tokens / a_word(EXACT);
     } else {

@@ -269,7 +269,12 @@ const char* guarded(Call call) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Has to agree with rotormlx/cpu_library.py.
-EXPORT int64_t rotormlx_interface_version() { return 2; }
+EXPORT int64_t rotormlx_interface_version() { return 3; }
+
+// A call with so many threads will come in a moment.
+EXPORT const char* rotormlx_announce(int64_t threads) {
+  return rotormlx::guarded([&] { rotormlx::announce_tasks(threads); });
+}
 
 // The name of variant `index`, best first; null behind the last.
 EXPORT const char* rotormlx_variant(int64_t index) {

@@ -118,14 +118,10 @@ inline void read_row(const char* data, Type type, int64_t stride, int64_t count,
   int64_t i = 0;
   if (stride == 1) {
     for (; i + LANES <= count; i += LANES) {
-      Floats x;
-      if (type == Type::float32) {
-        x = load((const float*)data + i);
-      } else {
-        const Words bits = load_halves((const uint16_t*)data + i);
-        x = type == Type::float16 ? floats_of_halves(bits) : floats_of(bits << 16);
-      }
-      store(out + i, x);
+      const uint16_t* halves = (const uint16_t*)data + i;
+      store(out + i, type == Type::float32   ? load((const float*)data + i)
+                     : type == Type::float16 ? load_as_floats(halves)
+                                             : floats_of(load_halves(halves) << 16));
     }
   }
   for (; i < count; ++i) out[i] = read(data, type, i * stride);

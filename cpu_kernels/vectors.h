@@ -39,6 +39,7 @@ using std::int32_t;
 using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
+using std::uintptr_t;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -64,21 +65,8 @@ INLINE Words all_words(uint32_t x) { return x - Words{}; }
 INLINE Words bits_of(Floats x) { return (Words)x; }
 INLINE Floats floats_of(Words x) { return (Floats)x; }
 
-INLINE Floats choose(Mask mask, Floats yes, Floats no) {
-  return floats_of((bits_of(yes) & (Words)mask) | (bits_of(no) & ~(Words)mask));
-}
+INLINE Floats choose(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
 INLINE Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
-
-INLINE float sum_of_lanes(Floats x) {
-  float sum = 0.0f;
-  for (int i = 0; i < LANES; ++i) sum += x[i];
-  return sum;
-}
-INLINE float largest_lane(Floats x) {
-  float top = x[0];
-  for (int i = 1; i < LANES; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
 
 // The lanes `index...` of a, counted on in b.
 template <int... INDEX>
@@ -88,6 +76,28 @@ INLINE Floats pick(Floats a, Floats b, std::integer_sequence<int, INDEX...>) {
 #else
   return __builtin_shuffle(a, b, Mask{INDEX...});
 #endif
+}
+
+// Halves are put together until lane 0 is the sum, or the largest.
+template <int SIZE, int... LANE>
+INLINE Floats swapped(Floats x, std::integer_sequence<int, LANE...>) {
+  return pick(x, x, std::integer_sequence<int, (LANE ^ SIZE)...>());
+}
+template <int SIZE = LANES / 2>
+INLINE float sum_of_lanes(Floats x) {
+  if constexpr (SIZE == 0) {
+    return x[0];
+  } else {
+    return sum_of_lanes<SIZE / 2>(x + swapped<SIZE>(x, std::make_integer_sequence<int, LANES>()));
+  }
+}
+template <int SIZE = LANES / 2>
+INLINE float largest_lane(Floats x) {
+  if constexpr (SIZE == 0) {
+    return x[0];
+  } else {
+    return largest_lane<SIZE / 2>(larger(swapped<SIZE>(x, std::make_integer_sequence<int, LANES>()), x));
+  }
 }
 
 // Exchanges, in every square of 2 SIZE by 2 SIZE numbers, the quarter right of the top with the one left below.
@@ -135,6 +145,15 @@ INLINE Words load_halves(const uint16_t* p) {
   Halves x;
   __builtin_memcpy(&x, p, sizeof x);
   return __builtin_convertvector(x, Words);
+}
+
+// float32 of the float16 numbers at p.
+INLINE Floats load_as_floats(const uint16_t* p) {
+#if defined(__AVX512F__) && LANES == 16
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  return floats_of_halves(load_halves(p));
+#endif
 }
 
 inline float float_of_half(uint16_t h) {

@@ -24,7 +24,7 @@ from rotormlx.rotation import Rotation
 
 # Where hatch_build.py puts it.
 PATH = Path(__file__).parent / "librotormlx_cpu.so"
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 
 
 class Blocks(NamedTuple):
@@ -140,6 +140,9 @@ def attend(
 
     Source: docs/FORMAT.md, section 7.
     """
+    library = _library()
+    # The library's threads wake while the arguments are made.
+    _check(library.rotormlx_announce(threads or thread_count()))
     keys, values = blocks
     arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sinks)
     capsules = _described(arrays)
@@ -156,7 +159,7 @@ def attend(
         scale,
         *counts,
     )
-    _check(_library().rotormlx_attend(call))
+    _check(library.rotormlx_attend(call))
 
 
 def _codec_call(
@@ -238,8 +241,10 @@ def _load() -> ctypes.CDLL | str:
     version = library.rotormlx_interface_version()
     if version != INTERFACE_VERSION:
         return f"its library is of another version of rotormlx ({version}): install it anew"
-    library.rotormlx_variant.argtypes = (ctypes.c_int64,)
-    library.rotormlx_variant.restype = ctypes.c_char_p
+    for name, argument in (("variant", ctypes.c_int64), ("announce", ctypes.c_int64)):
+        function = getattr(library, f"rotormlx_{name}")
+        function.argtypes = (ctypes.c_int64,)
+        function.restype = ctypes.c_char_p
     for name in ("encode", "decode", "attend"):
         function = getattr(library, f"rotormlx_{name}")
         function.argtypes = (ctypes.c_char_p,)

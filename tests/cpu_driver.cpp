@@ -16,6 +16,7 @@ extern "C" {
 const char* rotormlx_encode(const rotormlx::CodecCall*);
 const char* rotormlx_decode(const rotormlx::CodecCall*);
 const char* rotormlx_attend(const rotormlx::AttendCall*);
+const char* rotormlx_announce(int64_t);
 }
 
 namespace {
@@ -143,6 +144,7 @@ void attend() {
     const int64_t n = number();
     std::memcpy(memory + sizeof call + sizeof n * i, &n, sizeof n);
   }
+  check(rotormlx_announce(call.threads));
   check(rotormlx_attend((const AttendCall*)memory));
   std::free(memory);
 }
