@@ -241,12 +241,10 @@ def _load() -> ctypes.CDLL | str:
     version = library.rotormlx_interface_version()
     if version != INTERFACE_VERSION:
         return f"its library is of another version of rotormlx ({version}): install it anew"
-    for name, argument in (("variant", ctypes.c_int64), ("announce", ctypes.c_int64)):
+    number, call = (ctypes.c_int64,), (ctypes.c_char_p,)
+    arguments = {"variant": number, "announce": number}
+    arguments |= dict.fromkeys(("encode", "decode", "attend"), call)
+    for name, types in arguments.items():
         function = getattr(library, f"rotormlx_{name}")
-        function.argtypes = (ctypes.c_int64,)
-        function.restype = ctypes.c_char_p
-    for name in ("encode", "decode", "attend"):
-        function = getattr(library, f"rotormlx_{name}")
-        function.argtypes = (ctypes.c_char_p,)
-        function.restype = ctypes.c_char_p
+        function.argtypes, function.restype = types, ctypes.c_char_p
     return library
