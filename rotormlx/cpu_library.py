@@ -241,10 +241,9 @@ def _load() -> ctypes.CDLL | str:
     version = library.rotormlx_interface_version()
     if version != INTERFACE_VERSION:
         return f"its library is of another version of rotormlx ({version}): install it anew"
-    number, call = (ctypes.c_int64,), (ctypes.c_char_p,)
-    arguments = {"variant": number, "announce": number}
-    arguments |= dict.fromkeys(("encode", "decode", "attend"), call)
-    for name, types in arguments.items():
+    takes_number, takes_call = ("variant", "announce"), ("encode", "decode", "attend")
+    for name in (*takes_number, *takes_call):
         function = getattr(library, f"rotormlx_{name}")
-        function.argtypes, function.restype = types, ctypes.c_char_p
+        function.argtypes = (ctypes.c_int64 if name in takes_number else ctypes.c_char_p,)
+        function.restype = ctypes.c_char_p
     return library
