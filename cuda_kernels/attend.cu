@@ -3,12 +3,12 @@
 //
 // A warp takes every fourth block of the part and keeps a softmax of its own; the warps meet once, at the end. Both
 // products read words as they lie: scores = levels of keys [tokens, channels] times queries, output = levels of values
-// [channels, tokens] times weights (see fragments.cuh). A thread loads 16 bytes, the words of four tokens or channels
-// beside each other, into shared memory some blocks ahead, reads back only what it loaded itself, and so needs no
-// barrier. Levels, queries and weights are float16, sums and the softmax float32.
+// [channels, tokens] times weights (see fragments.cuh). A lane copies 16 bytes, the words of four tokens or channels
+// beside each other, into shared memory some blocks ahead, for whichever lane of its warp needs them. Levels, queries and
+// weights are float16, sums and the softmax float32.
 
-// Shapes of a thread block. ring: [WARPS][SLOTS][SLOT_LOADS][32] loads; a block of keys, with the scales of keys and values, and
-// a block of values are one slot each.
+// Shapes of a thread block. ring: [WARPS][SLOTS][SLOT_LOADS][32] loads; a block of keys, with the scales of keys and values
+// behind them, and a block of values are one slot each.
 template <int KEY_BITS, int VALUE_BITS, int KEY_DIM, int VALUE_DIM, int TILES>
 struct AttendShape {
   using Keys = Chunks<KEY_BITS, KEY_DIM>;
@@ -19,21 +19,19 @@ struct AttendShape {
     VALUE_TILES = (VALUE_DIM + 31) / 32,
     KEY_LOADS = 2 * Keys::LOADS * Keys::WORDS,
     VALUE_LOADS = VALUE_TILES * Values::LOADS * Values::WORDS,
-    SLOT_LOADS = KEY_LOADS + 2 > VALUE_LOADS ? KEY_LOADS + 2 : VALUE_LOADS,
+    SLOT_LOADS = KEY_LOADS + 1 > VALUE_LOADS ? KEY_LOADS + 1 : VALUE_LOADS,
     SLOT_BYTES = SLOT_LOADS * 32 * 16,
     // Enough of them that a multiprocessor has some 40 KiB under way.
     SLOTS = SLOT_BYTES <= 4096 ? 4 : SLOT_BYTES <= 12288 ? 3 : 2,
     PLAIN_STEPS = (KEY_DIM + 31) / 32,
-    // Between rows of weights; 16 rows of them meet no bank of memory twice.
-    WEIGHT_STRIDE = BLOCK + 16,
     // Places in shared memory, in units of 16 bytes.
     RING = 0,
     QUERIES = WARPS * SLOTS * SLOT_LOADS * 32,
     PLAIN_QUERIES = QUERIES + TILES * Keys::STEPS * 32,
     FACTORS = PLAIN_QUERIES + TILES * PLAIN_STEPS * 32,  // [2][ROWS] float
-    WEIGHTS = FACTORS + 2 * ROWS * 4 / 16,               // [WARPS][ROWS][WEIGHT_STRIDE] half
-    CENTRES = WEIGHTS + WARPS * ROWS * WEIGHT_STRIDE * 2 / 16,  // [WARPS][16][ROWS] float
-    TABLE = CENTRES + WARPS * 16 * ROWS * 4 / 16,               // [256] half, for codes of 8 bits
+    WEIGHTS = FACTORS + 2 * ROWS * 4 / 16,               // [WARPS][ROWS][BLOCK] half
+    CENTRES = WEIGHTS + WARPS * ROWS * BLOCK * 2 / 16,   // [WARPS][16][ROWS] float
+    TABLE = CENTRES + WARPS * 16 * ROWS * 4 / 16,        // [256] half, for codes of 8 bits
     ALL = TABLE + (KEY_BITS == 8 || VALUE_BITS == 8 ? 32 : 0),
     // At the end, in place of all this: [WARPS][2][ROWS] tops and totals, [WARPS][ROWS][VALUE_DIM] sums
     END = WARPS * ROWS * (2 + VALUE_DIM) * 4 / 16,
@@ -54,6 +52,12 @@ struct AttendPacked {
     THREADS = 32 * WARPS
   };
 
+  // Where the 8 weights of a chunk of a query row stand among the row's, in units of a chunk, so that lanes that write or read
+  // at once meet few banks twice.
+  static DEVICE_FN int place_of_weights(int row, int chunk) {
+    return chunk ^ (row / 2 % 4 * 2) ^ (row % 2 * (Values::SHARE == 2 ? 1 : 4));
+  }
+
   // Where products of lane `i` of the words and query row 8 tile + 2 quad_lane + r stand among a thread's sums: four
   // neighbouring lanes of the words make two operands of 16 rows, which have lanes 0 and 1, and 2 and 3.
   static DEVICE_FN constexpr int place(int i, int tile, int r) {
@@ -61,10 +65,18 @@ struct AttendPacked {
   }
 
   // ---- copies under way
+  //
+  // Copies go over the lanes as words lie in memory: 8 neighbouring lanes, which memory serves together, bring 128 bytes of
+  // a row. 8 neighbouring lanes that read them back have two such groups of four rows.
+
+  // Where in a load of 32 the words of a group and row (0 to 3) stand, so that neither 8 lanes meet a bank twice.
+  static DEVICE_FN int place_of_words(int group, int row) { return 8 * row + (group ^ (2 * row)); }
 
   static DEVICE_FN void start_keys(
-      const rotormlx_attend_arguments& call, const Part& p, int block, int group, int quad_lane,
-      uint4* slot, Copies& copies) {  // slot: [SLOT_LOADS][32], from this lane on
+      const rotormlx_attend_arguments& call, const Part& p, int block, int lane, uint4* slot,
+      Copies& copies) {  // slot: [SLOT_LOADS][32]
+    const int group = lane % 8, quad_lane = lane / 8;
+    uint4* to = slot + place_of_words(group, quad_lane);
     const uint* words = call.keys.words + p.batch * call.keys.words_strides[0] +
                         p.kv_head * call.keys.words_strides[1] + block * call.keys.words_strides[2];
 #pragma unroll
@@ -74,24 +86,24 @@ struct AttendPacked {
         const uint* row = words + Keys::row(load, i, quad_lane) * BLOCK + 4 * group;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          copies.template start<16>(slot + ((load * Keys::WORDS + i) * 2 + half) * 32, row + 32 * half);
+          copies.template start<16>(to + ((load * Keys::WORDS + i) * 2 + half) * 32, row + 32 * half);
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const rotormlx_packed& packed = i == 0 ? call.keys : call.values;
-      const __half* scales = static_cast<const __half*>(packed.scales) + p.batch * packed.scales_strides[0] +
-                             p.kv_head * packed.scales_strides[1] + block * packed.scales_strides[2];
-      uint4* place = slot + (Shape::KEY_LOADS + i) * 32;
-      copies.template start<8>(place, scales + 4 * group);
-      copies.template start<8>(reinterpret_cast<uint2*>(place) + 1, scales + 32 + 4 * group);
-    }
+    // Scales of keys (lanes 0 to 15) and of values, as tokens of a group read them: four and, 32 further, four.
+    const rotormlx_packed& packed = lane < 16 ? call.keys : call.values;
+    const int half = lane / 8 % 2;
+    const __half* scales = static_cast<const __half*>(packed.scales) + p.batch * packed.scales_strides[0] +
+                           p.kv_head * packed.scales_strides[1] + block * packed.scales_strides[2];
+    uint4* place = slot + Shape::KEY_LOADS * 32 + lane / 16 * 8 + group;
+    copies.template start<8>(reinterpret_cast<uint2*>(place) + half, scales + 32 * half + 4 * group);
   }
 
   static DEVICE_FN void start_values(
-      const rotormlx_attend_arguments& call, const Part& p, int block, int group, int quad_lane,
-      uint4* slot, Copies& copies) {
+      const rotormlx_attend_arguments& call, const Part& p, int block, int lane, uint4* slot,
+      Copies& copies) {
+    const int group = lane % 8, quad_lane = lane / 8;
+    uint4* to = slot + place_of_words(group, quad_lane);
     const uint* words = call.values.words + p.batch * call.values.words_strides[0] +
                         p.kv_head * call.values.words_strides[1] + block * call.values.words_strides[2];
 #pragma unroll
@@ -102,7 +114,7 @@ struct AttendPacked {
       for (int i = 0; i < Values::LOADS * Values::WORDS; ++i) {
         const int row = Values::row(i / Values::WORDS, i % Values::WORDS, quad_lane);
         copies.template start<16>(
-            slot + (tile * Values::LOADS * Values::WORDS + i) * 32, words + row * VALUE_DIM + channel);
+            to + (tile * Values::LOADS * Values::WORDS + i) * 32, words + row * VALUE_DIM + channel);
       }
     }
   }
@@ -153,56 +165,72 @@ struct AttendPacked {
     return float_of_bits(min(max(exponent, 27u << 23), 227u << 23));
   }
 
-  // Puts both forms of the query into operands [TILES][steps][32], and their factors into [2][ROWS].
+  // The factors of ROWS rows, of which row_at(row) is where the first number lies.
+  template <typename RowAt>
+  static DEVICE_FN void load_factors(const RowAt& row_at, float* factors, int warp, int lane) {
+    float largest[ROWS / WARPS];
+#pragma unroll
+    for (int i = 0; i < ROWS / WARPS; ++i) {
+      const auto* row = row_at(warp + WARPS * i);
+      largest[i] = 0.0f;
+#pragma unroll
+      for (int c = 0; c < KEY_DIM; c += 32) {
+        // Behind the last channel it is read again.
+        largest[i] = fmaxf(largest[i], fabsf(to_float(row[min(c + lane, KEY_DIM - 1)])));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS / WARPS; ++i) {
+      for (int mask = 16; mask > 0; mask /= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
+      if (lane == 0) factors[warp + WARPS * i] = power_below(largest[i]);
+    }
+  }
+
+  // The same rows, divided by their factors, as operands [TILES][STEPS][32]; chunk_of(step) is the chunk of this lane.
+  template <int STEPS, typename Places, typename RowAt, typename ChunkOf>
+  static DEVICE_FN void load_operands(
+      const RowAt& row_at, const ChunkOf& chunk_of, const float* factors, uint4* operands, int warp, int lane) {
+    for (int i = warp; i < TILES * STEPS; i += WARPS) {
+      const int row = i / STEPS * 8 + lane / 4;
+      const int first = 8 * chunk_of(i % STEPS);
+      const auto* numbers = row_at(row);
+      const float inverse = float_of_bits((254u << 23) - bits_of_float(factors[row]));  // of a power of two
+      float placed[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        placed[Places::place(c)] = first + c < KEY_DIM ? to_float(numbers[first + c]) * inverse : 0.0f;
+      }
+      uint4 operand;
+      operand.x = half_pair(placed[0], placed[1]);
+      operand.y = half_pair(placed[2], placed[3]);
+      operand.z = half_pair(placed[4], placed[5]);
+      operand.w = half_pair(placed[6], placed[7]);
+      operands[i * 32 + lane] = operand;
+    }
+  }
+
+  // Puts both forms of the query into operands, and their factors into [2][ROWS].
   static DEVICE_FN void load_queries(
       const AttendParts& all, const Part& p, uint4* queries, uint4* plain_queries, float* factors,
       int warp, int lane) {
     const rotormlx_attend_arguments& call = all.call;
-    for (int i = warp; i < 2 * ROWS; i += WARPS) {
-      const int row = min(p.first_row + i % ROWS, p.group_rows - 1);
-      const int64_t rotated_at = (int64_t(p.head_index) * p.group_rows + row) * KEY_DIM;
-      const int64_t plain_at = query_at(call, p.batch, p.kv_head, row);
-      float largest = 0.0f;
-      for (int c = lane; c < KEY_DIM; c += 32) {
-        const float x = i < ROWS ? all.rotated[rotated_at + c] : loaded(call.q, plain_at + c, call.dtype);
-        largest = fmaxf(largest, fabsf(x));
-      }
-      for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-      if (lane == 0) factors[i] = power_below(largest);
-    }
-    __syncthreads();  // the factors are there
-    enum { STEPS = Keys::STEPS + Shape::PLAIN_STEPS };
-    for (int i = warp; i < TILES * STEPS; i += WARPS) {
-      const int tile = i / STEPS, step = i % STEPS;
-      const bool is_rotated = step < Keys::STEPS;
-      const int my_row = 8 * tile + lane / 4;
-      const int row = min(p.first_row + my_row, p.group_rows - 1);
-      const int64_t rotated_at = (int64_t(p.head_index) * p.group_rows + row) * KEY_DIM;
-      const int64_t plain_at = query_at(call, p.batch, p.kv_head, row);
-      const int chunk =
-          is_rotated ? Keys::chunk(step, lane % 4) : (step - Keys::STEPS) * 4 + lane % 4;
-      const float inverse = 1.0f / factors[is_rotated ? my_row : ROWS + my_row];
-      float numbers[8];
-      for (int c = 0; c < 8; ++c) {
-        const int channel = 8 * chunk + c;
-        float x = 0.0f;
-        if (channel < KEY_DIM) {
-          x = is_rotated ? all.rotated[rotated_at + channel]
-                         : loaded(call.q, plain_at + channel, call.dtype);
-        }
-        numbers[is_rotated ? Order<KEY_BITS>::place(c) : c] = x * inverse;
-      }
-      uint4 operand;
-      operand.x = half_pair(numbers[0], numbers[1]);
-      operand.y = half_pair(numbers[2], numbers[3]);
-      operand.z = half_pair(numbers[4], numbers[5]);
-      operand.w = half_pair(numbers[6], numbers[7]);
-      if (is_rotated) queries[(tile * Keys::STEPS + step) * 32 + lane] = operand;
-      else plain_queries[(tile * Shape::PLAIN_STEPS + step - Keys::STEPS) * 32 + lane] = operand;
-    }
+    const auto last = [&](int row) { return min(p.first_row + row, p.group_rows - 1); };
+    const auto rotated = [&](int row) {
+      return all.rotated + (int64_t(p.head_index) * p.group_rows + last(row)) * KEY_DIM;
+    };
+    with_dtype(call.q, call.dtype, [&](const auto* q) {
+      const auto plain = [&](int row) { return q + query_at(call, p.batch, p.kv_head, last(row)); };
+      load_factors(rotated, factors, warp, lane);
+      load_factors(plain, factors + ROWS, warp, lane);
+      __syncthreads();  // the factors are there
+      load_operands<Keys::STEPS, Order<KEY_BITS>>(
+          rotated, [&](int step) { return Keys::chunk(step, lane % 4); }, factors, queries, warp, lane);
+      load_operands<Shape::PLAIN_STEPS, Order<8>>(
+          plain, [&](int step) { return 4 * step + lane % 4; }, factors + ROWS, plain_queries, warp, lane);
+    });
   }
 
-  // <q, centre> of this warp's next 16 blocks, [16][ROWS]: one product with the centres as rows.
+  // <q, centre> of this warp's next 16 blocks, [16][ROWS]: one product with the centres as rows. A barrier must follow.
   static DEVICE_FN void multiply_centres(
       const rotormlx_attend_arguments& call, const Part& p, int first_block, int last_block,
       const uint4* plain_queries, const float* factors, float* products, int lane) {
@@ -241,7 +269,6 @@ struct AttendPacked {
         products[(group + i / 2 * 8) * ROWS + row] = sums[4 * tile + i] * (factors[ROWS + row] * call.scale * LOG2_E);
       }
     }
-    __syncwarp();  // the products are there
   }
 
   // ---- the kernel
@@ -252,12 +279,13 @@ struct AttendPacked {
     const int group = lane / 4, quad_lane = lane % 4;
     const Part p = part_of_block(all, ROWS);
 
-    uint4* ring = shared + warp * (SLOTS * Shape::SLOT_LOADS * 32) + lane;  // [SLOTS][SLOT_LOADS][32]
+    uint4* ring = shared + warp * (SLOTS * Shape::SLOT_LOADS * 32);  // [SLOTS][SLOT_LOADS][32]
+    const int my_place = place_of_words(group, quad_lane);
     uint4* queries = shared + Shape::QUERIES;
     uint4* plain_queries = shared + Shape::PLAIN_QUERIES;
     float* factors = reinterpret_cast<float*>(shared + Shape::FACTORS);
     __half* weights =
-        reinterpret_cast<__half*>(shared + Shape::WEIGHTS) + warp * (ROWS * Shape::WEIGHT_STRIDE);
+        reinterpret_cast<__half*>(shared + Shape::WEIGHTS) + warp * (ROWS * BLOCK);
     float* centre_products = reinterpret_cast<float*>(shared + Shape::CENTRES) + warp * (16 * ROWS);
     ushort* table = reinterpret_cast<ushort*>(shared + Shape::TABLE);
 
@@ -271,8 +299,8 @@ struct AttendPacked {
       if (next_item < 2 * blocks) {
         const int block = first_block + next_item / 2 * WARPS;
         uint4* slot = ring + next_slot * (Shape::SLOT_LOADS * 32);
-        if (next_item % 2 == 0) start_keys(call, p, block, group, quad_lane, slot, copies);
-        else start_values(call, p, block, group, quad_lane, slot, copies);
+        if (next_item % 2 == 0) start_keys(call, p, block, lane, slot, copies);
+        else start_values(call, p, block, lane, slot, copies);
       }
       copies.commit();
       ++next_item;
@@ -301,9 +329,10 @@ struct AttendPacked {
 
     int slot_number = 0;
     const auto take_slot = [&]() {
-      // The slot that was read last is free: all lanes read only what they copied themselves.
+      // The slot that was read last is free: since then all lanes have met.
       start_next();
       copies.template wait<SLOTS - 1>();
+      __syncwarp();  // the copies of all lanes are there, and the products with the centres
       const uint4* slot = ring + slot_number * (Shape::SLOT_LOADS * 32);
       slot_number = slot_number + 1 == SLOTS ? 0 : slot_number + 1;
       return slot;
@@ -326,13 +355,13 @@ struct AttendPacked {
         for (int h = 0; h < 2; ++h) {
           const int load = step / Keys::SHARE;
           add_products<KEY_BITS, Keys::WORDS>(
-              slot + (load * Keys::WORDS * 2 + h) * 32, 2 * 32, step % Keys::SHARE, load * 4 + quad_lane,
+              slot + (load * Keys::WORDS * 2 + h) * 32 + my_place, 2 * 32, step % Keys::SHARE, load * 4 + quad_lane,
               table, queries + step * 32 + lane, Keys::STEPS * 32, scores + place(4 * h, 0, 0));
         }
       }
       __half scales[2][8];  // of keys and values, [half][token]
-      *reinterpret_cast<uint4*>(scales[0]) = slot[Shape::KEY_LOADS * 32];
-      *reinterpret_cast<uint4*>(scales[1]) = slot[(Shape::KEY_LOADS + 1) * 32];
+      *reinterpret_cast<uint4*>(scales[0]) = slot[Shape::KEY_LOADS * 32 + group];
+      *reinterpret_cast<uint4*>(scales[1]) = slot[Shape::KEY_LOADS * 32 + 8 + group];
 
       // The largest score decides the power of two that is taken out; so does the scale of the value, so that
       // weight times scale, at most 2^15, suits float16.
@@ -345,21 +374,39 @@ struct AttendPacked {
       for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          new_tops[tile][r] = tops[tile][r];
-          const int row = 8 * tile + 2 * quad_lane + r;
-          const float about_centre = centre_products[n % 16 * ROWS + row];
+          const float about_centre = centre_products[n % 16 * ROWS + 8 * tile + 2 * quad_lane + r];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             float& score = scores[place(i, tile, r)];
             score = fmaf(score, __half2float(scales[0][i]) * row_factors[tile][r], about_centre);
-            if (!all_seen) {
+          }
+        }
+      }
+      if (!all_seen) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int query_row = min(p.first_row + 8 * tile + 2 * quad_lane + r, p.group_rows - 1);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
               const int index = block * BLOCK + i / 4 * 32 + 4 * group + i % 4;
-              const int query_row = min(p.first_row + row, p.group_rows - 1);
+              float& score = scores[place(i, tile, r)];
               score = index < p.stop ? masked(call, p, query_row, position_of(p, index), score) : HIDDEN;
             }
+          }
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          new_tops[tile][r] = tops[tile][r];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
             const int exponent =
                 int(bits_of_float(__half2float(scales[1][i])) >> 23 & 0xffu) - 126;  // |scale| < 2^exponent
-            const float reach = score + float(min(max(exponent, -24), 17));
+            const float reach = scores[place(i, tile, r)] + float(min(max(exponent, -24), 17));
             new_tops[tile][r] = fmaxf(new_tops[tile][r], reach);
           }
         }
@@ -377,7 +424,7 @@ struct AttendPacked {
 #pragma unroll
           for (int i = 0; i < VALUE_TILES * 4; ++i) sums[place(i, tile, r)] *= shrink;
           const float top = tops[tile][r] - 15.0f;
-          __half* row_weights = weights + (8 * tile + 2 * quad_lane + r) * Shape::WEIGHT_STRIDE;
+          const int row = 8 * tile + 2 * quad_lane + r;
           float scaled[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
@@ -395,33 +442,33 @@ struct AttendPacked {
               constexpr int NEXT = Order<VALUE_BITS>::NEXT;
               const int i = NEXT == 2 ? pair : 2 * pair;
               const int place = Order<VALUE_BITS>::place(half + i);
-              *reinterpret_cast<uint*>(row_weights + 8 * chunk + place) =
+              *reinterpret_cast<uint*>(weights + row * BLOCK + 8 * place_of_weights(row, chunk) + place) =
                   half_pair(scaled[4 * h + i], scaled[4 * h + i + NEXT]);
             }
           }
         }
       }
-      __syncwarp();  // the weights are there
+      __syncwarp();  // the weights are there, the keys have been read
 
-      const __half* my_weights = weights + group * Shape::WEIGHT_STRIDE;  // of the row that an operand's column is
       slot = take_slot();
 #pragma unroll
       for (int step = 0; step < Values::STEPS; ++step) {
         uint4 operands[TILES];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
+          const int row = 8 * tile + group;  // of which a lane has the weights
           operands[tile] = *reinterpret_cast<const uint4*>(
-              my_weights + 8 * tile * Shape::WEIGHT_STRIDE + 8 * Values::chunk(step, quad_lane));
+              weights + row * BLOCK + 8 * place_of_weights(row, Values::chunk(step, quad_lane)));
         }
 #pragma unroll
         for (int tile = 0; tile < VALUE_TILES; ++tile) {
           const int load = step / Values::SHARE;
           add_products<VALUE_BITS, Values::WORDS>(
-              slot + (tile * Values::LOADS + load) * Values::WORDS * 32, 32, step % Values::SHARE,
+              slot + (tile * Values::LOADS + load) * Values::WORDS * 32 + my_place, 32, step % Values::SHARE,
               load * 4 + quad_lane, table, operands, 1, sums + place(4 * tile, 0, 0));
         }
       }
-      __syncwarp();  // no weights are in use
+      __syncwarp();  // no weights are in use, the values have been read
     }
 
     copies.template wait<0>();

@@ -32,15 +32,17 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
   const bool takes_means = Codec::IS_KEY && !call.given_centres;
 
   float rows[ROWS * CHANNELS];  // [ROWS, CHANNELS]; channels that do not exist are 0
+  with_dtype(call.x, call.dtype, [&](const auto* x) {
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t row = first_row + (worker + r * WORKERS) * call.x_strides[2];
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t row = first_row + (worker + r * WORKERS) * call.x_strides[2];
 #pragma unroll
-    for (int p = 0; p < CHANNELS; ++p) {
-      const int c = Channels::channel(lane, p);
-      rows[r * CHANNELS + p] = Channels::exists(c) ? loaded(call.x, row + c, call.dtype) : 0.0f;
+      for (int p = 0; p < CHANNELS; ++p) {
+        const int c = Channels::channel(lane, p);
+        rows[r * CHANNELS + p] = Channels::exists(c) ? to_float(x[row + c]) : 0.0f;
+      }
     }
-  }
+  });
 
   if (takes_means) {
     // Each lane sums its rows, each warp its lanes of a channel, and everybody the warps' sums.

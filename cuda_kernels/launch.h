@@ -12,8 +12,8 @@
 // They run on the current device, sm_80 or newer.
 //
 // B batch, K KV heads, H query heads, L queries, N blocks of 64 tokens, D head_dim, R rows of words. Strides are in
-// elements. Axes without a stride are contiguous. Words, centres, exact vectors and their strides must be multiples of
-// 16 bytes, scales and their strides of 8; a null pointer stands for an array that does not exist.
+// elements. Axes without a stride are contiguous. Words, centres, exact vectors and their strides, and matrices must be
+// multiples of 16 bytes, scales and their strides of 8; a null pointer stands for an array that does not exist.
 #pragma once
 
 #include <stddef.h>

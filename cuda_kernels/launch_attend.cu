@@ -11,8 +11,8 @@
 namespace {
 
 constexpr int ATTEND_THREADS = 128;
-constexpr int STEP = 4 * BLOCK;
-constexpr int MAX_PARTS = 256;
+// Parts are whole steps: a block for each warp of packed tokens; of exact ones, which take longer, what a warp takes.
+constexpr int PACKED_STEP = 4 * BLOCK, EXACT_STEP = 32;
 constexpr int ROW_THREADS = 128;
 
 template <int TILES>
@@ -24,10 +24,10 @@ using Plain = AttendPlain<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, ROWS>;
 template <int TILES>
 __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend(const __grid_constant__ AttendParts all) {
   extern __shared__ uint4 shared[];
-  if (int(blockIdx.y) < all.packed_parts) {
-    Packed<TILES>::run(all, shared);
+  if (int(blockIdx.z) < all.exact_parts) {
+    Plain<8 * TILES>::template run_part<true>(all, reinterpret_cast<float*>(shared));
   } else {
-    Plain<8 * TILES>::run(all, reinterpret_cast<float*>(shared));
+    Packed<TILES>::run(all, shared);
   }
 }
 
@@ -72,11 +72,26 @@ struct Cut {
 };
 
 // At most `limit` parts, each of as many whole steps as the others.
-Cut cut(int tokens, int limit) {
-  const int steps = ceil_divide(tokens, STEP);
+Cut cut(int tokens, int step, int limit) {
+  const int steps = ceil_divide(tokens, step);
   if (steps == 0) return {0, 0};
   const int steps_a_part = ceil_divide(steps, limit);
-  return {ceil_divide(steps, steps_a_part), steps_a_part * STEP};
+  return {ceil_divide(steps, steps_a_part), steps_a_part * step};
+}
+
+struct Cuts {
+  Cut exact, packed;
+};
+
+// Parts of both kinds, of which `limit` run at once. Exact parts begin first. Where they are short beside the packed ones, those
+// take as many thread blocks as if there were no others, and some of them begin when the exact ones have ended.
+Cuts cut_both(int exact_tokens, int packed_tokens, int limit) {
+  const int64_t exact_cost = int64_t(exact_tokens) * 4;  // of one token that of four packed ones, about as its bytes
+  const int exact_limit = int(limit * exact_cost / max(exact_cost + packed_tokens, int64_t(1)));
+  const Cut exact = cut(exact_tokens, EXACT_STEP, max(exact_limit, 1));
+  const Cut beside = cut(packed_tokens, PACKED_STEP, max(limit - exact.number, 1));
+  const Cut after = cut(packed_tokens, PACKED_STEP, limit);
+  return {exact, beside.tokens <= after.tokens + int64_t(exact.tokens) * 4 ? beside : after};
 }
 
 // How a call is spread over thread blocks.
@@ -100,21 +115,19 @@ AttendPlan plan_attend(const rotormlx_attend_arguments& call) {
   plan.tiles = ceil_divide(group_rows, plan.rows);
   plan.heads = call.batch * call.kv_heads;
   plan.query_rows = int64_t(plan.heads) * group_rows;
-  // As many thread blocks as run at once: parts are equal, so none is left for a second round.
-  const int at_once = plan.operands == 2 ? 2 : 3;
+  const int at_once = plan.operands == 2 ? 2 : 3;  // thread blocks of a multiprocessor
   const int limit =
       at_once * device_number(cudaDevAttrMultiProcessorCount, 1) / (plan.heads * plan.tiles);
-  const Cut packed = cut(call.packed_tokens, min(max(limit, 1), MAX_PARTS));
-  const Cut exact = cut(call.exact_tokens, min(max(limit, 1), MAX_PARTS));
-  plan.all.packed_parts = packed.number;
-  plan.all.packed_part_tokens = packed.tokens;
-  plan.all.exact_parts = exact.number;
-  plan.all.exact_part_tokens = exact.tokens;
+  const Cuts cuts = cut_both(call.exact_tokens, call.packed_tokens, min(max(limit, 1), MAX_PARTS / 2));
+  plan.all.exact_parts = cuts.exact.number;
+  plan.all.exact_part_tokens = cuts.exact.tokens;
+  plan.all.packed_parts = cuts.packed.number;
+  plan.all.packed_part_tokens = cuts.packed.tokens;
   return plan;
 }
 
 size_t workspace_floats(const AttendPlan& plan) {
-  const size_t parts = plan.all.packed_parts + plan.all.exact_parts;
+  const size_t parts = plan.all.exact_parts + plan.all.packed_parts;
   return size_t(plan.query_rows) * (KEY_DIM + parts * (VALUE_DIM + 2));
 }
 
@@ -134,7 +147,7 @@ size_t rotormlx_attend_workspace(const rotormlx_attend_arguments* arguments) {
 int rotormlx_attend(const rotormlx_attend_arguments* arguments, void* stream) {
   AttendPlan plan = plan_attend(*arguments);
   AttendParts& all = plan.all;
-  const int parts = all.packed_parts + all.exact_parts;
+  const int parts = all.exact_parts + all.packed_parts;
   all.rotated = static_cast<float*>(arguments->workspace);
   all.tops = all.rotated + plan.query_rows * KEY_DIM;
   all.totals = all.tops + plan.query_rows * parts;
@@ -146,12 +159,16 @@ int rotormlx_attend(const rotormlx_attend_arguments* arguments, void* stream) {
   const dim3 row_grid(ceil_divide(group_rows, together), plan.heads);
   int error = 0;
   if (all.packed_parts > 0) {
-    error = together == 1 ? launch(attend_query<1>, row_grid, ROW_THREADS, 4 * KEY_DIM, stream, all)
-                          : launch(attend_query<8>, row_grid, ROW_THREADS, 32 * KEY_DIM, stream, all);
+    using Few = QueryShape<KEY_DIM, 1, ROW_THREADS>;
+    using Many = QueryShape<KEY_DIM, 8, ROW_THREADS>;
+    error = together == 1 ? launch(attend_query<1>, row_grid, ROW_THREADS, 4 * Few::ALL, stream, all)
+                          : launch(attend_query<8>, row_grid, ROW_THREADS, 4 * Many::ALL, stream, all);
   }
-  const dim3 grid(plan.tiles, parts, plan.heads);
+  const dim3 grid(plan.tiles, plan.heads, parts);
   if (error == 0 && parts > 0) error = launch_parts(plan, grid, stream);
   if (error != 0) return error;
-  return together == 1 ? launch(attend_merge<1>, row_grid, ROW_THREADS, 4 * VALUE_DIM, stream, all)
-                       : launch(attend_merge<8>, row_grid, ROW_THREADS, 32 * VALUE_DIM, stream, all);
+  using Few = MergeShape<VALUE_DIM, 1, ROW_THREADS>;
+  using Many = MergeShape<VALUE_DIM, 8, ROW_THREADS>;
+  return together == 1 ? launch(attend_merge<1>, row_grid, ROW_THREADS, 4 * Few::ALL, stream, all)
+                       : launch(attend_merge<8>, row_grid, ROW_THREADS, 4 * Many::ALL, stream, all);
 }

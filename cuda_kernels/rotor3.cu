@@ -14,11 +14,13 @@ DEVICE_FN void quantize_dequantize(const rotormlx_rotor3_arguments& call) {
   const int64_t x_row = (at < call.rows ? at : call.rows - 1) * call.x_stride;
 
   float row[CHANNELS];  // channels that do not exist are 0
+  with_dtype(call.x, call.dtype, [&](const auto* x) {
 #pragma unroll
-  for (int p = 0; p < CHANNELS; ++p) {
-    const int c = Channels::channel(lane, p);
-    row[p] = Channels::exists(c) ? loaded(call.x, x_row + c, call.dtype) : 0.0f;
-  }
+    for (int p = 0; p < CHANNELS; ++p) {
+      const int c = Channels::channel(lane, p);
+      row[p] = Channels::exists(c) ? to_float(x[x_row + c]) : 0.0f;
+    }
+  });
   Codec::template rotate<1>(row, call.coefficients, lane);
 
   uint code[CHANNELS];

@@ -4,12 +4,15 @@
 
 #include "launch.h"
 
+// The most parts of a sequence.
+constexpr int MAX_PARTS = 512;
+
 // What one call works on: how the sequence is cut into parts, and where the kernels leave their results to each other.
-// A part is a run of packed tokens or of exact ones; packed parts come first. G = H / K * L query rows of a KV head.
+// A part is a run of exact tokens or of packed ones; exact parts come first. G = H / K * L query rows of a KV head.
 struct AttendParts {
   rotormlx_attend_arguments call;
-  int32_t packed_parts, packed_part_tokens;
   int32_t exact_parts, exact_part_tokens;
+  int32_t packed_parts, packed_part_tokens;
   float* rotated;  // [B, K, G, KEY_DIM]: the queries, times the channel scale, rotated
   float* tops;     // [B, K, G, parts]: the largest score, or what stood in for it
   float* totals;   // [B, K, G, parts]: sum of 2^(score - top)
@@ -23,31 +26,104 @@ constexpr float LOG2_E = 1.44269504f;
 // 2^(x - top), or 0 for what is hidden.
 DEVICE_FN float share_of(float x, float top) { return x <= HIDDEN ? 0.0f : power_of_two(x - top); }
 
-// Any dtype of the call, one number.
-DEVICE_FN float loaded(const void* x, int64_t at, int dtype) {
-  if (dtype == ROTORMLX_FLOAT16) return __half2float(static_cast<const __half*>(x)[at]);
-  if (dtype == ROTORMLX_BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16*>(x)[at]);
-  return static_cast<const float*>(x)[at];
+// ---- loads: a thread starts several before it uses one, or each would be waited for by itself
+
+// use(x) with x as a pointer of its dtype, which is so asked for once and not at every number.
+template <typename Use>
+DEVICE_FN void with_dtype(const void* x, int dtype, const Use& use) {
+  if (dtype == ROTORMLX_FLOAT16) use(static_cast<const __half*>(x));
+  else if (dtype == ROTORMLX_BFLOAT16) use(static_cast<const __nv_bfloat16*>(x));
+  else use(static_cast<const float*>(x));
 }
 
-// Eight numbers in a row, of which the first lies on a multiple of 16 bytes.
-DEVICE_FN void load_eight(const void* x, int64_t at, int dtype, float* numbers) {
-  uint words[8];
-  if (dtype == ROTORMLX_FLOAT32) {
-    *reinterpret_cast<uint4*>(words) = *reinterpret_cast<const uint4*>(static_cast<const float*>(x) + at);
-    *reinterpret_cast<uint4*>(words + 4) =
-        *reinterpret_cast<const uint4*>(static_cast<const float*>(x) + at + 4);
+// The largest divisor of `count` that is at most `most`.
+__host__ __device__ constexpr int divisor(int count, int most) {
+  while (count % most != 0) --most;
+  return most;
+}
+
+// N numbers in a row, of 4, 8 or a multiple of 16 bytes, of which the first lies on a multiple of that, or of 16.
+template <typename T, int N>
+struct Numbers {
+  alignas(16) T all[N];
+};
+
+template <int N, typename T>
+DEVICE_FN Numbers<T, N> load_numbers(const T* x) {
+  constexpr int BYTES = N * sizeof(T);
+  Numbers<T, N> made;
+  if (BYTES == 4) *reinterpret_cast<uint*>(made.all) = *reinterpret_cast<const uint*>(x);
+  if (BYTES == 8) *reinterpret_cast<uint2*>(made.all) = *reinterpret_cast<const uint2*>(x);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) numbers[i] = float_of_bits(words[i]);
-    return;
+  for (int i = 0; i < BYTES / 16; ++i) {
+    reinterpret_cast<uint4*>(made.all)[i] = reinterpret_cast<const uint4*>(x)[i];
   }
-  *reinterpret_cast<uint4*>(words) = *reinterpret_cast<const uint4*>(static_cast<const ushort*>(x) + at);
+  return made;
+}
+
+// use(row, channel, number_at(row, channel)) for ROWS rows of D numbers, of which each of THREADS threads has some; numbers of rows
+// behind the last are asked for too.
+template <int D, int ROWS, int THREADS, typename NumberAt, typename Use>
+DEVICE_FN void for_rows(int thread, const NumberAt& number_at, const Use& use) {
+  constexpr int HELD = (ROWS * D + THREADS - 1) / THREADS;
+  float numbers[HELD];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const ushort bits = ushort(words[i / 2] >> (16 * (i % 2)));
-    // A bfloat16 is the upper half of a float.
-    numbers[i] = dtype == ROTORMLX_FLOAT16 ? __half2float(half_of_bits(bits)) : float_of_bits(uint(bits) << 16);
+  for (int n = 0; n < HELD; ++n) {
+    const int i = thread + n * THREADS;
+    numbers[n] = number_at(i / D, i % D);
   }
+#pragma unroll
+  for (int n = 0; n < HELD; ++n) {
+    const int i = thread + n * THREADS;
+    if (i < ROWS * D) use(i / D, i % D, numbers[n]);
+  }
+}
+
+// ROWS rows of D numbers, which nobody reads before the barrier in here, times a matrix [D, D]: each warp adds up over its share
+// of the sum, a lane for four columns. products: shared, [WARPS][ROWS][D]. A barrier must follow, then product() gives a number.
+template <int D, int ROWS, int WARPS>
+DEVICE_FN void multiply_rows(const float* rows, const float* matrix, int warp, int lane, float* products) {
+  constexpr int SHARE = D / WARPS, BATCH = divisor(SHARE, ROWS == 1 ? 32 : 4), BATCHES = SHARE / BATCH;
+  float4 entries[BATCH];
+  const auto load = [&](int column, int start) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      // Behind the last column it is read again.
+      entries[i] = *reinterpret_cast<const float4*>(matrix + (warp * SHARE + start + i) * D + min(column, D - 4));
+    }
+  };
+  load(4 * lane, 0);
+  __syncthreads();  // the rows are there
+  for (int column = 4 * lane; column < D; column += 4 * 32) {
+    float x[ROWS][4];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) x[r][0] = x[r][1] = x[r][2] = x[r][3] = 0.0f;
+    for (int n = 0; n < BATCHES; ++n) {
+      if (n > 0 || column >= 4 * 32) load(column, n * BATCH);
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const float number = rows[r * D + warp * SHARE + n * BATCH + i];
+          x[r][0] = fmaf(number, entries[i].x, x[r][0]);
+          x[r][1] = fmaf(number, entries[i].y, x[r][1]);
+          x[r][2] = fmaf(number, entries[i].z, x[r][2]);
+          x[r][3] = fmaf(number, entries[i].w, x[r][3]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      for (int i = 0; i < 4; ++i) products[(warp * ROWS + r) * D + column + i] = x[r][i];
+    }
+  }
+}
+
+template <int D, int ROWS, int WARPS>
+DEVICE_FN float product(const float* products, int row, int column) {
+  float sum = 0.0f;
+  for (int w = 0; w < WARPS; ++w) sum += products[(w * ROWS + row) * D + column];
+  return sum;
 }
 
 DEVICE_FN void store(void* x, int64_t at, int dtype, float number) {
@@ -74,19 +150,19 @@ struct Part {
 DEVICE_FN Part part_of_block(const AttendParts& all, int rows) {
   const rotormlx_attend_arguments& call = all.call;
   Part p;
-  p.head_index = int(blockIdx.z);
+  p.head_index = int(blockIdx.y);
   p.batch = p.head_index / call.kv_heads;
   p.kv_head = p.head_index % call.kv_heads;
   p.group_rows = call.heads / call.kv_heads * call.length;
   p.first_row = int(blockIdx.x) * rows;
-  p.part = int(blockIdx.y);
-  p.parts = all.packed_parts + all.exact_parts;
-  p.exact = p.part >= all.packed_parts;
+  p.part = int(blockIdx.z);
+  p.parts = all.exact_parts + all.packed_parts;
+  p.exact = p.part < all.exact_parts;
   p.packed_tokens = call.lengths[2 * p.batch];
   p.tokens = call.lengths[2 * p.batch + 1];
   p.sink = min(call.sink, p.tokens - p.packed_tokens);
   const int part_tokens = p.exact ? all.exact_part_tokens : all.packed_part_tokens;
-  p.start = (p.exact ? p.part - all.packed_parts : p.part) * part_tokens;
+  p.start = (p.exact ? p.part : p.part - all.exact_parts) * part_tokens;
   p.stop = min(p.start + part_tokens, p.exact ? p.tokens - p.packed_tokens : p.packed_tokens);
   if (call.mask_kind == ROTORMLX_MASK_CAUSAL) {
     // What the last query of these rows does not see, none does.
@@ -127,16 +203,4 @@ DEVICE_FN float masked(const rotormlx_attend_arguments& call, const Part& p, int
 DEVICE_FN int64_t query_at(const rotormlx_attend_arguments& call, int batch, int kv_head, int row) {
   const int head = kv_head * (call.heads / call.kv_heads) + row / call.length;
   return batch * call.q_strides[0] + head * call.q_strides[1] + row % call.length * call.q_strides[2];
-}
-
-// x[r] = row r of ROWS rows of D numbers times column `column` of a matrix [D, D].
-template <int D, int ROWS>
-DEVICE_FN void multiply_rows(const float* rows, const float* matrix, int column, float* x) {
-  for (int r = 0; r < ROWS; ++r) x[r] = 0.0f;
-#pragma unroll 16
-  for (int i = 0; i < D; ++i) {
-    const float entry = matrix[i * D + column];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) x[r] = fmaf(rows[r * D + i], entry, x[r]);
-  }
 }

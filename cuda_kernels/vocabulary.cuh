@@ -35,7 +35,10 @@ DEVICE_FN uint half_pair(float first, float second) {
   return bits;
 }
 
-// An array of which a call may hold any dtype.
+// Arrays of a call may hold any of three dtypes.
+DEVICE_FN float to_float(float x) { return x; }
+DEVICE_FN float to_float(__half x) { return __half2float(x); }
+DEVICE_FN float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <typename T>
 DEVICE_FN T from_float(float x);
 template <>

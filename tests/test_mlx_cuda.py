@@ -3,11 +3,14 @@
 import contextlib
 import itertools
 import shutil
+from dataclasses import replace
 
+import cuda_calls
 import mlx.core as mx
 import numpy as np
 import pytest
 from emulator.cuda import MLXKernel
+from test_cuda_attend import with_own_scales
 from test_metal_attend import MASKS, Case, problem
 from test_metal_kernels import (
     DTYPES,
@@ -20,7 +23,7 @@ from test_metal_kernels import (
 )
 
 from rotormlx import backends, reference
-from rotormlx.backends import mlx_cuda
+from rotormlx.backends import kernel_source, mlx_cuda
 from rotormlx.format import BLOCK, KEY, ROLES
 
 needs_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
@@ -30,7 +33,8 @@ HAS_CUDA = mx.cuda.is_available()
 
 @contextlib.contextmanager
 def kernels_made_by(make):
-    caches = (mlx_cuda._codec_kernel, mlx_cuda._parts_kernel, mlx_cuda._merge_kernel)
+    kinds = ("codec", "query", "parts", "merge")
+    caches = [getattr(mlx_cuda, f"_{kind}_kernel") for kind in kinds]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx.fast, "cuda_kernel", make)
         for cached in caches:
@@ -112,7 +116,7 @@ def test_shared_memory_is_what_the_kernel_takes(operands, head_dim, bits, tmp_pa
     plain = f"int(AttendPlain<{numbers}, {8 * max(operands, 1)}>::SHARED_BYTES)"
     packed = f"int(AttendShape<{numbers}, {operands}>::SHARED_BYTES)"
     body = f"sizes[0] = {f'max({packed}, {plain})' if operands else plain};"
-    header = mlx_cuda._header("fragments.cuh", "attend.cu", "attend_plain.cu")
+    header = mlx_cuda._attend_header()
     kernel = MLXKernel("sizes", [], ["sizes"], body, header)
     (found,) = kernel(
         inputs=[],
@@ -122,6 +126,102 @@ def test_shared_memory_is_what_the_kernel_takes(operands, head_dim, bits, tmp_pa
         threadgroup=(1, 1, 1),
     )
     assert found.item() == mlx_cuda.shared_bytes(keys, values, operands)
+
+
+@needs_emulator
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_shared_memory_of_the_other_kernels(head_dim, rows):
+    files = (f"attend_{name}.cu" for name in ("query", "merge"))
+    header = mlx_cuda._header(*(kernel_source.read(f"cuda_kernels/{name}") for name in files))
+    body = "".join(
+        f"sizes[{i}] = 4 * {name}Shape<{head_dim}, {rows}, {mlx_cuda.ATTEND_THREADS}>::ALL;"
+        for i, name in enumerate(("Query", "Merge"))
+    )
+    (found,) = MLXKernel("sizes", [], ["sizes"], body, header)(
+        inputs=[],
+        output_shapes=[(2,)],
+        output_dtypes=[mx.int32],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+    )
+    sizes = (mlx_cuda.query_shared_bytes, mlx_cuda.merge_shared_bytes)
+    assert found.tolist() == [size(head_dim, rows) for size in sizes]
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+def test_rows_of_a_batch_have_their_own_channel_scale(dtype):
+    posed = with_own_scales(replace(CASES[0], mask="causal", dtype=dtype))
+    assert posed.is_right(BACKEND.attend(posed.queries, *posed.views, **posed.options))
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_attend_where_rows_share_what_they_read_of_a_matrix(case, monkeypatch):
+    monkeypatch.setattr(mlx_cuda, "MANY_ROWS", 1)
+    posed = problem(case)
+    assert posed.is_right(BACKEND.attend(posed.queries, *posed.views, **posed.options))
+
+
+@needs_emulator
+def test_numbers_that_stay_are_made_once(monkeypatch):
+    """The GPU waits for each array that the host makes, and would at every layer and token."""
+    given, kernel = [], mlx_cuda._parts_kernel
+
+    def recorded(*arguments):
+        return lambda **call: given.append(call["inputs"]) or kernel(*arguments)(**call)
+
+    monkeypatch.setattr(mlx_cuda, "_parts_kernel", recorded)
+    posed = problem(Case(dtype="f16", mask="causal"))
+    later = [replace(view, tokens=view.tokens - 1) for view in posed.views]
+    for views in (posed.views, posed.views, later):
+        BACKEND.attend(posed.queries, *views, **posed.options)
+    names = ("mask", "lengths", "numbers", "scale")
+    same = [[a is b for a, b in zip(given[0][-4:], call[-4:], strict=True)] for call in given[1:]]
+    assert dict(zip(names, same[0], strict=True)) == dict.fromkeys(names, True)
+    assert dict(zip(names, same[1], strict=True)) == {
+        **dict.fromkeys(names, True),
+        "lengths": False,
+    }
+
+
+@needs_emulator
+def test_a_sequence_is_cut_as_the_launcher_cuts_it():
+    codecs = [made_codec("identity", 64, 4, role) for role in ROLES]
+    made = cuda_calls.module("attend", *codecs, multiprocessors=mlx_cuda.MULTIPROCESSORS)
+    lengths = itertools.product((0, 1, 100, 131, 700, 9000), (0, 64, 4096, 32768, 131072, 10**6))
+    for (exact, packed), kv_heads, group, dtype in itertools.product(
+        lengths, (1, 3, 8, 64, 500), (1, 16, 40), DTYPES.values()
+    ):
+        call = cuda_calls.AttendArguments(
+            dtype=cuda_calls.DTYPES[dtype],
+            **{"batch": 1, "heads": kv_heads * group, "kv_heads": kv_heads, "length": 1},
+            **{"packed_tokens": packed, "exact_tokens": exact},
+        )
+        floats = made.number("rotormlx_attend_workspace", call) // 4
+        operands = 0 if dtype == mx.float32 else 1 if group <= 8 else 2
+        tiles = -(-group // (8 * max(operands, 1)))
+        parts = mlx_cuda.cut_both(exact, packed, operands, kv_heads * tiles)
+        number = sum(part.number for part in parts)
+        assert floats == kv_heads * group * (64 + number * (64 + 2))
+        assert number <= mlx_cuda.MAX_PARTS
+        for part, tokens in zip(parts, (exact, packed), strict=True):
+            # None is empty, and none is left out.
+            assert tokens <= part.number * part.tokens < tokens + max(part.tokens, 1)
+
+
+def test_exact_parts_take_turns_with_packed_ones_where_that_is_shorter():
+    def numbers(packed, thread_blocks):
+        return tuple(p.number for p in mlx_cuda.cut_both(100, packed, 1, thread_blocks))
+
+    # 396 thread blocks run at once. Few long parts: all of them are for packed tokens, and a few
+    # begin when the exact part, which is short, has ended.
+    assert numbers(32768, 64) == (1, 6)
+    # Short parts, or many: both kinds run beside each other.
+    assert numbers(4096, 64) == (1, 4)
+    assert numbers(4096, 8) == (4, 16)
+    assert numbers(32768, 8) == (1, 43)
 
 
 def test_it_is_refused_without_cuda(monkeypatch):

@@ -139,9 +139,8 @@ def attend(
     return output
 
 
-def cut(tokens: int, limit: int) -> Parts:
-    """At most ``limit`` parts, each of as many whole steps as the others."""
-    step = SIMDGROUPS * BLOCK
+def cut(tokens: int, limit: int, step: int = SIMDGROUPS * BLOCK) -> Parts:
+    """At most ``limit`` parts, each of as many whole steps of tokens as the others."""
     steps = -(-tokens // step)
     if steps == 0:
         return Parts(0, 0)

@@ -4,25 +4,31 @@ MLX compiles the text when a kernel is first called. A body fills the arguments 
 ``cuda_kernels/launch.h`` from MLX's pointers; arrays come contiguous, so strides follow from
 shapes. docs/CUDA.md says how the kernels work.
 
+An array that the host makes comes to the GPU when a kernel waits for it, so numbers that do not
+change are made once.
+
 Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
 N blocks, D head_dim.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from rotormlx.backends.first_call import FirstCallKernel
 from rotormlx.backends.kernel_source import coefficients, cuda_header, matrices, read
-from rotormlx.backends.metal_attend import cut
-from rotormlx.backends.mlx_ops import MLXBackend, check_rows, inverse_matrix, rotated_queries
+from rotormlx.backends.metal_attend import Parts, cut
+from rotormlx.backends.mlx_ops import MLXBackend, check_rows, inverse_matrix
 from rotormlx.format import BLOCK, KEY, Codec, Packed
 from rotormlx.limits import check_grid
+from rotormlx.rotation import Rotation
 from rotormlx.view import KVView
 
 THREADS = 256
@@ -31,8 +37,12 @@ ATTEND_THREADS = 128
 MAX_HEAD_DIM = 256
 # Every GPU from sm_80 on gives a thread block so much shared memory.
 MOST_SHARED_BYTES = 99 * 1024
-# Thread blocks that a large GPU runs at once, and the most parts of a sequence.
-THREAD_BLOCKS, MAX_PARTS = 396, 256
+# Of a large GPU, and the most parts of a sequence.
+MULTIPROCESSORS, MAX_PARTS = 132, 512
+# Exact tokens that a part is a multiple of.
+EXACT_STEP = 32
+# So many query rows share, by eight, what they read of a matrix; fewer are done at once.
+MANY_ROWS = 2048
 _DTYPES = {mx.float16: 0, mx.bfloat16: 1, mx.float32: 2}
 
 Kernel = Callable[..., list[mx.array]]
@@ -74,10 +84,10 @@ class MLXCUDABackend(MLXBackend):
         made = _codec_kernel("encode", _text_of(codec), channel_scale is not None, takes_means)(
             inputs=[
                 x,
-                mx.array(coefficients(codec.rotation)),
+                _coefficients(codec.rotation),
                 _or_nothing(channel_scale, mx.float32),
                 _or_nothing(centres if given else None, mx.float16),
-                mx.array([_DTYPES[x.dtype], *blocks, int(given)], mx.int32),
+                _kept((_DTYPES[x.dtype], *blocks, int(given)), mx.int32),
             ],
             grid=(THREADS * blocks[2], heads, batch),
             threadgroup=(THREADS, 1, 1),
@@ -104,9 +114,9 @@ class MLXCUDABackend(MLXBackend):
                 packed.words,
                 packed.scales,
                 _or_nothing(packed.centres, mx.float16),
-                mx.array(coefficients(codec.rotation, back=True)),
+                _coefficients(codec.rotation, back=True),
                 _or_nothing(channel_scale, mx.float32),
-                mx.array([_DTYPES[dtype], batch, heads, blocks], mx.int32),
+                _kept((_DTYPES[dtype], batch, heads, blocks), mx.int32),
             ],
             grid=(THREADS * blocks, heads, batch),
             threadgroup=(THREADS, 1, 1),
@@ -135,49 +145,65 @@ class MLXCUDABackend(MLXBackend):
         group = heads // kv_heads * length
         operands = _operands(keys.codec, values.codec, queries.dtype, group)
         tiles = -(-group // (8 * max(operands, 1)))
-        limit = max(1, min(MAX_PARTS, THREAD_BLOCKS // (batch * kv_heads * tiles)))
-        packed = cut(keys.packed_tokens, limit)
-        exact = cut(min(keys.exact.shape[2], keys.tokens), limit)
-        parts = packed.number + exact.number
-        kind, mask_array = _mask(mask, (batch, heads, length, keys.tokens))
-        numbers = mx.array(
-            [
+        exact, packed = cut_both(
+            min(keys.exact.shape[2], keys.tokens),
+            keys.packed_tokens,
+            operands,
+            batch * kv_heads * tiles,
+        )
+        parts = exact.number + packed.number
+        kind, visible = _mask(mask, (batch, heads, length, keys.tokens))
+        numbers = _kept(
+            (
                 *(_DTYPES[queries.dtype], batch, heads, kv_heads, length, keys.sink, kind),
-                *(*packed, *exact, keys.exact.shape[2]),
+                *(*exact, *packed, keys.exact.shape[2]),
                 *(1 if keys.packed is None else keys.packed.scales.shape[2],),
                 *(1 if values.packed is None else values.packed.scales.shape[2],),
                 # Strides of the mask: 0 along an axis that is broadcast.
-                *_strides(mask_array.shape),
-            ],
+                *_strides(visible.shape),
+                *(_scale_stride(keys), _scale_stride(values)),
+            ),
             # Strides of a mask of many queries and tokens are no 32-bit integers.
             mx.int64,
         )
         rows = (batch, kv_heads, group)
+        together = 8 if batch * kv_heads * group >= MANY_ROWS else 1
+        row_grid = (ATTEND_THREADS * -(-group // together), batch * kv_heads, 1)
+        # Two kernels read them.
+        queries = mx.contiguous(queries)
+        rotated = _nothing(mx.float32)
+        if keys.packed_tokens:
+            (rotated,) = _query_kernel(*_side(keys), together)(
+                inputs=[
+                    *(queries, _key_matrix(keys.codec.rotation)),
+                    *(_or_nothing(keys.channel_scale, mx.float32), numbers),
+                ],
+                grid=row_grid,
+                threadgroup=(ATTEND_THREADS, 1, 1),
+                output_shapes=[(*rows, key_dim)],
+                output_dtypes=[mx.float32],
+            )
         key_packed, value_packed = _packed(keys), _packed(values)
         tops, totals, outputs = _parts_kernel(keys.codec, values.codec, operands)(
             inputs=[
-                *(queries, _rotated(queries, keys, group), *key_packed, *value_packed[:2]),
+                *(queries, rotated, *key_packed, *value_packed[:2]),
                 *(keys.exact.astype(queries.dtype), values.exact.astype(queries.dtype)),
-                *(mask_array, mx.array(keys.lengths, mx.int32), numbers),
-                mx.array([scale], mx.float32),
+                *(visible, _kept(keys.lengths, mx.int32), numbers),
+                _kept((scale,), mx.float32),
             ],
-            grid=(ATTEND_THREADS * tiles, parts, batch * kv_heads),
+            grid=(ATTEND_THREADS * tiles, batch * kv_heads, parts),
             threadgroup=(ATTEND_THREADS, 1, 1),
             output_shapes=[(*rows, parts), (*rows, parts), (*rows, parts, value_dim)],
             output_dtypes=[mx.float32] * 3,
         )
-        scales = values.channel_scale
-        if scales is not None:
-            scales = mx.broadcast_to(scales, (batch, kv_heads, value_dim))
-        count = matrices(values.codec.rotation)
-        (output,) = _merge_kernel(value_dim, count, scales is not None, sinks is not None)(
+        (output,) = _merge_kernel(*_side(values), together, sinks is not None)(
             inputs=[
                 *(tops, totals, outputs, inverse_matrix(values.codec.rotation)),
-                _or_nothing(scales, mx.float32),
-                mx.zeros((1,)) if sinks is None else sinks.astype(mx.float32),
+                _or_nothing(values.channel_scale, mx.float32),
+                _nothing(mx.float32) if sinks is None else sinks.astype(mx.float32),
                 numbers,
             ],
-            grid=(ATTEND_THREADS * group, batch * kv_heads, 1),
+            grid=row_grid,
             threadgroup=(ATTEND_THREADS, 1, 1),
             output_shapes=[(batch, heads, length, value_dim)],
             output_dtypes=[queries.dtype],
@@ -185,12 +211,67 @@ class MLXCUDABackend(MLXBackend):
         return output
 
 
+def cut_both(
+    exact_tokens: int, packed_tokens: int, operands: int, thread_blocks: int
+) -> tuple[Parts, Parts]:
+    """The parts of exact and of packed tokens, as ``plan_attend`` of ``launch_attend.cu`` has them.
+
+    Args:
+        exact_tokens: The most of a batch row.
+        packed_tokens: The most of a batch row.
+        operands: See ``_operands``.
+        thread_blocks: Of one part.
+    """
+    at_once = MULTIPROCESSORS * (2 if operands == 2 else 3)
+    limit = max(1, min(MAX_PARTS // 2, at_once // thread_blocks))
+    exact_cost = 4 * exact_tokens
+    exact_limit = limit * exact_cost // max(exact_cost + packed_tokens, 1)
+    exact = cut(exact_tokens, max(exact_limit, 1), EXACT_STEP)
+    beside = cut(packed_tokens, max(limit - exact.number, 1))
+    after = cut(packed_tokens, limit)
+    return exact, beside if beside.tokens <= after.tokens + 4 * exact.tokens else after
+
+
 # ---- inputs -------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1024)
+def _kept(numbers: tuple[object, ...], dtype: mx.Dtype) -> mx.array:
+    """An array of numbers that other calls, and other layers, have as well."""
+    return mx.array(numbers, dtype)
+
+
+@cache
+def _coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
+    return mx.array(coefficients(rotation, back=back))
+
+
+@cache
+def _key_matrix(rotation: Rotation) -> mx.array:
+    """What rows of queries are multiplied by: the levels of the keys will meet them."""
+    return mx.array(rotation.inverse.astype(np.float32))
+
+
+@cache
+def _nothing(dtype: mx.Dtype) -> mx.array:
+    """An array that no thread reads."""
+    return mx.array([0], dtype)
+
+
 def _or_nothing(array: mx.array | None, dtype: mx.Dtype) -> mx.array:
-    """An array, or one that no thread reads."""
-    return mx.zeros((1,), dtype) if array is None else array
+    return _nothing(dtype) if array is None else array
+
+
+def _side(view: KVView) -> tuple[int, int, bool]:
+    """What the text of the kernels around the first pass depends on."""
+    rotation = view.codec.rotation
+    return rotation.head_dim, matrices(rotation), view.channel_scale is not None
+
+
+def _scale_stride(view: KVView) -> int:
+    """Of the batch rows' channel scales; 0 where they have one together."""
+    scale = view.channel_scale
+    return 0 if scale is None or scale.ndim == 2 else math.prod(scale.shape[1:])
 
 
 def _packed(view: KVView) -> Packed:
@@ -201,19 +282,10 @@ def _packed(view: KVView) -> Packed:
     return Packed(*(_or_nothing(a, dtype) for a, dtype in zip(given, dtypes, strict=True)))
 
 
-def _rotated(queries: mx.array, keys: KVView, group: int) -> mx.array:
-    """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
-    batch, kv_heads, _, key_dim = keys.shape
-    q = queries.astype(mx.float32).reshape(batch, kv_heads, group, key_dim)
-    if not keys.packed_tokens:
-        return q
-    return rotated_queries(q, keys)
-
-
 def _mask(mask: mx.array | str | None, scores: tuple[int, int, int, int]) -> tuple[int, mx.array]:
     """The kind of a mask (see launch.h), and the mask with four axes, boolean or float32."""
     if mask is None or isinstance(mask, str):
-        return 0 if mask is None else 1, mx.zeros((1, 1, 1, 1), mx.bool_)
+        return 0 if mask is None else 1, _kept(((((False,),),),), mx.bool_)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     if mask.dtype == mx.bool_:
         return 2, mask
@@ -246,13 +318,23 @@ def shared_bytes(keys: Codec, values: Codec, operands: int) -> int:
         return plain
     key_loads, key_steps = _loads(keys.bits, keys.head_dim)
     value_loads, _ = _loads(values.bits, BLOCK)
-    slot = max(2 * key_loads + 2, -(-values.head_dim // 32) * value_loads)
+    slot = max(2 * key_loads + 1, -(-values.head_dim // 32) * value_loads)
     slots = 4 if slot <= 8 else 3 if slot <= 24 else 2
     operand_steps = key_steps + -(-keys.head_dim // 32)
     units = 128 * slots * slot + 32 * operands * operand_steps
-    units += rows // 2 + 4 * rows * (BLOCK + 16) // 8 + 16 * rows
+    units += rows // 2 + 4 * rows * BLOCK // 8 + 16 * rows
     units += 32 if 8 in (keys.bits, values.bits) else 0
     return max(16 * units, 16 * rows * (2 + values.head_dim), plain)
+
+
+def query_shared_bytes(key_dim: int, rows: int) -> int:
+    """The same of the kernel that rotates queries: ``QueryShape``, in bytes."""
+    return 4 * rows * key_dim * (1 + ATTEND_THREADS // 32)
+
+
+def merge_shared_bytes(value_dim: int, rows: int) -> int:
+    """The same of the kernel that merges the parts: ``MergeShape``, in bytes."""
+    return 4 * rows * (value_dim + max(ATTEND_THREADS // 32 * value_dim, MAX_PARTS))
 
 
 def _loads(bits: int, axis: int) -> tuple[int, int]:
@@ -277,22 +359,36 @@ class _CodecText(NamedTuple):
     matrices: int
 
 
+@cache
 def _text_of(codec: Codec) -> _CodecText:
     header = cuda_header(codec)
     facts = (codec.role, codec.bits, codec.head_dim, codec.rotation.name)
     return _CodecText(*facts, header, codec.words_shape[0], matrices(codec.rotation))
 
 
-def _header(*names: str, before: str = "") -> str:
-    """Files of ``cuda_kernels/`` behind what all of them need, without what MLX includes itself."""
+def _header(*texts: str) -> str:
+    """Texts behind what all kernels need, without what MLX includes itself.
+
+    Without comments and indentation too: MLX puts the text together and hashes it at every call.
+    """
     common = [
-        *("cuda_kernels/vocabulary.cuh", "shared_kernels/levels.h", "shared_kernels/rotation.h"),
-        *("cuda_kernels/launch.h", "cuda_kernels/scores.cuh"),
+        *(read("cuda_kernels/vocabulary.cuh"), f"constexpr int BLOCK = {BLOCK};\n"),
+        *(read("cuda_kernels/launch.h"), read("cuda_kernels/scores.cuh")),
     ]
-    texts = [read(name) for name in common]
-    texts.insert(1, f"constexpr int BLOCK = {BLOCK};\n")
-    texts += [before, *(read(f"cuda_kernels/{name}") for name in names)]
-    return re.sub(r"^#(include|pragma once).*$", "", "\n".join(texts), flags=re.MULTILINE) + "\n"
+    text = "\n".join([*common, *texts])
+    text = re.sub(r"//.*$|^#(include|pragma once).*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n\s+", "\n", text) + "\n"
+
+
+def _codec_header(*texts: str) -> str:
+    """The same with levels and rotations."""
+    shared = (read(f"shared_kernels/{name}.h") for name in ("levels", "rotation"))
+    return _header(*shared, *texts)
+
+
+def _attend_header() -> str:
+    files = ("fragments.cuh", "attend.cu", "attend_plain.cu")
+    return _codec_header(*(read(f"cuda_kernels/{name}") for name in files))
 
 
 # Axes (B, K, N) of contiguous packed arrays.
@@ -360,8 +456,9 @@ _DECODE_BODY = """
   decode_block<CODEC, THREADS>(call);
 """
 
-# What both kernels of attention read of `numbers`.
+# What the kernels of attention read of `numbers`.
 _CALL_TEXT = """
+  extern __shared__ uint4 shared[];
   AttendParts all = {};
   rotormlx_attend_arguments& call = all.call;
   call.dtype = numbers[0];
@@ -371,20 +468,31 @@ _CALL_TEXT = """
   call.length = numbers[4];
   call.sink = numbers[5];
   call.mask_kind = numbers[6];
-  all.packed_parts = numbers[7];
-  all.packed_part_tokens = numbers[8];
-  all.exact_parts = numbers[9];
-  all.exact_part_tokens = numbers[10];
+  all.exact_parts = numbers[7];
+  all.exact_part_tokens = numbers[8];
+  all.packed_parts = numbers[9];
+  all.packed_part_tokens = numbers[10];
 """
 
-_PARTS_BODY = """
-  extern __shared__ uint4 shared[];
-  call.scale = scale[0];
-  call.lengths = lengths;
+_QUERIES_TEXT = """
   call.q = queries;
   call.q_strides[2] = KEY_DIM;
   call.q_strides[1] = call.length * call.q_strides[2];
   call.q_strides[0] = call.heads * call.q_strides[1];
+"""
+
+_QUERY_BODY = """
+  const int matrix = int(blockIdx.y) % call.kv_heads % MATRICES;
+  call.key_matrix = key_matrix + matrix * (KEY_DIM * KEY_DIM);
+  call.key_channel_scale = SCALE;
+  call.key_channel_scale_stride = numbers[18];
+  all.rotated = rotated;
+  rotate_queries<KEY_DIM, ROWS, THREADS>(all, reinterpret_cast<float*>(shared));
+"""
+
+_PARTS_BODY = """
+  call.scale = scale[0];
+  call.lengths = lengths;
   place_packed(call.keys, key_words, key_scales, centres, call.kv_heads, numbers[12], KEY_WORDS,
                KEY_DIM);
   place_packed(call.values, value_words, value_scales, nullptr, call.kv_heads, numbers[13],
@@ -406,17 +514,16 @@ _PARTS_BODY = """
 """
 
 _MERGE_BODY = """
-  extern __shared__ uint4 shared[];
   const int matrix = int(blockIdx.y) % call.kv_heads % MATRICES;
   call.value_matrix = unrotation + matrix * (VALUE_DIM * VALUE_DIM);
   call.value_channel_scale = SCALE;
-  call.value_channel_scale_stride = call.kv_heads * VALUE_DIM;
+  call.value_channel_scale_stride = numbers[19];
   call.sinks = SINKS;
   call.out = out;
   all.tops = const_cast<float*>(tops);
   all.totals = const_cast<float*>(totals);
   all.outputs = const_cast<float*>(outputs);
-  merge_parts<VALUE_DIM, 1, THREADS>(all, reinterpret_cast<float*>(shared));
+  merge_parts<VALUE_DIM, ROWS, THREADS>(all, reinterpret_cast<float*>(shared));
 """
 
 
@@ -448,7 +555,7 @@ def _codec_kernel(name: str, text: _CodecText, has_scale: bool, takes_means: boo
         inputs,
         outputs,
         body,
-        _header(f"{name}.cu", before=text.header) + _PACKED_TEXT + codec_text,
+        _codec_header(text.header, read(f"cuda_kernels/{name}.cu"), _PACKED_TEXT, codec_text),
     )
 
 
@@ -456,15 +563,15 @@ def _codec_kernel(name: str, text: _CodecText, has_scale: bool, takes_means: boo
 def _parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
     dims = (keys.bits, values.bits, keys.head_dim, values.head_dim)
     arguments = ", ".join(map(str, dims))
-    plain = f"AttendPlain<{arguments}, {8 * max(operands, 1)}>::run(all, plain_shared);"
-    run = f"  float* plain_shared = reinterpret_cast<float*>(shared);\n  {plain}\n"
+    plain = f"AttendPlain<{arguments}, {8 * max(operands, 1)}>"
+    run = f"{plain}::run(all, plain_shared);"
     if operands:
-        packed = f"AttendPacked<{arguments}, {operands}>::run(all, shared);"
         run = (
-            f"  float* plain_shared = reinterpret_cast<float*>(shared);\n"
-            f"  if (int(blockIdx.y) < all.packed_parts) {{ {packed} }} else {{ {plain} }}\n"
+            f"if (int(blockIdx.z) < all.exact_parts) {plain}::run_part<true>(all, plain_shared);\n"
+            f"  else AttendPacked<{arguments}, {operands}>::run(all, shared);"
         )
-    body = _CALL_TEXT + _PARTS_BODY + run
+    shared = "  float* plain_shared = reinterpret_cast<float*>(shared);\n"
+    body = f"{_CALL_TEXT}{_QUERIES_TEXT}{_PARTS_BODY}{shared}  {run}\n"
     for name, number in (
         ("KEY_WORDS", keys.words_shape[0] * BLOCK),
         ("VALUE_WORDS", values.words_shape[0] * values.head_dim),
@@ -487,25 +594,47 @@ def _parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
         ],
         ["part_tops", "part_totals", "part_outputs"],
         body,
-        _header("fragments.cuh", "attend.cu", "attend_plain.cu") + _PACKED_TEXT,
+        _attend_header() + _PACKED_TEXT,
         shared_bytes(keys, values, operands),
     )
 
 
 @cache
-def _merge_kernel(value_dim: int, matrices: int, has_scale: bool, has_sinks: bool) -> Kernel:
-    body = (_CALL_TEXT + _MERGE_BODY).replace("VALUE_DIM", str(value_dim))
-    body = body.replace("MATRICES", str(matrices))
-    body = body.replace("THREADS", str(ATTEND_THREADS))
-    body = body.replace("SCALE", "channel_scale" if has_scale else "nullptr")
-    body = body.replace("SINKS", "sinks" if has_sinks else "nullptr")
+def _query_kernel(key_dim: int, matrices: int, has_scale: bool, rows: int) -> Kernel:
+    body = _CALL_TEXT + _QUERIES_TEXT + _QUERY_BODY
+    for name, text in (
+        *(("KEY_DIM", key_dim), ("MATRICES", matrices), ("ROWS", rows)),
+        *(("THREADS", ATTEND_THREADS), ("SCALE", "channel_scale" if has_scale else "nullptr")),
+    ):
+        body = body.replace(name, str(text))
     return _kernel(
-        f"attend_merge_{value_dim}_{matrices}_{has_scale}_{has_sinks}",
+        f"attend_query_{key_dim}_{matrices}_{has_scale}_{rows}",
+        ["queries", "key_matrix", "channel_scale", "numbers"],
+        ["rotated"],
+        body,
+        _header(read("cuda_kernels/attend_query.cu")),
+        query_shared_bytes(key_dim, rows),
+    )
+
+
+@cache
+def _merge_kernel(
+    value_dim: int, matrices: int, has_scale: bool, rows: int, has_sinks: bool
+) -> Kernel:
+    body = _CALL_TEXT + _MERGE_BODY
+    for name, text in (
+        *(("VALUE_DIM", value_dim), ("MATRICES", matrices), ("ROWS", rows)),
+        *(("THREADS", ATTEND_THREADS), ("SCALE", "channel_scale" if has_scale else "nullptr")),
+        ("SINKS", "sinks" if has_sinks else "nullptr"),
+    ):
+        body = body.replace(name, str(text))
+    return _kernel(
+        f"attend_merge_{value_dim}_{matrices}_{has_scale}_{rows}_{has_sinks}",
         ["tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "numbers"],
         ["out"],
         body,
-        _header("attend_merge.cu"),
-        4 * value_dim,
+        _header(read("cuda_kernels/attend_merge.cu")),
+        merge_shared_bytes(value_dim, rows),
     )
 
 

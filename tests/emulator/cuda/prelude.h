@@ -109,6 +109,7 @@ UNCHECKED inline uint chosen_bytes(uint low, uint high, uint selector, AT_LINE) 
 }
 
 inline float power_of_two(float x) { return exp2f(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 // mma.m16n8k16 of float16 with float32 sums. Which lane has what is the table "Matrix Fragments for mma.m16n8k16" of
 // the PTX documentation, written here as the row and column of each element.
