@@ -20,35 +20,42 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 nvcc --version | tail -2 | head -1 | tee -a "$out/gpu.txt"
 
 step "Python packages"
-# What the torch companion, its tests and the benchmark import. The text of the kernels is made in a package that
-# imports MLX; any build of it will do. A python3 that has all of it, and whose torch sees the GPU, is taken as it is.
-modules="torch, numpy, transformers, safetensors, ninja, platformdirs, rich, typer, matplotlib, pytest, xdist"
-sees_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
+# What the torch companion, its tests and the benchmark import. A python3 that has all of it, and whose torch sees the GPU, is taken
+# as it is.
+complete='import sys, mlx.core, rotormlx, torch, transformers, ninja, platformdirs, typer, matplotlib, safetensors, pytest, xdist
+sys.exit(not torch.cuda.is_available())'
 python=python3
-if ! python3 -c "import mlx.core, $modules; $sees_gpu" 2>/dev/null; then
+if ! python3 -c "$complete" 2>/dev/null; then
   python3 -m venv --system-site-packages .venv-gpu || exit 1
   python=.venv-gpu/bin/python
-  if ! $python -c "$sees_gpu" 2>/dev/null; then
-    echo "torch with CUDA is missing: pip installs it, some gigabytes."
-    $python -m pip install -q torch || { echo "torch could not be installed; install a CUDA build of it and run again."; exit 1; }
-  fi
-  $python -c 'import mlx.core' 2>/dev/null || $python -m pip install -q 'mlx[cpu]' || exit 1
-  $python -m pip install -q numpy 'transformers>=5.7' safetensors ninja platformdirs rich typer matplotlib pytest pytest-xdist || exit 1
+  echo "pip installs what is missing, with torch some gigabytes."
+  $python -m pip install -q -e '.[torch,bench]' safetensors pytest pytest-xdist || exit 1
+  $python -c "$complete" || { echo "torch must see the GPU: install a CUDA build of it that fits the driver, and run again."; exit 1; }
 fi
-$python -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "sees the GPU:", torch.cuda.is_available())' | tee -a "$out/gpu.txt"
-export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} ROTORMLX_CACHE=$PWD/$out/cache MAX_JOBS=${MAX_JOBS:-8}
-pytest="$python -m pytest -o addopts= -p no:cacheprovider --noconftest -W default -q tests/test_cuda_device.py"
+$python -c 'import torch, mlx.core as mx; print("torch", torch.__version__, "CUDA", torch.version.cuda, "MLX", mx.__version__, "with CUDA:", mx.cuda.is_available())' |
+  tee -a "$out/gpu.txt"
+export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} ROTORMLX_CACHE=$PWD/$out/cache
+# The references are numpy's, many small products at the same time.
+export MAX_JOBS=${MAX_JOBS:-8} OMP_NUM_THREADS=1
+pytest="$python -m pytest -o addopts= -p no:cacheprovider --noconftest -W default -q"
 
-step "Tests on the GPU"
-# One process for each configuration, since each is compiled first.
-timeout 180 $pytest -n 3 2>&1 | tee "$out/tests.txt" || failed=1
+step "Tests on the GPU, torch"
+# A process for each configuration, which is compiled first.
+timeout 300 $pytest -n 3 --dist loadgroup tests/test_cuda_device.py 2>&1 | tee "$out/tests.txt" || failed=1
+
+step "Tests on the GPU, MLX"
+if $python -c 'import sys, mlx.core as mx; sys.exit(not mx.cuda.is_available())'; then
+  timeout 180 $pytest -n 4 tests/test_mlx_cuda.py 2>&1 | tee "$out/mlx-tests.txt" || failed=1
+else
+  echo "This MLX is built without CUDA: skipped. pip install 'mlx[cuda13]' brings one."
+fi
 
 step "compute-sanitizer"
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
-    timeout 60 "$sanitizer" --tool $tool --error-exitcode 1 --log-file "$out/$tool.txt" \
-      $pytest -k "d128 and bf16 and (attend_is_the_reference or encode)" >"$out/$tool-tests.txt" 2>&1
+    timeout 120 "$sanitizer" --tool $tool --error-exitcode 1 --log-file "$out/$tool.txt" \
+      $pytest tests/test_cuda_device.py -k "d128 and bf16 and (attend_is_the_reference or encode)" >"$out/$tool-tests.txt" 2>&1
     code=$?
     echo "$tool: $([ $code = 0 ] && echo no complaint || echo "exit status $code, see $out/$tool.txt")"
     [ $code = 0 ] || [ $code = 124 ] || failed=1
@@ -58,7 +65,7 @@ else
 fi
 
 step "Benchmark"
-timeout 150 $python scripts/bench_cuda.py --output "$out" 2>&1 | tee "$out/bench.txt" || failed=1
+timeout 300 $python scripts/bench_cuda.py --output "$out" 2>&1 | tee "$out/bench.txt" || failed=1
 
 step "$([ $failed = 0 ] && echo "All passed" || echo "Something failed"); see $out"
 exit $failed

@@ -6,6 +6,8 @@ they are about what it cannot show: the compiler, the tensor cores, asynchronous
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -18,17 +20,22 @@ from rotormlx.torch.torch_ops import Source
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
-# Each is compiled on first use: a head_dim, widths of keys and values, a rotation.
+# Each is compiled on first use, so its tests stay in one process: a head_dim, widths of keys and
+# values, a rotation.
 CONFIGURATIONS = [
     (128, RotorConfig(4, 4)),
     (80, RotorConfig(3, 2, rotation="rotor3", channel_scale="none")),
     (256, RotorConfig(2, 8)),
 ]
+GROUPS = [f"d{dim}-k{config.key_bits}v{config.value_bits}" for dim, config in CONFIGURATIONS]
 configurations = pytest.mark.parametrize(
     ("head_dim", "config"),
-    CONFIGURATIONS,
-    ids=lambda x: f"k{x.key_bits}v{x.value_bits}" if isinstance(x, RotorConfig) else f"d{x}",
+    [
+        pytest.param(*configuration, id=group, marks=pytest.mark.xdist_group(group))
+        for group, configuration in zip(GROUPS, CONFIGURATIONS, strict=True)
+    ],
 )
+of_the_first = pytest.mark.xdist_group(GROUPS[0])
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 # Half a unit in the last place of 1.
 ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}
@@ -77,21 +84,33 @@ def test_encode_and_decode_are_the_reference(head_dim, config, role, dtype):
     assert np.abs(float64(decoded) - vectors).max() <= 1e-5 * np.abs(vectors).max()
 
 
-def problem(head_dim, config, dtype, repeats, length, blocks=37):
-    """The arguments of a call of attend; decoded keys and values of each row of the batch."""
-    lengths = [(blocks * BLOCK - 5, blocks * BLOCK - 5 + 70), (130, 180)]
-    sources, vectors = [], []
-    for role in ROLES:
-        chosen = codec(config, head_dim, layer=1, role=role)
-        packed = ops.encode(
-            rows((B, K, blocks * BLOCK, head_dim), ROLES.index(role), dtype),
-            config,
-            layer=1,
-            role=role,
-        )
-        exact = rows((B, K, 80, head_dim), 2 + ROLES.index(role), dtype)
-        sources.append(Source(chosen, exact, packed, None))
-        middle, ends = reference.decode(as_numpy(packed), chosen), float64(exact)
+BLOCKS = 37
+
+
+def lengths_of(blocks):
+    """Packed and all tokens of each batch row."""
+    return [(blocks * BLOCK - 5, blocks * BLOCK + 65), (130, 180)]
+
+
+@cache
+def sources_of(head_dim, config, dtype, blocks):
+    """Keys and values of a partly packed cache."""
+    sources = []
+    for seed, role in enumerate(ROLES):
+        x = rows((B, K, blocks * BLOCK, head_dim), seed, dtype)
+        packed = ops.encode(x, config, layer=1, role=role)
+        exact = rows((B, K, 80, head_dim), 2 + seed, dtype)
+        sources.append(Source(codec(config, head_dim, layer=1, role=role), exact, packed, None))
+    return sources
+
+
+@cache
+def vectors_of(head_dim, config, dtype):
+    """The keys and values that these stand for, each batch row by itself."""
+    vectors = []
+    for source in sources_of(head_dim, config, dtype, BLOCKS):
+        ends = float64(source.exact)
+        middle = reference.decode(as_numpy(source.packed), source.codec)
         vectors.append(
             [
                 np.concatenate(
@@ -102,22 +121,29 @@ def problem(head_dim, config, dtype, repeats, length, blocks=37):
                     ],
                     1,
                 )[None]
-                for row, (packed_tokens, tokens) in enumerate(lengths)
+                for row, (packed_tokens, tokens) in enumerate(lengths_of(BLOCKS))
             ]
         )
+    return vectors
+
+
+def call_of(head_dim, config, dtype, repeats, length, blocks=BLOCKS):
+    """What an operator is given: queries, lengths, keys, values and their configuration."""
     query = rows((B, K * repeats, length, head_dim), 7, dtype) / 4
-    return query, torch.tensor(lengths, dtype=torch.int32, device="cuda"), sources, vectors
+    lengths = torch.tensor(lengths_of(blocks), dtype=torch.int32, device="cuda")
+    return (query, lengths, *sources_of(head_dim, config, dtype, blocks), config)
 
 
 def check_attend(head_dim, config, dtype, repeats, length, **options):
-    query, lengths, sources, vectors = problem(head_dim, config, dtype, repeats, length)
+    call = call_of(head_dim, config, dtype, repeats, length)
     scale = head_dim**-0.5
-    output = ops.attend(query, lengths, *sources, config, layer=1, scale=scale, **options)
+    output = ops.attend(*call, layer=1, scale=scale, **options)
     assert output.dtype == DTYPES[dtype]
     logits = options.get("sink_logits")
+    vectors = vectors_of(head_dim, config, dtype)
     for row, (keys, values) in enumerate(zip(*vectors, strict=True)):
         expected = reference.attend(
-            float64(query[row : row + 1]),
+            float64(call[0][row : row + 1]),
             keys,
             values,
             scale=scale,
@@ -148,30 +174,30 @@ def test_attend_with_sink_logits_and_no_mask(head_dim, config):
 @configurations
 def test_attend_repeats_itself(head_dim, config):
     """Every run gives the same bytes; a race would show sooner or later."""
-    query, lengths, sources, _ = problem(head_dim, config, "bf16", 8, 1, blocks=500)
-    call = (query, lengths, *sources, config)
+    call = call_of(head_dim, config, "bf16", 8, 1, blocks=500)
     first = ops.attend(*call, layer=1, scale=0.1)
     for _ in range(50):
         assert torch.equal(ops.attend(*call, layer=1, scale=0.1), first)
 
 
+@of_the_first
 def test_another_stream_and_a_graph():
-    head_dim, config = CONFIGURATIONS[0]
-    query, lengths, sources, _ = problem(head_dim, config, "f16", 4, 1)
-    expected = ops.attend(query, lengths, *sources, config, layer=1, scale=0.1)
+    call = call_of(*CONFIGURATIONS[0], "f16", 4, 1)
+    expected = ops.attend(*call, layer=1, scale=0.1)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        other = ops.attend(query, lengths, *sources, config, layer=1, scale=0.1)
+        other = ops.attend(*call, layer=1, scale=0.1)
     torch.cuda.synchronize()
     assert torch.equal(other, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = ops.attend(query, lengths, *sources, config, layer=1, scale=0.1)
+        captured = ops.attend(*call, layer=1, scale=0.1)
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
 
 
+@of_the_first
 def test_values_are_encoded_like_keys_of_centre_zero():
     """Both roles of one configuration are in one library, and do not take each other's place."""
     head_dim, config = CONFIGURATIONS[0]
