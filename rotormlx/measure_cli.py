@@ -53,6 +53,12 @@ def quality(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each text to read.")] = 1217,
     greedy: Annotated[int, typer.Option(help="Greedy tokens to try behind each text.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compute in: float32, bfloat16 or float16; the model's own if none."
+        ),
+    ] = None,
     all_packed: Annotated[
         bool, typer.Option("--all-packed", help="No sink and no window in any scheme.")
     ] = False,
@@ -75,6 +81,7 @@ def quality(
                 texts=texts,
                 tokens=tokens,
                 greedy=greedy,
+                dtype=dtype,
                 progress=progress,
             )
     console.print(report.table(result))
