@@ -137,6 +137,14 @@ def bench(
     ),
     repeats: Annotated[int, typer.Option(help="Turns of each scheme and context.")] = 3,
     decode_tokens: Annotated[int, typer.Option(help="Tokens to write in each turn.")] = 32,
+    numpy: Annotated[
+        bool,
+        typer.Option(
+            "--numpy",
+            help="On a CPU, let numpy multiply in linear layers, as quality does: sooner done, but "
+            "not what mlx-lm does.",
+        ),
+    ] = False,
     output: Output = None,
 ) -> None:
     """Measure speed and memory of schemes, in turn in one process."""
@@ -154,6 +162,7 @@ def bench(
                 contexts=counts,
                 repeats=repeats,
                 decode_tokens=decode_tokens,
+                numpy=numpy,
                 progress=progress,
             )
     console.print(module.table(result))
