@@ -9,8 +9,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rotormlx import hook, quality, quality_report, rivals
+from rotormlx.cpu_linear import numpy_linear
 from rotormlx.quality_run import machine, versions
 from rotormlx.report import megabytes
 from rotormlx.rivals import Scheme
@@ -84,6 +87,8 @@ def run(
     contexts: Sequence[int] = (1024, 4096),
     repeats: int = 3,
     decode_tokens: int = 32,
+    numpy: bool = False,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Time schemes in turn.
@@ -97,10 +102,12 @@ def run(
         contexts: Tokens of the prompts.
         repeats: Turns of each scheme and context; one more with a short prompt warms up.
         decode_tokens: Tokens to write in each turn.
+        numpy: Whether linear layers multiply with numpy on a CPU, which mlx-lm does not do.
+        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
         progress: Shows the turns, if given.
 
     Raises:
-        ValueError: If a number is not positive, or a name is no scheme.
+        ValueError: If a number is not positive, or a name is no scheme or dtype.
     """
     if min(*contexts, repeats, decode_tokens) < 1:
         raise ValueError(
@@ -116,15 +123,14 @@ def run(
     was_installed = hook.installed()
     hook.install()
     try:
-        for each in schemes:
-            turn(model, ids[:64], each, 2)
-        for _ in range(repeats):
-            for context in contexts:
-                for each in schemes:
-                    progress.update(task, description=f"{context} tokens: {each.name}")
-                    timing = turn(model, ids[:context], each, decode_tokens)
-                    turns.setdefault((each.name, context), []).append(timing)
-                    progress.advance(task, context)
+        with numpy_linear() if numpy else nullcontext(), quality.computing_in(model, dtype):
+            for each in schemes:
+                turn(model, ids[:64], each, 2)
+            for _, context, each in product(range(repeats), contexts, schemes):
+                progress.update(task, description=f"{context} tokens: {each.name}")
+                timing = turn(model, ids[:context], each, decode_tokens)
+                turns.setdefault((each.name, context), []).append(timing)
+                progress.advance(task, context)
     finally:
         if not was_installed:
             hook.remove()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -228,10 +227,12 @@ def run(
             ]
     task = progress.add_task("", total=len(schemes) * sum(len(stack.questions) for stack in stacks))
     done: list[Trial] = []
+    # MLX is slow in 16 bits on a CPU.
+    dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
     was_installed = hook.installed()
     hook.install()
     try:
-        with numpy_linear(), _float32(model):
+        with numpy_linear(), quality.computing_in(model, dtype):
             for stack in stacks:
                 for each in schemes:
                     progress.update(task, description=f"{stack.kind}: {each.name}")
@@ -333,18 +334,6 @@ def _sentences() -> list[str]:
 def _room(length: int) -> int:
     """Tokens of a text among which needles may begin."""
     return length - START - END
-
-
-@contextmanager
-def _float32(model: Any) -> Iterator[None]:
-    """Let a model compute in float32 on a CPU, where MLX is slow in 16 bits."""
-    before = model.parameters()
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
-    try:
-        yield
-    finally:
-        model.update(before)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pydoc_data.topics import topics
@@ -38,6 +39,7 @@ _TOPICS = (
 _NOT_PROSE = re.compile(
     r"^\s|^\* |^[\d.-]|^\w+ in version|^Deprecated|::|>>>|[=`{}|\\<>#@_]", re.MULTILINE
 )
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _ROWS = 64  # rows of a vocabulary in float64 at a time: 25 MB for 49,152 tokens
 
 
@@ -245,6 +247,30 @@ def common_start(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens at the start of two answers are the same."""
     pairs = zip(a, b, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@contextmanager
+def computing_in(model: Any, dtype: str | None) -> Iterator[None]:
+    """Let a model compute in another dtype, which its caches then hold too.
+
+    Args:
+        model: An mlx-lm model.
+        dtype: One of ``DTYPES``, or None for the model's own.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"[quality] A dtype must be one of {', '.join(DTYPES)}, but {dtype!r} was given."
+        )
+    before = model.parameters()
+    if dtype is not None:
+        model.set_dtype(DTYPES[dtype])
+    try:
+        yield
+    finally:
+        model.update(before)
 
 
 def packed_of(caches: Sequence[Any]) -> int:

@@ -52,7 +52,7 @@ _PRINTED = ("bits a value", "KL", "KL, 95 %", "top-1", "PPL", "greedy", "cosine"
 def table(result: Result) -> Table:
     """The main columns, for a terminal."""
     out = Table(title=heading(result))
-    out.add_column("scheme")
+    out.add_column("scheme", no_wrap=True)
     for name in _PRINTED:
         out.add_column(name, justify="right")
     for row in result.rows:
@@ -74,7 +74,8 @@ def setting(result: Result) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     return (
         f"`{result.command}`, {result.tokens} tokens of {texts} read in chunks of 64, predictions "
-        f"from {result.start} on; {result.machine}; {packages}; {result.date}."
+        f"from {result.start} on, computed in {result.dtype}; {result.machine}; {packages}; "
+        f"{result.date}."
     )
 
 

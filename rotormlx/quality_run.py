@@ -89,6 +89,7 @@ class Result:
         start: First prediction compared in each text.
         predictions: How many were compared in all.
         greedy: Greedy tokens tried behind each text.
+        dtype: What the model computed in, and its exact tokens were kept in.
         exact_ppl: Perplexity through the exact cache.
         exact_bytes: Bytes of the exact cache.
         rows: One a scheme.
@@ -104,6 +105,7 @@ class Result:
     start: int
     predictions: int
     greedy: int
+    dtype: str
     exact_ppl: float
     exact_bytes: int
     rows: tuple[Row, ...]
@@ -133,6 +135,7 @@ def run(
     texts: dict[str, str] | None = None,
     tokens: int = 1216,
     greedy: int = 64,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Read texts through every scheme and compare with the exact cache.
@@ -147,10 +150,11 @@ def run(
         texts: Texts by name; prose of CPython's documentation if None.
         tokens: Tokens of each text to read.
         greedy: Greedy tokens to try behind each text; 0 for none.
+        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
         progress: Shows what is read, if given.
 
     Raises:
-        ValueError: If a name is no scheme, or a text is too short.
+        ValueError: If a name is no scheme or dtype, or a text is too short.
         RuntimeError: If what was scored did not come from packed bytes.
     """
     schemes = [rivals.scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT]
@@ -162,7 +166,7 @@ def run(
     was_installed = hook.installed()
     hook.install()
     try:
-        with numpy_linear():
+        with numpy_linear(), quality.computing_in(model, dtype):
             found = [
                 _of_text(model, ids, schemes, greedy, progress, name) for name, ids in read.items()
             ]
@@ -184,6 +188,7 @@ def run(
         start=found[0].start,
         predictions=sum(len(text.exact_log_likelihoods) for text in found),
         greedy=greedy,
+        dtype=found[0].dtype,
         exact_ppl=exact_ppl,
         exact_bytes=found[-1].exact_bytes,
         rows=rows,
@@ -248,6 +253,7 @@ class _Found:
 @dataclass(frozen=True)
 class _Text:
     start: int
+    dtype: str
     exact_log_likelihoods: NDArray[np.float64]
     exact_bytes: int
     found: list[_Found]
@@ -304,6 +310,7 @@ def _of_text(
         )
         layers = list(retention.attended(caches, latest))
         size = rivals.used_bytes(caches)
+        keys, _ = rivals.decoded(next(cache for _, cache in rivals.compressed(caches)))
     answer = quality.greedy(model, ids[-1], caches, greedy)
     progress.advance(task, greedy)
     exact = _Reading(scores, answer, 0.0, caches)
@@ -313,7 +320,7 @@ def _of_text(
         found.append(_found(each, exact, reading, layers, start))
     rows = np.arange(start, len(exact.scores.targets))
     likelihoods = exact.scores.log_probs[rows, exact.scores.targets[rows]].astype(np.float64)
-    return _Text(start, likelihoods, size, found)
+    return _Text(start, str(keys.dtype).rpartition(".")[2], likelihoods, size, found)
 
 
 def _read(

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import mlx.core as mx
 import pytest
 import tiny_models
+from mlx.nn.layers.linear import Linear
 from typer.testing import CliRunner
 
 from rotormlx import bench, cli, hook, rivals
@@ -61,6 +62,23 @@ def test_schemes_take_turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.medians[0] == timing("exact", 100, 8)
     assert [(m.scheme, m.context) for m in result.medians] == [(n, c) for n, c, _ in once]
     assert not hook.installed()
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="needs MLX on the CPU")
+@pytest.mark.parametrize("numpy", [True, False])
+def test_numpy_multiplies_only_where_it_is_asked_for(
+    model: Any, numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: set[str] = set()
+
+    def turn(model: Any, prompt: Any, each: Any, decode_tokens: int) -> Timing:
+        where.add(Linear.__call__.__module__)
+        return timing(each.name, len(prompt), 1)
+
+    monkeypatch.setattr(bench, "turn", turn)
+    options: Any = {"model_name": "", "command": "", "contexts": (9,), "repeats": 1}
+    bench.run(model, Bytes(), ["k4v4"], numpy=numpy, **options)
+    assert where == {"rotormlx.cpu_linear" if numpy else "mlx.nn.layers.linear"}
 
 
 def test_median_is_of_each_number() -> None:

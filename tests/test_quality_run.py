@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from typer.testing import CliRunner
 
@@ -102,6 +103,24 @@ def test_several_texts_are_pooled(model: Any) -> None:
     assert both.texts == ("a", "b")
 
 
+def test_run_computes_in_another_dtype_and_leaves_the_model_as_it_was() -> None:
+    model = tiny_models.build("llama", seed=3)
+    model.set_dtype(mx.bfloat16)
+    before = tree_flatten(model.parameters())
+    options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "greedy": 0}
+    own, wide = (
+        quality_run.run(model, Bytes(), ["k4v4"], dtype=dtype, **options)
+        for dtype in (None, "float32")
+    )
+    assert (own.dtype, wide.dtype) == ("bfloat16", "float32")
+    assert wide.exact_bytes == 2 * own.exact_bytes
+    # What is left is quantization; in bfloat16 rounding adds to it.
+    assert 0 < wide.rows[0].kl < own.rows[0].kl
+    assert "computed in float32" in quality_report.setting(wide)
+    after = tree_flatten(model.parameters())
+    assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True))
+
+
 def test_run_leaves_the_hook_as_it_was(result: quality_run.Result) -> None:
     assert not hook.installed()
 
@@ -135,6 +154,11 @@ def test_run_refuses_predictions_that_read_nothing_packed(
 def test_run_refuses(model: Any, names: list[str], tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quality_run.run(model, Bytes(), names, model_name="", command="", tokens=tokens)
+
+
+def test_run_refuses_a_dtype(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"A dtype must be .* but 'int4' was given"):
+        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", dtype="int4")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +266,15 @@ def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = tmp_path / "text.txt"
     text.write_text(quality.default_text()[:2000])
     argv = ["quality", path, "--schemes", "k4v4 kivi-k4v4", "--tokens", "270", "--greedy", "3"]
-    argv += ["--text", str(text), "--all-packed", "--output", str(tmp_path / "out")]
+    argv += [
+        "--dtype",
+        "bfloat16",
+        "--text",
+        str(text),
+        "--all-packed",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr(sys, "argv", ["rotormlx", *argv])
     done = CliRunner().invoke(cli.app, argv)
     assert done.exit_code == 0, done.output
@@ -250,6 +282,7 @@ def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [row["scheme"] for row in found["rows"]] == ["k4v4:bare", "kivi-k4v4:bare"]
     assert found["texts"] == ["text.txt"]
     assert found["start"] == 64
+    assert found["dtype"] == "bfloat16"
     assert found["model"] == "model"
     assert found["command"].startswith(f"rotormlx quality {path} --schemes 'k4v4 kivi-k4v4'")
     assert (tmp_path / "out" / "quality.md").read_text().count("\n| `k") == 2
