@@ -88,6 +88,7 @@ def run(
     repeats: int = 3,
     decode_tokens: int = 32,
     numpy: bool = False,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Time schemes in turn.
@@ -102,10 +103,11 @@ def run(
         repeats: Turns of each scheme and context; one more with a short prompt warms up.
         decode_tokens: Tokens to write in each turn.
         numpy: Whether linear layers multiply with numpy on a CPU, which mlx-lm does not do.
+        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
         progress: Shows the turns, if given.
 
     Raises:
-        ValueError: If a number is not positive, or a name is no scheme.
+        ValueError: If a number is not positive, or a name is no scheme or dtype.
     """
     if min(*contexts, repeats, decode_tokens) < 1:
         raise ValueError(
@@ -121,7 +123,7 @@ def run(
     was_installed = hook.installed()
     hook.install()
     try:
-        with numpy_linear() if numpy else nullcontext():
+        with numpy_linear() if numpy else nullcontext(), quality.computing_in(model, dtype):
             for each in schemes:
                 turn(model, ids[:64], each, 2)
             for _, context, each in product(range(repeats), contexts, schemes):

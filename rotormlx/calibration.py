@@ -36,6 +36,7 @@ from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.cpu_linear import numpy_linear
 from rotormlx.fingerprint import fingerprint, structure
 from rotormlx.format import BLOCK, KEY, ROLES
+from rotormlx.layer_bits import allotted, losses
 from rotormlx.learned import fitted, learned_matrix, learned_size
 from rotormlx.paths import cache_dir
 from rotormlx.probe import compress
@@ -51,6 +52,7 @@ _COUNT = re.compile("[0-9]{1,15}")
 # Tokens that a calibration reads; more of them change little (docs/CALIBRATION.md).
 TOKENS = 512
 _CHUNK = 64
+_LOSS = ".loss"
 _SINK = RotorConfig().sink
 # A second moment of few tokens is drawn towards its diagonal by so much, and no channel counts less
 # than this share of the mean: directions that the text hardly showed must not be blown up.
@@ -68,7 +70,8 @@ class Calibration:
         structure: Name of the model's shapes, see :func:`rotormlx.fingerprint.structure`.
         numbers: By name what is kept, float32: ``LAYER.ROLE``, the channel scale ``[K, D]`` or the
             matrix ``[K, D, D]``; for ``rotors`` the scale, and ``LAYER.ROLE.rotors``, the
-            coefficients ``[K, n]``.
+            coefficients ``[K, n]``. Where the layers were measured, ``LAYER.ROLE.loss`` ``[1]``,
+            see :func:`rotormlx.layer_bits.losses`.
         tokens: Tokens that were read.
     """
 
@@ -85,6 +88,32 @@ class Calibration:
         return replace(config, rotation=CALIBRATED, channel_scale=None)
 
     @property
+    def has_losses(self) -> bool:
+        """Whether the layers were measured, so that bits go where they count."""
+        return any(name.endswith(_LOSS) for name in self.numbers)
+
+    @property
+    def without_losses(self) -> Calibration:
+        """The same for equal bits in all layers."""
+        kept = {name: array for name, array in self.numbers.items() if not name.endswith(_LOSS)}
+        return replace(self, numbers=kept)
+
+    def by_layer(self, config: RotorConfig) -> Callable[[int], RotorConfig]:
+        """The configuration of each layer; their bits have the mean of ``config``'s."""
+        if not self.has_losses:
+            return lambda layer: config
+        parts = [[f"{layer}.{role}" for role in ROLES] for layer in self.layers]
+        loss = np.array([[self.numbers[part + _LOSS][0] for part in pair] for pair in parts])
+        shapes = [[self.numbers[part].shape for part in pair] for pair in parts]
+        sizes = np.array([[heads * d for heads, *_, d in pair] for pair in shapes], np.float64)
+        bits = allotted(loss.astype(np.float64), sizes, (config.key_bits + config.value_bits) / 2)
+        own = {
+            layer: replace(config, key_bits=int(keys), value_bits=int(values))
+            for layer, (keys, values) in zip(self.layers, bits, strict=True)
+        }
+        return lambda layer: own[layer]
+
+    @property
     def layers(self) -> list[int]:
         """The indices of the layers."""
         return sorted({int(name.partition(".")[0]) for name in self.numbers})
@@ -92,7 +121,8 @@ class Calibration:
     @property
     def numbers_a_head(self) -> int:
         """Numbers for the keys of one KV head of the first layer, and for its values: the mean."""
-        first = [a for name, a in self.numbers.items() if name.startswith(f"{self.layers[0]}.")]
+        numbers = self.without_losses.numbers
+        first = [a for name, a in numbers.items() if name.startswith(f"{self.layers[0]}.")]
         return sum(a[0].size for a in first) // 2
 
     def of(self, layer: int) -> Calibrated:
@@ -159,6 +189,7 @@ def calibrate(
     transform: str = "scale",
     text: str | None = None,
     tokens: int = TOKENS,
+    layers: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Read a text with the exact cache and see what a model's keys, values and queries are like.
@@ -169,11 +200,13 @@ def calibrate(
         transform: One of ``TRANSFORMS``.
         text: The text, of which the last tokens are read; prose of CPython's documentation if None.
         tokens: How many of its tokens to read.
+        layers: Whether to measure each layer too, so that bits go where they count. The text is
+            read again twice a layer, in float32.
         progress: Told of every token read and, then, of every layer done, if given.
 
     Raises:
         ValueError: If the transform is unknown, the text too short, or the model has layers that
-            cannot be told apart.
+            cannot be told apart or predicts what is not finite.
     """
     if transform not in TRANSFORMS:
         raise ValueError(
@@ -196,6 +229,11 @@ def calibrate(
             for name, array in _transformed(transform, moment, seen_by, layer, role).items():
                 numbers[f"{layer}.{name}"] = array.astype(np.float32)
         tell(1)
+    if layers:
+        measured = sorted({int(name.partition(".")[0]) for name in numbers})
+        for layer, pair in zip(measured, losses(model, ids, measured, tell), strict=True):
+            for role, loss in zip(ROLES, pair, strict=True):
+                numbers[f"{layer}.{role}{_LOSS}"] = np.array([loss], np.float32)
     return Calibration(transform, fingerprint(model), structure(model), numbers, len(ids))
 
 
@@ -414,16 +452,21 @@ def _read(path: str | Path) -> Calibration:
     parts = ("", ".rotors") if transform == "rotors" else ("",)
     layers = {name.partition(".")[0] for name in numbers}
     wanted = {f"{layer}.{role}{part}" for layer in layers for role in ROLES for part in parts}
-    if not layers or set(numbers) != wanted or not all(layer.isdecimal() for layer in layers):
+    measured = {f"{layer}.{role}{_LOSS}" for layer in layers for role in ROLES}
+    right = set(numbers) in (wanted, wanted | measured)
+    if not layers or not right or not all(layer.isdecimal() for layer in layers):
         raise wrong("name its arrays by layer and role", f"it has {sorted(numbers)[:4]}")
     for name, array in numbers.items():
-        dimensions = 3 if transform == "klt" else 2
+        dimensions = 1 if name in measured else 3 if transform == "klt" else 2
         if array.dtype != np.float32 or array.ndim != dimensions or not np.isfinite(array).all():
             raise wrong(
                 f"hold finite float32 numbers of {dimensions} dimensions",
                 f"{name} is {array.dtype} of shape {array.shape}",
             )
-        if not _usable(transform, name, array, numbers):
+        if name in measured:
+            if array.shape != (1,) or array[0] < 0:
+                raise wrong("hold a loss not below zero for each layer and role", f"not {name}")
+        elif not _usable(transform, name, array, numbers):
             raise wrong("hold scales above zero and matrices that can be inverted", name)
     return Calibration(transform, facts["model"], facts["structure"], numbers, int(facts["tokens"]))
 

@@ -207,9 +207,10 @@ def cache_factory(
     config: RotorConfig, calibration: Calibration | None, max_kv_size: int | None = None
 ) -> Callable[[int], RotorKVCache]:
     """What makes the compressed cache of a layer, by its index."""
-    return lambda layer: RotorKVCache(
-        config, layer, max_kv_size, None if calibration is None else calibration.of(layer)
-    )
+    if calibration is None:
+        return lambda layer: RotorKVCache(config, layer, max_kv_size)
+    of, own = calibration.of, calibration.by_layer(config)
+    return lambda layer: RotorKVCache(own(layer), layer, max_kv_size, of(layer))
 
 
 def model_calibration(model: Module) -> Calibration | None:
@@ -255,6 +256,8 @@ def _probe(
         if calibration is not None:
             report = replace(report, config=calibration.configured(config))
             calibration.check(report)
+            if calibration.has_losses:
+                report = report.by_layer(calibration.by_layer(report.config))
     except BaseException:
         if not was_installed:
             hook.remove()

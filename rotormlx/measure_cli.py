@@ -31,9 +31,14 @@ Schemes = Annotated[
     typer.Option(
         help="Schemes, separated by spaces: exact, or [FAMILY-]kBITSvBITS[:OPTION,...]. Families: "
         "the rotations, affine (mlx-lm's own), kivi, turboquant, rotorquant. Options: sink=N, "
-        "window=N, seed=N, scale=NAME, calibrated=TRANSFORM, bare (no sink and window), "
+        "window=N, seed=N, scale=NAME, calibrated=TRANSFORM, layers (bits of their own, as "
+        "calibrate --layers has measured them), bare (no sink and window), "
         "qjl, centred."
     ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="What to compute in: float32, bfloat16 or float16; the model's own if none."),
 ]
 Output = Annotated[Path | None, typer.Option(help="A directory for the files with the results.")]
 
@@ -53,12 +58,7 @@ def quality(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each text to read.")] = 1217,
     greedy: Annotated[int, typer.Option(help="Greedy tokens to try behind each text.")] = 64,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="What to compute in: float32, bfloat16 or float16; the model's own if none."
-        ),
-    ] = None,
+    dtype: Dtype = None,
     all_packed: Annotated[
         bool, typer.Option("--all-packed", help="No sink and no window in any scheme.")
     ] = False,
@@ -145,10 +145,11 @@ def bench(
             "not what mlx-lm does.",
         ),
     ] = False,
+    dtype: Dtype = None,
     output: Output = None,
 ) -> None:
     """Measure speed and memory of schemes, in turn in one process."""
-    with _refusing("[bench]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]"):
+    with _refusing("[bench]", "[quality]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]"):
         module, rivals = _module("bench"), importlib.import_module("rotormlx.rivals")
         counts = _numbers("contexts", contexts)
         list(map(rivals.scheme, schemes.split()))
@@ -163,6 +164,7 @@ def bench(
                 repeats=repeats,
                 decode_tokens=decode_tokens,
                 numpy=numpy,
+                dtype=dtype,
                 progress=progress,
             )
     console.print(module.table(result))
@@ -183,6 +185,13 @@ def calibrate(
         Path | None, typer.Option(help="A text file; prose of CPython's documentation if none.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it to read, from its end.")] = 512,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Measure each layer too, in float32: bits then go to the layers that need them.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(help="A .safetensors file; where the model finds it by itself if none."),
@@ -194,13 +203,16 @@ def calibrate(
         words = None if text is None else _read(text)
         console, path, (loaded, tokenizer) = _load(model)
         with _progress(console) as progress:
-            task = progress.add_task(f"Calibrating {path.name}", total=tokens + len(loaded.layers))
+            count = len(loaded.layers)
+            total = tokens + count + layers * (2 * count + 1) * tokens
+            task = progress.add_task(f"Calibrating {path.name}", total=total)
             found = module.calibrate(
                 loaded,
                 tokenizer,
                 transform=transform,
                 text=words,
                 tokens=tokens,
+                layers=layers,
                 progress=lambda n: progress.advance(task, n),
             )
         target = output or module.default_path(loaded, transform)
@@ -208,7 +220,8 @@ def calibrate(
             target.parent.mkdir(parents=True, exist_ok=True)
         found.save(target)
     console.print(
-        f"{path.name}: {transform} of {len(found.layers)} layers from {found.tokens} tokens, "
+        f"{path.name}: {transform} {'and losses ' if layers else ''}of {len(found.layers)} layers "
+        f"from {found.tokens} tokens, "
         f"{found.numbers_a_head:,} numbers a KV head, {target.stat().st_size / 1e6:.2f} MB",
         highlight=False,
     )

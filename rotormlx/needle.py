@@ -228,7 +228,7 @@ def run(
     task = progress.add_task("", total=len(schemes) * sum(len(stack.questions) for stack in stacks))
     done: list[Trial] = []
     # MLX is slow in 16 bits on a CPU.
-    dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+    dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
     was_installed = hook.installed()
     hook.install()
     try:

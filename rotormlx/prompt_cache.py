@@ -174,7 +174,9 @@ def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
     fresh = model.make_cache()
     _check_model(report, fresh, shapes)
     _check_calibration(report, fresh, caches)
-    return _convert(caches, report.config, model_calibration(model))
+    calibration = model_calibration(model)
+    config_of = calibration.by_layer(report.config) if calibration else lambda layer: report.config
+    return _convert(caches, config_of, calibration)
 
 
 def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> None:
@@ -192,7 +194,7 @@ def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> N
 
 def _convert(
     caches: list[Any],
-    config: RotorConfig,
+    config_of: Callable[[int], RotorConfig],
     calibration: Calibration | None,
     layer: int | None = None,
 ) -> int:
@@ -202,12 +204,12 @@ def _convert(
         if type(cache) is KVCache:
             # Layer by layer, so that a plain layer is freed before the next one is packed.
             calibrated = None if calibration is None else calibration.of(place)
-            caches[index] = RotorKVCache.from_kv_cache(cache, config, place, calibrated)
+            caches[index] = RotorKVCache.from_kv_cache(cache, config_of(place), place, calibrated)
             mx.eval(caches[index].state)
             count += 1
         elif isinstance(cache, CacheList):
             parts = list(cache.caches)
-            count += _convert(parts, config, calibration, place)
+            count += _convert(parts, config_of, calibration, place)
             cache.caches = tuple(parts)
     return count
 
@@ -236,9 +238,9 @@ def _check_model(report: Report, wanted: list[Any], shapes: Sequence[tuple[int, 
 
 def _check_fits(report: Report, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
     if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
-        if shape.config is not None and shape.config != report.config:
+        if shape.config is not None and shape.config != want.config:
             raise _mismatch(
-                report, report.config.to_json(), shape.config.to_json(), "the configuration"
+                report, want.config.to_json(), shape.config.to_json(), "the configuration"
             )
         if shape.layer != index:
             raise _mismatch(report, f"layer {index} at position {index}", f"layer {shape.layer}")

@@ -250,11 +250,23 @@ def common_start(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 @contextmanager
-def computing_in(model: Any, dtype: mx.Dtype | None) -> Iterator[None]:
-    """Let a model compute in another dtype, which its caches then hold too; None for its own."""
+def computing_in(model: Any, dtype: str | None) -> Iterator[None]:
+    """Let a model compute in another dtype, which its caches then hold too.
+
+    Args:
+        model: An mlx-lm model.
+        dtype: One of ``DTYPES``, or None for the model's own.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"[quality] A dtype must be one of {', '.join(DTYPES)}, but {dtype!r} was given."
+        )
     before = model.parameters()
     if dtype is not None:
-        model.set_dtype(dtype)
+        model.set_dtype(DTYPES[dtype])
     try:
         yield
     finally:

@@ -157,11 +157,6 @@ def run(
         ValueError: If a name is no scheme or dtype, or a text is too short.
         RuntimeError: If what was scored did not come from packed bytes.
     """
-    if dtype not in (None, *quality.DTYPES):
-        raise ValueError(
-            f"[quality] A dtype must be one of {', '.join(quality.DTYPES)}, but {dtype!r} was "
-            "given."
-        )
     schemes = [rivals.scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT]
     if not schemes:
         raise ValueError("[quality] At least one scheme must be given; k4v4 is our default.")
@@ -171,7 +166,7 @@ def run(
     was_installed = hook.installed()
     hook.install()
     try:
-        with numpy_linear(), quality.computing_in(model, quality.DTYPES.get(dtype or "")):
+        with numpy_linear(), quality.computing_in(model, dtype):
             found = [
                 _of_text(model, ids, schemes, greedy, progress, name) for name, ids in read.items()
             ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 
 from rotormlx.config import CALIBRATED, RotorConfig
-from rotormlx.format import BLOCK
+from rotormlx.format import BLOCK, KEY, VALUE, codec
 
 FLOAT16_BYTES = 2
 
@@ -91,11 +91,26 @@ class Report:
         config: How keys and values are compressed.
         model_type: mlx-lm's name of the architecture.
         layers: One entry a cache, in the model's order.
+        layers_differ: Whether layers have bits of their own; those of ``config`` are their mean.
     """
 
     config: RotorConfig
     model_type: str
     layers: tuple[LayerReport, ...]
+    layers_differ: bool = False
+
+    def by_layer(self, config_of: Callable[[int], RotorConfig]) -> Report:
+        """The same with bits of their own for the layers."""
+
+        def own(layer: LayerReport) -> LayerReport:
+            if not layer.compressed:
+                return layer
+            config, index = config_of(layer.index).uncalibrated, layer.index
+            key = codec(config, layer.head_dim_k, layer=index, role=KEY)
+            value = codec(config, layer.head_dim_v, layer=index, role=VALUE)
+            return replace(layer, key_bits=key.bits_per_value, value_bits=value.bits_per_value)
+
+        return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
 
     @property
     def bits_per_value(self) -> float:
@@ -122,7 +137,8 @@ class Report:
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
-            f"K{self.config.key_bits} V{self.config.value_bits} {self._transform}, "
+            f"K{self.config.key_bits} V{self.config.value_bits} "
+            f"{'on average, by layer, ' if self.layers_differ else ''}{self._transform}, "
             f"{self.bits_per_value:.3f} bits a value"
         )
 

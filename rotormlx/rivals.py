@@ -45,7 +45,7 @@ _NAME = re.compile(r"(?:([a-z]+\d?)-)?k(\d)v(\d)(?::(.+))?")
 GRAMMAR = (
     "[FAMILY-]kBITSvBITS[:OPTION,...] with a family of "
     f"{', '.join(FAMILIES)} and options sink=N, window=N, seed=N, scale=NAME, "
-    "calibrated=TRANSFORM, bare, qjl, centred"
+    "calibrated=TRANSFORM, layers, bare, qjl, centred"
 )
 
 
@@ -257,12 +257,14 @@ class Scheme:
         make: The cache of a layer, by its index.
         config: Of a rotormlx cache; None for the others.
         transform: The calibration that it needs, see :mod:`rotormlx.calibration`; None for none.
+        layers: Whether layers get bits of their own, as the calibration has measured them.
     """
 
     name: str
     make: Callable[[int], Any]
     config: RotorConfig | None = None
     transform: str | None = None
+    layers: bool = False
 
     def bound(self, model: Any) -> Scheme:
         """The scheme with the calibration of a model, if it needs one.
@@ -277,6 +279,14 @@ class Scheme:
             raise ValueError(
                 f"[scheme] {self.name} needs a calibration of this model, but none is kept; make "
                 f"it: rotormlx calibrate MODEL --transform {self.transform}."
+            )
+        if not self.layers:
+            found = found.without_losses
+        elif not found.has_losses:
+            raise ValueError(
+                f"[scheme] {self.name} needs a calibration that has measured the layers, but the "
+                "one of this model has not; make it: rotormlx calibrate MODEL --layers --transform "
+                f"{self.transform}."
             )
         config = found.configured(self.config)
         return replace(self, config=config, make=cache_factory(config, found))
@@ -404,7 +414,7 @@ def _projection(head_dim: int, seed: int, layer: int) -> Array:
 # ---- names --------------------------------------------------------------------------------------
 
 _NUMBERS = ("sink", "window", "seed")
-_FLAGS = ("bare", "qjl", "centred")
+_FLAGS = ("bare", "qjl", "centred", "layers")
 
 
 def _options(name: str, text: str | None) -> dict[str, Any]:
@@ -436,15 +446,21 @@ def _allow(name: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None
 
 
 def _rotor_scheme(name: str, family: str, bits: tuple[int, int], options: dict[str, Any]) -> Scheme:
-    _allow(name, options, ("sink", "window", "seed", "scale", "calibrated"))
+    _allow(name, options, ("sink", "window", "seed", "scale", "calibrated", "layers"))
     scale, transform = options.pop("scale", None), options.pop("calibrated", None)
+    layers = options.pop("layers", False)
+    if layers and transform is None:
+        raise ValueError(
+            f"[scheme] Bits by layer come from a calibration, but {name!r} has none; add "
+            f"calibrated={TRANSFORMS[0]}."
+        )
     if transform is not None and (transform not in TRANSFORMS or family != "cascade" or scale):
         raise ValueError(
             f"[scheme] A calibrated scheme must have the cascade, no other scale, and a transform "
             f"of {', '.join(TRANSFORMS)}, but {name!r} was given."
         )
     config = RotorConfig(*bits, rotation=family, channel_scale=scale, **options)
-    return Scheme(name, lambda layer: RotorKVCache(config, layer), config, transform)
+    return Scheme(name, lambda layer: RotorKVCache(config, layer), config, transform, layers)
 
 
 def _rival(name: str, family: str, bits: tuple[int, int], options: dict[str, Any]) -> Scheme:

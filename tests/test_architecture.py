@@ -27,6 +27,7 @@ LAYERS = [
     {"batch_cache"},
     {"hook", "report"},
     {"probe", "quality", "smollm2"},
+    {"layer_bits"},
     {"calibration"},
     {"integration"},
     {"rivals"},

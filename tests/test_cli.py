@@ -682,6 +682,19 @@ def test_calibrate_writes_a_file_that_commands_take(llama: str, text: str, tmp_p
     assert "calibrated rotations" in run("info", llama, "--calibration", str(path)).stdout
 
 
+def test_calibrate_measures_layers_and_info_shows_their_bits(llama: str, text: str, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    result = run(
+        "calibrate", llama, "--layers", "--text", text, "--tokens", "200", "--output", str(path)
+    )
+    assert result.exit_code == 0, result.output
+    assert "scale and losses of 2 layers from 200 tokens" in result.stdout
+    shown = run("info", llama, "--key-bits", "3", "--value-bits", "3", "--calibration", str(path))
+    assert "K3 V3 on average, by layer," in " ".join(shown.stdout.split())
+    used = run("generate", "--calibration", str(path), "--model", llama, *LONG, *QUIET)
+    assert "K4 V4 on average, by layer," in used.stderr
+
+
 def test_calibrate_refuses_in_one_sentence(llama: str, text: str, directory: Path):
     assert_refused(run("calibrate", llama, "--transform", "pca"), "scale, rotors, klt", "'pca'")
     assert_refused(
