@@ -1,0 +1,72 @@
+"""What rounding adds to a measured divergence: ``python scripts/noise.py``.
+
+Reads SmolLM2-135M-Instruct through the exact cache in chunks of other lengths, through ours with
+nothing packed, and in another dtype: right computations of the same thing, which differ by rounding
+alone. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import mlx_lm
+import typer
+from mlx_lm.models.cache import make_prompt_cache
+
+from rotormlx import hook, quality, rivals, smollm2
+from rotormlx.cache import RotorKVCache
+from rotormlx.config import RotorConfig
+from rotormlx.cpu_linear import numpy_linear
+from rotormlx.probe import compress
+from rotormlx.quality import Scores
+from rotormlx.quality_run import CHUNK, mean_interval
+
+START = 192  # the first prediction that reads packed tokens, as in rotormlx quality
+Make = Callable[[int], Any]
+
+
+def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) -> None:
+    """Print the divergence that arithmetic alone makes, beside that of 4 bits."""
+    model, tokenizer = mlx_lm.load(str(smollm2.fetch()))[:2]
+    ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[:tokens]
+    exact = rivals.scheme(rivals.EXACT).make
+    four = rivals.scheme("k4v4").make
+
+    def unpacked(layer: int) -> RotorKVCache:
+        return RotorKVCache(RotorConfig(window=tokens), layer)
+
+    def read(make: Make, dtype: str, chunk: int = CHUNK) -> Scores:
+        caches = compress(make_prompt_cache(model), make)
+        with numpy_linear(), quality.computing_in(model, dtype):
+            return quality.score(model, ids, caches, chunk=chunk)
+
+    print(
+        "| reference: the exact cache in | against it | KL | 95 % | top-1 |\n" + "| --- " * 5 + "|"
+    )
+
+    def compare(reference: Scores, dtype: str, label: str, other: Scores) -> None:
+        found = quality.differences(reference, other, start=START)
+        low, high = mean_interval(found.kl)
+        kl, top1 = found.kl.mean(), found.same.mean()
+        print(f"| {dtype} | {label} | {kl:z.5f} | {low:z.5f} to {high:z.5f} | {top1:.1%} |")
+
+    hook.install()
+    try:
+        of = {dtype: read(exact, dtype) for dtype in ("bfloat16", "float32")}
+        for dtype, reference in of.items():
+            for chunk in (32, 128):
+                label = f"exact, {dtype}, chunks of {chunk}"
+                compare(reference, dtype, label, read(exact, dtype, chunk))
+            label = f"rotormlx with nothing packed, {dtype}"
+            compare(reference, dtype, label, read(unpacked, dtype))
+            compare(reference, dtype, f"rotormlx 4 bits, {dtype}", read(four, dtype))
+        compare(of["float32"], "float32", "exact, bfloat16", of["bfloat16"])
+        coarse = read(four, "bfloat16")
+        compare(of["float32"], "float32", "rotormlx 4 bits, bfloat16", coarse)
+    finally:
+        hook.remove()
+
+
+if __name__ == "__main__":
+    typer.run(main)
