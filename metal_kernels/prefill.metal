@@ -190,8 +190,13 @@ for (int first = start; first < stop; first += TILE) {
     const float weight = share_of(row_scores[i], top);
     total += weight;
     // The scale of a hidden token may be anything, NaN among them.
-    my_scores[my_row * TILE + i * ROW_LANES + lane % ROW_LANES] =
-        weight == 0.0f ? 0.0f : weight * value_scale[i];
+    float scaled = weight == 0.0f ? 0.0f : weight * value_scale[i];
+    if (is_nan(scaled)) {
+      // The total keeps it in its row; from the sums it would reach others, which shrink by one product.
+      total = scaled;
+      scaled = 0.0f;
+    }
+    my_scores[my_row * TILE + i * ROW_LANES + lane % ROW_LANES] = scaled;
   }
   if (lane % ROW_LANES == 0) my_shrinks[my_row * 9] = shrink;
   const bool any_shrinks = simd_any(shrink != 1.0f);

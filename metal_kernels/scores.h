@@ -3,6 +3,9 @@
 // The score of a hidden token. Finite, because fast math need not know infinity.
 constant float HIDDEN = -3.402823466e38f;
 
+// By its bits, because fast math need not know NaN either.
+METAL_FUNC bool is_nan(float x) { return (as_type<uint>(x) & 0x7FFFFFFFu) > 0x7F800000u; }
+
 // exp(x - top), or 0 for what is hidden.
 METAL_FUNC float share_of(float x, float top) { return x <= HIDDEN ? 0.0f : exp(x - top); }
 

@@ -67,7 +67,7 @@ def main():
     undisturbed = list(read(model, ids, caches, 0, TOKENS + LAST))[-LAST:]
     first_layer = contents(caches[0])
 
-    # What Ctrl-C does, by a signal of its own: shells start what runs behind "&" with SIGINT ignored.
+    # What Ctrl-C does, by another signal: a shell may have started this with SIGINT ignored.
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     caches = integration.make_prompt_cache(model, CONFIG)
     position, seen = 0, []

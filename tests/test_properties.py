@@ -186,7 +186,7 @@ class Rows:
         ) if self.scaled else None
 
 
-def row_cases(kinds, **fixed):
+def row_cases(kinds, /, **fixed):
     choices = {
         "role": st.sampled_from(ROLES),
         "bits": st.sampled_from(codebook.BITS),
@@ -207,19 +207,25 @@ def row_cases(kinds, **fixed):
 @given(case=row_cases(KINDS | WIDE_KINDS | BROKEN_KINDS))
 def test_rows_are_coded_by_the_format_and_decode_within_its_bound(case):
     """Every word, scale and centre, and every decoded row, of every implementation."""
+    written = check_rows(case, IMPLEMENTATIONS)
+    if case.rotation != "dense":
+        for name in ALIKE[1:]:
+            for a, b in zip(written[ALIKE[0]], written[name], strict=True):
+                assert (a is b is None) or bits_of(a) == bits_of(b), name
+
+
+def check_rows(case, implementations):
+    """Returns what each implementation has written."""
     x, scale = case.make()
     exact = x.astype(np.float64)
     written = {}
-    for name, implementation in IMPLEMENTATIONS.items():
+    for name, implementation in implementations.items():
         packed = written[name] = implementation.encode(x, case.dtype, case.codec, scale)
         check_encoded(exact, packed, case.codec, scale)
         check_decoded(
             exact, implementation.decode(packed, case.codec, scale), packed, case.codec, scale
         )
-    if case.rotation != "dense":
-        for name in ALIKE[1:]:
-            for a, b in zip(written[ALIKE[0]], written[name], strict=True):
-                assert (a is b is None) or bits_of(a) == bits_of(b), name
+    return written
 
 
 def bits_of(a):
@@ -235,13 +241,17 @@ def bits_of(a):
 )
 def test_a_broken_row_stays_alone(case, broken, kind):
     """A row with a NaN or an infinity changes no byte of another, and the centre as zeros would."""
+    check_broken_row(case, broken, kind, IMPLEMENTATIONS)
+
+
+def check_broken_row(case, broken, kind, implementations):
     zeroed, scale = case.make()
     at = np.array(sorted({i % zeroed.shape[2] for i in broken}))
     zeroed[:, :, at] = 0
     spoiled = zeroed.copy()
     spoiled[:, :, at] = rows(spoiled[:, :, at].shape, (kind,), case.seed)
     others = np.setdiff1d(np.arange(zeroed.shape[2]), at)
-    for name, implementation in IMPLEMENTATIONS.items():
+    for name, implementation in implementations.items():
         found, plain = (
             implementation.encode(x, case.dtype, case.codec, scale) for x in (spoiled, zeroed)
         )
@@ -272,13 +282,17 @@ def by_token(packed, chosen, part):
 )
 def test_every_head_is_coded_by_itself(case, given_centres):
     """A block of one head and batch row has the bytes it has among others, given centres or not."""
+    check_heads(case, given_centres, IMPLEMENTATIONS)
+
+
+def check_heads(case, given_centres, implementations):
     x, scale = case.make()
     centres = None
     if given_centres and case.role == KEY:
         centres = rows((2, 3, case.blocks, case.head_dim), ("normal", "offset"), case.seed).astype(
             np.float16
         )
-    for name, implementation in IMPLEMENTATIONS.items():
+    for name, implementation in implementations.items():
         together = implementation.encode(x, case.dtype, case.codec, scale, centres)
         check_encoded(x.astype(np.float64), together, case.codec, scale, centres)
         b, k, n = case.seed % 2, case.seed % 3, case.seed % case.blocks
@@ -496,15 +510,16 @@ def attention_cases(**fixed):
 ROUNDING = {"f16": (2.0**-11, 2.0**-25), "bf16": (2.0**-8, 0.0), "f32": (0.0, 0.0)}
 
 
-def float32_error(case, sequences, b, q, vectors):
-    """The largest error of attention over these very keys and values ``[K, S, D]`` by float32 sums.
+def sums_error(case, sequences, b, q, vectors, rounding=0.0):
+    """The largest error of attention over these very keys and values ``[K, S, D]`` by its sums.
 
     D products in a score and S in the output, each product off by 2^-24 of its size, in rotated
-    space; scores go through the softmax.
+    space; scores go through the softmax. Where products are of less than float32, ``rounding`` of
+    each comes on top.
     """
     sizes = [s.rotated_size(b, x) for s, x in zip(sequences, vectors, strict=True)]
     norm = query_norm(case, sequences[0], q[b])
-    rounding = 2.0**-24 * (2 * max(case.head_dims) + 16)
+    rounding += 2.0**-24 * (2 * max(case.head_dims) + 16)
     largest_logit = 6 if case.sinks else 0
     score = rounding * (case.scale * norm * sizes[0] + largest_logit)
     values = vectors[1].reshape(-1, vectors[1].shape[-1])
@@ -522,20 +537,25 @@ def query_norm(case, keys, q):
 @given(case=attention_cases())
 def test_attention_is_that_over_decoded_rows(case):
     """The same softmax over the same vectors, whatever is packed, hidden, ragged or grouped."""
+    check_attention(case, IMPLEMENTATIONS)
+
+
+def check_attention(case, implementations, rounding=0.0):
+    """``rounding`` as for :func:`sums_error`."""
     sequences, _ = case.make()
     q, mask, sinks = case.queries(), case.make_mask(), case.sink_logits()
     given = {"scale": case.scale, "sinks": sinks}
     middles = [None if s.packed is None else s.middle() for s in sequences]
     found = {
         name: implementation.attend(q, case.dtype, sequences, mask=mask, **given)
-        for name, implementation in IMPLEMENTATIONS.items()
+        for name, implementation in implementations.items()
     }
     relative, absolute = ROUNDING[case.dtype]
     for b in range(len(case.sizes)):
         keys, values = (s.of_row(b, m) for s, m in zip(sequences, middles, strict=True))
         own = case.mask_of(mask, b)
         expected = reference.attend(q[b : b + 1], keys[None], values[None], mask=own, **given)[0]
-        tolerance = float32_error(case, sequences, b, q, (keys, values))
+        tolerance = sums_error(case, sequences, b, q, (keys, values), rounding)
         tolerance += relative * np.abs(expected).max() + absolute
         for name, out in found.items():
             assert np.abs(out[b] - expected).max() <= tolerance, (name, b)
@@ -561,11 +581,11 @@ def test_attention_is_off_by_no_more_than_the_codes_imply(case):
         score = case.scale * query_norm(case, sequences[0], q[b]) * worst[0]
         largest = 1.0 if sequences[1].scale is None else float(sequences[1].scale.max())
         bound = attention_error(values.reshape(-1, values.shape[-1]), score, largest * worst[1])
-        bound += float32_error(case, sequences, b, q, (keys, values))
+        bound += sums_error(case, sequences, b, q, (keys, values))
         for name, out in found.items():
             error = np.linalg.norm(out[b] - expected, axis=-1).max()
             # Twice: float32 sums are off in every channel, and decoded values are a little longer.
-            assert error <= bound + 2 * float32_error(case, sequences, b, q, (keys, values)), name
+            assert error <= bound + 2 * sums_error(case, sequences, b, q, (keys, values)), name
 
 
 def row_errors(sequence, x):
@@ -595,6 +615,10 @@ def test_a_broken_row_reaches_no_query_that_does_not_see_it(case, role, packed, 
 
     (An exact value times a weight of zero is a NaN, here as in MLX's and torch's own attention.)
     """
+    check_hidden_row(case, role, packed, place, IMPLEMENTATIONS)
+
+
+def check_hidden_row(case, role, packed, place, implementations):
     packed = packed or role == VALUE
     clean, originals = case.make()
     index = ROLES.index(role)
@@ -621,7 +645,7 @@ def test_a_broken_row_reaches_no_query_that_does_not_see_it(case, role, packed, 
     last = np.arange(case.length)[:, None] + tokens - case.length
     seen = np.arange(tokens) <= last if isinstance(mask, str) else mask
     sees = np.broadcast_to(seen, (1, q.shape[1], case.length, tokens))[..., token]
-    for name, implementation in IMPLEMENTATIONS.items():
+    for name, implementation in implementations.items():
         found, expected = (
             implementation.attend(q, case.dtype, s, **given) for s in (spoiled, clean)
         )

@@ -1,8 +1,7 @@
 """Caches under random sequences of operations, against a plain list of exact vectors.
 
-The model of a sequence is the list of all vectors that were ever appended and not trimmed, and four
-numbers that follow from the rules of docs/FORMAT.md, section 8. After every step, each cache that
-the step touched, and each that shares buffers with it by descent, must hold just that:
+The model of a sequence is that of tests/sequences.py. After every step, each cache that the step
+touched, and each that shares buffers with it by descent, must hold just that:
 
 - counts and positions are the model's;
 - sink and tail are its vectors, bit for bit;
@@ -15,7 +14,6 @@ With ROTORMLX_EXAMPLES=n there are n times as many sequences, chosen at random.
 """
 
 import copy
-import functools
 import itertools
 import tempfile
 from pathlib import Path
@@ -34,79 +32,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from sequences import DIMS, LONGEST, Held, K, Sequence, check_attention, check_held, queries
 
-from rotormlx import hook, reference
+from rotormlx import hook
 from rotormlx.attention import attend_view
 from rotormlx.batch_cache import BatchRotorKVCache
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, KEY, ROLES, Packed, codec
+from rotormlx.format import BLOCK, ROLES, Packed, codec
 
-K, REPEATS, DIMS = 2, 2, (16, 24)
-LONGEST = 420  # tokens of a sequence: six blocks, and what stays exact
 SEQUENCES = 40  # alive at once
-
-
-class Sequence:
-    """What a sequence must hold: all its vectors, and how many of them lie where."""
-
-    def __init__(self, config, max_blocks):
-        self.config, self.max_blocks = config, max_blocks
-        self.vectors = [np.zeros((K, 0, d), np.float32) for d in DIMS]
-        self.tokens = self.packed = self.evicted = 0
-        self.cut = set()  # numbers of blocks that were cut: they keep the centre that they have
-        self.first = None  # the rows that a channel scale was taken from
-
-    def copy(self):
-        twin = copy.copy(self)
-        twin.vectors, twin.cut = list(self.vectors), set(self.cut)
-        return twin
-
-    @property
-    def offset(self):
-        return self.tokens + self.evicted
-
-    def append(self, new):
-        self.vectors = [np.concatenate(pair, 1) for pair in zip(self.vectors, new, strict=True)]
-        self.tokens += new[0].shape[1]
-        sink, window = self.config.sink, self.config.window
-        while True:
-            count = BLOCK - self.packed % BLOCK
-            if self.tokens - self.packed - sink - window < count:
-                return
-            if not self.packed and not self.evicted:
-                self.first = [x[:, sink : sink + BLOCK] for x in self.vectors]
-            self.packed += count
-            if self.max_blocks and self.packed > self.max_blocks * BLOCK:
-                self.packed, self.tokens = self.packed - BLOCK, self.tokens - BLOCK
-                self.evicted += BLOCK
-
-    def trim(self, n):
-        tail = max(0, self.tokens - self.packed - self.config.sink)
-        n = min(n, tail if self.evicted else self.tokens)
-        self.packed -= min(max(0, n - tail), self.packed)
-        self.tokens -= n
-        self.vectors = [x[:, : self.offset] for x in self.vectors]
-        number = (self.packed + self.evicted) // BLOCK
-        self.cut = {b for b in self.cut if b < number}
-        if self.packed % BLOCK:
-            self.cut.add(number)
-        if not self.packed:
-            self.cut, self.first = set(), None
-        return n
-
-    def positions(self):
-        """Of all tokens held, in the order in which attention reads them."""
-        sink = self.config.sink if self.packed else 0
-        blocks = -(-self.packed // BLOCK)
-        first = self.evicted // BLOCK
-        numbers = range(first, first + blocks)
-        if self.max_blocks:
-            numbers = sorted(numbers, key=lambda b: b % self.max_blocks)
-        packed = [self.config.sink + b * BLOCK + i for b in numbers for i in range(BLOCK)]
-        packed = packed[: self.packed]
-        tail = range(self.offset - (self.tokens - self.packed - sink), self.offset)
-        return [*range(sink)], packed, [*tail]
 
 
 class Seen:
@@ -121,22 +56,6 @@ class Seen:
     def check(self):
         for array, content in zip(self.arrays, self.content, strict=True):
             assert np.array_equal(np.array(array.view(mx.uint8)), content)
-
-
-@functools.lru_cache(4096)
-def expected(chosen, x, centres, scale):
-    """Codes and scales of one block, from the bytes of its rows, centre and channel scale."""
-    d = chosen.head_dim
-    rows = np.frombuffer(x, np.float32).reshape(1, 1, BLOCK, d)
-    means = None if centres is None else np.frombuffer(centres, np.float16).reshape(1, 1, 1, d)
-    factors = None if scale is None else np.frombuffer(scale, np.float32).reshape(1, d)
-    packed = reference.encode(rows, chosen, channel_scale=factors, centres=means)
-    own = (
-        reference.block_means(rows[:, :, None].astype(np.float64))[0, 0, 0]
-        if chosen.role == KEY
-        else None
-    )
-    return reference.unpack(packed.words, chosen)[0, 0, 0], packed.scales[0, 0, 0], own
 
 
 class Caches(RuleBasedStateMachine):
@@ -348,65 +267,21 @@ class Caches(RuleBasedStateMachine):
         decoded = [self.check_view(view, place, rows) for place, view in enumerate(views)]
         if not is_batch:
             self.check_bytes(cache, rows[0])
-        self.check_attention(views, decoded, rows)
+        if all(row.tokens for row in rows):
+            found = attend_view(mx.array(queries(len(rows))), *views, scale=0.25)
+            check_attention(np.array(found), *decoded, scale=0.25)
 
     def check_view(self, view, place, rows):
-        """Exact and packed tokens of every row; what they stand for, by row, in the order held."""
-        chosen = codec(self.config, DIMS[place], layer=3, role=ROLES[place])
-        exact = np.array(view.exact.astype(mx.float32))
-        packed = (
-            None
-            if view.packed is None
-            else Packed(*(a if a is None else np.array(a) for a in view.packed))
+        """What a view holds; what it stands for, by row."""
+        packed = view.packed
+        held = Held(
+            codec(self.config, DIMS[place], layer=3, role=ROLES[place]),
+            np.array(view.exact.astype(mx.float32)),
+            None if packed is None else Packed(*(a if a is None else np.array(a) for a in packed)),
+            None if view.channel_scale is None else np.array(view.channel_scale),
+            view.lengths,
         )
-        scales = None if view.channel_scale is None else np.array(view.channel_scale)
-        held = []
-        for b, row in enumerate(rows):
-            assert view.lengths[b] == (row.packed, row.tokens)
-            sink, middle, tail = row.positions()
-            vectors = row.vectors[place]
-            parts = [vectors[:, sink], vectors[:, tail]]
-            wanted = np.concatenate(parts, 1)
-            assert np.array_equal(exact[b, :, : wanted.shape[1]], wanted)
-            rest = np.zeros((K, 0, DIMS[place]))
-            if middle:
-                scale = None
-                if self.config.scales_channels:
-                    scale = scales if scales.ndim == 2 else scales[b]
-                    want = reference.prefill_scale(
-                        row.first[place][None].astype(np.float64), chosen
-                    )
-                    assert np.allclose(scale, want, rtol=1e-5)  # float32 sums of 64 squares
-                own = Packed(*(a if a is None else a[b : b + 1] for a in packed))
-                self.check_blocks(own, chosen, scale, vectors, middle, row)
-                rest = reference.decode(own, chosen, channel_scale=scale)[0, :, : len(middle)]
-            held.append(np.concatenate([parts[0], rest, parts[1]], 1))
-        return held
-
-    def check_blocks(self, packed, chosen, scale, vectors, positions, row):
-        codes = reference.unpack(packed.words[0], chosen)
-        for block in range(-(-len(positions) // BLOCK)):
-            tokens = positions[block * BLOCK : (block + 1) * BLOCK]
-            number = (tokens[0] - self.config.sink) // BLOCK
-            x = np.zeros((K, BLOCK, chosen.head_dim), np.float32)
-            x[:, : len(tokens)] = vectors[:, tokens]
-            for head in range(K):
-                centre = None if packed.centres is None else packed.centres[0, head, block]
-                want, want_scales, mean = expected(
-                    chosen,
-                    x[head].tobytes(),
-                    None if centre is None else centre.tobytes(),
-                    None if scale is None else scale[head].astype(np.float32).tobytes(),
-                )
-                n = len(tokens)
-                # A coordinate within float32 errors of a boundary may have the code beside it.
-                assert (codes[head, block, :n] != want[:n]).sum() <= 2
-                # Another code has another scale.
-                same = (codes[head, block, :n] == want[:n]).all(-1)
-                found = packed.scales[0, head, block, :n]
-                assert np.allclose(found[same], want_scales[:n][same], rtol=2**-9)
-                if centre is not None and number not in row.cut and n == BLOCK:
-                    assert np.allclose(centre, mean, rtol=2**-9, atol=1e-4)
+        return check_held(held, place, rows)
 
     def check_bytes(self, cache, row):
         room = self.config.sink + self.config.window + BLOCK
@@ -422,18 +297,6 @@ class Caches(RuleBasedStateMachine):
             bytes_of_blocks = K * have * store.codec.block_bytes
             own_scale = 0 if store.channel_scale is None else store.channel_scale.nbytes
             assert store.nbytes == store.exact.nbytes + bytes_of_blocks + own_scale, ROLES[place]
-
-    def check_attention(self, views, decoded, rows):
-        rng = np.random.default_rng(0)
-        q = rng.normal(size=(len(rows), K * REPEATS, 1, DIMS[0])).astype(np.float32)
-        if not all(row.tokens for row in rows):
-            return
-        found = np.array(attend_view(mx.array(q), *views, scale=0.25))
-        for b in range(len(rows)):
-            keys, values = (d[b][None] for d in decoded)
-            wanted = reference.attend(q[b : b + 1], keys, values, scale=0.25)
-            # Sums in float32 of up to 420 terms about 2 in size.
-            assert np.allclose(found[b], wanted[0], atol=1e-4)
 
 
 def test_any_sequence_of_operations_leaves_what_the_model_foresees(figure):

@@ -413,6 +413,26 @@ def test_attend_without_packed_blocks(path):
         assert np.abs(float64(found[b]) - expected[0]).max() <= 2e-6 * np.abs(expected).max()
 
 
+def test_attend_without_exact_tokens(path):
+    """Their buffer is empty; one that comes from a file has strides of zero."""
+    config, lengths = RotorConfig(sink=0), ((4 * BLOCK, 4 * BLOCK), (100, 100))
+    sources, vectors = make_sources(config, (64, 64), torch.float32, lengths)
+    empty = torch.empty_strided((B, K, 0, 64), (0, 0, 0, 0))
+    query = rows((B, H, L, 64))
+    found = rt.attend(
+        query,
+        torch.tensor(lengths, dtype=torch.int32),
+        *(source._replace(exact=empty) for source in sources),
+        config,
+        layer=LAYER,
+        scale=0.1,
+    )
+    for b in range(B):
+        expected = reference.attend(float64(query[b : b + 1]), *(v[b] for v in vectors), scale=0.1)
+        # Sums are in float32.
+        assert np.abs(float64(found[b]) - expected[0]).max() <= 2e-6 * np.abs(expected).max()
+
+
 def test_attend_in_tiles_is_attend(monkeypatch):
     monkeypatch.setattr(cpu_library, "missing", lambda: "this test wants torch operations")
     monkeypatch.setattr(torch_ops, "TILE_TOKENS", BLOCK)

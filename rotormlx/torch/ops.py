@@ -519,7 +519,8 @@ def _require_float(where: str, name: str, dtype: torch.dtype) -> None:
 
 
 def _require_contiguous(where: str, name: str, x: Tensor) -> None:
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    # An empty tensor that comes from a file has strides of 0.
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
         raise ValueError(
             f"[{where}] The last dimension of {name} must be contiguous, but its stride is "
             f"{x.stride(-1)}; call contiguous() first."
