@@ -53,7 +53,7 @@ HEAD_DIM, KV_HEADS, HEADS = 128, 2, 8
 SCALE = HEAD_DIM**-0.5
 FILL_TOKENS = 2048
 # Calls of a turn, and the seconds after which it begins no other.
-CALLS, LONGEST_TURN = 5, 0.05
+CALLS, LONGEST_TURN = 10, 0.05
 OURS = {f"rotormlx {bits} bit": bits for bits in (4, 3, 8)}
 TORCH_DTYPES = ("float32", "bfloat16")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
