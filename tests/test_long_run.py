@@ -437,4 +437,4 @@ def test_strides_of_a_mask_are_64_bits(monkeypatch):
     mlx_cuda.MLXCUDABackend().attend(exact, *views, scale=1.0, mask=mask)
     numbers = given[0][-2]
     assert numbers.dtype == mx.int64
-    assert numbers.tolist()[-4:] == [2**32, 0, 2**16, 1]
+    assert numbers.tolist()[14:18] == [2**32, 0, 2**16, 1]

@@ -95,7 +95,9 @@ def test_the_build_asks_torch_for_exactly_this(monkeypatch, tmp_path):
     assert asked["is_python_module"] is False
     assert [Path(source).exists() for source in asked["sources"]] == [True] * 3
     assert asked["extra_cuda_cflags"] == [
-        *("-O3", "-arch=sm_90a", "-DROTORMLX_KEY_DIM=64", "-DROTORMLX_VALUE_DIM=80"),
+        *("-O3", "-arch=sm_90a"),
+        *("-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"),
+        *("-DROTORMLX_KEY_DIM=64", "-DROTORMLX_VALUE_DIM=80"),
         *("-DROTORMLX_KEY_BITS=4", "-DROTORMLX_VALUE_BITS=3"),
     ]
     assert f"-DROTORMLX_NAMESPACE={CHOSEN.name}" in asked["extra_cflags"]
