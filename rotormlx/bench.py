@@ -120,20 +120,18 @@ def run(
     ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
     task = progress.add_task("", total=repeats * len(schemes) * sum(contexts))
     turns: dict[tuple[str, int], list[Timing]] = {}
-    was_installed = hook.installed()
-    hook.install()
-    try:
-        with numpy_linear() if numpy else nullcontext(), quality.computing_in(model, dtype):
-            for each in schemes:
-                turn(model, ids[:64], each, 2)
-            for _, context, each in product(range(repeats), contexts, schemes):
-                progress.update(task, description=f"{context} tokens: {each.name}")
-                timing = turn(model, ids[:context], each, decode_tokens)
-                turns.setdefault((each.name, context), []).append(timing)
-                progress.advance(task, context)
-    finally:
-        if not was_installed:
-            hook.remove()
+    with (
+        hook.in_place(),
+        numpy_linear() if numpy else nullcontext(),
+        quality.computing_in(model, dtype),
+    ):
+        for each in schemes:
+            turn(model, ids[:64], each, 2)
+        for _, context, each in product(range(repeats), contexts, schemes):
+            progress.update(task, description=f"{context} tokens: {each.name}")
+            timing = turn(model, ids[:context], each, decode_tokens)
+            turns.setdefault((each.name, context), []).append(timing)
+            progress.advance(task, context)
     return Result(
         model_name,
         command,

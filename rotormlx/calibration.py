@@ -332,23 +332,17 @@ def _moments(
             "use it without a calibration."
         )
     queries: dict[int, _Sum] = {}
-    was_installed = hook.installed()
-    hook.install()
-    try:
-        with numpy_linear(), hook.record_attention() as attended:
-            for start in range(0, len(ids), _CHUNK):
-                part = ids[start : start + _CHUNK]
-                model(mx.array(part)[None], cache=caches)
-                for q, keys, _ in attended:
-                    per_head = q[0].astype(mx.float32).reshape(keys.shape[1], -1, q.shape[-1])
-                    rows = np.array(per_head, np.float64)
-                    queries.setdefault(id(keys.codec), _Sum()).add(rows)
-                attended.clear()
-                mx.eval([cache.state for cache in held.values()])
-                tell(len(part))
-    finally:
-        if not was_installed:
-            hook.remove()
+    with hook.in_place(), numpy_linear(), hook.record_attention() as attended:
+        for start in range(0, len(ids), _CHUNK):
+            part = ids[start : start + _CHUNK]
+            model(mx.array(part)[None], cache=caches)
+            for q, keys, _ in attended:
+                per_head = q[0].astype(mx.float32).reshape(keys.shape[1], -1, q.shape[-1])
+                rows = np.array(per_head, np.float64)
+                queries.setdefault(id(keys.codec), _Sum()).add(rows)
+            attended.clear()
+            mx.eval([cache.state for cache in held.values()])
+            tell(len(part))
     found = {}
     for layer, cache in held.items():
         keys, values = cache.keys_and_values()

@@ -126,6 +126,22 @@ def installed() -> bool:
 
 
 @contextmanager
+def in_place() -> Iterator[None]:
+    """Have the change for a while; then mlx-lm is again what it was.
+
+    Raises:
+        RuntimeError: As :func:`install`.
+    """
+    was_installed = installed()
+    install()
+    try:
+        yield
+    finally:
+        if not was_installed:
+            remove()
+
+
+@contextmanager
 def record_attention(*, pretend: bool = False) -> Iterator[list[Attended]]:
     """Collect the queries and handles that reach :func:`attend` in this context.
 

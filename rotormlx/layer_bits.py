@@ -57,19 +57,13 @@ def losses(
         return quality.score(model, ids, compress(make_prompt_cache(model), make), progress=tell)
 
     found = np.zeros((len(layers), len(_ONE_ROLE)))
-    was_installed = hook.installed()
-    hook.install()
-    try:
-        with numpy_linear(), quality.computing_in(model, "float32"):
-            reference = read(None)
-            for place, layer in enumerate(layers):
-                for role, config in enumerate(_ONE_ROLE):
-                    scores = read(layer, config)
-                    kl = quality.differences(reference, scores, start=_START).kl.mean()
-                    found[place, role] = max(kl, 0.0)  # what is lost is; rounding may say -1e-10
-    finally:
-        if not was_installed:
-            hook.remove()
+    with hook.in_place(), numpy_linear(), quality.computing_in(model, "float32"):
+        reference = read(None)
+        for place, layer in enumerate(layers):
+            for role, config in enumerate(_ONE_ROLE):
+                scores = read(layer, config)
+                kl = quality.differences(reference, scores, start=_START).kl.mean()
+                found[place, role] = max(kl, 0.0)  # what is lost is; rounding may say -1e-10
     if not np.isfinite(found).all():
         raise ValueError(
             "[calibration] A model must predict finite numbers for its layers to be measured, but "

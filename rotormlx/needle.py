@@ -229,17 +229,11 @@ def run(
     done: list[Trial] = []
     # MLX is slow in 16 bits on a CPU.
     dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
-    was_installed = hook.installed()
-    hook.install()
-    try:
-        with numpy_linear(), quality.computing_in(model, dtype):
-            for stack in stacks:
-                for each in schemes:
-                    progress.update(task, description=f"{stack.kind}: {each.name}")
-                    done += search(model, stack, each, lambda: progress.advance(task))
-    finally:
-        if not was_installed:
-            hook.remove()
+    with hook.in_place(), numpy_linear(), quality.computing_in(model, dtype):
+        for stack in stacks:
+            for each in schemes:
+                progress.update(task, description=f"{stack.kind}: {each.name}")
+                done += search(model, stack, each, lambda: progress.advance(task))
     return Result(
         model_name,
         command,

@@ -163,16 +163,10 @@ def run(
     progress = progress or Progress(disable=True)
     texts = texts or {"pydoc_data.topics": quality.default_text()}
     read = {name: _encode(tokenizer, name, text, tokens) for name, text in texts.items()}
-    was_installed = hook.installed()
-    hook.install()
-    try:
-        with numpy_linear(), quality.computing_in(model, dtype):
-            found = [
-                _of_text(model, ids, schemes, greedy, progress, name) for name, ids in read.items()
-            ]
-    finally:
-        if not was_installed:
-            hook.remove()
+    with hook.in_place(), numpy_linear(), quality.computing_in(model, dtype):
+        found = [
+            _of_text(model, ids, schemes, greedy, progress, name) for name, ids in read.items()
+        ]
     exact_ppl = float(
         np.exp(-np.concatenate([text.exact_log_likelihoods for text in found]).mean())
     )
