@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +102,21 @@ class Calibration:
         """The configuration of each layer; their bits have the mean of ``config``'s."""
         if not self.has_losses:
             return lambda layer: config
-        parts = [[f"{layer}.{role}" for role in ROLES] for layer in self.layers]
-        loss = np.array([[self.numbers[part + _LOSS][0] for part in pair] for pair in parts])
-        shapes = [[self.numbers[part].shape for part in pair] for pair in parts]
-        sizes = np.array([[heads * d for heads, *_, d in pair] for pair in shapes], np.float64)
-        bits = allotted(loss.astype(np.float64), sizes, (config.key_bits + config.value_bits) / 2)
+        bits = self._allotted((config.key_bits + config.value_bits) / 2)
         own = {
             layer: replace(config, key_bits=int(keys), value_bits=int(values))
             for layer, (keys, values) in zip(self.layers, bits, strict=True)
         }
         return lambda layer: own[layer]
+
+    @cached_property
+    def _allotted(self) -> Callable[[float], NDArray[np.int64]]:
+        """Bits ``[layers, 2]`` of keys and values by their mean; each is found once."""
+        parts = [[f"{layer}.{role}" for role in ROLES] for layer in self.layers]
+        loss = np.array([[self.numbers[part + _LOSS][0] for part in pair] for pair in parts])
+        shapes = [[self.numbers[part].shape for part in pair] for pair in parts]
+        sizes = np.array([[heads * d for heads, *_, d in pair] for pair in shapes], np.float64)
+        return lru_cache(partial(allotted, loss.astype(np.float64), sizes))
 
     @property
     def layers(self) -> list[int]:
