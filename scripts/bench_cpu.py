@@ -55,6 +55,8 @@ FILL_TOKENS = 2048
 # Calls of a turn, and the seconds after which it begins no other.
 CALLS, LONGEST_TURN = 10, 0.05
 OURS = {f"rotormlx {bits} bit": bits for bits in (4, 3, 8)}
+# Groups of the others, by how their names begin.
+RIVALS = {"MLX and mlx-lm": ("MLX", "mlx-lm"), "torch": "torch", "folded torch": "folded"}
 TORCH_DTYPES = ("float32", "bfloat16")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -160,10 +162,9 @@ def decode_attention(contexts: list[int], runs: int) -> tuple[list[Row], list[Ro
     for tokens in track(contexts, "Decode attention"):
         all_times = timed(decode_steps(tokens, HEADS, ()), runs if tokens <= 2**15 else runs // 2)
         for rows, times in zip(tables, all_times, strict=True):
-            groups = {"MLX and mlx-lm": ("MLX", "mlx-lm"), "torch": "torch", "folded torch": "fold"}
             ratios = {}
-            for title, start in groups.items():
-                others = [ms for name, ms in times.items() if name.startswith(start)]
+            for title, starts in RIVALS.items():
+                others = [ms for name, ms in times.items() if name.startswith(starts)]
                 if others:
                     ratio = min(others) / times["rotormlx 4 bit"]
                     ratios[f"fastest of {title} / rotormlx 4 bit"] = ratio

@@ -51,21 +51,20 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
         kl, top1 = found.kl.mean(), found.same.mean()
         print(f"| {dtype} | {label} | {kl:z.5f} | {low:z.5f} to {high:z.5f} | {top1:.1%} |")
 
-    hook.install()
-    try:
-        of = {dtype: read(exact, dtype) for dtype in ("bfloat16", "float32")}
+    with hook.in_place():
+        of, coded = (
+            {dtype: read(make, dtype) for dtype in ("bfloat16", "float32")}
+            for make in (exact, four)
+        )
         for dtype, reference in of.items():
             for chunk in (32, 128):
                 label = f"exact, {dtype}, chunks of {chunk}"
                 compare(reference, dtype, label, read(exact, dtype, chunk))
             label = f"rotormlx with nothing packed, {dtype}"
             compare(reference, dtype, label, read(unpacked, dtype))
-            compare(reference, dtype, f"rotormlx 4 bits, {dtype}", read(four, dtype))
+            compare(reference, dtype, f"rotormlx 4 bits, {dtype}", coded[dtype])
         compare(of["float32"], "float32", "exact, bfloat16", of["bfloat16"])
-        coarse = read(four, "bfloat16")
-        compare(of["float32"], "float32", "rotormlx 4 bits, bfloat16", coarse)
-    finally:
-        hook.remove()
+        compare(of["float32"], "float32", "rotormlx 4 bits, bfloat16", coded["bfloat16"])
 
 
 if __name__ == "__main__":
