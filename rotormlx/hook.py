@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -81,20 +82,27 @@ EXCHANGES = (
 )
 # By name, a function with the code that mlx-lm came with; empty while nothing is changed.
 _original: dict[str, FunctionType] = {}
+# What uses the change, by id: models, and runs that :func:`in_place` stands for.
+_users: dict[int, weakref.ref[Any]] = {}
 # Held while mlx-lm is changed, and while who uses the change is counted.
-lock = threading.RLock()
+_lock = threading.RLock()
+
+
+class _Run:
+    """A user of the change that is no model."""
 
 
 def install() -> None:
     """Teach mlx-lm's attention, its caches and its prompt cache files about compressed caches.
 
-    Calling it again changes nothing.
+    Calling it again changes nothing. It lasts until :func:`remove`, or until the last user is
+    released.
 
     Raises:
         RuntimeError: If the installed mlx-lm is older than tested, or one of the functions has
             another signature; nothing is changed then.
     """
-    with lock:
+    with _lock:
         if _original:
             return
         _check_version(mlx_lm.__version__)
@@ -110,8 +118,12 @@ def install() -> None:
 
 
 def remove() -> None:
-    """Give mlx-lm back the code objects it came with; calling it again changes nothing."""
-    with lock:
+    """Give mlx-lm back the code objects it came with, whoever uses the change.
+
+    Calling it again changes nothing.
+    """
+    with _lock:
+        _users.clear()
         if not _original:
             return
         for exchange in EXCHANGES:
@@ -125,20 +137,38 @@ def installed() -> bool:
     return bool(_original)
 
 
-@contextmanager
-def in_place() -> Iterator[None]:
-    """Have the change for a while; then mlx-lm is again what it was.
+def use(user: Any) -> None:
+    """Install for a user, a model say, until :func:`release` or its end.
 
     Raises:
         RuntimeError: As :func:`install`.
     """
-    was_installed = installed()
-    install()
+    with _lock:
+        install()
+        _users[id(user)] = weakref.ref(user)
+
+
+def release(user: Any) -> None:
+    """End a use, if it is one; mlx-lm gets its code objects back when no user is left."""
+    with _lock:
+        _users.pop(id(user), None)
+        if all(other() is None for other in _users.values()):
+            remove()
+
+
+@contextmanager
+def in_place() -> Iterator[None]:
+    """Use the change for a while.
+
+    Raises:
+        RuntimeError: As :func:`install`.
+    """
+    run = _Run()
+    use(run)
     try:
         yield
     finally:
-        if not was_installed:
-            remove()
+        release(run)
 
 
 @contextmanager

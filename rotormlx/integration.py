@@ -23,8 +23,6 @@ from rotormlx.report import Report
 
 CacheMaker = Callable[[], list[Any]]
 
-_users: dict[int, weakref.ref[Module]] = {}
-
 
 class CompressedCaches:
     """Stands in for ``model.make_cache`` and makes compressed caches.
@@ -63,11 +61,8 @@ class CompressedCaches:
             ValueError: If that has no room for sink, window and a block.
         """
         model = self.model()
-        with hook.lock:
-            # A copy of a model outlives remove() of the model it was copied from.
-            hook.install()
-            if model is not None:
-                _users[id(model)] = weakref.ref(model)
+        # A copy of a model outlives remove() of the model it was copied from.
+        hook.use(self if model is None else model)
         own = _own_caches(model, self.own)
         return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
 
@@ -103,8 +98,7 @@ def apply(
     """
     config = config or RotorConfig()
     own = _own_attribute(model)
-    with hook.lock:
-        report, calibration = _probe(model, own, config, calibration)
+    report, calibration = _probe(model, own, config, calibration)
     model.make_cache = CompressedCaches(model, own, report.config, report, calibration)
     return report
 
@@ -122,10 +116,7 @@ def remove(model: Module) -> None:
         del model.make_cache
         if maker.own is not None:
             model.make_cache = maker.own
-    with hook.lock:
-        _users.pop(id(model), None)
-        if all(user() is None for user in _users.values()):
-            hook.remove()
+    hook.release(model)
 
 
 def load(
@@ -198,8 +189,7 @@ def make_prompt_cache(
         return maker.limited(max_kv_size)
     config = config or RotorConfig()
     own = _own_attribute(model)
-    with hook.lock:
-        report, calibration = _probe(model, own, config, None)
+    report, calibration = _probe(model, own, config, None)
     return compress(_own_caches(model, own), cache_factory(report.config, calibration, max_kv_size))
 
 
@@ -248,9 +238,8 @@ def _probe(
     model: Module, own: CacheMaker | None, config: RotorConfig, calibration: Calibration | None
 ) -> tuple[Report, Calibration | None]:
     """Probe a model and see to its calibration; it uses the hook from now on."""
-    was_installed = hook.installed()
-    report = probe(model, _own_caches(model, own), config)
-    try:
+    with hook.in_place():
+        report = probe(model, _own_caches(model, own), config)
         if calibration is None and config.is_calibrated:
             calibration = calibration_file.required(model, config)
         if calibration is not None:
@@ -258,11 +247,7 @@ def _probe(
             calibration.check(report)
             if calibration.has_losses:
                 report = report.by_layer(calibration.by_layer(report.config))
-    except BaseException:
-        if not was_installed:
-            hook.remove()
-        raise
-    _users[id(model)] = weakref.ref(model)
+        hook.use(model)
     return report, calibration
 
 

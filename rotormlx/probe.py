@@ -22,7 +22,7 @@ PROBE_TOKENS = (3, 1)
 def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
     """Run the model once without computing, since MLX is lazy, and see who meets whom.
 
-    Leaves the hook installed unless the model is refused.
+    The hook must be installed.
 
     Args:
         model: The model.
@@ -36,24 +36,16 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
         ValueError: If there is nothing to compress, or a cache's keys and values do not reach
             mlx-lm's attention as they were handed out.
     """
-    was_installed = hook.installed()
     model_type = str(getattr(model, "model_type", type(model).__name__))
-    hook.install()
-    try:
-        # Shapes and bits are the same with a calibration, which needs what is measured here.
-        caches = compress(caches, lambda layer: _ProbeCache(config.uncalibrated, layer))
-        if not any(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
-            has = ", ".join(sorted({label for _, label, _ in leaves(caches)})) or "nothing"
-            reason = f"it must have at least one KVCache, but all it has is {has}"
-            raise _refusal(model_type, reason)
-        for tokens in PROBE_TOKENS:
-            _probe_step(model, model_type, caches, tokens)
-        report = Report(config, model_type, tuple(_layer_reports(caches)))
-    except BaseException:
-        if not was_installed:
-            hook.remove()
-        raise
-    return report
+    # Shapes and bits are the same with a calibration, which needs what is measured here.
+    caches = compress(caches, lambda layer: _ProbeCache(config.uncalibrated, layer))
+    if not any(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
+        has = ", ".join(sorted({label for _, label, _ in leaves(caches)})) or "nothing"
+        reason = f"it must have at least one KVCache, but all it has is {has}"
+        raise _refusal(model_type, reason)
+    for tokens in PROBE_TOKENS:
+        _probe_step(model, model_type, caches, tokens)
+    return Report(config, model_type, tuple(_layer_reports(caches)))
 
 
 def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) -> None:

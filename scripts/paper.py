@@ -159,15 +159,11 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
     """Attention of SmolLM2-135M: every layer and head, the last 64 queries."""
     model, tokenizer = mlx_lm.load(str(smollm2.fetch(progress)))[:2]
     ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[: tokens + 1]
-    hook.install()
-    try:
-        with numpy_linear(), retention.record_queries() as latest:
-            caches = rivals.scheme(rivals.EXACT).caches(model)
-            task = progress.add_task("Reading", total=tokens)
-            quality.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
-            layers = list(retention.attended(caches, latest))
-    finally:
-        hook.remove()
+    with hook.in_place(), numpy_linear(), retention.record_queries() as latest:
+        caches = rivals.scheme(rivals.EXACT).caches(model)
+        task = progress.add_task("Reading", total=tokens)
+        quality.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
+        layers = list(retention.attended(caches, latest))
     rows = []
     for bits in (3, 4):
         names: dict[str, tuple[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from rotormlx import calibration
+from rotormlx import calibration, hook
 from rotormlx.backends import available, choose
 from rotormlx.smollm2 import fetch
 
@@ -42,6 +43,17 @@ def no_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "cache_dir", lambda: directory)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_mlx_lm() -> Iterator[None]:
+    """Files share a process: a model that one leaves compressed would change the next."""
+    yield
+    gc.collect()
+    hook.release(None)
+    left = hook.installed()
+    hook.remove()
+    assert not left, "a model or a run still uses compressed caches"
 
 
 @pytest.fixture(params=available())

@@ -13,7 +13,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import BatchKVCache, KVCache, load_prompt_cache, save_prompt_cache
 
 import rotormlx
-from rotormlx import hook, integration
+from rotormlx import hook
 from rotormlx.attention import attend_view
 from rotormlx.batch_cache import BatchRotorKVCache
 from rotormlx.cache import RotorKVCache
@@ -35,11 +35,8 @@ def config(request):
 
 @pytest.fixture(autouse=True)
 def clean():
-    integration._users.clear()
-    hook.install()
-    yield
-    integration._users.clear()
-    hook.remove()
+    with hook.in_place():
+        yield
 
 
 def tokens(rows, count, seed=0, dtype=mx.float16):

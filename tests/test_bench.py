@@ -93,14 +93,11 @@ def test_median_is_of_each_number() -> None:
 def test_turn_reads_and_writes_what_it_says(model: Any) -> None:
     """The cache holds prompt and written tokens, and the peak holds the cache."""
     prompt = Bytes().encode("The answer is in the text. " * 30)[:600]
-    hook.install()
-    try:
+    with hook.in_place():
         found = {
             name: bench.turn(model, prompt, rivals.scheme(name), 9)
             for name in ("exact", "affine-k4v4", "k4v4")
         }
-    finally:
-        hook.remove()
     values = 2 * 2 * 2 * 64  # a token's: keys and values, layers, KV heads, head_dim
     packed = (609 - 4 - 64) // 64 * 64
     assert found["exact"].cache_bytes == values * 609 * 4

@@ -34,9 +34,8 @@ def config(request):
 @pytest.fixture(autouse=True)
 def registered():
     """``load_prompt_cache`` finds our class only where the hook has put it."""
-    hook.install()
-    yield
-    hook.remove()
+    with hook.in_place():
+        yield
 
 
 def tokens(count=TOKENS, seed=0, dtype=mx.float16):

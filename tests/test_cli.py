@@ -31,10 +31,8 @@ QUIET = ["--verbose", "False"]
 
 @pytest.fixture(autouse=True)
 def clean():
-    integration._users.clear()
     hook.remove()
     yield
-    integration._users.clear()
     hook.remove()
 
 

@@ -17,6 +17,14 @@ FILES = 10_000
 ATHERIS_SECONDS = 60
 
 
+@pytest.fixture(autouse=True, scope="module")
+def models():
+    """Those that read the corpus are made once, and gone when this file is done."""
+    yield
+    fuzz_files.model_of.cache_clear()
+    fuzz_files.torch_model.cache_clear()
+
+
 def python(*arguments, cwd):
     """Run a module of the tests in a process of its own: it may crash, or hang and be ended."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

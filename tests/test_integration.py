@@ -1,5 +1,6 @@
 import copy
 import errno
+import gc
 import json
 import os
 from typing import Any
@@ -98,10 +99,8 @@ class ToyModel(nn.Module):
 @pytest.fixture(autouse=True)
 def original_code():
     """mlx-lm as it came, before and after each test."""
-    integration._users.clear()
     hook.remove()
     yield base.scaled_dot_product_attention.__code__
-    integration._users.clear()
     hook.remove()
 
 
@@ -287,6 +286,19 @@ def test_remove_puts_back_an_attribute_of_the_instance() -> None:
     integration.apply(model, K8V8)
     integration.remove(model)
     assert model.make_cache is own
+
+
+def test_what_makes_the_caches_outlives_its_model() -> None:
+    model = tiny.build("llama")
+    model.make_cache = lambda: [KVCache()]
+    integration.apply(model)
+    maker = model.make_cache
+    del model
+    gc.collect()
+    hook.release(None)
+    assert not hook.installed()
+    assert classes(maker()) == ["RotorKVCache"]
+    assert hook.installed()
 
 
 def test_two_models_live_side_by_side(original_code) -> None:

@@ -113,11 +113,8 @@ def test_a_loss_is_that_of_one_layer(
     ids = Bytes().encode(TEXT[-TOKENS:])
     caches: list[Any] = [KVCache(), KVCache()]
     caches[layer] = RotorKVCache(RotorConfig(*bits, window=0), layer)
-    hook.install()
-    try:
+    with hook.in_place():
         exact, coded = (quality.score(llama, ids, c) for c in ([KVCache(), KVCache()], caches))
-    finally:
-        hook.remove()
     wanted = quality.differences(exact, coded, start=128).kl.mean()
     role = ("key", "value")[bits.index(3)]
     # Sums of float32 in another order, on divergences of 1e-5 and more.

@@ -48,11 +48,8 @@ def result(model: Any) -> quality_run.Result:
 
 def read(model: Any, name: str, ids: list[int]) -> tuple[quality.Scores, list[Any]]:
     caches = rivals.scheme(name).caches(model)
-    hook.install()
-    try:
+    with hook.in_place():
         return quality.score(model, ids, caches), caches
-    finally:
-        hook.remove()
 
 
 # ---- the numbers --------------------------------------------------------------------------------

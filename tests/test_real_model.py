@@ -58,10 +58,8 @@ def compared(smollm2):
         assert found.predictions == predictions
         return found, exact.perplexity(FIRST)
 
-    hook.install()
-    with numpy_linear():
+    with hook.in_place(), numpy_linear():
         yield compared
-    hook.remove()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,10 +30,8 @@ NEW = 30
 
 @pytest.fixture(autouse=True)
 def clean():
-    integration._users.clear()
     hook.remove()
     yield
-    integration._users.clear()
     hook.remove()
 
 
@@ -110,6 +109,27 @@ def test_models_come_and_go_while_another_generates():
     assert hook.installed()
     rotormlx.remove(stays)
     assert base.scaled_dot_product_attention.__code__ is own_code
+
+
+def test_runs_and_models_come_and_go_in_any_order():
+    """A run, of a benchmark say, ends what it began only when nothing else uses it."""
+    model = tiny_models.build("llama")
+    runs = [ExitStack() for _ in range(3)]
+    for run in runs[:2]:
+        run.enter_context(hook.in_place())
+    runs[0].close()
+    assert hook.installed()  # for the run that began later
+    rotormlx.apply(model, CONFIG)
+    runs[1].close()
+    assert hook.installed()  # for the model
+    runs[2].enter_context(hook.in_place())
+    rotormlx.remove(model)
+    assert hook.installed()  # for the run
+    with pytest.raises(ValueError, match="calibration"):
+        rotormlx.apply(tiny_models.build("llama"), RotorConfig(rotation="calibrated"))
+    assert hook.installed()
+    runs[2].close()
+    assert not hook.installed()
 
 
 def test_a_copy_keeps_the_hook_that_it_uses():

@@ -23,9 +23,8 @@ IDS = ["default", "rotor3"]
 
 @pytest.fixture(scope="module", autouse=True)
 def mlx_knows_the_class():
-    hook.install()
-    yield
-    hook.remove()
+    with hook.in_place():
+        yield
 
 
 def model_of(name="llama"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rotormlx import hook, integration
+from rotormlx import hook
 from scripts import coverage
 
 # A block is packed before the chunk of 9 and the last token, which read it.
@@ -25,7 +25,6 @@ def documented() -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def clean():
-    integration._users.clear()
     hook.remove()
     yield
     assert not hook.installed(), "a model was left compressed"
