@@ -3,10 +3,10 @@
 Decode attention against MLX's own attention, mlx-lm's quantized attention and torch; encoding
 against numpy and MLX operations; a chunk of a prompt; and, with ``--model``, tokens a second of
 mlx_lm after a long history. Contenders of a row run in one process, in turn, so that they share
-whatever else the machine is doing. A turn is a few calls: the first finds the processor's caches
-full of the contenders before it, and the machine's cores asleep; it is told apart from the others.
-Each figure is the fastest of all turns, which other work on the machine disturbs least. Writes JSON
-and a plot.
+whatever else the machine is doing. A turn is two steps of a model, which call one layer after the
+other, each with data of its own: little is in the processor's caches. The first step wakes the
+cores, the second counts. Each figure is that of the fastest step, which other work on the machine
+disturbs least. Writes JSON and a plot.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx_lm
@@ -48,12 +48,12 @@ except ImportError:  # its rows are left out
     torch = None
 
 Row = dict[str, Any]
-Step = Callable[[], object]
+Call = Callable[[], object]
 HEAD_DIM, KV_HEADS, HEADS = 128, 2, 8
 SCALE = HEAD_DIM**-0.5
 FILL_TOKENS = 2048
-# Calls of a turn, and the seconds after which it begins no other.
-CALLS, LONGEST_TURN = 10, 0.05
+# Layers of a step; fewer where their keys would have more tokens in all.
+LAYERS, MOST_TOKENS = 10, 2**18
 OURS = {f"rotormlx {bits} bit": bits for bits in (4, 3, 8)}
 # Groups of the others, by how their names begin.
 RIVALS = {"MLX and mlx-lm": ("MLX", "mlx-lm"), "torch": "torch", "folded torch": "folded"}
@@ -61,30 +61,23 @@ TORCH_DTYPES = ("float32", "bfloat16")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
-class Times(NamedTuple):
-    """Milliseconds of the fastest call of each step: of all calls, and of the first of a turn."""
+def timed(layers: list[dict[str, Call]], runs: int) -> dict[str, float]:
+    """Milliseconds a layer of the fastest step of each contender; they take turns."""
 
-    best: dict[str, float]
-    first: dict[str, float]
+    def step(name: str) -> float:
+        start = time.perf_counter()
+        for layer in layers:
+            made = layer[name]()
+            if isinstance(made, (mx.array, tuple)):
+                mx.eval(made)
+        return 1e3 * (time.perf_counter() - start) / len(layers)
 
-
-def timed(steps: dict[str, Step], runs: int) -> Times:
-    """Time steps in turn; a turn is ``CALLS`` calls of a step, fewer where they are long."""
-    times = Times(*(dict.fromkeys(steps, float("inf")) for _ in Times._fields))
+    fastest = dict.fromkeys(layers[0], float("inf"))
     for _ in range(runs):
-        for name, step in steps.items():
-            turn = time.perf_counter()
-            for call in range(CALLS):
-                start = time.perf_counter()
-                made = step()
-                if isinstance(made, (mx.array, tuple)):
-                    mx.eval(made)
-                stop = time.perf_counter()
-                for kind in times if call == 0 else times[:1]:
-                    kind[name] = min(kind[name], 1e3 * (stop - start))
-                if stop - turn > LONGEST_TURN:
-                    break
-    return times
+        for name, ms in fastest.items():
+            step(name)
+            fastest[name] = min(ms, step(name))
+    return fastest
 
 
 def read_bandwidth(runs: int) -> float:
@@ -92,7 +85,7 @@ def read_bandwidth(runs: int) -> float:
     threads = cpu_library.thread_count()
     parts = np.array_split(np.ones(2**27, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
-        ms = timed({"read": lambda: list(pool.map(np.max, parts))}, runs).best["read"]
+        ms = timed([{"read": lambda: list(pool.map(np.max, parts))}], runs)["read"]
     return 1e3 * sum(part.nbytes for part in parts) / ms
 
 
@@ -107,18 +100,24 @@ def rotor_views(keys: mx.array, values: mx.array, bits: int) -> Any:
     return cache.keys_and_values() if views else None
 
 
-def decode_steps(tokens: int, heads: int, contenders: Iterable[str]) -> dict[str, Step]:
-    """One step of decode attention for each contender, over the same random tokens."""
+def decode_step(tokens: int, heads: int, *contenders: str) -> list[dict[str, Call]]:
+    """Decode attention of some contenders, all of them if none is named, layer by layer."""
+    layers = min(LAYERS, MOST_TOKENS // tokens)
+    return [_decode_layer(tokens, heads, contenders) for _ in range(layers)]
+
+
+def _decode_layer(tokens: int, heads: int, contenders: Collection[str]) -> dict[str, Call]:
+    """One layer of each contender, over the same random tokens."""
     keys, values = (mx.random.normal((1, KV_HEADS, tokens, HEAD_DIM)) for _ in "kv")
     query = mx.random.normal((1, heads, 1, HEAD_DIM))
     mx.eval(keys, values, query)
 
-    def exact(dtype: mx.Dtype) -> Step:
+    def exact(dtype: mx.Dtype) -> Call:
         q, k, v = (a.astype(dtype) for a in (query, keys, values))
         mx.eval(q, k, v)
         return lambda: mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE)
 
-    def quantized(bits: int) -> Step:
+    def quantized(bits: int) -> Call:
         k, v = QuantizedKVCache(group_size=64, bits=bits).update_and_fetch(keys, values)
         mx.eval(k, v)
         # mlx-lm's function scales its queries in place, so it gets a product of its own.
@@ -126,7 +125,7 @@ def decode_steps(tokens: int, heads: int, contenders: Iterable[str]) -> dict[str
             query * 1, k, v, SCALE, None, group_size=64, bits=bits
         )
 
-    def of_torch(name: str, *, folded: bool) -> Step:
+    def of_torch(name: str, *, folded: bool) -> Call:
         q, k, v = (
             torch.tensor(np.array(a)).to(getattr(torch, name)) for a in (query, keys, values)
         )
@@ -135,12 +134,11 @@ def decode_steps(tokens: int, heads: int, contenders: Iterable[str]) -> dict[str
         attention = torch.nn.functional.scaled_dot_product_attention
         return lambda: attention(q, k, v, scale=SCALE, enable_gqa=not folded)
 
-    def rotor(bits: int) -> Step:
+    def rotor(bits: int) -> Call:
         views = rotor_views(keys, values, bits)
         return lambda: attend_view(query, *views, scale=SCALE)
 
-    # Threads of torch spin on for a while: the slowest follows it, which they disturb least.
-    makers: dict[str, Callable[[], Step]] = {
+    makers: dict[str, Callable[[], Call]] = {
         **{f"torch {n}": lambda n=n: of_torch(n, folded=False) for n in TORCH_DTYPES},
         **{f"folded torch {n}": lambda n=n: of_torch(n, folded=True) for n in TORCH_DTYPES},
         **{f"MLX {n}": lambda d=d: exact(d) for n, d in DTYPES.items()},
@@ -152,33 +150,26 @@ def decode_steps(tokens: int, heads: int, contenders: Iterable[str]) -> dict[str
     return {name: make() for name, make in makers.items() if name in contenders or not contenders}
 
 
-def decode_attention(contexts: list[int], runs: int) -> tuple[list[Row], list[Row]]:
-    """One query token over a history, 8 query and 2 KV heads; a row a contender.
-
-    Returns:
-        The fastest calls, and the fastest first calls of a turn.
-    """
-    tables: tuple[dict[str, Row], dict[str, Row]] = ({}, {})
+def decode_attention(contexts: list[int], runs: int) -> list[Row]:
+    """One query token over a history, 8 query and 2 KV heads; a row a contender."""
+    rows: dict[str, Row] = {}
     for tokens in track(contexts, "Decode attention"):
-        all_times = timed(decode_steps(tokens, HEADS, ()), runs if tokens <= 2**15 else runs // 2)
-        for rows, times in zip(tables, all_times, strict=True):
-            ratios = {}
-            for title, starts in RIVALS.items():
-                others = [ms for name, ms in times.items() if name.startswith(starts)]
-                if others:
-                    ratio = min(others) / times["rotormlx 4 bit"]
-                    ratios[f"fastest of {title} / rotormlx 4 bit"] = ratio
-            for name, ms in (times | ratios).items():
-                rows.setdefault(name, {"contender": name})[f"{tokens:,}"] = ms
-    best, first = (list(rows.values()) for rows in tables)
-    return best, first
+        times = timed(decode_step(tokens, HEADS), runs if tokens <= 2**13 else runs // 2)
+        for title, starts in RIVALS.items():
+            others = [ms for name, ms in times.items() if name.startswith(starts)]
+            if others:
+                ratio = min(others) / times["rotormlx 4 bit"]
+                times[f"fastest of {title} / rotormlx 4 bit"] = ratio
+        for name, ms in times.items():
+            rows.setdefault(name, {"contender": name})[f"{tokens:,}"] = ms
+    return list(rows.values())
 
 
 def grouping(tokens: int, bandwidth: float, runs: int) -> list[Row]:
     """Bytes a second of the packed cache for several query heads a KV head."""
     rows = []
     for repeats in (1, 4, 8):
-        for name, ms in timed(decode_steps(tokens, KV_HEADS * repeats, OURS), runs).best.items():
+        for name, ms in timed(decode_step(tokens, KV_HEADS * repeats, *OURS), runs).items():
             codecs = [
                 codec(RotorConfig(OURS[name], OURS[name]), HEAD_DIM, layer=0, role=r) for r in ROLES
             ]
@@ -193,26 +184,29 @@ def encoding(runs: int) -> list[Row]:
     """One block of 64 tokens of keys or values, 2 KV heads."""
     rows = []
     name = "rotormlx 4 bit"
-    decode_ms = timed(decode_steps(8192, HEADS, [name]), runs).best[name]
+    decode_ms = timed(decode_step(8192, HEADS, name), runs)[name]
     for role in ROLES:
         for bits in OURS.values():
             chosen = codec(RotorConfig(bits, bits), HEAD_DIM, layer=0, role=role)
-            x = mx.random.normal((1, KV_HEADS, BLOCK, HEAD_DIM)).astype(mx.float16)
-            mx.eval(x)
-            steps: dict[str, Step] = {
-                "numpy": lambda x=x, c=chosen: reference.encode(np.array(x), c),
-                "MLX operations": lambda x=x, c=chosen: MLXBackend().encode(x, c)[:2],
-                "cpu": lambda x=x, c=chosen: backend().encode(x, c)[:2],
-            }
-            best, first = timed(steps, runs)
+            layers: list[dict[str, Call]] = []
+            for _ in range(LAYERS):
+                x = mx.random.normal((1, KV_HEADS, BLOCK, HEAD_DIM)).astype(mx.float16)
+                mx.eval(x)
+                layers.append(
+                    {
+                        "numpy": lambda x=x, c=chosen: reference.encode(np.array(x), c),
+                        "MLX operations": lambda x=x, c=chosen: MLXBackend().encode(x, c)[:2],
+                        "cpu": lambda x=x, c=chosen: backend().encode(x, c)[:2],
+                    }
+                )
+            times = timed(layers, runs)
             rows.append(
                 {
                     "what": f"{role}s, {bits} bit",
-                    **best,
-                    "numpy / cpu": best["numpy"] / best["cpu"],
-                    "first calls": first["numpy"] / first["cpu"],
+                    **times,
+                    "numpy / cpu": times["numpy"] / times["cpu"],
                     # A block is encoded once in 64 steps.
-                    "a step / attention at 8k": first["cpu"] / BLOCK / decode_ms,
+                    "a step / attention at 8k": times["cpu"] / BLOCK / decode_ms,
                 }
             )
     return rows
@@ -228,11 +222,11 @@ def prompt_chunk(tokens: int, length: int, runs: int) -> list[Row]:
     views = cache.update_and_fetch(keys[:, :, tokens:], values[:, :, tokens:])
     mx.eval(keys, values, query, cache.state)
     exact = mx.fast.scaled_dot_product_attention
-    steps: dict[str, Step] = {
+    calls: dict[str, Call] = {
         "MLX float32": lambda: exact(query, keys, values, scale=SCALE, mask="causal"),
         "rotormlx 4 bit": lambda: attend_view(query, *views, scale=SCALE, mask="causal"),
     }
-    return [{"tokens": tokens, "queries": length, **timed(steps, runs).best}]
+    return [{"tokens": tokens, "queries": length, **timed([calls], runs)}]
 
 
 def tokens_a_second(path: str, contexts: list[int], steps: int) -> list[Row]:
@@ -300,7 +294,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     axes.set_xticks(tokens, labels)
     axes.minorticks_off()
     axes.set_xlabel("tokens of history")
-    axes.set_ylabel("ms a step")
+    axes.set_ylabel("ms a layer")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
@@ -329,10 +323,8 @@ def main(
     )
     console.print(f"{device}; reading moves {bandwidth / 1e9:.1f} GB/s")
     lengths = [int(c) for c in contexts.split(",")]
-    best, first = decode_attention(lengths, runs)
     tables = {
-        "Decode attention, ms a step": best,
-        "The same, the first call of a turn": first,
+        "Decode attention, ms a layer": decode_attention(lengths, runs),
         "Bytes of the packed cache, 32,768 tokens": grouping(2**15, bandwidth, runs),
         "Encoding a block of 64 tokens, ms": encoding(runs),
         "A chunk of a prompt, ms": prompt_chunk(4096, 512, 3),
