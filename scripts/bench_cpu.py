@@ -11,7 +11,6 @@ disturbs least. Writes JSON and a plot.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -25,13 +24,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import typer
+from bench_report import Row, wide_console, write_figures
 from matplotlib import pyplot as plt
 from mlx_lm.generate import generate_step
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import rotormlx
 from rotormlx import cpu_library, reference
@@ -47,7 +45,6 @@ try:
 except ImportError:  # its rows are left out
     torch = None
 
-Row = dict[str, Any]
 Call = Callable[[], object]
 HEAD_DIM, KV_HEADS, HEADS = 128, 2, 8
 SCALE = HEAD_DIM**-0.5
@@ -102,7 +99,7 @@ def rotor_views(keys: mx.array, values: mx.array, bits: int) -> Any:
 
 def decode_step(tokens: int, heads: int, *contenders: str) -> list[dict[str, Call]]:
     """Decode attention of some contenders, all of them if none is named, layer by layer."""
-    layers = min(LAYERS, MOST_TOKENS // tokens)
+    layers = min(LAYERS, max(1, MOST_TOKENS // tokens))
     return [_decode_layer(tokens, heads, contenders) for _ in range(layers)]
 
 
@@ -154,7 +151,7 @@ def decode_attention(contexts: list[int], runs: int) -> list[Row]:
     """One query token over a history, 8 query and 2 KV heads; a row a contender."""
     rows: dict[str, Row] = {}
     for tokens in track(contexts, "Decode attention"):
-        times = timed(decode_step(tokens, HEADS), runs if tokens <= 2**13 else runs // 2)
+        times = timed(decode_step(tokens, HEADS), runs if tokens <= 2**13 else max(1, runs // 2))
         for title, starts in RIVALS.items():
             others = [ms for name, ms in times.items() if name.startswith(starts)]
             if others:
@@ -268,16 +265,6 @@ def tokens_a_second(path: str, contexts: list[int], steps: int) -> list[Row]:
     return rows
 
 
-def print_table(console: Console, title: str, rows: list[Row]) -> None:
-    """One table; numbers with three digits that count."""
-    table = Table(title=title)
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-
-
 def plot(rows: list[Row], title: str, path: Path) -> None:
     """Time of decode attention over the length of the history."""
     plt.rcParams["svg.hashsalt"] = "rotormlx"  # the same text for the same figures
@@ -312,7 +299,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-cpu"),
 ) -> None:
     """Measure and print every table."""
-    console = Console(width=100)
+    console = wide_console()
     threads = cpu_library.thread_count()
     if torch is not None:
         torch.set_num_threads(threads)
@@ -332,17 +319,7 @@ def main(
     if model is not None:
         lengths = [int(c) for c in model_contexts.split(",")]
         tables["Tokens a second"] = tokens_a_second(model, lengths, 12)
-    for title, rows in tables.items():
-        print_table(console, title, rows)
-
-    output.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "device": device,
-        "date": time.strftime("%Y-%m-%d"),
-        "read_bytes_a_second": bandwidth,
-        "tables": tables,
-    }
-    (output / "figures.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_figures(console, tables, output, device=device, read_bytes_a_second=bandwidth)
     title = f"Decode attention, {HEADS} query and {KV_HEADS} KV heads, head_dim {HEAD_DIM}, "
     plot(next(iter(tables.values())), f"{title}{threads} threads", output / "decode.svg")
     console.print(f"Written: {output}/figures.json and {output}/decode.svg")

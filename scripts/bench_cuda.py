@@ -9,23 +9,18 @@ those that must be read and written at least. Writes JSON and a plot.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle, islice, product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from matplotlib import pyplot as plt
-from rich.console import Console
+from bench_report import Row, add_rates, plot_cases, wide_console, write_figures
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -37,7 +32,6 @@ from rotormlx.rotation import rotation
 from rotormlx.torch import ops
 from rotormlx.torch.torch_ops import Source
 
-Row = dict[str, Any]
 HEAD_DIM, KV_HEADS, SINK, TAIL = 128, 8, 4, 96
 DEVICE = "cuda"
 # Calls of one graph: enough that starting it counts for nothing.
@@ -225,51 +219,7 @@ def encoding(runs: int) -> list[Row]:
     return rows
 
 
-# ---- output -------------------------------------------------------------------------------------
-
-
-def add_rates(rows: list[Row], bandwidth: float) -> None:
-    """GB/s and the share of the copy bandwidth."""
-    for row in rows:
-        row["GB/s"] = row["bytes"] / row["ms"] / 1e6
-        row["share of copy"] = 1e9 * row["GB/s"] / bandwidth
-
-
-def print_table(console: Console, title: str, rows: list[Row]) -> None:
-    """One table; small numbers with three digits that count."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("contender", "role") else "right")
-    for row in rows:
-        table.add_row(*map(readable, row.values()))
-    console.print(table)
-
-
-def readable(value: object) -> str:
-    """A number as a table shows it, or a name."""
-    if isinstance(value, float) and value < 1000:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if isinstance(value, float | int) else str(value)
-
-
-def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Time of decode attention over the length of the history, a panel for each case."""
-    cases = sorted({(row["gqa"], row["batch"]) for row in rows})
-    figure, panels = plt.subplots(
-        1, len(cases), figsize=(3.2 * len(cases), 3.6), sharey=True, squeeze=False
-    )
-    for panel, (gqa, batch) in zip(panels[0], cases, strict=True):
-        here = [row for row in rows if (row["gqa"], row["batch"]) == (gqa, batch)]
-        for name in dict.fromkeys(row["contender"] for row in here):
-            points = [(row["tokens"], row["ms"]) for row in here if row["contender"] == name]
-            panel.loglog(*zip(*points, strict=True), marker="o", label=name)
-        panel.set_title(f"GQA {gqa}, batch {batch}")
-        panel.set_xlabel("tokens")
-    panels[0][0].set_ylabel("ms a step")
-    panels[0][-1].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path)
+# ---- the run ------------------------------------------------------------------------------------
 
 
 def driver() -> str:
@@ -287,8 +237,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-cuda"),
 ) -> None:
     """Measure and print every table."""
-    # A table has some 100 columns, and rich counts 80 where there is no terminal.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = wide_console()
     if not torch.cuda.is_available():
         console.print("torch finds no CUDA GPU on this machine, so nothing was measured.")
         raise typer.Exit(1)
@@ -306,20 +255,11 @@ def main(
             lengths, sizes, runs
         ),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "device": device,
-        "date": time.strftime("%Y-%m-%d"),
-        "copy_bytes_a_second": bandwidth,
-        "tables": tables,
-    }
     for rows in tables.values():
         add_rates(rows, bandwidth)
-    (output / "figures.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_figures(console, tables, output, device=device, copy_bytes_a_second=bandwidth)
     attention = list(tables.values())[-1]
-    plot(attention, torch.cuda.get_device_name(), output / "decode.svg")
-    for title, rows in tables.items():
-        print_table(console, title, rows)
+    plot_cases(attention, torch.cuda.get_device_name(), output / "decode.svg")
     console.print(f"Written: {output}/figures.json and {output}/decode.svg")
 
 

@@ -8,23 +8,19 @@ Writes JSON and a plot. It runs on any device, so that a small run can be tried 
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import mlx.core as mx
 import mlx_lm
 import typer
 from bench_attention import contenders, median_ms
-from matplotlib import pyplot as plt
+from bench_report import Row, add_rates, plot_cases, wide_console, write_figures
 from mlx_lm.models.cache import make_prompt_cache
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import rotormlx
 from rotormlx.attention import attend_view
@@ -36,7 +32,6 @@ from rotormlx.config import RotorConfig
 from rotormlx.format import KEY, VALUE, codec
 from rotormlx.rotation import rotation
 
-Row = dict[str, Any]
 HEAD_DIM, KV_HEADS = 128, 8
 PAPER_BITS = 3
 
@@ -164,44 +159,6 @@ def end_to_end(path: str, contexts: list[int]) -> list[Row]:
     return rows
 
 
-def add_rates(rows: list[Row], bandwidth: float) -> None:
-    """GB/s and the share of the copy bandwidth, where bytes are known."""
-    for row in rows:
-        if "bytes" in row:
-            row["GB/s"] = row["bytes"] / row["ms"] / 1e6
-            row["share of copy"] = 1e9 * row["GB/s"] / bandwidth
-
-
-def print_table(console: Console, title: str, rows: list[Row]) -> None:
-    """One table; numbers with three digits that count."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "contender" else "right")
-    for row in rows:
-        table.add_row(*(f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-
-
-def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Time of decode attention over the length of the history, a panel for each case."""
-    cases = sorted({(row["gqa"], row["batch"]) for row in rows})
-    figure, panels = plt.subplots(
-        1, len(cases), figsize=(3.2 * len(cases), 3.6), sharey=True, squeeze=False
-    )
-    for panel, (gqa, batch) in zip(panels[0], cases, strict=True):
-        here = [row for row in rows if (row["gqa"], row["batch"]) == (gqa, batch)]
-        for name in dict.fromkeys(row["contender"] for row in here):
-            points = [(row["tokens"], row["ms"]) for row in here if row["contender"] == name]
-            panel.loglog(*zip(*points, strict=True), marker="o", label=name)
-        panel.set_title(f"GQA {gqa}, batch {batch}")
-        panel.set_xlabel("tokens")
-    panels[0][0].set_ylabel("ms a step")
-    panels[0][-1].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main(
     contexts: Annotated[
         str, typer.Option(help="History lengths, comma-separated.")
@@ -216,7 +173,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-metal"),
 ) -> None:
     """Measure and print every table."""
-    console = Console()
+    console = wide_console()
     lengths = [int(c) for c in contexts.split(",")]
     bandwidth = copy_bandwidth(runs, copy_mb * 2**20)
     device = f"{mx.default_device()}, backend {backend().name}, MLX {mx.__version__}"
@@ -232,19 +189,10 @@ def main(
     }
     if model is not None:
         tables[f"End to end, {model}"] = end_to_end(model, lengths)
-    for title, rows in tables.items():
+    for rows in tables.values():
         add_rates(rows, bandwidth)
-        print_table(console, title, rows)
-
-    output.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "device": device,
-        "date": time.strftime("%Y-%m-%d"),
-        "copy_bytes_a_second": bandwidth,
-        "tables": tables,
-    }
-    (output / "figures.json").write_text(json.dumps(facts, indent=2) + "\n")
-    plot(next(iter(tables.values())), device, output / "decode.svg")
+    write_figures(console, tables, output, device=device, copy_bytes_a_second=bandwidth)
+    plot_cases(next(iter(tables.values())), device, output / "decode.svg")
     console.print(f"Written: {output}/figures.json and {output}/decode.svg")
 
 

@@ -1,0 +1,71 @@
+"""What the benchmarks print, write and draw."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def wide_console() -> Console:
+    """A console with room for a table where there is no terminal: rich counts 80 columns then."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def add_rates(rows: list[Row], bandwidth: float) -> None:
+    """GB/s and the share of the copy bandwidth, where bytes are known."""
+    for row in rows:
+        if "bytes" in row:
+            row["GB/s"] = row["bytes"] / row["ms"] / 1e6
+            row["share of copy"] = 1e9 * row["GB/s"] / bandwidth
+
+
+def write_figures(
+    console: Console, tables: dict[str, list[Row]], output: Path, **facts: object
+) -> None:
+    """Write tables, and facts about their measurement, to ``output/figures.json``; print them."""
+    output.mkdir(parents=True, exist_ok=True)
+    facts = {**facts, "date": time.strftime("%Y-%m-%d"), "tables": tables}
+    (output / "figures.json").write_text(json.dumps(facts, indent=2) + "\n")
+    for title, rows in tables.items():
+        table = Table(title=title)
+        for name, value in rows[0].items():
+            table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        for row in rows:
+            table.add_row(*map(readable, row.values()))
+        console.print(table)
+
+
+def readable(value: object) -> str:
+    """A number as a table shows it, three digits of a small one; or a name."""
+    if isinstance(value, float) and value < 1000:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, float | int) else str(value)
+
+
+def plot_cases(rows: list[Row], title: str, path: Path) -> None:
+    """Time of decode attention over the length of the history, a panel for each case."""
+    cases = sorted({(row["gqa"], row["batch"]) for row in rows})
+    figure, panels = plt.subplots(
+        1, len(cases), figsize=(3.2 * len(cases), 3.6), sharey=True, squeeze=False
+    )
+    for panel, (gqa, batch) in zip(panels[0], cases, strict=True):
+        here = [row for row in rows if (row["gqa"], row["batch"]) == (gqa, batch)]
+        for name in dict.fromkeys(row["contender"] for row in here):
+            points = [(row["tokens"], row["ms"]) for row in here if row["contender"] == name]
+            panel.loglog(*zip(*points, strict=True), marker="o", label=name)
+        panel.set_title(f"GQA {gqa}, batch {batch}")
+        panel.set_xlabel("tokens")
+    panels[0][0].set_ylabel("ms a step")
+    panels[0][-1].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
