@@ -527,6 +527,13 @@ _MERGE_BODY = """
 """
 
 
+def _filled(body: str, **words: object) -> str:
+    """A body with what its words in capitals stand for."""
+    for word, meaning in words.items():
+        body = body.replace(word, str(meaning))
+    return body
+
+
 @cache
 def _codec_kernel(name: str, text: _CodecText, has_scale: bool, takes_means: bool) -> Kernel:
     """The kernel ``encode`` or ``decode``."""
@@ -534,11 +541,14 @@ def _codec_kernel(name: str, text: _CodecText, has_scale: bool, takes_means: boo
     lanes = BLOCK if is_key else text.head_dim
     codec_text = _CODEC_TEXT.format(is_key=int(is_key), bits=text.bits, d=text.head_dim)
     codec_text = codec_text.replace("NS::", f"{text.role}_rotation::")
-    body = {"encode": _ENCODE_BODY, "decode": _DECODE_BODY}[name]
-    body = body.replace("MATRICES", str(text.matrices))
-    body = body.replace("SCALE", "channel_scale" if has_scale else "nullptr")
-    body = body.replace("CENTRES", "centres" if takes_means else "given_centres")
-    body = body.replace("BLOCK_WORDS", str(text.rows * lanes)).replace("THREADS", str(THREADS))
+    body = _filled(
+        {"encode": _ENCODE_BODY, "decode": _DECODE_BODY}[name],
+        MATRICES=text.matrices,
+        SCALE="channel_scale" if has_scale else "nullptr",
+        CENTRES="centres" if takes_means else "given_centres",
+        BLOCK_WORDS=text.rows * lanes,
+        THREADS=THREADS,
+    )
     inputs, outputs = {
         "encode": (
             ["input", "coefficients", "channel_scale", "given_centres", "numbers"],
@@ -571,13 +581,13 @@ def _parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
             f"  else AttendPacked<{arguments}, {operands}>::run(all, shared);"
         )
     shared = "  float* plain_shared = reinterpret_cast<float*>(shared);\n"
-    body = f"{_CALL_TEXT}{_QUERIES_TEXT}{_PARTS_BODY}{shared}  {run}\n"
-    for name, number in (
-        ("KEY_WORDS", keys.words_shape[0] * BLOCK),
-        ("VALUE_WORDS", values.words_shape[0] * values.head_dim),
-        *(("KEY_DIM", keys.head_dim), ("VALUE_DIM", values.head_dim)),
-    ):
-        body = body.replace(name, str(number))
+    body = _filled(
+        f"{_CALL_TEXT}{_QUERIES_TEXT}{_PARTS_BODY}{shared}  {run}\n",
+        KEY_WORDS=keys.words_shape[0] * BLOCK,
+        VALUE_WORDS=values.words_shape[0] * values.head_dim,
+        KEY_DIM=keys.head_dim,
+        VALUE_DIM=values.head_dim,
+    )
     return _kernel(
         "_".join(map(str, ("attend", *dims, operands))),
         [
@@ -601,12 +611,14 @@ def _parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
 
 @cache
 def _query_kernel(key_dim: int, matrices: int, has_scale: bool, rows: int) -> Kernel:
-    body = _CALL_TEXT + _QUERIES_TEXT + _QUERY_BODY
-    for name, text in (
-        *(("KEY_DIM", key_dim), ("MATRICES", matrices), ("ROWS", rows)),
-        *(("THREADS", ATTEND_THREADS), ("SCALE", "channel_scale" if has_scale else "nullptr")),
-    ):
-        body = body.replace(name, str(text))
+    body = _filled(
+        _CALL_TEXT + _QUERIES_TEXT + _QUERY_BODY,
+        KEY_DIM=key_dim,
+        MATRICES=matrices,
+        ROWS=rows,
+        THREADS=ATTEND_THREADS,
+        SCALE="channel_scale" if has_scale else "nullptr",
+    )
     return _kernel(
         f"attend_query_{key_dim}_{matrices}_{has_scale}_{rows}",
         ["queries", "key_matrix", "channel_scale", "numbers"],
@@ -621,13 +633,15 @@ def _query_kernel(key_dim: int, matrices: int, has_scale: bool, rows: int) -> Ke
 def _merge_kernel(
     value_dim: int, matrices: int, has_scale: bool, rows: int, has_sinks: bool
 ) -> Kernel:
-    body = _CALL_TEXT + _MERGE_BODY
-    for name, text in (
-        *(("VALUE_DIM", value_dim), ("MATRICES", matrices), ("ROWS", rows)),
-        *(("THREADS", ATTEND_THREADS), ("SCALE", "channel_scale" if has_scale else "nullptr")),
-        ("SINKS", "sinks" if has_sinks else "nullptr"),
-    ):
-        body = body.replace(name, str(text))
+    body = _filled(
+        _CALL_TEXT + _MERGE_BODY,
+        VALUE_DIM=value_dim,
+        MATRICES=matrices,
+        ROWS=rows,
+        THREADS=ATTEND_THREADS,
+        SCALE="channel_scale" if has_scale else "nullptr",
+        SINKS="sinks" if has_sinks else "nullptr",
+    )
     return _kernel(
         f"attend_merge_{value_dim}_{matrices}_{has_scale}_{rows}_{has_sinks}",
         ["tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "numbers"],
