@@ -234,12 +234,12 @@ def calibrate(
             for name, array in _transformed(transform, moment, seen_by, layer, role).items():
                 numbers[f"{layer}.{name}"] = array.astype(np.float32)
         tell(1)
+    made = Calibration(transform, fingerprint(model), structure(model), numbers, len(ids))
     if layers:
-        measured = sorted({int(name.partition(".")[0]) for name in numbers})
-        for layer, pair in zip(measured, losses(model, ids, measured, tell), strict=True):
+        for layer, pair in zip(made.layers, losses(model, ids, made.layers, tell), strict=True):
             for role, loss in zip(ROLES, pair, strict=True):
                 numbers[f"{layer}.{role}{_LOSS}"] = np.array([loss], np.float32)
-    return Calibration(transform, fingerprint(model), structure(model), numbers, len(ids))
+    return made
 
 
 def load(path: str | Path, model: Module) -> Calibration:

@@ -203,12 +203,6 @@ def cache_factory(
     return lambda layer: RotorKVCache(own(layer), layer, max_kv_size, of(layer))
 
 
-def model_calibration(model: Module) -> Calibration | None:
-    """The calibration that a model's compressed caches use, or None."""
-    maker = _maker(model)
-    return None if maker is None else maker.calibration
-
-
 def model_report(model: Module) -> Report:
     """The report of the latest :func:`apply`.
 

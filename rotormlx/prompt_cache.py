@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,11 +13,9 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 from rotormlx import saved_state
 from rotormlx.batch_cache import BatchRotorKVCache, same_calibrated
 from rotormlx.cache import RotorKVCache
-from rotormlx.calibration import Calibration
-from rotormlx.config import RotorConfig
 from rotormlx.files import Array
 from rotormlx.fingerprint import fingerprint
-from rotormlx.integration import model_calibration, model_report
+from rotormlx.integration import model_report
 from rotormlx.probe import dims
 from rotormlx.report import LayerReport, Report, leaves
 from rotormlx.saved_rules import Shape
@@ -174,9 +172,7 @@ def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
     fresh = model.make_cache()
     _check_model(report, fresh, shapes)
     _check_calibration(report, fresh, caches)
-    calibration = model_calibration(model)
-    config_of = calibration.by_layer(report.config) if calibration else lambda layer: report.config
-    return _convert(caches, config_of, calibration)
+    return _convert(caches, (own for _, _, own in leaves(fresh)))
 
 
 def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> None:
@@ -192,25 +188,22 @@ def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> N
         cache.calibrated = own.calibrated
 
 
-def _convert(
-    caches: list[Any],
-    config_of: Callable[[int], RotorConfig],
-    calibration: Calibration | None,
-    layer: int | None = None,
-) -> int:
+def _convert(caches: list[Any], fresh: Iterator[Any]) -> int:
+    """Compress plain caches as the model's own, which are given leaf by leaf."""
     count = 0
     for index, cache in enumerate(caches):
-        place = index if layer is None else layer
+        if isinstance(cache, CacheList):
+            parts = list(cache.caches)
+            count += _convert(parts, fresh)
+            cache.caches = tuple(parts)
+            continue
+        own = next(fresh)
         if type(cache) is KVCache:
             # Layer by layer, so that a plain layer is freed before the next one is packed.
-            calibrated = None if calibration is None else calibration.of(place)
-            caches[index] = RotorKVCache.from_kv_cache(cache, config_of(place), place, calibrated)
-            mx.eval(caches[index].state)
+            made = RotorKVCache.from_kv_cache(cache, own.config, own.layer, own.calibrated)
+            mx.eval(made.state)
+            caches[index] = made
             count += 1
-        elif isinstance(cache, CacheList):
-            parts = list(cache.caches)
-            count += _convert(parts, config_of, calibration, place)
-            cache.caches = tuple(parts)
     return count
 
 

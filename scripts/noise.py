@@ -20,9 +20,8 @@ from rotormlx.config import RotorConfig
 from rotormlx.cpu_linear import numpy_linear
 from rotormlx.probe import compress
 from rotormlx.quality import Scores
-from rotormlx.quality_run import CHUNK, mean_interval
+from rotormlx.quality_run import CHUNK, first_packed, mean_interval
 
-START = 192  # the first prediction that reads packed tokens, as in rotormlx quality
 Make = Callable[[int], Any]
 
 
@@ -31,7 +30,8 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
     model, tokenizer = mlx_lm.load(str(smollm2.fetch()))[:2]
     ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[:tokens]
     exact = rivals.scheme(rivals.EXACT).make
-    four = rivals.scheme("k4v4").make
+    four = rivals.scheme("k4v4")
+    start = first_packed([four])
 
     def unpacked(layer: int) -> RotorKVCache:
         return RotorKVCache(RotorConfig(window=tokens), layer)
@@ -46,7 +46,7 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
     )
 
     def compare(reference: Scores, dtype: str, label: str, other: Scores) -> None:
-        found = quality.differences(reference, other, start=START)
+        found = quality.differences(reference, other, start=start)
         low, high = mean_interval(found.kl)
         kl, top1 = found.kl.mean(), found.same.mean()
         print(f"| {dtype} | {label} | {kl:z.5f} | {low:z.5f} to {high:z.5f} | {top1:.1%} |")
@@ -54,7 +54,7 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
     with hook.in_place():
         of, coded = (
             {dtype: read(make, dtype) for dtype in ("bfloat16", "float32")}
-            for make in (exact, four)
+            for make in (exact, four.make)
         )
         for dtype, reference in of.items():
             for chunk in (32, 128):
