@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from rotormlx.terminal import wide_console
+
 QUALITY = (
     "k4v4 k3v3 hadamard-k4v4 dense-k4v4 rotor3-k4v4 affine-k4v4 affine-k8v8 kivi-k4v4 "
     "turboquant-k4v4 turboquant-k4v4:bare rotorquant-k4v4:bare"
@@ -84,7 +86,7 @@ def quality(
                 dtype=dtype,
                 progress=progress,
             )
-    console.print(report.table(result))
+    console.print(report.table(result, console.width))
     console.print(report.LEGEND, highlight=False)
     for written in report.save(result, output or Path()):
         typer.echo(f"wrote {written}", err=True)
@@ -231,7 +233,7 @@ def calibrate(
 def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
     """A console, the path of the model, and the model with its own caches and its tokenizer."""
     session = importlib.import_module("rotormlx.session")
-    console = Console()
+    console = wide_console()
     if model is None:
         with _progress(console) as progress:
             model = str(importlib.import_module("rotormlx.smollm2").fetch(progress))

@@ -45,18 +45,26 @@ LEGEND = (
     "attended, or among five; means over layers, each layer by itself. bits a value: of the "
     "compressed part, scales and centres included."
 )
-# A terminal of 100 characters has room for these.
+# A terminal of 120 characters has room for these.
 _PRINTED = ("bits a value", "KL", "KL, 95 %", "top-1", "PPL", "greedy", "cosine", "attention top-1")
 
 
-def table(result: Result) -> Table:
-    """The main columns, for a terminal."""
+def table(result: Result, width: int) -> Table:
+    """The main columns, as many as a terminal of ``width`` characters shows whole."""
+    columns = {"scheme": [row.scheme for row in result.rows]}
+    columns |= {name: [COLUMNS[name](row) for row in result.rows] for name in _PRINTED}
     out = Table(title=heading(result))
-    out.add_column("scheme", no_wrap=True)
-    for name in _PRINTED:
-        out.add_column(name, justify="right")
-    for row in result.rows:
-        out.add_row(row.scheme, *(COLUMNS[name](row) for name in _PRINTED))
+    shown, room = [], width - 1
+    for name, cells in columns.items():
+        needed = max(map(len, (*cells, *name.split())))
+        room -= needed + 3  # what stands between columns
+        if shown and room < 0:
+            out.caption = "A wider terminal shows more columns, the files of --output have all."
+            break
+        out.add_column(name, justify="left" if name == "scheme" else "right", width=needed)
+        shown.append(cells)
+    for row in zip(*shown, strict=True):
+        out.add_row(*row)
     return out
 
 

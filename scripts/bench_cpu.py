@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import typer
-from bench_report import Row, wide_console, write_figures
+from bench_report import Row, write_figures
 from matplotlib import pyplot as plt
 from mlx_lm.generate import generate_step
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
@@ -39,6 +39,7 @@ from rotormlx.backends.mlx_ops import MLXBackend
 from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 from rotormlx.format import BLOCK, ROLES, codec
+from rotormlx.terminal import wide_console
 
 try:
     import torch

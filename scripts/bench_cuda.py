@@ -19,7 +19,7 @@ from typing import Annotated
 
 import torch
 import typer
-from bench_report import Row, add_rates, plot_cases, wide_console, write_figures
+from bench_report import Row, add_rates, plot_cases, write_figures
 from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,6 +29,7 @@ from rotormlx import codebook
 from rotormlx.config import RotorConfig
 from rotormlx.format import BLOCK, KEY, VALUE, Packed, codec
 from rotormlx.rotation import rotation
+from rotormlx.terminal import wide_console
 from rotormlx.torch import ops
 from rotormlx.torch.torch_ops import Source
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx_lm
 import typer
 from bench_attention import contenders, median_ms
-from bench_report import Row, add_rates, plot_cases, wide_console, write_figures
+from bench_report import Row, add_rates, plot_cases, write_figures
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
 
@@ -31,6 +31,7 @@ from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
 from rotormlx.format import KEY, VALUE, codec
 from rotormlx.rotation import rotation
+from rotormlx.terminal import wide_console
 
 HEAD_DIM, KV_HEADS = 128, 8
 PAPER_BITS = 3

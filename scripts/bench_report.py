@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
-
-
-def wide_console() -> Console:
-    """A console with room for a table where there is no terminal: rich counts 80 columns then."""
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def add_rates(rows: list[Row], bandwidth: float) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(rotormlx.__file__).parent
 
 # From the ground up: a module imports only from lines above its own.
 LAYERS = [
-    {"config", "limits", "files", "fingerprint", "paths"},
+    {"config", "limits", "files", "fingerprint", "paths", "terminal"},
     {"algebra", "generator", "codebook", "cpu_linear"},
     {"rotation"},
     {"format", "learned"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
+from rich.console import Console
 from typer.testing import CliRunner
 
 from rotormlx import cli, hook, quality, quality_report, quality_run, rivals
@@ -247,6 +249,25 @@ def test_plots_show_the_numbers(result: quality_run.Result) -> None:
     for title, row in changed.items():
         after = quality_report.plots(replace(result, rows=(row, *others)))
         assert {name for name in before if before[name] != after[name]} == {title}
+
+
+@pytest.mark.parametrize(("width", "last"), [(40, "bits a value"), (80, "PPL"), (120, None)])
+def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
+    result: quality_run.Result, width: int, last: str | None
+) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(quality_report.table(result, width))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert ("A wider terminal" in " ".join(shown.split())) == (last is not None)
+    names = quality_report._PRINTED
+    count = len(names) if last is None else 1 + names.index(last)
+    for row in result.rows:
+        [line] = [line for line in shown.splitlines() if f"│ {row.scheme} " in line]
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        wanted = [quality_report.COLUMNS[name](row) for name in names[:count]]
+        assert cells == [row.scheme, *wanted]
 
 
 def test_markdown_has_every_number(result: quality_run.Result) -> None:
