@@ -54,7 +54,8 @@ def table(result: Result, width: int) -> Table:
     columns = {"scheme": [row.scheme for row in result.rows]}
     columns |= {name: [COLUMNS[name](row) for row in result.rows] for name in _PRINTED}
     out = Table(title=heading(result))
-    shown, room = [], width - 1
+    shown: list[list[str]] = []
+    room = width - 1
     for name, cells in columns.items():
         needed = max(map(len, (*cells, *name.split())))
         room -= needed + 3  # what stands between columns
