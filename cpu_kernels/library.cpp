@@ -1,4 +1,4 @@
-// The library's functions, called by rotormlx/cpu_library.py with arrays as DLPack describes them.
+// The library's functions, called by rotormlx/kernels/cpu_library.py with arrays as DLPack describes them.
 
 #include <cstdlib>
 #include <new>
@@ -268,7 +268,7 @@ const char* guarded(Call call) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Has to agree with rotormlx/cpu_library.py.
+// Has to agree with rotormlx/kernels/cpu_library.py.
 EXPORT int64_t rotormlx_interface_version() { return 3; }
 
 // A call with so many threads will come in a moment.

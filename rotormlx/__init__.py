@@ -18,27 +18,27 @@ from typing import TYPE_CHECKING, Any
 from rotormlx.config import RotorConfig
 
 if TYPE_CHECKING:
-    from rotormlx.batch_cache import BatchRotorKVCache
-    from rotormlx.cache import RotorKVCache
-    from rotormlx.calibration import Calibration, calibrate
-    from rotormlx.integration import apply, load, make_prompt_cache, remove
-    from rotormlx.prompt_cache import load_prompt_cache, save_prompt_cache
+    from rotormlx.mlx.cache.batch import BatchRotorKVCache
+    from rotormlx.mlx.cache.single import RotorKVCache
+    from rotormlx.mlx.calibration import Calibration, calibrate
+    from rotormlx.mlx.integration import apply, load, make_prompt_cache, remove
+    from rotormlx.mlx.prompt_cache import load_prompt_cache, save_prompt_cache
     from rotormlx.report import Report
 
 __version__ = version("rotormlx")
 
 _LAZY = {
-    "BatchRotorKVCache": "rotormlx.batch_cache",
+    "BatchRotorKVCache": "rotormlx.mlx.cache.batch",
     "Report": "rotormlx.report",
-    "RotorKVCache": "rotormlx.cache",
-    "Calibration": "rotormlx.calibration",
-    "apply": "rotormlx.integration",
-    "calibrate": "rotormlx.calibration",
-    "load": "rotormlx.integration",
-    "load_prompt_cache": "rotormlx.prompt_cache",
-    "make_prompt_cache": "rotormlx.integration",
-    "remove": "rotormlx.integration",
-    "save_prompt_cache": "rotormlx.prompt_cache",
+    "RotorKVCache": "rotormlx.mlx.cache.single",
+    "Calibration": "rotormlx.mlx.calibration",
+    "apply": "rotormlx.mlx.integration",
+    "calibrate": "rotormlx.mlx.calibration",
+    "load": "rotormlx.mlx.integration",
+    "load_prompt_cache": "rotormlx.mlx.prompt_cache",
+    "make_prompt_cache": "rotormlx.mlx.integration",
+    "remove": "rotormlx.mlx.integration",
+    "save_prompt_cache": "rotormlx.mlx.prompt_cache",
 }
 
 __all__ = [

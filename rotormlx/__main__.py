@@ -1,5 +1,5 @@
 """``python -m rotormlx``."""
 
-from rotormlx.cli import main
+from rotormlx.cli.main import main
 
 main()

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
 from rotormlx.config import CALIBRATED, RotorConfig
-from rotormlx.format import BLOCK, KEY, VALUE, codec
 
 FLOAT16_BYTES = 2
 

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from rotormlx.attention import attend_view
-from rotormlx.backends import backend
-from rotormlx.cache import RotorKVCache
 from rotormlx.config import RotorConfig
+from rotormlx.mlx.attention import attend_view
+from rotormlx.mlx.backends import backend
+from rotormlx.mlx.cache.single import RotorKVCache
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FILL_TOKENS = 2048

@@ -32,14 +32,15 @@ from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from rich.progress import track
 
 import rotormlx
-from rotormlx import cpu_library, reference
-from rotormlx.attention import attend_view
-from rotormlx.backends import backend
-from rotormlx.backends.mlx_ops import MLXBackend
-from rotormlx.cache import RotorKVCache
+from rotormlx.cli.terminal import wide_console
+from rotormlx.codec import reference
+from rotormlx.codec.format import BLOCK, ROLES, codec
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, ROLES, codec
-from rotormlx.terminal import wide_console
+from rotormlx.kernels import cpu_library
+from rotormlx.mlx.attention import attend_view
+from rotormlx.mlx.backends import backend
+from rotormlx.mlx.backends.mlx_ops import MLXBackend
+from rotormlx.mlx.cache.single import RotorKVCache
 
 try:
     import torch

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from rotormlx import codebook
+from rotormlx.cli.terminal import wide_console
+from rotormlx.codec import codebook
+from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed, codec
+from rotormlx.codec.rotation import rotation
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, KEY, VALUE, Packed, codec
-from rotormlx.rotation import rotation
-from rotormlx.terminal import wide_console
 from rotormlx.torch import ops
 from rotormlx.torch.torch_ops import Source
 

@@ -23,15 +23,15 @@ from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
 
 import rotormlx
-from rotormlx.attention import attend_view
-from rotormlx.backends import backend
-from rotormlx.backends.metal import rotor3_quantize_dequantize
-from rotormlx.backends.mlx_ops import levels_of_codes, matrix, nearest_magnitude
-from rotormlx.cache import RotorKVCache
+from rotormlx.cli.terminal import wide_console
+from rotormlx.codec.format import KEY, VALUE, codec
+from rotormlx.codec.rotation import rotation
 from rotormlx.config import RotorConfig
-from rotormlx.format import KEY, VALUE, codec
-from rotormlx.rotation import rotation
-from rotormlx.terminal import wide_console
+from rotormlx.mlx.attention import attend_view
+from rotormlx.mlx.backends import backend
+from rotormlx.mlx.backends.metal import rotor3_quantize_dequantize
+from rotormlx.mlx.backends.mlx_ops import levels_of_codes, matrix, nearest_magnitude
+from rotormlx.mlx.cache.single import RotorKVCache
 
 HEAD_DIM, KV_HEADS = 128, 8
 PAPER_BITS = 3

@@ -44,7 +44,7 @@ def main() -> None:
 
 def use() -> None:
     """Compress and read a cache, find the type marker, and run the command."""
-    import mlx.core as mx  # noqa: PLC0415 - the other checks need neither
+    import mlx.core as mx  # noqa: PLC0415
 
     import rotormlx  # noqa: PLC0415
 

@@ -3,11 +3,11 @@
     python scripts/coverage.py            # all of them, a few minutes
     python scripts/coverage.py llama gemma3_text    # these only, without writing
 
-Every model type gets a tiny configuration (tests/zoo.json) and random weights. The same tokens go
-through mlx-lm's own caches and through compressed ones: a prefill, a chunk and single steps, most
-of them reading packed bytes. Where experts are chosen by a router, the first token whose choice
-differs is noted: the codec's error decides between nearly equal experts there, and from then on
-the two runs are of different models.
+Every model type gets a tiny configuration (tests/support/zoo.json) and random weights. The same
+tokens go through mlx-lm's own caches and through compressed ones: a prefill, a chunk and single
+steps, most of them reading packed bytes. Where experts are chosen by a router, the first token
+whose choice differs is noted: the codec's error decides between nearly equal experts there, and
+from then on the two runs are of different models.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 import rotormlx
-from rotormlx.probe import brief
+from rotormlx.mlx.probe import brief
 from rotormlx.report import leaves
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "zoo.json").read_text())
+CONFIGS: dict[str, dict[str, Any]] = json.loads(
+    (ROOT / "tests" / "support" / "zoo.json").read_text()
+)
 # Everything but the latest tokens of an unfinished block is packed: little is read exactly.
 CONFIG = rotormlx.RotorConfig(8, 8, sink=0, window=0)
 STEPS = (130, 70, 40, 1, 1, 1)
@@ -162,7 +164,7 @@ def read(
 def examine(model_type: str, steps: Sequence[int] = STEPS) -> Result:
     """Compare a model's logits with and without compression, over tokens in these chunks."""
     if model_type not in CONFIGS:
-        return Result(model_type, "not run", "no configuration in tests/zoo.json")
+        return Result(model_type, "not run", "no configuration in tests/support/zoo.json")
     try:
         model = build(model_type)
         want, want_routes = read(model, make_prompt_cache(model), steps)

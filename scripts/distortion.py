@@ -14,10 +14,10 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from rotormlx import reference
+from rotormlx.codec import reference
+from rotormlx.codec.format import VALUE, Codec
+from rotormlx.codec.rotation import Rotation, rotation
 from rotormlx.config import ROTATIONS
-from rotormlx.format import VALUE, Codec
-from rotormlx.rotation import Rotation, rotation
 
 OUTLIERS, OUTLIER_SIZE = 4, 10.0
 

@@ -41,11 +41,11 @@ pytest="$python -m pytest -o addopts= -p no:cacheprovider --noconftest -W defaul
 
 step "Tests on the GPU, torch"
 # A process for each configuration, which is compiled first.
-timeout 300 $pytest -n 3 --dist loadgroup tests/test_cuda_device.py 2>&1 | tee "$out/tests.txt" || failed=1
+timeout 300 $pytest -n 3 --dist loadgroup tests/gpu/test_cuda_device.py 2>&1 | tee "$out/tests.txt" || failed=1
 
 step "Tests on the GPU, MLX"
 if $python -c 'import sys, mlx.core as mx; sys.exit(not mx.cuda.is_available())'; then
-  timeout 180 $pytest -n 4 tests/test_mlx_cuda.py 2>&1 | tee "$out/mlx-tests.txt" || failed=1
+  timeout 180 $pytest -n 4 tests/gpu/test_mlx_cuda.py 2>&1 | tee "$out/mlx-tests.txt" || failed=1
 else
   echo "This MLX is built without CUDA: skipped. pip install 'mlx[cuda13]' brings one."
 fi
@@ -55,7 +55,7 @@ sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanit
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
     timeout 120 "$sanitizer" --tool $tool --error-exitcode 1 --log-file "$out/$tool.txt" \
-      $pytest tests/test_cuda_device.py -k "d128 and bf16 and (attend_is_the_reference or encode)" >"$out/$tool-tests.txt" 2>&1
+      $pytest tests/gpu/test_cuda_device.py -k "d128 and bf16 and (attend_is_the_reference or encode)" >"$out/$tool-tests.txt" 2>&1
     code=$?
     echo "$tool: $([ $code = 0 ] && echo no complaint || echo "exit status $code, see $out/$tool.txt")"
     [ $code = 0 ] || [ $code = 124 ] || failed=1

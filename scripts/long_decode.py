@@ -23,8 +23,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import rotormlx
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import tiny_models
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support import models as tiny_models
 
 EVERY = 2000
 

@@ -18,9 +18,9 @@ import numpy as np
 import typer
 from safetensors.numpy import save_file
 
-from rotormlx import codebook, reference
+from rotormlx.codec import codebook, reference
+from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, Codec, Packed, codec
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, FORMAT_VERSION, KEY, ROLES, Codec, Packed, codec
 
 DIRECTORY = Path(__file__).parent.parent / "tests" / "vectors"
 

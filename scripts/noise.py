@@ -14,23 +14,25 @@ import mlx_lm
 import typer
 from mlx_lm.models.cache import make_prompt_cache
 
-from rotormlx import hook, quality, rivals, smollm2
-from rotormlx.cache import RotorKVCache
+from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
-from rotormlx.cpu_linear import numpy_linear
-from rotormlx.probe import compress
-from rotormlx.quality import Scores
-from rotormlx.quality_run import CHUNK, first_packed, mean_interval
+from rotormlx.measure import baselines, quality
+from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.quality import Scores
+from rotormlx.measure.quality_run import CHUNK, first_packed, mean_interval
+from rotormlx.mlx import hook
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.probe import compress
 
 Make = Callable[[int], Any]
 
 
 def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) -> None:
     """Print the divergence that arithmetic alone makes, beside that of 4 bits."""
-    model, tokenizer = mlx_lm.load(str(smollm2.fetch()))[:2]
+    model, tokenizer = mlx_lm.load(str(demo_model.fetch()))[:2]
     ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[:tokens]
-    exact = rivals.scheme(rivals.EXACT).make
-    four = rivals.scheme("k4v4")
+    exact = baselines.scheme(baselines.EXACT).make
+    four = baselines.scheme("k4v4")
     start = first_packed([four])
 
     def unpacked(layer: int) -> RotorKVCache:

@@ -16,13 +16,16 @@ import typer
 from jinja2 import StrictUndefined, Template
 from rich.progress import Progress
 
-from rotormlx import hook, quality, reference, retention, rivals, smollm2
+from rotormlx.cli import demo_model
+from rotormlx.codec import reference
+from rotormlx.codec.format import KEY, VALUE, Codec
+from rotormlx.codec.rotation import rotation
 from rotormlx.config import ROTATIONS
-from rotormlx.cpu_linear import numpy_linear
-from rotormlx.format import KEY, VALUE, Codec
-from rotormlx.quality_run import machine
-from rotormlx.rivals import Turbo
-from rotormlx.rotation import rotation
+from rotormlx.measure import attention_error, baselines, quality
+from rotormlx.measure.baselines import Turbo
+from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.quality_run import machine
+from rotormlx.mlx import hook
 
 PAGE = Path(__file__).parent.parent / "docs" / "PAPER.md"
 TEMPLATE = Path(__file__).with_name("paper.md.jinja")
@@ -157,13 +160,13 @@ def inner_products() -> list[list[str]]:
 
 def real_model(tokens: int, progress: Progress) -> list[list[str]]:
     """Attention of SmolLM2-135M: every layer and head, the last 64 queries."""
-    model, tokenizer = mlx_lm.load(str(smollm2.fetch(progress)))[:2]
+    model, tokenizer = mlx_lm.load(str(demo_model.fetch(progress)))[:2]
     ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[: tokens + 1]
-    with hook.in_place(), numpy_linear(), retention.record_queries() as latest:
-        caches = rivals.scheme(rivals.EXACT).caches(model)
+    with hook.in_place(), numpy_linear(), attention_error.record_queries() as latest:
+        caches = baselines.scheme(baselines.EXACT).caches(model)
         task = progress.add_task("Reading", total=tokens)
         quality.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
-        layers = list(retention.attended(caches, latest))
+        layers = list(attention_error.attended(caches, latest))
     rows = []
     for bits in (3, 4):
         names: dict[str, tuple[str, Any]] = {
@@ -176,8 +179,8 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
             f"k{bits}v{bits}": ("cascade", None),
         }
         for name, (_, claim) in names.items():
-            chosen = rivals.scheme(name)
-            errors = [retention.layer_error(one, chosen.make(one.layer)) for one in layers]
+            chosen = baselines.scheme(name)
+            errors = [attention_error.layer_error(one, chosen.make(one.layer)) for one in layers]
             means = {
                 field: np.mean([getattr(error, field) for error in errors])
                 for field in ("score_cosine", "cosine", "top1", "top5", "key_error")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rotormlx import demo
+from rotormlx.cli import demo
 
 PICTURE = Path(__file__).parent.parent / "docs" / "demo.svg"
 

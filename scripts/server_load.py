@@ -210,8 +210,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         model = args.model
         if model is None:
-            sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-            import tiny_models  # noqa: PLC0415
+            sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+            from tests.support import models as tiny_models  # noqa: PLC0415
 
             model = Path(tiny_models.save(Path(directory) / "llama"))
         with serving(model, "--key-bits", "8", "--value-bits", "8") as port:

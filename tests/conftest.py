@@ -10,9 +10,9 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from rotormlx import calibration, hook
-from rotormlx.backends import available, choose
-from rotormlx.smollm2 import fetch
+from rotormlx.cli.demo_model import fetch
+from rotormlx.mlx import calibration, hook
+from rotormlx.mlx.backends import available, choose
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +54,17 @@ def own_mlx_lm() -> Iterator[None]:
     left = hook.installed()
     hook.remove()
     assert not left, "a model or a run still uses compressed caches"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny torch models are slower on several threads, and test processes share the cores."""
+    import torch  # most tests need none
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=available())

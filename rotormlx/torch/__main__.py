@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
+from rotormlx.codec.rotation import check_head_dim
 from rotormlx.config import BITS, ROTATIONS, RotorConfig
-from rotormlx.rotation import check_head_dim
 from rotormlx.torch.build import Configuration, architecture, missing
 from rotormlx.torch.build import build as build_library
 

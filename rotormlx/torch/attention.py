@@ -11,8 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
-from rotormlx.format import KEY, VALUE, codec
 from rotormlx.torch import ops
 from rotormlx.torch.layer import KVHandle
 from rotormlx.torch.store import lengths_on

@@ -22,8 +22,8 @@ import torch
 from platformdirs import user_cache_dir
 from torch.utils import cpp_extension
 
+from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
-from rotormlx.format import KEY, VALUE, codec
 
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = ("cuda_kernels", "shared_kernels")
@@ -76,7 +76,7 @@ class Configuration:
     def headers(self) -> dict[str, str]:
         """The generated headers, by file name."""
         # Not at the top: the package of the MLX backends is only needed to compile.
-        kernel_source = import_module("rotormlx.backends.kernel_source")
+        kernel_source = import_module("rotormlx.kernels.source")
         config = RotorConfig(self.key_bits, self.value_bits, self.rotation)
         dims = ((KEY, self.key_dim), (VALUE, self.value_dim))
         return {

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from rotormlx.codec.rotation import check_head_dim
 from rotormlx.config import RotorConfig
-from rotormlx.rotation import check_head_dim
 from rotormlx.torch import attention
 from rotormlx.torch.layer import RotorLayer
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotormlx.format import BLOCK, KEY, ROLES, Codec, Packed
-from rotormlx.limits import check_grid, check_tokens
-from rotormlx.rotation import Rotation
+from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed
+from rotormlx.codec.limits import check_grid, check_tokens
+from rotormlx.codec.rotation import Rotation
 from rotormlx.torch import build, torch_ops
 from rotormlx.torch.build import Configuration
 from rotormlx.torch.torch_ops import Source
@@ -216,9 +216,9 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 @cache
 def _coefficients(rotation: Rotation, back: bool, device: torch.device) -> Tensor:
     """What the kernels read of a rotation, float32."""
-    from rotormlx.backends import kernel_source  # noqa: PLC0415 - loads MLX; only for compiling
+    from rotormlx.kernels import source  # noqa: PLC0415
 
-    found = np.array(kernel_source.coefficients(rotation, back=back), np.float32)
+    found = np.array(source.coefficients(rotation, back=back), np.float32)
     return torch.from_numpy(found).to(device)
 
 

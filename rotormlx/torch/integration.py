@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
 
+from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
-from rotormlx.format import KEY, VALUE, codec
 from rotormlx.report import LayerReport, Report
 from rotormlx.torch import attention
 from rotormlx.torch.cache import RotorCache, compressed_layers, layer_dims

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from rotormlx.codec.format import BLOCK, KEY, VALUE
+from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, KEY, VALUE
-from rotormlx.limits import check_tokens
 from rotormlx.torch.ops import FLOATS
 from rotormlx.torch.store import Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import Source

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotormlx import cpu_library
-from rotormlx.cpu_library import Blocks
-from rotormlx.format import BLOCK, KEY, Codec, Packed
+from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
+from rotormlx.kernels import cpu_library
+from rotormlx.kernels.cpu_library import Blocks
 from rotormlx.torch import torch_ops
 from rotormlx.torch.torch_ops import Source
 

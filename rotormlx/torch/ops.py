@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
 from rotormlx.torch import cuda, native, torch_ops
 from rotormlx.torch.torch_ops import Source
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from rotormlx import saved_state
+from rotormlx.codec.format import FORMAT_VERSION, Packed
 from rotormlx.config import RotorConfig
-from rotormlx.files import Array
-from rotormlx.format import FORMAT_VERSION, Packed
-from rotormlx.saved_rules import Shape
+from rotormlx.storage import cache_file
+from rotormlx.storage.cache_rules import Shape
+from rotormlx.storage.tensor_file import Array
 from rotormlx.torch.cache import RotorCache
 from rotormlx.torch.layer import RotorLayer
 from rotormlx.torch.store import Store
@@ -56,7 +56,7 @@ def save_prompt_cache(
     """
     states = [_state_of(index, layer) for index, layer in enumerate(cache.layers)]
     classes, arrays = [name for name, _ in states], [state for _, state in states]
-    saved_state.write(path, classes, arrays, metadata or {}, _tensor)
+    cache_file.write(path, classes, arrays, metadata or {}, _tensor)
 
 
 def load_prompt_cache(
@@ -83,7 +83,7 @@ def load_prompt_cache(
 
     Source: docs/FORMAT.md, section 8.
     """
-    with saved_state.opened(path) as saved:
+    with cache_file.opened(path) as saved:
         cache = RotorCache(
             config, _config_of(path, [shape for _, shape in saved.shapes], rotor_config)
         )

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rotormlx.codec.format import BLOCK, Codec, Packed, codec
 from rotormlx.config import RotorConfig
-from rotormlx.format import BLOCK, Codec, Packed, codec
 from rotormlx.torch import ops
 from rotormlx.torch.torch_ops import Source
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotormlx import codebook
-from rotormlx.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
-from rotormlx.generator import Floats
-from rotormlx.rotation import Rotation, Stage
+from rotormlx.codec import codebook
+from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec.random_stream import Floats
+from rotormlx.codec.rotation import Rotation, Stage
 
 # Values that are encoded at once: about ten float32 tensors of them are alive, 20 MiB.
 TILE_VALUES = 2**19

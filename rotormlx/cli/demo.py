@@ -1,0 +1,273 @@
+"""One model, one text, four caches: what each costs in memory, and what comes out.
+
+A passage and a question about it are read through each cache in chunks of 64 tokens. That scores
+the cache (every next-token distribution against the exact cache's) and fills it. Then the model
+answers from the cache so filled: the numbers and the answer come from the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+from mlx_lm import load, stream_generate
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rotormlx.cli import demo_model
+from rotormlx.config import RotorConfig
+from rotormlx.measure import baselines, quality
+from rotormlx.mlx import integration
+from rotormlx.report import leaves
+
+DEFAULT_PROMPT = "What does this text say about objects? Answer in two sentences."
+# The first 132 tokens are exact in a rotormlx cache; predictions behind them are what is compared.
+LEAST_SCORE_TOKENS = 256
+CHUNK = 64
+ROTOR_BITS = (4, 3)
+FLOAT16_BITS = 16
+EXACT = "exact"
+# A context at which the exact tokens, 132 at most, weigh as little as they do in practice.
+LONG_CONTEXT = 8192
+
+Caches = list[Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one cache.
+
+    Args:
+        name: The cache, for people to read.
+        text: The answer.
+        context_tokens: Tokens in the cache at the end.
+        packed_tokens: How many of them are packed, in the layer with the fewest.
+        packed_share: Share of earlier tokens read from packed bytes, the mean over the predictions
+            compared.
+        cache_bytes: Bytes of the cache at the end, without room for growth.
+        long_context_ratio: How many times smaller than the exact cache it is at 8,192 tokens.
+        bits_per_value: True bits of a packed value; of any value in the exact cache.
+        quality: Distance from the exact cache; None for the exact cache itself.
+        tokens_per_second: Speed of the answer.
+    """
+
+    name: str
+    text: str
+    context_tokens: int
+    packed_tokens: int
+    packed_share: float
+    cache_bytes: int
+    long_context_ratio: float
+    bits_per_value: float
+    quality: quality.Quality | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    caches: Caches
+    scores: quality.Scores
+    text: str
+    tokens_per_second: float
+
+
+def run(
+    *,
+    model: str | None = None,
+    prompt: str = DEFAULT_PROMPT,
+    max_tokens: int = 48,
+    score_tokens: int = 512,
+    console: Console | None = None,
+) -> list[Row]:
+    """Compare the exact cache, mlx-lm's 4-bit cache and rotormlx at 4 and 3 bits.
+
+    Args:
+        model: What ``mlx_lm.load`` takes; None is SmolLM2-135M-Instruct, downloaded once.
+        prompt: The question about the passage.
+        max_tokens: Longest answer, in tokens.
+        score_tokens: Length of the passage, in tokens.
+        console: Where the table goes; standard output if None.
+
+    Returns:
+        One row per cache, the exact one first.
+
+    Raises:
+        ValueError: If the passage is too short to be read from packed bytes, or the model cannot
+            be compressed.
+        RuntimeError: If the model cannot be downloaded, or nothing was read from packed bytes.
+    """
+    if score_tokens < LEAST_SCORE_TOKENS or max_tokens < 1:
+        raise ValueError(
+            f"[demo] A passage of at least {LEAST_SCORE_TOKENS} tokens and an answer of at least 1 "
+            f"are required, so that packed tokens are read, but {score_tokens} and {max_tokens} "
+            "came; ask for more."
+        )
+    console = console or Console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        loaded: tuple[Any, ...] = load(model or str(demo_model.fetch(progress)))
+        network, tokenizer = loaded[:2]
+        tokens = _prompt_tokens(tokenizer, prompt, score_tokens)
+        ratios = _long_context_ratios(network)
+        makers = _cache_makers(network)
+        task = progress.add_task("", total=len(makers) * (len(tokens) + max_tokens))
+        runs: dict[str, _Run] = {}
+        try:
+            for count, (name, make) in enumerate(makers.items(), start=1):
+                progress.update(task, description=f"{name} ({count} of {len(makers)})")
+                runs[name] = _run_one(
+                    loaded, tokens, make(), max_tokens, lambda n: progress.advance(task, n)
+                )
+                progress.update(task, completed=count * (len(tokens) + max_tokens))
+                if name != EXACT:
+                    quality.assert_packed(runs[name].caches, CHUNK)
+        finally:
+            integration.remove(network)
+    start = _first_packed(runs)
+    rows = [_row(name, one, runs[EXACT], start, ratios) for name, one in runs.items()]
+    _print(console, rows, runs[EXACT].scores, start)
+    return rows
+
+
+def _cache_makers(network: Any) -> dict[str, Callable[[], Caches]]:
+    def mlx_lm_4_bit() -> Caches:
+        # What mlx-lm's kv_bits=4 comes to with quantized_kv_start=0.
+        return [
+            QuantizedKVCache(group_size=64, bits=4) if type(cache) is KVCache else cache
+            for cache in make_prompt_cache(network)
+        ]
+
+    def rotormlx(bits: int) -> Callable[[], Caches]:
+        config = RotorConfig(key_bits=bits, value_bits=bits)
+        return lambda: integration.make_prompt_cache(network, config)
+
+    return {
+        EXACT: lambda: list(make_prompt_cache(network)),
+        "mlx-lm 4 bit": mlx_lm_4_bit,
+        **{_rotor_name(bits): rotormlx(bits) for bits in ROTOR_BITS},
+    }
+
+
+def _long_context_ratios(network: Any) -> dict[str, float]:
+    """How many times smaller than float16 each of our caches is in a long context."""
+    ratios = {}
+    for bits in ROTOR_BITS:
+        report = integration.apply(network, RotorConfig(key_bits=bits, value_bits=bits))
+        ratios[_rotor_name(bits)] = report.float_bytes(LONG_CONTEXT) / report.compressed_bytes(
+            LONG_CONTEXT
+        )
+    integration.remove(network)
+    return ratios
+
+
+def _rotor_name(bits: int) -> str:
+    return f"rotormlx {bits} bit"
+
+
+def _prompt_tokens(tokenizer: Any, prompt: str, score_tokens: int) -> list[int]:
+    # A token of English is 4 or 5 characters; all of the text would exceed some models' context.
+    text = quality.default_text()[: 8 * score_tokens]
+    passage = tokenizer.encode(text, add_special_tokens=False)[:score_tokens]
+    text = f"{tokenizer.decode(passage)}\n\n{prompt}"
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def _run_one(
+    loaded: tuple[Any, ...],
+    tokens: list[int],
+    caches: Caches,
+    max_tokens: int,
+    advance: Callable[[int], None],
+) -> _Run:
+    network, tokenizer = loaded[:2]
+    scores = quality.score(network, tokens, caches, chunk=CHUNK, progress=advance)
+    text = ""
+    count = 0
+    start = time.perf_counter()
+    # score() leaves the last token unread: it is the whole prompt here.
+    for response in stream_generate(
+        network, tokenizer, tokens[-1:], max_tokens=max_tokens, prompt_cache=caches
+    ):
+        text += response.text
+        count = response.generation_tokens
+        advance(1)
+    return _Run(caches, scores, text.strip(), count / (time.perf_counter() - start))
+
+
+def _first_packed(runs: dict[str, _Run]) -> int:
+    """The first prediction for which every compressed cache read packed tokens."""
+    packed = [run.scores.packed_tokens for name, run in runs.items() if name != EXACT]
+    return int(np.argmax(np.min(packed, axis=0) > 0))
+
+
+def _row(name: str, one: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
+    caches = [cache for _, _, cache in leaves(one.caches)]
+    bits, exact_bits = baselines.bits_per_value(one.caches), baselines.bits_per_value(exact.caches)
+    return Row(
+        name=name,
+        text=one.text,
+        context_tokens=max(getattr(cache, "offset", 0) for cache in caches),
+        packed_tokens=quality.packed_of(caches),
+        packed_share=_packed_share(one.scores, start),
+        cache_bytes=baselines.used_bytes(one.caches),
+        long_context_ratio=ratios.get(name, FLOAT16_BITS / bits) * exact_bits / FLOAT16_BITS,
+        bits_per_value=bits,
+        quality=None if one is exact else quality.compare(exact.scores, one.scores, start=start),
+        tokens_per_second=one.tokens_per_second,
+    )
+
+
+def _packed_share(scores: quality.Scores, start: int) -> float:
+    earlier = np.arange(start, len(scores.targets)) + 1
+    return float(np.mean(scores.packed_tokens[start:] / earlier))
+
+
+def _print(console: Console, rows: list[Row], exact: quality.Scores, start: int) -> None:
+    first = rows[0]
+    table = Table(title="One text, four caches")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row.name, justify="right")
+    # A cache is a column: so the table fits a terminal of 80 characters.
+    lines: dict[str, Callable[[Row], str]] = {
+        "memory": lambda row: f"{row.cache_bytes / 1e6:.2f} MB",
+        "smaller": lambda row: f"{first.cache_bytes / row.cache_bytes:.2f}x",
+        "at 8,192 tokens": lambda row: f"{row.long_context_ratio:.2f}x",
+        "bits a value": lambda row: f"{row.bits_per_value:.3f}",
+        "tokens packed": lambda row: f"{row.packed_tokens} of {row.context_tokens}",
+        "read packed": lambda row: f"{row.packed_share:.0%}",
+        "KL": lambda row: f"{row.quality.kl_mean:.4f}" if row.quality else "",
+        "top-1": lambda row: f"{row.quality.top1:.1%}" if row.quality else "",
+        "words as exact": lambda row: f"{_common(row, first)} of {len(row.text.split())}",
+        "tokens a second": lambda row: f"{row.tokens_per_second:.1f}",
+    }
+    for label, cell in lines.items():
+        table.add_row(label, *(cell(row) for row in rows))
+    console.print(table)
+    predictions = len(exact.targets) - start
+    console.print(
+        f"KL and top-1 compare {predictions} predictions with those through the exact cache, whose "
+        f"perplexity is {exact.perplexity(start):.2f}. The first {start} are left out, because "
+        "rotormlx has nothing packed before them. They read at least the share 'read packed' of "
+        "all earlier tokens from packed bytes, the mean over predictions; the other tokens are "
+        "exact. Bits are those of packed values, scales and centres included.",
+        highlight=False,
+    )
+    for row in rows:
+        console.print(f"\n[bold]{escape(row.name)}:[/bold] {escape(row.text)}", highlight=False)
+
+
+def _common(row: Row, exact: Row) -> int:
+    """Words at the start of two answers that are equal."""
+    pairs = zip(row.text.split(), exact.text.split(), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

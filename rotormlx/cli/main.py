@@ -1,0 +1,281 @@
+"""The command line: the commands of mlx-lm with compressed caches, and a few of our own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from typer.core import TyperCommand
+
+from rotormlx import __version__
+from rotormlx.cli import measure
+from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, ROTATIONS, RotorConfig
+
+# Commands of mlx-lm that run with compressed caches, and what each does.
+MLX_LM_COMMANDS = {
+    "generate": "Generate text.",
+    "chat": "Chat with a model.",
+    "server": "Serve a model over HTTP, as OpenAI's API does.",
+    "cache_prompt": "Read a prompt and save its compressed cache.",
+    "evaluate": "Evaluate a model on tasks of lm_eval.",
+    "benchmark": "Measure prompt and generation speed.",
+    "perplexity": "Measure perplexity, reading the text through the compressed cache.",
+}
+
+DEFAULT = RotorConfig()
+PANEL = "Options of rotormlx"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # A refusal is one sentence; what nobody expected keeps Python's own traceback.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _choices(choices: tuple[object, ...]) -> str:
+    return ", ".join(map(str, choices))
+
+
+KeyBits = Annotated[
+    int, typer.Option(help=f"Bits of a key: {_choices(BITS)}.", rich_help_panel=PANEL)
+]
+ValueBits = Annotated[
+    int, typer.Option(help=f"Bits of a value: {_choices(BITS)}.", rich_help_panel=PANEL)
+]
+RotationName = Annotated[
+    str, typer.Option(help=f"{_choices((*ROTATIONS, CALIBRATED))}.", rich_help_panel=PANEL)
+]
+ChannelScale = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{_choices(CHANNEL_SCALES)}; by default the one that suits the rotation.",
+        rich_help_panel=PANEL,
+    ),
+]
+Sink = Annotated[int, typer.Option(help="First tokens that stay exact.", rich_help_panel=PANEL)]
+Window = Annotated[int, typer.Option(help="Latest tokens that stay exact.", rich_help_panel=PANEL)]
+RotationSeed = Annotated[int, typer.Option(help="Selects the rotations.", rich_help_panel=PANEL)]
+
+
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of rotormlx calibrate; by default the one that is kept for the model.",
+        rich_help_panel=PANEL,
+    ),
+]
+
+
+class PassThrough(TyperCommand):
+    """A command whose unknown options belong to the mlx-lm command of the same name."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print our options, then mlx-lm's."""
+        super().format_help(ctx, formatter)
+        console = Console()
+        session = _session()
+        with _refusing(session.Refusal):
+            parser = session.parser_of(session.tool_module(ctx.info_name))
+        parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=console.width - 4)
+        parser.description, parser.usage = None, argparse.SUPPRESS
+        for action in parser._actions:
+            if action.dest in ("help", *session.REFUSED):
+                action.help = argparse.SUPPRESS
+        text = Text.from_ansi(parser.format_help().partition("\n")[2])
+        console.print(Panel(text, title=f"Options of mlx_lm {ctx.info_name}", title_align="left"))
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Generate text with mlx-lm and a compressed KV cache."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _add_mlx_lm_command(name: str, does: str) -> None:
+    @app.command(
+        name,
+        cls=PassThrough,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        help=f"{does} Takes every option of mlx_lm {name}.",
+    )
+    def command(
+        ctx: typer.Context,
+        *,
+        key_bits: KeyBits = DEFAULT.key_bits,
+        value_bits: ValueBits = DEFAULT.value_bits,
+        rotation: RotationName = DEFAULT.rotation,
+        channel_scale: ChannelScale = DEFAULT.channel_scale,
+        sink: Sink = DEFAULT.sink,
+        window: Window = DEFAULT.window,
+        rotation_seed: RotationSeed = DEFAULT.seed,
+        calibration: CalibrationFile = None,
+    ) -> None:
+        config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
+        session = _session()
+        with _refusing(session.Refusal):
+            session.run(name, ctx.args, config, calibration)
+
+
+for _name, _does in MLX_LM_COMMANDS.items():
+    _add_mlx_lm_command(_name, _does)
+
+
+@app.command()
+def batch(
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help="A text file with a prompt a line; in a .jsonl file each line is a prompt or a "
+            "list of chat messages."
+        ),
+    ],
+    *,
+    model: Annotated[str, typer.Option(help="A directory or the name of a repository.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; standard output by default.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Most sequences at once.")] = 32,
+    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Take the prompts as they are.")
+    ] = False,
+    key_bits: KeyBits = DEFAULT.key_bits,
+    value_bits: ValueBits = DEFAULT.value_bits,
+    rotation: RotationName = DEFAULT.rotation,
+    channel_scale: ChannelScale = DEFAULT.channel_scale,
+    sink: Sink = DEFAULT.sink,
+    window: Window = DEFAULT.window,
+    rotation_seed: RotationSeed = DEFAULT.seed,
+    calibration: CalibrationFile = None,
+) -> None:
+    """Answer the prompts of a file, many at once; writes a JSON object a line."""
+    config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
+    session, batching = _session(), importlib.import_module("rotormlx.cli.batching")
+    with _refusing(session.Refusal):
+        questions = batching.read_prompts(prompts)
+        answers = batching.answer(
+            session.Session(config, calibration),
+            model,
+            questions,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            temp=temp,
+            use_chat_template=not ignore_chat_template,
+        )
+    lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+    if output is None:
+        typer.echo(lines, nl=False)
+    else:
+        output.write_text(lines, encoding="utf-8")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A directory or the name of a repository.")],
+    *,
+    key_bits: KeyBits = DEFAULT.key_bits,
+    value_bits: ValueBits = DEFAULT.value_bits,
+    rotation: RotationName = DEFAULT.rotation,
+    channel_scale: ChannelScale = DEFAULT.channel_scale,
+    sink: Sink = DEFAULT.sink,
+    window: Window = DEFAULT.window,
+    rotation_seed: RotationSeed = DEFAULT.seed,
+    calibration: CalibrationFile = None,
+) -> None:
+    """Show what of a model would be compressed, and the memory that saves."""
+    config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
+    loaded = _load(model, config, calibration)
+    report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
+    console = Console()
+    console.print(report.layer_table())
+    console.print(report.memory_table())
+    backend = importlib.import_module("rotormlx.mlx.backends").describe()
+    console.print(f"Backend: {backend}", highlight=False)
+
+
+@app.command()
+def demo(
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="Another model than SmolLM2-135M-Instruct.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Another question about the passage that is read.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    score_tokens: Annotated[int | None, typer.Option(help="Length of the passage.")] = None,
+) -> None:
+    """Read a passage and answer a question with four caches, and compare them."""
+    if model is not None:
+        _load(model, DEFAULT)  # reads no weights: only to refuse early
+    options = {"prompt": prompt, "max_tokens": max_tokens, "score_tokens": score_tokens}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    with _refusing(
+        ValueError,
+        RuntimeError,
+        where=("[demo]", "[smollm2]", "[apply]", "[hook]", "[assert_packed]"),
+    ):
+        importlib.import_module("rotormlx.cli.demo").run(model=model, console=Console(), **given)
+
+
+measure.register(app)
+
+
+def main() -> None:
+    """Entry point of the ``rotormlx`` command."""
+    app(prog_name="rotormlx")
+
+
+def _config(*fields: Any) -> RotorConfig:
+    with _refusing(ValueError):
+        return RotorConfig(*fields)
+
+
+def _load(path: str, config: RotorConfig, calibration: Path | None = None) -> tuple[Any, ...]:
+    session = _session()
+    with _refusing(session.Refusal):
+        loaded: tuple[Any, ...] = session.load_lazily(path, config, calibration)
+    return loaded
+
+
+def _session() -> ModuleType:
+    # mlx-lm takes two seconds to import, and --help and --version need none of it.
+    return importlib.import_module("rotormlx.cli.mlx_lm_commands")
+
+
+@contextmanager
+def _refusing(*kinds: type[Exception], where: tuple[str, ...] = ("",)) -> Iterator[None]:
+    """Turn errors of these kinds, from these parts of rotormlx, into a refusal."""
+    try:
+        yield
+    except kinds as error:
+        if not str(error).startswith(where):
+            raise
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    _say(message)
+    raise typer.Exit(2)
+
+
+def _say(message: str) -> None:
+    # Standard output belongs to the generated text.
+    typer.echo(f"rotormlx: {message}", err=True)

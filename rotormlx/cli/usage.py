@@ -1,0 +1,86 @@
+"""What filled caches take in memory, and what they would take in float16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rotormlx.codec.format import BLOCK
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.report import Report, leaves, megabytes
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Sizes of filled caches, without the room that they keep for growth.
+
+    Args:
+        tokens: Tokens held by the longest cache.
+        packed_tokens: Those of them that are packed.
+        cache_bytes: Bytes as they are.
+        float16_bytes: Bytes with keys and values in float16; layers left alone count as they are.
+    """
+
+    tokens: int = 0
+    packed_tokens: int = 0
+    cache_bytes: int = 0
+    float16_bytes: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.tokens + other.tokens,
+            self.packed_tokens + other.packed_tokens,
+            self.cache_bytes + other.cache_bytes,
+            self.float16_bytes + other.float16_bytes,
+        )
+
+    def describe(self, sequences: int) -> str:
+        """One line about the caches of several sequences."""
+        size, plain = megabytes(self.cache_bytes), megabytes(self.float16_bytes)
+        return (
+            f"{sequences} sequences, {self.packed_tokens:,} of {self.tokens:,} tokens packed; "
+            f"caches {size} against {plain} in float16"
+        )
+
+
+def measure(report: Report, caches: Sequence[Any]) -> Usage:
+    """Measure the caches of one sequence.
+
+    Args:
+        report: Of the model they belong to.
+        caches: The list that ``model.make_cache()`` gave, filled.
+    """
+    tokens = packed = size = float16_size = 0
+    for layer, (_, _, cache) in zip(report.layers, leaves(caches), strict=True):
+        if isinstance(cache, RotorKVCache):
+            tokens, packed = max((tokens, packed), (cache.size(), cache.packed_tokens))
+            size += cache.used_bytes
+            rows = 1 if cache.keys is None else cache.keys.shape[0]
+            float16_size += rows * layer.float_bytes(cache.size())
+        else:
+            size += cache.nbytes
+            float16_size += cache.nbytes
+    return Usage(tokens, packed, size, float16_size)
+
+
+def describe(report: Report, caches: Sequence[Any]) -> str:
+    """What was compressed and what it takes, in two lines for people to read."""
+    usage = measure(report, caches)
+    size, float16_size = usage.cache_bytes, usage.float16_bytes
+    smaller = usage.packed_tokens and size < float16_size
+    ratio = f", {float16_size / size:.2f}x smaller" if smaller else ""
+    limit = report.config.sink + report.config.window + BLOCK
+    why = "" if usage.packed_tokens else f" (all exact: packing starts at {limit} tokens)"
+    return (
+        f"{report.summary}\n{usage.packed_tokens:,} of {usage.tokens:,} tokens packed{why}; cache "
+        f"{megabytes(size)} against {megabytes(float16_size)} in float16{ratio}"
+    )
+
+
+def describe_peak(usage: Usage, peak_bytes: int) -> str:
+    """The most memory that MLX held, weights included, and about what float16 would have taken."""
+    float16_peak = peak_bytes + usage.float16_bytes - usage.cache_bytes
+    return (
+        f"peak memory {megabytes(peak_bytes)}, about {megabytes(float16_peak)} with a float16 cache"
+    )

@@ -1,0 +1,161 @@
+"""The packed format, version 1: what stands where.
+
+A block is 64 tokens. A uint32 word packs along the axis that attention sums over, and neighbouring
+words walk the other axis, so that neighbouring lanes read neighbouring words and no sum crosses
+lanes:
+
+    key words     [rows, 64]   a word holds several channels of one token     (lane = token)
+    value words   [rows, D]    a word holds several tokens of one channel     (lane = channel)
+    scales        [64]         float16, one a token
+    centres       [D]          float16, keys only: the mean of the block
+
+A code of 2, 4 or 8 bits is one field of a word, lowest bits first. A code of 3 bits is split over
+two planes, each laid out like that: first the magnitudes (2 bits), then the signs (1 bit). A plane
+that does not fill its last word ends in zeros.
+
+Source: docs/FORMAT.md, which is normative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rotormlx.codec.rotation import KEY, ROLES, VALUE, Rotation, rotation
+from rotormlx.config import RotorConfig
+
+FORMAT_VERSION = 1
+BLOCK = 64
+WORD_BITS = 32
+LARGEST_FLOAT16 = 65504.0
+
+
+class Plane(NamedTuple):
+    """The bits ``shift`` to ``shift + bits - 1`` of every code, packed together."""
+
+    bits: int
+    shift: int
+
+    @property
+    def a_word(self) -> int:
+        """Fields in one word."""
+        return WORD_BITS // self.bits
+
+
+PLANES = {
+    2: (Plane(2, 0),),
+    3: (Plane(2, 0), Plane(1, 2)),
+    4: (Plane(4, 0),),
+    8: (Plane(8, 0),),
+}
+
+
+class Packed(NamedTuple):
+    """Compressed keys or values: whole blocks of 64 tokens, numpy or MLX arrays.
+
+    words: uint32 ``[B, K, N, rows, 64]`` for keys, ``[B, K, N, rows, D]`` for values.
+    scales: float16 ``[B, K, N, 64]``.
+    centres: float16 ``[B, K, N, D]`` for keys, None for values.
+    """
+
+    words: Any
+    scales: Any
+    centres: Any
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How the keys or the values of one layer are coded.
+
+    Args:
+        role: ``"key"`` or ``"value"``.
+        bits: Bits of a code.
+        rotation: The rotation of this layer and role; fixes head_dim.
+    """
+
+    role: str
+    bits: int
+    rotation: Rotation
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.rotation.head_dim
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """How a code is split over words."""
+        return PLANES[self.bits]
+
+    @property
+    def packed_axis_size(self) -> int:
+        """Codes along the axis that a word packs: D for keys, 64 for values."""
+        return self.head_dim if self.role == KEY else BLOCK
+
+    @property
+    def plane_rows(self) -> tuple[int, ...]:
+        """Rows of words in each plane."""
+        return tuple(math.ceil(self.packed_axis_size / plane.a_word) for plane in self.planes)
+
+    @property
+    def words_shape(self) -> tuple[int, int]:
+        """Shape of the words of one block."""
+        return sum(self.plane_rows), BLOCK if self.role == KEY else self.head_dim
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one packed block of one KV head."""
+        words = 4 * math.prod(self.words_shape)
+        return words + 2 * BLOCK + (2 * self.head_dim if self.role == KEY else 0)
+
+    @property
+    def bits_per_value(self) -> float:
+        """True bits a value: words, scales and centres."""
+        return 8 * self.block_bytes / (BLOCK * self.head_dim)
+
+    def kept_bits(self, tokens: int) -> npt.NDArray[np.uint32]:
+        """Which bits of a block's words belong to its first ``tokens`` tokens.
+
+        Returns:
+            Masks, uint32, that broadcast against ``[rows, 64]`` (keys) or ``[rows, D]`` (values).
+        """
+        if self.role == KEY:
+            lanes = np.arange(BLOCK) < tokens
+            return np.where(lanes, np.uint32(0xFFFFFFFF), np.uint32(0))[None, :]
+        masks = []
+        for plane, rows in zip(self.planes, self.plane_rows, strict=True):
+            fields = np.clip(tokens - np.arange(rows) * plane.a_word, 0, plane.a_word)
+            masks += [(1 << (int(n) * plane.bits)) - 1 for n in fields]
+        return np.array(masks, np.uint32)[:, None]
+
+
+@cache
+def codec(config: RotorConfig, head_dim: int, *, layer: int, role: str) -> Codec:
+    """The codec of one layer's keys or values.
+
+    Raises:
+        ValueError: If head_dim, layer or role is out of range.
+    """
+    chosen = rotation(config.rotation, head_dim, seed=config.seed, layer=layer, role=role)
+    return Codec(role, config.key_bits if role == KEY else config.value_bits, chosen)
+
+
+__all__ = [
+    "BLOCK",
+    "FORMAT_VERSION",
+    "KEY",
+    "LARGEST_FLOAT16",
+    "PLANES",
+    "ROLES",
+    "VALUE",
+    "WORD_BITS",
+    "Codec",
+    "Packed",
+    "Plane",
+    "codec",
+]

@@ -1,0 +1,200 @@
+"""The codec and its attention in numpy: obvious, slow, float64. The judge of every backend.
+
+Shapes: B batch, H query heads, K KV heads, L queries, S tokens, N blocks, D head_dim.
+
+Source: docs/FORMAT.md, sections 5 to 7.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rotormlx.codec import codebook
+from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec.random_stream import Floats
+
+
+def encode(
+    x: npt.ArrayLike,
+    codec: Codec,
+    *,
+    channel_scale: npt.ArrayLike | None = None,
+    centres: npt.ArrayLike | None = None,
+) -> Packed:
+    """Compress whole blocks.
+
+    Args:
+        x: Keys or values, ``[B, K, N * 64, D]``.
+        codec: Role, bits and rotation.
+        channel_scale: Positive, ``[K, D]``; None for 1.
+        centres: Centres of the blocks, float16 ``[B, K, N, D]``; None for the means. Keys only.
+    """
+    x = _blocks(x)
+    if codec.role == KEY:
+        mu = block_means(x) if centres is None else np.asarray(centres, np.float16)
+        y = x - mu.astype(np.float64)[..., None, :]
+    else:
+        mu, y = None, x
+    y = y / _scale_rows(channel_scale)
+
+    rotated, norm = rotate(y, codec)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = rotated * (np.sqrt(codec.head_dim) / norm)
+    codes = nearest(np.where(np.isfinite(z), z, 0), codec.bits)
+    level = codebook.levels(codec.bits).astype(np.float64)[codes]
+    with np.errstate(over="ignore", invalid="ignore"):
+        scales = ((level * rotated).sum(-1) / (level * level).sum(-1)).astype(np.float16)
+    scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
+    codes = np.where((np.isnan(scales) | (scales == 0))[..., None], 0, codes)
+    return Packed(pack(codes, codec), scales, mu)
+
+
+def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None = None) -> Floats:
+    """The vectors that packed blocks stand for, float64 ``[B, K, N * 64, D]``."""
+    level = codebook.levels(codec.bits).astype(np.float64)[unpack(packed.words, codec)]
+    scaled = np.asarray(packed.scales, np.float64)[..., None] * level
+    y = _multiplied(scaled, codec.rotation.inverse) * _scale_rows(channel_scale)
+    if codec.role == KEY:
+        y = y + np.asarray(packed.centres, np.float64)[..., None, :]
+    return y.reshape(*y.shape[:2], -1, codec.head_dim)
+
+
+def attend(
+    queries: npt.ArrayLike,
+    keys: npt.ArrayLike,
+    values: npt.ArrayLike,
+    *,
+    scale: float,
+    mask: npt.NDArray[Any] | str | None = None,
+    sinks: npt.ArrayLike | None = None,
+) -> Floats:
+    """Attention over decoded keys and values.
+
+    Args:
+        queries: ``[B, H, L, D]``.
+        keys: ``[B, K, S, D]``; head h reads KV head ``h * K // H``.
+        values: ``[B, K, S, Dv]``.
+        scale: Factor of the scores.
+        mask: None, ``"causal"`` (the last query sees every token), boolean (True: visible) or
+            additive, broadcastable to ``[B, H, L, S]``.
+        sinks: Attention-sink logits ``[H]``: a score in the softmax without a value.
+
+    Returns:
+        float64 ``[B, H, L, Dv]``; zero for a query that sees nothing.
+    """
+    q = np.asarray(queries, np.float64)
+    repeats = q.shape[1] // np.shape(keys)[1]
+    k = np.repeat(np.asarray(keys, np.float64), repeats, axis=1)
+    v = np.repeat(np.asarray(values, np.float64), repeats, axis=1)
+    scores = scale * (q @ np.swapaxes(k, -1, -2))
+    if isinstance(mask, str):
+        length, tokens = scores.shape[-2:]
+        mask = np.asarray(np.arange(tokens) <= np.arange(length)[:, None] + tokens - length)
+    if isinstance(mask, np.ndarray):
+        if mask.dtype == np.bool_:
+            scores = np.where(mask, scores, -np.inf)
+        else:
+            scores = scores + mask.astype(np.float64)
+    if sinks is not None:
+        logits = np.broadcast_to(
+            np.asarray(sinks, np.float64)[:, None, None], (*scores.shape[:-1], 1)
+        )
+        scores = np.concatenate([scores, logits], -1)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / np.where(total == 0, 1, total)
+    return weights[..., : v.shape[2]] @ v
+
+
+def block_means(x: Floats) -> npt.NDArray[np.float16]:
+    """Centres of blocks ``[..., 64, D]``: means over the tokens whose row is finite, float16.
+
+    The divisor is 64 all the same. Means beyond float16 are clipped to its largest number.
+    """
+    finite = np.isfinite(x).all(-1, keepdims=True)
+    mean = np.where(finite, x, 0).sum(-2) / BLOCK
+    return np.clip(mean, -LARGEST_FLOAT16, LARGEST_FLOAT16).astype(np.float16)
+
+
+def prefill_scale(x: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.float32]:
+    """The channel scale ``prefill`` of a first block.
+
+    Args:
+        x: Keys or values of the first block, ``[1, K, 64, D]``.
+        codec: Role of the block.
+
+    Returns:
+        float32 ``[K, D]``: root mean squares over the tokens (of centred keys), at least 1/64 of
+        the root mean square of the whole block; 1 where the block is zero or not finite.
+    """
+    blocks = _blocks(x)[0, :, 0]
+    if codec.role == KEY:
+        blocks = blocks - block_means(blocks).astype(np.float64)[:, None, :]
+    square = (blocks * blocks).mean(1)
+    floor = square.mean(-1, keepdims=True) / 64**2
+    rms = np.sqrt(np.maximum(square, floor))
+    return np.where(np.isfinite(rms) & (rms > 0), rms, 1).astype(np.float32)
+
+
+def rotate(y: Floats, codec: Codec) -> tuple[Floats, Floats]:
+    """Rotated rows ``[..., D]`` and their norms ``[..., 1]``."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        rotated = _multiplied(y, codec.rotation.matrix)
+        return rotated, np.sqrt((rotated * rotated).sum(-1, keepdims=True))
+
+
+def nearest(z: Floats, bits: int) -> npt.NDArray[np.uint32]:
+    """Codes of the nearest levels; at a boundary the larger magnitude."""
+    limits = codebook.boundaries(bits).astype(np.float64)
+    index = np.searchsorted(limits, np.abs(z), side="right").astype(np.uint32)
+    return np.where(z < 0, index | np.uint32(1 << (bits - 1)), index)
+
+
+def pack(codes: npt.NDArray[np.uint32], codec: Codec) -> npt.NDArray[np.uint32]:
+    """Words ``[..., rows, lanes]`` from codes ``[..., 64, D]``."""
+    # [..., packed axis, lanes]
+    codes = np.swapaxes(codes, -1, -2) if codec.role == KEY else codes
+    words = np.zeros((*codes.shape[:-2], *codec.words_shape), np.uint32)
+    first_row = 0
+    for plane, rows in zip(codec.planes, codec.plane_rows, strict=True):
+        fields = (codes >> np.uint32(plane.shift)) & np.uint32(2**plane.bits - 1)
+        for i in range(codec.packed_axis_size):
+            row, field = divmod(i, plane.a_word)
+            words[..., first_row + row, :] |= fields[..., i, :] << np.uint32(field * plane.bits)
+        first_row += rows
+    return words
+
+
+def unpack(words: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.uint32]:
+    """Codes ``[..., 64, D]`` from words ``[..., rows, lanes]``."""
+    words = np.asarray(words, np.uint32)
+    codes = np.zeros((*words.shape[:-2], codec.packed_axis_size, words.shape[-1]), np.uint32)
+    first_row = 0
+    for plane, rows in zip(codec.planes, codec.plane_rows, strict=True):
+        for i in range(codec.packed_axis_size):
+            row, field = divmod(i, plane.a_word)
+            bits = words[..., first_row + row, :] >> np.uint32(field * plane.bits)
+            codes[..., i, :] |= (bits & np.uint32(2**plane.bits - 1)) << np.uint32(plane.shift)
+        first_row += rows
+    return np.swapaxes(codes, -1, -2) if codec.role == KEY else codes
+
+
+def _blocks(x: npt.ArrayLike) -> Floats:
+    x = np.asarray(x, np.float64)
+    return x.reshape(*x.shape[:2], -1, BLOCK, x.shape[-1])
+
+
+def _multiplied(rows: Floats, matrix: Floats) -> Floats:
+    """A matrix ``[D, D]``, or one a KV head, times each row of ``[B, K, N, 64, D]``."""
+    out: Floats = rows @ np.swapaxes(matrix, -1, -2)[..., None, :, :]
+    return out
+
+
+def _scale_rows(channel_scale: npt.ArrayLike | None) -> Floats:
+    if channel_scale is None:
+        return np.ones(())
+    return np.asarray(channel_scale, np.float64)[None, :, None, None, :]

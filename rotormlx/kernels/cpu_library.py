@@ -1,0 +1,249 @@
+"""The library of cpu_kernels/: loads it, and passes it arrays as they lie in memory.
+
+Arrays are anything that has ``__dlpack__`` and lies in the memory of the CPU: MLX, numpy, torch.
+They are neither copied nor converted; strides may be any, except that the words of a block lie side
+by side. What is asked must fit together: the callers check it and name what is wrong.
+
+Shapes: B batch, K KV heads, H query heads, L queries, N blocks, D head_dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rotormlx.codec.format import KEY, Codec
+from rotormlx.codec.rotation import Rotation
+
+# Where hatch_build.py puts it.
+PATH = Path(__file__).parents[1] / "librotormlx_cpu.so"
+INTERFACE_VERSION = 3
+
+
+class Blocks(NamedTuple):
+    """Packed blocks of keys or values, each array as docs/FORMAT.md has it.
+
+    codec: Role, bits and rotation.
+    words: uint32 ``[B, K, N, rows, lanes]``; None where nothing is packed, and the others then.
+    scales: float16 ``[B, K, N, 64]``.
+    centres: float16 ``[B, K, N, D]``; None for values.
+    channel_scale: float32 ``[K, D]`` or ``[B, K, D]``; None for 1.
+    """
+
+    codec: Codec
+    words: Any
+    scales: Any
+    centres: Any
+    channel_scale: Any
+
+
+def missing() -> str | None:
+    """What keeps this process from using the library, or None."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def variants() -> tuple[str, ...]:
+    """What this processor can run of the library, best first: ``("avx2", "baseline")``, say."""
+    names: list[str] = []
+    function = _library().rotormlx_variant
+    while (name := function(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
+
+
+@cache
+def thread_count() -> int:
+    """Threads of a call: ``OMP_NUM_THREADS``, or the cores that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def encode(
+    rows: Any,
+    blocks: Blocks,
+    *,
+    given_centres: bool,
+    threads: int | None = None,
+    variant: int = 0,
+) -> None:
+    """Compress whole blocks into the arrays of ``blocks``, which must be contiguous.
+
+    Args:
+        rows: ``[B, K, N * 64, D]``, float16, bfloat16 or float32.
+        blocks: Written, but for the channel scale.
+        given_centres: The centres are read; otherwise they are the means, and written.
+        threads: Threads at most; None for :func:`thread_count`. Results do not depend on it.
+        variant: Index into :func:`variants`.
+
+    Raises:
+        RuntimeError: If the library refuses the arrays.
+
+    Source: docs/FORMAT.md, section 5.
+    """
+    _codec_call("rotormlx_encode", rows, blocks, given_centres, threads, variant)
+
+
+def decode(blocks: Blocks, rows: Any, *, threads: int | None = None, variant: int = 0) -> None:
+    """Write the vectors that packed blocks stand for into ``rows``; see :func:`encode`.
+
+    Source: docs/FORMAT.md, section 6.
+    """
+    _codec_call("rotormlx_decode", rows, blocks, True, threads, variant)
+
+
+def attend(
+    queries: Any,
+    output: Any,
+    exact: tuple[Any, Any],
+    blocks: tuple[Blocks, Blocks],
+    lengths: Iterable[tuple[int, int]],
+    *,
+    sink: int,
+    scale: float,
+    mask: Any = None,
+    sinks: Any = None,
+    causal: bool = False,
+    threads: int | None = None,
+    variant: int = 0,
+) -> None:
+    """Attention over a partly packed cache, written into ``output``.
+
+    Args:
+        queries: ``[B, H, L, D]``, float16, bfloat16 or float32.
+        output: ``[B, H, L, Dv]``, with room for the dtype of the queries, which is what is written.
+        exact: Keys and values of sink and tail, each ``[B, K, capacity, D]``.
+        blocks: Packed keys and values.
+        lengths: (Packed tokens, all tokens) of every batch row.
+        sink: Exact tokens before the packed ones.
+        scale: Factor of the scores.
+        mask: Boolean (True: visible) or additive and floating, broadcastable to ``[B, H, L, S]``.
+        sinks: Attention-sink logits ``[H]``, floating.
+        causal: Whether a query sees only tokens up to its own; the last one of a row is the last
+            query.
+        threads: As for :func:`encode`.
+        variant: As for :func:`encode`.
+
+    Raises:
+        RuntimeError: If the library refuses the arrays.
+
+    Source: docs/FORMAT.md, section 7.
+    """
+    library = _library()
+    # The library's threads wake while the arguments are made.
+    _check(library.rotormlx_announce(threads or thread_count()))
+    keys, values = blocks
+    arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sinks)
+    capsules = _described(arrays)
+    counts = [n for pair in lengths for n in pair]
+    call = struct.pack(
+        f"=24qd{len(counts)}q",
+        *_addresses(capsules),
+        *_coding(keys.codec),
+        *_coding(values.codec),
+        sink,
+        causal,
+        threads or thread_count(),
+        variant,
+        scale,
+        *counts,
+    )
+    _check(library.rotormlx_attend(call))
+
+
+def _codec_call(
+    function: str, rows: Any, blocks: Blocks, given_centres: bool, threads: int | None, variant: int
+) -> None:
+    capsules = _described((rows, *blocks[1:]))
+    call = struct.pack(
+        "=11q",
+        *_addresses(capsules),
+        *_coding(blocks.codec),
+        given_centres,
+        threads or thread_count(),
+        variant,
+    )
+    _check(getattr(_library(), function)(call))
+
+
+def _check(message: bytes | None) -> None:
+    if message is not None:
+        raise RuntimeError(f"[cpu] The library cannot do this: {message.decode()}.")
+
+
+def _described(arrays: Iterable[Any]) -> list[Any]:
+    """The DLPack descriptions of arrays, which have to live as long as they are read."""
+    return [None if a is None else a.__dlpack__() for a in arrays]
+
+
+def _addresses(capsules: list[Any]) -> list[int]:
+    return [0 if c is None else _capsule_pointer(c, b"dltensor") for c in capsules]
+
+
+def _coding(codec: Codec) -> tuple[int, int, bool]:
+    return _rotation(codec.rotation)[0], codec.bits, codec.role == KEY
+
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+
+
+@cache
+def _rotation(rotation: Rotation) -> tuple[int, object]:
+    """The address of a rotation in the library's form, and what keeps it alive."""
+    keep = [np.ascontiguousarray(stage.blocks, np.float32) for stage in rotation.stages]
+    stages = np.array(
+        [
+            (stage.start, stage.radix, stage.stride, stage.outer, block.ctypes.data)
+            for stage, block in zip(rotation.stages, keep, strict=True)
+        ],
+        np.int64,
+    )
+    matrices = [0, 0]
+    if not rotation.stages and rotation.name != "identity":
+        inverse_transpose = np.swapaxes(rotation.inverse, -1, -2)
+        keep += [np.ascontiguousarray(m, np.float32) for m in (rotation.matrix, inverse_transpose)]
+        matrices = [m.ctypes.data for m in keep]
+    matrix_stride = rotation.head_dim**2 if rotation.is_per_head else 0
+    numbers = (rotation.head_dim, len(stages), stages.ctypes.data, *matrices, matrix_stride)
+    made = np.array(numbers, np.int64)
+    return made.ctypes.data, (made, stages, keep)
+
+
+def _library() -> ctypes.CDLL:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(f"[cpu] The CPU library is required, but {loaded}.")
+    return loaded
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or what keeps this process from using it."""
+    if not PATH.exists():
+        return "its library was not built: install rotormlx anew where a C++ compiler is found"
+    try:
+        library = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        return f"its library cannot be loaded ({error}): install rotormlx anew"
+    version = library.rotormlx_interface_version()
+    if version != INTERFACE_VERSION:
+        return f"its library is of another version of rotormlx ({version}): install it anew"
+    takes_number, takes_call = ("variant", "announce"), ("encode", "decode", "attend")
+    for name in (*takes_number, *takes_call):
+        function = getattr(library, f"rotormlx_{name}")
+        function.argtypes = (ctypes.c_int64 if name in takes_number else ctypes.c_char_p,)
+        function.restype = ctypes.c_char_p
+    return library

@@ -1,0 +1,182 @@
+"""Finds the kernels' text, and writes the parts that follow from a rotation or a codebook.
+
+A file of ``metal_kernels/`` holds device functions and then, behind the line ``// kernel body``,
+what ``mx.fast.metal_kernel`` takes as the source. Device code that every platform has in common
+lies in ``shared_kernels/``. Both folders stand beside the package in the repository and inside it
+in a wheel.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rotormlx.codec import codebook
+from rotormlx.codec.format import Codec
+from rotormlx.codec.rotation import Rotation, Stage
+
+Float32s = npt.NDArray[np.float32]
+
+_PACKAGE = Path(__file__).parent.parent
+_BODY = "\n// kernel body\n"
+
+
+class KernelText(NamedTuple):
+    """What ``mx.fast.metal_kernel`` takes: functions, and the body of the kernel."""
+
+    header: str
+    source: str
+
+
+@cache
+def read(path: str) -> str:
+    """The text of a file such as ``shared_kernels/rotation.h``.
+
+    Raises:
+        RuntimeError: If the installation lacks it.
+    """
+    for folder in (_PACKAGE, _PACKAGE.parent):
+        if (folder / path).is_file():
+            return (folder / path).read_text(encoding="utf-8")
+    raise RuntimeError(
+        f"[kernels] {path} must lie in {_PACKAGE} or beside it, but it does not; "
+        "install rotormlx anew."
+    )
+
+
+def metal_text(name: str, *before: str) -> KernelText:
+    """A kernel of ``metal_kernels/`` behind the vocabulary and the texts ``before`` it.
+
+    The vocabulary's one-word macros are put in place here, so that the text is plain Metal to every
+    reader, checkers of address spaces among them.
+    """
+    vocabulary = read("metal_kernels/vocabulary.h")
+    functions, _, body = read(f"metal_kernels/{name}.metal").partition(_BODY)
+    header = "\n".join([vocabulary, *before, functions])
+    for word, meaning in re.findall(r"^#define (\w+) (\w+)$", vocabulary, re.MULTILINE):
+        header = header.replace(f"#define {word} {meaning}\n", "")
+        header, body = (re.sub(rf"\b{word}\b", meaning, text) for text in (header, body))
+    return KernelText(header + "\n", body)
+
+
+def boundaries_text(bits: int) -> str:
+    """The table ``BOUNDARIES``: where the nearest magnitude of a codebook changes."""
+    limits = codebook.boundaries(bits).tolist()
+    # Nine digits give back every float32.
+    listed = ", ".join(f"{limit:.8e}f" for limit in limits)
+    return f"CONSTANT float BOUNDARIES[{len(limits)}] = {{{listed}}};\n"
+
+
+# ---- rotations ----------------------------------------------------------------------------------
+
+
+def lanes_of_row(rotation: Rotation) -> int:
+    """Lanes that share a row, at most 16.
+
+    As many as leave each group of each stage either within these lanes or within one of them.
+    """
+    if _held(rotation) > 1:
+        return 16
+    return next(
+        lanes
+        for lanes in (16, 8, 4)
+        if rotation.head_dim % lanes == 0
+        and all(
+            lanes % (stage.radix * stage.stride) == 0 or stage.stride % lanes == 0
+            for stage in rotation.stages
+        )
+    )
+
+
+def row_template(rotation: Rotation) -> list[tuple[str, int]]:
+    """The template arguments that say which lane has which channels; see ``LaneRow``."""
+    return [
+        ("D", rotation.head_dim),
+        ("LANES", lanes_of_row(rotation)),
+        ("HELD", _held(rotation)),
+    ]
+
+
+def matrices(rotation: Rotation) -> int:
+    """K where every KV head has a matrix of its own, else 1."""
+    return len(rotation.matrix) if rotation.is_per_head else 1
+
+
+def rotation_text(rotation: Rotation) -> str:
+    """The functions ``rotate_rows`` and ``unrotate_rows`` of rows in registers.
+
+    It depends on the rotation's name and head_dim only; the rest is in the coefficients.
+    """
+    turns, turns_back, offset = [], [], 0
+    for stage in rotation.stages:
+        call = _stage_call(rotation, stage)
+        arguments = f"(rows, coefficients + {offset}, lane);"
+        turns.append(f"{call}, false>{arguments}")
+        turns_back.append(f"{call}, true>{arguments}")
+        offset += stage.coefficients.size
+    if not rotation.stages and rotation.name != "identity":
+        turns = turns_back = [
+            f"turn_by_matrix<{rotation.head_dim}, LANES, ROWS>(rows, coefficients, lane);"
+        ]
+    return _function("rotate_rows", turns) + _function("unrotate_rows", turns_back[::-1])
+
+
+def _stage_call(rotation: Rotation, stage: Stage) -> str:
+    """The function of rotation.h that does a stage, up to its last template argument."""
+    if (held := _held(rotation)) > 1:
+        lanes = lanes_of_row(rotation)
+        channels = held * -(-rotation.head_dim // (lanes * held))
+        return (
+            f"turn_held<{stage.kind}, {channels}, LANES, {held}, ROWS, "
+            f"{stage.start // held}, {stage.outer}"
+        )
+    where = "across_lanes" if stage.stride < lanes_of_row(rotation) else "in_lanes"
+    return f"turn_{where}<{stage.kind}, {rotation.head_dim}, LANES, ROWS, {stage.stride}"
+
+
+def _held(rotation: Rotation) -> int:
+    """Neighbouring channels of a lane: threes must not be split, powers of two may be."""
+    return 3 if rotation.name == "rotor3" else 1
+
+
+def _function(name: str, calls: list[str]) -> str:
+    lines = "".join(f"  {call}\n" for call in calls)
+    return (
+        f"template <int LANES, int ROWS>\nDEVICE_FN void {name}(\n"
+        f"    THREAD float* rows, GLOBAL const float* coefficients, uint lane) {{\n{lines}}}\n"
+    )
+
+
+def cuda_header(codec: Codec) -> str:
+    """The header ``key_rotation.h`` or ``value_rotation.h`` of ``cuda_kernels/launch.cu``.
+
+    It depends on the codec's role and bits and on the rotation's name and head_dim.
+    """
+    lanes, held = lanes_of_row(codec.rotation), _held(codec.rotation)
+    return (
+        f"namespace {codec.role}_rotation {{\nconstexpr int LANES = {lanes}, HELD = {held};\n"
+        f"{boundaries_text(codec.bits)}{rotation_text(codec.rotation)}}}\n"
+    )
+
+
+@cache
+def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
+    """What ``rotate_rows``, or with ``back`` ``unrotate_rows``, reads.
+
+    The coefficients of all stages, or a matrix ``[D, D]`` that rows are multiplied by, or one for
+    each KV head, ``[K, D, D]``. At least 8
+    numbers, because MLX binds fewer to another address space.
+    """
+    if rotation.stages:
+        flat = np.concatenate([stage.coefficients.ravel() for stage in rotation.stages])
+    elif rotation.name == "identity":
+        flat = np.zeros(8)
+    else:
+        matrix = rotation.inverse if back else rotation.matrix
+        flat = np.swapaxes(matrix, -1, -2).ravel()
+    return flat.astype(np.float32)

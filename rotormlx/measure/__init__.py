@@ -1,0 +1,1 @@
+"""Measurements: quality, speed and memory of compressed caches and of their rivals."""

@@ -1,0 +1,156 @@
+"""What a cache does to attention itself: the paper's measures, layer by layer.
+
+Keys and values of the exact run go through a cache of each scheme, and the exact queries of the end
+of the text read both. So the error of one layer is seen by itself, without what the layers before
+it did to its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from rotormlx.measure import baselines
+from rotormlx.mlx import hook
+
+Array = NDArray[np.float32]
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What one layer loses.
+
+    Args:
+        layer: Its index.
+        key_error: Squared error of all keys relative to their square.
+        value_error: The same of the values.
+        score_cosine: Cosine of the scores before the softmax with the exact ones, likewise.
+        cosine: Cosine of the attention output with the exact one, the mean over heads and queries.
+        top1: Share of queries whose most attended token stays the most attended.
+        top5: Share of queries whose most attended token stays among the five most attended.
+    """
+
+    layer: int
+    key_error: float
+    value_error: float
+    score_cosine: float
+    cosine: float
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What attention of one layer read in the exact run, float32.
+
+    Args:
+        layer: Index of the layer.
+        queries: The last queries, ``[H, L, D]``.
+        keys: All keys, ``[K, S, D]``.
+        values: All values, ``[K, S, Dv]``.
+        scale: Factor of the scores.
+    """
+
+    layer: int
+    queries: Array
+    keys: Array
+    values: Array
+    scale: float
+
+
+@contextmanager
+def record_queries() -> Iterator[dict[int, tuple[mx.array, float]]]:
+    """Keep the latest queries and factor of each cache, by the id of the cache.
+
+    The hook must be installed: every attention of mlx-lm goes through it then.
+    """
+    latest: dict[int, tuple[mx.array, float]] = {}
+    attend: Callable[..., mx.array] = hook.attend
+
+    def recording(queries: mx.array, keys: Any, values: Any, **rest: Any) -> mx.array:
+        latest[id(rest["cache"])] = queries, rest["scale"]
+        return attend(queries, keys, values, **rest)
+
+    with patch.object(hook, "attend", recording):
+        yield latest
+
+
+def attended(
+    caches: Sequence[Any], latest: dict[int, tuple[mx.array, float]]
+) -> Iterator[Attended]:
+    """What each growing cache of the exact run held, with the queries that read it last."""
+    for layer, cache in baselines.compressed(caches):
+        queries, scale = latest[id(cache)]
+        keys, values = baselines.decoded(cache)
+        yield Attended(layer, _float32(queries[0]), _float32(keys[0]), _float32(values[0]), scale)
+
+
+def layer_error(exact: Attended, cache: Any) -> LayerError:
+    """Send the keys and values of a layer through an empty cache and compare what attention gets.
+
+    Args:
+        exact: The layer as the exact run had it.
+        cache: Empty; filled in chunks of 64 tokens.
+    """
+    tokens = exact.keys.shape[1]
+    for start in range(0, tokens, CHUNK):
+        part = slice(start, start + CHUNK)
+        cache.update_and_fetch(
+            mx.array(exact.keys[None, :, part]), mx.array(exact.values[None, :, part])
+        )
+    keys, values = (_float32(x[0]) for x in baselines.decoded(cache))
+    truth, found = _scores(exact, exact.keys), _scores(exact, keys)
+    visible = np.isfinite(truth)
+    best = truth.argmax(-1)[..., None]
+    # Tokens with a higher score than the one that should be highest.
+    above = (found > np.take_along_axis(found, best, -1)).sum(-1)
+    return LayerError(
+        exact.layer,
+        key_error=_relative(exact.keys, keys),
+        value_error=_relative(exact.values, values),
+        score_cosine=_cosine(np.where(visible, truth, 0), np.where(visible, found, 0)),
+        cosine=_cosine(_output(truth, exact.values), _output(found, values)),
+        top1=float((above < 1).mean()),
+        top5=float((above < 5).mean()),
+    )
+
+
+def _scores(exact: Attended, keys: Array) -> Array:
+    """Masked scores ``[H, L, S]`` of the last L queries."""
+    heads, length, _ = exact.queries.shape
+    repeated = np.repeat(keys, heads // len(keys), axis=0)
+    scores: Array = exact.scale * (exact.queries @ repeated.swapaxes(-1, -2))
+    tokens = keys.shape[1]
+    visible = np.arange(tokens) <= np.arange(length)[:, None] + tokens - length
+    return np.where(visible, scores, np.float32(-np.inf))
+
+
+def _cosine(a: Array, b: Array) -> float:
+    """Of rows ``[..., D]``, the mean."""
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float(((a * b).sum(-1) / norms).mean())
+
+
+def _output(scores: Array, values: Array) -> Array:
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out: Array = weights @ np.repeat(values, len(scores) // len(values), axis=0)
+    return out
+
+
+def _relative(exact: Array, coded: Array) -> float:
+    return float(
+        np.square(coded - exact).sum(dtype=np.float64) / np.square(exact).sum(dtype=np.float64)
+    )
+
+
+def _float32(x: mx.array) -> Array:
+    return np.array(x.astype(mx.float32))

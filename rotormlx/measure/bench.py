@@ -1,0 +1,247 @@
+"""How fast a model reads and writes with each cache, and the memory that takes.
+
+The schemes take turns in one process, so that a machine that slows down slows all of them down;
+what is reported is the median.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from matplotlib.axes import Axes
+from rich.progress import Progress
+from rich.table import Table
+
+from rotormlx.measure import baselines, quality, quality_report
+from rotormlx.measure.baselines import Scheme
+from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.quality_run import machine, versions
+from rotormlx.mlx import hook
+from rotormlx.report import megabytes
+
+CHUNK = 512  # tokens of a prompt that are read at once
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One turn, or the medians of several.
+
+    Args:
+        scheme: Name of the scheme.
+        context: Tokens of the prompt.
+        prefill_tokens_per_second: Speed of reading the prompt.
+        first_token_seconds: From the start until the first token is known.
+        decode_tokens_per_second: Speed of the tokens behind it.
+        peak_bytes: The most memory that MLX held, weights included.
+        cache_bytes: Bytes of the cache at the end, without room for growth.
+    """
+
+    scheme: str
+    context: int
+    prefill_tokens_per_second: float
+    first_token_seconds: float
+    decode_tokens_per_second: float
+    peak_bytes: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The medians, and what was run; other fields as in ``quality_run.Result``.
+
+    Args:
+        repeats: Turns of each scheme and context.
+        decode_tokens: Tokens written in each turn.
+        medians: One a scheme and context.
+    """
+
+    model: str
+    command: str
+    date: str
+    machine: str
+    versions: dict[str, str]
+    repeats: int
+    decode_tokens: int
+    medians: tuple[Timing, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    model_name: str,
+    command: str,
+    contexts: Sequence[int] = (1024, 4096),
+    repeats: int = 3,
+    decode_tokens: int = 32,
+    numpy: bool = False,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Time schemes in turn.
+
+    Args:
+        model: An mlx-lm model with its own caches.
+        tokenizer: Its tokenizer.
+        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`.
+        model_name: What the report calls the model.
+        command: What the report gives as the command.
+        contexts: Tokens of the prompts.
+        repeats: Turns of each scheme and context; one more with a short prompt warms up.
+        decode_tokens: Tokens to write in each turn.
+        numpy: Whether linear layers multiply with numpy on a CPU, which mlx-lm does not do.
+        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
+        progress: Shows the turns, if given.
+
+    Raises:
+        ValueError: If a number is not positive, or a name is no scheme or dtype.
+    """
+    if min(*contexts, repeats, decode_tokens) < 1:
+        raise ValueError(
+            f"[bench] Contexts, repeats and decode tokens must be at least 1, but "
+            f"{', '.join(map(str, contexts))}, {repeats} and {decode_tokens} came."
+        )
+    schemes = [baselines.scheme(name).bound(model) for name in dict.fromkeys(names)]
+    progress = progress or Progress(disable=True)
+    ids = tokenizer.encode(quality.default_text()[: 8 * max(contexts)])
+    ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
+    task = progress.add_task("", total=repeats * len(schemes) * sum(contexts))
+    turns: dict[tuple[str, int], list[Timing]] = {}
+    with (
+        hook.in_place(),
+        numpy_linear() if numpy else nullcontext(),
+        quality.computing_in(model, dtype),
+    ):
+        for each in schemes:
+            turn(model, ids[:64], each, 2)
+        for _, context, each in product(range(repeats), contexts, schemes):
+            progress.update(task, description=f"{context} tokens: {each.name}")
+            timing = turn(model, ids[:context], each, decode_tokens)
+            turns.setdefault((each.name, context), []).append(timing)
+            progress.advance(task, context)
+    return Result(
+        model_name,
+        command,
+        datetime.now(UTC).date().isoformat(),
+        machine(),
+        versions(),
+        repeats,
+        decode_tokens,
+        tuple(median(timings) for timings in turns.values()),
+    )
+
+
+def turn(model: Any, prompt: Sequence[int], each: Scheme, decode_tokens: int) -> Timing:
+    """Read a prompt and write ``decode_tokens`` tokens behind the first, greedily."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    caches = each.caches(model)
+    start = time.perf_counter()
+    logits = mx.array(0.0)
+    for first in range(0, len(prompt), CHUNK):
+        logits = model(mx.array([prompt[first : first + CHUNK]]), cache=caches)[:, -1]
+        mx.eval(logits, [cache.state for cache in caches])
+    token = mx.argmax(logits, axis=-1)
+    mx.eval(token)
+    read = time.perf_counter()
+    for _ in range(decode_tokens):
+        token = mx.argmax(model(token[:, None], cache=caches)[:, -1], axis=-1)
+        mx.eval(token)
+    written = time.perf_counter()
+    return Timing(
+        scheme=each.name,
+        context=len(prompt),
+        prefill_tokens_per_second=len(prompt) / (read - start),
+        first_token_seconds=read - start,
+        decode_tokens_per_second=decode_tokens / (written - read),
+        peak_bytes=mx.get_peak_memory(),
+        cache_bytes=baselines.used_bytes(caches),
+    )
+
+
+def median(timings: Sequence[Timing]) -> Timing:
+    """The median of each number of several turns of one scheme and context."""
+    rows = [asdict(timing) for timing in timings]
+    numbers = {
+        name: statistics.median(row[name] for row in rows)
+        for name in rows[0]
+        if name not in ("scheme", "context")
+    }
+    whole = {name: round(numbers[name]) for name in ("peak_bytes", "cache_bytes")}
+    return Timing(timings[0].scheme, timings[0].context, **(numbers | whole))
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+HEADER = (
+    "tokens", "scheme", "prefill, tokens/s", "first token, s", "decode, tokens/s", "peak memory",
+    "cache",
+)  # fmt: skip
+
+
+def cells(result: Result) -> list[list[str]]:
+    """Rows of text, by context."""
+    return [
+        [
+            f"{timing.context:,}",
+            timing.scheme,
+            f"{timing.prefill_tokens_per_second:.1f}",
+            f"{timing.first_token_seconds:.2f}",
+            f"{timing.decode_tokens_per_second:.2f}",
+            megabytes(timing.peak_bytes),
+            megabytes(timing.cache_bytes),
+        ]
+        for timing in sorted(result.medians, key=lambda t: t.context)
+    ]
+
+
+def table(result: Result) -> Table:
+    """For a terminal."""
+    out = Table(title=f"{result.model}: medians of {result.repeats} turns")
+    for name in HEADER:
+        out.add_column(name, justify="left" if name == "scheme" else "right")
+    for row in cells(result):
+        out.add_row(*row)
+    return out
+
+
+def markdown(result: Result) -> str:
+    """For a file."""
+    lines = [list(HEADER), ["---"] * len(HEADER), *cells(result)]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    return (
+        f"{result.model}: medians of {result.repeats} turns, {result.decode_tokens} tokens written "
+        f"in each.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
+    )
+
+
+def plot(result: Result) -> str:
+    """Decode speed against context, as an ``<svg>`` element."""
+
+    def draw(axes: Axes) -> None:
+        for name in dict.fromkeys(timing.scheme for timing in result.medians):
+            own = [timing for timing in result.medians if timing.scheme == name]
+            speeds = [timing.decode_tokens_per_second for timing in own]
+            axes.plot([timing.context for timing in own], speeds, marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel("decode, tokens a second")
+        axes.legend(frameon=False)
+
+    return quality_report.picture(draw)

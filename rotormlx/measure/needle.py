@@ -1,0 +1,412 @@
+"""Retrieval through a compressed cache: is what stands far back in a text still found?
+
+Two kinds of needle in prose. A **fact** is a sentence ("The secret number of Oslo is 4829.") that a
+question behind the text asks for. A **copy** is a run of 17 random tokens, said three times on end:
+given the first 16 again, the model has to go on with the last. Either counts as found if every
+token of the answer is the most likely one, which is what greedy decoding would give.
+
+A text is read once and asked for all of its needles, each time from a copy of the caches as they
+were. Every needle lies in packed bytes, or the run stops.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+from scipy.stats import binomtest
+
+from rotormlx.measure import baselines, quality
+from rotormlx.measure.baselines import EXACT, Scheme
+from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.quality_run import machine, versions
+from rotormlx.mlx import hook
+
+KINDS = ("fact", "copy")
+DEPTHS = 5  # equal parts of a text
+CHUNK = 256
+COPY_BEFORE, COPY_TIMES = 16, 3
+# Tokens of a text for each needle, and those that hold none: a start, and more than a window.
+ROOM = {"fact": 40, "copy": 64}
+START, END = 16, 208
+# Names that do not begin alike, so that a model can tell them apart.
+PLACES = (
+    "Oslo", "Cairo", "Lima", "Tokyo", "Paris", "Boston", "Dublin", "Madrid", "Naples", "Quito",
+    "Sydney", "Vienna", "Warsaw", "Zurich", "Athens", "Berlin", "Havana", "Jakarta", "Kyoto",
+    "Lagos", "Manila", "Nairobi", "Prague", "Riga", "Seoul", "Tunis", "Utrecht", "Venice",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """One needle and how it is asked for.
+
+    Args:
+        first: Where the needle begins in the text, in tokens.
+        end: Where it ends, with its answer.
+        tokens: What is read behind the text: the question, and the answer but its last token.
+        answer: The tokens that must come.
+    """
+
+    first: int
+    end: int
+    tokens: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text with needles.
+
+    Args:
+        kind: One of ``KINDS``.
+        tokens: The text.
+        questions: One a needle.
+    """
+
+    kind: str
+    tokens: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One needle asked for through one scheme.
+
+    Args:
+        scheme: Name of the scheme.
+        kind: Kind of needle.
+        length: Tokens of the text.
+        depth: Where the needle is, from 0 (start) to 1 (end).
+        found: Whether it was found.
+    """
+
+    scheme: str
+    kind: str
+    length: int
+    depth: float
+    found: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of some trials found their needle, with a Wilson interval at 95 %."""
+
+    found: int
+    trials: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson interval of the share."""
+        bounds = binomtest(self.found, self.trials).proportion_ci(0.95, method="wilson")
+        return float(bounds.low), float(bounds.high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.found / self.trials:.1%} ({low:.0%} to {high:.0%})"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two schemes on the same needles: what the second lost and gained against the first."""
+
+    lost: int
+    gained: int
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact test: how likely so uneven a split is if neither is better."""
+        differing = self.lost + self.gained
+        return float(binomtest(self.lost, differing).pvalue) if differing else 1.0
+
+    def __str__(self) -> str:
+        return f"-{self.lost} +{self.gained}, p = {self.p:.2g}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """All trials of a run, and what was run.
+
+    Fields as in :class:`rotormlx.measure.quality_run.Result`.
+    """
+
+    model: str
+    command: str
+    date: str
+    machine: str
+    versions: dict[str, str]
+    trials: tuple[Trial, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def schemes(self) -> list[str]:
+        """Names of the schemes, in the order of the run."""
+        return list(dict.fromkeys(trial.scheme for trial in self.trials))
+
+    def share(self, **wanted: object) -> Share:
+        """Of the trials whose fields are as wanted; ``part`` is the part of the text, 0 to 4."""
+        chosen = self._found(**wanted)
+        return Share(sum(chosen), len(chosen))
+
+    def pairs(self, reference: str, scheme: str, **wanted: object) -> Pairs:
+        """A scheme against a reference, needle by needle, where fields are as wanted."""
+        # The trials of every scheme are in the same order.
+        both = list(
+            zip(
+                self._found(scheme=reference, **wanted),
+                self._found(scheme=scheme, **wanted),
+                strict=True,
+            )
+        )
+        return Pairs(both.count((True, False)), both.count((False, True)))
+
+    def _found(self, *, part: object = None, **wanted: object) -> list[bool]:
+        return [
+            trial.found
+            for trial in self.trials
+            if all(getattr(trial, name) == value for name, value in wanted.items())
+            and part in (None, min(int(trial.depth * DEPTHS), DEPTHS - 1))
+        ]
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    model_name: str,
+    command: str,
+    lengths: Sequence[int] = (512, 1024),
+    trials: int = 200,
+    needles: int = 20,
+    kinds: Sequence[str] = KINDS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Hide needles in texts and ask for them through each scheme; the exact cache comes first.
+
+    Args:
+        model: An mlx-lm model with its own caches.
+        tokenizer: Its tokenizer.
+        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`.
+        model_name: What the report calls the model.
+        command: What the report gives as the command.
+        lengths: Tokens of the texts.
+        trials: Least number of trials of each kind and scheme, over all lengths.
+        needles: Most needles in one text; a short one has room for fewer.
+        kinds: Kinds of needle.
+        seed: Selects the texts.
+        progress: Shows what is read, if given.
+
+    Raises:
+        ValueError: If a name is no scheme, or a text is too short for its needles.
+        RuntimeError: If a needle does not lie in packed bytes.
+    """
+    if set(kinds) - set(KINDS) or trials < 1 or not 1 <= needles <= len(PLACES):
+        raise ValueError(
+            f"[needle] Kinds of {', '.join(KINDS)}, at least 1 trial and 1 to {len(PLACES)} "
+            f"needles a text are required, but {', '.join(kinds)}, {trials} and {needles} came."
+        )
+    schemes = [baselines.scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
+    progress = progress or Progress(disable=True)
+    stacks: list[Haystack] = []
+    for kind in kinds:
+        for length in lengths:
+            each_text = min(needles, max(_room(length) // ROOM[kind], 1))
+            texts = -(-trials // (each_text * len(lengths)))
+            stacks += [
+                haystack(tokenizer, kind, length, each_text, seed=seed + number)
+                for number in range(texts)
+            ]
+    task = progress.add_task("", total=len(schemes) * sum(len(stack.questions) for stack in stacks))
+    done: list[Trial] = []
+    # MLX is slow in 16 bits on a CPU.
+    dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
+    with hook.in_place(), numpy_linear(), quality.computing_in(model, dtype):
+        for stack in stacks:
+            for each in schemes:
+                progress.update(task, description=f"{stack.kind}: {each.name}")
+                done += search(model, stack, each, lambda: progress.advance(task))
+    return Result(
+        model_name,
+        command,
+        datetime.now(UTC).date().isoformat(),
+        machine(),
+        versions(),
+        tuple(done),
+    )
+
+
+def search(
+    model: Any, stack: Haystack, each: Scheme, advance: Callable[[], None] | None = None
+) -> Iterator[Trial]:
+    """Read a text through a scheme's caches and ask for each of its needles.
+
+    Raises:
+        RuntimeError: If a needle does not lie in packed bytes.
+    """
+    caches = each.caches(model)
+    length = len(stack.tokens)
+    for start in range(0, length, CHUNK):
+        mx.eval(model(mx.array([stack.tokens[start : start + CHUNK]]), cache=caches))
+    if each.name != EXACT:
+        _check_packed(stack, each, caches)
+    for question in stack.questions:
+        logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
+        best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
+        found = bool((best == question.answer).all())
+        yield Trial(each.name, stack.kind, length, question.first / length, found)
+        if advance is not None:
+            advance()
+
+
+def haystack(tokenizer: Any, kind: str, length: int, needles: int, *, seed: int) -> Haystack:
+    """A text of ``length`` tokens with needles at even distances.
+
+    Args:
+        tokenizer: Of the model.
+        kind: One of ``KINDS``.
+        length: Tokens.
+        needles: How many.
+        seed: Selects the text, the answers and who is asked for.
+
+    Raises:
+        ValueError: If the text has no room for them.
+    """
+    rng = np.random.default_rng([seed, length, KINDS.index(kind)])
+    sentences = [_ids(tokenizer, f" {sentence}") for sentence in _sentences()]
+    following = int(rng.integers(len(sentences)))
+    places = [str(place) for place in rng.permutation(PLACES)]
+    vocabulary = np.array(sorted({token for sentence in sentences for token in sentence}))
+    tokens: list[int] = []
+    questions: list[Question] = []
+    distance = _room(length) // needles
+    while len(tokens) < length and distance >= ROOM[kind]:
+        if len(questions) < needles and len(tokens) >= START + len(questions) * distance:
+            if kind == "fact":
+                digits = "".join(map(str, rng.integers(10, size=4)))
+                said, asked, answer = _fact(tokenizer, places[len(questions)], digits)
+                stop = _ids(tokenizer, ".")
+            else:
+                run = [int(t) for t in rng.choice(vocabulary, COPY_BEFORE + 1, replace=False)]
+                said, asked, answer, stop = run * COPY_TIMES, run[:-1], run[-1:], []
+            end = len(tokens) + len(said)
+            questions.append(Question(len(tokens), end, (*asked, *answer[:-1]), tuple(answer)))
+            tokens += [*said, *stop]
+        else:
+            tokens += sentences[following % len(sentences)]
+            following += 1
+    if len(questions) < needles or questions[-1].end > length:
+        raise ValueError(
+            f"[needle] A text must have {ROOM[kind]} tokens a needle and {START + END} more, but "
+            f"{length} tokens and {needles} needles came, and not all fit; take longer texts or "
+            "fewer needles."
+        )
+    return Haystack(kind, tuple(tokens[:length]), tuple(questions))
+
+
+def _fact(tokenizer: Any, place: str, digits: str) -> tuple[list[int], list[int], list[int]]:
+    """What the text says but its full stop, what is asked, and the answer."""
+    fact = f"The secret number of {place} is"
+    before = _ids(tokenizer, f" {fact}")
+    said = _ids(tokenizer, f" {fact} {digits}")
+    question = f"\n\nQuestion: What is the secret number of {place}?\nAnswer: {fact}"
+    return said, _ids(tokenizer, question), said[len(before) :]
+
+
+def _sentences() -> list[str]:
+    return re.split(r"(?<=\.) ", quality.default_text().replace("\n\n", " "))
+
+
+def _room(length: int) -> int:
+    """Tokens of a text among which needles may begin."""
+    return length - START - END
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
+    packed = quality.packed_of(caches)
+    held = next(cache for _, cache in baselines.compressed(caches))
+    sink = getattr(getattr(held, "config", held), "sink", 0)
+    for question in stack.questions:
+        if question.first < sink or question.end > sink + packed:
+            raise RuntimeError(
+                f"[needle] Every needle must lie in packed bytes, but one is tokens "
+                f"{question.first} to {question.end}, and {each.name} packed {sink} to "
+                f"{sink + packed}; take longer texts."
+            )
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a scheme a row; a kind and length, then a kind and part of the text.
+
+    The last columns are the same needles through the exact cache, and through the first scheme.
+    """
+    kinds = dict.fromkeys(trial.kind for trial in result.trials)
+    columns: dict[str, dict[str, object]] = {}
+    for kind in kinds:
+        columns[f"{kind}, all"] = {"kind": kind}
+        for length in dict.fromkeys(trial.length for trial in result.trials):
+            columns[f"{kind}, {length} tokens"] = {"kind": kind, "length": length}
+    for kind in kinds:
+        for part in range(DEPTHS):
+            wanted: dict[str, object] = {"kind": kind, "part": part}
+            if result.share(**wanted).trials:
+                label = f"{kind}, depth {100 * part // DEPTHS}-{100 * (part + 1) // DEPTHS} %"
+                columns[label] = wanted
+    rows = [
+        [name, *(str(result.share(scheme=name, **wanted)) for wanted in columns.values())]
+        for name in result.schemes
+    ]
+    for reference in result.schemes[:2]:
+        for kind in kinds:
+            columns[f"{kind}, against {reference}"] = {}
+            for row in rows:
+                pairs = result.pairs(reference, row[0], kind=kind)
+                row.append("" if row[0] == reference else str(pairs))
+    return ["scheme", *columns], rows
+
+
+def table(result: Result) -> Table:
+    """For a terminal: a column a scheme."""
+    header, rows = cells(result)
+    out = Table(title=f"{result.model}: needles found")
+    for name in ("", *(row[0] for row in rows)):
+        out.add_column(name)
+    for index, label in enumerate(header[1:], start=1):
+        out.add_row(label, *(row[index] for row in rows))
+    return out
+
+
+def markdown(result: Result) -> str:
+    """For a file: a column a scheme."""
+    header, rows = cells(result)
+    lines = [["found", *(f"`{row[0]}`" for row in rows)], ["---"] * (1 + len(rows))]
+    lines += [
+        [label, *(row[index] for row in rows)] for index, label in enumerate(header[1:], start=1)
+    ]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    trials = result.share(scheme=EXACT).trials
+    packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    return (
+        f"{result.model}: share of needles found, {trials} a scheme, with Wilson intervals at "
+        f"95 %. Against: needles that a scheme lost and gained, with the p of McNemar's exact "
+        f"test.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
+    )

@@ -1,0 +1,214 @@
+"""What ``rotormlx quality`` found, as a table, as Markdown, and as one HTML page with plots.
+
+The page needs nothing but itself: its plots are SVG inside it, so it opens without a network.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from rotormlx.measure.quality_run import Result, Row
+from rotormlx.report import megabytes
+
+# What the columns of the tables hold.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "bits a value": lambda row: f"{row.bits_per_value:.3f}",
+    "KL": lambda row: f"{row.kl:.4f}",
+    "KL, 95 %": lambda row: f"{row.kl_interval[0]:.4f} to {row.kl_interval[1]:.4f}",
+    "KL less the first's, 95 %": lambda row: _signed(row.kl_difference),
+    "median": lambda row: f"{row.kl_median:.4f}",
+    "99th": lambda row: f"{row.kl_p99:.3f}",
+    "top-1": lambda row: f"{row.top1:.1%}",
+    "PPL": lambda row: f"{row.ppl:.2f}",
+    "greedy": lambda row: f"{row.greedy_tokens:.0f}",
+    "cosine": lambda row: f"{row.cosine:.4f}",
+    "attention top-1": lambda row: f"{row.attention_top1:.1%}",
+    "top-5": lambda row: f"{row.attention_top5:.1%}",
+    "bytes": lambda row: megabytes(row.cache_bytes),
+}
+LEGEND = (
+    "KL: mean KL divergence of the next-token distribution from the exact cache's, in nats, with a "
+    "bootstrap interval over runs of 16 predictions; the third interval is that of the difference "
+    "from the first scheme, prediction by prediction. top-1: equal most likely tokens. greedy: "
+    "greedy tokens behind the text that equal the exact cache's. cosine: of attention outputs with "
+    "the exact ones; attention top-1 and top-5: queries whose most attended token stays the most "
+    "attended, or among five; means over layers, each layer by itself. bits a value: of the "
+    "compressed part, scales and centres included."
+)
+# A terminal of 120 characters has room for these.
+_PRINTED = ("bits a value", "KL", "KL, 95 %", "top-1", "PPL", "greedy", "cosine", "attention top-1")
+
+
+def table(result: Result, width: int) -> Table:
+    """The main columns, as many as a terminal of ``width`` characters shows whole."""
+    columns = {"scheme": [row.scheme for row in result.rows]}
+    columns |= {name: [COLUMNS[name](row) for row in result.rows] for name in _PRINTED}
+    out = Table(title=heading(result))
+    shown: list[list[str]] = []
+    room = width - 1
+    for name, cells in columns.items():
+        needed = max(map(len, (*cells, *name.split())))
+        room -= needed + 3  # what stands between columns
+        if shown and room < 0:
+            out.caption = "A wider terminal shows more columns, the files of --output have all."
+            break
+        out.add_column(name, justify="left" if name == "scheme" else "right", width=needed)
+        shown.append(cells)
+    for row in zip(*shown, strict=True):
+        out.add_row(*row)
+    return out
+
+
+def heading(result: Result) -> str:
+    """What was measured, in one line."""
+    return (
+        f"{result.model}: {result.predictions} predictions, exact cache: perplexity "
+        f"{result.exact_ppl:.2f}, {megabytes(result.exact_bytes)}"
+    )
+
+
+def setting(result: Result) -> str:
+    """How, where and when, in one line."""
+    texts = ", ".join(result.texts)
+    packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    return (
+        f"`{result.command}`, {result.tokens} tokens of {texts} read in chunks of 64, predictions "
+        f"from {result.start} on, computed in {result.dtype}; {result.machine}; {packages}; "
+        f"{result.date}."
+    )
+
+
+def markdown(result: Result) -> str:
+    """A table of everything, with its setting and legend."""
+    lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+    for row in result.rows:
+        lines.append([f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())])
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{heading(result)}.\n\n{body}\n\n{setting(result)}\n\n{LEGEND}\n"
+
+
+def html(result: Result) -> str:
+    """One page that needs no other file and no network."""
+    loader = PackageLoader("rotormlx", "pages")
+    template = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    ).get_template("quality.html")
+    rows = [(row.scheme, [cell(row) for cell in COLUMNS.values()]) for row in result.rows]
+    return template.render(
+        heading=heading(result),
+        setting=setting(result).replace("`", ""),
+        legend=LEGEND,
+        columns=list(COLUMNS),
+        rows=rows,
+        plots=plots(result),
+    )
+
+
+def plots(result: Result) -> dict[str, str]:
+    """SVG pictures by title."""
+    return {
+        "Quality against bits": picture(lambda axes: _against_bits(axes, result.rows)),
+        "KL divergence by position": picture(lambda axes: _by_position(axes, result)),
+        "Error of the attention output by layer": picture(
+            lambda axes: _by_layer(axes, result.rows, "1 - cosine", lambda e: 1 - e.cosine)
+        ),
+        "Error of the keys by layer": picture(
+            lambda axes: _by_layer(axes, result.rows, "relative error", lambda e: e.key_error)
+        ),
+    }
+
+
+def picture(draw: Callable[[Axes], None]) -> str:
+    """What ``draw`` puts on a pair of axes, as an ``<svg>`` element."""
+    text = io.StringIO()
+    # The same data give the same bytes, and letters stay letters.
+    with mpl.rc_context({"svg.hashsalt": "rotormlx", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(9, 4.5))
+        axes = figure.add_axes((0.08, 0.12, 0.64, 0.84))  # room for a legend at the right
+        draw(axes)
+        axes.grid(alpha=0.3)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def save(result: Result, directory: Path) -> list[Path]:
+    """Write ``quality.json``, ``quality.md`` and ``quality.html``; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = {
+        "quality.json": json.dumps(result.as_dict(), indent=1) + "\n",
+        "quality.md": markdown(result),
+        "quality.html": html(result),
+    }
+    for name, text in written.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return [directory / name for name in written]
+
+
+def _against_bits(axes: Axes, rows: Sequence[Row]) -> None:
+    for number, row in enumerate(rows):
+        low, high = row.kl_interval
+        axes.errorbar(
+            row.bits_per_value,
+            row.kl,
+            yerr=[[max(0.0, row.kl - low)], [max(0.0, high - row.kl)]],
+            capsize=3,
+            label=row.scheme,
+            **_style(number),
+        )
+    _logarithmic(axes, [row.kl for row in rows])
+    axes.set_xlabel("true bits a value")
+    axes.set_ylabel("mean KL divergence, nats")
+    _legend(axes)
+
+
+def _by_position(axes: Axes, result: Result) -> None:
+    for number, row in enumerate(result.rows):
+        positions = [result.start + 64 * i for i in range(len(row.kl_by_position))]
+        axes.plot(positions, row.kl_by_position, label=row.scheme, **_style(number))
+    _logarithmic(axes, [kl for row in result.rows for kl in row.kl_by_position])
+    axes.set_xlabel("position in the text, tokens")
+    axes.set_ylabel("mean KL divergence of 64 predictions, nats")
+    _legend(axes)
+
+
+def _by_layer(axes: Axes, rows: Sequence[Row], label: str, value: Callable[[Any], float]) -> None:
+    for number, row in enumerate(rows):
+        layers = [error.layer for error in row.layers]
+        axes.plot(layers, [value(e) for e in row.layers], label=row.scheme, **_style(number))
+    _logarithmic(axes, [value(error) for row in rows for error in row.layers])
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label)
+    _legend(axes)
+
+
+def _style(number: int) -> dict[str, Any]:
+    """A colour and a mark of its own for each scheme."""
+    return {
+        "color": mpl.colormaps["tab20"](number % 20),
+        "marker": "osD^vPX*<>"[number % 10],
+        "markersize": 5,
+        "linewidth": 1,
+    }
+
+
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    if all(value > 0 for value in values):
+        axes.set_yscale("log")
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
+
+
+def _signed(interval: tuple[float, float]) -> str:
+    return "" if interval == (0, 0) else "{:+.4f} to {:+.4f}".format(*interval)

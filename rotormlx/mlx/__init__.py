@@ -1,0 +1,1 @@
+"""The package's MLX side: backends, caches and what is built into mlx-lm."""

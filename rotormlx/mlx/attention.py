@@ -1,0 +1,101 @@
+"""Attention over a compressed cache: checks, then the backend."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from rotormlx.mlx.backends import backend
+from rotormlx.mlx.cache.view import KVView
+
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
+
+def attend_view(
+    queries: mx.array,
+    keys: KVView,
+    values: KVView,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Scaled dot-product attention of queries over a compressed cache.
+
+    Args:
+        queries: ``[B, H, L, D]``, float16, bfloat16 or float32.
+        keys: View of the keys, ``[B, K, S, D]``; H must be a multiple of K.
+        values: View of the values, ``[B, K, S, Dv]``.
+        scale: Factor of the scores.
+        mask: None, ``"causal"``, or an array, boolean (True: visible) or additive, broadcastable
+            to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row count from
+            its first, and the last query of a row is its last token.
+        sinks: Attention-sink logits ``[H]``.
+
+    Returns:
+        ``[B, H, L, Dv]`` in the dtype of the queries.
+
+    Raises:
+        ValueError: If shapes, dtypes or the mask do not fit together.
+    """
+    check(queries, keys, values, mask, sinks)
+    return backend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def check(
+    queries: mx.array,
+    keys: KVView,
+    values: KVView,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> None:
+    """Refuse what :func:`attend_view` cannot do; arguments and errors are the same."""
+    _check_queries(queries, keys, values)
+    if mask is not None:
+        _check_mask(mask, (*queries.shape[:3], keys.tokens))
+    if sinks is not None and sinks.shape != (queries.shape[1],):
+        raise ValueError(
+            f"[attend] Attention-sink logits must have shape ({queries.shape[1]},), one a query "
+            f"head, but they have shape {sinks.shape}."
+        )
+
+
+def _check_queries(queries: mx.array, keys: KVView, values: KVView) -> None:
+    shape, asked = keys.shape, queries.shape
+    batch, kv_heads, tokens, head_dim = shape
+    if values.shape[:3] != shape[:3]:
+        raise ValueError(
+            f"[attend] Keys and values must agree in batch, KV heads and tokens, but the keys have "
+            f"shape {keys.shape} and the values {values.shape}."
+        )
+    if len(asked) != 4 or asked[0] != batch or asked[1] % kv_heads or asked[3] != head_dim:
+        raise ValueError(
+            f"[attend] Queries must have shape [{batch}, a multiple of {kv_heads}, L, {head_dim}] "
+            f"to read keys of shape {keys.shape}, but they have shape {queries.shape}."
+        )
+    if queries.dtype not in FLOATS:
+        raise ValueError(
+            f"[attend] Queries must be float16, bfloat16 or float32, but they are "
+            f"{queries.dtype}; cast them."
+        )
+    if asked[2] > tokens:
+        raise ValueError(
+            f"[attend] There must be at least as many tokens as queries, but {queries.shape[2]} "
+            f"queries meet {tokens} tokens; append the keys first."
+        )
+
+
+def _check_mask(mask: mx.array | str, scores: tuple[int, ...]) -> None:
+    if isinstance(mask, str):
+        if mask == "causal":
+            return
+        raise ValueError(
+            f"[attend] A mask must be None, 'causal' or an array, but {mask!r} was given."
+        )
+    fits = mask.ndim <= 4 and all(
+        have in (1, want) for have, want in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"[attend] A mask must be broadcastable to {scores} (batch, query heads, queries, "
+            f"tokens), but it has shape {mask.shape}."
+        )

@@ -1,0 +1,142 @@
+"""The codec as native code on the CPU: the library of cpu_kernels/; docs/CPU.md says how it works.
+
+Shapes: B batch, H query heads, K KV heads, L queries, N blocks, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
+from rotormlx.kernels import cpu_library
+from rotormlx.mlx.backends.mlx_ops import MLXBackend, check_rows
+from rotormlx.mlx.cache.view import KVView
+
+_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+# Numbers of an array that is copied from one that is kept.
+_SMALL = 2**13
+
+
+def missing() -> str | None:
+    """What keeps this process from computing on the CPU with the library, or None."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return "MLX's default device is the GPU"
+    return cpu_library.missing()
+
+
+class CPUBackend(MLXBackend):
+    """Encode, decode and attend in the library; the rest is inherited.
+
+    The library reads arrays that are there, so a call evaluates its inputs. While a function is
+    traced (``mx.compile``, ``mx.export_function``) that is not possible, and the inherited
+    operations do it.
+    """
+
+    name = "cpu"
+
+    def encode(
+        self,
+        x: mx.array,
+        codec: Codec,
+        *,
+        channel_scale: mx.array | None = None,
+        centres: mx.array | None = None,
+    ) -> Packed:
+        """Compress whole blocks; see :meth:`MLXBackend.encode`."""
+        check_rows(x, codec)
+        if not _evaluated(x, channel_scale, centres):
+            return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
+        batch, heads, tokens, head_dim = x.shape
+        front = (batch, heads, tokens // BLOCK)
+        words = _room((*front, *codec.words_shape), mx.uint32)
+        scales = _room((*front, BLOCK), mx.float16)
+        given = codec.role == KEY and centres is not None
+        means = centres if given else None
+        if codec.role == KEY and not given:
+            means = _room((*front, head_dim), mx.float16)
+        blocks = cpu_library.Blocks(codec, words, scales, means, channel_scale)
+        cpu_library.encode(x, blocks, given_centres=given)
+        return Packed(words, scales, means)
+
+    def decode(
+        self,
+        packed: Packed,
+        codec: Codec,
+        *,
+        channel_scale: mx.array | None = None,
+        dtype: mx.Dtype = mx.float32,
+    ) -> mx.array:
+        """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
+        if dtype not in _FLOATS or not _evaluated(*packed, channel_scale):
+            return super().decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
+        batch, heads, count = packed.scales.shape[:3]
+        rows = _room((batch, heads, count * BLOCK, codec.head_dim), dtype)
+        cpu_library.decode(cpu_library.Blocks(codec, *packed, channel_scale), rows)
+        return rows
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: KVView,
+        values: KVView,
+        *,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
+        mask_array = None if isinstance(mask, str) else mask
+        if mask_array is not None and mask_array.dtype not in (mx.bool_, *_FLOATS):
+            mask_array = mask_array.astype(mx.float32)
+        if sinks is not None and sinks.dtype not in _FLOATS:
+            sinks = sinks.astype(mx.float32)
+        exact, blocks = (keys.exact, values.exact), (_blocks(keys), _blocks(values))
+        if not _evaluated(queries, mask_array, sinks, exact, blocks[0][1:], blocks[1][1:]):
+            return super().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        output = _room((*queries.shape[:3], values.codec.head_dim), queries.dtype)
+        cpu_library.attend(
+            queries,
+            output,
+            exact,
+            blocks,
+            keys.lengths,
+            sink=keys.sink,
+            scale=scale,
+            mask=mask_array,
+            sinks=sinks,
+            causal=isinstance(mask, str),
+        )
+        return output
+
+
+def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array to be written before anyone sees it."""
+    if math.prod(shape) > _SMALL:
+        return _zeros.__wrapped__(shape, dtype)
+    # A copy is made at once; what is evaluated waits for another thread.
+    return mx.from_dlpack(_zeros(shape, dtype), copy=True)
+
+
+@lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    made = mx.zeros(shape, dtype)
+    mx.eval(made)
+    return made
+
+
+def _blocks(view: KVView) -> cpu_library.Blocks:
+    packed = view.packed or Packed(None, None, None)
+    return cpu_library.Blocks(view.codec, *packed, view.channel_scale)
+
+
+def _evaluated(*arrays: Any) -> bool:
+    """Evaluate arrays and tuples of them; False while a function is traced, without numbers yet."""
+    try:
+        mx.eval(arrays)
+    except ValueError:
+        return False
+    return True

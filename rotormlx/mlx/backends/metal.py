@@ -1,0 +1,273 @@
+"""The codec as fused Metal kernels; docs/KERNELS.md says how each of them works.
+
+Shapes: B batch, K KV heads, N blocks, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+from rotormlx.codec.codebook import BITS
+from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, Packed
+from rotormlx.codec.rotation import Rotation, rotation
+from rotormlx.kernels.source import (
+    KernelText,
+    boundaries_text,
+    coefficients,
+    lanes_of_row,
+    matrices,
+    metal_text,
+    read,
+    rotation_text,
+    row_template,
+)
+from rotormlx.mlx.backends.first_call import FirstCallKernel
+from rotormlx.mlx.backends.metal_attend import attend
+from rotormlx.mlx.backends.mlx_ops import MLXBackend, check_rows
+from rotormlx.mlx.cache.view import KVView
+
+# Threads of a threadgroup: every pipeline allows as many, whatever registers it takes.
+THREADS = 256
+THREADGROUP_BYTES = 32 * 1024
+
+Kernel = Callable[..., list[mx.array]]
+
+
+def missing() -> str | None:
+    """What keeps this process from running Metal kernels, or None."""
+    if not mx.metal.is_available():
+        return "MLX finds no Metal GPU on this machine"
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "MLX's default device is the CPU"
+    return None
+
+
+class MetalBackend(MLXBackend):
+    """What is fused runs as Metal kernels; the rest is inherited."""
+
+    name = "metal"
+
+    def encode(
+        self,
+        x: mx.array,
+        codec: Codec,
+        *,
+        channel_scale: mx.array | None = None,
+        centres: mx.array | None = None,
+    ) -> Packed:
+        """Compress whole blocks in one kernel; see :meth:`MLXBackend.encode`.
+
+        A head_dim above 336 takes the inherited path: its block of codes exceeds the threadgroup
+        memory.
+        """
+        if encode_bytes(codec.head_dim) > THREADGROUP_BYTES:
+            return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
+        check_rows(x, codec)
+        batch, heads, tokens, _ = x.shape
+        blocks = (batch, heads, tokens // BLOCK)
+        outputs = {
+            "words": ((*blocks, *codec.words_shape), mx.uint32),
+            "scales": ((*blocks, BLOCK), mx.float16),
+        }
+        macros: tuple[str, ...] = ()
+        if codec.role == VALUE:
+            centres = None
+        elif centres is None:
+            outputs["centres"] = ((*blocks, codec.head_dim), mx.float16)
+            macros = ("CENTRE_MEANS",)
+        made = _launch(
+            "encode",
+            codec,
+            inputs={"x": x, "coefficients": _coefficients(codec.rotation)},
+            optional_inputs={"centres": centres, "channel_scale": channel_scale},
+            outputs=outputs,
+            macros=macros,
+            dtype=x.dtype,
+            blocks=blocks,
+        )
+        return Packed(made["words"], made["scales"], made.get("centres", centres))
+
+    def decode(
+        self,
+        packed: Packed,
+        codec: Codec,
+        *,
+        channel_scale: mx.array | None = None,
+        dtype: mx.Dtype = mx.float32,
+    ) -> mx.array:
+        """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
+        batch, heads, count = packed.words.shape[:3]
+        made = _launch(
+            "decode",
+            codec,
+            inputs={
+                "words": packed.words,
+                "scales": packed.scales,
+                "coefficients": _coefficients(codec.rotation, back=True),
+            },
+            optional_inputs={"centres": packed.centres, "channel_scale": channel_scale},
+            outputs={"out": ((batch, heads, count * BLOCK, codec.head_dim), dtype)},
+            macros=(),
+            dtype=dtype,
+            blocks=(batch, heads, count),
+        )
+        return made["out"]
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: KVView,
+        values: KVView,
+        *,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
+        return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def rotor3_quantize_dequantize(
+    x: mx.array, bits: int, *, seed: int = 0, layer: int = 0
+) -> mx.array:
+    """What the published method makes of vectors, in one kernel.
+
+    The same as decoding what a codec of values with the rotation ``rotor3`` and no channel scale
+    encodes, without the codes in between.
+
+    Args:
+        x: Rows ``[n, D]``, float16, bfloat16 or float32.
+        bits: Bits of a code.
+        seed: Selects the rotors, with ``layer``.
+        layer: Likewise.
+
+    Returns:
+        ``[n, D]`` in the dtype of x.
+
+    Raises:
+        ValueError: If x has another shape or dtype, or ``bits`` is not of a codebook.
+    """
+    if x.ndim != 2 or x.dtype not in (mx.float16, mx.bfloat16, mx.float32):
+        raise ValueError(
+            f"[rotor3_quantize_dequantize] Rows must have shape [n, D] and be float16, bfloat16 or "
+            f"float32, but they have shape {x.shape} and dtype {x.dtype}."
+        )
+    if bits not in BITS:
+        raise ValueError(
+            f"[rotor3_quantize_dequantize] bits must be one of {BITS}, but {bits} was given."
+        )
+    count, head_dim = x.shape
+    rotors = rotation("rotor3", head_dim, seed=seed, layer=layer, role=VALUE)
+    rows = THREADS // lanes_of_row(rotors)
+    (out,) = _rotor3_kernel(bits, rotors.head_dim)(
+        inputs=[x, _coefficients(rotors), count],
+        template=[("T", x.dtype), ("BITS", bits), ("THREADS", THREADS), *row_template(rotors)],
+        grid=(-(-count // rows) * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )
+    return out
+
+
+def encode_bytes(head_dim: int) -> int:
+    """Threadgroup memory of the kernel ``encode``: a block of codes, and sums for its centre."""
+    return BLOCK * (head_dim + 4) + 4 * head_dim * (THREADS // 32)
+
+
+@cache
+def _coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
+    return mx.array(coefficients(rotation, back=back))
+
+
+def _launch(
+    name: str,
+    codec: Codec,
+    *,
+    inputs: dict[str, mx.array],
+    optional_inputs: dict[str, mx.array | None],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    macros: tuple[str, ...],
+    dtype: mx.Dtype,
+    blocks: tuple[int, int, int],
+) -> dict[str, mx.array]:
+    """Run a kernel with one threadgroup a block; ``blocks`` is (B, K, N)."""
+    given = {name: array for name, array in optional_inputs.items() if array is not None}
+    inputs = inputs | given
+    macros += tuple(name.upper() for name in given)
+    kernel = _codec_kernel(name, codec.bits, codec.rotation, macros, tuple(inputs), tuple(outputs))
+    batch, heads, count = blocks
+    template: list[tuple[str, Any]] = [
+        ("T", dtype),
+        ("BITS", codec.bits),
+        ("BLOCK", BLOCK),
+        ("THREADS", THREADS),
+        ("KEY", codec.role == KEY),
+        ("MATRICES", matrices(codec.rotation)),
+        *row_template(codec.rotation),
+    ]
+    arrays = kernel(
+        inputs=list(inputs.values()),
+        template=template,
+        grid=(THREADS * count, heads, batch),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[shape for shape, _ in outputs.values()],
+        output_dtypes=[dtype for _, dtype in outputs.values()],
+    )
+    return dict(zip(outputs, arrays, strict=True))
+
+
+@cache
+def _codec_kernel(
+    name: str,
+    bits: int,
+    rotation: Rotation,
+    macros: tuple[str, ...],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+) -> Kernel:
+    """The kernel ``encode`` or ``decode`` of a rotation and a codebook."""
+    text = _codec_text(name, bits, rotation, macros)
+    # MLX keeps one compiled text a name, so the name tells apart all that the text depends on.
+    parts = (name, rotation.name, str(rotation.head_dim), str(bits), *map(str.lower, macros))
+    return _metal_kernel("_".join(parts), inputs, outputs, text)
+
+
+@cache
+def _rotor3_kernel(bits: int, head_dim: int) -> Kernel:
+    text = _codec_text("rotor3", bits, rotation("rotor3", head_dim))
+    name = f"rotor3_{head_dim}_{bits}"
+    return _metal_kernel(name, ("x", "coefficients", "count"), ("out",), text)
+
+
+def _codec_text(
+    name: str, bits: int, rotation: Rotation, macros: tuple[str, ...] = ()
+) -> KernelText:
+    return metal_text(
+        name,
+        "".join(f"#define {macro}\n" for macro in macros),
+        read("shared_kernels/levels.h"),
+        read("shared_kernels/rotation.h"),
+        boundaries_text(bits),
+        rotation_text(rotation),
+    )
+
+
+@cache
+def _metal_kernel(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], text: KernelText
+) -> Kernel:
+    """The kernel object, which the layers of a model share; it reads inputs as they lie."""
+    return FirstCallKernel(
+        f"rotormlx_{name}",
+        mx.fast.metal_kernel,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=text.source,
+        header=text.header,
+        ensure_row_contiguous=False,
+    )

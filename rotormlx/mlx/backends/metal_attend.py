@@ -1,0 +1,229 @@
+"""Attention on packed bytes in Metal: launches ``attend``, ``prefill`` and ``attend_merge``.
+
+The sequence is cut into parts, packed and exact ones, each done by its own threadgroups; a last
+kernel merges them. Buffers of the cache are passed whole, with their strides and the lengths that
+count, so nothing is copied.
+
+Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
+S tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from rotormlx.codec.format import BLOCK, Packed
+from rotormlx.kernels.source import matrices, metal_text, read
+from rotormlx.mlx.backends.first_call import FirstCallKernel
+from rotormlx.mlx.backends.mlx_ops import MLXBackend, inverse_matrix, rotated_queries
+from rotormlx.mlx.cache.view import KVView
+
+# Up to so many query rows of a KV head are done on words as they lie; more of them are matrix
+# products. It bounds registers (four sums a row) and threadgroup memory (18.1 KiB at head_dim 256
+# and 8 bits).
+MAX_ROWS = 8
+# Two channels of a thread are at most that many; longer vectors are left to MLX's operations.
+MAX_HEAD_DIM = 256
+# Simdgroups of a threadgroup, and so blocks of a step of the kernel ``attend``. For more than 32
+# query rows there are twice as many, so that a group of 4 heads and 16 queries reads a byte once.
+SIMDGROUPS = 4
+# Threadgroups that keep a large GPU busy: a longer sequence gets longer parts, not more of them.
+THREADGROUPS = 512
+MAX_PARTS = 128
+MERGE_THREADS = 128
+
+Kernel = Callable[..., list[mx.array]]
+
+
+class Parts(NamedTuple):
+    """How tokens are cut: ``number`` parts of ``tokens`` each, of which the last may be short."""
+
+    number: int
+    tokens: int
+
+
+class Tiling(NamedTuple):
+    """How the G query rows of a KV head are spread over threadgroups.
+
+    kernel: ``"attend"`` or ``"prefill"``.
+    tiles: Threadgroups.
+    rows: Query rows of each.
+    simdgroups: Of each.
+    merged: Query rows of a threadgroup of the kernel ``attend_merge``.
+    template: Template arguments that only this kernel has.
+    """
+
+    kernel: str
+    tiles: int
+    rows: int
+    simdgroups: int
+    merged: int
+    template: tuple[tuple[str, int], ...]
+
+
+def attend(
+    queries: mx.array,
+    keys: KVView,
+    values: KVView,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention over a partly packed cache; see :meth:`MLXBackend.attend`.
+
+    Vectors of more than 256 numbers take MLX's operations.
+    """
+    if max(keys.shape[3], values.shape[3]) > MAX_HEAD_DIM:
+        return MLXBackend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    batch, heads, length, _ = queries.shape
+    kv_heads, key_dim, value_dim = keys.shape[1], keys.shape[3], values.shape[3]
+    group = heads // kv_heads * length  # G
+    tiling = _tiling(group, max(key_dim, value_dim))
+    limit = max(1, min(MAX_PARTS, THREADGROUPS // (batch * kv_heads * tiling.tiles)))
+    packed_parts = cut(keys.packed_tokens, limit)
+    # A row with fewer packed tokens than the view counts may have more exact ones, up to a buffer.
+    exact_parts = cut(min(keys.exact.shape[2], keys.tokens), limit)
+    plan = mx.array([keys.sink, *packed_parts, exact_parts.tokens, length, group], mx.int32)
+    lengths = mx.array(keys.lengths, mx.int32)
+
+    # Flat in between: the kernels read it row by row, and a reshape alone may keep strides.
+    q = (queries.astype(mx.float32) * scale).reshape(-1).reshape(batch, kv_heads, group, key_dim)
+    rows = tiling.tiles * tiling.rows
+    q = mx.pad(q, [(0, 0), (0, 0), (0, rows - group), (0, 0)])
+    kind, mask_array = _mask_of_kernel(mask, (batch, heads, length, keys.tokens))
+    threads = 32 * tiling.simdgroups
+    parts = packed_parts.number + exact_parts.number
+    parts_shape = (batch, kv_heads, rows, parts)
+    tops, totals, outputs = _parts_kernel(tiling.kernel)(
+        inputs=[
+            *(q, _rotated(q, keys), *_packed(keys), _exact(keys)),
+            *(*_packed(values)[:2], _exact(values), mask_array, lengths, plan),
+        ],
+        template=[
+            *(("KEY_BITS", keys.codec.bits), ("VALUE_BITS", values.codec.bits)),
+            *(("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("BLOCK", BLOCK)),
+            *(("SIMDGROUPS", tiling.simdgroups), ("MASK", kind)),
+            *tiling.template,
+        ],
+        grid=(threads * parts, batch * kv_heads, tiling.tiles),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[parts_shape, parts_shape, (*parts_shape, value_dim)],
+        output_dtypes=[mx.float32] * 3,
+    )
+    nothing = mx.zeros((1,), mx.float32)
+    (output,) = _merge_kernel()(
+        inputs=[
+            *(tops, totals, outputs, inverse_matrix(values.codec.rotation)),
+            nothing
+            if values.channel_scale is None
+            else mx.broadcast_to(values.channel_scale, (batch, kv_heads, value_dim)),
+            nothing if sinks is None else sinks.astype(mx.float32),
+            plan,
+        ],
+        template=[
+            *(("T", queries.dtype), ("VALUE_DIM", value_dim), ("ROWS", tiling.merged)),
+            *(("THREADS", MERGE_THREADS), ("MATRICES", matrices(values.codec.rotation))),
+            ("HAS_SCALE", values.channel_scale is not None),
+            ("HAS_SINKS", sinks is not None),
+        ],
+        grid=(MERGE_THREADS, -(-group // tiling.merged), batch * kv_heads),
+        threadgroup=(MERGE_THREADS, 1, 1),
+        output_shapes=[(batch, heads, length, value_dim)],
+        output_dtypes=[queries.dtype],
+    )
+    return output
+
+
+def cut(tokens: int, limit: int, step: int = SIMDGROUPS * BLOCK) -> Parts:
+    """At most ``limit`` parts, each of as many whole steps of tokens as the others."""
+    steps = -(-tokens // step)
+    if steps == 0:
+        return Parts(0, 0)
+    steps_a_part = -(-steps // limit)
+    return Parts(-(-steps // steps_a_part), steps_a_part * step)
+
+
+def _tiling(group: int, larger_dim: int) -> Tiling:
+    if group <= MAX_ROWS:
+        width = next(width for width in (4, 2, 1) if group % width == 0)
+        return Tiling("attend", 1, group, SIMDGROUPS, 1, (("ROWS", group), ("WIDTH", width)))
+    simdgroups = SIMDGROUPS if group <= 8 * SIMDGROUPS else 2 * SIMDGROUPS
+    # Decoded tokens of a tile: 16 KiB of them, in float32.
+    tile = 32 if larger_dim <= 128 else 16
+    rows = 8 * simdgroups
+    return Tiling("prefill", -(-group // rows), rows, simdgroups, 8, (("TILE", tile),))
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def _rotated(q: mx.array, keys: KVView) -> mx.array:
+    """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
+    if not keys.packed_tokens:
+        return q
+    return rotated_queries(q, keys)
+
+
+def _packed(view: KVView) -> Packed:
+    """The packed buffers; where nothing is packed, some that no thread reads."""
+    if not view.packed_tokens:
+        scales = mx.zeros((1, 1, 1, 8), mx.float16)
+        return Packed(mx.zeros((1, 1, 1, 1, 8), mx.uint32), scales, scales)
+    if view.packed is None:
+        raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
+    return view.packed
+
+
+def _exact(view: KVView) -> mx.array:
+    """The exact buffer; where it is empty, one that no thread reads."""
+    return view.exact if view.exact.size else mx.zeros((1, 1, 1, 8), view.dtype)
+
+
+def _mask_of_kernel(
+    mask: mx.array | str | None, scores: tuple[int, int, int, int]
+) -> tuple[int, mx.array]:
+    """The kind of a mask (see scores.h), and the mask as ``[B, H, L, S]``, which copies nothing."""
+    if mask is None or isinstance(mask, str):
+        return 0 if mask is None else 1, mx.zeros((1, 1, 1, 1), mx.bool_)
+    return 2 if mask.dtype == mx.bool_ else 3, mx.broadcast_to(mask, scores)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+@cache
+def _parts_kernel(name: str) -> Kernel:
+    text = metal_text(name, read("shared_kernels/levels.h"), read("metal_kernels/scores.h"))
+    return FirstCallKernel(
+        f"rotormlx_{name}",
+        mx.fast.metal_kernel,
+        input_names=[
+            *("q", "rotated", "key_words", "key_scales", "centres", "exact_keys"),
+            *("value_words", "value_scales", "exact_values", "mask", "lengths", "plan"),
+        ],
+        output_names=["part_tops", "part_totals", "part_outputs"],
+        source=text.source,
+        header=text.header,
+        # The buffers of the cache are read where they lie.
+        ensure_row_contiguous=False,
+    )
+
+
+@cache
+def _merge_kernel() -> Kernel:
+    text = metal_text("attend_merge", read("metal_kernels/scores.h"))
+    return FirstCallKernel(
+        "rotormlx_attend_merge",
+        mx.fast.metal_kernel,
+        input_names=[
+            *("tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "plan"),
+        ],
+        output_names=["output"],
+        source=text.source,
+        header=text.header,
+    )

@@ -1,0 +1,1 @@
+"""Compressed caches for mlx-lm."""

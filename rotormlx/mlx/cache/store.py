@@ -1,0 +1,412 @@
+"""The buffers of one layer's keys or values, and how many tokens of them count.
+
+Lengths are the cache's to know (:class:`Counts`); every method of a :class:`Store` is told them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+
+from rotormlx.codec import limits, rotation
+from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, Packed, codec
+from rotormlx.config import CALIBRATED, RotorConfig
+from rotormlx.mlx.backends import backend
+from rotormlx.mlx.cache.view import KVView
+
+# What a calibration gives the keys and the values of a layer.
+Calibrated = tuple[mx.array, mx.array]
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
+
+@dataclass
+class Counts:
+    """How many tokens of a sequence lie where.
+
+    Args:
+        tokens: Tokens that are held: sink, packed and tail.
+        packed: Packed tokens of them; the last block may be partly filled.
+        evicted: Tokens that were packed once and are no longer held; whole blocks.
+    """
+
+    tokens: int = 0
+    packed: int = 0
+    evicted: int = 0
+
+    @property
+    def exact(self) -> int:
+        """Tokens of the sink and the tail."""
+        return self.tokens - self.packed
+
+    @property
+    def offset(self) -> int:
+        """The position of the next token."""
+        return self.tokens + self.evicted
+
+    @property
+    def next_block(self) -> int:
+        """The number, from the start of the sequence, of the block that is filled next."""
+        return (self.packed + self.evicted) // BLOCK
+
+    def packable(self, config: RotorConfig) -> int:
+        """Tail tokens to pack now: the rest of a begun block, or whole blocks."""
+        spare = max(0, self.exact - config.sink - config.window)
+        count = -self.packed % BLOCK or min(spare // BLOCK * BLOCK, limits.MOST_ENCODED)
+        return count if count <= spare else 0
+
+    def add_packed(self, count: int, max_blocks: int | None) -> None:
+        """``count`` tokens of the tail are packed; what has no room is evicted."""
+        self.packed += count
+        if max_blocks is not None and (beyond := self.packed - max_blocks * BLOCK) > 0:
+            self.packed -= beyond
+            self.tokens -= beyond
+            self.evicted += beyond
+
+    def trim(self, n: int, config: RotorConfig) -> int:
+        """Forget the last n tokens; returns how many.
+
+        Once tokens were evicted, only the tail can be forgotten.
+        """
+        tail = max(0, self.exact - config.sink)
+        n = max(0, min(n, tail if self.evicted else self.tokens))
+        self.packed -= min(max(n - tail, 0), self.packed)
+        self.tokens -= n
+        return n
+
+
+def max_blocks(max_size: int | None, config: RotorConfig) -> int | None:
+    """Packed blocks that fit into a cache of ``max_size`` tokens, sink and fullest tail beside.
+
+    Raises:
+        ValueError: If not one fits.
+    """
+    if max_size is None:
+        return None
+    beside = config.sink + config.window + BLOCK - 1
+    if max_size < beside + BLOCK:
+        raise ValueError(
+            f"[RotorKVCache] max_kv_size must be at least {beside + BLOCK} with sink {config.sink} "
+            f"and window {config.window}, but {max_size} was given; raise it, or lower the window."
+        )
+    return (max_size - beside) // BLOCK
+
+
+def check_update(
+    keys: mx.array, values: mx.array, key_store: Store | None, value_store: Store | None
+) -> None:
+    """Refuse tokens whose shape or dtype does not fit each other or what is held."""
+    for role, x in ((KEY, keys), (VALUE, values)):
+        if x.ndim != 4 or x.dtype not in FLOATS or x.shape[:3] != keys.shape[:3]:
+            raise ValueError(
+                f"[RotorKVCache] Keys and values must have shape [B, K, S, head_dim], equal up "
+                f"to head_dim, and be float16, bfloat16 or float32, but the {role}s have shape "
+                f"{x.shape} and dtype {x.dtype} beside keys of shape {keys.shape}."
+            )
+    for store, x in ((key_store, keys), (value_store, values)):
+        if store is not None:
+            store.check_like(x)
+
+
+def check_growth(
+    stores: Sequence[Store], rows: Sequence[Counts], tokens: int, config: RotorConfig
+) -> None:
+    """Refuse to append ``tokens`` where positions end, or where memory is known to be too small.
+
+    Args:
+        stores: Of keys and values.
+        rows: The counts of each batch row.
+        tokens: How many are appended to each.
+        config: Gives sink and window.
+
+    Raises:
+        ValueError: If the sequence would have more tokens than kernels can count.
+        MemoryError: If MLX's memory limit leaves no room for the buffers.
+    """
+    limits.check_tokens("RotorKVCache", max(counts.offset for counts in rows) + tokens)
+    exact = max(counts.exact for counts in rows) + tokens
+    spare = tokens - config.sink - config.window
+    blocks = max((c.packed + max(0, c.exact + spare)) // BLOCK for c in rows)
+    needed = sum(store.new_bytes(exact, blocks) for store in stores)
+    limit, used = mx.get_memory_limit(), mx.get_active_memory() if needed else 0
+    if used + needed > limit:
+        raise MemoryError(
+            f"[RotorKVCache] Appending {tokens:,} tokens needs {needed:,} bytes, but MLX has "
+            f"{used:,} of its limit of {limit:,} in use; give max_kv_size, free models and caches, "
+            "or raise mx.set_memory_limit."
+        )
+
+
+class Store:
+    """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
+
+    Args:
+        config: How to compress.
+        layer: Index of the layer in the model; selects its rotation.
+        role: ``"key"`` or ``"value"``.
+        exact: The exact tokens to begin with, ``[B, K, E, D]``.
+        calibrated: Of a calibrated configuration, else None: the channel scale, float32
+            ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
+        max_blocks: The most packed blocks; block n then lies at n mod ``max_blocks``.
+
+    Raises:
+        ValueError: If what is calibrated is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        config: RotorConfig,
+        layer: int,
+        role: str,
+        exact: mx.array,
+        calibrated: mx.array | None = None,
+        max_blocks: int | None = None,
+    ) -> None:
+        self.layer = layer
+        self.capacity = config.sink + config.window + BLOCK
+        self.scales_channels = config.scales_channels
+        self.calibrated = calibrated
+        self.codec = _codec(config, layer, role, exact, calibrated)
+        self.max_blocks = max_blocks
+        self.exact = with_room(exact, self.capacity - exact.shape[2])
+        self.packed: Packed | None = None
+        # As attention and encoding take it; batch rows may have their own, [B, K, D].
+        self.channel_scale = None if config.rotation == CALIBRATED else calibrated
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Neither changes, and what is derived from a codec is kept for each codec object.
+        memo |= {id(same): same for same in (self.codec, self.calibrated)}
+        twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def twin(self) -> Self:
+        """A store of the same buffers; what is written to one does not show in the other."""
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def new_bytes(self, exact_tokens: int, blocks: int) -> int:
+        """Bytes of the buffers to be made for so many exact tokens, and then so many blocks."""
+        batch, heads, room, head_dim = self.exact.shape
+        made = 0
+        if exact_tokens > room:
+            made += batch * heads * exact_tokens * head_dim * self.exact.itemsize
+        if self.max_blocks is not None:
+            blocks = min(blocks, self.max_blocks)
+        if blocks > (0 if self.packed is None else self.packed.scales.shape[2]):
+            made += batch * heads * (blocks + self.room(blocks)) * self.codec.block_bytes
+        return made
+
+    def check_like(self, x: mx.array) -> None:
+        """Refuse tokens of another batch, number of heads or head_dim."""
+        batch, heads, _, head_dim = self.exact.shape
+        if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
+            raise ValueError(
+                f"[RotorKVCache] This cache holds {self.codec.role}s of shape "
+                f"[{batch}, {heads}, S, {head_dim}], but shape {x.shape} was appended; "
+                "use a cache of its own."
+            )
+
+    def append(self, x: mx.array, exact_tokens: int) -> None:
+        """Write tokens behind the exact ones; a chunk beyond the capacity widens the buffer."""
+        x = x.astype(self.exact.dtype)
+        stop = exact_tokens + x.shape[2]
+        if stop <= self.exact.shape[2]:
+            self.exact = written(self.exact, slice(exact_tokens, stop), x)
+        else:
+            self.exact = mx.concatenate([self.exact[:, :, :exact_tokens], x], axis=2)
+
+    def view(self, sink: int, counts: Counts) -> KVView:
+        """All tokens, as attention reads them."""
+        return KVView(*self.handles(), sink, counts.packed, counts.tokens)
+
+    def handles(self) -> tuple[Codec, mx.array, Packed | None, mx.array | None]:
+        """What a view holds of this store; nothing is ever written through these handles."""
+        return self.codec, self.exact, self.packed, self.channel_scale
+
+    def pack(self, sink: int, count: int, counts: Counts) -> None:
+        """Move the ``count`` exact tokens behind the sink into packed blocks."""
+        x = self.exact[:, :, sink : sink + count]
+        block = self.slot(counts.next_block)
+        filled = counts.packed % BLOCK
+        if self.scales_channels and counts.packed == 0 and not counts.evicted:
+            self.channel_scale = backend().prefill_scale(x[:, :, :BLOCK], self.codec)
+        last = sliced(self.packed, block, block + 1) if filled and self.packed else None
+        self._write(encode(self.codec, x, self.channel_scale, last, filled), block)
+
+        rest = self.exact[:, :, sink + count : counts.exact]
+        kept = mx.concatenate([self.exact[:, :, :sink], rest], axis=2)
+        self.exact = with_room(kept, self.capacity - kept.shape[2])
+
+    def slot(self, block: int) -> int:
+        """Where the block of this number lies."""
+        return block if self.max_blocks is None else block % self.max_blocks
+
+    def room(self, blocks: int) -> int:
+        """Blocks to allocate beyond ``blocks``, so that a long cache is seldom copied."""
+        room = max(4, blocks // 32)
+        return room if self.max_blocks is None else min(room, self.max_blocks - blocks)
+
+    def _write(self, new: Packed, block: int) -> None:
+        """Put blocks at position ``block``."""
+        stop = block + new.scales.shape[2]
+        if self.packed is not None and stop <= self.packed.scales.shape[2]:
+            pairs = zip(self.packed, new, strict=True)
+            place = slice(block, stop)
+            self.packed = Packed(*(a if a is None else written(a, place, b) for a, b in pairs))
+            return
+        before = (None,) * 3 if self.packed is None else sliced(self.packed, 0, block)
+        room = self.room(stop)
+        self.packed = Packed(*(_joined(a, b, room) for a, b in zip(before, new, strict=True)))
+
+    def forget_packed(self) -> None:
+        """Drop the packed blocks and what was derived from the first of them."""
+        self.packed = None
+        if self.scales_channels:
+            self.channel_scale = None
+
+    def state(self, counts: Counts) -> tuple[mx.array | None, ...]:
+        """The arrays that count: exact, words, scales, centres, channel scale or rotations."""
+        blocks = -(-counts.packed // BLOCK)
+        packed = Packed(None, None, None) if self.packed is None else sliced(self.packed, 0, blocks)
+        return self.exact[:, :, : counts.exact], *packed, self.saved_scale
+
+    @property
+    def saved_scale(self) -> mx.array | None:
+        """What a saved cache has in the place of the channel scale."""
+        return self.channel_scale if self.calibrated is None else self.calibrated
+
+    @classmethod
+    def from_state(
+        cls, role: str, arrays: Sequence[Any], config: RotorConfig, layer: int, counts: Counts
+    ) -> Store:
+        """The store whose :meth:`state` was saved.
+
+        Raises:
+            ValueError: If a shape or dtype is not what the counts ask for.
+        """
+        exact, words, scales, centres, channel_scale = arrays
+        if not isinstance(exact, mx.array) or exact.ndim != 4 or exact.dtype not in FLOATS:
+            raise damaged(f"exact {role}s as a floating array of 4 dimensions", exact)
+        batch, heads, _, head_dim = exact.shape
+        blocks = -(-counts.packed // BLOCK)
+        scale_shape: tuple[int, ...] | None = None
+        if config.is_calibrated:
+            scale_shape = config.calibrated_shape(heads, head_dim)
+        elif config.scales_channels and blocks:
+            scale_shape = heads, head_dim
+        _require(f"{role} channel scale", channel_scale, scale_shape, mx.float32)
+        _require(f"exact {role}s", exact, (batch, heads, counts.exact, head_dim), exact.dtype)
+        store = cls(config, layer, role, exact, channel_scale if config.is_calibrated else None)
+        front = (batch, heads, blocks)
+        is_key = role == KEY and blocks > 0
+        words_shape = (*front, *store.codec.words_shape)
+        _require(f"{role} words", words, words_shape if blocks else None, mx.uint32)
+        _require(f"{role} scales", scales, (*front, BLOCK) if blocks else None, mx.float16)
+        _require(f"{role} centres", centres, (*front, head_dim) if is_key else None, mx.float16)
+        store.packed = Packed(words, scales, centres) if blocks else None
+        if not config.is_calibrated:
+            store.channel_scale = channel_scale
+        return store
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The buffers there are."""
+        # What is calibrated is not the cache's: all caches of a model share it.
+        own_scale = self.channel_scale if self.calibrated is None else None
+        return [a for a in (self.exact, own_scale, *(self.packed or ())) if a is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(a.nbytes for a in self.arrays)
+
+
+def calibrated_of(keys: Store, values: Store) -> Calibrated | None:
+    """What the stores of a calibrated cache were made with."""
+    if keys.calibrated is None or values.calibrated is None:
+        return None
+    return keys.calibrated, values.calibrated
+
+
+def _codec(
+    config: RotorConfig, layer: int, role: str, exact: mx.array, calibrated: mx.array | None
+) -> Codec:
+    _, heads, _, head_dim = exact.shape
+    if config.is_calibrated:
+        wanted = config.calibrated_shape(heads, head_dim)
+        if calibrated is None or calibrated.shape != wanted:
+            have = "none" if calibrated is None else f"{calibrated.shape}"
+            raise ValueError(
+                f"[RotorKVCache] A calibrated cache needs an array {wanted} for the {role}s of "
+                f"layer {layer}, but {have} came; make caches with rotormlx.make_prompt_cache, or "
+                "calibrate this model: rotormlx calibrate MODEL."
+            )
+    if config.rotation != CALIBRATED:
+        return codec(config, head_dim, layer=layer, role=role)
+    bits = config.key_bits if role == KEY else config.value_bits
+    return Codec(role, bits, rotation.calibrated(np.array(calibrated)))
+
+
+def encode(
+    codec: Codec, x: mx.array, channel_scale: mx.array | None, last: Packed | None, filled: int
+) -> Packed:
+    """Pack tokens: into new blocks, or into what block ``last`` lacks, which counts ``filled``."""
+    if last is None:
+        return backend().encode(x, codec, channel_scale=channel_scale)
+    rows = mx.pad(x, [(0, 0), (0, 0), (filled, 0), (0, 0)])
+    new = backend().encode(rows, codec, channel_scale=channel_scale, centres=last.centres)
+    kept = mx.array(codec.kept_bits(filled))
+    words = (last.words & kept) | (new.words & ~kept)
+    scales = mx.where(mx.arange(BLOCK) < filled, last.scales, new.scales)
+    return Packed(words, scales, last.centres)
+
+
+# ---- buffers ------------------------------------------------------------------------------------
+
+
+def sliced(packed: Packed, start: int, stop: int | None) -> Packed:
+    """Blocks ``start`` to ``stop``."""
+    return Packed(*(a if a is None else a[:, :, start:stop] for a in packed))
+
+
+def written(buffer: mx.array, place: slice, new: mx.array) -> mx.array:
+    """The buffer with something new along its third axis; the handle that was given stays."""
+    own = buffer[:]  # a handle of its own, which copies nothing
+    own[:, :, place] = new
+    return own
+
+
+def with_room(a: mx.array, room: int) -> mx.array:
+    """A copy with zeros behind the third axis; no larger buffer stays alive through it."""
+    shape = (*a.shape[:2], max(0, room), *a.shape[3:])
+    return mx.concatenate([a, mx.zeros(shape, a.dtype)], axis=2)
+
+
+def _joined(before: mx.array | None, new: mx.array | None, room: int) -> mx.array | None:
+    if new is None:
+        return None
+    return with_room(new if before is None else mx.concatenate([before, new], axis=2), room)
+
+
+# ---- what was saved -----------------------------------------------------------------------------
+
+
+def _require(name: str, array: Any, shape: tuple[int, ...] | None, dtype: mx.Dtype) -> None:
+    have = (array.shape, array.dtype) if isinstance(array, mx.array) else array
+    want = None if shape is None else (shape, dtype)
+    if have != want:
+        raise damaged(f"{name} of shape and dtype {want}", have)
+
+
+def damaged(required: str, came: object) -> ValueError:
+    """What to raise for a state that no cache has written."""
+    return ValueError(
+        f"[RotorKVCache] A saved cache must hold {required}, but it holds {came!r}; "
+        "the file is damaged: make it again."
+    )

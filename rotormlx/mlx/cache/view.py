@@ -1,0 +1,119 @@
+"""What attention reads of a cache: the keys or the values of one layer, partly packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from rotormlx.codec.format import Codec, Packed
+
+
+@dataclass(frozen=True, eq=False)
+class KVView:
+    """The keys or the values of one layer as they are stored.
+
+    A sequence is ``sink`` exact tokens, ``packed_tokens`` packed ones, and exact ones again (the
+    tail). Sink and tail lie in one buffer, the sink first. Buffers are whole, with room at their
+    end: lengths say how much counts, so nothing is sliced or copied to make a view.
+
+    Args:
+        codec: How the packed tokens are coded; fixes head_dim.
+        exact: ``[B, K, capacity, D]``, float16, bfloat16 or float32.
+        packed: Whole blocks with room at the end; None while nothing is packed.
+        channel_scale: float32 ``[K, D]``, or ``[B, K, D]`` where batch rows have their own; None
+            for 1.
+        sink: Exact tokens before the packed ones.
+        packed_tokens: Packed tokens that count; the last block may be partly filled.
+        tokens: All tokens, S.
+        rows: (packed tokens, all tokens) of each batch row where rows differ; ``packed_tokens`` and
+            ``tokens`` are then the largest. A row with fewer tokens than ``sink`` has no others.
+    """
+
+    codec: Codec
+    exact: mx.array
+    packed: Packed | None
+    channel_scale: mx.array | None
+    sink: int
+    packed_tokens: int
+    tokens: int
+    rows: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(Packed tokens, all tokens) of every batch row."""
+        return self.rows or ((self.packed_tokens, self.tokens),) * self.exact.shape[0]
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether batch rows have lengths or channel scales of their own."""
+        has_scales = self.channel_scale is not None and self.channel_scale.ndim == 3
+        return self.rows is not None or has_scales
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens of the sink and the tail."""
+        return self.tokens - self.packed_tokens
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(B, K, S, D)``, what an uncompressed array would say."""
+        batch, heads, _, head_dim = self.exact.shape
+        return batch, heads, self.tokens, head_dim
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of :attr:`shape`."""
+        return 4
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the exact tokens."""
+        return self.exact.dtype
+
+    def row(self, index: int) -> KVView:
+        """One batch row by itself."""
+        packed_tokens, tokens = self.lengths[index]
+        part = slice(index, index + 1)
+        packed = None
+        if self.packed is not None and packed_tokens:
+            packed = Packed(*(a if a is None else a[part] for a in self.packed))
+        channel_scale = self.channel_scale
+        if channel_scale is not None and channel_scale.ndim == 3:
+            channel_scale = channel_scale[index]
+        exact = self.exact[part]
+        return KVView(self.codec, exact, packed, channel_scale, self.sink, packed_tokens, tokens)
+
+
+def attend_by_row(
+    attend: Callable[..., mx.array],
+    queries: mx.array,
+    keys: KVView,
+    values: KVView,
+    *,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """What ``attend`` gives for each batch row by itself, ``[B, H, L, Dv]``.
+
+    Args:
+        attend: A backend's ``attend``.
+        queries: ``[B, H, L, D]``.
+        keys: Shape ``[B, K, S, D]``.
+        values: Shape ``[B, K, S, Dv]``.
+        scale: Factor of the scores.
+        mask: None, ``"causal"``, or an array broadcastable to ``[B, H, L, S]``; the tokens of a row
+            count from its first.
+        sinks: Attention-sink logits ``[H]``, or None.
+    """
+    outputs = []
+    for index in range(queries.shape[0]):
+        own, tokens = mask, keys.lengths[index][1]
+        if isinstance(mask, mx.array):
+            own = mask[index : index + 1] if mask.ndim == 4 and mask.shape[0] > 1 else mask
+            own = own[..., :tokens] if mask.shape[-1] > 1 else own
+        row = (queries[index : index + 1], keys.row(index), values.row(index))
+        outputs.append(attend(*row, scale=scale, mask=own, sinks=sinks))
+    return mx.concatenate(outputs)

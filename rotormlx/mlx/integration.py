@@ -1,0 +1,259 @@
+"""Compressed caches for a whole mlx-lm model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import KVCache
+
+from rotormlx.config import ROTATIONS, RotorConfig
+from rotormlx.mlx import calibration as calibration_file
+from rotormlx.mlx import hook
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.calibration import Calibration
+from rotormlx.mlx.probe import compress, probe
+from rotormlx.report import Report
+
+CacheMaker = Callable[[], list[Any]]
+
+
+class CompressedCaches:
+    """Stands in for ``model.make_cache`` and makes compressed caches.
+
+    Args:
+        model: Its own caches are the pattern.
+        own: What ``make_cache`` the instance had, if it did not have its class's.
+        config: How keys and values are compressed.
+        report: What the model's caches become.
+        calibration: Of a calibrated configuration, else None.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        own: CacheMaker | None,
+        config: RotorConfig,
+        report: Report,
+        calibration: Calibration | None,
+    ) -> None:
+        # Not the model itself: a cycle would keep its weights after the last use of the model.
+        self.model = weakref.ref(model)
+        self.own = own
+        self.config = config
+        self.report = report
+        self.calibration = calibration
+
+    def __call__(self) -> list[Any]:
+        """Make caches for one sequence."""
+        return self.limited(None)
+
+    def limited(self, max_kv_size: int | None) -> list[Any]:
+        """Make caches that hold at most so many tokens.
+
+        Raises:
+            ValueError: If that has no room for sink, window and a block.
+        """
+        model = self.model()
+        # A copy of a model outlives remove() of the model it was copied from.
+        hook.use(self if model is None else model)
+        own = _own_caches(model, self.own)
+        return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
+        """A copy for the copy of the model that is being made."""
+        model: Any = self.model()
+        twin = memo.get(id(model), model)
+        return CompressedCaches(twin, self.own, self.config, self.report, self.calibration)
+
+
+def apply(
+    model: Module, config: RotorConfig | None = None, calibration: Calibration | None = None
+) -> Report:
+    """Make a model use compressed caches from now on.
+
+    ``generate``, ``stream_generate`` and everything else of mlx-lm that asks the model for its
+    caches gets them. Applying again replaces the configuration; caches made before keep theirs.
+
+    Args:
+        model: What ``mlx_lm.load`` returned first.
+        config: How keys and values are compressed; the default configuration if None.
+        calibration: What :func:`rotormlx.calibrate` made of this model; the configuration becomes
+            a calibrated one then. A calibrated configuration without it takes the calibration that
+            is kept for the model.
+
+    Returns:
+        What is compressed, layer by layer, and what is left alone and why.
+
+    Raises:
+        ValueError: If nothing in the model can be compressed, its attention does not go through
+            mlx-lm's, or a calibration is missing or does not fit; nothing is changed then.
+        RuntimeError: If the installed mlx-lm is not one that rotormlx can extend.
+    """
+    config = config or RotorConfig()
+    own = _own_attribute(model)
+    report, calibration = _probe(model, own, config, calibration)
+    model.make_cache = CompressedCaches(model, own, report.config, report, calibration)
+    return report
+
+
+def remove(model: Module) -> None:
+    """Give a model its own caches back; without effect on one that has them.
+
+    mlx-lm itself is restored when no compressed model remains.
+
+    Args:
+        model: A model that :func:`apply`, :func:`load` or :func:`make_prompt_cache` was given.
+    """
+    maker = _maker(model)
+    if maker is not None:
+        del model.make_cache
+        if maker.own is not None:
+            model.make_cache = maker.own
+    hook.release(model)
+
+
+def load(
+    path_or_repo: str,
+    config: RotorConfig | None = None,
+    calibration: str | Path | None = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """Load a model and its tokenizer, with compressed caches.
+
+    Where ``rotormlx calibrate`` has kept a calibration of the model, it is used, unless the
+    configuration names another rotation than the default or a channel scale (``"none"``, say).
+
+    Args:
+        path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
+        config: How keys and values are compressed; the default configuration if None.
+        calibration: A calibration file to use instead of the one that is kept for the model.
+        **kwargs: Everything else that ``mlx_lm.load`` takes.
+
+    Returns:
+        What ``mlx_lm.load`` returns: ``(model, tokenizer)``.
+
+    Raises:
+        ValueError: As :func:`apply`, before any weight is read unless there is a calibration.
+    """
+    lazy = kwargs.pop("lazy", False)
+    config = config or RotorConfig()
+    loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
+    model = loaded[0]
+    apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
+    try:
+        found = None
+        if calibration is not None:
+            found = calibration_file.load(calibration, model)
+        elif config.rotation == ROTATIONS[0] and config.channel_scale is None:
+            found = calibration_file.find(model)
+        if found is not None or config.is_calibrated:
+            apply(model, config, found)
+    except BaseException:
+        remove(model)
+        raise
+    if not lazy:
+        mx.eval(loaded[0].parameters())
+    return loaded
+
+
+def make_prompt_cache(
+    model: Module, config: RotorConfig | None = None, max_kv_size: int | None = None
+) -> list[Any]:
+    """Make compressed caches for one conversation, to be passed as ``prompt_cache=``.
+
+    The model's own setting stays what it is, so a model may run with and without.
+
+    Args:
+        model: What ``mlx_lm.load`` returned first.
+        config: How keys and values are compressed; the model's configuration if None, and the
+            default one if the model has none.
+        max_kv_size: The most tokens that a compressed cache holds; None for no limit. Beyond it
+            the oldest packed block goes, the sink stays, and positions keep growing.
+
+    Returns:
+        One cache a layer, compressed where it can be.
+
+    Raises:
+        ValueError: As :func:`apply`, or if ``max_kv_size`` is too small for sink, window and a
+            block.
+    """
+    maker = _maker(model)
+    if maker is not None and config in (None, maker.config):
+        return maker.limited(max_kv_size)
+    config = config or RotorConfig()
+    own = _own_attribute(model)
+    report, calibration = _probe(model, own, config, None)
+    return compress(_own_caches(model, own), cache_factory(report.config, calibration, max_kv_size))
+
+
+def cache_factory(
+    config: RotorConfig, calibration: Calibration | None, max_kv_size: int | None = None
+) -> Callable[[int], RotorKVCache]:
+    """What makes the compressed cache of a layer, by its index."""
+    if calibration is None:
+        return lambda layer: RotorKVCache(config, layer, max_kv_size)
+    of, own = calibration.of, calibration.by_layer(config)
+    return lambda layer: RotorKVCache(own(layer), layer, max_kv_size, of(layer))
+
+
+def model_report(model: Module) -> Report:
+    """The report of the latest :func:`apply`.
+
+    Raises:
+        ValueError: If the model does not use compressed caches.
+    """
+    maker = _maker(model)
+    if maker is None:
+        raise ValueError(
+            "[model_report] A model with compressed caches is required, but this one has its own; "
+            "call rotormlx.apply(model) first."
+        )
+    return maker.report
+
+
+def _maker(model: Module) -> CompressedCaches | None:
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"[rotormlx] A model from mlx_lm.load is required, but a {type(model).__name__} was "
+            "given; mlx_lm.load returns (model, tokenizer), pass the first."
+        )
+    maker = vars(model).get("make_cache")
+    return maker if isinstance(maker, CompressedCaches) else None
+
+
+def _probe(
+    model: Module, own: CacheMaker | None, config: RotorConfig, calibration: Calibration | None
+) -> tuple[Report, Calibration | None]:
+    """Probe a model and see to its calibration; it uses the hook from now on."""
+    with hook.in_place():
+        report = probe(model, _own_caches(model, own), config)
+        if calibration is None and config.is_calibrated:
+            calibration = calibration_file.required(model, config)
+        if calibration is not None:
+            report = replace(report, config=calibration.configured(config))
+            calibration.check(report)
+            if calibration.has_losses:
+                report = report.by_layer(calibration.by_layer(report.config))
+        hook.use(model)
+    return report, calibration
+
+
+def _own_attribute(model: Module) -> CacheMaker | None:
+    """The ``make_cache`` of the instance, without rotormlx, if it has another than its class."""
+    maker = _maker(model)
+    return maker.own if maker else vars(model).get("make_cache")
+
+
+def _own_caches(model: Any, own: CacheMaker | None) -> list[Any]:
+    """The caches that a model uses by itself, whether it is compressed now or not."""
+    if own is not None:
+        return list(own())
+    make = getattr(type(model), "make_cache", None)
+    return [KVCache() for _ in model.layers] if make is None else list(make(model))

@@ -1,0 +1,162 @@
+"""Rotor cascades whose rotors are learned: a basis change of few numbers.
+
+The cascade of :mod:`rotormlx.codec.rotation` has fixed rotors, which mix all channels alike. Here
+its rotors and angles are chosen so that, behind them, a scale for each channel does nearly what
+the best matrix does. At head_dim 128 they are 448 numbers a KV head instead of 16,384.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mlx.core as mx
+import mlx.optimizers
+import numpy as np
+from numpy.typing import NDArray
+
+from rotormlx.codec import algebra
+from rotormlx.codec.rotation import factors, rotation
+
+Floats = NDArray[np.float64]
+STEPS = 300
+RATE = 0.03
+# Coefficients of a block: a rotor has 4, a plane its angle. Fives and sevens are left as they are.
+_COEFFICIENTS = {4: 4, 3: 4, 2: 1}
+
+
+def learned_size(head_dim: int) -> int:
+    """Coefficients of a head: 448 at head_dim 128."""
+    return sum(head_dim // radix * n for radix, _, n in _stages(head_dim))
+
+
+def learned_matrix(
+    coefficients: NDArray[np.float32], scale: NDArray[np.float32], layer: int, role: str
+) -> Floats:
+    """The whole map: learned rotors, division by the scale, then the cascade that mixes.
+
+    Args:
+        coefficients: ``[K, n]``.
+        scale: ``[K, D]``, positive.
+        layer: Selects the cascade, of seed 0, with ``role``.
+        role: ``"key"`` or ``"value"``.
+
+    Returns:
+        ``[K, D, D]``.
+
+    Source: docs/FORMAT.md, section 10.
+    """
+    head_dim = scale.shape[-1]
+    mix = rotation("cascade", head_dim, layer=layer, role=role).matrix
+    turned = np.array(_basis(mx.array(coefficients), head_dim), np.float64)
+    out: Floats = (mix / scale[:, None, :].astype(np.float64)) @ turned
+    return out
+
+
+def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
+    """Learn the rotors of every head.
+
+    What is made small is the error that the best channel scales would leave,
+    ``sum_i sqrt((R K R^T)_ii (R Q R^T)_ii)``.
+
+    Args:
+        moment: K, second moments of what is coded, ``[K, D, D]``.
+        metric: Q, those of what it is multiplied with, likewise.
+
+    Returns:
+        The coefficients ``[K, n]`` and the orthogonal matrices R, ``[K, D, D]``.
+    """
+    heads, head_dim, _ = moment.shape
+    of_keys, of_queries = (_normalized(m) for m in (moment, metric))
+
+    def loss(coefficients: mx.array) -> mx.array:
+        turned = _basis(coefficients, head_dim)
+        seen = [((turned @ m) * turned).sum(-1) for m in (of_keys, of_queries)]
+        return mx.log(mx.sqrt(seen[0] * seen[1]).sum(-1)).sum()
+
+    gradient = mx.value_and_grad(loss)
+    # Near the identity, but not at it: there some gradients vanish by symmetry.
+    noise = np.random.default_rng(0).normal(0, 0.01, (heads, learned_size(head_dim)))
+    coefficients = mx.array((noise + _identity(head_dim)).astype(np.float32))
+    optimizer = mlx.optimizers.Adam(
+        learning_rate=mlx.optimizers.cosine_decay(RATE, STEPS), bias_correction=True
+    )
+    best, kept = float("inf"), coefficients
+    for _ in range(STEPS):
+        value, slope = gradient(coefficients)
+        if (now := float(np.array(value))) < best:
+            best, kept = now, coefficients
+        coefficients = optimizer.apply_gradients({"x": slope}, {"x": coefficients})["x"]
+        mx.eval(coefficients)
+    return np.array(kept, np.float64), np.array(_basis(kept, head_dim), np.float64)
+
+
+def _stages(head_dim: int) -> list[tuple[int, int, int]]:
+    """Radix, stride and coefficients of a block of every stage that is learned."""
+    found, stride = [], 1
+    for radix in factors(head_dim) or ():
+        if radix in _COEFFICIENTS:
+            found.append((radix, stride, _COEFFICIENTS[radix]))
+        stride *= radix
+    return found
+
+
+def _identity(head_dim: int) -> Floats:
+    """The coefficients that turn nothing."""
+    parts = [
+        np.tile([1.0, 0.0, 0.0, 0.0] if n == 4 else [0.0], head_dim // radix)
+        for radix, _, n in _stages(head_dim)
+    ]
+    return np.concatenate(parts)
+
+
+def _basis(coefficients: mx.array, head_dim: int) -> mx.array:
+    """The orthogonal matrices, float32 ``[K, D, D]``, of coefficients ``[K, n]``."""
+    heads, place = coefficients.shape[0], 0
+    matrix = mx.broadcast_to(mx.eye(head_dim), (heads, head_dim, head_dim))
+    for radix, stride, n in _stages(head_dim):
+        groups = head_dim // radix
+        own = coefficients[:, place : place + groups * n].reshape(heads, groups, n)
+        place += groups * n
+        blocks = _blocks(own, radix).reshape(heads, -1, stride, radix, radix)
+        rows = matrix.reshape(heads, -1, radix, stride, head_dim).swapaxes(2, 3)
+        matrix = (blocks @ rows).swapaxes(2, 3).reshape(heads, head_dim, head_dim)
+    return matrix
+
+
+def _blocks(coefficients: mx.array, radix: int) -> mx.array:
+    """Orthogonal blocks ``[K, groups, radix, radix]``."""
+    if radix == 2:
+        c, s = mx.cos(coefficients), mx.sin(coefficients)
+        return mx.concatenate([c, -s, s, c], axis=-1).reshape(*c.shape[:2], 2, 2)
+    unit = coefficients / mx.linalg.norm(coefficients, axis=-1, keepdims=True)
+    if radix == 4:
+        return (unit @ _left().reshape(4, 16)).reshape(*unit.shape[:2], 4, 4)
+    pairs = (unit[..., :, None] * unit[..., None, :]).reshape(*unit.shape[:2], 16)
+    return (pairs @ _sandwich().reshape(16, 9)).reshape(*unit.shape[:2], 3, 3)
+
+
+@cache
+def _left() -> mx.array:
+    """The matrix of ``x -> R x`` for each coefficient of R, ``[4, 4, 4]``."""
+    return mx.array(algebra.left_matrix(_even(np.eye(4))).astype(np.float32))
+
+
+@cache
+def _sandwich() -> mx.array:
+    """That of ``v -> R v R~`` for each pair of coefficients, ``[4, 4, 3, 3]``."""
+    ones = np.eye(4)
+    sums = algebra.sandwich_matrix(_even(ones[:, None] + ones[None]))
+    single = algebra.sandwich_matrix(_even(ones))
+    return mx.array(((sums - single[:, None] - single[None]) / 2).astype(np.float32))
+
+
+def _even(coefficients: Floats) -> Floats:
+    """Even multivectors ``[..., 8]`` of coefficients ``[..., 4]``, unit or not."""
+    out = np.zeros((*coefficients.shape[:-1], 8))
+    out[..., algebra.EVEN] = coefficients
+    return out
+
+
+def _normalized(moment: Floats) -> mx.array:
+    trace = np.trace(moment, axis1=-2, axis2=-1)[:, None, None]
+    return mx.array((moment / trace).astype(np.float32))

@@ -1,0 +1,234 @@
+"""The states of caches in one file, laid out as mlx-lm's ``save_prompt_cache`` does it.
+
+Entry j of the state of cache i is the tensor ``i.j``, a list inside of a state has ``i.j.k``. The
+metadata holds texts of the user (``0.name``), the class of each cache (``1.i``), and which tensors
+stand for numbers, texts and None (``2.m.0`` and ``2.m.1``, from m = 1). In ``2.0``, which mlx-lm
+writes empty and never reads, lies our checksum.
+
+What a file says is compared with the rules of its classes before a tensor is read: a class that is
+not listed here is never looked up, and an array has the shape that follows from the rest.
+
+Source: docs/FORMAT.md, section 8.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rotormlx.storage import tensor_file
+from rotormlx.storage.cache_rules import Shape, check
+from rotormlx.storage.tensor_file import Array, TensorFile
+
+WHERE = "prompt cache"
+# What a tensor that stands for a number, a text or None may be.
+_SCALAR_DTYPES = ("I32", "I64", "F32", "BOOL")
+_MOST_CHARACTERS = 2**16
+_NUMBER = r"(?:0|[1-9][0-9]{0,5})"
+_PLACE = re.compile(rf"{_NUMBER}(?:\.{_NUMBER}){{0,15}}")
+_TEXTS = re.compile(rf"0\..*|1\.{_NUMBER}|2\.0|2\.{_NUMBER}\.[01]", re.DOTALL)
+
+State = Any  # a list of states, or a leaf: an array, a number, a text, None
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def write(
+    path: str | Path,
+    classes: Sequence[str],
+    states: Sequence[State],
+    metadata: Mapping[str, str],
+    tensor_of: Callable[[Any], tuple[str, tuple[int, ...], Callable[[], Array]]],
+) -> None:
+    """Write a file that appears whole, with a checksum, or not at all.
+
+    Args:
+        path: The file to make or to replace.
+        classes: The class of each cache.
+        states: Its state: lists of arrays, numbers, texts and None, and of such lists.
+        metadata: Texts of the user.
+        tensor_of: Gives dtype (as the format names it), shape and content of an array.
+
+    Raises:
+        ValueError: If a state holds something else, or ``path`` is no place for a file.
+        OSError: If the disk is full, or the directory is read-only; the old file is unchanged.
+    """
+    tensors = {}
+    texts = {f"0.{name}": text for name, text in metadata.items()}
+    texts |= {f"1.{index}": name for index, name in enumerate(classes)}
+    kinds = 0
+    for index, state in enumerate(states):
+        for name, value in _flat(str(index), state):
+            kind, array = _as_array(value)
+            if kind is None:
+                tensors[name] = tensor_of(value)
+                continue
+            kinds += 1
+            texts |= {f"2.{kinds}.0": name, f"2.{kinds}.1": kind}
+            dtype = {"int32": "I32", "int64": "I64", "float32": "F32", "bool": "BOOL"}
+            tensors[name] = (dtype[array.dtype.name], array.shape, array.copy)
+    tensor_file.write_tensors(path, tensors, texts, where=WHERE, checksum="2.0")
+
+
+def _flat(name: str, state: State) -> Iterator[tuple[str, Any]]:
+    if not isinstance(state, (list, tuple)):
+        yield name, state
+        return
+    for place, part in enumerate(state):
+        yield from _flat(f"{name}.{place}", part)
+
+
+def _as_array(value: Any) -> tuple[str | None, Array]:
+    """How mlx-lm writes a leaf, and what it says about one that is no array."""
+    if value is None:
+        return "none", np.zeros(0, np.float32)
+    if isinstance(value, bool):
+        return "scalar", np.array(value)
+    if isinstance(value, int):
+        return "scalar", np.array(value, np.int32 if abs(value) < 2**31 else np.int64)
+    if isinstance(value, float):
+        return "scalar", np.array(value, np.float32)
+    if isinstance(value, str):
+        letters = np.array([ord(c) for c in value])
+        return "string", letters.astype(np.int32 if value else np.float32)
+    return None, np.zeros(0)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class SavedCaches:
+    """A file of caches whose header was checked against the rules of its classes.
+
+    Attributes:
+        classes: The class of each cache.
+        metadata: Texts of the user.
+        shapes: What must fit a model, of each cache that is no list: the index of the cache that it
+            is or belongs to, and its shape.
+    """
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        texts = file.metadata
+        if "1.0" not in texts:
+            raise file.error("be a file of save_prompt_cache", "it is another safetensors file")
+        if not file.names_checksum:
+            raise file.error("name a checksum, if only an empty one", "it does not")
+        for text in texts:
+            if not _TEXTS.fullmatch(text):
+                raise file.error("have the metadata of caches", f"it has {text[:80]!a}")
+        self.metadata = {k[2:]: text for k, text in texts.items() if k.startswith("0.")}
+        count = sum(name.startswith("1.") for name in texts)
+        if any(f"1.{i}" not in texts for i in range(count)):
+            raise file.error("number its classes from 0", f"it has {count} others")
+        self.classes = [texts[f"1.{i}"] for i in range(count)]
+        self._values = dict(self._read_values(texts))
+        self.shapes: list[tuple[int, Shape]] = []
+        states = self._states(file.entries.__getitem__)
+        for index, (name, state) in enumerate(zip(self.classes, states, strict=True)):
+            for shape in check(name, state, file):
+                self.shapes.append((index, shape))
+
+    def read(self, make: Callable[[Array, str], Any]) -> list[State]:
+        """The states, with what ``make`` gives for each array and its dtype.
+
+        Raises:
+            ValueError: If the content is not what was written.
+        """
+        arrays: dict[str, Any] = {}
+        for name, array in self._file.tensors():
+            if name not in self._values:
+                arrays[name] = make(array, self._file.entries[name].dtype)
+        return self._states(arrays.__getitem__)
+
+    def _read_values(self, texts: dict[str, str]) -> Iterator[tuple[str, Any]]:
+        """The numbers, texts and None's."""
+        file = self._file
+        pairs = sum(name.startswith("2.") for name in texts) // 2
+        wanted = {f"2.{m}.{part}" for m in range(1, pairs + 1) for part in (0, 1)}
+        if wanted != {name for name in texts if name.startswith("2.")}:
+            raise file.error("number its scalars from 1", f"it has {pairs} others")
+        seen = set()
+        for m in range(1, pairs + 1):
+            name, kind = texts[f"2.{m}.0"], texts[f"2.{m}.1"]
+            entry = file.entries.get(name)
+            if entry is None or name in seen:
+                raise file.error("name each scalar once", f"it names {name[:80]!a}")
+            fits = {
+                "scalar": entry.shape == () and entry.dtype in _SCALAR_DTYPES,
+                "string": (len(entry.shape) == 1 and entry.dtype == "I32") or entry.shape == (0,),
+                "none": entry.shape == (0,),
+            }
+            if not fits.get(kind) or math.prod(entry.shape) > _MOST_CHARACTERS:
+                raise file.error(
+                    "say which tensors are a scalar, a string or none",
+                    f"{name}, {entry.dtype} of shape {entry.shape}, is {kind[:80]!a}",
+                )
+            seen.add(name)
+            yield name, _value(file.read(file.entries[name]), kind, file)
+
+    def _states(self, leaf: Callable[[str], Any]) -> list[State]:
+        """One state for each class, from the names of the tensors."""
+        root: dict[int, Any] = {}
+        for name in self._file.entries:
+            if not _PLACE.fullmatch(name):
+                raise self._file.error("name its tensors by numbers", f"one is {name}")
+            *branch, last = map(int, name.split("."))
+            node = root
+            for place in branch:
+                node = node.setdefault(place, {})
+                if type(node) is not dict:
+                    raise self._file.error("name its tensors once", f"{name} is inside another")
+            if last in node:
+                raise self._file.error("name its tensors once", f"{name} holds others")
+            node[last] = _Leaf(self._values[name] if name in self._values else leaf(name))
+        states = self._listed(root)
+        if len(states) != len(self.classes) or not all(type(s) is list for s in states):
+            raise self._file.error(
+                f"hold a state for each of its {len(self.classes)} caches", f"{len(states)} came"
+            )
+        return states
+
+    def _listed(self, node: dict[int, Any]) -> list[State]:
+        if node.keys() != set(range(len(node))):
+            raise self._file.error("number its entries from 0", f"it has {sorted(node)[:8]}")
+        return [
+            child.value if type(child) is _Leaf else self._listed(child)
+            for _, child in sorted(node.items())
+        ]
+
+
+class _Leaf(NamedTuple):
+    """Tells an entry, which is a tuple, from a list of entries."""
+
+    value: Any
+
+
+def _value(array: Array, kind: str, file: TensorFile) -> Any:
+    """What a tensor stands for."""
+    if kind == "none":
+        return None
+    if kind == "scalar":
+        return array.item()
+    try:
+        return array.astype("<i4").tobytes().decode("utf-32-le")
+    except UnicodeDecodeError as error:
+        raise file.error("hold letters in its texts", str(error.reason)) from error
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[SavedCaches]:
+    """Open a file of caches and check its header; no array is read yet.
+
+    Raises:
+        ValueError: If there is no such file, or it is damaged or something else.
+    """
+    with tensor_file.open_tensors(path, where=WHERE, checksum="2.0") as file:
+        yield SavedCaches(file)

@@ -1,0 +1,104 @@
+"""The server of mlx-lm with compressed caches: many clients at once, and the memory it tells."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+from scripts import server_load
+from tests.support import models as tiny
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    tiny.save(directory / "llama", max_position_embeddings=4096)
+    tiny.save(directory / "draft", seed=4)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(models: Path):
+    with server_load.serving(models / "llama", "--key-bits", "8", "--value-bits", "8") as port:
+        yield port
+
+
+def get(port: int, path: str) -> tuple[int, dict]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def test_many_clients_get_the_text_of_a_run_alone(server: int) -> None:
+    """Streams of mixed lengths with shared beginnings, some cancelled, some malformed."""
+    result = server_load.load(server, requests=40, clients=16, seed=1)
+    assert result.mixed_up == []
+    assert result.failed == []
+    # All kinds of requests were among them, and prompts were found in the prompt cache.
+    assert min(result.completed, result.cancelled, result.refused, result.reused) > 0
+    assert result.completed + result.cancelled + result.refused == 40
+
+
+def test_health_tells_sizes_and_memory_comes_back(server: int, models: Path) -> None:
+    server_load.load(server, requests=6, clients=3, seed=2)
+    status, health = get(server, "/health")
+    assert (status, health["status"]) == (200, "ok")
+    time.sleep(1)  # the last batch goes after its last answer
+    _, health = get(server, "/health")
+    sizes = health["rotormlx"]
+    assert sizes["compressed"] == [
+        "llama: 2 of 2 caches compressed, K8 V8 cascade, 8.375 bits a value"
+    ]
+    # mlx-lm keeps ten prompt caches by default.
+    assert 0 < sizes["prompt_caches"] <= 10
+    assert 0 < sizes["packed_tokens"] < sizes["tokens"]
+    # 2 layers, 2 KV heads, 64 + 64 numbers; what is exact is float32 in this model.
+    exact = sizes["tokens"] - sizes["packed_tokens"]
+    assert sizes["float16_bytes"] == sizes["tokens"] * 2 * 2 * 128 * 2
+    blocks = -(-sizes["packed_tokens"] // 64) * 64
+    least = 512 * (exact * 4 + sizes["packed_tokens"] * 8.375 / 8)
+    most = 512 * (exact * 4 + (blocks + 64 * 10) * 8.375 / 8)
+    assert least <= sizes["cache_bytes"] <= most
+    # Weights and prompt caches are all that is left, and the last logits and small arrays: the
+    # cache of a single one of 46 requests, left behind, would be more than that.
+    assert sizes["cache_bytes"] <= sizes["allocated_bytes"]
+    weights = (models / "llama" / "model.safetensors").stat().st_size
+    rest = sizes["memory_bytes"] - sizes["allocated_bytes"] - weights
+    assert abs(rest) < sizes["allocated_bytes"] / sizes["prompt_caches"]
+
+
+def test_a_draft_model_is_compressed_too(models: Path) -> None:
+    """Requests are then served one by one; the text is that of the model alone.
+
+    Without prompt caches: with them and a draft model, mlx-lm's own server gives other texts too.
+    """
+    draft = ["--draft-model", str(models / "draft"), "--prompt-cache-size", "0"]
+    bits = ["--key-bits", "8", "--value-bits", "8"]
+    with server_load.serving(models / "llama", *bits, *draft) as port:
+        result = server_load.load(port, requests=6, clients=3, seed=3)
+        _, health = get(port, "/health")
+    assert (result.mixed_up, result.failed) == ([], [])
+    assert result.completed > 0
+    summary = "llama: 2 of 2 caches compressed, K8 V8 cascade, 8.375 bits a value"
+    assert health["rotormlx"]["compressed"] == [summary, summary]
+
+
+def test_a_model_that_cannot_be_compressed_is_refused_before_serving(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "gemma2", "gemma2")
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "rotormlx", "server", "--model", path, "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, (done.stderr, time.monotonic() - start)
+    assert done.stderr.startswith("rotormlx: [apply] gemma2 cannot be compressed: ")

@@ -1,0 +1,733 @@
+"""The packed format, read by a stranger: docs/FORMAT.md in plain Python and numpy.
+
+The first half of this file is a decoder and an encoder of the format, written from the page alone
+and in its words, in float64, without speed. It imports nothing of the package: take it as the
+example for a decoder in another language. Numbers in brackets, such as (4.1), are sections of the
+page. The second half holds the page, the test vectors and the package against it.
+
+Arrays are of one batch row and one KV head, so a block of rows is [64, D].
+"""
+
+import json
+import math
+import re
+from functools import cache
+from itertools import count, islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+VECTORS = sorted((ROOT / "tests" / "vectors").glob("*.safetensors"))
+
+BLOCK = 64
+ROLES = ("key", "value")  # the number of a role is its place (1)
+ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")  # too (4.3)
+BITS = (2, 3, 4, 8)
+
+
+# ---------------------------------------------------------------------------- the generator (4.1)
+
+G = 0x9E3779B97F4A7C15
+MASK = 2**64 - 1
+
+
+def mix(z):
+    """The finalizer of SplitMix64."""
+    z &= MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return z ^ (z >> 31)
+
+
+def stream_key(name):
+    k = 0
+    for w in name:
+        k = mix((k + G & MASK) ^ w)
+    return k
+
+
+def integers(name):
+    """The integers of the stream that is named by a tuple, without end."""
+    k = stream_key(name)
+    return (mix(k + (i + 1) * G) for i in count())
+
+
+def signs(name, n):
+    """The first n signs of a stream."""
+    return np.array([-1.0 if z >> 63 else 1.0 for z in islice(integers(name), n)])
+
+
+def uniforms(name):
+    return ((z >> 11) * 2.0**-53 for z in integers(name))
+
+
+def disc_points(name):
+    u = uniforms(name)
+    while True:
+        x, y = 2 * next(u) - 1, 2 * next(u) - 1
+        if 0 < x * x + y * y < 1:
+            yield x, y
+
+
+def circle_points(name):
+    """The disc points, each divided by its norm."""
+    for x, y in disc_points(name):
+        norm = math.sqrt(x * x + y * y)
+        yield x / norm, y / norm
+
+
+class Sphere:
+    """Points on spheres; every draw goes on where the one before ended."""
+
+    def __init__(self, name):
+        self.disc_points = disc_points((*name, 0))
+        self.uniforms = uniforms((*name, 1))
+
+    def point(self, d):
+        m = (d + 1) // 2
+        discs = list(islice(self.disc_points, m))
+        cuts = [0.0, *sorted(islice(self.uniforms, m - 1)), 1.0]
+        point = []
+        for j, (x, y) in enumerate(discs):
+            g = cuts[j + 1] - cuts[j]
+            r = math.sqrt(g / (x * x + y * y))
+            point += [r * x, r * y]
+        point = np.array(point)
+        if d % 2:
+            point = point[:-1]
+            point = point / np.sqrt(in_order(point * point))
+        return point
+
+
+def in_order(terms, axis=0):
+    """A sum that adds one term after the other (numpy's own sums do not)."""
+    return np.add.accumulate(terms, axis=axis).take(-1, axis=axis)
+
+
+# ---------------------------------------------------------------------------- stages (4.2)
+
+
+def left(a, b, c, d):
+    return np.array([[a, -b, -c, -d], [b, a, d, -c], [c, -d, a, b], [d, c, -b, a]])
+
+
+def sandwich(a, b, c, d):
+    return np.array(
+        [
+            [a * a - b * b - c * c + d * d, 2 * (a * b - c * d), 2 * (a * c + b * d)],
+            [-2 * (a * b + c * d), a * a - b * b + c * c - d * d, 2 * (a * d - b * c)],
+            [2 * (b * d - a * c), -2 * (a * d + b * c), a * a + b * b - c * c - d * d],
+        ]
+    )
+
+
+def plane(c, s):
+    return np.array([[c, -s], [s, c]])
+
+
+def odd(r):
+    """The block E_r."""
+    if r == 3:
+        return 2 / 3 * np.ones((3, 3)) - np.eye(3)
+    if r == 5:
+        return np.eye(5) - 2 / 5 * np.ones((5, 5))
+    e = 2 - math.sqrt(2)
+    y = 1 / math.sqrt(3 * e * e + 4)
+    x = -e * y
+    return np.array([[x if (j - i) % 7 in {1, 2, 4} else y for j in range(7)] for i in range(7)])
+
+
+def radices(D):
+    found = []
+    for r in (4, 3, 2, 5, 7):
+        while D % r == 0:
+            found.append(r)
+            D //= r
+    return found
+
+
+def apply_stage(matrix, blocks, stride=1, first=0):
+    """Apply a stage, given as the blocks of its groups 0, 1, ..., to the columns of a matrix."""
+    for g, block in enumerate(blocks):
+        r = len(block)
+        o, i = divmod(g, stride)
+        channels = [first + (o * r + t) * stride + i for t in range(r)]
+        matrix[channels] = in_order(block[:, :, None] * matrix[channels], axis=1)
+
+
+# ---------------------------------------------------------------------------- rotations (4.3)
+
+
+def cascade_block(r, g, s):
+    """The block of group g of a stage of radix r with the signs s."""
+    if r == 4:
+        return left(*s[4 * g : 4 * g + 4]) / 2
+    if r == 2:
+        q = math.sqrt(1 / 2)
+        return plane(q, q * s[g])
+    t = s[r * g : r * g + r]
+    return t[:, None] * odd(r) * t
+
+
+def hadamard_block(r):
+    if r == 4:
+        return np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    if r == 2:
+        q = math.sqrt(1 / 2)
+        return np.array([[q, q], [q, -q]])
+    return odd(r)
+
+
+@cache
+def rotation_matrix(name, D, seed, layer, role):
+    """The matrix C: its stages, applied to the identity."""
+    n = (seed, layer, ROLES.index(role), ROTATIONS.index(name), D)
+    C = np.eye(D)
+    if name == "cascade":
+        stride = 1
+        for k, r in enumerate(radices(D)):
+            s = signs((*n, k), D)
+            apply_stage(C, [cascade_block(r, g, s) for g in range(D // r)], stride)
+            stride *= r
+    elif name == "rotor3":
+        sphere = Sphere((*n, 0))
+        apply_stage(C, [sandwich(*sphere.point(4)) for _ in range(D // 3)])
+        if D % 3 == 2:
+            circle = circle_points((*n, 1))
+            apply_stage(C, [plane(*next(circle))], first=D - 2)
+    elif name == "iso4":
+        sphere = Sphere((*n, 0))
+        apply_stage(C, [left(*sphere.point(4)) for _ in range(D // 4)])
+    elif name == "planar2":
+        circle = circle_points((*n, 0))
+        apply_stage(C, [plane(*next(circle)) for _ in range(D // 2)])
+    elif name == "hadamard":
+        stride = 1
+        s = signs((*n, 0), D)
+        for k, r in enumerate(radices(D)):
+            blocks = [hadamard_block(r) for _ in range(D // r)]
+            if k == 0:
+                blocks = [block * s[r * g : r * g + r] for g, block in enumerate(blocks)]
+            apply_stage(C, blocks, stride)
+            stride *= r
+    elif name == "dense":
+        sphere = Sphere((*n, 0))
+        C[-1, -1] = signs((*n, 1), 1)[0]
+        for k in range(2, D + 1):
+            u = sphere.point(k)
+            u[0] -= 1
+            uu = in_order(u * u)
+            if uu > 0:
+                M = C[-k:]
+                uM = in_order(u[:, None] * M)
+                C[-k:] = M - u[:, None] * uM * (2 / uu)
+    return C
+
+
+# ---------------------------------------------------------------------------- packing (3)
+
+
+def pack(codes, bits):
+    """Words [R, lanes] of codes [A, lanes]: the packed axis is the first."""
+    if bits == 3:
+        return np.concatenate([pack_plane(codes & 3, 2), pack_plane(codes >> 2, 1)])
+    return pack_plane(codes, bits)
+
+
+def pack_plane(codes, bits):
+    A, lanes = codes.shape
+    words = np.zeros((-(-A * bits // 32), lanes), np.uint32)
+    for i in range(A):
+        word, place = divmod(i, 32 // bits)
+        words[word] |= codes[i].astype(np.uint32) << np.uint32(bits * place)
+    return words
+
+
+def unpack(words, bits, A):
+    """Codes [A, lanes] of words [R, lanes]."""
+    if bits == 3:
+        magnitudes = -(-A // 16)
+        return unpack_plane(words[:magnitudes], 2, A) | unpack_plane(words[magnitudes:], 1, A) << 2
+    return unpack_plane(words, bits, A)
+
+
+def unpack_plane(words, bits, A):
+    codes = np.zeros((A, words.shape[1]), np.uint8)
+    for i in range(A):
+        word, place = divmod(i, 32 // bits)
+        codes[i] = words[word] >> np.uint32(bits * place) & np.uint32(2**bits - 1)
+    return codes
+
+
+# ---------------------------------------------------------------------------- encoding (5)
+
+
+@cache
+def codebook(bits):
+    """The magnitudes of a codebook, out of the page."""
+    rows = section("Codebooks").splitlines()
+    if bits == 8:
+        rows = [row for row in rows if row.startswith("    ")]
+    else:
+        rows = [row for row in rows if row.startswith(f"| {bits} |")]
+    return hex_words(" ".join(rows), np.float32)
+
+
+def boundaries(bits):
+    m = codebook(bits).astype(np.float64)
+    return ((m[:-1] + m[1:]) / 2).astype(np.float32)
+
+
+def nearest_level(z, bits):
+    """Step 4: the codes of z. The index is the number of boundaries t <= |z|."""
+    index = np.searchsorted(boundaries(bits), np.abs(z), side="right")
+    return ((z < 0) * 2 ** (bits - 1) + index).astype(np.uint8)
+
+
+def levels(codes, bits):
+    """The numbers that codes stand for."""
+    magnitude = codebook(bits).astype(np.float64)[codes & (2 ** (bits - 1) - 1)]
+    return np.where(codes >> (bits - 1), -magnitude, magnitude)
+
+
+def centre(x):
+    """Step 1: the centre mu of a block of keys."""
+    finite = np.isfinite(x).all(axis=1)
+    return np.clip(x[finite].sum(axis=0) / BLOCK, -65504, 65504).astype(np.float16)
+
+
+def prefill(x):
+    """The channel scale c that a first block x - mu of keys, or x of values, gives."""
+    channels = np.sqrt(np.mean(x * x, axis=0))
+    c = np.maximum(channels, np.sqrt(np.mean(x * x)) / 64)
+    return np.where((c > 0) & np.isfinite(c), c, 1).astype(np.float32)
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def encode(x, C, bits, mu=0.0, c=1.0):
+    """Steps 2 to 6: codes and scales of a block of rows."""
+    D = x.shape[1]
+    w = (x - np.float64(mu)) / np.float64(c) @ C.T
+    n = np.sqrt(np.sum(w * w, axis=1, keepdims=True))
+    z = np.sqrt(D) * w / n  # a row of zeros becomes NaN, which step 6 replaces
+    codes = nearest_level(z, bits)
+    l = levels(codes, bits)  # noqa: E741
+    scales = (np.sum(l * w, axis=1) / np.sum(l * l, axis=1)).astype(np.float16)
+    scales[~np.isfinite(scales)] = np.nan
+    codes[np.isnan(scales) | (scales == 0)] = 0
+    return codes, scales
+
+
+# ---------------------------------------------------------------------------- decoding (6, 7)
+
+
+def decode(codes, scales, C, bits, mu=0.0, c=1.0):
+    """The rows that codes and scales stand for. C^-1 is C^T: row by row, times C from the right."""
+    return mu + c * ((scales.astype(np.float64)[:, None] * levels(codes, bits)) @ C)
+
+
+def attention(queries, key, value, sink):
+    """Causal attention (7) of queries [L, D], the last of which sees all tokens.
+
+    key and value have the packed tokens as levels l [P, D], scale [P], mu of the block of each
+    token [P, D] (keys), the rotation C, the channel scale c, and the exact rows [E, D].
+    """
+    a = queries.shape[1] ** -0.5
+    packed = len(key.scale)
+    tokens = packed + len(key.exact)
+    outputs = []
+    for at, q in enumerate(queries, start=tokens - len(queries)):
+        packed_scores = a * (key.scale * (key.l @ (key.C @ (key.c * q))) + key.mu @ q)
+        exact_scores = a * (key.exact @ q)
+        scores = np.concatenate([exact_scores[:sink], packed_scores, exact_scores[sink:]])
+        scores[at + 1 :] = -np.inf
+        p = np.exp(scores - scores.max())
+        p_sink, p_packed, p_tail = np.split(p / p.sum(), [sink, sink + packed])
+        out = value.c * (value.C.T @ ((p_packed * value.scale) @ value.l))
+        outputs.append(out + np.concatenate([p_sink, p_tail]) @ value.exact)
+    return np.array(outputs)
+
+
+# ---------------------------------------------------------------------------- reading the page
+
+
+def section(title):
+    """The text under the heading that ends with a title, up to the next heading."""
+    (text,) = re.findall(rf"^##+ [^\n]*{re.escape(title)}\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S)
+    return text
+
+
+def table(title):
+    """The first table under a heading, as a list of rows without its head."""
+    rows = [line for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def hex_words(text, dtype):
+    """The floats whose bit patterns stand in a text."""
+    size = np.dtype(dtype).itemsize
+    words = re.findall(rf"\b[0-9A-F]{{{2 * size}}}\b", text)
+    return np.array([int(word, 16) for word in words], f"u{size}").view(dtype)
+
+
+# ============================================================================ tests: vectors (9)
+
+
+@pytest.fixture(scope="module", params=VECTORS, ids=lambda path: path.stem)
+def vector(request):
+    with safe_open(request.param, "numpy") as file:
+        meta = json.loads(file.metadata()["rotormlx"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    heads = [(b, k) for b in range(meta["batch"]) for k in range(meta["kv_heads"])]
+    return SimpleNamespace(**meta, arrays=arrays, heads=heads)
+
+
+def head(vector, role, b, k):
+    """All that a vector has of one role, batch row and KV head; blocks of tokens come apart."""
+    arrays, D = vector.arrays, vector.head_dim
+    x = arrays[f"{role}.input"][b, k].reshape(vector.blocks, BLOCK, D).astype(np.float64)
+    channel_scale = arrays.get(f"{role}.channel_scale")
+    return SimpleNamespace(
+        x=x,
+        C=rotation_matrix(vector.rotation, D, vector.seed, vector.layer, role),
+        mu=arrays["key.centres"][b, k].astype(np.float64) if role == "key" else 0 * x[:, 0],
+        c=np.ones(D) if channel_scale is None else channel_scale[k].astype(np.float64),
+        exact=arrays[f"{role}.exact"][b, k].astype(np.float64),
+    )
+
+
+def unpack_head(vector, role, bits, b, k):
+    """Codes [N, 64, D] and scales [N, 64]."""
+    words = vector.arrays[f"{role}.words.{bits}"][b, k]
+    if role == "key":
+        codes = [unpack(block, bits, vector.head_dim).T for block in words]
+    else:
+        codes = [unpack(block, bits, BLOCK) for block in words]
+    return np.array(codes), vector.arrays[f"{role}.scales.{bits}"][b, k]
+
+
+def assert_close(actual, stored):
+    """The bound of section 9: 1e-5 of the largest absolute value of the array."""
+    np.testing.assert_allclose(actual, stored, rtol=0, atol=1e-5 * np.abs(stored).max())
+
+
+def assert_same_bits(actual, stored):
+    assert actual.dtype == stored.dtype
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(actual).view(np.uint8), np.ascontiguousarray(stored).view(np.uint8)
+    )
+
+
+def test_there_are_vectors():
+    assert VECTORS
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_vector_rotation(vector, role):
+    rows = vector.arrays[f"{role}.rotation"]
+    C = rotation_matrix(vector.rotation, vector.head_dim, vector.seed, vector.layer, role)
+    np.testing.assert_allclose(rows, C[: len(rows)], rtol=0, atol=2**-24)
+
+
+def test_vector_centres(vector):
+    centres = [
+        [[centre(x) for x in head(vector, "key", b, k).x] for k in range(vector.kv_heads)]
+        for b in range(vector.batch)
+    ]
+    assert_same_bits(np.array(centres), vector.arrays["key.centres"])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_vector_channel_scale(vector, role):
+    """An input where null means `prefill` (2); what `prefill` would take (5) stands beside it."""
+    stored = f"{role}.channel_scale" in vector.arrays
+    assert stored == (vector.rotation in prefill_rotations())
+    first = [head(vector, role, 0, k) for k in range(vector.kv_heads)]
+    found = [prefill(h.x[0] - h.mu[0]) for h in first]
+    np.testing.assert_allclose(found, vector.arrays[f"{role}.prefill"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("role", ROLES)
+def test_vector_encoding(vector, role, bits):
+    """Words and scales, bit for bit."""
+    words = vector.arrays[f"{role}.words.{bits}"]
+    scales = vector.arrays[f"{role}.scales.{bits}"]
+    for b, k in vector.heads:
+        h = head(vector, role, b, k)
+        for n in range(vector.blocks):
+            codes, s = encode(h.x[n], h.C, bits, h.mu[n], h.c)
+            assert_same_bits(pack(codes.T if role == "key" else codes, bits), words[b, k, n])
+            assert_same_bits(s, scales[b, k, n])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("role", ROLES)
+def test_vector_decoding(vector, role, bits):
+    """Codes and decoded numbers of the first tokens, out of the words."""
+    stored_codes = vector.arrays[f"{role}.codes.{bits}"]
+    stored = vector.arrays[f"{role}.decoded.{bits}"]
+    first = stored.shape[2]
+    decoded = np.zeros(stored.shape)
+    for b, k in vector.heads:
+        h = head(vector, role, b, k)
+        codes, scales = unpack_head(vector, role, bits, b, k)
+        np.testing.assert_array_equal(codes[0, :first], stored_codes[b, k])
+        decoded[b, k] = decode(codes[0], scales[0], h.C, bits, h.mu[0], h.c)[:first]
+    assert_close(decoded, stored)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_vector_output(vector, bits):
+    """Attention over sink, packed tokens and tail, out of words and scales."""
+    query = vector.arrays["query"].astype(np.float64)
+    packed = BLOCK * vector.blocks - vector.missing
+    output = np.zeros(query.shape)
+    for b, h in np.ndindex(query.shape[:2]):
+        k = h // (query.shape[1] // vector.kv_heads)
+        sides = []
+        for role in ROLES:
+            side = head(vector, role, b, k)
+            codes, scales = unpack_head(vector, role, bits, b, k)
+            side.l = levels(codes, bits).reshape(-1, vector.head_dim)[:packed]
+            side.scale = scales.reshape(-1)[:packed].astype(np.float64)
+            side.mu = np.repeat(side.mu, BLOCK, axis=0)[:packed]
+            sides.append(side)
+        output[b, h] = attention(query[b, h], *sides, vector.sink)
+    assert_close(output, vector.arrays[f"output.{bits}"])
+
+
+# ============================================================================ tests: the page
+
+
+CONFIGURATION = {
+    "key_bits": ("integer", list(BITS), 4),
+    "value_bits": ("integer", list(BITS), 4),
+    "rotation": ("string", [*ROTATIONS, "calibrated"], "cascade"),
+    "channel_scale": ("string or null", ["none", "prefill", "calibrated", None], None),
+    "sink": ("integer", range(2**20), 4),
+    "window": ("integer", range(2**20), 64),
+    "seed": ("integer", range(2**63), 0),
+}
+
+
+def literal(text):
+    """`cascade` is a string, 2^20 - 1 a number; null and 4 are themselves."""
+    if power := re.fullmatch(r"2\^(\d+) - 1", text):
+        return 2 ** int(power[1]) - 1
+    return text.strip("`") if text.startswith("`") else json.loads(text)
+
+
+def configuration():
+    """The table of section 2: for each field its type, values (a list or a range) and default."""
+    fields = {}
+    for names, kind, values, default in table("2. Configuration"):
+        if values.startswith("a name of section 4, or "):
+            named = [name for _, name, _ in table("4.3 Names")]
+            allowed = [name.strip("`") for name in (*named, values.rpartition(" ")[2])]
+        elif " to " in values:
+            low, high = map(literal, values.split(" to "))
+            allowed = range(low, high + 1)
+        else:
+            allowed = [literal(value) for value in values.split(", ")]
+        for name in re.findall(r"`(\w+)`", names):
+            fields[name] = (kind, allowed, literal(default))
+    return fields
+
+
+def prefill_rotations():
+    """The rotations for which a channel_scale of null means `prefill` (2)."""
+    (names,) = re.findall(r"means `prefill` for (.*?), and `none`", section("2. Configuration"))
+    return re.findall(r"`(\w+)`", names)
+
+
+def test_configuration_table():
+    assert configuration() == CONFIGURATION
+    assert list(configuration()) == list(CONFIGURATION)
+    for _, values, default in configuration().values():
+        assert default in values
+    assert prefill_rotations() == ["rotor3", "iso4", "planar2", "identity"]
+
+
+def test_rotation_numbers():
+    rows = [(int(number), name.strip("`")) for number, name, _ in table("4.3 Names")]
+    assert rows == list(enumerate(ROTATIONS))
+
+
+def test_vector_metadata(vector):
+    for name in ("rotation", "sink", "seed"):
+        _, values, _ = configuration()[name]
+        assert getattr(vector, name) in values
+    (version,) = re.findall(r"^# .* version (\d+)$", PAGE, re.MULTILINE)
+    assert vector.format_version == int(version) == int(table("Versions")[-1][0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codebook(bits):
+    """The codebooks are the Lloyd-Max quantizers of N(0, 1), to the last bit of every magnitude.
+
+    A magnitude m is the mean of the normal distribution between the boundaries t below and u above
+    it: m (Phi(u) - Phi(t)) = phi(t) - phi(u). Newton's method solves that from where the page is.
+    """
+    stored = codebook(bits)
+    assert len(stored) == 2 ** (bits - 1)
+    m = stored.astype(np.float64)
+    for _ in range(4):
+        t = np.array([0, *(m[:-1] + m[1:]) / 2, np.inf])
+        phi = np.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+        beyond = np.array([math.erfc(x / math.sqrt(2)) / 2 for x in t])  # 1 - Phi(t)
+        error = m * (beyond[:-1] - beyond[1:]) - (phi[:-1] - phi[1:])
+        # How each error moves with its magnitude, and through the boundaries half as much with
+        # its magnitude and with the one below or above.
+        below = phi[1:-1] * (t[1:-1] - m[1:]) / 2
+        above = phi[1:-1] * (m[:-1] - t[1:-1]) / 2
+        slope = np.diag(beyond[:-1] - beyond[1:]) + np.diag([0, *below]) + np.diag([*above, 0])
+        slope += np.diag(below, -1) + np.diag(above, 1)
+        m = m - np.linalg.solve(slope, error)
+    assert_same_bits(m.astype(np.float32), stored)
+
+
+# ---------------------------------------------------------------------------- the worked row (10)
+
+
+def worked(pattern):
+    """What a pattern finds in section 10: a tuple of its groups for each place."""
+    found = [match.groups() for match in re.finditer(pattern, section("10. A worked row"))]
+    assert found, f"section 10 has no {pattern}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def row():
+    """The block of section 10 and its rotation."""
+    ((D, seed, layer, role, rotation),) = worked(
+        r"D = (\d+), seed (\d+), layer (\d+), role (\w+), rotation `(\w+)`"
+    )
+    ((token, first, second, last, zeros),) = worked(
+        r"Token (\d+) .* x = \((.*), (.*), \.\.\., (.*)\), the other (\d+) are zero"
+    )
+    D, token = int(D), int(token)
+    x = np.zeros((BLOCK, D))
+    x[token] = np.linspace(float(first), float(last), D)
+    assert x[token, 1] == float(second)
+    assert np.sum(~x.any(axis=1)) == int(zeros)
+    name = (int(seed), int(layer), ROLES.index(role), ROTATIONS.index(rotation), D)
+    C = rotation_matrix(rotation, D, int(seed), int(layer), role)
+    mu = centre(x).astype(np.float64)
+    return SimpleNamespace(D=D, token=token, x=x, name=name, C=C, mu=mu, y=x[token] - mu)
+
+
+def test_worked_streams(row):
+    ((first, second),) = worked(rf"The radices of {row.D} are (\d) and (\d)\.")
+    assert [int(first), int(second)] == radices(row.D)
+    streams = worked(r"stream \((.*)\) +key ([0-9A-F]{16}) +([+ -]+)\n")
+    assert len(streams) == len(radices(row.D))
+    for k, (name, key, drawn) in enumerate(streams):
+        assert tuple(map(int, name.split(", "))) == (*row.name, k)
+        assert stream_key((*row.name, k)) == int(key, 16)
+        written = "".join("+" if s > 0 else "-" for s in signs((*row.name, k), row.D))
+        assert written == drawn.replace(" ", "")
+
+
+def test_worked_centre(row):
+    ((of, written),) = worked(r"The centre is x / (\d+), exactly: float16\n\n +([0-9A-F ]+)\n")
+    assert_same_bits(centre(row.x), hex_words(written, np.float16))
+    np.testing.assert_array_equal(row.mu, row.x[row.token] / int(of))
+
+
+def test_worked_rotation(row):
+    ((factor, of, norm),) = worked(r"y = x (\d+)/(\d+), its norm is ([\d.]+),")
+    np.testing.assert_array_equal(row.y, row.x[row.token] * int(factor) / int(of))
+    assert f"{np.linalg.norm(row.y):.6f}" == norm
+    ((written,),) = worked(r"C y is\n\n([-\d.\s]+)\n\n")
+    np.testing.assert_allclose(row.C @ row.y, np.array(written.split(), float), rtol=0, atol=5.1e-7)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_worked_words(row, bits):
+    text = section("10. A worked row")
+    text = text.split(f"At {bits} bits the codes are ")[1].split("\nAt ")[0]
+    written = [int(code) for code in re.match(r"[\d ]+", text)[0].split()]
+    codes, scales = encode(row.x, row.C, bits, row.mu)
+    np.testing.assert_array_equal(codes[row.token], written)
+    words = [(r, row.token, word) for r, word in enumerate(pack(codes.T, bits)[:, row.token])]
+    assert set(re.findall(r"lie in lane (\d+)", text)) <= {str(row.token)}
+    places = re.findall(r"words\[(\d+)\]\[(\d+)\] = ([0-9A-F]{8})", text)
+    assert [(int(r), int(lane), int(word, 16)) for r, lane, word in places] == words
+    ((lane, scale),) = re.findall(r"scale\[(\d+)\] += ([0-9A-F]{4})", text)
+    assert int(lane) == row.token
+    assert_same_bits(scales[row.token], hex_words(scale, np.float16)[0])
+
+
+def test_worked_decoding(row):
+    ((written, bits),) = worked(r"The first four coordinates decode to (.*) at (\d) bits")
+    bits = int(bits)
+    codes, scales = encode(row.x, row.C, bits, row.mu)
+    codes = unpack(pack(codes.T, bits), bits, row.D).T
+    decoded = decode(codes, scales, row.C, bits, row.mu)[row.token]
+    assert ", ".join(f"{number:.6f}" for number in decoded[:4]) == written
+
+
+# ---------------------------------------------------------------------------- special cases (5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_nearest_level(bits):
+    """Every level is its own nearest; a tie goes to the larger magnitude, either zero to code 0."""
+    codes = np.arange(2**bits, dtype=np.uint8)
+    assert_same_bits(nearest_level(levels(codes, bits), bits), codes)
+    ties = boundaries(bits).astype(np.float64)
+    assert_same_bits(nearest_level(ties, bits), codes[1 : 2 ** (bits - 1)])
+    assert_same_bits(nearest_level(-ties, bits), codes[2 ** (bits - 1) + 1 :])
+    assert not nearest_level(np.array([0.0, -0.0]), bits).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bits", BITS)
+def test_special_rows(bits, bad):
+    """A zero row has zero scale; one that is not finite decodes to NaN; neither reaches another."""
+    x = np.random.default_rng(1).standard_normal((BLOCK, 16))
+    x[9] = 0
+    broken = x.copy()
+    broken[9, 3] = bad
+    assert_same_bits(centre(broken), centre(x))
+    C = rotation_matrix("cascade", 16, 0, 0, "value")
+    codes, scales = encode(x, C, bits)
+    assert scales[9] == 0
+    assert not codes[9].any()
+    assert not decode(codes, scales, C, bits)[9].any()
+    broken_codes, broken_scales = encode(broken, C, bits)
+    assert np.isnan(decode(broken_codes, broken_scales, C, bits)[9]).all()
+    assert_same_bits(broken_codes, codes)
+    assert_same_bits(np.delete(broken_scales, 9), np.delete(scales, 9))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_too_large(bits):
+    """A centre is clipped to float16; a scale above it is stored as NaN, with codes of 0."""
+    x = np.zeros((BLOCK, 16))
+    x[9, 3] = -1e9
+    assert_same_bits(centre(x), np.where(np.arange(16) == 3, -65504, 0).astype(np.float16))
+    codes, scales = encode(x, rotation_matrix("cascade", 16, 0, 0, "value"), bits)
+    assert np.isnan(scales[9])
+    assert not codes.any()
+
+
+# ============================================================================ tests: the package
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_package_rotation(name, head_dim):
+    """The one place where the package is held against the page directly."""
+    from rotormlx.codec.rotation import rotation
+
+    at = {"seed": 2**63 - 25, "layer": 17, "role": "value"}
+    C = rotation_matrix(name, head_dim, **at)
+    np.testing.assert_allclose(C @ C.T, np.eye(head_dim), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(rotation(name, head_dim, **at).matrix, C, rtol=0, atol=1e-12)

@@ -1,0 +1,227 @@
+"""The reference codec against the words of docs/FORMAT.md."""
+
+import numpy as np
+import pytest
+
+from rotormlx.codec import codebook, reference
+from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed, codec
+from rotormlx.config import RotorConfig
+
+SPECIAL_ROWS = (0, 7, 31, 63)
+
+
+def make_codec(role, bits, head_dim=80, rotation="cascade"):
+    return codec(RotorConfig(bits, bits, rotation), head_dim, layer=2, role=role)
+
+
+def bit_address(role, bits, token, channel, head_dim):
+    """Section 5: where bit ``b`` of a code lies, as (row, lane, bit) for each b."""
+    i, lane = (channel, token) if role == KEY else (token, channel)
+    axis = head_dim if role == KEY else BLOCK
+    if bits != 3:
+        first = i * bits
+        return [(b // 32, lane, b % 32) for b in range(first, first + bits)]
+    rows = -(-2 * axis // 32)
+    magnitude = [(b // 32, lane, b % 32) for b in (2 * i, 2 * i + 1)]
+    return [*magnitude, (rows + i // 32, lane, i % 32)]
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("role", [KEY, VALUE])
+@pytest.mark.parametrize("head_dim", [80, 112, 128])
+def test_every_bit_has_its_address(role, bits, head_dim):
+    chosen = make_codec(role, bits, head_dim)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2**bits, (BLOCK, head_dim), dtype=np.uint32)
+    words = np.zeros(chosen.words_shape, np.uint32)
+    for token in range(BLOCK):
+        for channel in range(head_dim):
+            address = bit_address(role, bits, token, channel, head_dim)
+            for b, (row, lane, bit) in enumerate(address):
+                words[row, lane] |= np.uint32((codes[token, channel] >> b & 1) << bit)
+    assert np.array_equal(reference.pack(codes, chosen), words)
+    assert np.array_equal(reference.unpack(words, chosen), codes)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 37, 64])
+@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("role", [KEY, VALUE])
+def test_kept_bits_are_those_of_the_first_tokens(role, bits, tokens):
+    chosen = make_codec(role, bits)
+    codes = np.zeros((BLOCK, 80), np.uint32)
+    codes[:tokens] = 2**bits - 1
+    everything = reference.pack(np.full_like(codes, 2**bits - 1), chosen)
+    expected = reference.pack(codes, chosen)
+    assert np.array_equal(everything & chosen.kept_bits(tokens), expected)
+    assert np.array_equal(expected & chosen.kept_bits(tokens), expected)
+
+
+def test_bits_per_value_are_true():
+    """4 bits at D = 128: a key block is 64*128/2 + 128 + 256 bytes, a value block lacks the 256."""
+    key, value = make_codec(KEY, 4, 128), make_codec(VALUE, 4, 128)
+    assert (key.bits_per_value, value.bits_per_value) == (4.375, 4.125)
+    # 3 bits, D = 80, keys: the sign plane fills 2.5 words and takes 3.
+    assert make_codec(KEY, 3, 80).bits_per_value == 8 * ((5 + 3) * 64 * 4 + 128 + 160) / (64 * 80)
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_nearest_level_is_nearest(bits):
+    z = np.random.default_rng(0).normal(size=4000) * 2
+    levels = codebook.levels(bits).astype(np.float64)
+    chosen = levels[reference.nearest(z, bits)]
+    best = np.abs(z[:, None] - levels).min(1)
+    # The boundaries are rounded to float32, so the loser may be 1e-7 nearer.
+    assert np.all(np.abs(z - chosen) <= best + 1e-6)
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_ties_go_to_the_larger_magnitude(bits):
+    limits = codebook.boundaries(bits).astype(np.float64)
+    sign = 1 << (bits - 1)
+    assert reference.nearest(limits, bits).tolist() == [i + 1 for i in range(len(limits))]
+    assert reference.nearest(-limits, bits).tolist() == [sign + i + 1 for i in range(len(limits))]
+    assert reference.nearest(np.array([0.0, -0.0]), bits).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("rotation", ["cascade", "rotor3", "dense"])
+def test_scale_is_least_squares(bits, rotation):
+    """No other scale of the same codes comes nearer to the vector."""
+    chosen = make_codec(VALUE, bits, rotation=rotation)
+    x = np.random.default_rng(1).normal(size=(1, 2, BLOCK, 80))
+    packed = reference.encode(x, chosen)
+    errors = []
+    for factor in (0.999, 1.0, 1.001):
+        other = Packed(packed.words, packed.scales.astype(np.float64) * factor, None)
+        errors.append(((reference.decode(other, chosen) - x) ** 2).sum())
+    assert errors[1] < min(errors[0], errors[2])
+
+
+def test_centre_takes_a_constant_away():
+    """A constant of any size added to all keys changes the centre and nothing else."""
+    chosen = make_codec(KEY, 4)
+    x = np.round(np.random.default_rng(2).normal(size=(1, 1, BLOCK, 80)) * 32) / 32
+    # On the float16 grid of 512 to 1023, so that the centre moves by exactly this.
+    constant = np.where(np.arange(80) % 8 == 0, 640.0, 0.0)
+    x -= reference.block_means(x).astype(np.float64)[:, :, None, :]
+    plain, shifted = reference.encode(x, chosen), reference.encode(x + constant, chosen)
+    assert np.array_equal(plain.words, shifted.words)
+    assert np.array_equal(plain.scales, shifted.scales)
+    assert np.array_equal(plain.centres.astype(float) + constant, shifted.centres.astype(float))
+
+
+def test_channel_scale_is_undone():
+    chosen = make_codec(VALUE, 8)
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 3, BLOCK, 80)) * np.exp(rng.normal(size=80))
+    scale = np.exp(rng.normal(size=(3, 80)))
+    packed = reference.encode(x, chosen, channel_scale=scale)
+    error = reference.decode(packed, chosen, channel_scale=scale) - x
+    # 8 bits: 4e-5 of the variance, per scaled channel.
+    assert np.all((error**2).mean((0, 2)) < 1e-4 * scale**2 * ((x / scale[:, None]) ** 2).mean())
+    unscaled = reference.encode(x / scale[:, None], chosen)
+    assert np.array_equal(unscaled.words, packed.words)
+
+
+@pytest.mark.parametrize("role", [KEY, VALUE])
+def test_prefill_scale_is_the_rms(role):
+    chosen = make_codec(role, 4)
+    x = np.random.default_rng(4).normal(size=(1, 2, BLOCK, 80)) + 3
+    x[:, 1, :, 5] = x[0, 1, 0, 5]
+    scale = reference.prefill_scale(x, chosen)
+    if role == VALUE:
+        assert np.allclose(scale, np.sqrt((x[0] ** 2).mean(1)), rtol=1e-6)
+    else:
+        # The centre is float16, hence the tolerance.
+        assert np.allclose(np.delete(scale[1], 5), np.delete(x[0, 1].std(0), 5), rtol=1e-4)
+        whole = np.sqrt((x[0, 1] - x[0, 1].mean(0)).var())
+        assert scale[1, 5] == pytest.approx(whole / 64, rel=1e-3), "a constant channel has a floor"
+
+
+# ---- special rows -------------------------------------------------------------------------------
+
+
+def special(kind, head_dim=80):
+    row = np.random.default_rng(5).normal(size=head_dim)
+    match kind:
+        case "zero":
+            return np.zeros(head_dim)
+        case "subnormal":
+            return row * 1e-10  # its scale is below the smallest float16
+        case "nan":
+            row[3] = np.nan
+        case "inf":
+            row[3] = -np.inf
+        case "huge":
+            return row * 1e6  # its scale is above the largest float16
+    return row
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("kind", ["zero", "subnormal", "nan", "inf", "huge"])
+def test_special_value_rows(kind, bits):
+    chosen = make_codec(VALUE, bits)
+    x = np.random.default_rng(6).normal(size=(1, 1, BLOCK, 80))
+    plain = reference.encode(x, chosen)
+    x[0, 0, SPECIAL_ROWS, :] = special(kind)
+    packed = reference.encode(x, chosen)
+
+    codes = reference.unpack(packed.words, chosen)[0, 0, 0]
+    scales = packed.scales[0, 0, 0]
+    decoded = reference.decode(packed, chosen)[0, 0]
+    rows = np.isin(np.arange(BLOCK), SPECIAL_ROWS)
+    assert not codes[rows].any()
+    if kind in ("zero", "subnormal"):
+        assert not scales[rows].any()
+        assert not decoded[rows].any()
+    else:
+        assert np.isnan(scales[rows]).all()
+        assert np.isnan(decoded[rows]).all()
+    # The other rows know nothing of it.
+    assert np.array_equal(codes[~rows], reference.unpack(plain.words, chosen)[0, 0, 0][~rows])
+    assert np.array_equal(scales[~rows], plain.scales[0, 0, 0][~rows])
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_a_broken_key_row_does_not_reach_the_centre(kind):
+    chosen = make_codec(KEY, 4)
+    x = np.random.default_rng(7).normal(size=(1, 1, BLOCK, 80)) + 2
+    zeroed = x.copy()
+    zeroed[0, 0, SPECIAL_ROWS, :] = 0
+    x[0, 0, SPECIAL_ROWS, :] = special(kind)
+    centres = reference.encode(x, chosen).centres
+    assert np.array_equal(centres, reference.encode(zeroed, chosen).centres)
+    decoded = reference.decode(reference.encode(x, chosen), chosen)[0, 0]
+    assert np.array_equal(np.isnan(decoded).all(1), np.isin(np.arange(BLOCK), SPECIAL_ROWS))
+    assert np.array_equal(np.isnan(decoded).any(1), np.isin(np.arange(BLOCK), SPECIAL_ROWS))
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def test_attention_is_softmax_of_scores():
+    """By hand: two tokens, scores 0 and log 3, a sink of weight 4."""
+    q, k = [[[[1.0]]]], [[[[0.0], [np.log(3)]]]]
+    v = [[[[10.0], [20.0]]]]
+    out = reference.attend(q, k, v, scale=1.0)
+    assert out.item() == pytest.approx(0.25 * 10 + 0.75 * 20)
+    out = reference.attend(q, k, v, scale=1.0, sinks=np.log([4.0]))
+    assert out.item() == pytest.approx((10 + 3 * 20) / 8)
+    out = reference.attend(q, k, v, scale=1.0, mask=np.array([True, False]))
+    assert out.item() == pytest.approx(10)
+    out = reference.attend(q, k, v, scale=1.0, mask=np.array([False, False]))
+    assert out.item() == 0
+
+
+def test_causal_mask_is_aligned_to_the_end():
+    rng = np.random.default_rng(8)
+    q, k, v = (
+        rng.normal(size=(1, 4, 3, 8)),
+        rng.normal(size=(1, 2, 7, 8)),
+        rng.normal(size=(1, 2, 7, 5)),
+    )
+    out = reference.attend(q, k, v, scale=0.3, mask="causal")
+    for i in range(3):
+        seen = slice(0, 7 - 2 + i)
+        alone = reference.attend(q[:, :, i : i + 1], k[:, :, seen], v[:, :, seen], scale=0.3)
+        assert np.allclose(out[:, :, i : i + 1], alone)

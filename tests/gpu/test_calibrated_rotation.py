@@ -1,0 +1,135 @@
+"""Rotations with a matrix for each KV head, through every backend, against the float64 reference.
+
+Kernels for a GPU run on it where it is there, and in the emulator elsewhere.
+"""
+
+import shutil
+from contextlib import ExitStack
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rotormlx.codec import reference, rotation
+from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
+from rotormlx.config import RotorConfig
+from rotormlx.kernels import cpu_library
+from rotormlx.mlx.backends.cpu import CPUBackend
+from rotormlx.mlx.backends.cuda import MLXCUDABackend
+from rotormlx.mlx.backends.metal import MetalBackend
+from rotormlx.mlx.backends.mlx_ops import MLXBackend
+from rotormlx.mlx.cache.view import KVView
+from tests import emulator
+from tests.emulator.cuda import MLXKernel
+from tests.gpu import test_metal_attend, test_metal_kernels, test_mlx_cuda
+
+B, K, REPEATS, L, SINK, TAIL, N = 2, 3, 2, 5, 4, 17, 2
+DIMS = {KEY: 64, VALUE: 80}
+
+
+@pytest.fixture(params=["mlx", "cpu", "metal", "mlx_cuda"], scope="module")
+def backend(request):
+    name = request.param
+    if name == "cpu" and cpu_library.missing():
+        pytest.skip(cpu_library.missing())
+    if name in ("metal", "mlx_cuda") and shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    with ExitStack() as stack:
+        if name == "metal" and not mx.metal.is_available():
+            stack.enter_context(test_metal_kernels.kernels_made_by(emulator.metal_kernel))
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            test_metal_attend.use_kernels(patch, emulator.metal_kernel)
+            stack.callback(
+                test_metal_attend.use_kernels, patch, test_metal_attend.REAL_METAL_KERNEL
+            )
+        if name == "mlx_cuda" and not mx.cuda.is_available():
+            stack.enter_context(test_mlx_cuda.kernels_made_by(MLXKernel))
+        made = {
+            "mlx": MLXBackend,
+            "cpu": CPUBackend,
+            "metal": MetalBackend,
+            "mlx_cuda": MLXCUDABackend,
+        }
+        yield made[name]()
+
+
+def codec_of(role, bits=4):
+    """Matrices that are far from orthogonal, and far from each other."""
+    head_dim = DIMS[role]
+    rng = np.random.default_rng(3)
+    stretch = np.exp(rng.normal(size=(K, head_dim, 1)) * 0.4)
+    turned = np.linalg.qr(rng.normal(size=(K, head_dim, head_dim)))[0]
+    return Codec(role, bits, rotation.calibrated(stretch * turned))
+
+
+def rows(role, blocks=N, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (B, K, blocks * BLOCK, DIMS[role])
+    return (rng.normal(size=shape) + rng.normal(size=shape[-1]) * 3).astype(np.float32)
+
+
+def as_numpy(packed):
+    return Packed(*(None if a is None else np.array(a) for a in packed))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("role", ROLES)
+def test_encode_and_decode_are_the_reference(backend, role, bits):
+    chosen, x = codec_of(role, bits), rows(role)
+    packed = backend.encode(mx.array(x), chosen)
+    found = as_numpy(packed)
+    expected = reference.encode(x, chosen, centres=found.centres)
+    test_metal_kernels.compare(found, expected, chosen)
+    decoded = np.array(backend.decode(packed, chosen))
+    wanted = reference.decode(found, chosen)
+    # 1e-5 for sums in float32, the bound of docs/FORMAT.md.
+    assert np.abs(decoded - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_reference_is_the_identity_behind_a_matrix(role):
+    chosen, x = codec_of(role), rows(role).astype(np.float64)
+    packed = reference.encode(x, chosen)
+    centred = x.reshape(B, K, N, BLOCK, -1)
+    if role == KEY:
+        centred = centred - packed.centres[..., None, :]
+    matrices = chosen.rotation.matrix[None, :, None, None]
+    turned = (matrices @ centred[..., None])[..., 0].reshape(x.shape)
+    plain = codec(RotorConfig(rotation="identity"), DIMS[role], layer=0, role=role)
+    zeros = None if role == VALUE else np.zeros_like(packed.centres)
+    expected = reference.encode(turned, plain, centres=zeros)
+    assert np.array_equal(packed.words, expected.words)
+    assert np.array_equal(packed.scales, expected.scales)
+    back = (
+        np.linalg.inv(matrices)
+        @ reference.decode(expected, plain).reshape(centred.shape)[..., None]
+    )
+    wanted = back[..., 0] + (0 if role == VALUE else packed.centres[..., None, :])
+    # Two ways to invert, in float64.
+    assert np.allclose(reference.decode(packed, chosen), wanted.reshape(x.shape), rtol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, L])
+def test_attend_is_the_reference(backend, length):
+    rng = np.random.default_rng(1)
+    queries = rng.normal(size=(B, K * REPEATS, length, DIMS[KEY])).astype(np.float32)
+    views, vectors = [], []
+    for role in ROLES:
+        chosen, exact = codec_of(role), rows(role, seed=2)[:, :, : SINK + TAIL]
+        packed = reference.encode(rows(role), chosen)
+        arrays = Packed(*(None if a is None else mx.array(a) for a in packed))
+        counts = SINK, N * BLOCK, N * BLOCK + SINK + TAIL
+        views.append(KVView(chosen, mx.array(exact), arrays, None, *counts))
+        parts = exact[:, :, :SINK], reference.decode(packed, chosen), exact[:, :, SINK:]
+        vectors.append(np.concatenate(parts, axis=2))
+    found = np.array(backend.attend(mx.array(queries), *views, scale=0.05, mask="causal"))
+    wanted = reference.attend(queries, *vectors, scale=0.05, mask="causal")
+    # Sums in float32 of some hundred terms, and exponentials of scores of about 10.
+    assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
+
+
+def test_equal_matrices_are_one_rotation():
+    """What backends derive from a rotation is kept for each object, so there must be few."""
+    matrix = np.random.default_rng(0).normal(size=(2, 16, 16))
+    assert rotation.calibrated(matrix) is rotation.calibrated(matrix.copy())
+    assert rotation.calibrated(matrix) is not rotation.calibrated(matrix[::-1])

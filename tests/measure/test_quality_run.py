@@ -1,0 +1,325 @@
+"""A whole run of ``rotormlx quality``, its numbers, its files and its command."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from rich.console import Console
+from typer.testing import CliRunner
+
+from rotormlx.cli import main
+from rotormlx.measure import baselines, quality, quality_report, quality_run
+from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.mlx import hook
+from tests.support import models as tiny_models
+
+SCHEMES = ["k4v4", "k2v2:bare", "kivi-k4v4", "turboquant-k4v4:bare", "affine-k8v8"]
+TOKENS = 321
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_models.build("llama", seed=3)
+
+
+@pytest.fixture(scope="module")
+def result(model: Any) -> quality_run.Result:
+    return quality_run.run(
+        model, Bytes(), SCHEMES, model_name="tiny", command="x", tokens=TOKENS, greedy=5
+    )
+
+
+def read(model: Any, name: str, ids: list[int]) -> tuple[quality.Scores, list[Any]]:
+    caches = baselines.scheme(name).caches(model)
+    with hook.in_place():
+        return quality.score(model, ids, caches), caches
+
+
+# ---- the numbers --------------------------------------------------------------------------------
+
+
+def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> None:
+    ids = Bytes().encode(quality.default_text())[:TOKENS]
+    exact, exact_caches = read(model, "exact", ids)
+    assert [row.scheme for row in result.rows] == SCHEMES
+    assert (result.start, result.predictions) == (192, TOKENS - 1 - 192)
+    assert result.exact_ppl == pytest.approx(exact.perplexity(192), rel=1e-5)
+    assert result.exact_bytes == baselines.used_bytes(exact_caches)
+    for row in result.rows:
+        scores, caches = read(model, row.scheme, ids)
+        found = quality.compare(exact, scores, start=192)
+        # numpy multiplies in another order than MLX: 1e-6 of logits, beside divergences of 1e-4.
+        assert row.kl == pytest.approx(found.kl_mean, rel=0.02)
+        assert row.ppl == pytest.approx(found.ppl, rel=1e-4)
+        assert row.top1 == pytest.approx(found.top1, abs=2 / result.predictions)
+        assert row.packed_tokens >= quality.packed_of(caches) >= 128
+        assert row.bits_per_value == baselines.bits_per_value(caches)
+        assert row.kl_interval[0] < row.kl < row.kl_interval[1]
+        assert np.mean(row.kl_by_position) == pytest.approx(row.kl)
+        assert [error.layer for error in row.layers] == [0, 1]
+        assert row.cosine == pytest.approx(np.mean([error.cosine for error in row.layers]))
+
+
+def test_first_scheme_is_what_others_are_compared_with(result: quality_run.Result) -> None:
+    first, coarse, *_ = result.rows
+    assert first.kl_difference == (0, 0)
+    low, high = coarse.kl_difference
+    assert 0 < low < coarse.kl - first.kl < high
+    assert coarse.cosine < first.cosine
+
+
+def test_several_texts_are_pooled(model: Any) -> None:
+    text = quality.default_text()
+    halves = {"a": text[:1000], "b": text[1000:2000]}
+    options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "greedy": 0}
+    both = quality_run.run(model, Bytes(), ["k4v4"], texts=halves, **options)
+    single = [
+        quality_run.run(model, Bytes(), ["k4v4"], texts={name: part}, **options)
+        for name, part in halves.items()
+    ]
+    assert both.predictions == 2 * single[0].predictions
+    assert both.rows[0].kl == pytest.approx(np.mean([one.rows[0].kl for one in single]))
+    assert single[0].rows[0].kl != single[1].rows[0].kl
+    assert both.texts == ("a", "b")
+
+
+def test_run_computes_in_another_dtype_and_leaves_the_model_as_it_was() -> None:
+    model = tiny_models.build("llama", seed=3)
+    model.set_dtype(mx.bfloat16)
+    before = tree_flatten(model.parameters())
+    options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "greedy": 0}
+    own, wide = (
+        quality_run.run(model, Bytes(), ["k4v4"], dtype=dtype, **options)
+        for dtype in (None, "float32")
+    )
+    assert (own.dtype, wide.dtype) == ("bfloat16", "float32")
+    assert wide.exact_bytes == 2 * own.exact_bytes
+    # What is left is quantization; in bfloat16 rounding adds to it.
+    assert 0 < wide.rows[0].kl < own.rows[0].kl
+    assert "computed in float32" in quality_report.setting(wide)
+    after = tree_flatten(model.parameters())
+    assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True))
+
+
+def test_run_leaves_the_hook_as_it_was(result: quality_run.Result) -> None:
+    assert not hook.installed()
+
+
+def test_run_refuses_a_cache_that_packs_nothing(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines.Scheme, "caches", lambda self, model: make_prompt_cache(model))
+    with pytest.raises(RuntimeError, match="at least 64 tokens as packed bytes, but only 0"):
+        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, greedy=0)
+
+
+def test_run_refuses_predictions_that_read_nothing_packed(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_run, "first_packed", lambda schemes: 128)
+    with pytest.raises(RuntimeError, match="one through k4v4 read 0; start later"):
+        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, greedy=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "tokens", "message"),
+    [
+        ([], 300, "At least one scheme"),
+        (["exact"], 300, "At least one scheme"),
+        (["k4v4"], 193, "At least 194 tokens are required"),
+        (["k4v4"], 10**6, "A text of at least 1000000 tokens"),
+        (["k4v4:window=500"], 300, "At least 578 tokens are required"),
+    ],
+)
+def test_run_refuses(model: Any, names: list[str], tokens: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quality_run.run(model, Bytes(), names, model_name="", command="", tokens=tokens)
+
+
+def test_run_refuses_a_dtype(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"A dtype must be .* but 'int4' was given"):
+        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", dtype="int4")
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("k4v4", 192), ("k4v4:bare", 64), ("affine-k4v4", 64), ("kivi-k4v4:window=128,sink=0", 192)],
+)
+def test_first_packed(name: str, first: int) -> None:
+    assert quality_run.first_packed([baselines.scheme(name)]) == first
+
+
+def test_interval_of_independent_numbers_is_the_normal_one() -> None:
+    values = np.random.default_rng(1).normal(3, 2, size=4096)
+    low, high = quality_run.mean_interval(values)
+    # 256 runs of 16: the deviation of the deviation is 4 %, of 4,000 resamples 2 %.
+    assert high - low == pytest.approx(2 * 1.96 * 2 / 64, rel=0.2)
+    assert low < values.mean() < high
+
+
+def test_interval_knows_that_neighbours_are_alike() -> None:
+    values = np.random.default_rng(1).normal(size=4096)
+    alike = np.repeat(values[:256], 16)
+    widths = [np.ptp(quality_run.mean_interval(v)) for v in (values, alike)]
+    # 16 times fewer independent numbers: 4 times as wide.
+    assert widths[1] == pytest.approx(4 * widths[0], rel=0.3)
+
+
+# ---- matrix products on a CPU -------------------------------------------------------------------
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="needs MLX on the CPU")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_numpy_linear_is_the_linear_layer(dtype: mx.Dtype, bias: bool) -> None:
+    layer, table = Linear(24, 40, bias=bias), Embedding(30, 24)
+    layer.set_dtype(dtype)
+    table.set_dtype(dtype)
+    x = mx.random.normal((2, 3, 24), key=mx.random.key(0)).astype(dtype)
+    before = layer(x), table.as_linear(x)
+    with numpy_linear():
+        after = layer(x), table.as_linear(x)
+        layer.weight = layer.weight * 2
+        doubled = layer(x)
+    # float32 sums of 24 terms in another order; bfloat16 rounds to 2^-8 of numbers up to 4.
+    tolerance = 1e-5 if dtype == mx.float32 else 0.04
+    for a, b in zip(before, after, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert a.shape == b.shape
+        difference = np.abs(np.array(a.astype(mx.float32)) - np.array(b.astype(mx.float32)))
+        assert difference.max() < tolerance
+    # New weights count at once, and nothing is left of the exchange.
+    assert np.abs(np.array((doubled - after[0]).astype(mx.float32))).max() > 0.1
+    assert Linear.__call__.__module__ == "mlx.nn.layers.linear"
+
+
+# ---- the files ----------------------------------------------------------------------------------
+
+
+def test_page_needs_nothing_else(result: quality_run.Result) -> None:
+    page = quality_report.html(replace(result, model="<b>&tiny"))
+    assert "&lt;b&gt;&amp;tiny" in page
+    # What an element would fetch: no address, no file; only places in the page itself.
+    loads = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|(@import)""", page)
+    assert all("".join(found).startswith("#") for found in loads)
+    pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(pictures) == 4
+    for svg in pictures:
+        texts = {text.strip() for text in ElementTree.fromstring(svg).itertext()}
+        assert set(SCHEMES) <= texts
+    for row in result.rows:
+        cells = f"<tr><td>{row.scheme}</td><td>{row.bits_per_value:.3f}</td><td>{row.kl:.4f}</td>"
+        assert cells in page
+
+
+def test_plots_show_the_numbers(result: quality_run.Result) -> None:
+    """A plot changes with its numbers, and only then."""
+    first, *others = result.rows
+    changed = {
+        "Quality against bits": replace(first, bits_per_value=7.0),
+        "KL divergence by position": replace(first, kl_by_position=first.kl_by_position[::-1]),
+        "Error of the keys by layer": replace(
+            first, layers=tuple(replace(e, key_error=2 * e.key_error) for e in first.layers)
+        ),
+        "Error of the attention output by layer": replace(
+            first, layers=tuple(replace(e, cosine=e.cosine**2) for e in first.layers)
+        ),
+    }
+    before = quality_report.plots(result)
+    assert quality_report.plots(result) == before
+    for title, row in changed.items():
+        after = quality_report.plots(replace(result, rows=(row, *others)))
+        assert {name for name in before if before[name] != after[name]} == {title}
+
+
+@pytest.mark.parametrize(("width", "last"), [(40, "bits a value"), (80, "PPL"), (120, None)])
+def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
+    result: quality_run.Result, width: int, last: str | None
+) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(quality_report.table(result, width))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert ("A wider terminal" in " ".join(shown.split())) == (last is not None)
+    names = quality_report._PRINTED
+    count = len(names) if last is None else 1 + names.index(last)
+    for row in result.rows:
+        [line] = [line for line in shown.splitlines() if f"│ {row.scheme} " in line]
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        wanted = [quality_report.COLUMNS[name](row) for name in names[:count]]
+        assert cells == [row.scheme, *wanted]
+
+
+def test_markdown_has_every_number(result: quality_run.Result) -> None:
+    lines = quality_report.markdown(result).splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in SCHEMES]
+    assert {len(row) for row in rows[1:]} == {1 + len(quality_report.COLUMNS)}
+    kl = 1 + list(quality_report.COLUMNS).index("KL")
+    assert [row[kl] for row in rows] == [f"{row.kl:.4f}" for row in result.rows]
+
+
+def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_models.save(tmp_path / "model", "llama")
+    text = tmp_path / "text.txt"
+    text.write_text(quality.default_text()[:2000])
+    argv = ["quality", path, "--schemes", "k4v4 kivi-k4v4", "--tokens", "270", "--greedy", "3"]
+    argv += [
+        "--dtype",
+        "bfloat16",
+        "--text",
+        str(text),
+        "--all-packed",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["rotormlx", *argv])
+    done = CliRunner().invoke(main.app, argv)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert [row["scheme"] for row in found["rows"]] == ["k4v4:bare", "kivi-k4v4:bare"]
+    assert found["texts"] == ["text.txt"]
+    assert found["start"] == 64
+    assert found["dtype"] == "bfloat16"
+    assert found["model"] == "model"
+    assert found["command"].startswith(f"rotormlx quality {path} --schemes 'k4v4 kivi-k4v4'")
+    assert (tmp_path / "out" / "quality.md").read_text().count("\n| `k") == 2
+    assert "kivi-k4v4:bare" in (tmp_path / "out" / "quality.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["quality", "--schemes", "k4v4 k9"], "A scheme must be exact or"),
+        (["quality", "nowhere/at/all"], "[load] A model directory"),
+        (["quality", "--text", "nowhere.txt"], "A text file in UTF-8 is required"),
+        (["needle", "--lengths", "5x"], "--lengths must be whole numbers"),
+        (["bench", "--contexts", "-3"], "--contexts must be whole numbers"),
+    ],
+)
+def test_commands_refuse(argv: list[str], message: str) -> None:
+    done = CliRunner().invoke(main.app, argv)
+    assert done.exit_code == 2
+    assert f"rotormlx: {message}" in done.output or message in done.output

@@ -1,0 +1,89 @@
+"""Damaged files, by the thousand: each is loaded as it was written or refused in our words."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import fuzz_files
+
+ROOT = Path(__file__).parents[2]
+CORPUS = sorted((ROOT / "tests" / "storage" / "corpus").glob("*.safetensors"))
+FILES = 10_000
+ATHERIS_SECONDS = 60
+
+
+@pytest.fixture(autouse=True, scope="module")
+def models():
+    """Those that read the corpus are made once, and gone when this file is done."""
+    yield
+    fuzz_files.model_of.cache_clear()
+    fuzz_files.torch_model.cache_clear()
+
+
+def python(*arguments, cwd):
+    """Run a module of the tests in a process of its own: it may crash, or hang and be ended."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_damaged_file_is_loaded_as_written_or_refused(tmp_path, figure):
+    done = python("tests.fuzz_files", "--count", FILES, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    came = json.loads(done.stdout)
+    assert came["files"] == came["loaded"] + came["refused"] == FILES
+    # Files that are valid all the same must be among them, or all would be refused for one reason.
+    assert came["loaded"] > FILES // 50
+    assert came["refused"] > FILES // 2
+    # Twice the largest file, and JSON of one header, which takes up to 20 times its size.
+    assert came["grown"] <= 2 * came["largest"] + 20 * 2**20
+    figure(
+        f"damaged files: {came['files']:,} tried, {came['refused']:,} refused, "
+        f"{came['loaded']:,} loaded ({came['unchanged']:,} of them unchanged), memory grew by "
+        f"{came['grown'] / 2**20:.1f} MiB"
+    )
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
+def test_the_corpus_is_loaded_or_refused(path):
+    taken = fuzz_files.load(fuzz_files.kind_of(path.read_bytes()), path)
+    if path.stem.startswith("valid-"):
+        assert taken[0]  # torch reads no cache with a limit
+
+
+def test_the_corpus_has_all_kinds():
+    assert {path.stem.partition("-")[0] for path in CORPUS} == {"valid", "of", "batch", "damaged"}
+
+
+def test_atheris_finds_nothing(tmp_path, figure):
+    """Guided by coverage, for a minute; it begins with the kept corpus."""
+    pytest.importorskip("atheris", reason="atheris is not installed: it has wheels for Linux only")
+    (tmp_path / "new").mkdir()
+    done = python(
+        "tests.storage.fuzz_loader",
+        f"-max_total_time={ATHERIS_SECONDS}",
+        tmp_path / "new",
+        ROOT / "tests" / "storage" / "corpus",
+        cwd=tmp_path,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    [runs] = re.findall(r"^Done (\d+) runs in", said, re.MULTILINE)
+    covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", said)
+    assert int(runs) > 1000  # it did try
+    assert int(covered[-1][0]) > int(covered[0][0])  # and was guided
+    figure(
+        f"atheris: {int(runs):,} files in {ATHERIS_SECONDS} s, coverage {covered[0][0]} -> "
+        f"{covered[-1][0]}, features {covered[0][1]} -> {covered[-1][1]}, no finding"
+    )

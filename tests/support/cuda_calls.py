@@ -1,0 +1,290 @@
+"""Calls of cuda_kernels/launch.h on numpy arrays, run in the emulator."""
+
+import ctypes
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed
+from rotormlx.kernels.source import coefficients, cuda_header
+from rotormlx.mlx.backends.mlx_ops import inverse_matrix
+from tests.emulator.cuda import Buffers, CudaModule
+
+KERNELS = Path(__file__).parents[2] / "cuda_kernels"
+DTYPES = {mx.float16: 0, mx.bfloat16: 1, mx.float32: 2}
+MASKS = {"none": 0, "causal": 1, "boolean": 2, "additive": 3}
+POINTER = ctypes.c_void_p
+
+
+class PackedArguments(ctypes.Structure):
+    """``rotormlx_packed``."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("words", "scales", "centres")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("words", "scales", "centres")),
+    ]
+
+
+class EncodeArguments(ctypes.Structure):
+    """``rotormlx_encode_arguments``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("role", "dtype", "batch", "kv_heads", "blocks")),
+        *(("given_centres", ctypes.c_int32), ("x", POINTER), ("x_strides", ctypes.c_int64 * 3)),
+        *(("coefficients", POINTER), ("channel_scale", POINTER), ("packed", PackedArguments)),
+    ]
+
+
+class DecodeArguments(ctypes.Structure):
+    """``rotormlx_decode_arguments``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("role", "dtype", "batch", "kv_heads", "blocks")),
+        *(("packed", PackedArguments), ("coefficients", POINTER), ("channel_scale", POINTER)),
+        ("out", POINTER),
+    ]
+
+
+class Rotor3Arguments(ctypes.Structure):
+    """``rotormlx_rotor3_arguments``."""
+
+    _fields_ = [
+        *(("dtype", ctypes.c_int32), ("rows", ctypes.c_int64)),
+        *(("x", POINTER), ("x_stride", ctypes.c_int64)),
+        *(("coefficients", POINTER), ("out", POINTER)),
+    ]
+
+
+class AttendArguments(ctypes.Structure):
+    """``rotormlx_attend_arguments``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dtype", "batch", "heads", "kv_heads", "length")),
+        *((name, ctypes.c_int32) for name in ("sink", "packed_tokens", "exact_tokens")),
+        *(("lengths", POINTER), ("scale", ctypes.c_float)),
+        *(("q", POINTER), ("q_strides", ctypes.c_int64 * 3)),
+        *(("keys", PackedArguments), ("values", PackedArguments)),
+        *(("exact_keys", POINTER), ("exact_values", POINTER)),
+        *((f"exact_{role}_strides", ctypes.c_int64 * 3) for role in ("keys", "values")),
+        *((f"key_{name}", POINTER) for name in ("matrix", "channel_scale")),
+        *((f"value_{name}", POINTER) for name in ("matrix", "channel_scale")),
+        *(("mask_kind", ctypes.c_int32), ("mask", POINTER), ("mask_strides", ctypes.c_int64 * 4)),
+        *(("sinks", POINTER), ("out", POINTER), ("workspace", POINTER)),
+        *((f"{role}_channel_scale_stride", ctypes.c_int64) for role in ("key", "value")),
+    ]
+
+
+def to_numpy(a):
+    """An array's numbers; bfloat16 as uint16."""
+    if a is None or isinstance(a, np.ndarray):
+        return a
+    return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
+
+
+def from_numpy(a, dtype):
+    return mx.array(a).view(dtype) if dtype == mx.bfloat16 else mx.array(a)
+
+
+def with_gaps(a, axes):
+    """The same numbers with others before them along the first axes: the whole, and the part that
+    counts.
+
+    Bytes that do not count are 0xff. Behind the last number that counts the array ends.
+    """
+    shape = [n + 1 if axis < axes else n for axis, n in enumerate(a.shape)]
+    whole = np.full(int(np.prod(shape)) * a.itemsize, 0xFF, np.uint8).view(a.dtype).reshape(shape)
+    part = whole[tuple(slice(-n, None) if n else slice(0) for n in a.shape)]
+    part[...] = a
+    return whole, part
+
+
+def strides(part, axes):
+    return (ctypes.c_int64 * axes)(*(s // part.itemsize for s in part.strides[:axes]))
+
+
+class Call:
+    """Buffers of one call, which hold numpy arrays alive."""
+
+    def __init__(self):
+        self.buffers = Buffers()
+        self._alive = []
+
+    def plain(self, name, a, *, written=False):
+        """A pointer to a contiguous array, or null."""
+        if a is None:
+            return None
+        a = np.ascontiguousarray(to_numpy(a)) if not written else a
+        self._alive.append(a)
+        return self.buffers.handle(name, a, written=written)
+
+    def strided(self, name, a, axes=3, *, written=False):
+        """A pointer to an array with gaps, and its strides; an output is given back as the part
+        that counts.
+        """
+        whole, part = with_gaps(to_numpy(a), axes)
+        self._alive.append(whole)
+        handle = self.buffers.handle(name, whole, written=written)
+        return handle + part.ctypes.data - whole.ctypes.data, strides(part, axes), part
+
+    def scale(self, name, channel_scale):
+        """A pointer to a channel scale ``[K, D]`` or ``[B, K, D]``, or null; its stride of B."""
+        shape = () if channel_scale is None else channel_scale.shape
+        return self.plain(name, channel_scale), shape[1] * shape[2] if len(shape) == 3 else 0
+
+    def packed(self, name, packed):
+        arguments = PackedArguments()
+        if packed is None:
+            return arguments
+        for field in ("words", "scales", "centres"):
+            a = getattr(packed, field)
+            if a is not None:
+                handle, steps, _ = self.strided(f"{name}.{field}", a)
+                setattr(arguments, field, handle)
+                setattr(arguments, f"{field}_strides", steps)
+        return arguments
+
+
+@functools.cache
+def module(name, keys, values, changes=(), multiprocessors=1):
+    """``launch_<name>.cu`` compiled for the codecs of keys and values; ``changes`` are made in its
+    text.
+    """
+    macros = {
+        "ROTORMLX_KEY_DIM": keys.head_dim,
+        "ROTORMLX_VALUE_DIM": values.head_dim,
+        "ROTORMLX_KEY_BITS": keys.bits,
+        "ROTORMLX_VALUE_BITS": values.bits,
+    }
+    headers = {"key_rotation.h": cuda_header(keys), "value_rotation.h": cuda_header(values)}
+    path = KERNELS / f"launch_{name}.cu"
+    return CudaModule(path, macros, headers, changes=changes, multiprocessors=multiprocessors)
+
+
+def both_roles(chosen):
+    """A codec of keys and one of values, of which one is the given one."""
+    other = {KEY: VALUE, VALUE: KEY}[chosen.role]
+    made = {chosen.role: chosen, other: replace(chosen, role=other)}
+    return made[KEY], made[VALUE]
+
+
+def output(shape, dtype):
+    """An array of an MLX dtype that nobody has written to: all NaN."""
+    kind = {mx.float16: np.uint16, mx.bfloat16: np.uint16, mx.float32: np.uint32}[dtype]
+    full = np.full(shape, -1, np.int32).astype(kind)
+    return full if dtype == mx.bfloat16 else full.view(to_numpy(mx.zeros(1, dtype)).dtype)
+
+
+def encode(x, chosen, *, channel_scale=None, centres=None, made=None, order=0):
+    """What ``rotormlx_encode`` gives, as numpy arrays; x is an MLX array."""
+    made = made or module("codec", *both_roles(chosen))
+    batch, heads, tokens, head_dim = x.shape
+    blocks = (batch, heads, tokens // BLOCK)
+    call, a = Call(), EncodeArguments()
+    a.role, a.dtype = ROLES.index(chosen.role), DTYPES[x.dtype]
+    a.batch, a.kv_heads, a.blocks = blocks
+    a.x, a.x_strides, _ = call.strided("x", x)
+    a.coefficients = call.plain("coefficients", coefficients(chosen.rotation))
+    a.channel_scale = call.plain("channel_scale", channel_scale)
+    written = {
+        "words": np.full((*blocks, *chosen.words_shape), 2**32 - 1, np.uint32),
+        "scales": np.full((*blocks, BLOCK), np.nan, np.float16),
+    }
+    if chosen.role == KEY:
+        a.given_centres = centres is not None
+        written["centres"] = (
+            np.full((*blocks, head_dim), np.nan, np.float16) if centres is None else centres
+        )
+    parts = {}
+    for name, array in written.items():
+        given = name == "centres" and centres is not None
+        handle, steps, parts[name] = call.strided(name, array, written=not given)
+        setattr(a.packed, name, handle)
+        setattr(a.packed, f"{name}_strides", steps)
+    made.call("rotormlx_encode", a, call.buffers, order=order)
+    return Packed(parts["words"], parts["scales"], parts.get("centres"))
+
+
+def decode(packed, chosen, *, channel_scale=None, dtype=mx.float32, made=None, order=0):
+    """What ``rotormlx_decode`` gives, as an MLX array; ``packed`` are numpy arrays."""
+    made = made or module("codec", *both_roles(chosen))
+    batch, heads, blocks = packed.words.shape[:3]
+    call, a = Call(), DecodeArguments()
+    a.role, a.dtype = ROLES.index(chosen.role), DTYPES[dtype]
+    a.batch, a.kv_heads, a.blocks = batch, heads, blocks
+    a.packed = call.packed("packed", packed)
+    a.coefficients = call.plain("coefficients", coefficients(chosen.rotation, back=True))
+    a.channel_scale = call.plain("channel_scale", channel_scale)
+    out = output((batch, heads, blocks * BLOCK, chosen.head_dim), dtype)
+    a.out = call.plain("out", out, written=True)
+    made.call("rotormlx_decode", a, call.buffers, order=order)
+    return from_numpy(out, dtype)
+
+
+def rotor3(x, chosen, *, made=None, order=0):
+    """What ``rotormlx_rotor3`` gives for rows ``[n, D]``; ``chosen`` is a codec of values."""
+    made = made or module("codec", *both_roles(chosen))
+    call, a = Call(), Rotor3Arguments()
+    a.dtype, a.rows = DTYPES[x.dtype], x.shape[0]
+    a.x, steps, _ = call.strided("x", x, axes=1)
+    a.x_stride = steps[0]
+    a.coefficients = call.plain("coefficients", coefficients(chosen.rotation))
+    out = output(x.shape, x.dtype)
+    a.out = call.plain("out", out, written=True)
+    made.call("rotormlx_rotor3", a, call.buffers, order=order)
+    return from_numpy(out, x.dtype)
+
+
+def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None, order=0):
+    """What ``rotormlx_attend`` gives for two views, as an MLX array.
+
+    Args:
+        queries: ``[B, H, L, D]``.
+        keys, values: Views, as MLXBackend.attend takes them.
+        made: The module to run, by default the one of this configuration.
+    """
+    batch, heads, length, key_dim = queries.shape
+    value_dim = values.shape[3]
+    made = made or module("attend", keys.codec, values.codec)
+    call, a = Call(), AttendArguments()
+    a.dtype, a.scale = DTYPES[queries.dtype], scale
+    a.batch, a.heads, a.kv_heads, a.length = batch, heads, keys.shape[1], length
+    lengths = np.array(keys.lengths, np.int32)
+    a.sink, a.packed_tokens = keys.sink, keys.packed_tokens
+    a.exact_tokens = int((lengths[:, 1] - lengths[:, 0]).max())
+    a.lengths = call.plain("lengths", lengths)
+    # As models give them: [B, L, H, D] in memory.
+    flat = np.ascontiguousarray(to_numpy(queries).swapaxes(1, 2))
+    a.q = call.plain("q", flat)
+    a.q_strides = (ctypes.c_int64 * 3)(length * heads * key_dim, key_dim, heads * key_dim)
+    a.keys = call.packed("keys", keys.packed)
+    a.values = call.packed("values", values.packed)
+    for role, view in (("keys", keys), ("values", values)):
+        handle, steps, _ = call.strided(f"exact_{role}", view.exact)
+        setattr(a, f"exact_{role}", handle)
+        setattr(a, f"exact_{role}_strides", steps)
+    a.key_matrix = call.plain("key_matrix", inverse_matrix(keys.codec.rotation).T)
+    a.value_matrix = call.plain("value_matrix", inverse_matrix(values.codec.rotation))
+    for role, view in (("key", keys), ("value", values)):
+        name = f"{role}_channel_scale"
+        handle, step = call.scale(name, view.channel_scale)
+        setattr(a, name, handle)
+        setattr(a, f"{name}_stride", step)
+    if isinstance(mask, str):
+        a.mask_kind = MASKS[mask]
+    elif mask is not None:
+        boolean = mask.dtype == mx.bool_
+        a.mask_kind = MASKS["boolean" if boolean else "additive"]
+        given = np.array(mask if boolean else mask.astype(mx.float32))
+        a.mask = call.plain("mask", given)
+        wide = np.broadcast_to(given, (batch, heads, length, keys.tokens))
+        a.mask_strides = strides(wide, 4)
+    a.sinks = call.plain("sinks", sinks)
+    out = output((batch, heads, length, value_dim), queries.dtype)
+    a.out = call.plain("out", out, written=True)
+    words = made.number("rotormlx_attend_workspace", a) // 4
+    a.workspace = call.plain("workspace", np.full(words, np.nan, np.float32), written=True)
+    made.call("rotormlx_attend", a, call.buffers, order=order)
+    return from_numpy(out, queries.dtype)

@@ -1,0 +1,52 @@
+"""mlx-lm's models: each is compressed, or refused by name; none crashes or changes in silence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rotormlx.mlx import hook
+from scripts import coverage
+
+# A block is packed before the chunk of 9 and the last token, which read it.
+STEPS = (66, 9, 1)
+# Models whose mlx-lm code needs a Metal GPU or a missing package are "not run".
+VERDICTS = ("works", "refused", "not run")
+
+
+@pytest.fixture(scope="module")
+def documented() -> dict[str, str]:
+    """The verdicts of docs/COVERAGE.md."""
+    text = (Path(coverage.ROOT) / "docs" / "COVERAGE.md").read_text()
+    return dict(re.findall(r"^\| (\S+) \| ([a-z ]+) \|", text, re.MULTILINE))
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    hook.remove()
+    yield
+    assert not hook.installed(), "a model was left compressed"
+
+
+@pytest.mark.filterwarnings("ignore")  # what mlx-lm's models warn of is not ours
+@pytest.mark.parametrize("model_type", sorted(coverage.CONFIGS))
+def test_model(model_type: str, documented: dict[str, str]) -> None:
+    result = coverage.examine(model_type, STEPS)
+    assert result.verdict in VERDICTS, result
+    assert result.verdict == documented[model_type], result
+    if result.verdict == "works":
+        assert result.compressed > 0
+        # Zero would mean that nothing was read from packed bytes.
+        assert result.error > 0 or result.flips
+    else:
+        assert len(result.note) > 10
+
+
+def test_most_models_work(documented: dict[str, str]) -> None:
+    """And every one that mlx-lm has is in the table."""
+    assert sorted(documented) == coverage.model_types()
+    verdicts = list(documented.values())
+    assert set(verdicts) <= set(VERDICTS)
+    assert verdicts.count("works") >= 67

@@ -1,0 +1,246 @@
+"""Caches in files: written by torch and read by MLX, and the other way round, bit for bit."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx_lm.models import cache as mlx_cache
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import rotormlx.torch as rt
+from rotormlx.config import RotorConfig
+from rotormlx.mlx import hook
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.torch.prompt_cache import state_of
+from tests.support.torch_models import CACHE, build, padded, tokens
+
+CONFIGS = [RotorConfig(), RotorConfig(3, 2, "rotor3", window=10)]
+IDS = ["default", "rotor3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mlx_knows_the_class():
+    with hook.in_place():
+        yield
+
+
+def model_of(name="llama"):
+    model = build(name)
+    rt.apply(model)
+    return model
+
+
+def filled(model, config, count=230, dtype=torch.float32):
+    cache = rt.RotorCache(model.config, config)
+    with torch.inference_mode():
+        model.to(dtype)(tokens(count), **{CACHE: cache})
+    return cache
+
+
+def content(path):
+    with safe_open(path, "pt") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return arrays, file.metadata()
+
+
+def assert_same_file(a, b):
+    (arrays, facts), (others, other_facts) = content(a), content(b)
+    # mlx-lm leaves the place of our checksum empty.
+    assert facts | {"2.0": ""} == other_facts | {"2.0": ""}
+    assert arrays.keys() == others.keys()
+    for name, array in arrays.items():
+        assert array.dtype == others[name].dtype, name
+        assert torch.equal(array, others[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_torch_to_mlx_and_back(tmp_path, config, dtype):
+    model = model_of()
+    rt.save_prompt_cache(tmp_path / "a.safetensors", filled(model, config, dtype=dtype), {"x": "y"})
+    caches, facts = mlx_cache.load_prompt_cache(
+        str(tmp_path / "a.safetensors"), return_metadata=True
+    )
+    assert facts == {"x": "y"}
+    assert [type(cache) for cache in caches] == [RotorKVCache] * 2
+    assert caches[1].packed_tokens >= 128
+    mlx_cache.save_prompt_cache(str(tmp_path / "b.safetensors"), caches, facts)
+    assert_same_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    again, facts = rt.load_prompt_cache(tmp_path / "b.safetensors", model.config)
+    assert (facts, again.rotor_config) == ({"x": "y"}, config)
+    rt.save_prompt_cache(tmp_path / "c.safetensors", again, facts)
+    assert_same_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_a_conversation_goes_on_on_the_other_side(tmp_path, config):
+    """MLX reads a prompt, torch loads it, and both go on with the same tokens: the same bytes."""
+    rng = np.random.default_rng(0)
+    first, more = (rng.normal(size=(2, 1, 2, n, 32)).astype(np.float16) for n in (230, 90))
+    caches = [RotorKVCache(config, layer) for layer in range(2)]
+    for cache in caches:
+        cache.update_and_fetch(*map(mx.array, first))
+        cache.trim(50)
+    mlx_cache.save_prompt_cache(str(tmp_path / "a.safetensors"), caches)
+    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model_of().config, config)
+    for index, cache in enumerate(caches):
+        cache.update_and_fetch(*map(mx.array, more))
+        handle, _ = loaded.update(*map(torch.from_numpy, more), index)
+        handle.step.read(None)
+        for a, b in zip(state_of(loaded.layers[index]), cache.state, strict=True):
+            if isinstance(a, torch.Tensor):
+                assert a.numpy().tobytes() == np.array(b).tobytes()
+            else:
+                assert a == b
+
+
+@pytest.mark.parametrize("count", [20, 31, 32, 230])
+def test_sliding_windows_go_to_mlx_and_back(tmp_path, count):
+    """Windows that are not full, just full, and long full."""
+    model = model_of("gemma3")
+    cache = filled(model, RotorConfig(window=10), count)
+    path = str(tmp_path / "a.safetensors")
+    rt.save_prompt_cache(path, cache)
+    caches = mlx_cache.load_prompt_cache(path)
+    kinds = [type(c).__name__ for c in caches]
+    assert kinds == ["RotatingKVCache", "RotorKVCache"] * 2
+    more = np.random.default_rng(0).normal(size=(2, 1, 2, 3, 32)).astype(np.float32)
+    for index in (0, 2):
+        ring, layer = caches[index], cache.layers[index]
+        for step in range(3):
+            one = more[:, :, :, step : step + 1]
+            layer.update(*map(torch.from_numpy, one))
+            ring.update_and_fetch(*map(mx.array, one))
+        assert ring.offset == layer.cumulative_length == count + 3
+    mlx_cache.save_prompt_cache(path, caches)
+    for index in (1, 3):
+        handle, _ = cache.update(*map(torch.from_numpy, more), index)
+        handle.step.read(None)
+        caches[index].update_and_fetch(*map(mx.array, more))
+    mlx_cache.save_prompt_cache(path, caches)
+    again, _ = rt.load_prompt_cache(path, model.config)
+    for index in (0, 2):
+        for name in ("keys", "values"):
+            found, expected = (getattr(c.layers[index], name) for c in (again, cache))
+            assert torch.equal(found, expected)
+    with torch.inference_mode():
+        ids = tokens(4, 9)
+        a, b = (model(ids, **{CACHE: c}).logits for c in (again, cache))
+    assert torch.equal(a, b)
+
+
+def test_generation_goes_on_from_a_file(tmp_path):
+    model, config = model_of(), RotorConfig(8, 8)
+    ids = tokens(230)
+    rt.save_prompt_cache(tmp_path / "a.safetensors", filled(model, config, 200))
+    saved, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config, config)
+    whole = filled(model, config, 200)
+    found, expected = (model.generate(ids, **{CACHE: c}, max_new_tokens=10) for c in (saved, whole))
+    assert torch.equal(found, expected)
+
+
+def test_an_empty_cache_is_saved(tmp_path):
+    model = model_of("gemma3")
+    rt.save_prompt_cache(tmp_path / "a.safetensors", rt.RotorCache(model.config))
+    assert mlx_cache.load_prompt_cache(str(tmp_path / "a.safetensors"))[1].empty()
+    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config)
+    assert loaded.get_seq_length() == 0
+    assert torch.equal(
+        filled(model, RotorConfig()).layers[1].stores[0].exact,
+        (getattr(model(tokens(230), **{CACHE: loaded}), CACHE).layers[1].stores[0].exact),
+    )
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = model_of()
+    path = tmp_path_factory.mktemp("saved") / "a.safetensors"
+    rt.save_prompt_cache(path, filled(model, RotorConfig(window=10)))
+    return model, path
+
+
+def text(string):
+    return torch.tensor([ord(c) for c in string], dtype=torch.int32)
+
+
+DAMAGE = {
+    "version": ("0.0", lambda a: a + 1, "format version 1, .* has version 2"),
+    "config": ("0.1", lambda a: text("{}"), "must have exactly the fields"),
+    "other-config": ("1.1", lambda a: text(RotorConfig().to_json()), "one configuration for all"),
+    "layer": ("1.2", lambda a: a * 0, "layer 1 at position 1, but it holds 'layer 0'"),
+    "tokens": ("1.3", lambda a: a - 1, r"exact keys of dtype and shape"),
+    "packed": ("1.4", lambda a: a - 64, r"exact keys of dtype and shape"),
+    "counts": ("1.4", lambda a: a + 64, "counts that add up"),
+    "negative": ("1.4", lambda a: a * 0 - 1, "integers from 0"),
+    "exact": ("1.5", lambda a: a[0], "floating array of 4 dimensions"),
+    "words": ("1.6", lambda a: a[:, :, :1], "key words of dtype and shape"),
+    "dtype": ("1.12", lambda a: a.float(), "value scales of dtype and shape"),
+    "centres": ("1.8", lambda a: a[..., :8].contiguous(), "key centres of dtype and shape"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_refused(saved, tmp_path, name):
+    model, path = saved
+    entry, change, message = DAMAGE[name]
+    arrays, facts = content(path)
+    arrays[entry] = change(arrays[entry]).contiguous()
+    save_file(arrays, tmp_path / "b.safetensors", facts)
+    with pytest.raises(ValueError, match=message):
+        rt.load_prompt_cache(tmp_path / "b.safetensors", model.config)
+
+
+def test_files_that_are_none_are_refused(saved, tmp_path):
+    model, path = saved
+    with pytest.raises(ValueError, match="An existing file is required"):
+        rt.load_prompt_cache(tmp_path / "none.safetensors", model.config)
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="bytes of tensors, but it has"):
+        rt.load_prompt_cache(tmp_path / "cut.safetensors", model.config)
+    save_file(load_file(path), tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="must be a file of save_prompt_cache"):
+        rt.load_prompt_cache(tmp_path / "bare.safetensors", model.config)
+    mlx_cache.save_prompt_cache(str(tmp_path / "k.safetensors"), [mlx_cache.KVCache()])
+    with pytest.raises(
+        ValueError, match=r"compressed layers is required, but .* holds only KVCache"
+    ):
+        rt.load_prompt_cache(tmp_path / "k.safetensors", model.config)
+
+
+def test_caches_of_others_are_refused(saved, tmp_path):
+    model, path = saved
+    with pytest.raises(ValueError, match=r"must have been made with .*; leave rotor_config out"):
+        rt.load_prompt_cache(path, model.config, RotorConfig())
+    with pytest.raises(ValueError, match=r"The model has 4 layers, but the cache in .* 2"):
+        rt.load_prompt_cache(path, model_of("gemma3").config)
+    deeper = build("llama", num_hidden_layers=4)
+    rt.apply(deeper)
+    rt.save_prompt_cache(tmp_path / "d.safetensors", filled(deeper, RotorConfig()))
+    with pytest.raises(ValueError, match="Layer 0 of the model has a DynamicSliding"):
+        rt.load_prompt_cache(tmp_path / "d.safetensors", model_of("gemma3").config)
+    mlx_cache.save_prompt_cache(
+        str(tmp_path / "l.safetensors"), [RotorKVCache(max_size=400), RotorKVCache(layer=1)]
+    )
+    with pytest.raises(ValueError, match="was made with max_kv_size; use it with mlx-lm"):
+        rt.load_prompt_cache(tmp_path / "l.safetensors", model.config)
+
+
+def test_rows_of_other_lengths_are_not_saved(tmp_path):
+    model = model_of()
+    _, batch = padded([100, 60])
+    cache = rt.RotorCache(model.config)
+    with torch.inference_mode():
+        model(**batch, **{CACHE: cache})
+    with pytest.raises(ValueError, match=r"must have one length to be saved, but layer 0 has rows"):
+        rt.save_prompt_cache(tmp_path / "a.safetensors", cache)
+    cache.batch_select_indices(torch.tensor([1]))
+    rt.save_prompt_cache(tmp_path / "a.safetensors", cache)
+    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config)
+    assert loaded.get_seq_length() == 60
+    assert json.loads(RotorConfig().to_json()) == json.loads(loaded.rotor_config.to_json())
