@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
-import torch
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
