@@ -21,10 +21,11 @@ from rotormlx.codec import reference
 from rotormlx.codec.format import KEY, VALUE, Codec
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import ROTATIONS
-from rotormlx.measure import attention_error, baselines, quality
+from rotormlx.measure import attention_error, baselines, scoring
 from rotormlx.measure.baselines import Turbo
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 
 PAGE = Path(__file__).parent.parent / "docs" / "PAPER.md"
@@ -161,11 +162,11 @@ def inner_products() -> list[list[str]]:
 def real_model(tokens: int, progress: Progress) -> list[list[str]]:
     """Attention of SmolLM2-135M: every layer and head, the last 64 queries."""
     model, tokenizer = mlx_lm.load(str(demo_model.fetch(progress)))[:2]
-    ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[: tokens + 1]
+    ids = tokenizer.encode(default_text()[: 8 * tokens])[: tokens + 1]
     with hook.in_place(), numpy_linear(), attention_error.record_queries() as latest:
         caches = baselines.scheme(baselines.EXACT).caches(model)
         task = progress.add_task("Reading", total=tokens)
-        quality.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
+        scoring.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
         layers = list(attention_error.attended(caches, latest))
     rows = []
     for bits in (3, 4):

@@ -201,7 +201,7 @@ def calibrate(
 ) -> None:
     """Read a short text and keep what compresses this model's cache best."""
     with _refusing("[calibration]", "[smollm2]", "[hook]"):
-        module = importlib.import_module("rotormlx.mlx.calibration")
+        module = importlib.import_module("rotormlx.measure.calibrate")
         words = None if text is None else _read(text)
         console, path, (loaded, tokenizer) = _load(model)
         with _progress(console) as progress:
@@ -249,7 +249,7 @@ def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
 
 def _module(name: str) -> Any:
     try:
-        return importlib.import_module(f"rotormlx.{name}")
+        return importlib.import_module(f"rotormlx.measure.{name}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rotormlx"):
             raise

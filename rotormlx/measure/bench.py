@@ -21,10 +21,11 @@ from matplotlib.axes import Axes
 from rich.progress import Progress
 from rich.table import Table
 
-from rotormlx.measure import baselines, quality, quality_report
+from rotormlx.measure import baselines, quality_report, scoring
 from rotormlx.measure.baselines import Scheme
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.report import megabytes
 
@@ -104,7 +105,7 @@ def run(
         repeats: Turns of each scheme and context; one more with a short prompt warms up.
         decode_tokens: Tokens to write in each turn.
         numpy: Whether linear layers multiply with numpy on a CPU, which mlx-lm does not do.
-        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
+        dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         progress: Shows the turns, if given.
 
     Raises:
@@ -117,14 +118,14 @@ def run(
         )
     schemes = [baselines.scheme(name).bound(model) for name in dict.fromkeys(names)]
     progress = progress or Progress(disable=True)
-    ids = tokenizer.encode(quality.default_text()[: 8 * max(contexts)])
+    ids = tokenizer.encode(default_text()[: 8 * max(contexts)])
     ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
     task = progress.add_task("", total=repeats * len(schemes) * sum(contexts))
     turns: dict[tuple[str, int], list[Timing]] = {}
     with (
         hook.in_place(),
         numpy_linear() if numpy else nullcontext(),
-        quality.computing_in(model, dtype),
+        scoring.computing_in(model, dtype),
     ):
         for each in schemes:
             turn(model, ids[:64], each, 2)

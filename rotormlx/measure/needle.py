@@ -24,10 +24,11 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import binomtest
 
-from rotormlx.measure import baselines, quality
+from rotormlx.measure import baselines, scoring
 from rotormlx.measure.baselines import EXACT, Scheme
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 
 KINDS = ("fact", "copy")
@@ -233,7 +234,7 @@ def run(
     done: list[Trial] = []
     # MLX is slow in 16 bits on a CPU.
     dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
-    with hook.in_place(), numpy_linear(), quality.computing_in(model, dtype):
+    with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
         for stack in stacks:
             for each in schemes:
                 progress.update(task, description=f"{stack.kind}: {each.name}")
@@ -326,7 +327,7 @@ def _fact(tokenizer: Any, place: str, digits: str) -> tuple[list[int], list[int]
 
 
 def _sentences() -> list[str]:
-    return re.split(r"(?<=\.) ", quality.default_text().replace("\n\n", " "))
+    return re.split(r"(?<=\.) ", default_text().replace("\n\n", " "))
 
 
 def _room(length: int) -> int:
@@ -339,7 +340,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
-    packed = quality.packed_of(caches)
+    packed = scoring.packed_of(caches)
     held = next(cache for _, cache in baselines.compressed(caches))
     sink = getattr(getattr(held, "config", held), "sink", 0)
     for question in stack.questions:

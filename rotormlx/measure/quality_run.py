@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from scipy.stats import bootstrap
 
-from rotormlx.measure import attention_error, baselines, quality
+from rotormlx.measure import attention_error, baselines, scoring
 from rotormlx.measure.baselines import EXACT, Scheme
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import backends, hook
 
 CHUNK = 64
@@ -120,7 +121,7 @@ class Result:
 class _Reading:
     """One text through the caches of one scheme."""
 
-    scores: quality.Scores
+    scores: scoring.Scores
     answer: list[int]
     seconds: float
     caches: list[Any]
@@ -151,7 +152,7 @@ def run(
         texts: Texts by name; prose of CPython's documentation if None.
         tokens: Tokens of each text to read.
         greedy: Greedy tokens to try behind each text; 0 for none.
-        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
+        dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         progress: Shows what is read, if given.
 
     Raises:
@@ -164,9 +165,9 @@ def run(
     if not schemes:
         raise ValueError("[quality] At least one scheme must be given; k4v4 is our default.")
     progress = progress or Progress(disable=True)
-    texts = texts or {"pydoc_data.topics": quality.default_text()}
+    texts = texts or {"pydoc_data.topics": default_text()}
     read = {name: _encode(tokenizer, name, text, tokens) for name, text in texts.items()}
-    with hook.in_place(), numpy_linear(), quality.computing_in(model, dtype):
+    with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
         found = [
             _of_text(model, ids, schemes, greedy, progress, name) for name, ids in read.items()
         ]
@@ -238,7 +239,7 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, fl
 class _Found:
     """What one scheme did to one text."""
 
-    differences: quality.Differences
+    differences: scoring.Differences
     common: int
     layers: tuple[attention_error.LayerError, ...]
     bits_per_value: float
@@ -302,13 +303,13 @@ def _of_text(
         # The queries of the text's end are wanted, not those of the greedy tokens behind it.
         progress.update(task, description=f"{name}: {EXACT}")
         caches = baselines.scheme(EXACT).caches(model)
-        scores = quality.score(
+        scores = scoring.score(
             model, ids, caches, chunk=CHUNK, progress=lambda n: progress.advance(task, n)
         )
         layers = list(attention_error.attended(caches, latest))
         size = baselines.used_bytes(caches)
         keys, _ = baselines.decoded(next(cache for _, cache in baselines.compressed(caches)))
-    answer = quality.greedy(model, ids[-1], caches, greedy)
+    answer = scoring.greedy(model, ids[-1], caches, greedy)
     progress.advance(task, greedy)
     exact = _Reading(scores, answer, 0.0, caches)
     found = []
@@ -324,10 +325,10 @@ def _read(
     model: Any, ids: list[int], caches: list[Any], greedy: int, advance: Callable[[int], None]
 ) -> _Reading:
     began = time.perf_counter()
-    scores = quality.score(model, ids, caches, chunk=CHUNK, progress=advance)
+    scores = scoring.score(model, ids, caches, chunk=CHUNK, progress=advance)
     seconds = time.perf_counter() - began
     # score() leaves the last token unread.
-    answer = quality.greedy(model, ids[-1], caches, greedy)
+    answer = scoring.greedy(model, ids[-1], caches, greedy)
     advance(greedy)
     return _Reading(scores, answer, seconds, caches)
 
@@ -339,7 +340,7 @@ def _found(
     layers: Sequence[attention_error.Attended],
     start: int,
 ) -> _Found:
-    quality.assert_packed(reading.caches, CHUNK)
+    scoring.assert_packed(reading.caches, CHUNK)
     least = reading.scores.packed_tokens[start:].min()
     if least < CHUNK:
         raise RuntimeError(
@@ -347,12 +348,12 @@ def _found(
             f"one through {each.name} read {least}; start later."
         )
     return _Found(
-        quality.differences(exact.scores, reading.scores, start=start),
-        quality.common_start(exact.answer, reading.answer),
+        scoring.differences(exact.scores, reading.scores, start=start),
+        scoring.common_start(exact.answer, reading.answer),
         tuple(attention_error.layer_error(layer, each.make(layer.layer)) for layer in layers),
         baselines.bits_per_value([cache for _, cache in baselines.compressed(reading.caches)]),
         baselines.used_bytes(reading.caches),
-        quality.packed_of(reading.caches),
+        scoring.packed_of(reading.caches),
         reading.seconds,
     )
 
@@ -362,7 +363,7 @@ def _found(
 
 def _rows(schemes: Sequence[Scheme], texts: Sequence[_Text]) -> tuple[Row, ...]:
     joined = [
-        quality.Differences.joined([text.found[index].differences for text in texts])
+        scoring.Differences.joined([text.found[index].differences for text in texts])
         for index in range(len(schemes))
     ]
     return tuple(
@@ -373,8 +374,8 @@ def _rows(schemes: Sequence[Scheme], texts: Sequence[_Text]) -> tuple[Row, ...]:
 
 def _row(
     name: str,
-    together: quality.Differences,
-    first: quality.Differences,
+    together: scoring.Differences,
+    first: scoring.Differences,
     found: Sequence[_Found],
 ) -> Row:
     layers = tuple(

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from rotormlx.codec import reference
-from rotormlx.measure import attention_error, baselines, quality
+from rotormlx.measure import attention_error, baselines, scoring
 from rotormlx.measure.attention_error import Attended, layer_error
 from rotormlx.mlx import hook
 from tests.support import models as tiny_models
@@ -126,7 +126,7 @@ def test_recorded_queries_are_those_of_the_model() -> None:
                 return seen[-1]
 
             hook.attend = spy
-            quality.score(model, tokens, caches, chunk=64)
+            scoring.score(model, tokens, caches, chunk=64)
             hook.attend = recording
         layers = list(attention_error.attended(caches, latest))
     finally:

@@ -18,9 +18,10 @@ from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import baselines, needle, quality
+from rotormlx.measure import baselines, needle
 from rotormlx.measure.baselines import Scheme, SimulatedCache
 from rotormlx.measure.needle import COPY_BEFORE, COPY_TIMES, Pairs, Share, Trial
+from rotormlx.measure.text import default_text
 from tests.support import models as tiny_models
 
 D = 64
@@ -124,10 +125,10 @@ def test_copies_are_runs_said_three_times_in_prose() -> None:
         assert (len(question.tokens), len(question.answer)) == (COPY_BEFORE, 1)
         assert made.tokens[question.first : question.end] == run * COPY_TIMES
         assert len(set(run)) == len(run)
-        assert bytes(run) not in quality.default_text().encode()
+        assert bytes(run) not in default_text().encode()
         del prose[question.first : question.end]
     # What is left are whole sentences, one behind the other.
-    assert bytes(prose[1:]) in quality.default_text().replace("\n\n", " ").encode() * 2
+    assert bytes(prose[1:]) in default_text().replace("\n\n", " ").encode() * 2
 
 
 def test_facts_read_like_facts() -> None:

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as own_caches
 import rotormlx
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import BITS, RotorConfig
-from rotormlx.measure import baselines, quality
+from rotormlx.measure import baselines, layer_losses, scoring
 from rotormlx.mlx import calibration, hook, layer_bits
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import Calibration
@@ -116,8 +116,8 @@ def test_a_loss_is_that_of_one_layer(
     caches: list[Any] = [KVCache(), KVCache()]
     caches[layer] = RotorKVCache(RotorConfig(*bits, window=0), layer)
     with hook.in_place():
-        exact, coded = (quality.score(llama, ids, c) for c in ([KVCache(), KVCache()], caches))
-    wanted = quality.differences(exact, coded, start=128).kl.mean()
+        exact, coded = (scoring.score(llama, ids, c) for c in ([KVCache(), KVCache()], caches))
+    wanted = scoring.differences(exact, coded, start=128).kl.mean()
     role = ("key", "value")[bits.index(3)]
     # Sums of float32 in another order, on divergences of 1e-5 and more.
     assert wanted > 1e-6
@@ -126,11 +126,11 @@ def test_a_loss_is_that_of_one_layer(
 
 def test_measuring_computes_in_float32_and_leaves_the_model_as_it_was() -> None:
     model = tiny.build("llama")
-    wide = layer_bits.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], lambda n: None)
+    wide = layer_losses.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], lambda n: None)
     model.set_dtype(mx.bfloat16)
     before = tree_flatten(model.parameters())
     told: list[int] = []
-    found = layer_bits.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], told.append)
+    found = layer_losses.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], told.append)
     # The weights are rounded, what is computed with them is not.
     assert found == pytest.approx(wide, rel=0.2)
     assert sum(told) == 3 * (TOKENS - 1)
@@ -143,7 +143,7 @@ def test_predictions_that_are_not_finite_are_refused() -> None:
     model = tiny.build("llama")
     model.model.norm.weight = model.model.norm.weight * mx.nan
     with pytest.raises(ValueError, match=r"^\[calibration\] A model must predict finite numbers"):
-        layer_bits.losses(model, Bytes().encode(TEXT[:TOKENS]), [0], lambda n: None)
+        layer_losses.losses(model, Bytes().encode(TEXT[:TOKENS]), [0], lambda n: None)
 
 
 # ---- files --------------------------------------------------------------------------------------
