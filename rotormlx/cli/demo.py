@@ -24,6 +24,7 @@ from rich.table import Table
 from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
 from rotormlx.measure import baselines, scoring
+from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import integration
 from rotormlx.report import leaves
@@ -31,7 +32,6 @@ from rotormlx.report import leaves
 DEFAULT_PROMPT = "What does this text say about objects? Answer in two sentences."
 # The first 132 tokens are exact in a rotormlx cache; predictions behind them are what is compared.
 LEAST_SCORE_TOKENS = 256
-CHUNK = 64
 ROTOR_BITS = (4, 3)
 FLOAT16_BITS = 16
 EXACT = "exact"

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rotormlx.measure import baselines
+from rotormlx.measure.scoring import CHUNK
 from rotormlx.mlx import hook
 
 Array = NDArray[np.float32]
-CHUNK = 64
 
 
 @dataclass(frozen=True)

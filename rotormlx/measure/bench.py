@@ -29,7 +29,7 @@ from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.report import megabytes
 
-CHUNK = 512  # tokens of a prompt that are read at once
+PROMPT_CHUNK = 512  # tokens of a prompt that are read at once
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def turn(model: Any, prompt: Sequence[int], each: Scheme, decode_tokens: int) ->
     caches = each.caches(model)
     start = time.perf_counter()
     logits = mx.array(0.0)
-    for first in range(0, len(prompt), CHUNK):
-        logits = model(mx.array([prompt[first : first + CHUNK]]), cache=caches)[:, -1]
+    for first in range(0, len(prompt), PROMPT_CHUNK):
+        logits = model(mx.array([prompt[first : first + PROMPT_CHUNK]]), cache=caches)[:, -1]
         mx.eval(logits, [cache.state for cache in caches])
     token = mx.argmax(logits, axis=-1)
     mx.eval(token)

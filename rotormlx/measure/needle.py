@@ -33,7 +33,7 @@ from rotormlx.mlx import hook
 
 KINDS = ("fact", "copy")
 DEPTHS = 5  # equal parts of a text
-CHUNK = 256
+PROMPT_CHUNK = 256  # tokens read at once: a text of 512 is read in chunks too
 COPY_BEFORE, COPY_TIMES = 16, 3
 # Tokens of a text for each needle, and those that hold none: a start, and more than a window.
 ROOM = {"fact": 40, "copy": 64}
@@ -259,8 +259,8 @@ def search(
     """
     caches = each.caches(model)
     length = len(stack.tokens)
-    for start in range(0, length, CHUNK):
-        mx.eval(model(mx.array([stack.tokens[start : start + CHUNK]]), cache=caches))
+    for start in range(0, length, PROMPT_CHUNK):
+        mx.eval(model(mx.array([stack.tokens[start : start + PROMPT_CHUNK]]), cache=caches))
     if each.name != EXACT:
         _check_packed(stack, each, caches)
     for question in stack.questions:

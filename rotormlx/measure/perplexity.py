@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx import nn
 
-# Tokens of one call: their keys are exact, all earlier ones are read as the cache keeps them.
-CHUNK = 64
+from rotormlx.measure.scoring import CHUNK
 
 
 class CacheMaker(Protocol):

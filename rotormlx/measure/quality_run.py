@@ -19,10 +19,10 @@ from scipy.stats import bootstrap
 from rotormlx.measure import attention_error, baselines, scoring
 from rotormlx.measure.baselines import EXACT, Scheme
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import backends, hook
 
-CHUNK = 64
 # Neighbouring predictions are alike, so the bootstrap draws runs of this many.
 RUN = 16
 RESAMPLES = 4000

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import CacheList, QuantizedKVCache
 from numpy.typing import NDArray
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# Tokens of one call of the model: those of a chunk read each other exact.
+# Tokens of one call: their keys are exact, all earlier ones are read as the cache keeps them.
 CHUNK = 64
 _ROWS = 64  # rows of a vocabulary in float64 at a time: 25 MB for 49,152 tokens
 
