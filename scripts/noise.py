@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
-from rotormlx.measure import baselines, scoring
+from rotormlx.measure import schemes, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import CHUNK, first_packed, mean_interval
 from rotormlx.measure.scoring import Scores
@@ -32,8 +32,8 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
     """Print the divergence that arithmetic alone makes, beside that of 4 bits."""
     model, tokenizer = mlx_lm.load(str(demo_model.fetch()))[:2]
     ids = tokenizer.encode(default_text()[: 8 * tokens])[:tokens]
-    exact = baselines.scheme(baselines.EXACT).make
-    four = baselines.scheme("k4v4")
+    exact = schemes.scheme(schemes.EXACT).make
+    four = schemes.scheme("k4v4")
     start = first_packed([four])
 
     def unpacked(layer: int) -> RotorKVCache:

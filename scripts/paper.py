@@ -21,7 +21,7 @@ from rotormlx.codec import reference
 from rotormlx.codec.format import KEY, VALUE, Codec
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import ROTATIONS
-from rotormlx.measure import attention_error, baselines, scoring
+from rotormlx.measure import attention_error, schemes, scoring
 from rotormlx.measure.baselines import Turbo
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine
@@ -164,7 +164,7 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
     model, tokenizer = mlx_lm.load(str(demo_model.fetch(progress)))[:2]
     ids = tokenizer.encode(default_text()[: 8 * tokens])[: tokens + 1]
     with hook.in_place(), numpy_linear(), attention_error.record_queries() as latest:
-        caches = baselines.scheme(baselines.EXACT).caches(model)
+        caches = schemes.scheme(schemes.EXACT).caches(model)
         task = progress.add_task("Reading", total=tokens)
         scoring.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
         layers = list(attention_error.attended(caches, latest))
@@ -180,7 +180,7 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
             f"k{bits}v{bits}": ("cascade", None),
         }
         for name, (_, claim) in names.items():
-            chosen = baselines.scheme(name)
+            chosen = schemes.scheme(name)
             errors = [attention_error.layer_error(one, chosen.make(one.layer)) for one in layers]
             means = {
                 field: np.mean([getattr(error, field) for error in errors])

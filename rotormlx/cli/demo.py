@@ -23,7 +23,7 @@ from rich.table import Table
 
 from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
-from rotormlx.measure import baselines, scoring
+from rotormlx.measure import cache_contents, scoring
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import integration
@@ -213,14 +213,17 @@ def _first_packed(runs: dict[str, _Run]) -> int:
 
 def _row(name: str, one: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
     caches = [cache for _, _, cache in leaves(one.caches)]
-    bits, exact_bits = baselines.bits_per_value(one.caches), baselines.bits_per_value(exact.caches)
+    bits, exact_bits = (
+        cache_contents.bits_per_value(one.caches),
+        cache_contents.bits_per_value(exact.caches),
+    )
     return Row(
         name=name,
         text=one.text,
         context_tokens=max(getattr(cache, "offset", 0) for cache in caches),
         packed_tokens=scoring.packed_of(caches),
         packed_share=_packed_share(one.scores, start),
-        cache_bytes=baselines.used_bytes(one.caches),
+        cache_bytes=cache_contents.used_bytes(one.caches),
         long_context_ratio=ratios.get(name, FLOAT16_BITS / bits) * exact_bits / FLOAT16_BITS,
         bits_per_value=bits,
         quality=None if one is exact else scoring.compare(exact.scores, one.scores, start=start),

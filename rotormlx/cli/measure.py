@@ -78,10 +78,10 @@ def quality(
             "[smollm2]",
         ),
     ):
-        rivals = importlib.import_module("rotormlx.measure.baselines")
+        grammar = _module("schemes")
         run, report = _module("quality_run"), _module("quality_report")
-        names = [rivals.all_packed(n) if all_packed else n for n in schemes.split()]
-        list(map(rivals.scheme, names))  # refuses before a model is loaded
+        names = [grammar.all_packed(n) if all_packed else n for n in schemes.split()]
+        list(map(grammar.scheme, names))  # refuses before a model is loaded
         texts = None if text is None else {path.name: _read(path) for path in text}
         console, path, loaded = _load(model)
         with _progress(console) as progress:
@@ -129,9 +129,9 @@ def needle(
             "[smollm2]",
         ),
     ):
-        module, rivals = _module("needle"), importlib.import_module("rotormlx.measure.baselines")
+        module, grammar = _module("needle"), _module("schemes")
         counts = _numbers("lengths", lengths)
-        list(map(rivals.scheme, schemes.split()))
+        list(map(grammar.scheme, schemes.split()))
         console, path, loaded = _load(model)
         with _progress(console) as progress:
             result = module.run(
@@ -183,9 +183,9 @@ def bench(
             "[smollm2]",
         ),
     ):
-        module, rivals = _module("bench"), importlib.import_module("rotormlx.measure.baselines")
+        module, grammar = _module("bench"), _module("schemes")
         counts = _numbers("contexts", contexts)
-        list(map(rivals.scheme, schemes.split()))
+        list(map(grammar.scheme, schemes.split()))
         console, path, loaded = _load(model)
         with _progress(console) as progress:
             result = module.run(

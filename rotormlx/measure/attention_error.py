@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from rotormlx.measure import baselines
+from rotormlx.measure import cache_contents
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.mlx import hook
 
@@ -87,9 +87,9 @@ def attended(
     caches: Sequence[Any], latest: dict[int, tuple[mx.array, float]]
 ) -> Iterator[Attended]:
     """What each growing cache of the exact run held, with the queries that read it last."""
-    for layer, cache in baselines.compressed(caches):
+    for layer, cache in cache_contents.compressed(caches):
         queries, scale = latest[id(cache)]
-        keys, values = baselines.decoded(cache)
+        keys, values = cache_contents.decoded(cache)
         yield Attended(layer, _float32(queries[0]), _float32(keys[0]), _float32(values[0]), scale)
 
 
@@ -106,7 +106,7 @@ def layer_error(exact: Attended, cache: Any) -> LayerError:
         cache.update_and_fetch(
             mx.array(exact.keys[None, :, part]), mx.array(exact.values[None, :, part])
         )
-    keys, values = (_float32(x[0]) for x in baselines.decoded(cache))
+    keys, values = (_float32(x[0]) for x in cache_contents.decoded(cache))
     truth, found = _scores(exact, exact.keys), _scores(exact, keys)
     visible = np.isfinite(truth)
     best = truth.argmax(-1)[..., None]

@@ -21,10 +21,10 @@ from matplotlib.axes import Axes
 from rich.progress import Progress
 from rich.table import Table
 
-from rotormlx.measure import baselines, quality_report, scoring
-from rotormlx.measure.baselines import Scheme
+from rotormlx.measure import cache_contents, quality_report, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.schemes import Scheme, scheme
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.report import megabytes
@@ -98,7 +98,7 @@ def run(
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`.
+        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`.
         model_name: What the report calls the model.
         command: What the report gives as the command.
         contexts: Tokens of the prompts.
@@ -116,7 +116,7 @@ def run(
             f"[bench] Contexts, repeats and decode tokens must be at least 1, but "
             f"{', '.join(map(str, contexts))}, {repeats} and {decode_tokens} came."
         )
-    schemes = [baselines.scheme(name).bound(model) for name in dict.fromkeys(names)]
+    schemes = [scheme(name).bound(model) for name in dict.fromkeys(names)]
     progress = progress or Progress(disable=True)
     ids = tokenizer.encode(default_text()[: 8 * max(contexts)])
     ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
@@ -170,7 +170,7 @@ def turn(model: Any, prompt: Sequence[int], each: Scheme, decode_tokens: int) ->
         first_token_seconds=read - start,
         decode_tokens_per_second=decode_tokens / (written - read),
         peak_bytes=mx.get_peak_memory(),
-        cache_bytes=baselines.used_bytes(caches),
+        cache_bytes=cache_contents.used_bytes(caches),
     )
 
 

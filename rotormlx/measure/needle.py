@@ -24,10 +24,10 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import binomtest
 
-from rotormlx.measure import baselines, scoring
-from rotormlx.measure.baselines import EXACT, Scheme
+from rotormlx.measure import cache_contents, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 
@@ -200,7 +200,7 @@ def run(
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`.
+        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`.
         model_name: What the report calls the model.
         command: What the report gives as the command.
         lengths: Tokens of the texts.
@@ -219,7 +219,7 @@ def run(
             f"[needle] Kinds of {', '.join(KINDS)}, at least 1 trial and 1 to {len(PLACES)} "
             f"needles a text are required, but {', '.join(kinds)}, {trials} and {needles} came."
         )
-    schemes = [baselines.scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
+    schemes = [scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
     progress = progress or Progress(disable=True)
     stacks: list[Haystack] = []
     for kind in kinds:
@@ -341,7 +341,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
     packed = scoring.packed_of(caches)
-    held = next(cache for _, cache in baselines.compressed(caches))
+    held = next(cache for _, cache in cache_contents.compressed(caches))
     sink = getattr(getattr(held, "config", held), "sink", 0)
     for question in stack.questions:
         if question.first < sink or question.end > sink + packed:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from scipy.stats import bootstrap
 
-from rotormlx.measure import attention_error, baselines, scoring
-from rotormlx.measure.baselines import EXACT, Scheme
+from rotormlx.measure import attention_error, cache_contents, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import backends, hook
@@ -145,7 +145,7 @@ def run(
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`; the others are compared with
+        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`; the others are compared with
             the first.
         model_name: What the report calls the model.
         command: What the report gives as the command.
@@ -159,9 +159,7 @@ def run(
         ValueError: If a name is no scheme or dtype, or a text is too short.
         RuntimeError: If what was scored did not come from packed bytes.
     """
-    schemes = [
-        baselines.scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT
-    ]
+    schemes = [scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT]
     if not schemes:
         raise ValueError("[quality] At least one scheme must be given; k4v4 is our default.")
     progress = progress or Progress(disable=True)
@@ -302,13 +300,15 @@ def _of_text(
     with attention_error.record_queries() as latest:
         # The queries of the text's end are wanted, not those of the greedy tokens behind it.
         progress.update(task, description=f"{name}: {EXACT}")
-        caches = baselines.scheme(EXACT).caches(model)
+        caches = scheme(EXACT).caches(model)
         scores = scoring.score(
             model, ids, caches, chunk=CHUNK, progress=lambda n: progress.advance(task, n)
         )
         layers = list(attention_error.attended(caches, latest))
-        size = baselines.used_bytes(caches)
-        keys, _ = baselines.decoded(next(cache for _, cache in baselines.compressed(caches)))
+        size = cache_contents.used_bytes(caches)
+        keys, _ = cache_contents.decoded(
+            next(cache for _, cache in cache_contents.compressed(caches))
+        )
     answer = scoring.greedy(model, ids[-1], caches, greedy)
     progress.advance(task, greedy)
     exact = _Reading(scores, answer, 0.0, caches)
@@ -351,8 +351,10 @@ def _found(
         scoring.differences(exact.scores, reading.scores, start=start),
         scoring.common_start(exact.answer, reading.answer),
         tuple(attention_error.layer_error(layer, each.make(layer.layer)) for layer in layers),
-        baselines.bits_per_value([cache for _, cache in baselines.compressed(reading.caches)]),
-        baselines.used_bytes(reading.caches),
+        cache_contents.bits_per_value(
+            [cache for _, cache in cache_contents.compressed(reading.caches)]
+        ),
+        cache_contents.used_bytes(reading.caches),
         scoring.packed_of(reading.caches),
         reading.seconds,
     )

@@ -22,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import baselines, quality_report, quality_run, scoring
+from rotormlx.measure import cache_contents, quality_report, quality_run, schemes, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
@@ -52,7 +52,7 @@ def result(model: Any) -> quality_run.Result:
 
 
 def read(model: Any, name: str, ids: list[int]) -> tuple[scoring.Scores, list[Any]]:
-    caches = baselines.scheme(name).caches(model)
+    caches = schemes.scheme(name).caches(model)
     with hook.in_place():
         return scoring.score(model, ids, caches), caches
 
@@ -66,7 +66,7 @@ def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> N
     assert [row.scheme for row in result.rows] == SCHEMES
     assert (result.start, result.predictions) == (192, TOKENS - 1 - 192)
     assert result.exact_ppl == pytest.approx(exact.perplexity(192), rel=1e-5)
-    assert result.exact_bytes == baselines.used_bytes(exact_caches)
+    assert result.exact_bytes == cache_contents.used_bytes(exact_caches)
     for row in result.rows:
         scores, caches = read(model, row.scheme, ids)
         found = scoring.compare(exact, scores, start=192)
@@ -75,7 +75,7 @@ def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> N
         assert row.ppl == pytest.approx(found.ppl, rel=1e-4)
         assert row.top1 == pytest.approx(found.top1, abs=2 / result.predictions)
         assert row.packed_tokens >= scoring.packed_of(caches) >= 128
-        assert row.bits_per_value == baselines.bits_per_value(caches)
+        assert row.bits_per_value == cache_contents.bits_per_value(caches)
         assert row.kl_interval[0] < row.kl < row.kl_interval[1]
         assert np.mean(row.kl_by_position) == pytest.approx(row.kl)
         assert [error.layer for error in row.layers] == [0, 1]
@@ -130,7 +130,7 @@ def test_run_leaves_the_hook_as_it_was(result: quality_run.Result) -> None:
 def test_run_refuses_a_cache_that_packs_nothing(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines.Scheme, "caches", lambda self, model: make_prompt_cache(model))
+    monkeypatch.setattr(schemes.Scheme, "caches", lambda self, model: make_prompt_cache(model))
     with pytest.raises(RuntimeError, match="at least 64 tokens as packed bytes, but only 0"):
         quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, greedy=0)
 
@@ -168,7 +168,7 @@ def test_run_refuses_a_dtype(model: Any) -> None:
     [("k4v4", 192), ("k4v4:bare", 64), ("affine-k4v4", 64), ("kivi-k4v4:window=128,sink=0", 192)],
 )
 def test_first_packed(name: str, first: int) -> None:
-    assert quality_run.first_packed([baselines.scheme(name)]) == first
+    assert quality_run.first_packed([schemes.scheme(name)]) == first
 
 
 def test_interval_of_independent_numbers_is_the_normal_one() -> None:

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as own_caches
 import rotormlx
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import BITS, RotorConfig
-from rotormlx.measure import baselines, layer_losses, scoring
+from rotormlx.measure import cache_contents, layer_losses, schemes, scoring
 from rotormlx.mlx import calibration, hook, layer_bits
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import Calibration
@@ -190,7 +190,7 @@ def test_caches_have_the_bits_and_the_report_says_so(llama: Any, made: Calibrati
     caches = rotormlx.make_prompt_cache(llama)
     assert bits_of(caches) == GIVEN
     tiny.logits(llama, tiny.tokens(300), caches)
-    assert report.bits_per_value == pytest.approx(baselines.bits_per_value(caches))
+    assert report.bits_per_value == pytest.approx(cache_contents.bits_per_value(caches))
     assert [layer.bits_per_value for layer in report.layers] == [c.bits_per_value for c in caches]
     assert "K3 V3 on average, by layer, " in report.summary
     # All bits are mean bits of the configuration; without losses they are the same everywhere.
@@ -230,12 +230,12 @@ def test_a_scheme_takes_them_only_when_it_says_so(
     llama: Any, made: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "find", lambda model, transform: made)
-    own = baselines.scheme("k3v3:window=0,calibrated=scale,layers").bound(llama)
+    own = schemes.scheme("k3v3:window=0,calibrated=scale,layers").bound(llama)
     assert bits_of(own.caches(llama)) == GIVEN
-    same = baselines.scheme("k3v3:window=0,calibrated=scale").bound(llama)
+    same = schemes.scheme("k3v3:window=0,calibrated=scale").bound(llama)
     assert bits_of(same.caches(llama)) == [(3, 3), (3, 3)]
     monkeypatch.setattr(calibration, "find", lambda model, transform: made.without_losses)
     with pytest.raises(ValueError, match=r"rotormlx calibrate MODEL --layers --transform scale"):
         own.bound(llama)
     with pytest.raises(ValueError, match="add calibrated=scale"):
-        baselines.scheme("k3v3:layers")
+        schemes.scheme("k3v3:layers")
