@@ -65,21 +65,21 @@ def use() -> None:
 
 def built(folder: Path) -> tuple[Path, Path]:
     """The wheel and the sdist of a folder."""
-    found = [sorted(folder.glob(pattern)) for pattern in ("*.whl", "*.tar.gz")]
-    if [len(paths) for paths in found] != [1, 1] or len(list(folder.iterdir())) != 2:
+    archives = [sorted(folder.glob(pattern)) for pattern in ("*.whl", "*.tar.gz")]
+    if [len(paths) for paths in archives] != [1, 1] or len(list(folder.iterdir())) != 2:
         names = sorted(path.name for path in folder.iterdir())
         sys.exit(f"{folder} must hold one wheel and one sdist and nothing else, but holds {names}.")
-    return found[0][0], found[1][0]
+    return archives[0][0], archives[1][0]
 
 
-def check(name: str, found: list[str], wanted: set[str]) -> None:
+def check(name: str, listed: list[str], wanted: set[str]) -> None:
     """Refuse a file too much, too little, or twice."""
-    wrong = sorted(f"+ {path}" for path in set(found) - wanted)
-    wrong += sorted(f"- {path}" for path in wanted - set(found))
-    wrong += sorted(f"twice: {path}" for path in set(found) if found.count(path) > 1)
+    wrong = sorted(f"+ {path}" for path in set(listed) - wanted)
+    wrong += sorted(f"- {path}" for path in wanted - set(listed))
+    wrong += sorted(f"twice: {path}" for path in set(listed) if listed.count(path) > 1)
     if wrong:
         sys.exit(f"The {name} must hold what the clone has and no more, but:\n" + "\n".join(wrong))
-    print(f"{name}: {len(found)} files, as listed")
+    print(f"{name}: {len(listed)} files, as listed")
 
 
 def in_wheel(path: Path) -> list[str]:

@@ -49,9 +49,9 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
     )
 
     def compare(reference: Scores, dtype: str, label: str, other: Scores) -> None:
-        found = scoring.differences(reference, other, start=start)
-        low, high = mean_interval(found.kl)
-        kl, top1 = found.kl.mean(), found.same.mean()
+        distance = scoring.differences(reference, other, start=start)
+        low, high = mean_interval(distance.kl)
+        kl, top1 = distance.kl.mean(), distance.same.mean()
         print(f"| {dtype} | {label} | {kl:z.5f} | {low:z.5f} to {high:z.5f} | {top1:.1%} |")
 
     with hook.in_place():

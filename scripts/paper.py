@@ -87,7 +87,7 @@ def products(name: str, bits: int, *, qjl: bool) -> tuple[float, float, float, f
 
     The slope is that of estimated against true products by least squares: 1 without bias.
     """
-    found = []
+    results = []
     for seed in range(SEEDS):
         keys, queries = unit_vectors(PAIRS, 2 * seed), unit_vectors(PAIRS, 2 * seed + 1)
         coded = Turbo(bits, bits, name, qjl=qjl, seed=seed).decoded(keys, layer=0, role=KEY)
@@ -95,8 +95,8 @@ def products(name: str, bits: int, *, qjl: bool) -> tuple[float, float, float, f
         error = estimate - truth
         slope = (estimate * truth).sum() / (truth * truth).sum()
         rmse = np.sqrt(np.square(error).mean())
-        found.append((error.mean(), slope, rmse, np.corrcoef(truth, estimate)[0, 1]))
-    bias, slope, rmse, correlation = np.mean(found, axis=0)
+        results.append((error.mean(), slope, rmse, np.corrcoef(truth, estimate)[0, 1]))
+    bias, slope, rmse, correlation = np.mean(results, axis=0)
     return float(bias), float(slope), float(rmse), float(correlation)
 
 
@@ -181,7 +181,9 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
         }
         for name, (_, claim) in names.items():
             chosen = schemes.scheme(name)
-            errors = [attention_error.layer_error(one, chosen.make(one.layer)) for one in layers]
+            errors = [
+                attention_error.layer_error(layer, chosen.make(layer.layer)) for layer in layers
+            ]
             means = {
                 field: np.mean([getattr(error, field) for error in errors])
                 for field in ("score_cosine", "cosine", "top1", "top5", "key_error")

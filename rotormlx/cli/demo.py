@@ -132,7 +132,7 @@ def run(
         finally:
             integration.remove(network)
     start = _first_packed(runs)
-    rows = [_row(name, one, runs[EXACT], start, ratios) for name, one in runs.items()]
+    rows = [_row(name, run, runs[EXACT], start, ratios) for name, run in runs.items()]
     _print(console, rows, runs[EXACT].scores, start)
     return rows
 
@@ -211,23 +211,23 @@ def _first_packed(runs: dict[str, _Run]) -> int:
     return int(np.argmax(np.min(packed, axis=0) > 0))
 
 
-def _row(name: str, one: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
-    caches = [cache for _, _, cache in leaves(one.caches)]
+def _row(name: str, run: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
+    caches = [cache for _, _, cache in leaves(run.caches)]
     bits, exact_bits = (
-        cache_contents.bits_per_value(one.caches),
+        cache_contents.bits_per_value(run.caches),
         cache_contents.bits_per_value(exact.caches),
     )
     return Row(
         name=name,
-        text=one.text,
+        text=run.text,
         context_tokens=max(getattr(cache, "offset", 0) for cache in caches),
         packed_tokens=scoring.packed_of(caches),
-        packed_share=_packed_share(one.scores, start),
-        cache_bytes=cache_contents.used_bytes(one.caches),
+        packed_share=_packed_share(run.scores, start),
+        cache_bytes=cache_contents.used_bytes(run.caches),
         long_context_ratio=ratios.get(name, FLOAT16_BITS / bits) * exact_bits / FLOAT16_BITS,
         bits_per_value=bits,
-        quality=None if one is exact else scoring.compare(exact.scores, one.scores, start=start),
-        tokens_per_second=one.tokens_per_second,
+        quality=None if run is exact else scoring.compare(exact.scores, run.scores, start=start),
+        tokens_per_second=run.tokens_per_second,
     )
 
 

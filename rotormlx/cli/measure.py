@@ -240,14 +240,13 @@ def calibrate(
             "[hook]",
         ),
     ):
-        module = importlib.import_module("rotormlx.measure.calibrate")
         words = None if text is None else _read(text)
         console, path, (loaded, tokenizer) = _load(model)
         with _progress(console) as progress:
             count = len(loaded.layers)
             total = tokens + count + layers * (2 * count + 1) * tokens
             task = progress.add_task(f"Calibrating {path.name}", total=total)
-            found = module.calibrate(
+            calibration = _module("calibrate").calibrate(
                 loaded,
                 tokenizer,
                 transform=transform,
@@ -256,17 +255,19 @@ def calibrate(
                 layers=layers,
                 progress=lambda n: progress.advance(task, n),
             )
-        target = output or module.default_path(loaded, transform)
         if output is None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        found.save(target)
+            output = importlib.import_module("rotormlx.mlx.calibration").default_path(
+                loaded, transform
+            )
+            output.parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(output)
     console.print(
-        f"{path.name}: {transform} {'and losses ' if layers else ''}of {len(found.layers)} layers "
-        f"from {found.tokens} tokens, "
-        f"{found.numbers_a_head:,} numbers a KV head, {target.stat().st_size / 1e6:.2f} MB",
+        f"{path.name}: {transform} {'and losses ' if layers else ''}of {len(calibration.layers)} "
+        f"layers from {calibration.tokens} tokens, {calibration.numbers_a_head:,} numbers a KV "
+        f"head, {output.stat().st_size / 1e6:.2f} MB",
         highlight=False,
     )
-    typer.echo(f"wrote {target}", err=True)
+    typer.echo(f"wrote {output}", err=True)
 
 
 def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:

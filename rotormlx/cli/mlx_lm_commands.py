@@ -317,8 +317,8 @@ def parser_of(tool: ModuleType) -> argparse.ArgumentParser:
         with patch.object(argparse.ArgumentParser, "parse_args", capture):
             tool.main()
     except _Captured as captured:
-        found: argparse.ArgumentParser = captured.args[0]
-        return found
+        own: argparse.ArgumentParser = captured.args[0]
+        return own
     raise RuntimeError(f"[session] {tool.__name__}.main parses no arguments; update rotormlx.")
 
 

@@ -107,17 +107,17 @@ def layer_error(exact: Attended, cache: Any) -> LayerError:
             mx.array(exact.keys[None, :, part]), mx.array(exact.values[None, :, part])
         )
     keys, values = (_float32(x[0]) for x in cache_contents.decoded(cache))
-    truth, found = _scores(exact, exact.keys), _scores(exact, keys)
+    truth, scores = _scores(exact, exact.keys), _scores(exact, keys)
     visible = np.isfinite(truth)
     best = truth.argmax(-1)[..., None]
     # Tokens with a higher score than the one that should be highest.
-    above = (found > np.take_along_axis(found, best, -1)).sum(-1)
+    above = (scores > np.take_along_axis(scores, best, -1)).sum(-1)
     return LayerError(
         exact.layer,
         key_error=_relative(exact.keys, keys),
         value_error=_relative(exact.values, values),
-        score_cosine=_cosine(np.where(visible, truth, 0), np.where(visible, found, 0)),
-        cosine=_cosine(_output(truth, exact.values), _output(found, values)),
+        score_cosine=_cosine(np.where(visible, truth, 0), np.where(visible, scores, 0)),
+        cosine=_cosine(_output(truth, exact.values), _output(scores, values)),
         top1=float((above < 1).mean()),
         top5=float((above < 5).mean()),
     )

@@ -127,12 +127,12 @@ def run(
         numpy_linear() if numpy else nullcontext(),
         scoring.computing_in(model, dtype),
     ):
-        for each in schemes:
-            turn(model, ids[:64], each, 2)
-        for _, context, each in product(range(repeats), contexts, schemes):
-            progress.update(task, description=f"{context} tokens: {each.name}")
-            timing = turn(model, ids[:context], each, decode_tokens)
-            turns.setdefault((each.name, context), []).append(timing)
+        for chosen in schemes:
+            turn(model, ids[:64], chosen, 2)
+        for _, context, chosen in product(range(repeats), contexts, schemes):
+            progress.update(task, description=f"{context} tokens: {chosen.name}")
+            timing = turn(model, ids[:context], chosen, decode_tokens)
+            turns.setdefault((chosen.name, context), []).append(timing)
             progress.advance(task, context)
     return Result(
         model_name,
@@ -146,11 +146,11 @@ def run(
     )
 
 
-def turn(model: Any, prompt: Sequence[int], each: Scheme, decode_tokens: int) -> Timing:
+def turn(model: Any, prompt: Sequence[int], chosen: Scheme, decode_tokens: int) -> Timing:
     """Read a prompt and write ``decode_tokens`` tokens behind the first, greedily."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    caches = each.caches(model)
+    caches = chosen.caches(model)
     start = time.perf_counter()
     logits = mx.array(0.0)
     for first in range(0, len(prompt), PROMPT_CHUNK):
@@ -164,7 +164,7 @@ def turn(model: Any, prompt: Sequence[int], each: Scheme, decode_tokens: int) ->
         mx.eval(token)
     written = time.perf_counter()
     return Timing(
-        scheme=each.name,
+        scheme=chosen.name,
         context=len(prompt),
         prefill_tokens_per_second=len(prompt) / (read - start),
         first_token_seconds=read - start,

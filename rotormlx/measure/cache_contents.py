@@ -76,5 +76,5 @@ def _used(cache: Any) -> int:
     if not isinstance(cache, (KVCache, QuantizedKVCache)):
         return int(cache.nbytes)
     used: Any = cache.keys_and_values()  # type: ignore[no-untyped-call]
-    found: Any = tree_flatten(used)
-    return sum(leaf.nbytes for _, leaf in found if isinstance(leaf, mx.array))
+    arrays: Any = tree_flatten(used)
+    return sum(leaf.nbytes for _, leaf in arrays if isinstance(leaf, mx.array))

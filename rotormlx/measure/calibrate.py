@@ -152,11 +152,11 @@ def _moments(
             attended.clear()
             mx.eval([cache.state for cache in held.values()])
             tell(len(part))
-    found = {}
+    moments = {}
     for layer, cache in held.items():
         keys, values = cache.keys_and_values()
-        found[layer] = queries[id(keys.codec)].mean, _moment(keys), _moment(values)
-    return found
+        moments[layer] = queries[id(keys.codec)].mean, _moment(keys), _moment(values)
+    return moments
 
 
 def _moment(view: Any) -> Floats:

@@ -56,17 +56,17 @@ def losses(
 
         return scoring.score(model, ids, compress(make_prompt_cache(model), make), progress=tell)
 
-    found = np.zeros((len(layers), len(_ONE_ROLE)))
+    lost = np.zeros((len(layers), len(_ONE_ROLE)))
     with hook.in_place(), numpy_linear(), scoring.computing_in(model, "float32"):
         reference = read(None)
         for place, layer in enumerate(layers):
             for role, config in enumerate(_ONE_ROLE):
                 coded = read(layer, config)
                 kl = scoring.differences(reference, coded, start=_START).kl.mean()
-                found[place, role] = max(kl, 0.0)  # what is lost is; rounding may say -1e-10
-    if not np.isfinite(found).all():
+                lost[place, role] = max(kl, 0.0)  # what is lost is; rounding may say -1e-10
+    if not np.isfinite(lost).all():
         raise ValueError(
             "[calibration] A model must predict finite numbers for its layers to be measured, but "
             "this one does not; calibrate it without --layers."
         )
-    return found
+    return lost

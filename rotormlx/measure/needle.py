@@ -236,9 +236,9 @@ def run(
     dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
     with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
         for stack in stacks:
-            for each in schemes:
-                progress.update(task, description=f"{stack.kind}: {each.name}")
-                done += search(model, stack, each, lambda: progress.advance(task))
+            for chosen in schemes:
+                progress.update(task, description=f"{stack.kind}: {chosen.name}")
+                done += search(model, stack, chosen, lambda: progress.advance(task))
     return Result(
         model_name,
         command,
@@ -250,24 +250,24 @@ def run(
 
 
 def search(
-    model: Any, stack: Haystack, each: Scheme, advance: Callable[[], None] | None = None
+    model: Any, stack: Haystack, chosen: Scheme, advance: Callable[[], None] | None = None
 ) -> Iterator[Trial]:
     """Read a text through a scheme's caches and ask for each of its needles.
 
     Raises:
         RuntimeError: If a needle does not lie in packed bytes.
     """
-    caches = each.caches(model)
+    caches = chosen.caches(model)
     length = len(stack.tokens)
     for start in range(0, length, PROMPT_CHUNK):
         mx.eval(model(mx.array([stack.tokens[start : start + PROMPT_CHUNK]]), cache=caches))
-    if each.name != EXACT:
-        _check_packed(stack, each, caches)
+    if chosen.name != EXACT:
+        _check_packed(stack, chosen, caches)
     for question in stack.questions:
         logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
         best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
         found = bool((best == question.answer).all())
-        yield Trial(each.name, stack.kind, length, question.first / length, found)
+        yield Trial(chosen.name, stack.kind, length, question.first / length, found)
         if advance is not None:
             advance()
 
@@ -339,7 +339,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
+def _check_packed(stack: Haystack, chosen: Scheme, caches: Sequence[Any]) -> None:
     packed = scoring.packed_of(caches)
     held = next(cache for _, cache in cache_contents.compressed(caches))
     sink = getattr(getattr(held, "config", held), "sink", 0)
@@ -347,7 +347,7 @@ def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
         if question.first < sink or question.end > sink + packed:
             raise RuntimeError(
                 f"[needle] Every needle must lie in packed bytes, but one is tokens "
-                f"{question.first} to {question.end}, and {each.name} packed {sink} to "
+                f"{question.first} to {question.end}, and {chosen.name} packed {sink} to "
                 f"{sink + packed}; take longer texts."
             )
 

@@ -63,22 +63,22 @@ class Scheme:
         """
         if self.transform is None or self.config is None:
             return self
-        found = calibration.find(model, self.transform)
-        if found is None:
+        made = calibration.find(model, self.transform)
+        if made is None:
             raise ValueError(
                 f"[scheme] {self.name} needs a calibration of this model, but none is kept; make "
                 f"it: rotormlx calibrate MODEL --transform {self.transform}."
             )
         if not self.layers:
-            found = found.without_losses
-        elif not found.has_losses:
+            made = made.without_losses
+        elif not made.has_losses:
             raise ValueError(
                 f"[scheme] {self.name} needs a calibration that has measured the layers, but the "
                 "one of this model has not; make it: rotormlx calibrate MODEL --layers --transform "
                 f"{self.transform}."
             )
-        config = found.configured(self.config)
-        return replace(self, config=config, make=cache_factory(config, found))
+        config = made.configured(self.config)
+        return replace(self, config=config, make=cache_factory(config, made))
 
     def caches(self, model: Any) -> list[Any]:
         """Fresh caches for a model that has its own; what cannot be compressed stays as it is."""
@@ -97,11 +97,11 @@ def scheme(name: str) -> Scheme:
     """
     if name == EXACT:
         return Scheme(name, lambda layer: KVCache())
-    found = _NAME.fullmatch(name)
-    if found is None or (found[1] or "cascade") not in FAMILIES:
+    parts = _NAME.fullmatch(name)
+    if parts is None or (parts[1] or "cascade") not in FAMILIES:
         raise ValueError(f"[scheme] A scheme must be exact or {GRAMMAR}, but {name!r} was given.")
-    family, bits = found[1] or "cascade", (int(found[2]), int(found[3]))
-    options = _options(name, found[4])
+    family, bits = parts[1] or "cascade", (int(parts[2]), int(parts[3]))
+    options = _options(name, parts[4])
     if family in ROTATIONS:
         return _rotor_scheme(name, family, bits, options)
     return _baseline(name, family, bits, options)

@@ -35,8 +35,8 @@ def default_text() -> str:
     40,000 characters, 8,500 tokens of SmolLM2. Versions of CPython word it a little differently:
     compare numbers of one minor version.
     """
-    found = (paragraph for name in _TOPICS for paragraph in _prose(topics.get(name, "")))
-    return "\n\n".join(dict.fromkeys(found))  # topics repeat each other
+    paragraphs = (paragraph for name in _TOPICS for paragraph in _prose(topics.get(name, "")))
+    return "\n\n".join(dict.fromkeys(paragraphs))  # topics repeat each other
 
 
 def _prose(text: str) -> Iterator[str]:

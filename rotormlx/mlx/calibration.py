@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -169,14 +170,14 @@ def load(path: str | Path, model: Module) -> Calibration:
 
     Source: docs/FORMAT.md, section 10.
     """
-    found = _read(path)
-    if found.model != (own := fingerprint(model)):
+    read = _read(path)
+    if read.model != (own := fingerprint(model)):
         raise ValueError(
             f"[calibration] {path} must be of the model with fingerprint {own[:12]}, but it is of "
-            f"another, with fingerprint {found.model[:12]!a}; calibrate this model: rotormlx "
+            f"another, with fingerprint {read.model[:12]!a}; calibrate this model: rotormlx "
             "calibrate MODEL."
         )
-    return found
+    return read
 
 
 def find(model: Module, transform: str | None = None) -> Calibration | None:
@@ -203,14 +204,14 @@ def required(model: Module, config: RotorConfig) -> Calibration:
         ValueError: If none is kept for the model.
     """
     transforms = TRANSFORMS[1:] if config.rotation == CALIBRATED else TRANSFORMS[:1]
-    found = [made for name in reversed(transforms) if (made := find(model, name))]
-    if not found:
+    kept = [made for name in reversed(transforms) if (made := find(model, name))]
+    if not kept:
         raise ValueError(
             f"[calibration] A calibration with the transform {' or '.join(transforms)} is "
             "required, but none is kept for this model; make one: rotormlx calibrate MODEL "
             f"--transform {transforms[-1]}."
         )
-    return found[0]
+    return kept[0]
 
 
 def default_path(model: Module, transform: str) -> Path:
@@ -227,42 +228,59 @@ def _directory(model: Module) -> Path:
 
 def _read(path: str | Path) -> Calibration:
     numbers, facts = tensor_file.read_arrays(path, where="calibration")
-
-    def wrong(required: str, came: object) -> ValueError:
-        return ValueError(
-            f"[calibration] {path} must {required}, but {came}; it is damaged, of another version "
-            "or something else: calibrate the model again."
+    fault = _fault_of_facts(facts) or _fault_of_numbers(numbers, facts["transform"])
+    if fault is not None:
+        raise ValueError(
+            f"[calibration] {path} must {fault.required}, but {fault.came}; it is damaged, of "
+            "another version or something else: calibrate the model again."
         )
+    return Calibration(
+        facts["transform"], facts["model"], facts["structure"], numbers, int(facts["tokens"])
+    )
 
+
+class _Fault(NamedTuple):
+    """Why a file is no calibration."""
+
+    required: str
+    came: str
+
+
+def _fault_of_facts(facts: dict[str, str]) -> _Fault | None:
+    """What is wrong with the texts of a file."""
     if facts.get("version") != VERSION or facts.get("transform") not in TRANSFORMS:
-        raise wrong(
+        return _Fault(
             f"be a calibration of version {VERSION} with a transform of {', '.join(TRANSFORMS)}",
             f"it has version {facts.get('version')!a:.40} and {facts.get('transform')!a:.40}",
         )
-    transform = facts["transform"]
     for fact in ("model", "structure", "tokens"):
         if fact not in facts or (fact == "tokens" and not _COUNT.fullmatch(facts[fact])):
-            raise wrong(f"tell its {fact}", "it does not")
+            return _Fault(f"tell its {fact}", "it does not")
+    return None
+
+
+def _fault_of_numbers(numbers: dict[str, NDArray[np.float32]], transform: str) -> _Fault | None:
+    """What is wrong with the arrays of a file."""
     parts = ("", ".rotors") if transform == "rotors" else ("",)
     layers = {name.partition(".")[0] for name in numbers}
     wanted = {f"{layer}.{role}{part}" for layer in layers for role in ROLES for part in parts}
     measured = {f"{layer}.{role}{LOSS}" for layer in layers for role in ROLES}
-    right = set(numbers) in (wanted, wanted | measured)
-    if not layers or not right or not all(layer.isdecimal() for layer in layers):
-        raise wrong("name its arrays by layer and role", f"it has {sorted(numbers)[:4]}")
+    is_complete = set(numbers) in (wanted, wanted | measured)
+    if not layers or not is_complete or not all(layer.isdecimal() for layer in layers):
+        return _Fault("name its arrays by layer and role", f"it has {sorted(numbers)[:4]}")
     for name, array in numbers.items():
         dimensions = 1 if name in measured else 3 if transform == "klt" else 2
         if array.dtype != np.float32 or array.ndim != dimensions or not np.isfinite(array).all():
-            raise wrong(
+            return _Fault(
                 f"hold finite float32 numbers of {dimensions} dimensions",
                 f"{name} is {array.dtype} of shape {array.shape}",
             )
         if name in measured:
             if array.shape != (1,) or array[0] < 0:
-                raise wrong("hold a loss not below zero for each layer and role", f"not {name}")
+                return _Fault("hold a loss not below zero for each layer and role", f"not {name}")
         elif not _usable(transform, name, array, numbers):
-            raise wrong("hold scales above zero and matrices that can be inverted", name)
-    return Calibration(transform, facts["model"], facts["structure"], numbers, int(facts["tokens"]))
+            return _Fault("hold scales above zero and matrices that can be inverted", name)
+    return None
 
 
 def _usable(
