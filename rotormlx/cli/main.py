@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rotormlx import __version__
-from rotormlx.cli import measure
+from rotormlx.cli import measure, report_tables
 from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, ROTATIONS, RotorConfig
 
 # Commands of mlx-lm that run with compressed caches, and what each does.
@@ -204,8 +204,8 @@ def info(
     loaded = _load(model, config, calibration)
     report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
     console = Console()
-    console.print(report.layer_table())
-    console.print(report.memory_table())
+    console.print(report_tables.layer_table(report))
+    console.print(report_tables.memory_table(report))
     backend = importlib.import_module("rotormlx.mlx.backends").describe()
     console.print(f"Backend: {backend}", highlight=False)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rotormlx.codec import codebook
 from rotormlx.codec.format import BLOCK, KEY, VALUE
 from rotormlx.codec.rotation import rotation
-from rotormlx.config import ROTATIONS, RotorConfig
+from rotormlx.config import BITS, ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -483,7 +483,7 @@ def _rival(name: str, family: str, bits: tuple[int, int], options: dict[str, Any
         codec = Kivi(*bits)
     else:
         _allow(name, options, ("sink", "window", "seed", "qjl", "centred"))
-        _check_bits(name, bits, (2, 3, 4) if options.get("qjl") else codebook.BITS)
+        _check_bits(name, bits, (2, 3, 4) if options.get("qjl") else BITS)
         codec = Turbo(*bits, "dense" if family == "turboquant" else "rotor3", **options)
     rule = {"sink": 4 if sink is None else sink, "window": 64 if window is None else window}
     return Scheme(name, lambda layer: SimulatedCache(codec, layer, **rule))
