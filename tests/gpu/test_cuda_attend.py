@@ -234,6 +234,22 @@ def test_devices_with_less_shared_memory(kilobytes, monkeypatch):
     assert 1024 * least < kernel_bytes <= 1024 * kilobytes
 
 
+@pytest.mark.parametrize("field", [name for name, _ in cuda_calls.AttendPlan._fields_])
+def test_the_launcher_refuses_a_plan_that_does_not_fit(field, monkeypatch):
+    """A number that is one off launches nothing."""
+    case = replace(BASE, length=1, batch=1, kv_heads=1)
+    right = cuda_calls.plan_of
+
+    def wrong(*call):
+        plan = right(*call)
+        setattr(plan, field, getattr(plan, field) + 1)
+        return plan
+
+    monkeypatch.setattr(cuda_calls, "plan_of", wrong)
+    with pytest.raises(RuntimeError, match="rotormlx_attend returned the CUDA error 1"):
+        run(problem(case), made=module_of(case))
+
+
 def test_a_query_that_sees_nothing_is_zero():
     for length, dtype in itertools.product((1, 17), ("f16", "f32")):
         output = run(problem(replace(BASE, mask="bool", length=length, dtype=dtype)))
