@@ -11,10 +11,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from rotormlx.kernels import mask_kinds
 from rotormlx.mlx.cache.view import KVView
-
-# Kinds of a mask, as the kernels number them (cuda_kernels/launch.h, metal_kernels/scores.h).
-NO_MASK, CAUSAL, BOOLEAN, ADDITIVE = range(4)
 
 
 class AttendCall(NamedTuple):
@@ -111,12 +109,12 @@ class AttendCall(NamedTuple):
 
     @property
     def mask_kind(self) -> int:
-        """``NO_MASK``, ``CAUSAL``, ``BOOLEAN`` or ``ADDITIVE``."""
+        """One of :mod:`rotormlx.kernels.mask_kinds`."""
         if self.mask is None:
-            return NO_MASK
+            return mask_kinds.NONE
         if isinstance(self.mask, str):
-            return CAUSAL
-        return BOOLEAN if self.mask.dtype == mx.bool_ else ADDITIVE
+            return mask_kinds.CAUSAL
+        return mask_kinds.BOOLEAN if self.mask.dtype == mx.bool_ else mask_kinds.ADDITIVE
 
     @property
     def scaled_queries(self) -> mx.array:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed
 from rotormlx.codec.limits import check_grid, check_tokens
 from rotormlx.codec.rotation import Rotation
+from rotormlx.kernels import mask_kinds
 from rotormlx.kernels.cuda_plan import MAX_HEAD_DIM, Device, Shape, attend_plan
 from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, torch_ops
@@ -24,7 +25,6 @@ from rotormlx.torch.build import Configuration
 from rotormlx.torch.torch_ops import AttendCall
 
 _ALIGNMENT = 16
-_NO_MASK, _CAUSAL, _BOOLEAN, _ADDITIVE = range(4)
 
 # Loaded libraries, newest last.
 _loaded: dict[Configuration, Any] = {}
@@ -122,13 +122,13 @@ def _mask(call: AttendCall) -> tuple[int, Tensor | None]:
     """The kind of a mask (see launch.h), and the mask ``[B, H, L, S]``, boolean or float32."""
     mask = call.wide_mask
     if mask is None:
-        return (_CAUSAL if call.causal else _NO_MASK), None
+        return (mask_kinds.CAUSAL if call.causal else mask_kinds.NONE), None
     is_boolean = mask.dtype == torch.bool
     mask = mask if is_boolean else mask.float()
     # Along an axis that is broadcast, the stride becomes 0 and nothing is copied.
     tokens = mask.shape[-1] if mask.shape[-1] > 1 else call.capacity
     mask = mask.expand(*call.query.shape[:3], tokens)
-    return (_BOOLEAN if is_boolean else _ADDITIVE), mask
+    return (mask_kinds.BOOLEAN if is_boolean else mask_kinds.ADDITIVE), mask
 
 
 # ---- which library ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ seed, layer, bits) comes as plain numbers and strings; tables are made once a de
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -294,16 +295,24 @@ def _attend_with(
     return attend
 
 
-def _codec(head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int) -> Codec:
+def _codec(head_dim: int, role: str, **coding: Any) -> Codec:
+    # While shapes are traced, a dimension is no plain integer.
+    return _plain_codec(int(head_dim), role, **coding)
+
+
+@lru_cache(maxsize=1024)
+def _plain_codec(
+    head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int
+) -> Codec:
     if role not in ROLES:
         raise ValueError(f"[codec] role must be 'key' or 'value', but {role!r} was given.")
-    config = RotorConfig(bits, bits, rotation, seed=seed)
-    return codec(config, int(head_dim), layer=layer, role=role)
+    return codec(RotorConfig(bits, bits, rotation, seed=seed), head_dim, layer=layer, role=role)
 
 
 def _packed(words: Tensor | None, scales: Tensor | None, centres: Tensor | None) -> Packed | None:
-    packed = Packed(words, scales, centres)
-    return None if all(part is None for part in packed) else packed
+    if words is None and scales is None and centres is None:
+        return None
+    return Packed(words, scales, centres)
 
 
 def _fake_encode(x: Tensor, codec: Codec, *, centres: Tensor | None, **_: Any) -> Packed:
