@@ -16,7 +16,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rotormlx import __version__
-from rotormlx.cli import measure
+from rotormlx.cli import measure, report_tables
 from rotormlx.cli.options import CalibrationFile, takes_config
 from rotormlx.cli.refusal import RefusingGroup, refusing
 from rotormlx.config import RotorConfig
@@ -145,8 +145,8 @@ def info(
     loaded = _session().load_lazily(model, config, calibration)
     report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
     console = Console()
-    console.print(report.layer_table())
-    console.print(report.memory_table())
+    console.print(report_tables.layer_table(report))
+    console.print(report_tables.memory_table(report))
     backend = importlib.import_module("rotormlx.mlx.backends").describe()
     console.print(f"Backend: {backend}", highlight=False)
 
