@@ -8,7 +8,8 @@
 
 #include "../runtime/emulator.h"
 
-#define METAL_FUNC inline __attribute__((always_inline))
+// A function stays one: to compile its text anew at every call would take longer than to call it.
+#define METAL_FUNC inline
 
 using uchar = unsigned char;
 using ushort = unsigned short;
