@@ -102,10 +102,8 @@ class CudaModule:
         called.restype = ctypes.c_size_t
         return int(called(ctypes.byref(arguments)))
 
-    def call(
-        self, function: str, arguments: ctypes.Structure, buffers: Buffers, *, order: int = 0
-    ) -> None:
-        """Call a function of the host and run what it launches.
+    def call(self, function: str, arguments: ctypes.Structure, buffers: Buffers) -> None:
+        """Call a function of the host and run what it launches, in the ``execution_order``.
 
         Raises:
             KernelError: If a kernel breaks a rule.
@@ -124,7 +122,7 @@ class CudaModule:
                     list(buffers),
                     grid=[g * b for g, b in zip(made.grid, made.block, strict=True)],
                     threadgroup=list(made.block),
-                    order=order,
+                    order=_order.get(),
                     threadgroup_memory_limit=SHARED_MEMORY_LIMIT,
                 )
             )
