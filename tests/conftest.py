@@ -82,8 +82,8 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str], No
 
 # They take minutes: started first, the processes end at about the same time.
 _LONG_FILES = (
-    *("test_real_model", "test_fuzz", "test_metal_attend", "test_metal_kernels"),
-    *("test_cuda_attend", "test_cuda_kernels", "test_cuda_compile"),
+    *("test_attend", "test_encode_decode", "test_cuda_mutations", "test_metal_mutations"),
+    *("test_real_model", "test_fuzz", "test_cuda_compile"),
 )
 
 

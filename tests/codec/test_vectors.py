@@ -7,42 +7,26 @@ import numpy as np
 import pytest
 
 from rotormlx.codec import codebook
-from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, Packed, codec
-from rotormlx.config import RotorConfig
+from rotormlx.codec.format import BLOCK, FORMAT_VERSION, ROLES
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend
-from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage import tensor_file
 from scripts import make_vectors
+from tests.support.vectors import (
+    CASES,
+    channel_scale,
+    check_decoded,
+    check_encoded,
+    codec_of,
+    load,
+    name_of,
+    packed_of,
+    views_of,
+)
 
-CASES = make_vectors.CASES
 
-
-def load(case):
-    path = make_vectors.DIRECTORY / case.file_name
-    arrays, texts = tensor_file.read_arrays(path, where="test vectors", checksum_required=False)
-    return arrays, json.loads(texts["rotormlx"])
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.file_name.split(".")[0])
+@pytest.fixture(params=CASES, ids=name_of)
 def vectors(request):
     return request.param, *load(request.param)
-
-
-def codec_of(facts, bits, role):
-    config = RotorConfig(bits, bits, facts["rotation"], seed=facts["seed"])
-    return codec(config, facts["head_dim"], layer=facts["layer"], role=role)
-
-
-def channel_scale(arrays, role):
-    scale = arrays.get(f"{role}.channel_scale")
-    return None if scale is None else mx.array(scale)
-
-
-def packed_of(arrays, role, bits):
-    centres = mx.array(arrays["key.centres"]) if role == KEY else None
-    words, scales = (mx.array(arrays[f"{role}.{part}.{bits}"]) for part in ("words", "scales"))
-    return Packed(words, scales, centres)
 
 
 def test_files_are_what_the_script_makes(vectors):
@@ -70,10 +54,7 @@ def test_encode_reproduces_every_bit(vectors, role, bits, dtype):
     packed = backend().encode(
         x, codec_of(facts, bits, role), channel_scale=channel_scale(arrays, role)
     )
-    assert np.array_equal(np.array(packed.words), arrays[f"{role}.words.{bits}"])
-    assert np.array_equal(np.array(packed.scales), arrays[f"{role}.scales.{bits}"])
-    if role == KEY:
-        assert np.array_equal(np.array(packed.centres), arrays["key.centres"])
+    check_encoded(packed, arrays, role, bits)
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -90,37 +71,19 @@ def test_prefill_scale_is_reproduced(vectors, role):
 @pytest.mark.parametrize("role", ROLES)
 def test_decode_reproduces_the_vectors(vectors, role, bits):
     _, arrays, facts = vectors
-    expected = arrays[f"{role}.decoded.{bits}"]
     decoded = backend().decode(
         packed_of(arrays, role, bits),
         codec_of(facts, bits, role),
         channel_scale=channel_scale(arrays, role),
     )
-    decoded = np.array(decoded)[:, :, : expected.shape[2]]
-    # The bound of docs/FORMAT.md, section 9.
-    assert np.abs(decoded - expected).max() <= 1e-5 * np.abs(expected).max()
+    check_decoded(decoded, arrays, role, bits)
 
 
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("bits", codebook.BITS)
 def test_attend_reproduces_the_outputs(vectors, bits):
     _, arrays, facts = vectors
-    views = []
-    for role in ROLES:
-        packed = packed_of(arrays, role, bits)
-        packed_tokens = packed.scales.shape[2] * BLOCK - facts["missing"]
-        exact = mx.array(arrays[f"{role}.exact"]).astype(mx.float32)
-        views.append(
-            KVView(
-                codec_of(facts, bits, role),
-                exact,
-                packed,
-                channel_scale(arrays, role),
-                facts["sink"],
-                packed_tokens,
-                packed_tokens + exact.shape[2],
-            )
-        )
+    views = views_of(arrays, facts, bits)
     scale = facts["head_dim"] ** -0.5
     output = attend_view(mx.array(arrays["query"]), *views, scale=scale, mask="causal")
     expected = arrays[f"output.{bits}"]

@@ -16,7 +16,7 @@ from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
 from rotormlx.codec.rotation import calibrated
 from rotormlx.config import CALIBRATED, ROTATIONS, RotorConfig
 from rotormlx.kernels import cpu_library
-from tests.gpu.test_metal_kernels import special_rows, tied_row
+from tests.support.codec_cases import special_rows, tied_row
 
 ROOT = Path(__file__).parents[2]
 needs_library = pytest.mark.skipif(

@@ -2,7 +2,7 @@
 
 from .launch import KernelError, Kind, Report
 from .lint import lint
-from .metal import EmulatedKernel, execution_order, metal_kernel, run_text
+from .metal import EmulatedKernel, compiling_ahead, execution_order, metal_kernel, run_text
 from .toolchain import CompilerMissingError
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "KernelError",
     "Kind",
     "Report",
+    "compiling_ahead",
     "execution_order",
     "lint",
     "metal_kernel",

@@ -6,7 +6,6 @@ with pointers that name a buffer; what they launch is kept, and then run with ev
 
 import ctypes
 import functools
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,7 +86,7 @@ class CudaModule:
             if text.count(old) != 1:
                 raise ValueError(f"{old!r} must stand once, but stands {text.count(old)} times.")
             text = text.replace(old, new)
-        self._kernel = _compile(text, path.name, tuple(sorted(macros.items())))
+        self._kernel = _compile(text, path.name, _WITH_LAUNCHERS, tuple(sorted(macros.items())))
         toolchain.runtime_library()  # whose functions the module finds by name
         self._library = ctypes.CDLL(str(self._kernel.module))
         self._library.emulator_select_launch.restype = ctypes.POINTER(_Launch)
@@ -108,16 +107,14 @@ class CudaModule:
         buffers: Buffers,
         *,
         plan: ctypes.Structure | None = None,
-        order: int = 0,
     ) -> None:
-        """Call a function of the host and run what it launches.
+        """Call a function of the host and run what it launches, in the ``execution_order``.
 
         Args:
             function: Its name.
             arguments: Its first argument.
             buffers: What the arguments' pointers name.
             plan: Its second argument, if it takes one beside the stream.
-            order: Of execution, see :func:`launch`.
 
         Raises:
             KernelError: If a kernel breaks a rule.
@@ -137,7 +134,7 @@ class CudaModule:
                     list(buffers),
                     grid=[g * b for g, b in zip(made.grid, made.block, strict=True)],
                     threadgroup=list(made.block),
-                    order=order,
+                    order=_order.get(),
                     threadgroup_memory_limit=SHARED_MEMORY_LIMIT,
                 )
             )
@@ -224,6 +221,7 @@ class MLXKernel:
             'extern "C" __attribute__((no_sanitize("thread")))\n'
             "void emulator_entry(void* const* buffers, const emulator::ThreadContext*) {\n"
             f"  mlx::core::cu::{self._name}({', '.join(casts)});\n}}\n"
+            f"size_t emulator_dynamic_shared_bytes() {{ return {self._shared_memory}; }}\n"
         )
         outputs = [_output_array(*o, None) for o in zip(output_shapes, output_dtypes, strict=True)]
         bound = [
@@ -236,9 +234,8 @@ class MLXKernel:
                 for name, a in zip(self._output_names, outputs, strict=True)
             ),
         ]
-        macros = (("EMULATOR_SHARED_BYTES", self._shared_memory),)
         self.report = launch(
-            _compile(text, f"{self._name}.cu", macros),
+            _compile(text, f"{self._name}.cu", _KERNEL_ALONE),
             bound,
             grid=[-(-g // t) * t for g, t in zip(grid, threadgroup, strict=True)],
             threadgroup=threadgroup,
@@ -260,21 +257,17 @@ _TYPES = {
 }
 
 
+_KERNEL_ALONE = toolchain.Prelude(toolchain.HERE / "cuda" / "prelude.h")
+_WITH_LAUNCHERS = toolchain.Prelude(toolchain.HERE / "cuda" / "host.h")
+
+
 @functools.cache
-def _compile(text: str, name: str, macros: tuple[tuple[str, int], ...]) -> CompiledKernel:
+def _compile(
+    text: str, name: str, prelude: toolchain.Prelude, macros: tuple[tuple[str, int], ...] = ()
+) -> CompiledKernel:
     shared = re.compile(r"\bextern\s+__shared__\s+(\w+)\s+(\w+)\[\];")
     rewritten = shared.sub(r"EMULATOR_DYNAMIC_SHARED(\1, \2);", without_comments(text))
     rewritten = share_threadgroup_variables(re.sub(r"\b__shared__\b", "threadgroup", rewritten))
-    # What lies outside the shim's folder and is part of it.
-    types = hashlib.sha256((toolchain.HERE / "msl" / "types.h").read_bytes()).hexdigest()
-    unit = "\n".join(
-        [
-            f"// With types {types}",
-            *(f"#define {macro} {value}" for macro, value in macros),
-            '#include "prelude.h"',
-            f'#line 1 "{name}"',
-            rewritten,
-        ]
-    )
-    module = toolchain.kernel_module(unit, shim=toolchain.HERE / "cuda")
-    return CompiledKernel(name, module, name, text)
+    defined = "".join(f"#define {macro} {value}\n" for macro, value in macros)
+    module = toolchain.kernel_module(f'{defined}#line 1 "{name}"\n{rewritten}', prelude)
+    return CompiledKernel(name, module, (name,), text)

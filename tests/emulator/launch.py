@@ -1,6 +1,6 @@
 """Launch a compiled kernel in the runtime, and turn a broken rule into a KernelError.
 
-Knows nothing of Metal: any front end that compiles to an ``emulator_entry`` uses it.
+Knows nothing of Metal: any front end that compiles to an entry function uses it.
 """
 
 import ctypes
@@ -90,12 +90,17 @@ class Buffer(NamedTuple):
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel's module, and its text for messages."""
+    """A kernel's module and entry function, and its text for messages.
+
+    Attributes:
+        source_names: What the compiler takes the text to be files of.
+    """
 
     name: str
     module: Path
-    source_name: str
+    source_names: tuple[str, ...]
     source: str
+    entry: str = "emulator_entry"
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def launch(
         KernelError: If the kernel breaks a rule; the outputs are then unchanged.
     """
     runtime = toolchain.runtime_library()
-    entry = ctypes.CDLL(str(kernel.module)).emulator_entry
+    entry = getattr(ctypes.CDLL(str(kernel.module)), kernel.entry)
     bound = (_Buffer * max(1, len(buffers)))(*[_bind(buffer) for buffer in buffers])
     request = _Request(
         ctypes.cast(entry, ctypes.c_void_p),
@@ -220,7 +225,7 @@ def _bind(buffer: Buffer) -> _Buffer:
 def _error(kernel: CompiledKernel, violation: _Violation) -> KernelError:
     line = violation.line or None
     if violation.module_offset:
-        line = toolchain.source_place(kernel.module, violation.module_offset, kernel.source_name)
+        line = toolchain.source_place(kernel.module, violation.module_offset, kernel.source_names)
     lines = kernel.source.splitlines()
     kind = Kind(violation.kind.decode())
     has_thread = kind not in (Kind.UNWRITTEN_OUTPUT, Kind.LAUNCH)

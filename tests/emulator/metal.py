@@ -3,9 +3,11 @@
 import contextlib
 import contextvars
 import functools
+import hashlib
 import importlib.metadata
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +28,10 @@ Scalar = bool | int | float
 
 _mlx_metal_kernel = mx.fast.metal_kernel  # the real one, even where tests put ours in its place
 _order: contextvars.ContextVar[int] = contextvars.ContextVar("order", default=0)
+# Kernels to compile, while none is run.
+_ahead: contextvars.ContextVar[dict["_Source", None] | None] = contextvars.ContextVar(
+    "ahead", default=None
+)
 
 
 @contextlib.contextmanager
@@ -164,7 +170,7 @@ def run_text(
     threadgroup: Sequence[int],
     instance: str | None = None,
     initialised: bool = False,
-) -> Report:
+) -> Report | None:
     """Compile a kernel's text and run it.
 
     Args:
@@ -176,6 +182,9 @@ def run_text(
         instance: The template's instance to run, such as ``"f<float, 4>"``; by default the one
             that the text instantiates, or the function itself.
         initialised: Whether the outputs hold values to start from.
+
+    Returns:
+        What the launch cost; None inside ``compiling_ahead``.
 
     Raises:
         KernelError: If the kernel breaks a rule.
@@ -191,8 +200,14 @@ def run_text(
         else:
             array = np.require(arguments[parameter.name], requirements="C")
             buffers.append(Buffer(parameter.name, array, Role.INPUT))
+    source = _Source(text, name, instance, tuple(parameters))
+    if (wanted := _ahead.get()) is not None:
+        wanted[source] = None
+        for output in outputs.values():
+            output[...] = 0
+        return None
     return launch(
-        _compile(text, name, instance, tuple(parameters)),
+        _compile(source),
         buffers,
         grid=grid,
         threadgroup=threadgroup,
@@ -200,47 +215,118 @@ def run_text(
     )
 
 
-@functools.cache
-def _compile(
-    text: str, name: str, instance: str | None, parameters: tuple[Parameter, ...]
-) -> CompiledKernel:
-    if instance is None:
-        instantiated = re.search(r"\[\[kernel\]\]\s+decltype\((.*?)\)\s", text)
-        instance = instantiated[1] if instantiated else name
-    source_name = f"{name}.metal"
-    unit = "\n".join(
-        [
-            f"// With the headers of MLX {importlib.metadata.version('mlx')}",
-            '#include "prelude.h"',
-            f'#line 1 "{source_name}"',
-            share_threadgroup_variables(without_host_names(text)),
-            '#line 1 "entry"',
-            _entry(instance, parameters),
-        ]
-    )
-    module = toolchain.kernel_module(
-        unit, shim=toolchain.HERE / "msl", include=[Path(mx.__file__).parent / "include"]
-    )
-    return CompiledKernel(name, module, source_name, text)
+@dataclass(frozen=True)
+class _Source:
+    """A kernel's text and how it is called; in C++ it is two parts, which compile in a row.
 
+    Kernels that differ in types or template arguments only have the same first part.
+    """
 
-def _entry(instance: str, parameters: Sequence[Parameter]) -> str:
-    """The function that the runtime calls for every thread."""
-    arguments = []
-    buffer = 0
-    for parameter in parameters:
-        if parameter.is_attribute:
-            arguments.append(f"emulator::attribute::{parameter.attribute}(*context)")
-        else:
-            kind = "BufferReference" if parameter.is_reference else "BufferPointer"
-            arguments.append(f"emulator::{kind}{{buffers[{buffer}]}}")
-            buffer += 1
-    return f"""
+    text: str
+    name: str
+    instance: str | None
+    parameters: tuple[Parameter, ...]
+
+    @functools.cached_property
+    def entry(self) -> str:
+        """Name of the function that the runtime calls for every thread."""
+        whole = f"{self.text}{self.name}{self.instance}"
+        return f"emulator_entry_{hashlib.sha256(whole.encode()).hexdigest()[:20]}"
+
+    @functools.cached_property
+    def parts(self) -> tuple[str, str]:
+        """What precedes the kernel, as C++, and the kernel with its entry function."""
+        text = share_threadgroup_variables(without_host_names(self.text))
+        start = _KERNEL_START.search(text)
+        split = start.start() if start else 0
+        line = text.count("\n", 0, split) + 1
+        kernel = (
+            f'#line {line} "{self.name}.metal"\n{text[split:]}\n#line 1 "entry"\n{self._called()}'
+        )
+        return text[:split], kernel
+
+    @property
+    def alone(self) -> str:
+        """The C++ text of this kernel only."""
+        before, kernel = self.parts
+        return f'#line 1 "{self.name}.metal"\n{before}{kernel}'
+
+    def compiled(self) -> CompiledKernel:
+        """Compile the text, or find it compiled."""
+        module = toolchain.kernel_module(self.alone, _prelude())
+        names = (f"{self.name}.metal", _SHARED_NAME)
+        return CompiledKernel(self.name, module, names, self.text, self.entry)
+
+    def _called(self) -> str:
+        instance = self.instance
+        if instance is None:
+            instantiated = re.search(r"\[\[kernel\]\]\s+decltype\((.*?)\)\s", self.text)
+            instance = instantiated[1] if instantiated else self.name
+        arguments = []
+        buffer = 0
+        for parameter in self.parameters:
+            if parameter.is_attribute:
+                arguments.append(f"emulator::attribute::{parameter.attribute}(*context)")
+            else:
+                kind = "BufferReference" if parameter.is_reference else "BufferPointer"
+                arguments.append(f"emulator::{kind}{{buffers[{buffer}]}}")
+                buffer += 1
+        return f"""
 extern "C" __attribute__((no_sanitize("thread")))
-void emulator_entry(void* const* buffers, const emulator::ThreadContext* context) {{
+void {self.entry}(void* const* buffers, const emulator::ThreadContext* context) {{
   {instance}({", ".join(arguments)});
 }}
 """
+
+
+_KERNEL_START = re.compile(r"^(template\s*<[^;{}]*>\s*)?\[\[kernel\]\]", re.MULTILINE)
+_SHARED_NAME = "several.metal"
+# Enough that what they share counts little, few enough that two processes both have work.
+_MOST_AT_ONCE = 16
+
+
+@functools.cache
+def _prelude() -> toolchain.Prelude:
+    return toolchain.Prelude(
+        toolchain.HERE / "msl" / "prelude.h",
+        (Path(mx.__file__).parent / "include",),
+        importlib.metadata.version("mlx"),
+    )
+
+
+@functools.cache
+def _compile(source: _Source) -> CompiledKernel:
+    return source.compiled()
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Kernels that are called inside are not run, and return zeros; at the end they are compiled.
+
+    Those whose texts begin alike are compiled together, in a third of the time. One that does not
+    compile is left to whoever calls it next.
+    """
+    wanted: dict[_Source, None] = {}
+    token = _ahead.set(wanted)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+    alike: dict[str, list[_Source]] = {}
+    for source in wanted:
+        if not toolchain.module_of(source.alone, _prelude()).exists():
+            alike.setdefault(source.parts[0], []).append(source)
+    for before, sources in alike.items():
+        for i in range(0, len(sources), _MOST_AT_ONCE):
+            with contextlib.suppress(RuntimeError):
+                _compile_several(before, sources[i : i + _MOST_AT_ONCE])
+
+
+def _compile_several(before: str, sources: Sequence[_Source]) -> None:
+    parts = [f"namespace {s.entry}_ {{\n{s.parts[1]}\n}}\n" for s in sources]
+    parts[0] = f'#line 1 "{_SHARED_NAME}"\n{before}\n{parts[0]}'
+    texts = [source.alone for source in sources]
+    toolchain.kernel_modules(dict(zip(texts, parts, strict=True)), _prelude())
 
 
 def _as_arrays(inputs: Sequence[mx.array | Scalar]) -> list[mx.array]:

@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -34,6 +35,9 @@ _KERNEL_FLAGS = (
     # Kernels are full of attributes that only Metal knows.
     "-Wno-attributes",
 )
+# Without -fsanitize and without libraries: the runtime stands in for the sanitizers' library, is
+# loaded first and brings those of C and C++. To look through them is most of the time of a link.
+_KERNEL_LINK_FLAGS = ("-shared", "-nodefaultlibs")
 
 
 class CompilerMissingError(RuntimeError):
@@ -65,30 +69,108 @@ def runtime_library() -> ctypes.CDLL:
     """
     portable = os.environ.get("ROTORMLX_EMULATOR_UCONTEXT") == "1"
     flags = [*_RUNTIME_FLAGS, *(["-DEMULATOR_UCONTEXT"] if portable else [])]
-    sources = sorted((HERE / "runtime").glob("*.cpp"))
-    path = _build("runtime", flags, sources, inputs=_files("runtime"))
+    version = _version(_compiler())
+    target = cache_folder() / f"runtime-{_digest([version, *flags], _files('runtime'))}.so"
+    if not target.exists():
+        sources = [str(path) for path in sorted((HERE / "runtime").glob("*.cpp"))]
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            linked = f"{scratch}/runtime.so"
+            _run([_compiler(), *flags, "-shared", *sources, "-o", linked])
+            os.replace(linked, target)
     # Kernels are loaded later and find the runtime's functions by name.
-    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
 
 
-def kernel_module(text: str, *, shim: Path, include: Sequence[Path] = ()) -> Path:
-    """Compile the complete C++ text of a kernel to a shared object, or find it compiled.
+@dataclass(frozen=True)
+class Prelude:
+    """Headers that stand in front of every kernel of a language, compiled once.
+
+    Attributes:
+        header: The one that includes all others.
+        include: More folders of headers.
+        version: Of what lies in ``include``.
+    """
+
+    header: Path
+    include: tuple[Path, ...] = ()
+    version: str = ""
+
+    @functools.cached_property
+    def flags(self) -> tuple[str, ...]:
+        """What the compiler needs to find the headers."""
+        return tuple(f"-I{folder}" for folder in (self.header.parent, *self.include))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that a kernel is compiled with, but for its text."""
+        headers = [HERE / "runtime" / "emulator.h", *_files("msl"), *_files(self.header.parent)]
+        tool = (_version(_compiler()), *_KERNEL_FLAGS, *_KERNEL_LINK_FLAGS)
+        return _digest([*tool, self.header.name, self.version], headers)
+
+    @property
+    def compiled(self) -> Path:
+        """A folder with the precompiled header."""
+        folder = cache_folder() / f"prelude-{self.digest}"
+        target = folder / f"{self.header.name}.gch"
+        if not target.exists():
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                source = Path(scratch, "prelude.hpp")
+                source.write_text(f'#include "{self.header.name}"\n', encoding="utf-8")
+                made = f"{scratch}/made.gch"
+                command = [_compiler(), *_KERNEL_FLAGS, *self.flags, "-x", "c++-header"]
+                _run([*command, str(source), "-o", made])
+                os.replace(made, target)
+        return folder
+
+
+def module_of(text: str, prelude: Prelude) -> Path:
+    """Where the shared object of a kernel's text lies or will lie."""
+    return cache_folder() / f"kernel-{_digest([prelude.digest, text], [])}.so"
+
+
+def kernel_module(text: str, prelude: Prelude) -> Path:
+    """Compile the C++ text of a kernel to a shared object, or find it compiled."""
+    target = module_of(text, prelude)
+    if not target.exists():
+        _compile_kernels(text, prelude, target)
+    return target
+
+
+def kernel_modules(texts: Mapping[str, str], prelude: Prelude) -> None:
+    """Compile kernels into one shared object, found later as that of each of them.
 
     Args:
-        text: C++ that defines ``emulator_entry``.
-        shim: Folder of a front end's headers.
-        include: More folders of headers, whose version ``text`` must name.
+        texts: By the text of a kernel alone, its part of the one text; all parts in a row are
+            compiled. Each kernel has an entry function of its own.
+        prelude: Of all of them.
     """
-    inputs = [HERE / "runtime" / "emulator.h", *_files(shim)]
-    source = cache_folder() / f"kernel-{_digest([text], inputs)}.cpp"
-    if not source.exists():
-        _write_whole(source, text)
-    flags = [*_KERNEL_FLAGS, *(f"-I{folder}" for folder in (shim, *include))]
-    return _build("kernel", flags, [source], inputs=[source, *inputs])
+    unit = "\n".join(texts.values())
+    several = cache_folder() / f"kernels-{_digest([prelude.digest, unit], [])}.so"
+    if not several.exists():
+        _compile_kernels(unit, prelude, several)
+    for text in texts:
+        with tempfile.TemporaryDirectory(dir=several.parent) as scratch:
+            link = Path(scratch, "link")
+            link.symlink_to(several.name)
+            os.replace(link, module_of(text, prelude))
 
 
-def source_place(module: Path, offset: int, source_name: str) -> int | None:
-    """The line of ``source_name`` that the code before ``offset`` in a module was compiled from."""
+def _compile_kernels(text: str, prelude: Prelude, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        source, made, linked = (Path(scratch, f"kernel.{end}") for end in ("cpp", "o", "so"))
+        source.write_text(f'#include "{prelude.header.name}"\n{text}', encoding="utf-8")
+        # The precompiled header is found first, and the header itself where it does not fit.
+        flags = [*_KERNEL_FLAGS, f"-I{prelude.compiled}", *prelude.flags]
+        _run([_compiler(), *flags, "-c", str(source), "-o", str(made)])
+        _run([_compiler(), *_KERNEL_LINK_FLAGS, str(made), "-lgcc", "-o", str(linked)])
+        os.replace(linked, target)
+
+
+def source_place(module: Path, offset: int, source_names: Iterable[str]) -> int | None:
+    """The line that the code before ``offset`` in a module was compiled from, in one of the texts
+    of these names.
+    """
     tool = shutil.which("addr2line")
     if tool is None:
         return None
@@ -96,25 +178,13 @@ def source_place(module: Path, offset: int, source_name: str) -> int | None:
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for frame in output.splitlines():  # innermost first: skip what was inlined from the shim
         file, _, line = frame.split(" ")[0].rpartition(":")
-        if Path(file).name == source_name and line.isdigit():
+        if Path(file).name in source_names and line.isdigit():
             return int(line)
     return None
 
 
-def _build(kind: str, flags: Sequence[str], sources: Sequence[Path], inputs: list[Path]) -> Path:
-    compiler = require_compiler(_COMPILER, "Install g++ 12 or newer.")
-    target = cache_folder() / f"{kind}-{_digest([_version(compiler), *flags], inputs)}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            objects = []
-            for source in sources:
-                objects.append(f"{scratch}/{source.stem}.o")
-                _run([compiler, *flags, "-c", str(source), "-o", objects[-1]])
-            # Linked without -fsanitize: the runtime stands in for the sanitizers' libraries.
-            linked = f"{scratch}/linked.so"
-            _run([compiler, "-shared", *objects, "-o", linked])
-            os.replace(linked, target)
-    return target
+def _compiler() -> str:
+    return require_compiler(_COMPILER, "Install g++ 12 or newer.")
 
 
 def _run(command: Sequence[str]) -> None:
@@ -132,13 +202,6 @@ def _digest(texts: Iterable[str], files: Iterable[Path]) -> str:
     for part in (*(text.encode() for text in texts), *(path.read_bytes() for path in files)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:20]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody, in another process either, ever sees half of it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as scratch:
-        scratch.write(text)
-    os.replace(scratch.name, path)
 
 
 @functools.cache

@@ -3,9 +3,6 @@
 Kernels for a GPU run on it where it is there, and in the emulator elsewhere.
 """
 
-import shutil
-from contextlib import ExitStack
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -14,44 +11,26 @@ from rotormlx.codec import reference, rotation
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import cpu_library
-from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.cpu import CPUBackend
-from rotormlx.mlx.backends.cuda import MLXCUDABackend
-from rotormlx.mlx.backends.metal import MetalBackend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
-from tests import emulator
-from tests.emulator.cuda import MLXKernel
-from tests.gpu import test_metal_attend, test_metal_kernels, test_mlx_cuda
+from tests.support.codec_cases import compare
+from tests.support.runners import RUNNERS, BackendRunner
 
 B, K, REPEATS, L, SINK, TAIL, N = 2, 3, 2, 5, 4, 17, 2
 DIMS = {KEY: 64, VALUE: 80}
 
 
 @pytest.fixture(params=["mlx", "cpu", "metal", "mlx_cuda"], scope="module")
-def backend(request):
+def runner(request):
     name = request.param
     if name == "cpu" and cpu_library.missing():
         pytest.skip(cpu_library.missing())
-    if name in ("metal", "mlx_cuda") and shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    with ExitStack() as stack:
-        if name == "metal" and not mx.metal.is_available():
-            stack.enter_context(test_metal_kernels.kernels_made_by(emulator.metal_kernel))
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            test_metal_attend.use_kernels(patch, emulator.metal_kernel)
-            stack.callback(
-                test_metal_attend.use_kernels, patch, test_metal_attend.REAL_METAL_KERNEL
-            )
-        if name == "mlx_cuda" and not mx.cuda.is_available():
-            stack.enter_context(test_mlx_cuda.kernels_made_by(MLXKernel))
-        made = {
-            "mlx": MLXBackend,
-            "cpu": CPUBackend,
-            "metal": MetalBackend,
-            "mlx_cuda": MLXCUDABackend,
-        }
-        yield made[name]()
+    if name in RUNNERS and (missing := RUNNERS[name].missing()):
+        pytest.skip(missing)
+    made = RUNNERS.get(name) or BackendRunner(name, {"mlx": MLXBackend, "cpu": CPUBackend}[name]())
+    with made.kernels():
+        yield made
 
 
 def codec_of(role, bits=4):
@@ -69,19 +48,14 @@ def rows(role, blocks=N, seed=0):
     return (rng.normal(size=shape) + rng.normal(size=shape[-1]) * 3).astype(np.float32)
 
 
-def as_numpy(packed):
-    return Packed(*(None if a is None else np.array(a) for a in packed))
-
-
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("role", ROLES)
-def test_encode_and_decode_are_the_reference(backend, role, bits):
+def test_encode_and_decode_are_the_reference(runner, role, bits):
     chosen, x = codec_of(role, bits), rows(role)
-    packed = backend.encode(mx.array(x), chosen)
-    found = as_numpy(packed)
+    found = runner.encode(mx.array(x), chosen)
     expected = reference.encode(x, chosen, centres=found.centres)
-    test_metal_kernels.compare(found, expected, chosen)
-    decoded = np.array(backend.decode(packed, chosen))
+    compare(found, expected, chosen)
+    decoded = np.array(runner.decode(found, chosen))
     wanted = reference.decode(found, chosen)
     # 1e-5 for sums in float32, the bound of docs/FORMAT.md.
     assert np.abs(decoded - wanted).max() <= 1e-5 * np.abs(wanted).max()
@@ -111,7 +85,7 @@ def test_the_reference_is_the_identity_behind_a_matrix(role):
 
 
 @pytest.mark.parametrize("length", [1, L])
-def test_attend_is_the_reference(backend, length):
+def test_attend_is_the_reference(runner, length):
     rng = np.random.default_rng(1)
     queries = rng.normal(size=(B, K * REPEATS, length, DIMS[KEY])).astype(np.float32)
     views, vectors = [], []
@@ -123,8 +97,7 @@ def test_attend_is_the_reference(backend, length):
         views.append(KVView(chosen, mx.array(exact), arrays, None, *counts))
         parts = exact[:, :, :SINK], reference.decode(packed, chosen), exact[:, :, SINK:]
         vectors.append(np.concatenate(parts, axis=2))
-    call = AttendCall(mx.array(queries), *views, scale=0.05, mask="causal")
-    found = np.array(backend.attend(call))
+    found = np.array(runner.attend(mx.array(queries), *views, scale=0.05, mask="causal"))
     wanted = reference.attend(queries, *vectors, scale=0.05, mask="causal")
     # Sums in float32 of some hundred terms, and exponentials of scores of about 10.
     assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()

@@ -2,22 +2,16 @@
 
 Each codec and each kind of call is compiled for seconds, so a few are fixed here, and hypothesis
 varies what they are given: kinds of rows, lengths, batches, masks, scales. Every kind of call is in
-tests/gpu/test_metal_*.py and tests/gpu/test_cuda_*.py, with data of one kind.
+tests/gpu/test_encode_decode.py and tests/gpu/test_attend.py, with data of one kind.
 """
 
-import shutil
-
-import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rotormlx.codec.format import KEY, ROLES, VALUE
-from rotormlx.mlx.backends import metal, metal_attend
-from tests import emulator
-from tests.support import cuda_calls
 from tests.support.bounds import BROKEN_KINDS, KINDS, WIDE_KINDS, examples
-from tests.system.test_properties import (
+from tests.support.properties import (
     InMLX,
     attention_cases,
     check_attention,
@@ -27,13 +21,10 @@ from tests.system.test_properties import (
     check_rows,
     row_cases,
 )
+from tests.support.runners import RUNNERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KERNELS_OF_METAL = (
-    *(metal._codec_kernel, metal._metal_kernel),
-    *(metal_attend._parts_kernel, metal_attend._merge_kernel),
-)
 # The tensor cores take queries, levels and weights in float16: both factors of a product.
 TENSOR_CORES = 2.0**-10
 
@@ -41,21 +32,13 @@ TENSOR_CORES = 2.0**-10
 @pytest.fixture(scope="module", params=["metal", "cuda"])
 def kernels(request):
     """The one implementation of this name."""
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    if request.param == "cuda":
-        # Its functions are those of a backend.
-        yield {"cuda": InMLX(cuda_calls)}
-        return
-    if mx.metal.is_available():
-        pytest.skip("Metal is here: its kernels are in test_properties")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mx.fast, "metal_kernel", emulator.metal_kernel)
-        for made in KERNELS_OF_METAL:
-            made.cache_clear()
-        yield {"metal": InMLX(metal.MetalBackend())}
-        for made in KERNELS_OF_METAL:
-            made.cache_clear()
+    runner = RUNNERS[request.param]
+    if missing := runner.missing():
+        pytest.skip(missing)
+    if runner.on_device:
+        pytest.skip("the device is here: its kernels are in test_properties")
+    with runner.kernels():
+        yield {runner.name: InMLX(runner.backend)}
 
 
 # ---- rows ---------------------------------------------------------------------------------------

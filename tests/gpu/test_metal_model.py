@@ -3,8 +3,6 @@
 With a Metal GPU it runs there, elsewhere in the emulator.
 """
 
-import shutil
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,15 +10,12 @@ import pytest
 from rotormlx.config import RotorConfig
 from rotormlx.measure import scoring
 from rotormlx.mlx import attention, hook, integration
-from rotormlx.mlx.backends import metal, metal_attend
-from rotormlx.mlx.backends.metal import MetalBackend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache import store
 from rotormlx.mlx.cache.single import RotorKVCache
-from tests.emulator import metal_kernel
 from tests.support import models as tiny_models
+from tests.support.runners import METAL
 
-HAS_METAL = mx.metal.is_available()
 REAL_METAL_KERNEL = mx.fast.metal_kernel
 TOKENS = 210
 # Tails of 64 to 127 tokens are exact; with 16 there is more to read from packed blocks.
@@ -29,25 +24,14 @@ CONFIG = RotorConfig(key_bits=4, value_bits=3, window=16)
 
 @pytest.fixture
 def use(monkeypatch):
-    """Choose the backend of the cache and of attention, and what makes kernels."""
+    """Choose the backend of the cache and of attention."""
 
-    def choose(backend, kernels=REAL_METAL_KERNEL):
-        monkeypatch.setattr(mx.fast, "metal_kernel", kernels)
+    def choose(backend):
         for module in (attention, store):
             monkeypatch.setattr(module, "backend", lambda: backend)
-        clear_kernels()
 
     yield choose
     hook.remove()
-    clear_kernels()
-
-
-def clear_kernels():
-    """Kernel objects are kept; those of another maker must not be met again."""
-    for module in (metal, metal_attend):
-        for member in vars(module).values():
-            if hasattr(member, "cache_clear"):
-                member.cache_clear()
 
 
 def read(model, tokens):
@@ -59,17 +43,16 @@ def read(model, tokens):
     return np.array(mx.concatenate([prefill, decode], axis=1)), caches
 
 
-@pytest.mark.skipif(
-    not HAS_METAL and shutil.which("g++") is None, reason="neither a Metal GPU nor g++ is here"
-)
+@pytest.mark.skipif(METAL.missing() is not None, reason="neither a Metal GPU nor g++ is here")
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
 def test_model_on_metal_is_the_model_on_mlx(use, model_type):
     """The same packed bytes and the same logits; gpt_oss has sink logits and windows."""
     model, tokens = tiny_models.build(model_type), tiny_models.tokens(TOKENS)
     use(MLXBackend())
     expected, expected_caches = read(model, tokens)
-    use(MetalBackend(), REAL_METAL_KERNEL if HAS_METAL else metal_kernel)
-    found, caches = read(model, tokens)
+    use(METAL.backend)
+    with METAL.kernels():
+        found, caches = read(model, tokens)
 
     scoring.assert_packed(caches, 128)
     # float32 sums in another order, through two layers; a code may fall to its neighbour.
@@ -85,12 +68,13 @@ def test_model_step_can_be_exported(use, tmp_path):
     model, tokens = tiny_models.build("llama"), tiny_models.tokens(TOKENS)
     use(MLXBackend())
     _, caches = read(model, tokens)
-    use(MetalBackend())
+    use(METAL.backend)
     kernels = []
 
     def record(event):
         if event["type"] == "primitive" and event["name"] == "CustomKernel":
             kernels.append(event["arguments"][0])
 
-    mx.export_function(record, lambda t: model(t, cache=caches), tokens[:, :1])
+    with METAL.kernels(REAL_METAL_KERNEL):
+        mx.export_function(record, lambda t: model(t, cache=caches), tokens[:, :1])
     assert sum("attend_merge" in name for name in kernels) == len(model.layers)

@@ -189,7 +189,7 @@ def output(shape, dtype):
     return full if dtype == mx.bfloat16 else full.view(to_numpy(mx.zeros(1, dtype)).dtype)
 
 
-def encode(x, chosen, *, channel_scale=None, centres=None, made=None, order=0):
+def encode(x, chosen, *, channel_scale=None, centres=None, made=None):
     """What ``rotormlx_encode`` gives, as numpy arrays; x is an MLX array."""
     made = made or module("codec", *both_roles(chosen))
     batch, heads, tokens, head_dim = x.shape
@@ -215,11 +215,11 @@ def encode(x, chosen, *, channel_scale=None, centres=None, made=None, order=0):
         handle, steps, parts[name] = call.strided(name, array, written=not given)
         setattr(a.packed, name, handle)
         setattr(a.packed, f"{name}_strides", steps)
-    made.call("rotormlx_encode", a, call.buffers, order=order)
+    made.call("rotormlx_encode", a, call.buffers)
     return Packed(parts["words"], parts["scales"], parts.get("centres"))
 
 
-def decode(packed, chosen, *, channel_scale=None, dtype=mx.float32, made=None, order=0):
+def decode(packed, chosen, *, channel_scale=None, dtype=mx.float32, made=None):
     """What ``rotormlx_decode`` gives, as an MLX array; ``packed`` are numpy arrays."""
     made = made or module("codec", *both_roles(chosen))
     batch, heads, blocks = packed.words.shape[:3]
@@ -231,11 +231,11 @@ def decode(packed, chosen, *, channel_scale=None, dtype=mx.float32, made=None, o
     a.channel_scale = call.plain("channel_scale", channel_scale)
     out = output((batch, heads, blocks * BLOCK, chosen.head_dim), dtype)
     a.out = call.plain("out", out, written=True)
-    made.call("rotormlx_decode", a, call.buffers, order=order)
+    made.call("rotormlx_decode", a, call.buffers)
     return from_numpy(out, dtype)
 
 
-def rotor3(x, chosen, *, made=None, order=0):
+def rotor3(x, chosen, *, made=None):
     """What ``rotormlx_rotor3`` gives for rows ``[n, D]``; ``chosen`` is a codec of values."""
     made = made or module("codec", *both_roles(chosen))
     call, a = Call(), Rotor3Arguments()
@@ -245,7 +245,7 @@ def rotor3(x, chosen, *, made=None, order=0):
     a.coefficients = call.plain("coefficients", coefficients(chosen.rotation))
     out = output(x.shape, x.dtype)
     a.out = call.plain("out", out, written=True)
-    made.call("rotormlx_rotor3", a, call.buffers, order=order)
+    made.call("rotormlx_rotor3", a, call.buffers)
     return from_numpy(out, x.dtype)
 
 
@@ -261,7 +261,7 @@ def plan_of(a, codecs, made):
     return AttendPlan(*cuda_plan.attend_plan(shape, device).numbers)
 
 
-def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None, order=0):
+def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None):
     """What ``rotormlx_attend`` gives for two views, as an MLX array.
 
     Args:
@@ -311,5 +311,5 @@ def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None, or
     plan = plan_of(a, (keys.codec, values.codec), made)
     words = made.number("rotormlx_attend_workspace", a, plan) // 4
     a.workspace = call.plain("workspace", np.full(words, np.nan, np.float32), written=True)
-    made.call("rotormlx_attend", a, call.buffers, plan=plan, order=order)
+    made.call("rotormlx_attend", a, call.buffers, plan=plan)
     return from_numpy(out, queries.dtype)

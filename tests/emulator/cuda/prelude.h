@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #include "../msl/types.h"
 
@@ -18,8 +17,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-// The emulator's own bookkeeping needs no checks.
-#define UNCHECKED __attribute__((no_sanitize("thread"), noinline))
+// The emulator's own bookkeeping needs no checks and may be fast.
+#define UNCHECKED __attribute__((no_sanitize("thread"), noinline, optimize("O2")))
 #define AT_LINE int line = __builtin_LINE()
 
 // ---- types
@@ -186,94 +185,10 @@ class Copies {
   int count_ = 0, groups_ = 0;
 };
 
-// ---- the host's side: launches are kept until Python runs them
+// ---- shared memory
 
-using cudaError_t = int;
-using cudaStream_t = struct CUstream_st*;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-
-namespace emulator {
-
-// A pointer that the host has is no address but says which buffer and where in it; null stays null.
-constexpr uint64_t kHandle = 0x7a5a, kOffsetBits = 40;
-constexpr size_t kMaxArgumentBytes = 4096;  // as CUDA has it
-
-struct Launch {
-  uint32_t grid[3], block[3];  // grid in blocks
-  uint64_t shared_bytes;
-  void (*run)(const Launch&, void* const* buffers);
-  void (*kernel)();
-  uint64_t arguments[kMaxArgumentBytes / 8];
-};
-
-inline std::vector<Launch> launches;
-inline const Launch* current_launch;
-inline uint64_t granted_shared_bytes = 48 * 1024;
-
-template <class Arguments>
-UNCHECKED void run(const Launch& launch, void* const* buffers) {
-  Arguments arguments;
-  uint64_t words[sizeof(Arguments) / 8];
-  for (size_t i = 0; i < sizeof(Arguments) / 8; ++i) {
-    uint64_t word = launch.arguments[i];
-    if (word >> 48 == kHandle) {
-      const uint64_t offset = word & ((uint64_t{1} << kOffsetBits) - 1);
-      word = reinterpret_cast<uint64_t>(buffers[word >> kOffsetBits & 0xff]) + offset;
-    }
-    words[i] = word;
-  }
-  std::memcpy(static_cast<void*>(&arguments), words, sizeof(Arguments));
-  reinterpret_cast<void (*)(Arguments)>(launch.kernel)(arguments);
-}
-
-}  // namespace emulator
-
-template <class Arguments>
-cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
-  static_assert(sizeof(Arguments) % 8 == 0, "arguments are copied in words of 8 bytes");
-  if (shared_bytes > emulator::granted_shared_bytes) return cudaErrorInvalidValue;
-  emulator::Launch launch{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes,
-                          emulator::run<Arguments>, reinterpret_cast<void (*)()>(kernel), {}};
-  std::memcpy(launch.arguments, arguments[0], sizeof(Arguments));
-  emulator::launches.push_back(launch);
-  return cudaSuccess;
-}
-
-template <class Function>
-cudaError_t cudaFuncSetAttribute(Function*, int, int bytes) {
-  emulator::granted_shared_bytes = bytes;
-  return cudaSuccess;
-}
-
-extern "C" {
-
-inline __attribute__((used)) int emulator_launch_count() { return int(emulator::launches.size()); }
-inline __attribute__((used)) const void* emulator_select_launch(int i) {
-  return emulator::current_launch = &emulator::launches[i];
-}
-inline __attribute__((used)) void emulator_forget_launches() {
-  emulator::launches.clear();
-  emulator::granted_shared_bytes = 48 * 1024;
-}
-#ifndef EMULATOR_SHARED_BYTES
-UNCHECKED inline __attribute__((used)) void emulator_entry(void* const* buffers,
-                                                           const emulator::ThreadContext*) {
-  emulator::current_launch->run(*emulator::current_launch, buffers);
-}
-#endif
-
-}  // extern "C"
-
-// Of a kernel that is called on its own, the unit gives EMULATOR_SHARED_BYTES and an entry function.
-UNCHECKED inline size_t emulator_dynamic_shared_bytes() {
-#ifdef EMULATOR_SHARED_BYTES
-  return EMULATOR_SHARED_BYTES;
-#else
-  return emulator::current_launch->shared_bytes;
-#endif
-}
+// How much a launch has asked for.
+size_t emulator_dynamic_shared_bytes();
 
 // What `__shared__ T name[n];` is rewritten to, after a type `name_type`.
 #define EMULATOR_SHARED_VARIABLE(name)                                                      \

@@ -20,8 +20,8 @@ METAL_FUNC void simdgroup_barrier(mem_flags flags, AT_LINE) {
   emulator_simdgroup_barrier(static_cast<unsigned>(flags), line);
 }
 
-// The emulator's own bookkeeping needs no checks; leaving them out saves most of its time.
-#define UNCHECKED __attribute__((no_sanitize("thread"), noinline))
+// The emulator's own bookkeeping needs no checks and may be fast.
+#define UNCHECKED __attribute__((no_sanitize("thread"), noinline, optimize("O2")))
 
 // What the lanes of the simdgroup bring to a line.
 template <class T>

@@ -8,6 +8,7 @@
 
 #include "../runtime/emulator.h"
 
+// Always inlined: g++ does not check the store of a structure that a call returns.
 #define METAL_FUNC inline __attribute__((always_inline))
 
 using uchar = unsigned char;

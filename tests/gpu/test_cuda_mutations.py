@@ -1,0 +1,471 @@
+"""CUDA kernels with one change in their text: some check fails each time, in the emulator."""
+
+from dataclasses import replace
+
+import pytest
+
+from rotormlx.codec.format import VALUE
+from tests.support.attend_cases import Case, problem, with_own_scales
+from tests.support.codec_cases import (
+    check_centre_of_finite_rows,
+    check_rotor3,
+    decodes,
+    encodes,
+    fills_up,
+)
+from tests.support.mutations import Mutation, attends, each, of
+
+pytestmark = pytest.mark.mutation
+cuda = pytest.mark.parametrize("runner", ["cuda"], indirect=True)
+
+
+# ---- encode, decode and rotor3 ------------------------------------------------------------------
+
+# Batch rows, heads and blocks.
+SHAPE = (2, 2, 2)
+encodes_blocks, decodes_blocks = of(encodes, shape=SHAPE), of(decodes, shape=SHAPE)
+fills_up_blocks, finite_rows = of(fills_up, 3), of(check_centre_of_finite_rows, 3)
+
+CODEC_MUTATIONS = [
+    *(
+        (f"__syncthreads();  // {place}", "", encodes_blocks)
+        for place in ("sums written", "codes written")
+    ),
+    ("batch * call.x_strides[0] +", "", encodes_blocks),
+    ("int64_t(block) * BLOCK * call.x_strides[2];", "0;", encodes_blocks),
+    (
+        "head * packed.centres_strides[1] + block * packed.centres_strides[2];\n  const bool",
+        "0;\n  const bool",
+        encodes_blocks,
+    ),
+    ("Codec::IS_KEY && !call.given_centres", "Codec::IS_KEY", fills_up_blocks),
+    ("if (!lane_any<LANES>(broken))", "if (true)", finite_rows),
+    ("if (!lane_any<LANES>(broken))", "if (!broken)", finite_rows),
+    ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes_blocks),
+    ("mask = LANES; mask < 32", "mask = 2 * LANES; mask < 32", encodes_blocks),
+    ("sums[thread / 32 * D + c] = sum[p]", "sums[c] = sum[p]", encodes_blocks),
+    ("w < WARPS; ++w) mean", "w < WARPS - 1; ++w) mean", encodes_blocks),
+    ("fminf(fmaxf(mean, -65504.0f), 65504.0f)", "mean", finite_rows),
+    ("centre = __half2float(rounded)", "centre = 0.0f", encodes_blocks),
+    ("centre = __half2float(centres[c]);\n      }", "centre = 0.0f;\n      }", fills_up_blocks),
+    (
+        "if (call.channel_scale != nullptr) channel_factor",
+        "if (false) channel_factor",
+        encodes_blocks,
+    ),
+    (
+        "channel_factor = call.channel_scale[head * D + c];",
+        "channel_factor = call.channel_scale[c];",
+        encodes_blocks,
+    ),
+    ("Codec::template rotate<ROWS>(rows, call.coefficients, lane);", "", encodes_blocks),
+    ("codes[token * CODE_STRIDE + c]", "codes[token * CODE_STRIDE + (c ^ 1)]", encodes_blocks),
+    (
+        "if (lane == 0) scales[token] = scale;",
+        "if (lane == 0 && token > 0) scales[token] = scale;",
+        encodes_blocks,
+    ),
+    (
+        "i < WORD_ROWS * WORD_LANES; i += THREADS",
+        "i < WORD_ROWS * WORD_LANES - 1; i += THREADS",
+        encodes_blocks,
+    ),
+    (
+        "i < WORD_ROWS * WORD_LANES; i += THREADS",
+        "i < WORD_ROWS * WORD_LANES + 1; i += THREADS",
+        encodes_blocks,
+    ),
+    (
+        "word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1)",
+        "word_lane * (Codec::IS_KEY ? D : 1)",
+        encodes_blocks,
+    ),
+    (
+        "word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1)",
+        "word_lane * (Codec::IS_KEY ? CODE_STRIDE : 2)",
+        of(encodes, role=VALUE, shape=SHAPE),
+    ),
+    (
+        "Codec::IS_KEY ? 1 : CODE_STRIDE, uint",
+        "Codec::IS_KEY ? 1 : D, uint",
+        of(encodes, role=VALUE, shape=SHAPE),
+    ),
+    ("head * packed.words_strides[1] +\n                block", "0 * head + block", encodes_blocks),
+    (
+        "const float scale = __half2float(scales[token]);",
+        "const float scale = 1.0f;",
+        decodes_blocks,
+    ),
+    (
+        "(Codec::IS_KEY ? token : c), WORD_LANES",
+        "(Codec::IS_KEY ? token : c), BLOCK",
+        of(decodes, role=VALUE, shape=SHAPE),
+    ),
+    ("Codec::template unrotate<ROWS>(rows, call.coefficients, lane);", "", decodes_blocks),
+    ("+ head) * call.blocks + block) * BLOCK;", "+ head) * call.blocks) * BLOCK;", decodes_blocks),
+    (
+        "call.channel_scale == nullptr ? 1.0f : call.channel_scale[head * D + c]",
+        "1.0f",
+        decodes_blocks,
+    ),
+    (
+        "fmaf(rows[r * CHANNELS + p], channel_factor, centre)",
+        "rows[r * CHANNELS + p] * channel_factor",
+        decodes_blocks,
+    ),
+    ("Codec::template rotate<1>(row, call.coefficients, lane);", "", check_rotor3),
+    ("Codec::template unrotate<1>(row, call.coefficients, lane);", "", check_rotor3),
+    ("row[p] = scale * level_of_code", "row[p] = level_of_code", check_rotor3),
+    ("(at < call.rows ? at : call.rows - 1)", "at", check_rotor3),
+    ("&& at < call.rows) store", ") store", check_rotor3),
+    ("key_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);", "", encodes_blocks),
+    (
+        "value_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);",
+        "",
+        of(encodes, role=VALUE, shape=SHAPE),
+    ),
+]
+
+
+@cuda
+@each(Mutation(*mutation) for mutation in CODEC_MUTATIONS)
+def test_a_changed_codec_is_caught(runner, mutation):
+    assert mutation.is_caught(runner)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+# Several tiles of query rows, warps with one and two blocks, planes of signs, tokens behind the
+# last.
+TENSOR = Case(
+    bits=(3, 3), dims=(80, 80), batch=2, kv_heads=2, length=9, blocks=6, mask="causal", dtype="f16"
+)
+FLOAT = replace(TENSOR, dims=(64, 64), length=5, dtype="f32")
+# Kernels that a case does not launch are not compiled.
+WITHOUT_TENSOR = [
+    ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
+    ("return launch(attend<2>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
+]
+WITHOUT_FLOAT = [
+    ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
+    (
+        "return launch(attend_float, grid, ATTEND_THREADS, plan.part_bytes, stream, all);",
+        "return 1;",
+    ),
+]
+
+# Each is what stands in the text, what stands there instead, and the changes of the case.
+TENSOR_MUTATIONS = [
+    # Levels
+    ("return NEXT == 2 ? i % 2 * 4 + i / 2 : i;", "return i;", {}),
+    ("rest == 0x1000u && half % 2 == 1) ? 1u : 0u", "false) ? 1024u : 512u", {"bits": (4, 4)}),
+    ("chosen_bytes(low, high, 0x5140u)", "chosen_bytes(low, high, 0x5041u)", {"bits": (4, 4)}),
+    ("chosen_bytes(low, high, 0x7362u)", "chosen_bytes(low, high, 0x5140u)", {"bits": (2, 4)}),
+    (
+        "chosen_bytes(shifted, word, 0x5140u)",
+        "chosen_bytes(word, shifted, 0x5140u)",
+        {"bits": (4, 4)},
+    ),
+    (
+        "chosen_bytes(shifted, word, 0x7362u)",
+        "chosen_bytes(shifted, word, 0x5140u)",
+        {"bits": (4, 4)},
+    ),
+    (
+        "chosen_bytes(HIGH_0, HIGH_1, indices) ^ first_signs",
+        "chosen_bytes(HIGH_0, HIGH_1, indices)",
+        {"bits": (4, 4)},
+    ),
+    ("indices >> 16) ^ last_signs", "indices >> 16)", {"bits": (4, 4)}),
+    ("word & 0x77777777u", "word & 0x37777777u", {"bits": (4, 4)}),
+    (
+        "look_up<2>(fields & 0x3333u, pairs)",
+        "look_up<2>(fields & 0x1333u, pairs)",
+        {"bits": (2, 2)},
+    ),
+    ("look_up<2>((fields >> 2) & 0x3333u", "look_up<2>(fields & 0x3333u", {"bits": (2, 2)}),
+    ("(signs << 2) & 0x4444u", "(signs << 2) & 0x0444u", {}),
+    ("(signs << 1) & 0x4444u", "(signs << 2) & 0x4444u", {}),
+    ("16 * (place % 2) + 8 * part", "8 * part", {}),
+    ("16 * (place % 2) + 8 * part", "16 * (place % 2)", {}),
+    ("(spaced | (spaced << 2)) & 0x3333u", "spaced & 0x3333u", {}),
+    ("codes = words[i / 2] >> (16 * (i % 2))", "codes = words[i / 2]", {"bits": (8, 8)}),
+    ("table[(codes >> 8) & 0xffu]", "table[codes & 0xffu]", {"bits": (8, 8)}),
+    ("uint(code / 128) << 15", "0u", {"bits": (8, 4)}),
+    ("code < 256; code += threads", "code < 255; code += threads", {"bits": (8, 4)}),
+    # Which lane has which chunk
+    ("(step / SHARE * 4 + quad_lane) * SHARE + step % SHARE", "step * 4 + quad_lane", {}),
+    ("return min(2 * place + i, last)", "return min(2 * place + 1 - i, last)", {"bits": (8, 8)}),
+    ("if (i == 0) return min(place, last)", "if (i == 0) return place", {"bits": (4, 3)}),
+    ("last + 1 + min(place / 2,", "last + 1 + min(place,", {}),
+    # Copies
+    ("copies.template wait<SLOTS - 1>()", "copies.template wait<SLOTS>()", {}),
+    ("copies.template wait<SLOTS - 1>()", "", {}),
+    ("i < SLOTS - 1; ++i) start_next()", "i < SLOTS; ++i) start_next()", {}),
+    ("BLOCK + 4 * group;", "BLOCK + 4 * quad_lane;", {}),
+    ("row + 32 * half)", "row + 16 * half)", {}),
+    ("scales + 32 * half + 4 * group", "scales + 4 * group", {}),
+    ("lane < 16 ? call.keys : call.values", "lane >= 16 ? call.keys : call.values", {}),
+    (
+        "slot + Shape::KEY_LOADS * 32 + lane / 16 * 8 + group",
+        "slot + 32 + lane / 16 * 8 + group",
+        {},
+    ),
+    ("Shape::KEY_LOADS * 32 + 8 + group]", "Shape::KEY_LOADS * 32 + group]", {}),
+    ("8 * row + (group ^ (2 * row))", "8 * row + (group & (2 * row))", {}),
+    (
+        "__syncwarp();  // the copies of all lanes are there, and the products with the centres",
+        "",
+        {},
+    ),
+    ("min(32 * tile + 4 * group, VALUE_DIM - 4)", "32 * tile + 4 * group", {}),
+    ("words + row * VALUE_DIM + channel", "words + row * VALUE_DIM + 4 * group", {}),
+    ("block * call.keys.words_strides[2]", "0", {}),
+    ("block * call.values.words_strides[2]", "0", {}),
+    # Operands
+    (
+        "levels[2 * half][2 * pair], levels[2 * half + 1][2 * pair],",
+        "levels[2 * half + 1][2 * pair], levels[2 * half][2 * pair],",
+        {},
+    ),
+    ("operand + 2 * pair", "operand + 2 - 2 * pair", {}),
+    (
+        "((i / 2) * TILES + tile) * 4 + 2 * (i % 2) + r",
+        "((i / 2) * TILES + tile) * 4 + (i % 2) + 2 * r",
+        {},
+    ),
+    # Queries
+    ("first + c < KEY_DIM ?", "first + c < KEY_DIM - 1 ?", {}),
+    ("first + c < KEY_DIM ?", "first + c < KEY_DIM + 8 ?", {}),
+    ("placed[Places::place(c)]", "placed[c]", {}),
+    ("to_float(numbers[first + c]) * inverse", "to_float(numbers[first + c])", {}),
+    ("(254u << 23) - bits", "(253u << 23) - bits", {}),
+    ("operands[i * 32 + lane] = operand", "operands[i * 32 + (lane ^ 1)] = operand", {}),
+    ("row_at(warp + WARPS * i)", "row_at(warp)", {"gain": 60.0}),
+    ("min(c + lane, KEY_DIM - 1)", "c + lane", {}),
+    ("load_factors(plain, factors + ROWS, warp, lane);", "", {}),
+    ("dtype == ROTORMLX_FLOAT16) use(", "dtype == ROTORMLX_BFLOAT16) use(", {}),
+    ("__syncthreads();  // the factors are there", "", {}),
+    ("__syncthreads();  // the queries and the table are there", "", {}),
+    # Centres
+    ("if (n % 16 == 0)", "if (n == 0)", {"blocks": 70}),
+    (
+        "min(first_block + (group + 8 * half) * WARPS, last_block)",
+        "first_block + (group + 8 * half) * WARPS",
+        {},
+    ),
+    ("min(8 * (4 * step + quad_lane), KEY_DIM - 8)", "8 * (4 * step + quad_lane)", {}),
+    ("products[(group + i / 2 * 8) * ROWS + row]", "products[(group + i / 2) * ROWS + row]", {}),
+    ("row_factors[tile][r], about_centre)", "row_factors[tile][r], 0.0f)", {}),
+    # Softmax
+    ("__half2float(scales[0][i]) * row_factors", "row_factors", {}),
+    ("if (!all_seen) {", "if (false) {", {}),
+    ("score = index < p.stop ? masked(", "score = true ? masked(", {}),
+    ("(block + 1) * BLOCK <= p.stop &&", "", {"mask": "none"}),
+    ("<= p.tokens - call.length + 1));", "<= p.tokens));", {"tail": 0, "missing": 0}),
+    (
+        "mask = 4; mask < 32; mask *= 2) {\n            new_tops",
+        "mask = 8; mask < 32; mask *= 2) {\n            new_tops",
+        {"gain": 60.0},
+    ),
+    ("totals[tile][r] *= shrink;", "", {}),
+    ("++i) sums[place(i, tile, r)] *= shrink;", "++i) ;", {}),
+    ("totals[tile][r] += weight;", "totals[tile][r] = weight;", {}),
+    (
+        "weight == 0.0f ? 0.0f : weight * __half2float(scales[1][i])",
+        "weight * __half2float(scales[1][i])",
+        {"mask": "padding"},
+    ),
+    ("weight == 0.0f ? 0.0f : weight * __half2float(scales[1][i])", "weight", {}),
+    ("Order<VALUE_BITS>::place(half + i)", "half + i", {}),
+    ("scaled[4 * h + i + NEXT]", "scaled[4 * h + i + 1]", {}),
+    ("place_of_weights(row, chunk) + place", "place_of_weights(row, chunk ^ 1) + place", {}),
+    ("place_of_weights(row, Values", "place_of_weights(row ^ 1, Values", {}),
+    ("chunk ^ (row / 2 % 4 * 2)", "chunk & (row / 2 % 4 * 2)", {}),
+    ("__syncwarp();  // the weights are there, the keys have been read", "", {}),
+    ("__syncwarp();  // no weights are in use, the values have been read", "", {"blocks": 9}),
+    # Warps
+    (
+        "max(0, (end_block - first_block + WARPS - 1) / WARPS)",
+        "max(0, (end_block - first_block) / WARPS)",
+        {},
+    ),
+    ("first_block + next_item / 2 * WARPS", "first_block + next_item / 2", {}),
+    ("__syncthreads();  // the ring and the queries are no longer in use", "", {}),
+    ("__syncthreads();  // the warps' tops, totals and sums are there", "", {}),
+    ("totals[tile][r] += shuffle_xor(totals[tile][r], mask)", "totals[tile][r] *= 2.0f", {}),
+    ("all_tops[w * 2 * ROWS + row]);\n      for", "all_tops[row]);\n      for", {"gain": 60.0}),
+    ("= tops[tile][r] - 15.0f;\n          all", "= tops[tile][r];\n          all", {}),
+    ("total = fmaf(shares[w],", "total = fmaf(1.0f,", {}),
+    ("sum = fmaf(shares[w],", "sum = fmaf(1.0f,", {}),
+    (
+        "if (channel < VALUE_DIM) {\n            all_sums",
+        "if (channel < VALUE_DIM - 1) {\n            all_sums",
+        {},
+    ),
+    ("row < ROWS && p.first_row + row < p.group_rows; row", "row < ROWS; row", {}),
+]
+SHARED_MUTATIONS = [
+    # Positions and masks
+    ("min(call.sink, p.tokens - p.packed_tokens)", "0", {"mask": "bool"}),
+    ("return p.sink + index;", "return index;", {"mask": "bool"}),
+    (
+        "index < p.sink ? index : p.packed_tokens + index",
+        "p.packed_tokens + index",
+        {"mask": "window"},
+    ),
+    ("index < p.sink ? index : p.packed_tokens + index", "index", {"mask": "window"}),
+    (
+        "min(p.start + part_tokens, p.exact",
+        "min(p.start + part_tokens + 1, p.exact",
+        {"blocks": 70, "batch": 1, "kv_heads": 1, "length": 2},
+    ),
+    (
+        "? p.tokens - p.packed_tokens : p.packed_tokens);",
+        "? p.tokens - p.packed_tokens : p.packed_tokens + 1);",
+        {"mask": "none"},
+    ),
+    (
+        "? p.tokens - p.packed_tokens : p.packed_tokens);",
+        "? p.tokens - p.packed_tokens - 1 : p.packed_tokens);",
+        {},
+    ),
+    ("p.tokens - call.length + last_place + 1;", "p.tokens - call.length + last_place;", {}),
+    (
+        "wraps ? call.length - 1 : last_row % call.length",
+        "last_row % call.length",
+        {"blocks": 2, "tail": 0, "missing": 0},
+    ),
+    ("max(p.sink, seen - p.packed_tokens)", "max(p.sink, seen - p.packed_tokens - 1)", {}),
+    (
+        "position <= p.tokens - call.length + place",
+        "position <= p.tokens - call.length + place + 1",
+        {},
+    ),
+    ("[at] != 0 ? score : HIDDEN", "[at] != 0 ? score : score", {"mask": "bool"}),
+    (
+        "fmaf(static_cast<const float*>(call.mask)[at], LOG2_E, score)",
+        "score",
+        {"mask": "additive"},
+    ),
+    ("[at], LOG2_E, score)", "[at], 1.0f, score)", {"mask": "additive"}),
+    ("p.batch * call.mask_strides[0] +", "", {"mask": "padding"}),
+    ("head * call.mask_strides[1] +", "", {"mask": "bool"}),
+    ("place * call.mask_strides[2] +", "", {"mask": "bool"}),
+    ("position * call.mask_strides[3];", "0;", {"mask": "bool"}),
+    ("p.kv_head * (p.group_rows / call.length) +", "", {"mask": "bool"}),
+    ("x <= HIDDEN ? 0.0f : power_of_two(x - top)", "power_of_two(x - top)", {"mask": "bool"}),
+    # Queries and the merge
+    ("__syncthreads();  // the rows are there", "", {}),
+    ("if (i < ROWS * D) use", "if (i < ROWS * D - 1) use", {}),
+    ("if (i < ROWS * D) use", "use", {"dims": (16, 16)}),
+    ("scale == nullptr ? x : x * scale[scale_at + channel]", "x", {}),
+    ("kv_head * KEY_DIM;", "0;", {}),
+    ("(products, i / KEY_DIM, channel)", "(products, i / KEY_DIM, channel ^ 1)", {}),
+    ("(warp * SHARE + start + i) * D", "(start + i) * D", {}),
+    ("min(column, D - 4)", "column", {}),
+    ("fmaf(number, entries[i].z, x[r][2])", "fmaf(number, entries[i].y, x[r][2])", {}),
+    ("rows[r * D + warp * SHARE + n * BATCH + i]", "rows[r * D + n * BATCH + i]", {}),
+    ("if (n > 0 || column >= 4 * 32) load", "if (n > 0) load", {"dims": (192, 192)}),
+    ("if (n > 0 || column >= 4 * 32) load", "if (column >= 4 * 32) load", {"dims": (192, 192)}),
+    ("column < D; column += 4 * 32", "column < 4 * 32; column += 4 * 32", {"dims": (192, 192)}),
+    ("w < WARPS; ++w) sum += products", "w < WARPS - 1; ++w) sum += products", {}),
+    ("__syncthreads();  // the products of the rows are there", "", {}),
+    ("__syncthreads();  // the shares are there", "", {}),
+    ("__syncthreads();  // the products of the sums are there", "", {}),
+    ("top = fmaxf(top, tops[i]);", "top = tops[i];", {"gain": 60.0}),
+    ("exists = part < parts", "exists = true", {}),
+    ("total += share_of(sink, top);", "", {"sinks": True}),
+    ("row / call.length] * LOG2_E", "row / call.length]", {"sinks": True}),
+    ("start + i < all.exact_parts)", "start + i <= all.exact_parts)", {}),
+    ("start + i < all.exact_parts)", "start + i < all.exact_parts - 1)", {}),
+    ("min(start + i, parts - 1) * VALUE_DIM", "min(start, parts - 1) * VALUE_DIM", {}),
+    ("packed_sum = fmaf(share, x[i], packed_sum)", "packed_sum += x[i]", {}),
+    ("total = fmaf(tops[i], totals[i], total)", "total += totals[i]", {}),
+    ("kv_head * VALUE_DIM + channel;", "channel;", {}),
+    ("total == 0.0f ? 0.0f :", "", {"mask": "bool"}),
+    ("head) * call.length + row % call.length) *", "head) * call.length) *", {}),
+    ("if (first_row + r >= group_rows) break;", "if (first_row + r >= group_rows - 1) break;", {}),
+    # Launches
+    ("const dim3 grid(plan.tiles, heads, parts);", "const dim3 grid(1, heads, parts);", {}),
+    ("grid(plan.tiles, heads, parts);", "grid(plan.tiles, heads, parts - 1);", {"blocks": 9}),
+    ("all.totals = all.tops + query_rows * parts;", "all.totals = all.tops + 1;", {}),
+]
+PLAIN_MUTATIONS = [
+    ("__syncthreads();  // the query and the levels are there", "", {}),
+    ("__syncthreads();  // all tops are there, no weights are in use", "", {}),
+    ("__syncthreads();  // all weights are there, no tops are in use", "", {"blocks": 9}),
+    ("__syncthreads();  // no weights and no tops are in use", "", {}),
+    ("__syncthreads();  // the groups' sums and the totals are there", "", {}),
+    ("x * (call.scale * LOG2_E)", "x * call.scale", {}),
+    ("row < WORD_ROWS; ++row", "row < WORD_ROWS - 1; ++row", {}),
+    ("signs.x : first_signs >> CODES", "signs.x : first_signs", {}),
+    ("signs.y : second_signs >> CODES", "signs.y : second_signs >> 15", {}),
+    ("words + 2 * lane, BLOCK", "words + lane / 2 * 2, BLOCK", {}),
+    ("key_scale[0], about_centre[row])", "1.0f, about_centre[row])", {}),
+    ("key_scale[1], about_centre[row])", "key_scale[1], 0.0f)", {}),
+    ("key_scales[2 * lane + t]", "key_scales[2 * lane]", {}),
+    ("HELD * lane + i / ROWS;", "HELD * lane;", {}),
+    ("__half2float(centre[i]) * call.scale * LOG2_E", "__half2float(centre[i]) * call.scale", {}),
+    ("i < KEY_DIM; i += LANES", "i < KEY_DIM - 1; i += LANES", {}),
+    ("about_centre[row] += shuffle_xor(about_centre[row], mask)", "about_centre[row] *= 2.0f", {}),
+    (
+        "weight == 0.0f ? 0.0f : weight * value_scale[t]",
+        "weight * value_scale[t]",
+        {"mask": "padding"},
+    ),
+    ("weight == 0.0f ? 0.0f : weight * value_scale[t]", "weight", {}),
+    (
+        "top = fmaxf(top, by_warp[w * ROWS + row])",
+        "top = by_warp[w * ROWS + row]",
+        {"mask": "window"},
+    ),
+    ("totals[row] *= shrink;", "", {"blocks": 9}),
+    ("        sums[row] *= shrink;", "", {"blocks": 9}),
+    ("sums[ROWS + row] *= shrink;", "", {"blocks": 9}),
+    ("totals[row] += weight;", "totals[row] = weight;", {}),
+    ("token = step + value_group * UNIT;", "token = step;", {}),
+    ("token < stop; token +=", "token < stop - UNIT; token +=", {}),
+    ("token += GROUPS * UNIT", "token += 2 * GROUPS * UNIT", {"tail": 200}),
+    ("min(step + STEP, p.stop)", "step + STEP - UNIT", {"tail": 200}),
+    ("weights + (token - step) * ROWS", "weights", {}),
+    ("min(index, p.stop - 1)", "index", {"tail": 17}),
+    ("min(first_token + i, p.stop - 1)", "first_token + i", {"tail": 33}),
+    ("min(first_token + i, p.stop - 1)", "min(first_token, p.stop - 1)", {}),
+    ("to_float(pairs[i].all[1])", "to_float(pairs[i].all[0])", {}),
+    ("add_products(weights + i * ROWS, two, sums)", "add_products(weights, two, sums)", {}),
+    ("run_start + lane, query, scores", "run_start, query, scores", {}),
+    ("g < GROUPS - 1; ++g", "g < GROUPS - 2; ++g", {}),
+    ("(value_group - 1) * VALUE_DIM + channel", "value_group * VALUE_DIM + channel", {}),
+    ("total += by_warp[w * ROWS + row]", "total = by_warp[w * ROWS + row]", {}),
+    ("if (value_group == 0)", "if (value_group <= 1)", {}),
+    ("if (p.first_row + row >= p.group_rows) break;", "", {}),
+    ("load_numbers<8>(keys + at + 8 * (start + n))", "load_numbers<8>(keys + at + 8 * n)", {}),
+    ("query + (8 * (start + n) + i) * ROWS", "query + (8 * start + i) * ROWS", {}),
+    ("i < BYTES / 16; ++i", "i < 1; ++i", {}),
+]
+
+
+OWN_SCALE_MUTATIONS = [
+    ("batch * call.key_channel_scale_stride +", "", {}),
+    ("head_index / call.kv_heads * call.value_channel_scale_stride +", "", {}),
+]
+
+
+def of_attention():
+    """Changes of the kernels that a case launches."""
+    for case, trims, listed in (
+        (TENSOR, WITHOUT_FLOAT, TENSOR_MUTATIONS),
+        (FLOAT, WITHOUT_TENSOR, SHARED_MUTATIONS + PLAIN_MUTATIONS),
+    ):
+        for old, new, changes in listed:
+            check = attends(problem, replace(case, **changes))
+            yield Mutation(old, new, check, trims=tuple(trims))
+    for old, new, _ in OWN_SCALE_MUTATIONS:
+        yield Mutation(old, new, attends(with_own_scales, FLOAT), trims=tuple(WITHOUT_TENSOR))
+
+
+@cuda
+@each(of_attention())
+def test_changed_attention_is_caught(runner, mutation):
+    assert mutation.is_caught(runner)

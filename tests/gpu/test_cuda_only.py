@@ -1,0 +1,125 @@
+"""What only the launchers of CUDA have: their arguments, shared memory and devices of a size."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rotormlx.codec import codebook
+from rotormlx.codec.format import KEY, codec
+from rotormlx.config import RotorConfig
+from rotormlx.kernels.source import cuda_header
+from rotormlx.mlx.backends import cuda_text
+from tests.emulator.cuda import MLXKernel
+from tests.support import cuda_calls
+from tests.support.attend_cases import Case, Launch, problem
+from tests.support.runners import CUDA
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+@needs_compiler
+def test_arguments_are_plain_c(tmp_path):
+    """launch.h is C, and lays its structures out as the tests' twins of them."""
+    twins = {
+        "rotormlx_packed": cuda_calls.PackedArguments,
+        "rotormlx_encode_arguments": cuda_calls.EncodeArguments,
+        "rotormlx_decode_arguments": cuda_calls.DecodeArguments,
+        "rotormlx_rotor3_arguments": cuda_calls.Rotor3Arguments,
+        "rotormlx_attend_arguments": cuda_calls.AttendArguments,
+    }
+    checks = [
+        f'_Static_assert(offsetof({name}, {field}) == {getattr(twin, field).offset}, "{field}");'
+        for name, twin in twins.items()
+        for field, _ in twin._fields_
+    ]
+    checks += [
+        f'_Static_assert(sizeof({name}) == {ctypes.sizeof(twin)}, "size");'
+        for name, twin in twins.items()
+    ]
+    source = tmp_path / "twins.c"
+    source.write_text("\n".join([f'#include "{cuda_calls.KERNELS / "launch.h"}"', *checks, ""]))
+    command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_header_depends_on_nothing_else():
+    """One compiled configuration serves all layers and seeds."""
+    texts = {
+        cuda_header(codec(RotorConfig(seed=seed), 128, layer=layer, role=KEY))
+        for seed, layer in itertools.product((0, 5), (0, 9))
+    }
+    assert len(texts) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_lanes_that_are_served_together_meet_no_bank_twice(bits):
+    """Of shared memory: 8 neighbouring lanes where each moves 16 bytes, 16 where it moves 8."""
+    body = f"""
+      using Packed = AttendPacked<{bits}, {bits}, 128, 128, 1>;
+      const int lane = int(threadIdx.x), group = lane / 4, quad_lane = lane % 4;
+      copied[lane] = Packed::place_of_words(lane % 8, lane / 8);
+      taken[lane] = Packed::place_of_words(group, quad_lane);
+      for (int step = 0; step < 2; ++step) {{
+        const int chunk = Chunks<{bits}, BLOCK>::chunk(step, quad_lane);
+        read[32 * step + lane] = 8 * group + Packed::place_of_weights(group, chunk);
+        for (int r = 0; r < 2; ++r) {{
+          const int row = 2 * quad_lane + r;
+          const int place = 8 * row + Packed::place_of_weights(row, 4 * step + group / 2);
+          written[32 * (2 * step + r) + lane] = 2 * place + group % 2;
+        }}
+      }}
+    """
+    kernel = MLXKernel(
+        "places", [], ["copied", "taken", "read", "written"], body, cuda_text.attend_header()
+    )
+    *of_sixteen_bytes, of_eight = kernel(
+        inputs=[],
+        output_shapes=[(32,), (32,), (64,), (128,)],
+        output_dtypes=[mx.int32] * 4,
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
+    assert np.array_equal(*(np.sort(places) for places in of_sixteen_bytes[:2]))
+    for places in of_sixteen_bytes:
+        assert all(len(set(lanes)) == 8 for lanes in np.array(places).reshape(-1, 8) % 8)
+    # Lanes write weights of 2 and 3 bits by four bytes.
+    if bits in (4, 8):
+        assert all(len(set(lanes)) == 16 for lanes in np.array(of_eight).reshape(-1, 16) % 16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kilobytes", [99, 150, 163])
+def test_devices_with_less_shared_memory(kilobytes, monkeypatch):
+    """Each takes the kernel that fits: the one in float32, that of 8 rows, that of 16."""
+    case = Case(dims=(256, 256), bits=(8, 8), dtype="f16", mask="causal", length=9, batch=1)
+    posed = problem(case)
+    made = CUDA.attend_module(*(view.codec for view in posed.views), Launch())
+    monkeypatch.setattr(made, "shared_memory", 1024 * kilobytes)
+    posed.check(CUDA)
+    kernel_bytes = made.reports[1].threadgroup_bytes
+    least = {99: 0, 150: 99, 163: 150}[kilobytes]
+    assert 1024 * least < kernel_bytes <= 1024 * kilobytes
+
+
+@needs_compiler
+@pytest.mark.parametrize("field", [name for name, _ in cuda_calls.AttendPlan._fields_])
+def test_the_launcher_refuses_a_plan_that_does_not_fit(field, monkeypatch):
+    """A number that is one off launches nothing."""
+    planned = cuda_calls.plan_of
+
+    def one_off(*call):
+        plan = planned(*call)
+        setattr(plan, field, getattr(plan, field) + 1)
+        return plan
+
+    monkeypatch.setattr(cuda_calls, "plan_of", one_off)
+    posed = problem(Case(dims=(64, 64), dtype="f16", mask="causal", batch=1, kv_heads=1))
+    with pytest.raises(RuntimeError, match="rotormlx_attend returned the CUDA error 1"):
+        posed.run(CUDA)

@@ -1,0 +1,513 @@
+"""Metal kernels with one change in their text: some check fails each time, in the emulator."""
+
+from dataclasses import replace
+
+import pytest
+
+from rotormlx.codec.format import VALUE
+from rotormlx.kernels import source
+from tests import emulator
+from tests.support.attend_cases import Case, Launch, problem
+from tests.support.codec_cases import (
+    check_centre_of_finite_rows,
+    check_rotor3,
+    check_special_rows,
+    check_ties,
+    decodes,
+    encodes,
+    fills_up,
+    made_codec,
+)
+from tests.support.mutations import Mutation, attends, each, of
+from tests.support.runners import METAL, launches_of
+
+pytestmark = [
+    pytest.mark.mutation,
+    pytest.mark.skipif(METAL.on_device, reason="about the emulator, which runs where no Metal is"),
+]
+metal = pytest.mark.parametrize("runner", ["metal"], indirect=True)
+
+
+# ---- encode, decode and rotor3 ------------------------------------------------------------------
+
+
+def barrier_mutations():
+    """Each barrier deleted; each for no memory."""
+    for place in ("sums written", "codes written"):
+        barrier = f"threadgroup_barrier(mem_flags::mem_threadgroup);  // {place}"
+        yield barrier, "", encodes
+        yield barrier, "threadgroup_barrier(mem_flags::mem_none);", encodes
+
+
+def bound_mutations():
+    """Each bound shifted by one, or to where a nearby one stands."""
+    threes = of(encodes, "rotor3", 80)
+    dense = of(encodes, "dense", 80)
+    wide = of(encodes, "cascade", 128)
+    return [
+        ("(D + LANES * HELD - 1)", "D", threes),
+        ("|| channel < D;", "|| channel < D - 1;", threes),
+        ("|| channel < D;", "|| channel < D + 1;", threes),
+        ("|| channel < D;", "|| channel < D - 1;", check_rotor3),
+        ("|| channel < D;", "|| channel < D + 1;", check_rotor3),
+        (
+            "p < CHANNELS; ++p) {\n    const uint c = lane",
+            "p < CHANNELS - 1; ++p) {\n    const uint c = lane",
+            encodes,
+        ),
+        (
+            "row < ROWS; ++row) {\n      const float x = rows",
+            "row < ROWS - 1; ++row) {\n      const float x = rows",
+            encodes,
+        ),
+        ("m < RADIX; ++m) {\n        turned =", "m < RADIX - 1; ++m) {\n        turned =", encodes),
+        ("m < RADIX; ++m) {\n      weights", "m < RADIX - 1; ++m) {\n      weights", encodes),
+        ("m < N; ++m", "m < N - 1; ++m", wide),
+        ("r < N; ++r) x[r]", "r < N - 1; ++r) x[r]", wide),
+        ("g < CHANNELS / RADIX", "g < CHANNELS / RADIX - 1", wide),
+        ("g < CHANNELS / RADIX", "g < CHANNELS / RADIX + 1", wide),
+        ("row < ROWS; ++row) {\n      thread", "row < ROWS - 1; ++row) {\n      thread", wide),
+        ("r < RADIX; ++r) first", "r < RADIX - 1; ++r) first", wide),
+        ("p < CHANNELS / HELD;", "p < CHANNELS / HELD - 1;", threes),
+        ("place < FIRST + GROUPS", "place < FIRST + GROUPS - 1", threes),
+        ("place < FIRST + GROUPS", "place < FIRST + GROUPS + 1", threes),
+        ("place >= FIRST", "place > FIRST", threes),
+        ("row < ROWS; ++row) {\n        Block", "row < ROWS - 1; ++row) {\n        Block", threes),
+        ("m < LANES; ++m", "m < LANES - 1; ++m", dense),
+        ("q < CHANNELS; ++q", "q < CHANNELS - 1; ++q", dense),
+        (
+            "p < CHANNELS; ++p) {\n    for (uint m",
+            "p < CHANNELS - 1; ++p) {\n    for (uint m",
+            dense,
+        ),
+        (
+            "p < Channels::CHANNELS; ++p) square_sum",
+            "p < Channels::CHANNELS - 1; ++p) square_sum",
+            encodes,
+        ),
+        (
+            "p < Channels::CHANNELS; ++p) {\n    code",
+            "p < Channels::CHANNELS - 1; ++p) {\n    code",
+            encodes,
+        ),
+        ("p < CHANNELS; ++p) broken", "p < CHANNELS - 1; ++p) broken", check_centre_of_finite_rows),
+        ("p < CHANNELS; ++p) sum[p] = fma", "p < CHANNELS - 1; ++p) sum[p] = fma", encodes),
+        (
+            "p < CHANNELS; ++p) {\n    for (ushort",
+            "p < CHANNELS - 1; ++p) {\n    for (ushort",
+            encodes,
+        ),
+        ("mask < 32", "mask < 16", encodes),
+        ("worker % (32 / LANES) == 0", "worker == 0", encodes),
+        ("worker % (32 / LANES) == 0", "true", encodes),
+        ("s < SIMDGROUPS; ++s", "s < SIMDGROUPS - 1; ++s", encodes),
+        ("s < SIMDGROUPS; ++s", "s < SIMDGROUPS + 1; ++s", encodes),
+        ("if (worker == 0) centres", "if (worker == 1 && lane > 0) centres", encodes),
+        (
+            "r < ROWS; ++r) {\n    device const T* row",
+            "r < ROWS - 1; ++r) {\n    device const T* row",
+            encodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n    device const T* row",
+            "r < ROWS + 1; ++r) {\n    device const T* row",
+            encodes,
+        ),
+        ("r < ROWS; ++r) {\n    bool broken", "r < ROWS - 1; ++r) {\n    bool broken", encodes),
+        ("r < ROWS; ++r) {\n        rows", "r < ROWS - 1; ++r) {\n        rows", encodes),
+        (
+            "r < ROWS; ++r) {\n    const uint token",
+            "r < ROWS - 1; ++r) {\n    const uint token",
+            encodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n    const uint token",
+            "r < ROWS + 1; ++r) {\n    const uint token",
+            encodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n    const uint token",
+            "r < ROWS - 1; ++r) {\n    const uint token",
+            decodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n        const float number",
+            "r < ROWS - 1; ++r) {\n        const float number",
+            decodes,
+        ),
+        (
+            "r < ROWS; ++r) {\n        const float number",
+            "r < ROWS + 1; ++r) {\n        const float number",
+            decodes,
+        ),
+        ("worker + r * WORKERS", "worker + r * (WORKERS - 1)", encodes),
+        ("worker + r * WORKERS", "worker + r * (WORKERS + 1)", decodes),
+        ("if (lane == 0) scales", "if (true) scales", encodes),
+        ("i < WORD_ROWS * WORD_LANES", "i < WORD_ROWS * WORD_LANES - 1", encodes),
+        ("i < WORD_ROWS * WORD_LANES", "i < WORD_ROWS * WORD_LANES + 1", encodes),
+        ("f < 32 / FIELD && f < count", "f < 32 / FIELD - 1 && f < count", encodes),
+        ("f < 32 / FIELD && f < count", "f < 32 / FIELD", encodes),
+        ("f < 32 / FIELD && f < count", "f < 32 / FIELD && f < count - 1", encodes),
+        ("row < first_rows", "row < first_rows - 1", encodes),
+        ("row < first_rows", "row < first_rows + 1", encodes),
+        ("mask = LANES / 2; mask > 0", "mask = LANES / 2; mask > 1", encodes),
+        ("mask = LANES / 2; mask > 0", "mask = LANES / 4; mask > 0", encodes),
+        ("mask = LANES / 2; mask > 0", "mask = LANES / 4; mask > 0", check_centre_of_finite_rows),
+        ("&& at < count", "&& at < count - 1", check_rotor3),
+        ("&& at < count", "", check_rotor3),
+        ("long(count) - 1", "long(count)", check_rotor3),
+    ]
+
+
+# Each block type with the line that does the work, and where it occurs.
+BLOCKS = {
+    "Left": ("return sign_at(BACK ? 0xAC60u : 0x5390u, r, m) * rotor[m];", ("cascade", 64)),
+    "Plane": ("return sign_at(BACK ? 0x20u : 0x10u, r, m) * plane[m];", ("planar2", 64)),
+    "Walsh4": ("return sign_at(0x0AC6u, r, m) * 0.5f;", ("hadamard", 64)),
+    "Walsh2": ("return sign_at(0x02u, r, m) * 0.707106781f;", ("hadamard", 128)),
+    "Signs": ("return sign[0];", ("hadamard", 64)),
+    "Sandwich": ("const float x = v[0]", ("rotor3", 64)),
+    "Odd3": ("const float sum = 0.666666667f", ("cascade", 96)),
+    "Odd5": ("for (uint i = 0; i < RADIX; ++i) sum = fma", ("cascade", 80)),
+    "Odd7": ("const float y = 0.445902914f;", ("cascade", 112)),
+}
+
+
+def stage_mutations():
+    """Each kind of block, each stage and the matrix replaced by the identity, both ways."""
+    for name, (line, where) in BLOCKS.items():
+        same = ""
+        if line.startswith("return"):
+            same = " 1.0f" if name == "Signs" else " m == 0 ? 1.0f : 0.0f"
+        yield line, f"return{same}; {line}", of(encodes, *where, scaled=False)
+        yield line, f"if (BACK) return{same}; {line}", of(decodes, *where)
+    for name, head_dim in (("cascade", 64), ("rotor3", 64), ("planar2", 64), ("cascade", 112)):
+        yield "BACK ?", "false ?", of(decodes, name, head_dim)
+    for old, new, where in (
+        ("0x5390u", "0x5380u", ("cascade", 64)),
+        ("0x5390u", "0x3590u", ("cascade", 64)),
+        ("0x0AC6u", "0x0AC4u", ("hadamard", 64)),
+        ("0x02u", "0x00u", ("hadamard", 128)),
+        ("m * STRIDE", "m", ("cascade", 64)),
+        ("lane / STRIDE % RADIX", "lane % RADIX", ("cascade", 64)),
+        ("* STRIDE + c % STRIDE;", "* STRIDE;", ("cascade", 64)),
+        ("g / STEP * (RADIX * STEP) + g % STEP", "g * RADIX", ("cascade", 128)),
+        ("(g * LANES + lane) * Block", "(g * LANES) * Block", ("cascade", 128)),
+        ("(place - FIRST) * Block", "place * Block", ("rotor3", 80)),
+    ):
+        yield old, new, of(encodes, *where, scaled=False)
+    for name, head_dim in (("cascade", 128), ("cascade", 280), ("rotor3", 80), ("hadamard", 192)):
+        lines = source.rotation_text(made_codec(name, head_dim, 4, VALUE).rotation)
+        for line in lines.splitlines():
+            if "turn_" in line:
+                more = {} if "true>" in line else {"scaled": False}
+                check = decodes if "true>" in line else encodes
+                yield line, "", of(check, name, head_dim, 4, VALUE, **more)
+    for check in (encodes, decodes):
+        yield "rows[i] = sums[i];", ";", of(check, "dense")
+    yield "rotate_rows<LANES, 1>(row, coefficients, lane);\n\n", "\n\n", check_rotor3
+    yield "unrotate_rows<LANES, 1>(row, coefficients, lane);", "", check_rotor3
+
+
+def scale_mutations():
+    """Each scale and centre dropped; roundings to what is stored left out."""
+    return [
+        (" / channel_factor", "", encodes),
+        ("(rows[r * CHANNELS + p] - centre)", "rows[r * CHANNELS + p]", encodes),
+        ("centre = float(rounded)", "centre = mean", of(encodes, bits=8)),
+        ("clamp(mean, -65504.0f, 65504.0f)", "mean", check_centre_of_finite_rows),
+        ("row[p] * to_unit_variance", "row[p]", encodes),
+        ("row[p] * to_unit_variance", "row[p]", check_rotor3),
+        ("sqrt(float(D)) / ", "1.0f / ", encodes),
+        ("const float scale = level_row / level_level;", "const float scale = level_row;", encodes),
+        ("number = scale * level", "number = level", decodes),
+        ("row[p] = scale * level", "row[p] = level", check_rotor3),
+        (
+            "fma(rows[r * CHANNELS + p], channel_factor, centre)",
+            "rows[r * CHANNELS + p] + centre",
+            decodes,
+        ),
+        (
+            "fma(rows[r * CHANNELS + p], channel_factor, centre)",
+            "rows[r * CHANNELS + p] * channel_factor",
+            decodes,
+        ),
+        ("place.z * centres_strides[0]", "place.y * centres_strides[0]", fills_up),
+        ("place.y * channel_scale_strides[0]", "0 * channel_scale_strides[0]", encodes),
+        ("place.y * channel_scale_strides[0]", "0 * channel_scale_strides[0]", decodes),
+    ]
+
+
+def rule_mutations():
+    """Ties, the sign of zero, special rows, planes."""
+    special = of(check_special_rows, 4, VALUE)
+    return [
+        ("size >= boundaries", "size > boundaries", of(check_ties, 4)),
+        ("z < 0.0f ?", "z <= 0.0f ?", of(check_ties, 4)),
+        ("z < 0.0f ?", "z > 0.0f ?", encodes),
+        ("step = 1u << (BITS - 2)", "step = 1u << (BITS - 3)", encodes),
+        ("is_finite(square_sum) && ", "", special),
+        ("fabs(scale) < 65520.0f", "true", special),
+        ("fabs(scale) < 65520.0f", "fabs(scale) < 65504.0f", special),
+        ("fits ? half(scale)", "true ? half(scale)", special),
+        ("if (!has_codes(scale))", "if (false)", special),
+        ("> 0.0f;\n}", ">= 0.0f;\n}", special),
+        ("> 0.0f;\n}", "> 1e-6f;\n}", special),
+        (
+            "if (Channels::exists(Channels::channel(lane, p)))",
+            "if (true)",
+            of(encodes, "rotor3", 80),
+        ),
+        ("if (!lane_any<LANES>(broken))", "if (true)", check_centre_of_finite_rows),
+        ("if (!lane_any<LANES>(broken))", "if (!broken)", check_centre_of_finite_rows),
+        ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes),
+        ("packed_fields<FIELD, FIRST>", "packed_fields<FIELD, 0>", encodes),
+        ("(row - first_rows) *", "row *", encodes),
+        ("<< (f * FIELD)", "<< f", encodes),
+        (" >> (i & Word<BITS>::codes)", "", decodes),
+        ("WordRows<BITS, COUNT>::FIRST + i / 32", "i / 32", decodes),
+    ]
+
+
+def of_the_codec():
+    """Changes of every place where the old text stands: kernels repeat some of it."""
+    groups = (
+        *(barrier_mutations, bound_mutations, stage_mutations, scale_mutations, rule_mutations),
+    )
+    for group in groups:
+        for old, new, check in group():
+            yield Mutation(old, new, check, (("once", False),))
+
+
+@metal
+@each(of_the_codec())
+def test_a_changed_codec_is_caught(runner, mutation):
+    assert mutation.is_caught(runner)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+# Several tiles of query rows, parts, steps and blocks; planes of signs; lanes without a token.
+DECODE = Case(
+    bits=(3, 3), dims=(64, 64), kv_heads=2, length=4, blocks=5, launch=Launch((2, 2)), mask="causal"
+)
+PREFILL = replace(DECODE, length=17)
+
+# Each is what stands in the text, what stands there instead, and the changes of the case.
+
+# Text that several kernels have in common, changed in all of them at once.
+EVERY = [
+    # Codes and levels
+    ("code < (1u << BITS)", "code < (1u << BITS) - 1u", {}),
+    ("^ (negative << 31)", "", {}),
+    ("(1u << (BITS - 1)) - 1u", "(1u << (BITS - 2)) - 1u", {"bits": (4, 4)}),
+    ("return MAGNITUDES_4[index]", "return MAGNITUDES_4[index ^ 1u]", {"bits": (4, 3)}),
+    ("(word >> (BITS * field))", "(word >> (BITS * (field ^ 1u)))", {"bits": (4, 3)}),
+    ("((signs >> field) & 1u) << 2", "((signs >> (field ^ 1u)) & 1u) << 2", {}),
+    ("(word >> (2 * field)) & 3u", "(word >> (2 * field)) & 1u", {}),
+    # Masks
+    ("length + place ? score", "length + place + 1 ? score", {}),
+    ("position <= tokens - length", "position < tokens - length", {}),
+    ("bool(mask[at]) ? score : HIDDEN", "score", {"mask": "bool"}),
+    ("score + float(mask[at])", "score", {"mask": "additive"}),
+    ("batch * strides[0] +", "", {"mask": "padding"}),
+    ("head * strides[1] +", "", {"mask": "bool"}),
+    ("place * strides[2] +", "", {"mask": "bool"}),
+    ("+ position * strides[3]", "", {"mask": "bool"}),
+    ("kv_head * (rows / length) + row / length", "row / length", {"mask": "bool"}),
+    # Softmax
+    ("x <= HIDDEN ? 0.0f : exp(x - top)", "exp(x - top)", {"mask": "bool"}),
+    (": exp(x - top)", ": exp(x)", {}),
+]
+# Made in each of the two kernels for the parts of a sequence.
+BOTH = [
+    ("(WORD_ROWS + row / 2) * row_stride", "(WORD_ROWS + row / 2 + 1) * row_stride", {}),
+    (
+        "fill_levels<VALUE_BITS>(value_levels, uint(",
+        "fill_levels<VALUE_BITS>(value_levels, 1u + uint(",
+        {},
+    ),
+    # Scales and centres
+    ("key_scale, about_centre", "1.0f, about_centre", {}),
+    ("float(head_centres[", "0.0f * float(head_centres[", {}),
+    # Positions and lengths
+    ("? sink + index", "? index", {"mask": "bool"}),
+    ("index < sink ? index : packed_tokens + index", "packed_tokens + index", {"mask": "window"}),
+    ("index < sink ? index : packed_tokens + index", "index", {"mask": "window"}),
+    ("index < sink ? index", "index <= sink ? index", {"mask": "window"}),
+    ("min(start + part_tokens, exact", "min(start + part_tokens + 1, exact", {}),
+    (
+        "? tokens - packed_tokens : packed_tokens)",
+        "? tokens - packed_tokens - 1 : packed_tokens)",
+        {},
+    ),
+    (
+        "? tokens - packed_tokens : packed_tokens)",
+        "? tokens - packed_tokens : packed_tokens - 1)",
+        {},
+    ),
+    (
+        "? tokens - packed_tokens : packed_tokens)",
+        "? tokens - packed_tokens : packed_tokens + 1)",
+        {},
+    ),
+    ("if (index < stop)", "if (index <= stop)", {"mask": "none"}),
+]
+ATTEND = [
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the query", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // all tops", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // all weights", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // no weights", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the groups' sums", "//", {}),
+    ("i < KEY_DIM * ROWS", "i < KEY_DIM * ROWS - 1", {}),
+    ("i < KEY_DIM * ROWS", "i < KEY_DIM * ROWS + 1", {}),
+    (
+        "row < ROWS; ++row) {\n  const int64_t at",
+        "row < ROWS - 1; ++row) {\n  const int64_t at",
+        {},
+    ),
+    (
+        "row < ROWS; ++row) {\n  const int64_t at",
+        "row < ROWS + 1; ++row) {\n  const int64_t at",
+        {},
+    ),
+    ("i < size", "i < size - 1", {}),
+    ("i < size", "i <= size", {}),
+    ("row < WORD_ROWS", "row < WORD_ROWS - 1", {}),
+    ("row < WORD_ROWS", "row < WORD_ROWS + 1", {}),
+    ("field < CODES", "field < CODES - 1", {}),
+    ("AXIS % CODES == 0 || i < AXIS", "true", {"dims": (24, 64)}),
+    ("(AXIS + CODES - 1) / CODES", "AXIS / CODES", {"dims": (24, 64)}),
+    ("signs[first_lane] : first_signs >> CODES", "signs[first_lane] : first_signs", {}),
+    ("signs[second_lane] : second_signs >> CODES", "signs[second_lane] : second_signs >> 15", {}),
+    ("(lane + LANES) * key_words_strides[4]", "(lane + LANES - 1) * key_words_strides[4]", {}),
+    ("(channel + VALUE_LANES) * value_words_strides[4]", "channel * value_words_strides[4]", {}),
+    ("min(block_start + lane, stop - 1)", "block_start + lane", {"tail": 17}),
+    ("i < KEY_DIM; i += LANES", "i < KEY_DIM - 1; i += LANES", {}),
+    ("about_centre[row] = simd_sum(about_centre[row])", "about_centre[row] *= 32.0f", {}),
+    ("weight == 0.0f ? 0.0f : weight * value_scale[t]", "weight * value_scale[t]", {}),
+    ("weight == 0.0f ? 0.0f : weight * value_scale[t]", "weight", {}),
+    ("simd_max(max(scores[row], scores[ROWS + row]))", "scores[row]", {"gain": 60.0}),
+    ("top = max(top, by_simdgroup[s * ROWS + row])", "top = by_simdgroup[s * ROWS + row]", {}),
+    ("totals[row] *= shrink;", "", {}),
+    ("    sums[row] *= shrink;", "", {}),
+    ("sums[ROWS + row] *= shrink;", "", {}),
+    ("totals[row] += weight;", "totals[row] = weight;", {}),
+    ("b = value_group;", "b = 0;", {}),
+    ("step + b * BLOCK < stop; b", "step + b * BLOCK < stop - BLOCK; b", {}),
+    ("min(BLOCK, stop - first_token)", "BLOCK", {"tail": 33}),
+    ("min(BLOCK, stop - first_token)", "min(BLOCK, stop - first_token - 1)", {}),
+    ("g < GROUPS - 1; ++g", "g < GROUPS - 2; ++g", {}),
+    ("(value_group - 1) * VALUE_DIM + channel", "value_group * VALUE_DIM + channel", {}),
+    ("total += by_simdgroup[s * ROWS + row]", "total = by_simdgroup[s * ROWS + row]", {}),
+    ("if (value_group == 0)", "if (value_group <= 1)", {}),
+]
+PREFILL_ONLY = [
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the levels", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the keys", "//", {}),
+    ("simdgroup_barrier(mem_flags::mem_threadgroup);  // the simdgroup's", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the weights", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the values", "//", {}),
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // no values", "//", {}),
+    ("i < rows * LANES", "i < rows * LANES - 1", {}),
+    ("i < rows * LANES", "i < rows * LANES + 1", {}),
+    ("field < CODES", "field < CODES - 1", {}),
+    ("AXIS % CODES == 0 || position < AXIS", "true", {"dims": (24, 16)}),
+    (">> (row % 2 * CODES)", "", {}),
+    ("token < tokens ?", "token <= tokens ?", {}),
+    ("i < TILE * DIM", "i < TILE * DIM - 1", {}),
+    ("i < TILE * DIM", "i < TILE * DIM + 1", {}),
+    ("last_place + 1;", "last_place;", {}),
+    ("? length - 1 : last_row % length", "? last_row % length : last_row % length", {}),
+    ("seen - packed_tokens) : seen - sink", "seen - packed_tokens - 1) : seen - sink", {}),
+    (
+        "exact ? plain_rows : rotated",
+        "exact ? rotated + (head_rows + first_row) * KEY_DIM : rotated",
+        {},
+    ),
+    ("in_block, key_levels", "0, key_levels", {}),
+    ("in_block / CODES, TILE / CODES", "0, TILE / CODES", {}),
+    ("channel < KEY_DIM; channel += 8", "channel < KEY_DIM - 8; channel += 8", {}),
+    ("about_centre = 0.0f;\n    for", "for", {}),
+    ("i < KEY_DIM; i += ROW_LANES", "i < KEY_DIM - 1; i += ROW_LANES", {}),
+    ("about_centre += simd_shuffle_xor(about_centre, m)", "about_centre *= 2.0f", {}),
+    ("new_top = max(new_top, simd_shuffle_xor(new_top, m))", "", {}),
+    ("total *= shrink;", "", {}),
+    ("total += weight;", "total = weight;", {}),
+    ("total += simd_shuffle_xor(total, m)", "total *= 2.0f", {}),
+    (
+        "weight == 0.0f ? 0.0f : weight * value_scale[i]",
+        "weight * value_scale[i]",
+        {"mask": "padding"},
+    ),
+    ("weight == 0.0f ? 0.0f : weight * value_scale[i]", "weight", {}),
+    ("my_shrinks[my_row * 9] = shrink", "my_shrinks[my_row * 9] = 1.0f", {}),
+    ("if (any_shrinks)", "if (false)", {}),
+    ("i < 64; i += LANES", "i < 62; i += LANES", {}),
+    ("part_tops[at + my_row * parts] = top", "part_tops[at + my_row * parts] = 0.0f", {}),
+]
+MERGE = [
+    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the packed", "//", {}),
+    ("top = max(top, tops[first_part + part])", "top = tops[first_part + part]", {"gain": 60.0}),
+    ("part < parts; ++part) top", "part < parts - 1; ++part) top", {"gain": 60.0}),
+    ("part < parts; ++part) {\n    total", "part < parts - 1; ++part) {\n    total", {}),
+    ("part < parts; ++part) {\n    total", "part <= parts; ++part) {\n    total", {}),
+    ("part < parts; ++part) {\n        const", "part < parts - 1; ++part) {\n        const", {}),
+    ("part < packed_parts", "part <= packed_parts", {}),
+    ("part < packed_parts", "part < packed_parts - 1", {}),
+    ("total += share_of(tops[first_part + part], top) *", "total +=", {}),
+    ("const float x = share_of(tops[first_part + part], top) *", "const float x =", {}),
+    ("if (HAS_SINKS)", "if (false)", {"sinks": True}),
+    ("total = exp(sink - top)", "total = 0.0f", {"sinks": True}),
+    ("kv_head * (group_rows / length) + row / length", "row / length", {"sinks": True}),
+    ("if (HAS_SCALE)", "if (false)", {}),
+    ("channel_scale[head_index * VALUE_DIM +", "channel_scale[", {}),
+    ("channel_scale[head_index * VALUE_DIM +", "channel_scale[(head_index + 1) * VALUE_DIM +", {}),
+    (
+        "MATRICES * VALUE_DIM + i) * VALUE_DIM + channel]",
+        "MATRICES * VALUE_DIM + channel) * VALUE_DIM + i]",
+        {},
+    ),
+    (
+        "unrotation[(kv_head % MATRICES * VALUE_DIM + i) * VALUE_DIM + channel]",
+        "float(i == channel)",
+        {},
+    ),
+    ("i < VALUE_DIM; ++i", "i < VALUE_DIM - 1; ++i", {}),
+    ("i < VALUE_DIM; ++i", "i < VALUE_DIM + 1; ++i", {}),
+    ("total == 0.0f ? 0.0f :", "", {"mask": "bool"}),
+    ("/ total)", "/ 1.0f)", {}),
+    ("first_row + r < group_rows; ++r", "first_row + r < group_rows + 1; ++r", {"length": 17}),
+    ("first_row + r < group_rows; ++r", "first_row + r < group_rows - 1; ++r", {}),
+    ("tops_shape[2] + row", "group_rows + row", {"length": 17}),
+]
+
+
+def of_attention():
+    """Changes of one kernel, or of all at once."""
+    for kernel, case, listed in (
+        (None, DECODE, EVERY),
+        ("rotormlx_attend", DECODE, BOTH + ATTEND),
+        ("rotormlx_prefill", PREFILL, BOTH + PREFILL_ONLY),
+        ("rotormlx_attend_merge", DECODE, MERGE),
+    ):
+        for old, new, changes in listed:
+            check = attends(problem, replace(case, **changes))
+            yield Mutation(old, new, check, (("kernel", kernel),))
+
+
+@pytest.fixture(scope="module")
+def _compiled_ahead(request):
+    """The changed kernels are compiled first, those whose texts begin alike in one go."""
+    with emulator.compiling_ahead():
+        for parameters in launches_of(request):
+            mutation = parameters["mutation"]
+            if ("once", False) not in mutation.where:
+                mutation.is_caught(METAL)
+
+
+@pytest.mark.usefixtures("_compiled_ahead")
+@metal
+@each(of_attention())
+def test_changed_attention_is_caught(runner, mutation):
+    assert mutation.is_caught(runner)
