@@ -193,6 +193,10 @@ def test_a_release_holds_a_wheel_for_each_machine(tmp_path, monkeypatch, capsys)
     sdist(tmp_path, check_wheel.wanted_in_sdist())
     check_wheel.main()
     assert capsys.readouterr().out.count("as listed") == 4
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SystemExit, match=r"and nothing else, but holds .*notes.txt"):
+        check_wheel.main()
+    (tmp_path / "notes.txt").unlink()
 
     without_library = {k: v for k, v in files.items() if k != check_wheel.LIBRARY}
     archive(tmp_path / RELEASE[-1], without_library)
