@@ -464,9 +464,12 @@ void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
   float* packed = spare + pitch * LANES;  // [pitch]
   for (int64_t first = 0; first < rows; first += LANES) {
     const int64_t count = rows - first < LANES ? rows - first : (int64_t)LANES;
+    // A row that has seen nothing has no top: 0 in its place leaves exp(-inf).
+    const auto weight_of = [](float score, float top) {
+      return exponential(all(score - (top == -__builtin_inff() ? 0.0f : top)))[0];
+    };
     const auto share = [&](int64_t part, int64_t row, float top) {
-      const float reference = top == -__builtin_inff() ? 0.0f : top;
-      return exponential(all(a.tops[(task + part) * a.chunk_rows + row] - reference))[0];
+      return weight_of(a.tops[(task + part) * a.chunk_rows + row], top);
     };
     float top[LANES], total[LANES];
     __builtin_memset(x, 0, sizeof(float) * pitch * LANES);
@@ -478,7 +481,7 @@ void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
         const float of_part = a.tops[(task + part) * a.chunk_rows + row];
         top[r] = of_part > top[r] ? of_part : top[r];
       }
-      total[r] = a.sinks.data ? exponential(all(logit - top[r]))[0] : 0.0f;
+      total[r] = a.sinks.data ? weight_of(logit, top[r]) : 0.0f;
       __builtin_memset(packed, 0, sizeof(float) * pitch);
       for (int64_t part = 0; part < parts; ++part) {
         const float weight = share(part, row, top[r]);

@@ -1,5 +1,6 @@
 // The library's functions, called by rotormlx/kernels/cpu_library.py with arrays as DLPack describes them.
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -75,8 +76,11 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-thread_local Workspace scratch;  // of a task
-thread_local Workspace shared;   // of a call, kept by the thread that calls
+// Of a call: what its tasks share, then scratch for each of its threads. Tasks allocate nothing.
+thread_local Workspace workspace;
+
+// Floats of scratch for one thread, in whole cache lines.
+int64_t in_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // ---- arrays -----------------------------------------------------------------------------------------
 
@@ -135,6 +139,11 @@ int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // So few numbers are prepared, merged, encoded or decoded sooner than another thread wakes.
 bool few(int64_t numbers) { return numbers <= 1 << 15; }
 
+// Threads that as many tasks can keep busy, at least one.
+int64_t threads_of(int64_t wanted, int64_t tasks) {
+  return std::max<int64_t>(1, std::min({wanted, tasks, MAX_THREADS}));
+}
+
 // ---- rows to blocks and back ------------------------------------------------------------------------
 
 template <typename Run>
@@ -147,11 +156,12 @@ void codec_call(const CodecCall& call, Run run) {
   codec.given_centres = call.given_centres;
   require(is_float(codec.rows.type), "rows must be float16, bfloat16 or float32");
   const CodecKernels& kernels = *variant_of(call.variant).codec;
-  const int64_t heads = shape_of(call.rows, 0) * codec.kv_heads, floats = kernels.scratch(codec);
-  const int64_t tasks = heads * codec.block_count;
-  const int64_t threads = few(tasks * BLOCK * codec.blocks.head_dim) ? 1 : call.threads;
-  run_tasks(tasks, threads, [&](int64_t i) {
-    run(kernels, codec, i / codec.block_count, i % codec.block_count, scratch.floats(floats));
+  const int64_t heads = shape_of(call.rows, 0) * codec.kv_heads, tasks = heads * codec.block_count;
+  const int64_t threads = few(tasks * BLOCK * codec.blocks.head_dim) ? 1 : threads_of(call.threads, tasks);
+  const int64_t floats = in_lines(kernels.scratch(codec));
+  float* scratch = workspace.floats(threads * floats);
+  run_tasks(tasks, threads, [&](int64_t i, int64_t place) {
+    run(kernels, codec, i / codec.block_count, i % codec.block_count, scratch + place * floats);
   });
 }
 
@@ -181,8 +191,12 @@ void attend_call(const AttendCall& call) {
   }
   require(!a.mask.data || a.mask.type != Type::none, "a mask must be boolean or floating");
   require(!a.sinks.data || is_float(a.sinks.type), "sink logits must be floating");
+  for (int i = 0; i < 4; ++i) {
+    if (shape_of(call.output, i) == 0) return;  // nothing is asked for
+  }
   const int64_t batch = shape_of(call.queries, 0);
   a.kv_heads = shape_of(call.key_exact, 1);
+  require(a.kv_heads > 0, "queries need at least one KV head");
   a.repeats = shape_of(call.queries, 1) / a.kv_heads;
   a.length = shape_of(call.queries, 2);
   a.rows = a.repeats * a.length;
@@ -220,7 +234,13 @@ void attend_call(const AttendCall& call) {
   a.value_pitch = divided_up(a.values.head_dim, 16) * 16;
   const int64_t query_floats = heads * a.rows * a.key_pitch;
   const int64_t tasks = heads * a.chunks * a.parts(), task_rows = tasks * a.chunk_rows;
-  float* memory = shared.floats(3 * query_floats + task_rows * (2 + a.value_pitch));
+  const AttendKernels& kernels = *variant_of(call.variant).attend;
+  const int64_t floats = in_lines(kernels.scratch(a)), chunk_tasks = heads * a.chunks;
+  const int64_t threads = threads_of(call.threads, std::max(tasks, chunk_tasks));
+  const int64_t chunk_threads = few(query_floats) ? 1 : threads;
+  const int64_t shared = in_lines(3 * query_floats + task_rows * (2 + a.value_pitch));
+  float* memory = workspace.floats(shared + threads * floats);
+  float* scratch = memory + shared;
   for (float** p : {&a.plain, &a.by_word, &a.by_four}) {
     *p = memory;
     memory += query_floats;
@@ -229,18 +249,15 @@ void attend_call(const AttendCall& call) {
   a.tops = a.sums + task_rows * a.value_pitch;
   a.totals = a.tops + task_rows;
 
-  const AttendKernels& kernels = *variant_of(call.variant).attend;
-  const int64_t floats = kernels.scratch(a);
-  const int64_t threads = few(query_floats) ? 1 : call.threads;
-  run_tasks(heads * a.chunks, threads, [&](int64_t i) {
-    kernels.prepare(a, i / a.chunks, i % a.chunks, scratch.floats(floats));
+  run_tasks(chunk_tasks, chunk_threads, [&](int64_t i, int64_t place) {
+    kernels.prepare(a, i / a.chunks, i % a.chunks, scratch + place * floats);
   });
-  run_tasks(tasks, call.threads, [&](int64_t i) {
+  run_tasks(tasks, threads, [&](int64_t i, int64_t place) {
     const int64_t chunk = i / a.parts(), part = (i + a.packed_parts) % a.parts();
-    kernels.part(a, chunk / a.chunks, chunk % a.chunks, part, scratch.floats(floats));
+    kernels.part(a, chunk / a.chunks, chunk % a.chunks, part, scratch + place * floats);
   });
-  run_tasks(heads * a.chunks, threads, [&](int64_t i) {
-    kernels.merge(a, i / a.chunks, i % a.chunks, scratch.floats(floats));
+  run_tasks(chunk_tasks, chunk_threads, [&](int64_t i, int64_t place) {
+    kernels.merge(a, i / a.chunks, i % a.chunks, scratch + place * floats);
   });
 }
 
@@ -258,8 +275,8 @@ const char* guarded(Call call) {
     return message;
   } catch (const std::bad_alloc&) {
     return "there is not enough memory";
-  } catch (...) {
-    return "a thread cannot be started";
+  } catch (const std::exception&) {
+    return "the system refused a lock";
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -11,7 +12,7 @@
 namespace rotormlx {
 namespace {
 
-using Task = void (*)(void*, int64_t);
+using Task = void (*)(void*, int64_t, int64_t);
 using std::chrono::microseconds;
 
 // How long a worker looks out for a call that was announced, and for the next tasks of a call. A sleeping thread needs
@@ -47,13 +48,13 @@ struct Pool {
   void* context = nullptr;
   int64_t count = 0, wanted = 0;
 
-  void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+  void work(int64_t place) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i, place);
   }
 
   void join(int64_t index) {
     ++working;
-    if (open && index < wanted) work();
+    if (open && index < wanted) work(index + 1);
     if (--working == 0 && caller_sleeps) {
       std::lock_guard<std::mutex> lock(mutex);
       done.notify_one();
@@ -74,9 +75,13 @@ struct Pool {
     }
   }
 
-  void start(int64_t helpers) {
-    for (; started < helpers; ++started) {
-      std::thread([this, index = started] { worker(index); }).detach();
+  // Fewer where the system allows no more.
+  void start(int64_t helpers) noexcept {
+    try {
+      for (; started < helpers; ++started) {
+        std::thread([this, index = started] { worker(index); }).detach();
+      }
+    } catch (...) {
     }
   }
 
@@ -91,7 +96,7 @@ struct Pool {
 
   void run(int64_t tasks, int64_t threads, Task f, void* c) {
     wanted = (threads < tasks ? threads : tasks) - 1;
-    start(wanted);  // may throw
+    start(wanted);
     task = f;
     context = c;
     count = tasks;
@@ -102,7 +107,7 @@ struct Pool {
       ++opened;
     }
     wake.notify_all();
-    work();
+    work(0);
     open = false;
     // The others are at their last tasks, which takes less time than to sleep and be woken.
     const auto all_done = [this] { return working == 0; };
@@ -134,6 +139,7 @@ Pool& the_pool() {
 }  // namespace
 
 void announce_tasks(int64_t threads) {
+  threads = std::min(threads, MAX_THREADS);
   if (threads < 2) return;
   Pool& p = the_pool();
   std::unique_lock<std::mutex> lock(p.busy, std::try_to_lock);
@@ -141,12 +147,13 @@ void announce_tasks(int64_t threads) {
 }
 
 void run_tasks(int64_t count, int64_t threads, Task task, void* context) {
+  threads = std::min(threads, MAX_THREADS);
   if (threads > 1 && count > 1) {
     Pool& p = the_pool();
     std::unique_lock<std::mutex> lock(p.busy, std::try_to_lock);
     if (lock) return p.run(count, threads, task, context);
   }
-  for (int64_t i = 0; i < count; ++i) task(context, i);
+  for (int64_t i = 0; i < count; ++i) task(context, i, 0);
 }
 
 }  // namespace rotormlx

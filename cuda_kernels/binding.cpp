@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <tuple>
 
 #include "launch.h"
@@ -98,6 +99,17 @@ Tensor decode(const Tensor& words, const Tensor& scales, const OptionalTensor& c
   return out;
 }
 
+// The structure of a plan from its fields in order.
+rotormlx_attend_plan plan_of(at::IntArrayRef numbers) {
+  constexpr size_t COUNT = sizeof(rotormlx_attend_plan) / sizeof(int32_t);
+  TORCH_CHECK(numbers.size() == COUNT, "[attend] A plan must have ", COUNT, " numbers, but has ", numbers.size(), ".");
+  int32_t fields[COUNT];
+  for (size_t i = 0; i < COUNT; ++i) fields[i] = int32_t(numbers[i]);
+  rotormlx_attend_plan plan;
+  std::memcpy(&plan, fields, sizeof(plan));
+  return plan;
+}
+
 // q [B, H, L, D] over exact and packed tokens to [B, H, L, Dv]. What counts is read on the device from `lengths`; the
 // numbers of tokens given to the kernels are the capacities of the buffers, so that a CUDA graph may be replayed.
 Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, const OptionalTensor& key_words,
@@ -105,7 +117,8 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
               const OptionalTensor& key_channel_scale, const Tensor& value_exact, const OptionalTensor& value_words,
               const OptionalTensor& value_scales, const OptionalTensor& value_channel_scale,
               const Tensor& key_matrix, const Tensor& value_matrix, const OptionalTensor& mask,
-              const OptionalTensor& sink_logits, int64_t sink, double scale, int64_t mask_kind, int64_t stream) {
+              const OptionalTensor& sink_logits, int64_t sink, double scale, int64_t mask_kind, at::IntArrayRef plan,
+              int64_t stream) {
   Tensor out = q.new_empty({q.size(0), q.size(1), q.size(2), value_exact.size(3)});
   rotormlx_attend_arguments call = {};
   call.dtype = dtype_of(q.scalar_type());
@@ -135,9 +148,10 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
   if (mask.has_value()) copy_strides(call.mask_strides, *mask);
   call.sinks = pointer<float>(sink_logits);
   call.out = out.mutable_data_ptr();
-  Tensor workspace = q.new_empty({int64_t(rotormlx_attend_workspace(&call))}, at::kByte);
+  const rotormlx_attend_plan spread = plan_of(plan);
+  Tensor workspace = q.new_empty({int64_t(rotormlx_attend_workspace(&call, &spread))}, at::kByte);
   call.workspace = workspace.mutable_data_ptr();
-  check("attend", rotormlx_attend(&call, stream_of(stream)));
+  check("attend", rotormlx_attend(&call, &spread, stream_of(stream)));
   return out;
 }
 
@@ -154,7 +168,7 @@ TORCH_LIBRARY(ROTORMLX_NAMESPACE, library) {
       "attend(Tensor q, Tensor lengths, Tensor key_exact, Tensor? key_words, Tensor? key_scales, Tensor? key_centres, "
       "Tensor? key_channel_scale, Tensor value_exact, Tensor? value_words, Tensor? value_scales, "
       "Tensor? value_channel_scale, Tensor key_matrix, Tensor value_matrix, Tensor? mask, Tensor? sink_logits, "
-      "int sink, float scale, int mask_kind, int stream) -> Tensor");
+      "int sink, float scale, int mask_kind, int[] plan, int stream) -> Tensor");
   // Under any device: the tests run it with launchers of the host.
   library.impl("encode", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(encode));
   library.impl("decode", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(decode));

@@ -1,12 +1,13 @@
 // What the host calls: launch.cu, or launch_attend.cu and launch_codec.cu at the same time, compiled by nvcc for one
-// configuration, with these functions in plain C. They check nothing; the caller has checked shapes, dtypes, strides and alignment.
+// configuration, with these functions in plain C. They check nothing but the plan; the caller has checked shapes, dtypes,
+// strides and alignment.
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -DROTORMLX_KEY_DIM=128 -DROTORMLX_VALUE_DIM=128 -DROTORMLX_KEY_BITS=4
 //        -DROTORMLX_VALUE_BITS=4 -I<folder of the generated headers> -c launch.cu
 //
 // dtypes, masks, lengths, and numbers of heads and queries are chosen at run time. Two generated headers
-// are included, key_rotation.h and value_rotation.h; kernel_source.cuda_header(codec) makes their text, in which the
-// codec's role, bits, and the name and head_dim of its rotation count, nothing else.
+// are included, key_rotation.h and value_rotation.h; cuda_header of rotormlx/kernels/source.py makes their text, in
+// which the codec's role, bits, and the name and head_dim of its rotation count, nothing else.
 //
 // All functions launch on `stream` (a cudaStream_t), do not wait, and return a cudaError_t, 0 for success.
 // They run on the current device, sm_80 or newer.
@@ -50,7 +51,7 @@ typedef struct {
   int32_t given_centres;        // not 0: `packed.centres` is read; 0: the means are written there (keys)
   const void* x;                // dtype [B, K, 64 N, D]
   int64_t x_strides[3];         // of B, K and tokens
-  const float* coefficients;    // of the rotation, see kernel_source.coefficients
+  const float* coefficients;    // of the rotation, see coefficients of rotormlx/kernels/source.py
   const float* channel_scale;   // [K, D], or null
   rotormlx_packed packed;       // written
 } rotormlx_encode_arguments;
@@ -62,15 +63,15 @@ typedef struct {
   int32_t role, dtype;          // dtype of out
   int32_t batch, kv_heads, blocks;
   rotormlx_packed packed;       // read
-  const float* coefficients;    // of the rotation back: kernel_source.coefficients(..., back=True)
+  const float* coefficients;    // of the rotation back: coefficients(..., back=True)
   const float* channel_scale;   // [K, D], or null
   void* out;                    // dtype [B, K, 64 N, D], contiguous
 } rotormlx_decode_arguments;
 
 int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream);
 
-// The published method, where the values' rotation is rotor3: rows of ROTORMLX_VALUE_DIM numbers turned by one stage of rotors,
-// rounded to levels of ROTORMLX_VALUE_BITS bits, and turned back.
+// The published method, where the values' rotation is rotor3: rows of ROTORMLX_VALUE_DIM numbers turned by one stage of
+// rotors, rounded to levels of ROTORMLX_VALUE_BITS bits, and turned back.
 typedef struct {
   int32_t dtype;                // of x and out
   int64_t rows;
@@ -82,8 +83,8 @@ typedef struct {
 
 int rotormlx_rotor3(const rotormlx_rotor3_arguments* arguments, void* stream);
 
-// Attention over a partly packed cache; any number of queries. A sequence is `sink` exact tokens, packed ones, and exact ones
-// again; sink and tail lie in one buffer, the sink first.
+// Attention over a partly packed cache; any number of queries. A sequence is `sink` exact tokens, packed ones, and exact
+// ones again; sink and tail lie in one buffer, the sink first.
 typedef struct {
   int32_t dtype;                // of q, exact keys and values, and out
   int32_t batch, heads, kv_heads, length;  // B, H, K, L
@@ -114,9 +115,18 @@ typedef struct {
   int64_t value_channel_scale_stride;
 } rotormlx_attend_arguments;
 
+// How a call is spread over thread blocks. rotormlx/kernels/cuda_plan.py computes it and says what each number means;
+// the launcher refuses one that does not fit the call or the kernels.
+typedef struct {
+  int32_t operands, tiles, matrix_rows;
+  int32_t exact_parts, exact_part_tokens;
+  int32_t packed_parts, packed_part_tokens;
+  int32_t query_bytes, part_bytes, merge_bytes;
+} rotormlx_attend_plan;
+
 // Bytes of device memory that a call needs between its kernels; pointers need not be set.
-size_t rotormlx_attend_workspace(const rotormlx_attend_arguments* arguments);
-int rotormlx_attend(const rotormlx_attend_arguments* arguments, void* stream);
+size_t rotormlx_attend_workspace(const rotormlx_attend_arguments* arguments, const rotormlx_attend_plan* plan);
+int rotormlx_attend(const rotormlx_attend_arguments* arguments, const rotormlx_attend_plan* plan, void* stream);
 
 #ifdef __cplusplus
 }

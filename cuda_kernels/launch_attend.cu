@@ -11,8 +11,6 @@
 namespace {
 
 constexpr int ATTEND_THREADS = 128;
-// Parts are whole steps: a block for each warp of packed tokens; of exact ones, which take longer, what a warp takes.
-constexpr int PACKED_STEP = 4 * BLOCK, EXACT_STEP = 32;
 constexpr int ROW_THREADS = 128;
 
 template <int TILES>
@@ -48,17 +46,7 @@ __global__ void __launch_bounds__(ROW_THREADS) attend_merge(const __grid_constan
   merge_parts<VALUE_DIM, ROWS, ROW_THREADS>(all, reinterpret_cast<float*>(shared));
 }
 
-// What the current device says, or `otherwise`.
-int device_number(cudaDeviceAttr attribute, int otherwise) {
-  int device = 0, number = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&number, attribute, device) != cudaSuccess) {
-    return otherwise;
-  }
-  return number;
-}
-
-// Shared memory of attend<TILES>; of attend_float for none.
+// Shared memory of attend<TILES>; of attend_float for no tiles.
 int shared_bytes(int tiles) {
   using Small = AttendShape<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, 1>;
   using Large = AttendShape<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, 2>;
@@ -67,108 +55,72 @@ int shared_bytes(int tiles) {
                     : max(int(Large::SHARED_BYTES), int(Plain<16>::SHARED_BYTES));
 }
 
-struct Cut {
-  int number, tokens;
-};
-
-// At most `limit` parts, each of as many whole steps as the others.
-Cut cut(int tokens, int step, int limit) {
-  const int steps = ceil_divide(tokens, step);
-  if (steps == 0) return {0, 0};
-  const int steps_a_part = ceil_divide(steps, limit);
-  return {ceil_divide(steps, steps_a_part), steps_a_part * step};
+// Whether the parts hold all tokens and none of them is empty.
+bool covers(int parts, int part_tokens, int tokens) {
+  if (tokens == 0) return parts == 0;
+  return parts > 0 && part_tokens > 0 && part_tokens % 32 == 0 &&
+         parts == ceil_divide(tokens, part_tokens);
 }
 
-struct Cuts {
-  Cut exact, packed;
-};
-
-// Parts of both kinds, of which `limit` run at once. Exact parts begin first. Where they are short beside the packed ones, those
-// take as many thread blocks as if there were no others, and some of them begin when the exact ones have ended.
-Cuts cut_both(int exact_tokens, int packed_tokens, int limit) {
-  const int64_t exact_cost = int64_t(exact_tokens) * 4;  // of one token that of four packed ones, about as its bytes
-  const int exact_limit = int(limit * exact_cost / max(exact_cost + packed_tokens, int64_t(1)));
-  const Cut exact = cut(exact_tokens, EXACT_STEP, max(exact_limit, 1));
-  const Cut beside = cut(packed_tokens, PACKED_STEP, max(limit - exact.number, 1));
-  const Cut after = cut(packed_tokens, PACKED_STEP, limit);
-  return {exact, beside.tokens <= after.tokens + int64_t(exact.tokens) * 4 ? beside : after};
+// Whether a plan is one for this call and for the kernels of this file.
+template <int ROWS>
+bool fits(const rotormlx_attend_plan& plan, const rotormlx_attend_arguments& call, int group_rows) {
+  const int most_operands = call.dtype == ROTORMLX_FLOAT32 ? 0 : 2;
+  return plan.operands >= 0 && plan.operands <= most_operands &&
+         plan.tiles == ceil_divide(group_rows, 8 * max(plan.operands, 1)) &&
+         covers(plan.exact_parts, plan.exact_part_tokens, call.exact_tokens) &&
+         covers(plan.packed_parts, plan.packed_part_tokens, call.packed_tokens) &&
+         plan.packed_part_tokens % BLOCK == 0 && plan.exact_parts + plan.packed_parts <= MAX_PARTS &&
+         plan.query_bytes == 4 * int(QueryShape<KEY_DIM, ROWS, ROW_THREADS>::ALL) &&
+         plan.part_bytes == shared_bytes(plan.operands) &&
+         plan.merge_bytes == 4 * int(MergeShape<VALUE_DIM, ROWS, ROW_THREADS>::ALL);
 }
 
-// How a call is spread over thread blocks.
-struct AttendPlan {
-  int operands;          // of 8 query rows each in a thread block of attend; 0: attend_float takes 8
-  int rows;              // query rows of a thread block
-  int tiles, heads;      // tiles of rows of a KV head, and B K
-  int64_t query_rows;    // of all KV heads
-  AttendParts all;       // without pointers to the workspace
-};
-
-AttendPlan plan_attend(const rotormlx_attend_arguments& call) {
-  AttendPlan plan;
-  plan.all.call = call;
-  const int group_rows = call.heads / call.kv_heads * call.length;
-  plan.operands = call.dtype == ROTORMLX_FLOAT32 ? 0 : group_rows <= 8 ? 1 : 2;
-  // Some devices have less shared memory than the widest codes and longest vectors take.
-  const int most_bytes = device_number(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 * 1024);
-  while (plan.operands > 0 && shared_bytes(plan.operands) > most_bytes) --plan.operands;
-  plan.rows = 8 * max(plan.operands, 1);
-  plan.tiles = ceil_divide(group_rows, plan.rows);
-  plan.heads = call.batch * call.kv_heads;
-  plan.query_rows = int64_t(plan.heads) * group_rows;
-  const int at_once = plan.operands == 2 ? 2 : 3;  // thread blocks of a multiprocessor
-  const int limit =
-      at_once * device_number(cudaDevAttrMultiProcessorCount, 1) / (plan.heads * plan.tiles);
-  const Cuts cuts = cut_both(call.exact_tokens, call.packed_tokens, min(max(limit, 1), MAX_PARTS / 2));
-  plan.all.exact_parts = cuts.exact.number;
-  plan.all.exact_part_tokens = cuts.exact.tokens;
-  plan.all.packed_parts = cuts.packed.number;
-  plan.all.packed_part_tokens = cuts.packed.tokens;
-  return plan;
+int launch_parts(const rotormlx_attend_plan& plan, dim3 grid, void* stream, const AttendParts& all) {
+  if (plan.operands == 2) return launch(attend<2>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);
+  if (plan.operands == 1) return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);
+  return launch(attend_float, grid, ATTEND_THREADS, plan.part_bytes, stream, all);
 }
 
-size_t workspace_floats(const AttendPlan& plan) {
-  const size_t parts = plan.all.exact_parts + plan.all.packed_parts;
-  return size_t(plan.query_rows) * (KEY_DIM + parts * (VALUE_DIM + 2));
-}
+// ROWS query rows in a thread block that multiplies by a matrix: many share what they read of it, few are done at once.
+template <int ROWS>
+int launch_all(const rotormlx_attend_arguments& call, const rotormlx_attend_plan& plan, void* stream) {
+  const int heads = call.batch * call.kv_heads, group_rows = call.heads / call.kv_heads * call.length;
+  if (!fits<ROWS>(plan, call, group_rows)) return int(cudaErrorInvalidValue);
+  const int parts = plan.exact_parts + plan.packed_parts;
+  const int64_t query_rows = int64_t(heads) * group_rows;
+  AttendParts all;
+  all.call = call;
+  all.exact_parts = plan.exact_parts;
+  all.exact_part_tokens = plan.exact_part_tokens;
+  all.packed_parts = plan.packed_parts;
+  all.packed_part_tokens = plan.packed_part_tokens;
+  all.rotated = static_cast<float*>(call.workspace);
+  all.tops = all.rotated + query_rows * KEY_DIM;
+  all.totals = all.tops + query_rows * parts;
+  all.outputs = all.totals + query_rows * parts;
 
-int launch_parts(const AttendPlan& plan, dim3 grid, void* stream) {
-  const int bytes = shared_bytes(plan.operands);
-  if (plan.operands == 2) return launch(attend<2>, grid, ATTEND_THREADS, bytes, stream, plan.all);
-  if (plan.operands == 1) return launch(attend<1>, grid, ATTEND_THREADS, bytes, stream, plan.all);
-  return launch(attend_float, grid, ATTEND_THREADS, bytes, stream, plan.all);
+  const dim3 row_grid(ceil_divide(group_rows, ROWS), heads);
+  int error = 0;
+  if (plan.packed_parts > 0) {
+    error = launch(attend_query<ROWS>, row_grid, ROW_THREADS, plan.query_bytes, stream, all);
+  }
+  const dim3 grid(plan.tiles, heads, parts);
+  if (error == 0 && parts > 0) error = launch_parts(plan, grid, stream, all);
+  if (error != 0) return error;
+  return launch(attend_merge<ROWS>, row_grid, ROW_THREADS, plan.merge_bytes, stream, all);
 }
 
 }  // namespace
 
-size_t rotormlx_attend_workspace(const rotormlx_attend_arguments* arguments) {
-  return 4 * workspace_floats(plan_attend(*arguments));
+size_t rotormlx_attend_workspace(const rotormlx_attend_arguments* arguments, const rotormlx_attend_plan* plan) {
+  const size_t parts = plan->exact_parts + plan->packed_parts;
+  const size_t query_rows = size_t(arguments->batch) * arguments->heads * arguments->length;
+  return 4 * query_rows * (KEY_DIM + parts * (VALUE_DIM + 2));
 }
 
-int rotormlx_attend(const rotormlx_attend_arguments* arguments, void* stream) {
-  AttendPlan plan = plan_attend(*arguments);
-  AttendParts& all = plan.all;
-  const int parts = all.exact_parts + all.packed_parts;
-  all.rotated = static_cast<float*>(arguments->workspace);
-  all.tops = all.rotated + plan.query_rows * KEY_DIM;
-  all.totals = all.tops + plan.query_rows * parts;
-  all.outputs = all.totals + plan.query_rows * parts;
-
-  // Many rows share what they read of a matrix; few are done at once.
-  const int together = plan.query_rows >= 2048 ? 8 : 1;
-  const int group_rows = int(plan.query_rows / plan.heads);
-  const dim3 row_grid(ceil_divide(group_rows, together), plan.heads);
-  int error = 0;
-  if (all.packed_parts > 0) {
-    using Few = QueryShape<KEY_DIM, 1, ROW_THREADS>;
-    using Many = QueryShape<KEY_DIM, 8, ROW_THREADS>;
-    error = together == 1 ? launch(attend_query<1>, row_grid, ROW_THREADS, 4 * Few::ALL, stream, all)
-                          : launch(attend_query<8>, row_grid, ROW_THREADS, 4 * Many::ALL, stream, all);
-  }
-  const dim3 grid(plan.tiles, plan.heads, parts);
-  if (error == 0 && parts > 0) error = launch_parts(plan, grid, stream);
-  if (error != 0) return error;
-  using Few = MergeShape<VALUE_DIM, 1, ROW_THREADS>;
-  using Many = MergeShape<VALUE_DIM, 8, ROW_THREADS>;
-  return together == 1 ? launch(attend_merge<1>, row_grid, ROW_THREADS, 4 * Few::ALL, stream, all)
-                       : launch(attend_merge<8>, row_grid, ROW_THREADS, 4 * Many::ALL, stream, all);
+int rotormlx_attend(const rotormlx_attend_arguments* arguments, const rotormlx_attend_plan* plan, void* stream) {
+  if (plan->matrix_rows == 8) return launch_all<8>(*arguments, *plan, stream);
+  if (plan->matrix_rows == 1) return launch_all<1>(*arguments, *plan, stream);
+  return int(cudaErrorInvalidValue);
 }

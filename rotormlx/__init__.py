@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from rotormlx.config import RotorConfig
 
 if TYPE_CHECKING:
+    from rotormlx.measure.calibrate import calibrate
     from rotormlx.mlx.cache.batch import BatchRotorKVCache
     from rotormlx.mlx.cache.single import RotorKVCache
-    from rotormlx.mlx.calibration import Calibration, calibrate
+    from rotormlx.mlx.calibration import Calibration
     from rotormlx.mlx.integration import apply, load, make_prompt_cache, remove
     from rotormlx.mlx.prompt_cache import load_prompt_cache, save_prompt_cache
     from rotormlx.report import Report
@@ -33,7 +34,7 @@ _LAZY = {
     "RotorKVCache": "rotormlx.mlx.cache.single",
     "Calibration": "rotormlx.mlx.calibration",
     "apply": "rotormlx.mlx.integration",
-    "calibrate": "rotormlx.mlx.calibration",
+    "calibrate": "rotormlx.measure.calibrate",
     "load": "rotormlx.mlx.integration",
     "load_prompt_cache": "rotormlx.mlx.prompt_cache",
     "make_prompt_cache": "rotormlx.mlx.integration",

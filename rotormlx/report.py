@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.table import Table
-
 from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 
@@ -52,6 +50,12 @@ class LayerReport:
         return self.kv_heads * (self.head_dim_k + self.head_dim_v)
 
     @property
+    def head_dims(self) -> str:
+        """The head_dim, or those of keys and values where they differ: ``"192/128"``."""
+        same = self.head_dim_k == self.head_dim_v
+        return str(self.head_dim_k) if same else f"{self.head_dim_k}/{self.head_dim_v}"
+
+    @property
     def packed_bits_per_token(self) -> float:
         """Bits that a packed token takes, keys and values together."""
         return self.kv_heads * (self.head_dim_k * self.key_bits + self.head_dim_v * self.value_bits)
@@ -79,7 +83,7 @@ class LayerReport:
             return f"layer {self.index}: {self.cache} left alone, {self.reason}"
         return (
             f"layer {self.index}: {self.cache} compressed, {self.kv_heads} KV heads, "
-            f"head_dim {_head_dim(self)}, {self.bits_per_value:.3f} bits a value"
+            f"head_dim {self.head_dims}, {self.bits_per_value:.3f} bits a value"
         )
 
 
@@ -152,36 +156,6 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([*map(str, self.layers), self.summary])
 
-    def layer_table(self) -> Table:
-        """A table with a row per layer."""
-        table = Table(title=self.summary)
-        table.add_column("layer", justify="right")
-        table.add_column("cache", no_wrap=True)
-        for name in ("KV heads", "head_dim", "bits a value"):
-            table.add_column(name, justify="right")
-        table.add_column("left alone because")
-        for layer in self.layers:
-            table.add_row(
-                str(layer.index),
-                layer.cache,
-                str(layer.kv_heads) if layer.kv_heads else "",
-                _head_dim(layer) if layer.kv_heads else "",
-                f"{layer.bits_per_value:.3f}" if layer.compressed else "",
-                layer.reason,
-            )
-        return table
-
-    def memory_table(self, lengths: Sequence[int] = (4096, 32768, 131072)) -> Table:
-        """A table of cache memory against float16, a row per context length."""
-        table = Table(title="cache memory")
-        for name in ("tokens", "float16", "rotormlx", "ratio"):
-            table.add_column(name, justify="right")
-        for tokens in lengths:
-            before, after = self.float_bytes(tokens), self.compressed_bytes(tokens)
-            ratio = f"{before / after:.2f}x" if after else ""
-            table.add_row(f"{tokens:,}", megabytes(before), megabytes(after), ratio)
-        return table
-
 
 def packed_tokens(tokens: int, config: RotorConfig) -> int:
     """How many of ``tokens`` tokens lie in packed blocks; the rest are sink and tail."""
@@ -203,8 +177,3 @@ def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
 def megabytes(size: int) -> str:
     """A number of bytes for people to read, in units of 1000."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
-
-
-def _head_dim(layer: LayerReport) -> str:
-    same = layer.head_dim_k == layer.head_dim_v
-    return str(layer.head_dim_k) if same else f"{layer.head_dim_k}/{layer.head_dim_v}"

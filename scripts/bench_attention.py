@@ -95,7 +95,7 @@ def main(
 ) -> None:
     """Time one decode step of attention against mlx-lm's own caches."""
     console = Console()
-    found = {
+    medians = {
         tokens: median_ms(
             contenders(
                 tokens, heads, kv_heads, head_dim, DTYPES[dtype], [int(b) for b in bits.split(",")]
@@ -108,14 +108,14 @@ def main(
         f"Decode attention, ms: {heads} query and {kv_heads} KV heads, head_dim {head_dim}, "
         f"{dtype}, {mx.default_device()}, backend {backend().name}"
     )
-    table = Table("tokens", *next(iter(found.values())), title=title)
-    for tokens, row in found.items():
+    table = Table("tokens", *next(iter(medians.values())), title=title)
+    for tokens, row in medians.items():
         reference = row["mlx-lm 4 bit"]
         table.add_row(f"{tokens:,}", *(f"{ms:.2f} ({ms / reference:.2f}x)" for ms in row.values()))
     console.print(table)
     console.print("In brackets: time relative to mlx-lm's 4-bit attention.")
     if output is not None:
-        facts = {"title": title, "runs": runs, "median_ms": found}
+        facts = {"title": title, "runs": runs, "median_ms": medians}
         output.write_text(json.dumps(facts, indent=2) + "\n")
 
 

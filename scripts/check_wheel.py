@@ -96,14 +96,14 @@ def check_contents(*paths: Path) -> None:
     check(sdist.name, in_sdist(sdist), wanted_in_sdist())
 
 
-def check(name: str, found: list[str], wanted: set[str]) -> None:
+def check(name: str, listed: list[str], wanted: set[str]) -> None:
     """Refuse a file that is there without being listed, is missing, or is there twice."""
-    wrong = sorted(f"+ {path}" for path in set(found) - wanted)
-    wrong += sorted(f"- {path}" for path in wanted - set(found))
-    wrong += sorted(f"twice: {path}" for path in set(found) if found.count(path) > 1)
+    wrong = sorted(f"+ {path}" for path in set(listed) - wanted)
+    wrong += sorted(f"- {path}" for path in wanted - set(listed))
+    wrong += sorted(f"twice: {path}" for path in set(listed) if listed.count(path) > 1)
     if wrong:
         sys.exit(f"The {name} must hold what the clone has and no more, but:\n" + "\n".join(wrong))
-    print(f"{name}: {len(found)} files, as listed")
+    print(f"{name}: {len(listed)} files, as listed")
 
 
 def in_wheel(path: Path) -> list[str]:

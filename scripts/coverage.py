@@ -90,12 +90,12 @@ class Result:
 
 def model_types() -> list[str]:
     """The modules of mlx-lm that define a model; they may need packages that are missing."""
-    found = []
+    names = []
     for module in pkgutil.iter_modules(mlx_lm.models.__path__):
         text = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
         if text.is_file() and "\nclass Model(" in text.read_text(encoding="utf-8"):
-            found.append(module.name)
-    return sorted({*found, *CONFIGS})
+            names.append(module.name)
+    return sorted({*names, *CONFIGS})
 
 
 def build(model_type: str) -> Any:
@@ -130,10 +130,10 @@ def recorded_routing() -> Iterator[list[mx.array]]:
         return order
 
     def largest(a: mx.array, axis: int | None = None, **rest: Any) -> mx.array:
-        found = argmax(a, axis, **rest)
+        chosen = argmax(a, axis, **rest)
         if axis in (-1, a.ndim - 1):
-            seen.append(found)
-        return found
+            seen.append(chosen)
+        return chosen
 
     # What a compiled function computes inside cannot be kept.
     mx.disable_compile()

@@ -16,10 +16,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
-from rotormlx.measure import baselines, quality
+from rotormlx.measure import schemes, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
-from rotormlx.measure.quality import Scores
 from rotormlx.measure.quality_run import CHUNK, first_packed, mean_interval
+from rotormlx.measure.scoring import Scores
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.probe import compress
@@ -30,9 +31,9 @@ Make = Callable[[int], Any]
 def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) -> None:
     """Print the divergence that arithmetic alone makes, beside that of 4 bits."""
     model, tokenizer = mlx_lm.load(str(demo_model.fetch()))[:2]
-    ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[:tokens]
-    exact = baselines.scheme(baselines.EXACT).make
-    four = baselines.scheme("k4v4")
+    ids = tokenizer.encode(default_text()[: 8 * tokens])[:tokens]
+    exact = schemes.scheme(schemes.EXACT).make
+    four = schemes.scheme("k4v4")
     start = first_packed([four])
 
     def unpacked(layer: int) -> RotorKVCache:
@@ -40,17 +41,17 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
 
     def read(make: Make, dtype: str, chunk: int = CHUNK) -> Scores:
         caches = compress(make_prompt_cache(model), make)
-        with numpy_linear(), quality.computing_in(model, dtype):
-            return quality.score(model, ids, caches, chunk=chunk)
+        with numpy_linear(), scoring.computing_in(model, dtype):
+            return scoring.score(model, ids, caches, chunk=chunk)
 
     print(
         "| reference: the exact cache in | against it | KL | 95 % | top-1 |\n" + "| --- " * 5 + "|"
     )
 
     def compare(reference: Scores, dtype: str, label: str, other: Scores) -> None:
-        found = quality.differences(reference, other, start=start)
-        low, high = mean_interval(found.kl)
-        kl, top1 = found.kl.mean(), found.same.mean()
+        distance = scoring.differences(reference, other, start=start)
+        low, high = mean_interval(distance.kl)
+        kl, top1 = distance.kl.mean(), distance.same.mean()
         print(f"| {dtype} | {label} | {kl:z.5f} | {low:z.5f} to {high:z.5f} | {top1:.1%} |")
 
     with hook.in_place():

@@ -21,10 +21,11 @@ from rotormlx.codec import reference
 from rotormlx.codec.format import KEY, VALUE, Codec
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import ROTATIONS
-from rotormlx.measure import attention_error, baselines, quality
+from rotormlx.measure import attention_error, schemes, scoring
 from rotormlx.measure.baselines import Turbo
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 
 PAGE = Path(__file__).parent.parent / "docs" / "PAPER.md"
@@ -86,7 +87,7 @@ def products(name: str, bits: int, *, qjl: bool) -> tuple[float, float, float, f
 
     The slope is that of estimated against true products by least squares: 1 without bias.
     """
-    found = []
+    results = []
     for seed in range(SEEDS):
         keys, queries = unit_vectors(PAIRS, 2 * seed), unit_vectors(PAIRS, 2 * seed + 1)
         coded = Turbo(bits, bits, name, qjl=qjl, seed=seed).decoded(keys, layer=0, role=KEY)
@@ -94,8 +95,8 @@ def products(name: str, bits: int, *, qjl: bool) -> tuple[float, float, float, f
         error = estimate - truth
         slope = (estimate * truth).sum() / (truth * truth).sum()
         rmse = np.sqrt(np.square(error).mean())
-        found.append((error.mean(), slope, rmse, np.corrcoef(truth, estimate)[0, 1]))
-    bias, slope, rmse, correlation = np.mean(found, axis=0)
+        results.append((error.mean(), slope, rmse, np.corrcoef(truth, estimate)[0, 1]))
+    bias, slope, rmse, correlation = np.mean(results, axis=0)
     return float(bias), float(slope), float(rmse), float(correlation)
 
 
@@ -161,11 +162,11 @@ def inner_products() -> list[list[str]]:
 def real_model(tokens: int, progress: Progress) -> list[list[str]]:
     """Attention of SmolLM2-135M: every layer and head, the last 64 queries."""
     model, tokenizer = mlx_lm.load(str(demo_model.fetch(progress)))[:2]
-    ids = tokenizer.encode(quality.default_text()[: 8 * tokens])[: tokens + 1]
+    ids = tokenizer.encode(default_text()[: 8 * tokens])[: tokens + 1]
     with hook.in_place(), numpy_linear(), attention_error.record_queries() as latest:
-        caches = baselines.scheme(baselines.EXACT).caches(model)
+        caches = schemes.scheme(schemes.EXACT).caches(model)
         task = progress.add_task("Reading", total=tokens)
-        quality.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
+        scoring.score(model, ids, caches, progress=lambda n: progress.advance(task, n))
         layers = list(attention_error.attended(caches, latest))
     rows = []
     for bits in (3, 4):
@@ -179,8 +180,10 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
             f"k{bits}v{bits}": ("cascade", None),
         }
         for name, (_, claim) in names.items():
-            chosen = baselines.scheme(name)
-            errors = [attention_error.layer_error(one, chosen.make(one.layer)) for one in layers]
+            chosen = schemes.scheme(name)
+            errors = [
+                attention_error.layer_error(layer, chosen.make(layer.layer)) for layer in layers
+            ]
             means = {
                 field: np.mean([getattr(error, field) for error in errors])
                 for field in ("score_cosine", "cosine", "top1", "top5", "key_error")

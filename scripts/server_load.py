@@ -86,9 +86,9 @@ def health(port: int) -> dict:
     """What the server says at ``/health``."""
     connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     connection.request("GET", "/health")
-    found: dict = json.loads(connection.getresponse().read())
+    answer: dict = json.loads(connection.getresponse().read())
     connection.close()
-    return found
+    return answer
 
 
 def stream(port: int, prompt: str, max_tokens: int, leave_after: int | None = None) -> dict:
@@ -164,7 +164,7 @@ def load(port: int, *, requests: int, clients: int, seed: int = 0) -> Result:
     result = Result()
     start = time.monotonic()
 
-    def one(number: int) -> None:
+    def request(number: int) -> None:
         kind = number % 10
         own = random.Random(seed * 1000 + number)
         try:
@@ -195,7 +195,7 @@ def load(port: int, *, requests: int, clients: int, seed: int = 0) -> Result:
             result.failed.append(repr(error))
 
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(one, range(requests)))
+        list(pool.map(request, range(requests)))
     result.seconds = time.monotonic() - start
     return result
 

@@ -9,7 +9,8 @@ from typing import Any
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from rotormlx.cli.mlx_lm_commands import Refusal, Session, say
+from rotormlx.cli.mlx_lm_commands import Session, say
+from rotormlx.cli.refusal import Refusal
 from rotormlx.cli.usage import Usage, measure
 from rotormlx.mlx import integration
 

@@ -23,14 +23,15 @@ from rich.table import Table
 
 from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
-from rotormlx.measure import baselines, quality
+from rotormlx.measure import cache_contents, scoring
+from rotormlx.measure.scoring import CHUNK
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import integration
 from rotormlx.report import leaves
 
 DEFAULT_PROMPT = "What does this text say about objects? Answer in two sentences."
 # The first 132 tokens are exact in a rotormlx cache; predictions behind them are what is compared.
 LEAST_SCORE_TOKENS = 256
-CHUNK = 64
 ROTOR_BITS = (4, 3)
 FLOAT16_BITS = 16
 EXACT = "exact"
@@ -66,14 +67,14 @@ class Row:
     cache_bytes: int
     long_context_ratio: float
     bits_per_value: float
-    quality: quality.Quality | None
+    quality: scoring.Quality | None
     tokens_per_second: float
 
 
 @dataclass(frozen=True)
 class _Run:
     caches: Caches
-    scores: quality.Scores
+    scores: scoring.Scores
     text: str
     tokens_per_second: float
 
@@ -127,11 +128,11 @@ def run(
                 )
                 progress.update(task, completed=count * (len(tokens) + max_tokens))
                 if name != EXACT:
-                    quality.assert_packed(runs[name].caches, CHUNK)
+                    scoring.assert_packed(runs[name].caches, CHUNK)
         finally:
             integration.remove(network)
     start = _first_packed(runs)
-    rows = [_row(name, one, runs[EXACT], start, ratios) for name, one in runs.items()]
+    rows = [_row(name, run, runs[EXACT], start, ratios) for name, run in runs.items()]
     _print(console, rows, runs[EXACT].scores, start)
     return rows
 
@@ -173,7 +174,7 @@ def _rotor_name(bits: int) -> str:
 
 def _prompt_tokens(tokenizer: Any, prompt: str, score_tokens: int) -> list[int]:
     # A token of English is 4 or 5 characters; all of the text would exceed some models' context.
-    text = quality.default_text()[: 8 * score_tokens]
+    text = default_text()[: 8 * score_tokens]
     passage = tokenizer.encode(text, add_special_tokens=False)[:score_tokens]
     text = f"{tokenizer.decode(passage)}\n\n{prompt}"
     if not tokenizer.has_chat_template:
@@ -190,7 +191,7 @@ def _run_one(
     advance: Callable[[int], None],
 ) -> _Run:
     network, tokenizer = loaded[:2]
-    scores = quality.score(network, tokens, caches, chunk=CHUNK, progress=advance)
+    scores = scoring.score(network, tokens, caches, chunk=CHUNK, progress=advance)
     text = ""
     count = 0
     start = time.perf_counter()
@@ -210,29 +211,32 @@ def _first_packed(runs: dict[str, _Run]) -> int:
     return int(np.argmax(np.min(packed, axis=0) > 0))
 
 
-def _row(name: str, one: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
-    caches = [cache for _, _, cache in leaves(one.caches)]
-    bits, exact_bits = baselines.bits_per_value(one.caches), baselines.bits_per_value(exact.caches)
+def _row(name: str, run: _Run, exact: _Run, start: int, ratios: dict[str, float]) -> Row:
+    caches = [cache for _, _, cache in leaves(run.caches)]
+    bits, exact_bits = (
+        cache_contents.bits_per_value(run.caches),
+        cache_contents.bits_per_value(exact.caches),
+    )
     return Row(
         name=name,
-        text=one.text,
+        text=run.text,
         context_tokens=max(getattr(cache, "offset", 0) for cache in caches),
-        packed_tokens=quality.packed_of(caches),
-        packed_share=_packed_share(one.scores, start),
-        cache_bytes=baselines.used_bytes(one.caches),
+        packed_tokens=scoring.packed_of(caches),
+        packed_share=_packed_share(run.scores, start),
+        cache_bytes=cache_contents.used_bytes(run.caches),
         long_context_ratio=ratios.get(name, FLOAT16_BITS / bits) * exact_bits / FLOAT16_BITS,
         bits_per_value=bits,
-        quality=None if one is exact else quality.compare(exact.scores, one.scores, start=start),
-        tokens_per_second=one.tokens_per_second,
+        quality=None if run is exact else scoring.compare(exact.scores, run.scores, start=start),
+        tokens_per_second=run.tokens_per_second,
     )
 
 
-def _packed_share(scores: quality.Scores, start: int) -> float:
+def _packed_share(scores: scoring.Scores, start: int) -> float:
     earlier = np.arange(start, len(scores.targets)) + 1
     return float(np.mean(scores.packed_tokens[start:] / earlier))
 
 
-def _print(console: Console, rows: list[Row], exact: quality.Scores, start: int) -> None:
+def _print(console: Console, rows: list[Row], exact: scoring.Scores, start: int) -> None:
     first = rows[0]
     table = Table(title="One text, four caches")
     table.add_column("")

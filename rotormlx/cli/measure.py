@@ -6,16 +6,16 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from rotormlx.cli.refusal import Refusal, refusing
 from rotormlx.cli.terminal import wide_console
+from rotormlx.config import RotorConfig
 
 QUALITY = (
     "k4v4 k3v3 hadamard-k4v4 dense-k4v4 rotor3-k4v4 affine-k4v4 affine-k8v8 kivi-k4v4 "
@@ -67,11 +67,21 @@ def quality(
     output: Output = None,
 ) -> None:
     """Measure what schemes cost in quality; writes JSON, Markdown and one HTML page."""
-    with _refusing("[quality]", "[scheme]", "[assert_packed]", "[RotorConfig]", "[smollm2]"):
-        rivals = importlib.import_module("rotormlx.measure.baselines")
+    with refusing(
+        ValueError,
+        RuntimeError,
+        where=(
+            "[quality]",
+            "[scheme]",
+            "[assert_packed]",
+            "[RotorConfig]",
+            "[smollm2]",
+        ),
+    ):
+        grammar = _module("schemes")
         run, report = _module("quality_run"), _module("quality_report")
-        names = [rivals.all_packed(n) if all_packed else n for n in schemes.split()]
-        list(map(rivals.scheme, names))  # refuses before a model is loaded
+        names = [grammar.all_packed(n) if all_packed else n for n in schemes.split()]
+        list(map(grammar.scheme, names))  # refuses before a model is loaded
         texts = None if text is None else {path.name: _read(path) for path in text}
         console, path, loaded = _load(model)
         with _progress(console) as progress:
@@ -108,10 +118,20 @@ def needle(
     output: Output = None,
 ) -> None:
     """Hide needles in long texts and ask for them through each scheme."""
-    with _refusing("[needle]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]"):
-        module, rivals = _module("needle"), importlib.import_module("rotormlx.measure.baselines")
+    with refusing(
+        ValueError,
+        RuntimeError,
+        where=(
+            "[needle]",
+            "[scheme]",
+            "[RotorConfig]",
+            "[measure]",
+            "[smollm2]",
+        ),
+    ):
+        module, grammar = _module("needle"), _module("schemes")
         counts = _numbers("lengths", lengths)
-        list(map(rivals.scheme, schemes.split()))
+        list(map(grammar.scheme, schemes.split()))
         console, path, loaded = _load(model)
         with _progress(console) as progress:
             result = module.run(
@@ -151,10 +171,21 @@ def bench(
     output: Output = None,
 ) -> None:
     """Measure speed and memory of schemes, in turn in one process."""
-    with _refusing("[bench]", "[quality]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]"):
-        module, rivals = _module("bench"), importlib.import_module("rotormlx.measure.baselines")
+    with refusing(
+        ValueError,
+        RuntimeError,
+        where=(
+            "[bench]",
+            "[quality]",
+            "[scheme]",
+            "[RotorConfig]",
+            "[measure]",
+            "[smollm2]",
+        ),
+    ):
+        module, grammar = _module("bench"), _module("schemes")
         counts = _numbers("contexts", contexts)
-        list(map(rivals.scheme, schemes.split()))
+        list(map(grammar.scheme, schemes.split()))
         console, path, loaded = _load(model)
         with _progress(console) as progress:
             result = module.run(
@@ -200,15 +231,22 @@ def calibrate(
     ] = None,
 ) -> None:
     """Read a short text and keep what compresses this model's cache best."""
-    with _refusing("[calibration]", "[smollm2]", "[hook]"):
-        module = importlib.import_module("rotormlx.mlx.calibration")
+    with refusing(
+        ValueError,
+        RuntimeError,
+        where=(
+            "[calibration]",
+            "[smollm2]",
+            "[hook]",
+        ),
+    ):
         words = None if text is None else _read(text)
         console, path, (loaded, tokenizer) = _load(model)
         with _progress(console) as progress:
             count = len(loaded.layers)
             total = tokens + count + layers * (2 * count + 1) * tokens
             task = progress.add_task(f"Calibrating {path.name}", total=total)
-            found = module.calibrate(
+            calibration = _module("calibrate").calibrate(
                 loaded,
                 tokenizer,
                 transform=transform,
@@ -217,17 +255,19 @@ def calibrate(
                 layers=layers,
                 progress=lambda n: progress.advance(task, n),
             )
-        target = output or module.default_path(loaded, transform)
         if output is None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        found.save(target)
+            output = importlib.import_module("rotormlx.mlx.calibration").default_path(
+                loaded, transform
+            )
+            output.parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(output)
     console.print(
-        f"{path.name}: {transform} {'and losses ' if layers else ''}of {len(found.layers)} layers "
-        f"from {found.tokens} tokens, "
-        f"{found.numbers_a_head:,} numbers a KV head, {target.stat().st_size / 1e6:.2f} MB",
+        f"{path.name}: {transform} {'and losses ' if layers else ''}of {len(calibration.layers)} "
+        f"layers from {calibration.tokens} tokens, {calibration.numbers_a_head:,} numbers a KV "
+        f"head, {output.stat().st_size / 1e6:.2f} MB",
         highlight=False,
     )
-    typer.echo(f"wrote {target}", err=True)
+    typer.echo(f"wrote {output}", err=True)
 
 
 def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
@@ -237,11 +277,7 @@ def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
     if model is None:
         with _progress(console) as progress:
             model = str(importlib.import_module("rotormlx.cli.demo_model").fetch(progress))
-    config = importlib.import_module("rotormlx.config").RotorConfig()
-    try:
-        loaded = session.load_lazily(model, config)
-    except session.Refusal as refusal:
-        _refuse(str(refusal))
+    loaded = session.load_lazily(model, RotorConfig())
     importlib.import_module("rotormlx.mlx.integration").remove(loaded[0])
     session.read_weights(loaded[0])
     return console, Path(model), loaded[:2]
@@ -249,20 +285,20 @@ def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
 
 def _module(name: str) -> Any:
     try:
-        return importlib.import_module(f"rotormlx.{name}")
+        return importlib.import_module(f"rotormlx.measure.{name}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rotormlx"):
             raise
-        _refuse(
+        raise Refusal(
             f"[measure] This command needs the package {error.name}, but it is not installed; "
             "install rotormlx[bench]."
-        )
+        ) from None
 
 
 def _numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        _refuse(
+        raise Refusal(
             f"[measure] --{option} must be whole numbers separated by commas, but {text!r} came."
         )
     return [int(part) for part in parts]
@@ -272,7 +308,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        _refuse(f"[quality] A text file in UTF-8 is required, but {path} gave: {error}.")
+        raise Refusal(
+            f"[quality] A text file in UTF-8 is required, but {path} gave: {error}."
+        ) from error
 
 
 def _command() -> str:
@@ -294,19 +332,3 @@ def _progress(console: Console) -> Progress:
     bar, left = BarColumn(), TimeRemainingColumn()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, left)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-@contextmanager
-def _refusing(*where: str) -> Iterator[None]:
-    """Turn errors that say what is required into a refusal."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if not str(error).startswith(where):
-            raise
-        _refuse(str(error))
-
-
-def _refuse(message: str) -> NoReturn:
-    typer.echo(f"rotormlx: {message}", err=True)
-    raise typer.Exit(2)

@@ -12,8 +12,7 @@ import json
 import re
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from rotormlx.cli import serving, usage
+from rotormlx.cli.refusal import Refusal, refusing
 from rotormlx.config import RotorConfig
 from rotormlx.measure import perplexity
 from rotormlx.mlx import backends, integration, prompt_cache
@@ -36,10 +36,6 @@ from rotormlx.report import Report, megabytes
 
 # Options of mlx-lm for another kind of cache. They would change nothing, so they are refused.
 REFUSED = ("kv_bits", "kv_group_size", "quantized_kv_start")
-
-
-class Refusal(Exception):
-    """What was asked cannot be done; the message is one sentence for the user."""
 
 
 def run(name: str, argv: list[str], config: RotorConfig, calibration: Path | None = None) -> None:
@@ -321,8 +317,8 @@ def parser_of(tool: ModuleType) -> argparse.ArgumentParser:
         with patch.object(argparse.ArgumentParser, "parse_args", capture):
             tool.main()
     except _Captured as captured:
-        found: argparse.ArgumentParser = captured.args[0]
-        return found
+        own: argparse.ArgumentParser = captured.args[0]
+        return own
     raise RuntimeError(f"[session] {tool.__name__}.main parses no arguments; update rotormlx.")
 
 
@@ -347,16 +343,6 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: list[str]) -> argpar
                 "--key-bits and --value-bits."
             )
     return args
-
-
-@contextmanager
-def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into a refusal."""
-    try:
-        yield
-    except kinds as error:
-        text = error.strerror if isinstance(error, OSError) else None  # without its number
-        raise Refusal(text or str(error)) from error
 
 
 def say(message: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-BITS = (2, 3, 4, 8)
+from rotormlx.config import BITS  # noqa: F401 - one codebook for each of them
 
 # float32 bit patterns.
 _MAGNITUDES = {

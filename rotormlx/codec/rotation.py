@@ -278,12 +278,12 @@ def _from_stages(
 
 def factors(d: int) -> list[int] | None:
     """``d`` as a product of radices in the order of the stages; None if a prime is left over."""
-    found = []
+    radices = []
     for radix in RADICES:
         while d % radix == 0:
-            found.append(radix)
+            radices.append(radix)
             d //= radix
-    return found if d == 1 else None
+    return radices if d == 1 else None
 
 
 def _stage(stride: int, kind: str, coefficients: Floats, *, start: int = 0) -> Stage:

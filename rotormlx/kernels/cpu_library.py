@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import struct
 from collections.abc import Iterable
 from functools import cache
@@ -25,6 +26,8 @@ from rotormlx.codec.rotation import Rotation
 # Where hatch_build.py puts it.
 PATH = Path(__file__).parents[1] / "librotormlx_cpu.so"
 INTERFACE_VERSION = 3
+# As in cpu_kernels/pool.h.
+MAX_THREADS = 1024
 
 
 class Blocks(NamedTuple):
@@ -62,9 +65,9 @@ def variants() -> tuple[str, ...]:
 @cache
 def thread_count() -> int:
     """Threads of a call: ``OMP_NUM_THREADS``, or the cores that this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if re.fullmatch("0*[1-9][0-9]*", wanted):
+        return min(int(wanted), MAX_THREADS)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

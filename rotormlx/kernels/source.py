@@ -40,11 +40,24 @@ def read(path: str) -> str:
     Raises:
         RuntimeError: If the installation lacks it.
     """
-    for folder in (_PACKAGE, _PACKAGE.parent):
-        if (folder / path).is_file():
-            return (folder / path).read_text(encoding="utf-8")
+    return _place(path).read_text(encoding="utf-8")
+
+
+def folder(name: str) -> Path:
+    """A folder of kernels, beside the package in the repository and inside it in a wheel.
+
+    Raises:
+        RuntimeError: If the installation lacks it.
+    """
+    return _place(name)
+
+
+def _place(name: str) -> Path:
+    for parent in (_PACKAGE, _PACKAGE.parent):
+        if (parent / name).exists():
+            return parent / name
     raise RuntimeError(
-        f"[kernels] {path} must lie in {_PACKAGE} or beside it, but it does not; "
+        f"[kernels] {name} must lie in {_PACKAGE} or beside it, but it does not; "
         "install rotormlx anew."
     )
 

@@ -1,1 +1,1 @@
-"""Measurements: quality, speed and memory of compressed caches and of their rivals."""
+"""Measurements: quality, speed and memory of compressed caches and of the baselines."""

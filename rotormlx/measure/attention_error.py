@@ -17,11 +17,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from rotormlx.measure import baselines
+from rotormlx.measure import cache_contents
+from rotormlx.measure.scoring import CHUNK
 from rotormlx.mlx import hook
 
 Array = NDArray[np.float32]
-CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def attended(
     caches: Sequence[Any], latest: dict[int, tuple[mx.array, float]]
 ) -> Iterator[Attended]:
     """What each growing cache of the exact run held, with the queries that read it last."""
-    for layer, cache in baselines.compressed(caches):
+    for layer, cache in cache_contents.compressed(caches):
         queries, scale = latest[id(cache)]
-        keys, values = baselines.decoded(cache)
+        keys, values = cache_contents.decoded(cache)
         yield Attended(layer, _float32(queries[0]), _float32(keys[0]), _float32(values[0]), scale)
 
 
@@ -106,18 +106,18 @@ def layer_error(exact: Attended, cache: Any) -> LayerError:
         cache.update_and_fetch(
             mx.array(exact.keys[None, :, part]), mx.array(exact.values[None, :, part])
         )
-    keys, values = (_float32(x[0]) for x in baselines.decoded(cache))
-    truth, found = _scores(exact, exact.keys), _scores(exact, keys)
+    keys, values = (_float32(x[0]) for x in cache_contents.decoded(cache))
+    truth, scores = _scores(exact, exact.keys), _scores(exact, keys)
     visible = np.isfinite(truth)
     best = truth.argmax(-1)[..., None]
     # Tokens with a higher score than the one that should be highest.
-    above = (found > np.take_along_axis(found, best, -1)).sum(-1)
+    above = (scores > np.take_along_axis(scores, best, -1)).sum(-1)
     return LayerError(
         exact.layer,
         key_error=_relative(exact.keys, keys),
         value_error=_relative(exact.values, values),
-        score_cosine=_cosine(np.where(visible, truth, 0), np.where(visible, found, 0)),
-        cosine=_cosine(_output(truth, exact.values), _output(found, values)),
+        score_cosine=_cosine(np.where(visible, truth, 0), np.where(visible, scores, 0)),
+        cosine=_cosine(_output(truth, exact.values), _output(scores, values)),
         top1=float((above < 1).mean()),
         top5=float((above < 5).mean()),
     )

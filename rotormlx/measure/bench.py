@@ -21,14 +21,15 @@ from matplotlib.axes import Axes
 from rich.progress import Progress
 from rich.table import Table
 
-from rotormlx.measure import baselines, quality, quality_report
-from rotormlx.measure.baselines import Scheme
+from rotormlx.measure import cache_contents, quality_report, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.schemes import Scheme, scheme
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.report import megabytes
 
-CHUNK = 512  # tokens of a prompt that are read at once
+PROMPT_CHUNK = 512  # tokens of a prompt that are read at once
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,14 @@ def run(
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`.
+        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`.
         model_name: What the report calls the model.
         command: What the report gives as the command.
         contexts: Tokens of the prompts.
         repeats: Turns of each scheme and context; one more with a short prompt warms up.
         decode_tokens: Tokens to write in each turn.
         numpy: Whether linear layers multiply with numpy on a CPU, which mlx-lm does not do.
-        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
+        dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         progress: Shows the turns, if given.
 
     Raises:
@@ -115,23 +116,23 @@ def run(
             f"[bench] Contexts, repeats and decode tokens must be at least 1, but "
             f"{', '.join(map(str, contexts))}, {repeats} and {decode_tokens} came."
         )
-    schemes = [baselines.scheme(name).bound(model) for name in dict.fromkeys(names)]
+    schemes = [scheme(name).bound(model) for name in dict.fromkeys(names)]
     progress = progress or Progress(disable=True)
-    ids = tokenizer.encode(quality.default_text()[: 8 * max(contexts)])
+    ids = tokenizer.encode(default_text()[: 8 * max(contexts)])
     ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
     task = progress.add_task("", total=repeats * len(schemes) * sum(contexts))
     turns: dict[tuple[str, int], list[Timing]] = {}
     with (
         hook.in_place(),
         numpy_linear() if numpy else nullcontext(),
-        quality.computing_in(model, dtype),
+        scoring.computing_in(model, dtype),
     ):
-        for each in schemes:
-            turn(model, ids[:64], each, 2)
-        for _, context, each in product(range(repeats), contexts, schemes):
-            progress.update(task, description=f"{context} tokens: {each.name}")
-            timing = turn(model, ids[:context], each, decode_tokens)
-            turns.setdefault((each.name, context), []).append(timing)
+        for chosen in schemes:
+            turn(model, ids[:64], chosen, 2)
+        for _, context, chosen in product(range(repeats), contexts, schemes):
+            progress.update(task, description=f"{context} tokens: {chosen.name}")
+            timing = turn(model, ids[:context], chosen, decode_tokens)
+            turns.setdefault((chosen.name, context), []).append(timing)
             progress.advance(task, context)
     return Result(
         model_name,
@@ -145,15 +146,15 @@ def run(
     )
 
 
-def turn(model: Any, prompt: Sequence[int], each: Scheme, decode_tokens: int) -> Timing:
+def turn(model: Any, prompt: Sequence[int], chosen: Scheme, decode_tokens: int) -> Timing:
     """Read a prompt and write ``decode_tokens`` tokens behind the first, greedily."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    caches = each.caches(model)
+    caches = chosen.caches(model)
     start = time.perf_counter()
     logits = mx.array(0.0)
-    for first in range(0, len(prompt), CHUNK):
-        logits = model(mx.array([prompt[first : first + CHUNK]]), cache=caches)[:, -1]
+    for first in range(0, len(prompt), PROMPT_CHUNK):
+        logits = model(mx.array([prompt[first : first + PROMPT_CHUNK]]), cache=caches)[:, -1]
         mx.eval(logits, [cache.state for cache in caches])
     token = mx.argmax(logits, axis=-1)
     mx.eval(token)
@@ -163,13 +164,13 @@ def turn(model: Any, prompt: Sequence[int], each: Scheme, decode_tokens: int) ->
         mx.eval(token)
     written = time.perf_counter()
     return Timing(
-        scheme=each.name,
+        scheme=chosen.name,
         context=len(prompt),
         prefill_tokens_per_second=len(prompt) / (read - start),
         first_token_seconds=read - start,
         decode_tokens_per_second=decode_tokens / (written - read),
         peak_bytes=mx.get_peak_memory(),
-        cache_bytes=baselines.used_bytes(caches),
+        cache_bytes=cache_contents.used_bytes(caches),
     )
 
 

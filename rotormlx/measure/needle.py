@@ -24,15 +24,16 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import binomtest
 
-from rotormlx.measure import baselines, quality
-from rotormlx.measure.baselines import EXACT, Scheme
+from rotormlx.measure import cache_contents, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.schemes import EXACT, Scheme, scheme
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 
 KINDS = ("fact", "copy")
 DEPTHS = 5  # equal parts of a text
-CHUNK = 256
+PROMPT_CHUNK = 256  # tokens read at once: a text of 512 is read in chunks too
 COPY_BEFORE, COPY_TIMES = 16, 3
 # Tokens of a text for each needle, and those that hold none: a start, and more than a window.
 ROOM = {"fact": 40, "copy": 64}
@@ -199,7 +200,7 @@ def run(
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`.
+        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`.
         model_name: What the report calls the model.
         command: What the report gives as the command.
         lengths: Tokens of the texts.
@@ -218,7 +219,7 @@ def run(
             f"[needle] Kinds of {', '.join(KINDS)}, at least 1 trial and 1 to {len(PLACES)} "
             f"needles a text are required, but {', '.join(kinds)}, {trials} and {needles} came."
         )
-    schemes = [baselines.scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
+    schemes = [scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
     progress = progress or Progress(disable=True)
     stacks: list[Haystack] = []
     for kind in kinds:
@@ -233,11 +234,11 @@ def run(
     done: list[Trial] = []
     # MLX is slow in 16 bits on a CPU.
     dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
-    with hook.in_place(), numpy_linear(), quality.computing_in(model, dtype):
+    with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
         for stack in stacks:
-            for each in schemes:
-                progress.update(task, description=f"{stack.kind}: {each.name}")
-                done += search(model, stack, each, lambda: progress.advance(task))
+            for chosen in schemes:
+                progress.update(task, description=f"{stack.kind}: {chosen.name}")
+                done += search(model, stack, chosen, lambda: progress.advance(task))
     return Result(
         model_name,
         command,
@@ -249,24 +250,24 @@ def run(
 
 
 def search(
-    model: Any, stack: Haystack, each: Scheme, advance: Callable[[], None] | None = None
+    model: Any, stack: Haystack, chosen: Scheme, advance: Callable[[], None] | None = None
 ) -> Iterator[Trial]:
     """Read a text through a scheme's caches and ask for each of its needles.
 
     Raises:
         RuntimeError: If a needle does not lie in packed bytes.
     """
-    caches = each.caches(model)
+    caches = chosen.caches(model)
     length = len(stack.tokens)
-    for start in range(0, length, CHUNK):
-        mx.eval(model(mx.array([stack.tokens[start : start + CHUNK]]), cache=caches))
-    if each.name != EXACT:
-        _check_packed(stack, each, caches)
+    for start in range(0, length, PROMPT_CHUNK):
+        mx.eval(model(mx.array([stack.tokens[start : start + PROMPT_CHUNK]]), cache=caches))
+    if chosen.name != EXACT:
+        _check_packed(stack, chosen, caches)
     for question in stack.questions:
         logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
         best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
         found = bool((best == question.answer).all())
-        yield Trial(each.name, stack.kind, length, question.first / length, found)
+        yield Trial(chosen.name, stack.kind, length, question.first / length, found)
         if advance is not None:
             advance()
 
@@ -326,7 +327,7 @@ def _fact(tokenizer: Any, place: str, digits: str) -> tuple[list[int], list[int]
 
 
 def _sentences() -> list[str]:
-    return re.split(r"(?<=\.) ", quality.default_text().replace("\n\n", " "))
+    return re.split(r"(?<=\.) ", default_text().replace("\n\n", " "))
 
 
 def _room(length: int) -> int:
@@ -338,15 +339,15 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _check_packed(stack: Haystack, each: Scheme, caches: Sequence[Any]) -> None:
-    packed = quality.packed_of(caches)
-    held = next(cache for _, cache in baselines.compressed(caches))
+def _check_packed(stack: Haystack, chosen: Scheme, caches: Sequence[Any]) -> None:
+    packed = scoring.packed_of(caches)
+    held = next(cache for _, cache in cache_contents.compressed(caches))
     sink = getattr(getattr(held, "config", held), "sink", 0)
     for question in stack.questions:
         if question.first < sink or question.end > sink + packed:
             raise RuntimeError(
                 f"[needle] Every needle must lie in packed bytes, but one is tokens "
-                f"{question.first} to {question.end}, and {each.name} packed {sink} to "
+                f"{question.first} to {question.end}, and {chosen.name} packed {sink} to "
                 f"{sink + packed}; take longer texts."
             )
 

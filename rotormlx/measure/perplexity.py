@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx import nn
 
-# Tokens of one call: their keys are exact, all earlier ones are read as the cache keeps them.
-CHUNK = 64
+from rotormlx.measure.scoring import CHUNK
 
 
 class CacheMaker(Protocol):
@@ -35,8 +34,8 @@ def replacements(tool: ModuleType, maker: CacheMaker) -> dict[str, Callable[...,
     ) -> mx.array:
         """Samples ``[N, sequence_length]`` of a text file, or as mlx-lm loads them."""
         if not Path(data_path).is_file():
-            found: mx.array = from_hub(tokenizer, data_path, num_samples, sequence_length)
-            return found
+            tokens: mx.array = from_hub(tokenizer, data_path, num_samples, sequence_length)
+            return tokens
         tokens = tokenizer.encode(Path(data_path).read_text(encoding="utf-8"))
         samples = len(tokens) // sequence_length
         if not samples:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from scipy.stats import bootstrap
 
-from rotormlx.measure import attention_error, baselines, quality
-from rotormlx.measure.baselines import EXACT, Scheme
+from rotormlx.measure import attention_error, cache_contents, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.schemes import EXACT, Scheme, scheme
+from rotormlx.measure.scoring import CHUNK
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import backends, hook
 
-CHUNK = 64
 # Neighbouring predictions are alike, so the bootstrap draws runs of this many.
 RUN = 16
 RESAMPLES = 4000
@@ -120,7 +121,7 @@ class Result:
 class _Reading:
     """One text through the caches of one scheme."""
 
-    scores: quality.Scores
+    scores: scoring.Scores
     answer: list[int]
     seconds: float
     caches: list[Any]
@@ -144,36 +145,34 @@ def run(
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.baselines.scheme`; the others are compared with
+        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`; the others are compared with
             the first.
         model_name: What the report calls the model.
         command: What the report gives as the command.
         texts: Texts by name; prose of CPython's documentation if None.
         tokens: Tokens of each text to read.
         greedy: Greedy tokens to try behind each text; 0 for none.
-        dtype: What the model is to compute in, of ``quality.DTYPES``; its own if None.
+        dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         progress: Shows what is read, if given.
 
     Raises:
         ValueError: If a name is no scheme or dtype, or a text is too short.
         RuntimeError: If what was scored did not come from packed bytes.
     """
-    schemes = [
-        baselines.scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT
-    ]
+    schemes = [scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT]
     if not schemes:
         raise ValueError("[quality] At least one scheme must be given; k4v4 is our default.")
     progress = progress or Progress(disable=True)
-    texts = texts or {"pydoc_data.topics": quality.default_text()}
+    texts = texts or {"pydoc_data.topics": default_text()}
     read = {name: _encode(tokenizer, name, text, tokens) for name, text in texts.items()}
-    with hook.in_place(), numpy_linear(), quality.computing_in(model, dtype):
-        found = [
+    with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
+        read_texts = [
             _of_text(model, ids, schemes, greedy, progress, name) for name, ids in read.items()
         ]
     exact_ppl = float(
-        np.exp(-np.concatenate([text.exact_log_likelihoods for text in found]).mean())
+        np.exp(-np.concatenate([text.exact_log_likelihoods for text in read_texts]).mean())
     )
-    rows = _rows(schemes, found)
+    rows = _rows(schemes, read_texts)
     return Result(
         model=model_name,
         command=command,
@@ -182,12 +181,12 @@ def run(
         versions=versions(),
         texts=tuple(texts),
         tokens=tokens,
-        start=found[0].start,
-        predictions=sum(len(text.exact_log_likelihoods) for text in found),
+        start=read_texts[0].start,
+        predictions=sum(len(text.exact_log_likelihoods) for text in read_texts),
         greedy=greedy,
-        dtype=found[0].dtype,
+        dtype=read_texts[0].dtype,
         exact_ppl=exact_ppl,
-        exact_bytes=found[-1].exact_bytes,
+        exact_bytes=read_texts[-1].exact_bytes,
         rows=rows,
     )
 
@@ -220,7 +219,7 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, fl
     runs = [part.mean() for part in np.array_split(values, max(2, len(values) // RUN))]
     if np.ptp(runs) == 0:
         return float(runs[0]), float(runs[0])
-    found = bootstrap(
+    result = bootstrap(
         (np.array(runs),),
         np.mean,
         n_resamples=RESAMPLES,
@@ -228,17 +227,17 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, fl
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 # ---- one text -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Found:
+class _SchemeResult:
     """What one scheme did to one text."""
 
-    differences: quality.Differences
+    differences: scoring.Differences
     common: int
     layers: tuple[attention_error.LayerError, ...]
     bits_per_value: float
@@ -253,7 +252,7 @@ class _Text:
     dtype: str
     exact_log_likelihoods: NDArray[np.float64]
     exact_bytes: int
-    found: list[_Found]
+    results: list[_SchemeResult]
 
 
 def _encode(tokenizer: Any, name: str, text: str, tokens: int) -> list[int]:
@@ -270,8 +269,8 @@ def _encode(tokenizer: Any, name: str, text: str, tokens: int) -> list[int]:
 def first_packed(schemes: Sequence[Scheme]) -> int:
     """The first prediction, in whole chunks, for which every scheme reads packed tokens."""
     needs = []
-    for each in schemes:
-        cache = each.make(0)
+    for chosen in schemes:
+        cache = chosen.make(0)
         rule = getattr(cache, "config", cache)
         exact = getattr(rule, "sink", 0) + getattr(rule, "window", 0)
         needs.append(-(-(exact + CHUNK) // CHUNK) * CHUNK)
@@ -294,65 +293,69 @@ def _of_text(
         )
     task = progress.add_task("", total=(1 + len(schemes)) * (len(ids) - 1 + greedy))
 
-    def read(each: Scheme) -> _Reading:
-        progress.update(task, description=f"{name}: {each.name}")
-        return _read(model, ids, each.caches(model), greedy, lambda n: progress.advance(task, n))
+    def read(chosen: Scheme) -> _Reading:
+        progress.update(task, description=f"{name}: {chosen.name}")
+        return _read(model, ids, chosen.caches(model), greedy, lambda n: progress.advance(task, n))
 
     with attention_error.record_queries() as latest:
         # The queries of the text's end are wanted, not those of the greedy tokens behind it.
         progress.update(task, description=f"{name}: {EXACT}")
-        caches = baselines.scheme(EXACT).caches(model)
-        scores = quality.score(
+        caches = scheme(EXACT).caches(model)
+        scores = scoring.score(
             model, ids, caches, chunk=CHUNK, progress=lambda n: progress.advance(task, n)
         )
         layers = list(attention_error.attended(caches, latest))
-        size = baselines.used_bytes(caches)
-        keys, _ = baselines.decoded(next(cache for _, cache in baselines.compressed(caches)))
-    answer = quality.greedy(model, ids[-1], caches, greedy)
+        size = cache_contents.used_bytes(caches)
+        keys, _ = cache_contents.decoded(
+            next(cache for _, cache in cache_contents.compressed(caches))
+        )
+    answer = scoring.greedy(model, ids[-1], caches, greedy)
     progress.advance(task, greedy)
     exact = _Reading(scores, answer, 0.0, caches)
-    found = []
-    for each in schemes:
-        reading = read(each)
-        found.append(_found(each, exact, reading, layers, start))
+    results = []
+    for chosen in schemes:
+        reading = read(chosen)
+        results.append(_measured(chosen, exact, reading, layers, start))
     rows = np.arange(start, len(exact.scores.targets))
     likelihoods = exact.scores.log_probs[rows, exact.scores.targets[rows]].astype(np.float64)
-    return _Text(start, str(keys.dtype).rpartition(".")[2], likelihoods, size, found)
+    return _Text(start, str(keys.dtype).rpartition(".")[2], likelihoods, size, results)
 
 
 def _read(
     model: Any, ids: list[int], caches: list[Any], greedy: int, advance: Callable[[int], None]
 ) -> _Reading:
     began = time.perf_counter()
-    scores = quality.score(model, ids, caches, chunk=CHUNK, progress=advance)
+    scores = scoring.score(model, ids, caches, chunk=CHUNK, progress=advance)
     seconds = time.perf_counter() - began
     # score() leaves the last token unread.
-    answer = quality.greedy(model, ids[-1], caches, greedy)
+    answer = scoring.greedy(model, ids[-1], caches, greedy)
     advance(greedy)
     return _Reading(scores, answer, seconds, caches)
 
 
-def _found(
-    each: Scheme,
+def _measured(
+    chosen: Scheme,
     exact: _Reading,
     reading: _Reading,
     layers: Sequence[attention_error.Attended],
     start: int,
-) -> _Found:
-    quality.assert_packed(reading.caches, CHUNK)
+) -> _SchemeResult:
+    scoring.assert_packed(reading.caches, CHUNK)
     least = reading.scores.packed_tokens[start:].min()
     if least < CHUNK:
         raise RuntimeError(
             f"[quality] Every prediction compared must read at least {CHUNK} packed tokens, but "
-            f"one through {each.name} read {least}; start later."
+            f"one through {chosen.name} read {least}; start later."
         )
-    return _Found(
-        quality.differences(exact.scores, reading.scores, start=start),
-        quality.common_start(exact.answer, reading.answer),
-        tuple(attention_error.layer_error(layer, each.make(layer.layer)) for layer in layers),
-        baselines.bits_per_value([cache for _, cache in baselines.compressed(reading.caches)]),
-        baselines.used_bytes(reading.caches),
-        quality.packed_of(reading.caches),
+    return _SchemeResult(
+        scoring.differences(exact.scores, reading.scores, start=start),
+        scoring.common_start(exact.answer, reading.answer),
+        tuple(attention_error.layer_error(layer, chosen.make(layer.layer)) for layer in layers),
+        cache_contents.bits_per_value(
+            [cache for _, cache in cache_contents.compressed(reading.caches)]
+        ),
+        cache_contents.used_bytes(reading.caches),
+        scoring.packed_of(reading.caches),
         reading.seconds,
     )
 
@@ -362,39 +365,39 @@ def _found(
 
 def _rows(schemes: Sequence[Scheme], texts: Sequence[_Text]) -> tuple[Row, ...]:
     joined = [
-        quality.Differences.joined([text.found[index].differences for text in texts])
+        scoring.Differences.joined([text.results[index].differences for text in texts])
         for index in range(len(schemes))
     ]
     return tuple(
-        _row(each.name, together, joined[0], [text.found[index] for text in texts])
-        for index, (each, together) in enumerate(zip(schemes, joined, strict=True))
+        _row(chosen.name, differences, joined[0], [text.results[index] for text in texts])
+        for index, (chosen, differences) in enumerate(zip(schemes, joined, strict=True))
     )
 
 
 def _row(
     name: str,
-    together: quality.Differences,
-    first: quality.Differences,
-    found: Sequence[_Found],
+    differences: scoring.Differences,
+    first: scoring.Differences,
+    results: Sequence[_SchemeResult],
 ) -> Row:
     layers = tuple(
-        _mean_error([one.layers[i] for one in found]) for i in range(len(found[0].layers))
+        _mean_error([result.layers[i] for result in results]) for i in range(len(results[0].layers))
     )
-    summary = together.quality
-    longest = np.stack([one.differences.kl for one in found]).mean(0)
+    summary = differences.quality
+    longest = np.stack([result.differences.kl for result in results]).mean(0)
     return Row(
         scheme=name,
-        bits_per_value=found[-1].bits_per_value,
-        cache_bytes=found[-1].cache_bytes,
-        packed_tokens=found[-1].packed_tokens,
+        bits_per_value=results[-1].bits_per_value,
+        cache_bytes=results[-1].cache_bytes,
+        packed_tokens=results[-1].packed_tokens,
         ppl=summary.ppl,
         kl=summary.kl_mean,
-        kl_interval=mean_interval(together.kl),
+        kl_interval=mean_interval(differences.kl),
         kl_median=summary.kl_median,
         kl_p99=summary.kl_p99,
-        kl_difference=mean_interval(together.kl - first.kl),
+        kl_difference=mean_interval(differences.kl - first.kl),
         top1=summary.top1,
-        greedy_tokens=float(np.mean([one.common for one in found])),
+        greedy_tokens=float(np.mean([result.common for result in results])),
         cosine=float(np.mean([layer.cosine for layer in layers])),
         attention_top1=float(np.mean([layer.top1 for layer in layers])),
         attention_top5=float(np.mean([layer.top5 for layer in layers])),
@@ -402,7 +405,7 @@ def _row(
         kl_by_position=tuple(
             float(longest[i : i + CHUNK].mean()) for i in range(0, len(longest), CHUNK)
         ),
-        seconds=sum(one.seconds for one in found),
+        seconds=sum(result.seconds for result in results),
     )
 
 

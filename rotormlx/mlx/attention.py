@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.view import KVView
-
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+from rotormlx.mlx.dtypes import FLOATS
 
 
 def attend_view(
@@ -37,25 +37,24 @@ def attend_view(
     Raises:
         ValueError: If shapes, dtypes or the mask do not fit together.
     """
-    check(queries, keys, values, mask, sinks)
-    return backend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    call = AttendCall(queries, keys, values, scale, mask, sinks)
+    check(call)
+    return backend().attend(call)
 
 
-def check(
-    queries: mx.array,
-    keys: KVView,
-    values: KVView,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
-) -> None:
-    """Refuse what :func:`attend_view` cannot do; arguments and errors are the same."""
-    _check_queries(queries, keys, values)
-    if mask is not None:
-        _check_mask(mask, (*queries.shape[:3], keys.tokens))
-    if sinks is not None and sinks.shape != (queries.shape[1],):
+def check(call: AttendCall) -> None:
+    """Refuse what :func:`attend_view` cannot do.
+
+    Raises:
+        ValueError: If shapes, dtypes or the mask do not fit together.
+    """
+    _check_queries(call.queries, call.keys, call.values)
+    if call.mask is not None:
+        _check_mask(call.mask, call.scores_shape)
+    if call.sinks is not None and call.sinks.shape != (call.heads,):
         raise ValueError(
-            f"[attend] Attention-sink logits must have shape ({queries.shape[1]},), one a query "
-            f"head, but they have shape {sinks.shape}."
+            f"[attend] Attention-sink logits must have shape ({call.heads},), one a query "
+            f"head, but they have shape {call.sinks.shape}."
         )
 
 

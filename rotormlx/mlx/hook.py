@@ -24,6 +24,7 @@ import mlx_lm
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view, check
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -219,7 +220,7 @@ def attend(
     if seen is not None:
         seen.append(Attended(queries, keys, values))
     if _pretend.get():
-        check(queries, keys, values, mask, sinks)
+        check(AttendCall(queries, keys, values, scale, mask, sinks))
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
     return attend_view(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 

@@ -148,13 +148,13 @@ def load(
     model = loaded[0]
     apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
     try:
-        found = None
+        kept = None
         if calibration is not None:
-            found = calibration_file.load(calibration, model)
+            kept = calibration_file.load(calibration, model)
         elif config.rotation == ROTATIONS[0] and config.channel_scale is None:
-            found = calibration_file.find(model)
-        if found is not None or config.is_calibrated:
-            apply(model, config, found)
+            kept = calibration_file.find(model)
+        if kept is not None or config.is_calibrated:
+            apply(model, config, kept)
     except BaseException:
         remove(model)
         raise

@@ -92,12 +92,12 @@ def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
 
 def _stages(head_dim: int) -> list[tuple[int, int, int]]:
     """Radix, stride and coefficients of a block of every stage that is learned."""
-    found, stride = [], 1
+    stages, stride = [], 1
     for radix in factors(head_dim) or ():
         if radix in _COEFFICIENTS:
-            found.append((radix, stride, _COEFFICIENTS[radix]))
+            stages.append((radix, stride, _COEFFICIENTS[radix]))
         stride *= radix
-    return found
+    return stages
 
 
 def _identity(head_dim: int) -> Floats:

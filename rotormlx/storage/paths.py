@@ -9,5 +9,5 @@ from platformdirs import user_cache_dir
 
 
 def cache_dir() -> Path:
-    """Where models and calibrations are kept: ``ROTORMLX_CACHE``, or the user's cache directory."""
+    """``ROTORMLX_CACHE``, or the user's cache directory: models, calibrations, compiled kernels."""
     return Path(os.environ.get("ROTORMLX_CACHE") or user_cache_dir("rotormlx"))

@@ -164,9 +164,9 @@ def left_padding(mask: Tensor) -> tuple[int, ...] | None:
     seen = position <= torch.arange(length, device=mask.device)[:, None] + tokens - length
     plain = (rows == (seen & (position >= first[:, None, None]))).all()
     *padding, is_plain = torch.cat([first, plain[None].to(first.dtype)]).tolist()
-    found = tuple(padding) if is_plain else None
-    mask._rotormlx_left_padding = found  # type: ignore[attr-defined]
-    return found
+    hidden = tuple(padding) if is_plain else None
+    mask._rotormlx_left_padding = hidden  # type: ignore[attr-defined]
+    return hidden
 
 
 def of_tokens(mask: Tensor, padding: Sequence[int]) -> Tensor:

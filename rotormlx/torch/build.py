@@ -15,17 +15,16 @@ import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_dir
 from torch.utils import cpp_extension
 
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
+from rotormlx.kernels.source import cuda_header, folder
+from rotormlx.storage.paths import cache_dir
 
-_PACKAGE = Path(__file__).parents[1]
 _FOLDERS = ("cuda_kernels", "shared_kernels")
 # Compiled at the same time.
 SOURCES = ("launch_attend.cu", "launch_codec.cu", "binding.cpp")
@@ -70,17 +69,14 @@ class Configuration:
     @property
     def directory(self) -> Path:
         """Where the library is built and kept."""
-        root = os.environ.get("ROTORMLX_CACHE") or user_cache_dir("rotormlx")
-        return Path(root) / "cuda" / self.name
+        return cache_dir() / "cuda" / self.name
 
     def headers(self) -> dict[str, str]:
         """The generated headers, by file name."""
-        # Not at the top: the package of the MLX backends is only needed to compile.
-        kernel_source = import_module("rotormlx.kernels.source")
         config = RotorConfig(self.key_bits, self.value_bits, self.rotation)
         dims = ((KEY, self.key_dim), (VALUE, self.value_dim))
         return {
-            f"{role}_rotation.h": kernel_source.cuda_header(codec(config, dim, layer=0, role=role))
+            f"{role}_rotation.h": cuda_header(codec(config, dim, layer=0, role=role))
             for role, dim in dims
         }
 
@@ -166,7 +162,7 @@ def missing() -> str | None:
         ),
         "there is no ninja; install it with pip": shutil.which("ninja"),
     }
-    return next((reason for reason, found in tools.items() if found is None), None)
+    return next((reason for reason, path in tools.items() if path is None), None)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -189,26 +185,11 @@ def nvcc_version() -> str:
     if path is None:
         return ""
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    found = re.search(r"release (\S+),", done.stdout)
-    return found[1] if found else done.stdout.strip()
-
-
-def folder(name: str) -> Path:
-    """A folder of kernels, beside the package in the repository and inside it in a wheel.
-
-    Raises:
-        RuntimeError: If the installation lacks it.
-    """
-    for parent in (_PACKAGE, _PACKAGE.parent):
-        if (parent / name).is_dir():
-            return parent / name
-    raise RuntimeError(
-        f"[build] {name} must lie in {_PACKAGE} or beside it, but it does not; "
-        "install rotormlx anew."
-    )
+    release = re.search(r"release (\S+),", done.stdout)
+    return release[1] if release else done.stdout.strip()
 
 
 def source_files() -> list[Path]:
     """Every file that a library is compiled from, but the generated headers."""
-    found = [path for name in _FOLDERS for path in folder(name).iterdir() if path.is_file()]
-    return sorted(found, key=lambda path: (path.parent.name, path.name))
+    files = [path for name in _FOLDERS for path in folder(name).iterdir() if path.is_file()]
+    return sorted(files, key=lambda path: (path.parent.name, path.name))

@@ -17,14 +17,14 @@ from torch import Tensor
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed
 from rotormlx.codec.limits import check_grid, check_tokens
 from rotormlx.codec.rotation import Rotation
+from rotormlx.kernels import mask_kinds
+from rotormlx.kernels.cuda_plan import MAX_HEAD_DIM, Device, Shape, attend_plan
+from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, torch_ops
 from rotormlx.torch.build import Configuration
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import AttendCall
 
-# The kernels hold a row in registers: larger head_dims take torch operations.
-LARGEST_HEAD_DIM = 256
 _ALIGNMENT = 16
-_NO_MASK, _CAUSAL, _BOOLEAN, _ADDITIVE = range(4)
 
 # Loaded libraries, newest last.
 _loaded: dict[Configuration, Any] = {}
@@ -72,48 +72,20 @@ def decode(
         )
 
 
-def attend(
-    query: Tensor,
-    lengths: Tensor,
-    keys: Source,
-    values: Source,
-    *,
-    sink: int,
-    scale: float,
-    causal: bool,
-    mask: Tensor | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def attend(call: AttendCall) -> Tensor:
     """As :func:`rotormlx.torch.torch_ops.attend`."""
-    device = query.device
+    query, keys, values, device = call.query, call.keys, call.values, call.query.device
     operators = _operators(keys.codec, values.codec, device)
     if operators is None:
-        return torch_ops.attend(
-            query,
-            lengths,
-            keys,
-            values,
-            sink=sink,
-            scale=scale,
-            causal=causal,
-            mask=mask,
-            sink_logits=sink_logits,
-        )
+        return torch_ops.attend(call)
     check_grid("attend", *keys.exact.shape[:2])
-    blocks = 0 if keys.packed is None else keys.packed.scales.shape[2]
-    check_tokens("attend", blocks * BLOCK + keys.exact.shape[2])
-    kind = _CAUSAL if causal else _NO_MASK
-    if mask is not None:
-        kind = _BOOLEAN if mask.dtype == torch.bool else _ADDITIVE
-        mask = mask if mask.dtype == torch.bool else mask.float()
-        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
-        # Along an axis that is broadcast, the stride becomes 0 and nothing is copied.
-        tokens = mask.shape[-1] if mask.shape[-1] > 1 else keys.exact.shape[2]
-        mask = mask.expand(*query.shape[:3], tokens)
+    check_tokens("attend", call.blocks * BLOCK + call.capacity)
+    kind, mask = _mask(call)
+    sink_logits = call.sink_logits
     with _on(device):
         output = operators.attend(
             _aligned(query),
-            lengths.contiguous(),
+            call.lengths.contiguous(),
             _aligned(keys.exact.to(query.dtype)),
             *_blocks(keys.packed),
             _contiguous(keys.channel_scale),
@@ -124,12 +96,39 @@ def attend(
             torch_ops.inverse_matrix(values.codec.rotation, device),
             mask,
             None if sink_logits is None else sink_logits.float().contiguous(),
-            sink,
-            scale,
+            call.sink,
+            call.scale,
             kind,
+            attend_plan(_shape(call), _device(device)).numbers,
             _stream(device),
         )
     return output
+
+
+def _shape(call: AttendCall) -> Shape:
+    """What the plan depends on: what counts is known on the device only, so buffers count whole."""
+    keys, values = call.keys.codec, call.values.codec
+    batch, heads, length, _ = call.query.shape
+    return Shape(
+        *(batch, heads, call.kv_heads, length),
+        *(keys.head_dim, values.head_dim, keys.bits, values.bits),
+        exact_tokens=call.capacity,
+        packed_tokens=call.blocks * BLOCK,
+        is_float32=call.query.dtype == torch.float32,
+    )
+
+
+def _mask(call: AttendCall) -> tuple[int, Tensor | None]:
+    """The kind of a mask (see launch.h), and the mask ``[B, H, L, S]``, boolean or float32."""
+    mask = call.wide_mask
+    if mask is None:
+        return (mask_kinds.CAUSAL if call.causal else mask_kinds.NONE), None
+    is_boolean = mask.dtype == torch.bool
+    mask = mask if is_boolean else mask.float()
+    # Along an axis that is broadcast, the stride becomes 0 and nothing is copied.
+    tokens = mask.shape[-1] if mask.shape[-1] > 1 else call.capacity
+    mask = mask.expand(*call.query.shape[:3], tokens)
+    return (mask_kinds.BOOLEAN if is_boolean else mask_kinds.ADDITIVE), mask
 
 
 # ---- which library ------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ def attend(
 
 def _operators(keys: Codec, values: Codec, device: torch.device) -> Any:
     """The compiled operators for keys and values, or None where torch operations do the work."""
-    if max(keys.head_dim, values.head_dim) > LARGEST_HEAD_DIM or not _can_compile():
+    if max(keys.head_dim, values.head_dim) > MAX_HEAD_DIM or not _can_compile():
         return None
     configuration = Configuration(
         keys.rotation.name,
@@ -184,6 +183,15 @@ def _on(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device)
 
 
+@cache
+def _device(device: torch.device) -> Device:
+    """What the plan of a call needs to know of a GPU."""
+    facts = torch.cuda.get_device_properties(device)
+    # Versions of torch that do not tell the limit that a kernel may ask for get the usual one.
+    shared_bytes = getattr(facts, "shared_memory_per_block_optin", 48 * 1024)
+    return Device(facts.multi_processor_count, shared_bytes)
+
+
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
@@ -216,10 +224,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 @cache
 def _coefficients(rotation: Rotation, back: bool, device: torch.device) -> Tensor:
     """What the kernels read of a rotation, float32."""
-    from rotormlx.kernels import source  # noqa: PLC0415
-
-    found = np.array(source.coefficients(rotation, back=back), np.float32)
-    return torch.from_numpy(found).to(device)
+    table = np.array(coefficients(rotation, back=back), np.float32)
+    return torch.from_numpy(table).to(device)
 
 
 @cache

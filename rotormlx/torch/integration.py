@@ -87,7 +87,7 @@ def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
             f"[apply] transformers must have {type(model).__name__}.{_PREPARE}, but the installed "
             "one has not; pass a RotorCache(model.config) to generate yourself."
         )
-    found = report(model, config)
+    made = report(model, config)
     maker = vars(model).get(_PREPARE)
     former = maker.former if isinstance(maker, CompressedCaches) else _attention_of(model)
     model.set_attn_implementation(attention.NAME)
@@ -97,7 +97,7 @@ def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
             "model without rotormlx."
         )
     vars(model)[_PREPARE] = CompressedCaches(model, config, former)
-    return found
+    return made
 
 
 def remove(model: PreTrainedModel) -> None:

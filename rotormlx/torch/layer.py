@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from rotormlx.codec.format import BLOCK, KEY, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
-from rotormlx.torch.ops import FLOATS
+from rotormlx.torch.checks import FLOATS
 from rotormlx.torch.store import Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import Source
 

@@ -12,7 +12,7 @@ from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.kernels import cpu_library
 from rotormlx.kernels.cpu_library import Blocks
 from rotormlx.torch import torch_ops
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import AttendCall
 
 
 def encode(
@@ -46,46 +46,26 @@ def decode(
     return rows
 
 
-def attend(
-    query: Tensor,
-    lengths: Tensor,
-    keys: Source,
-    values: Source,
-    *,
-    sink: int,
-    scale: float,
-    causal: bool,
-    mask: Tensor | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def attend(call: AttendCall) -> Tensor:
     """As :func:`rotormlx.torch.torch_ops.attend`."""
     if cpu_library.missing() is not None:
-        return torch_ops.attend(
-            query,
-            lengths,
-            keys,
-            values,
-            sink=sink,
-            scale=scale,
-            causal=causal,
-            mask=mask,
-            sink_logits=sink_logits,
-        )
-    output = query.new_empty((*query.shape[:3], values.codec.head_dim))
+        return torch_ops.attend(call)
+    keys, values = call.keys, call.values
+    output = call.query.new_empty(call.output_shape)
     cpu_library.attend(
-        query.detach(),
+        call.query.detach(),
         output,
         (keys.exact.detach(), values.exact.detach()),
         (
             _blocks(keys.codec, keys.packed, keys.channel_scale),
             _blocks(values.codec, values.packed, values.channel_scale),
         ),
-        lengths.tolist(),
-        sink=sink,
-        scale=scale,
-        mask=None if mask is None else mask.detach(),
-        sinks=None if sink_logits is None else sink_logits.detach(),
-        causal=causal,
+        call.lengths.tolist(),
+        sink=call.sink,
+        scale=call.scale,
+        mask=None if call.mask is None else call.mask.detach(),
+        sinks=None if call.sink_logits is None else call.sink_logits.detach(),
+        causal=call.causal,
     )
     return output
 

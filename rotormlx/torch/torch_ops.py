@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,10 @@ TILE_VALUES = 2**19
 # Scores held at once, over all query heads: 16 MiB in float32.
 TILE_SCORES = 2**22
 TILE_TOKENS = 2048
+
+# Scores ``[B, K, G, T]``, positions ``[B, T]`` and which of them count, to scores with the others
+# hidden.
+Hide = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Softmax(NamedTuple):
@@ -61,6 +65,72 @@ class Source(NamedTuple):
     exact: Tensor
     packed: Packed | None
     channel_scale: Tensor | None
+
+
+class AttendCall(NamedTuple):
+    """A call of attention, whose fields fit together, as ``checks.check_call`` sees to.
+
+    query: ``[B, H, L, D]``, float16, bfloat16 or float32; head h reads KV head ``h * K // H``.
+    lengths: int32 ``[B, 2]`` on the device: packed tokens and all tokens of each batch row.
+    keys: Keys with room behind the tokens that count.
+    values: Values likewise.
+    sink: Exact tokens before the packed ones.
+    scale: Factor of the scores.
+    causal: Whether the last query of a row sees all of its tokens, and each query before it one
+        fewer.
+    mask: Boolean (True: visible) or additive, broadcastable to ``[B, H, L, S]``, or None.
+    sink_logits: ``[H]``: a score in the softmax without a value; or None.
+    """
+
+    query: Tensor
+    lengths: Tensor
+    keys: Source
+    values: Source
+    sink: int
+    scale: float
+    causal: bool
+    mask: Tensor | None
+    sink_logits: Tensor | None
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.keys.exact.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Exact tokens of a batch row that the buffers have room for."""
+        return self.keys.exact.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        """Packed blocks of a batch row that the buffers have room for."""
+        return 0 if self.keys.packed is None else self.keys.packed.scales.shape[2]
+
+    @property
+    def repeats(self) -> int:
+        """Query heads that share a KV head."""
+        return self.query.shape[1] // self.kv_heads
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """``(B, H, L, Dv)``."""
+        batch, heads, length, _ = self.query.shape
+        return batch, heads, length, self.values.codec.head_dim
+
+    @property
+    def scaled_query(self) -> Tensor:
+        """The query times the scale by KV heads, float32 ``[B, K, G, D]``."""
+        batch, _, length, head_dim = self.query.shape
+        scaled = self.query.float() * self.scale
+        return scaled.reshape(batch, self.kv_heads, self.repeats * length, head_dim)
+
+    @property
+    def wide_mask(self) -> Tensor | None:
+        """The mask with four axes."""
+        if self.mask is None:
+            return None
+        return self.mask.reshape((1,) * (4 - self.mask.ndim) + tuple(self.mask.shape))
 
 
 # ---- blocks -------------------------------------------------------------------------------------
@@ -280,31 +350,8 @@ def in_natural_order(level: Tensor, codec: Codec) -> Tensor:
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def attend(
-    query: Tensor,
-    lengths: Tensor,
-    keys: Source,
-    values: Source,
-    *,
-    sink: int,
-    scale: float,
-    causal: bool,
-    mask: Tensor | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def attend(call: AttendCall) -> Tensor:
     """Attention over a partly packed cache.
-
-    Args:
-        query: ``[B, H, L, D]``; head h reads KV head ``h * K // H``.
-        lengths: int32 ``[B, 2]``: packed tokens and all tokens of each batch row.
-        keys: Keys with room behind the tokens that count.
-        values: Values likewise.
-        sink: Exact tokens before the packed ones.
-        scale: Factor of the scores.
-        causal: Whether the last query of a row sees all of its tokens, and each one before it one
-            fewer.
-        mask: Boolean (True: visible) or additive, broadcastable to ``[B, H, L, S]``, or None.
-        sink_logits: ``[H]``: a score in the softmax without a value; or None.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees nothing. Sums are in
@@ -312,69 +359,32 @@ def attend(
 
     Source: docs/FORMAT.md, section 7.
     """
-    batch, heads, length, head_dim = query.shape
-    kv_heads, dim = keys.exact.shape[1], values.codec.head_dim
-    repeats = heads // kv_heads
-    q = (query.float() * scale).reshape(batch, kv_heads, repeats * length, head_dim)
-    tile = max(BLOCK, min(TILE_TOKENS, TILE_SCORES // (batch * heads * length)) // BLOCK * BLOCK)
-    packed_count, count = lengths[:, :1], lengths[:, 1:]
-    step = torch.arange(length, device=query.device)
-    # The last position that a query sees, [B, 1, G, 1]: query heads first, then queries.
-    last = (count - length + step).repeat(1, repeats)[:, None, :, None]
-
-    def hide(scores: Tensor, position: Tensor, counts: Tensor) -> Tensor:
-        """Mask scores ``[B, K, G, T]`` of tokens at positions ``[B, T]``, of which some count."""
-        visible = counts[:, None, None, :]
-        if causal:
-            visible = visible & (position[:, None, None, :] <= last)
-        if mask is not None:
-            part = mask_at(mask, position, (heads, kv_heads, length))
-            if part.dtype == torch.bool:
-                visible = visible & part
-            else:
-                scores = scores + part.float()
-        return torch.where(visible, scores, -math.inf)
-
-    state = start_softmax(batch, kv_heads, repeats, length, dim, sink_logits, query)
-    if keys.packed is not None and values.packed is not None:
-        blocks = (keys.packed, values.packed)
-        state = attend_packed(q, packed_count, keys, values, blocks, sink, tile, hide, state)
-    for start, stop in tiles(keys.exact.shape[2], tile):
-        slot = torch.arange(start, stop, device=query.device)
-        position = slot + torch.where(slot < sink, 0, packed_count)
-        counts = position < count
-        scores = q @ keys.exact[:, :, start:stop].float().transpose(-1, -2)
-        state, weights = advance(state, hide(scores, position, counts))
-        # What lies behind the last token may be anything, NaN among it.
-        rows = torch.where(counts[:, None, :, None], values.exact[:, :, start:stop].float(), 0.0)
-        state = state._replace(output=state.output + weights @ rows)
+    q, shape = call.scaled_query, call.output_shape
+    tile = max(BLOCK, min(TILE_TOKENS, TILE_SCORES // math.prod(shape[:3])) // BLOCK * BLOCK)
+    hide = partial(hide_tokens, call, last_seen(call) if call.causal else None)
+    state = start_softmax(call)
+    if call.keys.packed is not None:
+        state = attend_packed(call, q, tile, hide, state)
+    state = attend_exact(call, q, tile, hide, state)
     output = state.output / torch.where(state.total == 0, 1.0, state.total)
-    return output.reshape(batch, heads, length, dim).to(query.dtype)
+    return output.reshape(shape).to(call.query.dtype)
 
 
-def attend_packed(
-    q: Tensor,
-    packed_count: Tensor,
-    keys: Source,
-    values: Source,
-    packed: tuple[Packed, Packed],
-    sink: int,
-    tile: int,
-    hide: Callable[[Tensor, Tensor, Tensor], Tensor],
-    state: Softmax,
-) -> Softmax:
+def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Softmax) -> Softmax:
     """Go over the packed blocks first of all; q is ``[B, K, G, D]``, already scaled.
 
     The output stays in the rotated space of the values until the end, so no value may have been
     summed before.
     """
-    device = q.device
+    keys, values, device = call.keys, call.values, q.device
+    if keys.packed is None or values.packed is None:
+        return state
     scaled = q if keys.channel_scale is None else q * keys.channel_scale[:, None, :]
     rotated = scaled @ inverse_matrix(keys.codec.rotation, device).T
     rotated = in_word_order(rotated, keys.codec)
 
-    for start, stop in tiles(packed[0].scales.shape[2], tile // BLOCK):
-        words, scales, centres = (a[:, :, start:stop] for a in packed[0])
+    for start, stop in tiles(call.blocks, tile // BLOCK):
+        words, scales, centres = (a[:, :, start:stop] for a in keys.packed)
         # [B, K, N, G, 64]
         scores = rotated[:, :, None] @ levels(words, keys.codec)
         scores = scores * scales.float()[..., None, :]
@@ -383,9 +393,9 @@ def attend_packed(
         scores = scores.transpose(2, 3).flatten(3)
 
         slot = torch.arange(start * BLOCK, stop * BLOCK, device=device)
-        position = (sink + slot).expand(len(q), -1)
-        state, weights = advance(state, hide(scores, position, slot < packed_count))
-        words, scales = (a[:, :, start:stop] for a in packed[1][:2])
+        position = (call.sink + slot).expand(len(q), -1)
+        state, weights = advance(state, hide(scores, position, slot < call.lengths[:, :1]))
+        words, scales = (a[:, :, start:stop] for a in values.packed[:2])
         weights = weights.unflatten(3, (stop - start, BLOCK)).transpose(2, 3)
         # The scale of a hidden token may be anything, NaN among it.
         weights = torch.where(weights == 0, 0.0, weights * scales.float()[..., None, :])
@@ -399,22 +409,57 @@ def attend_packed(
     return state._replace(output=output)
 
 
-def start_softmax(
-    batch: int,
-    kv_heads: int,
-    repeats: int,
-    length: int,
-    dim: int,
-    sink_logits: Tensor | None,
-    like: Tensor,
-) -> Softmax:
+def attend_exact(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Softmax) -> Softmax:
+    """Go over the sink and the tail; q is ``[B, K, G, D]``, already scaled."""
+    packed_count, count = call.lengths[:, :1], call.lengths[:, 1:]
+    for start, stop in tiles(call.capacity, tile):
+        slot = torch.arange(start, stop, device=q.device)
+        position = slot + torch.where(slot < call.sink, 0, packed_count)
+        counts = position < count
+        keys, values = (x.exact[:, :, start:stop].float() for x in (call.keys, call.values))
+        scores = q @ keys.transpose(-1, -2)
+        state, weights = advance(state, hide(scores, position, counts))
+        # What lies behind the last token may be anything, NaN among it.
+        rows = torch.where(counts[:, None, :, None], values, 0.0)
+        state = state._replace(output=state.output + weights @ rows)
+    return state
+
+
+def hide_tokens(
+    call: AttendCall, last: Tensor | None, scores: Tensor, position: Tensor, counts: Tensor
+) -> Tensor:
+    """Mask scores ``[B, K, G, T]`` of tokens at positions ``[B, T]``, of which some count.
+
+    ``last`` is what :func:`last_seen` gives, or None.
+    """
+    visible = counts[:, None, None, :]
+    if last is not None:
+        visible = visible & (position[:, None, None, :] <= last)
+    part = mask_at(call, position)
+    if part is not None and part.dtype == torch.bool:
+        visible = visible & part
+    elif part is not None:
+        scores = scores + part.float()
+    return torch.where(visible, scores, -math.inf)
+
+
+def last_seen(call: AttendCall) -> Tensor:
+    """The last position that a query sees where the mask is causal, ``[B, 1, G, 1]``."""
+    length = call.query.shape[2]
+    step = torch.arange(length, device=call.query.device)
+    # Query heads first, then queries.
+    return (call.lengths[:, 1:] - length + step).repeat(1, call.repeats)[:, None, :, None]
+
+
+def start_softmax(call: AttendCall) -> Softmax:
     """A softmax that has seen nothing, or only the attention-sink logits."""
-    rows = (batch, kv_heads, repeats * length)
-    output = like.new_zeros((*rows, dim), dtype=torch.float32)
-    if sink_logits is None:
+    batch, _, length, dim = call.output_shape
+    rows = (batch, call.kv_heads, call.repeats * length)
+    output = call.query.new_zeros((*rows, dim), dtype=torch.float32)
+    if call.sink_logits is None:
         seen = output.new_zeros((*rows, 1))
         return Softmax(torch.full_like(seen, -math.inf), seen, output)
-    logits = sink_logits.float().reshape(1, kv_heads, repeats, 1)
+    logits = call.sink_logits.float().reshape(1, call.kv_heads, call.repeats, 1)
     top = logits.expand(batch, -1, -1, length).reshape(*rows, 1)
     return Softmax(top, torch.ones_like(top), output)
 
@@ -434,10 +479,11 @@ def advance(state: Softmax, scores: Tensor) -> tuple[Softmax, Tensor]:
     return Softmax(top, total, state.output * shrink), weights
 
 
-def mask_at(mask: Tensor, position: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The columns of a mask at positions ``[B, T]``, ``[B, K or 1, G, T]``; shape is (H, K, L)."""
-    heads, kv_heads, length = shape
-    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+def mask_at(call: AttendCall, position: Tensor) -> Tensor | None:
+    """The columns of a call's mask at positions ``[B, T]``, ``[B, K or 1, G, T]``."""
+    mask, length = call.wide_mask, call.query.shape[2]
+    if mask is None:
+        return None
     if mask.shape[-1] > 1:
         _, mask_heads, rows, _ = mask.shape
         mask = mask.expand(len(position), -1, -1, -1)
@@ -445,10 +491,9 @@ def mask_at(mask: Tensor, position: Tensor, shape: tuple[int, int, int]) -> Tens
         index = position.clamp(max=mask.shape[-1] - 1)[:, None, None, :]
         mask = mask.gather(3, index.expand(-1, mask_heads, rows, -1))
     mask = mask.expand(-1, -1, length, -1)
-    repeats = heads // kv_heads
     if mask.shape[1] == 1:
-        return mask.repeat(1, 1, repeats, 1)
-    return mask.reshape(len(mask), kv_heads, repeats * length, -1)
+        return mask.repeat(1, 1, call.repeats, 1)
+    return mask.reshape(len(mask), call.kv_heads, call.repeats * length, -1)
 
 
 # ---- constants, made once a device --------------------------------------------------------------

@@ -14,7 +14,7 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from rotormlx.cli import demo_model as module
-from rotormlx.measure import quality
+from rotormlx.measure import scoring
 
 PASSAGE = (
     "The sun is a star at the centre of our solar system. It gives the earth light and heat, and "
@@ -65,7 +65,7 @@ def test_unpermute_inverts_gguf_order() -> None:
 def test_model_perplexity_of_plain_english(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     tokens = tokenizer.encode(PASSAGE)
-    scores = quality.score(model, tokens, make_prompt_cache(model))
+    scores = scoring.score(model, tokens, make_prompt_cache(model))
     # 6.3 as converted; 38 with q and k rows in GGUF's order, 2,500 with one of them in it.
     assert scores.perplexity() < 8
 

@@ -1,6 +1,6 @@
 // Runs the CPU library without Python: under a sanitizer, or for another processor. Usage: driver problem result
 //
-// `problem` is a sequence of numbers (int64): arrays, rotations and calls, as test_cpu_library.py writes them;
+// `problem` is a sequence of numbers (int64): arrays, rotations and calls, as tests/cpu/test_library.py writes them;
 // `result` gets the bytes of all arrays after the calls, in order.
 
 #include <cstdio>
@@ -10,7 +10,7 @@
 #include <fstream>
 #include <vector>
 
-#include "../cpu_kernels/problem.h"
+#include "../../cpu_kernels/problem.h"
 
 extern "C" {
 const char* rotormlx_encode(const rotormlx::CodecCall*);

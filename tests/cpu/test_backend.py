@@ -11,6 +11,7 @@ from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import cpu_library
 from rotormlx.mlx import backends
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends.cpu import CPUBackend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
@@ -80,7 +81,7 @@ def test_traced_functions_take_the_inherited_operations(calls, traced):
     """There are no numbers yet while a function is traced, so the library could read none."""
     views = filled().keys_and_values()
     q = query()
-    expected = np.array(MLXBackend().attend(q, *views, scale=0.1))
+    expected = np.array(MLXBackend().attend(AttendCall(q, *views, scale=0.1)))
     mx.eval([view.exact for view in views], [view.packed for view in views])
     calls.clear()
     found = np.array(traced(lambda q: attend_view(q, *views, scale=0.1), q))
@@ -150,7 +151,8 @@ def test_dtypes_may_differ(of_query, of_cache):
     sinks = mx.arange(6).astype(of_query)
     options = {"scale": 0.1, "mask": mask, "sinks": sinks}
     found = attend_view(q, *views, **options)
-    expected = np.array(MLXBackend().attend(q, *views, **options).astype(mx.float32))
+    expected = MLXBackend().attend(AttendCall(q, *views, **options))
+    expected = np.array(expected.astype(mx.float32))
     assert found.dtype == of_query
     # One unit in the last place of the dtype, between two roundings of nearly the same number.
     unit = {mx.float32: 2e-6, mx.float16: 2**-10, mx.bfloat16: 2**-7}[of_query]

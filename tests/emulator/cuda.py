@@ -65,9 +65,11 @@ class CudaModule:
         macros: What ``-D`` would define.
         headers: Texts of generated headers, by name.
         changes: Pairs of texts; the first, which must stand once in all the text, is replaced.
-        multiprocessors: Of the device that the launchers see.
+        multiprocessors: Of the device that a call is planned for.
 
     Attributes:
+        multiprocessors: As given.
+        shared_memory: The most bytes of a thread block on the device that a call is planned for.
         reports: What the launches of the latest call cost.
     """
 
@@ -89,31 +91,41 @@ class CudaModule:
         toolchain.runtime_library()  # whose functions the module finds by name
         self._library = ctypes.CDLL(str(self._kernel.module))
         self._library.emulator_select_launch.restype = ctypes.POINTER(_Launch)
-        self._multiprocessors = multiprocessors
-        self.set_device()
+        self.multiprocessors = multiprocessors
+        self.shared_memory = SHARED_MEMORY_LIMIT
         self.reports: list[Report] = []
 
-    def set_device(self, shared_memory: int = SHARED_MEMORY_LIMIT) -> None:
-        """Let launchers see a device whose thread blocks have so many bytes of shared memory."""
-        self._library.emulator_set_device(self._multiprocessors, shared_memory)
-
-    def number(self, function: str, arguments: ctypes.Structure) -> int:
+    def number(self, function: str, *arguments: ctypes.Structure) -> int:
         """What a function of the host that launches nothing returns."""
         called = getattr(self._library, function)
         called.restype = ctypes.c_size_t
-        return int(called(ctypes.byref(arguments)))
+        return int(called(*map(ctypes.byref, arguments)))
 
     def call(
-        self, function: str, arguments: ctypes.Structure, buffers: Buffers, *, order: int = 0
+        self,
+        function: str,
+        arguments: ctypes.Structure,
+        buffers: Buffers,
+        *,
+        plan: ctypes.Structure | None = None,
+        order: int = 0,
     ) -> None:
         """Call a function of the host and run what it launches.
+
+        Args:
+            function: Its name.
+            arguments: Its first argument.
+            buffers: What the arguments' pointers name.
+            plan: Its second argument, if it takes one beside the stream.
+            order: Of execution, see :func:`launch`.
 
         Raises:
             KernelError: If a kernel breaks a rule.
             RuntimeError: If the function returns an error.
         """
         self._library.emulator_forget_launches()
-        error = getattr(self._library, function)(ctypes.byref(arguments), None)
+        structures = [arguments] if plan is None else [arguments, plan]
+        error = getattr(self._library, function)(*map(ctypes.byref, structures), None)
         if error:
             raise RuntimeError(f"[emulator] {function} returned the CUDA error {error}.")
         self.reports = []

@@ -14,6 +14,7 @@ from rotormlx.codec import reference, rotation
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import cpu_library
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.cpu import CPUBackend
 from rotormlx.mlx.backends.cuda import MLXCUDABackend
 from rotormlx.mlx.backends.metal import MetalBackend
@@ -122,7 +123,8 @@ def test_attend_is_the_reference(backend, length):
         views.append(KVView(chosen, mx.array(exact), arrays, None, *counts))
         parts = exact[:, :, :SINK], reference.decode(packed, chosen), exact[:, :, SINK:]
         vectors.append(np.concatenate(parts, axis=2))
-    found = np.array(backend.attend(mx.array(queries), *views, scale=0.05, mask="causal"))
+    call = AttendCall(mx.array(queries), *views, scale=0.05, mask="causal")
+    found = np.array(backend.attend(call))
     wanted = reference.attend(queries, *vectors, scale=0.05, mask="causal")
     # Sums in float32 of some hundred terms, and exponentials of scores of about 10.
     assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from rotormlx.codec import codebook, reference
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Packed, codec
 from rotormlx.config import RotorConfig
-from rotormlx.mlx.backends import cuda
+from rotormlx.kernels import cuda_plan
+from rotormlx.mlx.backends import cuda_text
 from rotormlx.mlx.cache.view import KVView
 from scripts import make_vectors
 from tests.emulator import KernelError
@@ -175,11 +176,14 @@ def test_attend_in_parts(length, dtype, multiprocessors):
 
 @pytest.mark.parametrize("length", [3, 9])
 @pytest.mark.parametrize("dtype", ["f16", "f32"])
-def test_attend_where_rows_share_what_they_read_of_a_matrix(dtype, length):
+def test_attend_where_rows_share_what_they_read_of_a_matrix(dtype, length, monkeypatch):
     """Eight at a time, as where there are many."""
     case = replace(BASE, length=length, repeats=3, kv_heads=2, batch=1, dtype=dtype, sinks=True)
-    many = ("plan.query_rows >= 2048", "plan.query_rows >= 1")
-    check(case, made=module_of(case, [many]))
+    monkeypatch.setattr(cuda_plan, "MANY_ROWS", 1)
+    cuda_plan.attend_plan.cache_clear()
+    check(case)
+    monkeypatch.undo()
+    cuda_plan.attend_plan.cache_clear()
 
 
 @pytest.mark.parametrize("bits", codebook.BITS)
@@ -201,7 +205,7 @@ def test_lanes_that_are_served_together_meet_no_bank_twice(bits):
       }}
     """
     kernel = MLXKernel(
-        "places", [], ["copied", "taken", "read", "written"], body, cuda._attend_header()
+        "places", [], ["copied", "taken", "read", "written"], body, cuda_text.attend_header()
     )
     *of_sixteen_bytes, of_eight = kernel(
         inputs=[],
@@ -219,18 +223,31 @@ def test_lanes_that_are_served_together_meet_no_bank_twice(bits):
 
 
 @pytest.mark.parametrize("kilobytes", [99, 150, 163])
-def test_devices_with_less_shared_memory(kilobytes):
+def test_devices_with_less_shared_memory(kilobytes, monkeypatch):
     """Each takes the kernel that fits: the one in float32, that of 8 rows, that of 16."""
     case = replace(BASE, length=9, batch=1, kv_heads=1, dims=(256, 256), bits=(8, 8))
     made = module_of(case)
-    made.set_device(shared_memory=1024 * kilobytes)
-    try:
-        check(case, made=made)
-    finally:
-        made.set_device()
+    monkeypatch.setattr(made, "shared_memory", 1024 * kilobytes)
+    check(case, made=made)
     kernel_bytes = made.reports[1].threadgroup_bytes
     least = {99: 0, 150: 99, 163: 150}[kilobytes]
     assert 1024 * least < kernel_bytes <= 1024 * kilobytes
+
+
+@pytest.mark.parametrize("field", [name for name, _ in cuda_calls.AttendPlan._fields_])
+def test_the_launcher_refuses_a_plan_that_does_not_fit(field, monkeypatch):
+    """A number that is one off launches nothing."""
+    case = replace(BASE, length=1, batch=1, kv_heads=1)
+    right = cuda_calls.plan_of
+
+    def wrong(*call):
+        plan = right(*call)
+        setattr(plan, field, getattr(plan, field) + 1)
+        return plan
+
+    monkeypatch.setattr(cuda_calls, "plan_of", wrong)
+    with pytest.raises(RuntimeError, match="rotormlx_attend returned the CUDA error 1"):
+        run(problem(case), made=module_of(case))
 
 
 def test_a_query_that_sees_nothing_is_zero():
@@ -393,12 +410,15 @@ TENSOR = Case(
 FLOAT = replace(TENSOR, dims=(64, 64), length=5, dtype="f32")
 # Kernels that a case does not launch are not compiled.
 WITHOUT_TENSOR = [
-    ("return launch(attend<1>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
-    ("return launch(attend<2>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
+    ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
+    ("return launch(attend<2>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
 ]
 WITHOUT_FLOAT = [
-    ("return launch(attend<1>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
-    ("return launch(attend_float, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
+    ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
+    (
+        "return launch(attend_float, grid, ATTEND_THREADS, plan.part_bytes, stream, all);",
+        "return 1;",
+    ),
 ]
 
 # Each is what stands in the text, what stands there instead, and the changes of the case.
@@ -634,12 +654,9 @@ SHARED_MUTATIONS = [
     ("head) * call.length + row % call.length) *", "head) * call.length) *", {}),
     ("if (first_row + r >= group_rows) break;", "if (first_row + r >= group_rows - 1) break;", {}),
     # Launches
-    (
-        "const int steps = ceil_divide(tokens, step);",
-        "const int steps = tokens / step;",
-        {"blocks": 9},
-    ),
-    ("all.totals = all.tops + plan.query_rows * parts;", "all.totals = all.tops + 1;", {}),
+    ("const dim3 grid(plan.tiles, heads, parts);", "const dim3 grid(1, heads, parts);", {}),
+    ("grid(plan.tiles, heads, parts);", "grid(plan.tiles, heads, parts - 1);", {"blocks": 9}),
+    ("all.totals = all.tops + query_rows * parts;", "all.totals = all.tops + 1;", {}),
 ]
 PLAIN_MUTATIONS = [
     ("__syncthreads();  // the query and the levels are there", "", {}),

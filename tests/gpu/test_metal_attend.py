@@ -20,6 +20,7 @@ from rotormlx.codec import codebook, reference
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import source
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends import metal_attend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
@@ -188,8 +189,12 @@ class Problem:
     expected: np.ndarray
     tolerance: float
 
+    @property
+    def call(self):
+        return AttendCall(self.queries, *self.views, **self.options)
+
     def run(self):
-        return metal_attend.attend(self.queries, *self.views, **self.options)
+        return metal_attend.attend(self.call)
 
     def is_right(self, output):
         return bool(np.abs(float64(output) - self.expected).max() <= self.tolerance)
@@ -216,7 +221,7 @@ def problem(case):
     # MLX's path in the same dtype has float32 sums in another order and the same last rounding. It
     # may be lucky, so it counts as no better than one rounding of the output, and one float32
     # rounding of |q| |k|, the size of what a score is added up from, by which a weight changes.
-    same_dtype = float64(MLXBackend().attend(q, *plain, **options))
+    same_dtype = float64(MLXBackend().attend(AttendCall(q, *plain, **options)))
     error = np.abs(same_dtype - expected).max()
     sizes = (np.linalg.norm(x, axis=-1).max() for x in (float64(q), vectors[0]))
     rounding = ROUNDING[case.dtype] + ROUNDING["f32"] * case.scale * math.prod(sizes)
@@ -386,7 +391,7 @@ def test_rows_of_a_batch_have_their_own_lengths(length):
     # Packed and all tokens of each row; the first has what the views count.
     lengths = [(case.packed_tokens, case.tokens), (70, 100), (0, 23)]
     views = [replace(view, rows=tuple(lengths)) for view in made.views]
-    output = metal_attend.attend(made.queries, *views, scale=case.scale, mask="causal")
+    output = metal_attend.attend(AttendCall(made.queries, *views, scale=case.scale, mask="causal"))
     whole = case.packed_tokens
     for row, (packed_tokens, tokens) in enumerate(lengths):
         sink = case.sink if packed_tokens else 0
@@ -408,7 +413,7 @@ def test_rows_of_a_batch_have_their_own_channel_scale(length):
     case = Case(kv_heads=2, length=length)
     made = problem(case)
     views = [replace(view, channel_scale=own_scales(case, view)) for view in made.views]
-    output = metal_attend.attend(made.queries, *views, scale=case.scale)
+    output = metal_attend.attend(AttendCall(made.queries, *views, scale=case.scale))
     for row in range(case.batch):
         part = slice(row, row + 1)
         keys_and_values = [vectors_of_row(case, view, row) for view in views]
@@ -475,9 +480,8 @@ def test_attend_reproduces_the_vectors(case, bits):
         scale = arrays.get(f"{role}.channel_scale")
         tokens = count + exact.shape[2]
         views.append(KVView(chosen, exact, packed, scale, facts["sink"], count, tokens))
-    output = metal_attend.attend(
-        arrays["query"], *views, scale=facts["head_dim"] ** -0.5, mask="causal"
-    )
+    call = AttendCall(arrays["query"], *views, scale=facts["head_dim"] ** -0.5, mask="causal")
+    output = metal_attend.attend(call)
     expected = np.array(arrays[f"output.{bits}"])
     # The bound of docs/FORMAT.md, section 9.
     assert np.abs(np.array(output) - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -552,7 +556,7 @@ def exported(case):
             recorded.append(tuple(event["arguments"][:2]))
 
     def traced(queries):
-        return metal_attend.attend(queries, *made.views, **made.options)
+        return metal_attend.attend(made.call._replace(queries=queries))
 
     mx.export_function(record, traced, made.queries)
     return recorded

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rotormlx.config import RotorConfig
-from rotormlx.measure import quality
+from rotormlx.measure import scoring
 from rotormlx.mlx import attention, hook, integration
 from rotormlx.mlx.backends import metal, metal_attend
 from rotormlx.mlx.backends.metal import MetalBackend
@@ -71,7 +71,7 @@ def test_model_on_metal_is_the_model_on_mlx(use, model_type):
     use(MetalBackend(), REAL_METAL_KERNEL if HAS_METAL else metal_kernel)
     found, caches = read(model, tokens)
 
-    quality.assert_packed(caches, 128)
+    scoring.assert_packed(caches, 128)
     # float32 sums in another order, through two layers; a code may fall to its neighbour.
     assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
     for cache, other in zip(caches, expected_caches, strict=True):

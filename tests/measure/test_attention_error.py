@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from rotormlx.codec import reference
-from rotormlx.measure import attention_error, baselines, quality
+from rotormlx.measure import attention_error, schemes, scoring
 from rotormlx.measure.attention_error import Attended, layer_error
 from rotormlx.mlx import hook
 from tests.support import models as tiny_models
@@ -102,7 +102,7 @@ def test_exact_cache_loses_nothing() -> None:
 def test_more_bits_lose_less() -> None:
     exact = layer()
     for names in (("k8v8:bare", "k4v4:bare", "k2v2:bare"), ("k4v4", "k4v4:bare")):
-        errors = [layer_error(exact, baselines.scheme(name).make(0)) for name in names]
+        errors = [layer_error(exact, schemes.scheme(name).make(0)) for name in names]
         for better, worse in pairwise(errors):
             assert better.cosine > worse.cosine
             assert 0 < better.key_error < worse.key_error
@@ -113,7 +113,7 @@ def test_recorded_queries_are_those_of_the_model() -> None:
     """Attention over what was recorded is what the layer's output projection got."""
     model = tiny_models.build("llama", seed=3)
     tokens = np.array(tiny_models.tokens(100)[0]).tolist()
-    caches = baselines.scheme("exact").caches(model)
+    caches = schemes.scheme("exact").caches(model)
     seen: list[mx.array] = []
     attend = hook.attend
     hook.install()
@@ -126,7 +126,7 @@ def test_recorded_queries_are_those_of_the_model() -> None:
                 return seen[-1]
 
             hook.attend = spy
-            quality.score(model, tokens, caches, chunk=64)
+            scoring.score(model, tokens, caches, chunk=64)
             hook.attend = recording
         layers = list(attention_error.attended(caches, latest))
     finally:

@@ -13,8 +13,9 @@ from rotormlx.codec import codebook, reference
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import RotorConfig
-from rotormlx.measure import baselines
-from rotormlx.measure.baselines import Affine, Kivi, SimulatedCache, Turbo, scheme
+from rotormlx.measure import cache_contents, schemes
+from rotormlx.measure.baselines import Affine, Kivi, SimulatedCache, Turbo
+from rotormlx.measure.schemes import scheme
 from rotormlx.mlx.cache.single import RotorKVCache
 from tests.support import models as tiny_models
 
@@ -133,7 +134,7 @@ def test_scheme_refuses(name: str, message: str) -> None:
     ],
 )
 def test_all_packed(name: str, packed: str) -> None:
-    assert baselines.all_packed(name) == packed
+    assert schemes.all_packed(name) == packed
 
 
 def test_scheme_leaves_other_caches_alone() -> None:
@@ -173,7 +174,7 @@ def test_kivi_axes() -> None:
 def test_affine_is_mlx_lms() -> None:
     keys, values = X[..., :64].astype(np.float16), X[:, :, ::-1, :64].astype(np.float16)
     cache = fill(QuantizedKVCache(64, 4), keys, values, 100)
-    found = [np.array(part) for part in baselines.decoded(cache)]
+    found = [np.array(part) for part in cache_contents.decoded(cache)]
     for role, x, theirs in ((KEY, keys, found[0]), (VALUE, values, found[1])):
         ours = Affine(4, 4).decoded(x.astype(np.float32), layer=0, role=role)
         np.testing.assert_array_equal(ours, theirs)
@@ -280,8 +281,10 @@ def test_simulated_cache_is_our_cache_with_our_codec(sink: int, window: int, chu
     assert simulated.packed_tokens == real.packed_tokens > 128
     assert simulated.offset == real.offset == 331
     assert simulated.bits_per_value == pytest.approx(real.bits_per_value)
-    assert simulated.nbytes == baselines.used_bytes([real])
-    for ours, theirs in zip(baselines.decoded(real), baselines.decoded(simulated), strict=True):
+    assert simulated.nbytes == cache_contents.used_bytes([real])
+    for ours, theirs in zip(
+        cache_contents.decoded(real), cache_contents.decoded(simulated), strict=True
+    ):
         # A scale that lies near a tie of float16 may be rounded the other way: 2^-10 of numbers
         # up to 4. A token coded in one and exact in the other differs by 0.1 and more.
         np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=4e-3)
@@ -310,8 +313,8 @@ def test_sizes() -> None:
     values = B * K * S * 2 * 64
     exact = fill(KVCache(), half, half, 100)
     affine = fill(QuantizedKVCache(64, 4), half, half, 100)
-    assert baselines.used_bytes([exact]) == values * 2  # room for growth does not count
-    assert baselines.used_bytes([affine, exact]) == values * 4.5 / 8 + values * 2
-    assert baselines.bits_per_value([exact]) == 16
-    assert baselines.bits_per_value([affine]) == 4.5
-    assert [index for index, _ in baselines.compressed([exact, affine])] == [0, 1]
+    assert cache_contents.used_bytes([exact]) == values * 2  # room for growth does not count
+    assert cache_contents.used_bytes([affine, exact]) == values * 4.5 / 8 + values * 2
+    assert cache_contents.bits_per_value([exact]) == 16
+    assert cache_contents.bits_per_value([affine]) == 4.5
+    assert [index for index, _ in cache_contents.compressed([exact, affine])] == [0, 1]

@@ -14,7 +14,7 @@ from mlx.nn.layers.linear import Linear
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import baselines, bench
+from rotormlx.measure import bench, schemes
 from rotormlx.measure.bench import Timing
 from rotormlx.mlx import hook
 from tests.support import models as tiny_models
@@ -97,7 +97,7 @@ def test_turn_reads_and_writes_what_it_says(model: Any) -> None:
     prompt = Bytes().encode("The answer is in the text. " * 30)[:600]
     with hook.in_place():
         found = {
-            name: bench.turn(model, prompt, baselines.scheme(name), 9)
+            name: bench.turn(model, prompt, schemes.scheme(name), 9)
             for name in ("exact", "affine-k4v4", "k4v4")
         }
     values = 2 * 2 * 2 * 64  # a token's: keys and values, layers, KV heads, head_dim
@@ -121,7 +121,7 @@ def test_decoding_goes_on_from_the_prompt(model: Any) -> None:
 
     recording.layers = model.layers  # type: ignore[attr-defined]
     prompt = Bytes().encode("x" * 40)
-    bench.turn(recording, prompt, baselines.scheme("exact"), 3)
+    bench.turn(recording, prompt, schemes.scheme("exact"), 3)
     assert read[0] == prompt
     text = list(prompt)
     for tokens in read[1:]:

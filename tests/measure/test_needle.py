@@ -18,9 +18,11 @@ from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import baselines, needle, quality
-from rotormlx.measure.baselines import Scheme, SimulatedCache
+from rotormlx.measure import cache_contents, needle, schemes
+from rotormlx.measure.baselines import SimulatedCache
 from rotormlx.measure.needle import COPY_BEFORE, COPY_TIMES, Pairs, Share, Trial
+from rotormlx.measure.schemes import Scheme
+from rotormlx.measure.text import default_text
 from tests.support import models as tiny_models
 
 D = 64
@@ -46,7 +48,7 @@ class Recalling:
     def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
         new = np.array(tokens[0])
         cache[0].update_and_fetch(*[mx.array(VECTORS[new][None, None])] * 2)
-        keys = np.array(baselines.decoded(cache[0])[0][0, 0].astype(mx.float32))
+        keys = np.array(cache_contents.decoded(cache[0])[0][0, 0].astype(mx.float32))
         history = (keys @ VECTORS.T).argmax(-1)
         history[len(history) - len(new) :] = new
         logits = np.zeros((1, len(new), 257), np.float32)
@@ -124,10 +126,10 @@ def test_copies_are_runs_said_three_times_in_prose() -> None:
         assert (len(question.tokens), len(question.answer)) == (COPY_BEFORE, 1)
         assert made.tokens[question.first : question.end] == run * COPY_TIMES
         assert len(set(run)) == len(run)
-        assert bytes(run) not in quality.default_text().encode()
+        assert bytes(run) not in default_text().encode()
         del prose[question.first : question.end]
     # What is left are whole sentences, one behind the other.
-    assert bytes(prose[1:]) in quality.default_text().replace("\n\n", " ").encode() * 2
+    assert bytes(prose[1:]) in default_text().replace("\n\n", " ").encode() * 2
 
 
 def test_facts_read_like_facts() -> None:
@@ -180,7 +182,7 @@ def test_no_needle_is_cut_off_by_the_end_of_a_text() -> None:
 
 @pytest.mark.parametrize("kind", needle.KINDS)
 def test_a_perfect_memory_finds_all(kind: str) -> None:
-    trials = list(needle.search(Recalling(), stack(kind), baselines.scheme("exact")))
+    trials = list(needle.search(Recalling(), stack(kind), schemes.scheme("exact")))
     assert [trial.found for trial in trials] == [True] * 8
     assert {(trial.scheme, trial.kind, trial.length) for trial in trials} == {("exact", kind, 1200)}
 
@@ -207,7 +209,7 @@ def test_the_whole_answer_counts() -> None:
             found = super().next_token(seen)
             return found if bytes(seen[-3:].tolist()).isdigit() is False else (found + 1) % 256
 
-    trials = list(needle.search(Wrong(), stack("fact"), baselines.scheme("exact")))
+    trials = list(needle.search(Wrong(), stack("fact"), schemes.scheme("exact")))
     assert not any(trial.found for trial in trials)
 
 
@@ -244,7 +246,7 @@ def test_every_question_meets_the_text_alone() -> None:
             offsets.append(cache[0].offset)
             return super().__call__(tokens, cache)
 
-    assert len(list(needle.search(Watching(), stack("copy"), baselines.scheme("exact")))) == 8
+    assert len(list(needle.search(Watching(), stack("copy"), schemes.scheme("exact")))) == 8
     assert offsets == [0, 256, 512, 768, 1024] + [1200] * 8
 
 

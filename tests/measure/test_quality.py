@@ -15,7 +15,8 @@ from rich.console import Console
 
 from rotormlx.cli import demo
 from rotormlx.config import RotorConfig
-from rotormlx.measure import quality
+from rotormlx.measure import scoring
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import integration
 from tests.support import models as tiny_models
 
@@ -60,12 +61,12 @@ def exact_caches(model: Any) -> list[KVCache]:
     return [KVCache() for _ in model.layers]
 
 
-def scores_of(logits: np.ndarray, targets: np.ndarray) -> quality.Scores:
+def scores_of(logits: np.ndarray, targets: np.ndarray) -> scoring.Scores:
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    return quality.Scores(log_probs.astype(np.float32), targets, np.zeros(len(targets), np.int64))
+    return scoring.Scores(log_probs.astype(np.float32), targets, np.zeros(len(targets), np.int64))
 
 
-def random_scores(seed: int, rows: int = 150, vocabulary: int = 37) -> quality.Scores:
+def random_scores(seed: int, rows: int = 150, vocabulary: int = 37) -> scoring.Scores:
     rng = np.random.default_rng(seed)
     targets = np.random.default_rng(0).integers(0, vocabulary, rows)
     return scores_of(rng.normal(size=(rows, vocabulary)) * 3, targets)
@@ -87,7 +88,7 @@ def test_compare_against_sums_in_float64(start: int) -> None:
         same += p.argmax() == q.argmax()
         likelihoods.append(np.log(q[other.targets[row]]))
 
-    result = quality.compare(reference, other, start=start)
+    result = scoring.compare(reference, other, start=start)
     # Both sides are float64 sums of the same float32 numbers.
     np.testing.assert_allclose(result.kl_mean, np.mean(divergences), rtol=1e-9)
     np.testing.assert_allclose(result.kl_median, np.median(divergences), rtol=1e-9)
@@ -103,44 +104,44 @@ def test_compare_known_by_hand() -> None:
     targets = np.array([0, 1])
     fair = scores_of(np.log([[0.5, 0.5], [0.5, 0.5]]), targets)
     biased = scores_of(np.log([[0.25, 0.75], [0.5, 0.5]]), targets)
-    result = quality.compare(fair, biased)
+    result = scoring.compare(fair, biased)
     # 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75) and 0; float32 logarithms.
     assert result.kl_mean == pytest.approx(0.5 * np.log(4 / 3) / 2, rel=1e-6)
     assert result.ppl == pytest.approx(8**0.5, rel=1e-6)
     # In the other direction it is another number.
     backward = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
-    assert quality.compare(biased, fair).kl_mean == pytest.approx(backward / 2, rel=1e-6)
+    assert scoring.compare(biased, fair).kl_mean == pytest.approx(backward / 2, rel=1e-6)
 
 
 def test_compare_with_itself_is_perfect() -> None:
     scores = random_scores(1)
-    result = quality.compare(scores, scores)
+    result = scoring.compare(scores, scores)
     assert (result.kl_mean, result.kl_p99, result.top1) == (0, 0, 1)
 
 
 def test_compare_impossible_tokens() -> None:
     targets = np.array([0])
     zeros = np.zeros(1, np.int64)
-    p = quality.Scores(np.array([[0, -np.inf]], np.float32), targets, zeros)
-    q = quality.Scores(np.log(np.array([[0.5, 0.5]], np.float32)), targets, zeros)
-    assert quality.compare(p, p).kl_mean == 0
-    assert quality.compare(p, q).kl_mean == pytest.approx(np.log(2), rel=1e-6)
-    assert quality.compare(q, p).kl_mean == np.inf
+    p = scoring.Scores(np.array([[0, -np.inf]], np.float32), targets, zeros)
+    q = scoring.Scores(np.log(np.array([[0.5, 0.5]], np.float32)), targets, zeros)
+    assert scoring.compare(p, p).kl_mean == 0
+    assert scoring.compare(p, q).kl_mean == pytest.approx(np.log(2), rel=1e-6)
+    assert scoring.compare(q, p).kl_mean == np.inf
 
 
 def test_compare_refuses_different_texts() -> None:
     scores = random_scores(1)
-    other = quality.Scores(scores.log_probs, scores.targets[::-1], scores.packed_tokens)
+    other = scoring.Scores(scores.log_probs, scores.targets[::-1], scores.packed_tokens)
     with pytest.raises(ValueError, match="same text and vocabulary"):
-        quality.compare(scores, other)
+        scoring.compare(scores, other)
     with pytest.raises(ValueError, match=r"\(150, 37\) and \(150, 36\)"):
-        quality.compare(scores, random_scores(1, vocabulary=36))
+        scoring.compare(scores, random_scores(1, vocabulary=36))
 
 
 @pytest.mark.parametrize("start", [-1, 150])
 def test_compare_refuses_an_empty_range(start: int) -> None:
     with pytest.raises(ValueError, match="start must leave a prediction of 150"):
-        quality.compare(random_scores(1), random_scores(2), start=start)
+        scoring.compare(random_scores(1), random_scores(2), start=start)
 
 
 # ---- score --------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_score_is_the_model_without_cache(model: Any, chunk: int) -> None:
     tokens = TOKENS[:150]
     logits = np.array(model(mx.array([tokens]))[0, :-1], np.float64)
     expected = scores_of(logits, np.array(tokens[1:]))
-    scores = quality.score(model, tokens, exact_caches(model), chunk=chunk)
+    scores = scoring.score(model, tokens, exact_caches(model), chunk=chunk)
     # float32 sums of 64 to 300 terms in another order.
     np.testing.assert_allclose(scores.log_probs, expected.log_probs, atol=2e-5)
     np.testing.assert_array_equal(scores.targets, expected.targets)
@@ -161,35 +162,35 @@ def test_score_is_the_model_without_cache(model: Any, chunk: int) -> None:
 def test_score_fills_the_cache_and_reports_progress(model: Any) -> None:
     caches = exact_caches(model)
     steps: list[int] = []
-    quality.score(model, TOKENS[:151], caches, chunk=64, progress=steps.append)
+    scoring.score(model, TOKENS[:151], caches, chunk=64, progress=steps.append)
     assert steps == [64, 64, 22]
     assert [cache.offset for cache in caches] == [150, 150]
 
 
 def test_score_sees_damage(model: Any) -> None:
-    exact = quality.score(model, TOKENS, exact_caches(model))
+    exact = scoring.score(model, TOKENS, exact_caches(model))
     divergences = []
     for noise in (0.0, 0.02, 0.2, 1.0):
         caches = [NoisyCache(noise) for _ in model.layers]
-        divergences.append(quality.compare(exact, quality.score(model, TOKENS, caches)).kl_mean)
+        divergences.append(scoring.compare(exact, scoring.score(model, TOKENS, caches)).kl_mean)
     assert divergences[0] == 0
     # The divergence grows with the square of a small error; a factor of 5 leaves room.
     assert divergences[3] > 5 * divergences[2] > 25 * divergences[1] > 0
 
 
 def test_score_sees_quantization(model: Any) -> None:
-    exact = quality.score(model, TOKENS, exact_caches(model))
+    exact = scoring.score(model, TOKENS, exact_caches(model))
     divergences = []
     for bits in (8, 4, 2):
         caches = [QuantizedKVCache(64, bits) for _ in model.layers]
-        divergences.append(quality.compare(exact, quality.score(model, TOKENS, caches)).kl_mean)
+        divergences.append(scoring.compare(exact, scoring.score(model, TOKENS, caches)).kl_mean)
     assert 0 < divergences[0] < divergences[1] < divergences[2]
 
 
 @pytest.mark.parametrize(("count", "chunk"), [(1, 64), (0, 64), (9, 0)])
 def test_score_refuses_nothing_to_predict(model: Any, count: int, chunk: int) -> None:
     with pytest.raises(ValueError, match=f"{count} tokens and chunk={chunk} came"):
-        quality.score(model, TOKENS[:count], exact_caches(model), chunk=chunk)
+        scoring.score(model, TOKENS[:count], exact_caches(model), chunk=chunk)
 
 
 # ---- one by one, and greedily -------------------------------------------------------------------
@@ -197,13 +198,13 @@ def test_score_refuses_nothing_to_predict(model: Any, count: int, chunk: int) ->
 
 def test_differences_of_several_texts_are_those_of_one() -> None:
     reference, other = random_scores(1), random_scores(2)
-    whole = quality.differences(reference, other)
+    whole = scoring.differences(reference, other)
     parts = [
-        quality.Differences(whole.kl[part], whole.same[part], whole.log_likelihoods[part])
+        scoring.Differences(whole.kl[part], whole.same[part], whole.log_likelihoods[part])
         for part in (slice(0, 40), slice(40, None))
     ]
-    joined = quality.Differences.joined(parts)
-    assert joined.quality == whole.quality == quality.compare(reference, other)
+    joined = scoring.Differences.joined(parts)
+    assert joined.quality == whole.quality == scoring.compare(reference, other)
     assert joined.quality != parts[1].quality
     for name in ("kl", "same", "log_likelihoods"):
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
@@ -211,8 +212,8 @@ def test_differences_of_several_texts_are_those_of_one() -> None:
 
 def test_greedy_is_the_most_likely_continuation(model: Any) -> None:
     caches = exact_caches(model)
-    quality.score(model, TOKENS[:101], caches)
-    answer = quality.greedy(model, TOKENS[100], caches, 6)
+    scoring.score(model, TOKENS[:101], caches)
+    answer = scoring.greedy(model, TOKENS[100], caches, 6)
     text = list(TOKENS[:101])
     for token in answer:
         assert token == int(np.array(model(mx.array([text]))[0, -1]).argmax())
@@ -224,7 +225,7 @@ def test_greedy_is_the_most_likely_continuation(model: Any) -> None:
     ("a", "b", "common"), [([1, 2, 3], [1, 2, 4], 2), ([1], [2], 0), ([1, 2], [1, 2], 2)]
 )
 def test_common_start(a: list[int], b: list[int], common: int) -> None:
-    assert quality.common_start(a, b) == common
+    assert scoring.common_start(a, b) == common
 
 
 # ---- packed tokens ------------------------------------------------------------------------------
@@ -233,23 +234,23 @@ def test_common_start(a: list[int], b: list[int], common: int) -> None:
 def test_score_counts_packed_tokens_of_rotormlx(model: Any) -> None:
     caches = integration.make_prompt_cache(model, RotorConfig())
     try:
-        scores = quality.score(model, TOKENS, caches)
+        scores = scoring.score(model, TOKENS, caches)
     finally:
         integration.remove(model)
     # 4 exact tokens and a window of 64 to 127, counted before each chunk.
     expected = np.repeat([0, 0, 0, 64, 128], 64)[:300]
     np.testing.assert_array_equal(scores.packed_tokens, expected)
-    quality.assert_packed(caches, 192)
+    scoring.assert_packed(caches, 192)
     with pytest.raises(RuntimeError, match="at least 193 tokens as packed bytes, but only 192"):
-        quality.assert_packed(caches, 193)
+        scoring.assert_packed(caches, 193)
 
 
 def test_assert_packed_refuses_an_exact_cache(model: Any) -> None:
     caches = exact_caches(model)
-    scores = quality.score(model, TOKENS, caches)
+    scores = scoring.score(model, TOKENS, caches)
     assert not scores.packed_tokens.any()
     with pytest.raises(RuntimeError, match="at least 1 tokens as packed bytes, but only 0"):
-        quality.assert_packed(caches, 0)
+        scoring.assert_packed(caches, 0)
 
 
 def test_packed_of_is_the_worst_layer() -> None:
@@ -258,17 +259,17 @@ def test_packed_of_is_the_worst_layer() -> None:
     for cache in caches:
         cache.offset = 100
     quantized.offset = 75
-    assert quality.packed_of(caches) == 70
-    assert quality.packed_of([KVCache(), *caches[::2]]) == 80  # exact layers do not count
-    assert quality.packed_of([CacheList(KVCache(), caches[2]), quantized]) == 75
-    assert quality.packed_of([KVCache()]) == 0
+    assert scoring.packed_of(caches) == 70
+    assert scoring.packed_of([KVCache(), *caches[::2]]) == 80  # exact layers do not count
+    assert scoring.packed_of([CacheList(KVCache(), caches[2]), quantized]) == 75
+    assert scoring.packed_of([KVCache()]) == 0
 
 
 # ---- the text -----------------------------------------------------------------------------------
 
 
 def test_default_text_is_prose() -> None:
-    text = quality.default_text()
+    text = default_text()
     paragraphs = text.split("\n\n")
     assert len(text) > 35_000
     assert text.startswith("Every object has an identity, a type and a value.")

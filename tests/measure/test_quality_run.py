@@ -22,8 +22,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import baselines, quality, quality_report, quality_run
+from rotormlx.measure import cache_contents, quality_report, quality_run, schemes, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from tests.support import models as tiny_models
 
@@ -50,31 +51,31 @@ def result(model: Any) -> quality_run.Result:
     )
 
 
-def read(model: Any, name: str, ids: list[int]) -> tuple[quality.Scores, list[Any]]:
-    caches = baselines.scheme(name).caches(model)
+def read(model: Any, name: str, ids: list[int]) -> tuple[scoring.Scores, list[Any]]:
+    caches = schemes.scheme(name).caches(model)
     with hook.in_place():
-        return quality.score(model, ids, caches), caches
+        return scoring.score(model, ids, caches), caches
 
 
 # ---- the numbers --------------------------------------------------------------------------------
 
 
 def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> None:
-    ids = Bytes().encode(quality.default_text())[:TOKENS]
+    ids = Bytes().encode(default_text())[:TOKENS]
     exact, exact_caches = read(model, "exact", ids)
     assert [row.scheme for row in result.rows] == SCHEMES
     assert (result.start, result.predictions) == (192, TOKENS - 1 - 192)
     assert result.exact_ppl == pytest.approx(exact.perplexity(192), rel=1e-5)
-    assert result.exact_bytes == baselines.used_bytes(exact_caches)
+    assert result.exact_bytes == cache_contents.used_bytes(exact_caches)
     for row in result.rows:
         scores, caches = read(model, row.scheme, ids)
-        found = quality.compare(exact, scores, start=192)
+        found = scoring.compare(exact, scores, start=192)
         # numpy multiplies in another order than MLX: 1e-6 of logits, beside divergences of 1e-4.
         assert row.kl == pytest.approx(found.kl_mean, rel=0.02)
         assert row.ppl == pytest.approx(found.ppl, rel=1e-4)
         assert row.top1 == pytest.approx(found.top1, abs=2 / result.predictions)
-        assert row.packed_tokens >= quality.packed_of(caches) >= 128
-        assert row.bits_per_value == baselines.bits_per_value(caches)
+        assert row.packed_tokens >= scoring.packed_of(caches) >= 128
+        assert row.bits_per_value == cache_contents.bits_per_value(caches)
         assert row.kl_interval[0] < row.kl < row.kl_interval[1]
         assert np.mean(row.kl_by_position) == pytest.approx(row.kl)
         assert [error.layer for error in row.layers] == [0, 1]
@@ -90,7 +91,7 @@ def test_first_scheme_is_what_others_are_compared_with(result: quality_run.Resul
 
 
 def test_several_texts_are_pooled(model: Any) -> None:
-    text = quality.default_text()
+    text = default_text()
     halves = {"a": text[:1000], "b": text[1000:2000]}
     options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "greedy": 0}
     both = quality_run.run(model, Bytes(), ["k4v4"], texts=halves, **options)
@@ -129,7 +130,7 @@ def test_run_leaves_the_hook_as_it_was(result: quality_run.Result) -> None:
 def test_run_refuses_a_cache_that_packs_nothing(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines.Scheme, "caches", lambda self, model: make_prompt_cache(model))
+    monkeypatch.setattr(schemes.Scheme, "caches", lambda self, model: make_prompt_cache(model))
     with pytest.raises(RuntimeError, match="at least 64 tokens as packed bytes, but only 0"):
         quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, greedy=0)
 
@@ -167,7 +168,7 @@ def test_run_refuses_a_dtype(model: Any) -> None:
     [("k4v4", 192), ("k4v4:bare", 64), ("affine-k4v4", 64), ("kivi-k4v4:window=128,sink=0", 192)],
 )
 def test_first_packed(name: str, first: int) -> None:
-    assert quality_run.first_packed([baselines.scheme(name)]) == first
+    assert quality_run.first_packed([schemes.scheme(name)]) == first
 
 
 def test_interval_of_independent_numbers_is_the_normal_one() -> None:
@@ -284,7 +285,7 @@ def test_markdown_has_every_number(result: quality_run.Result) -> None:
 def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_models.save(tmp_path / "model", "llama")
     text = tmp_path / "text.txt"
-    text.write_text(quality.default_text()[:2000])
+    text.write_text(default_text()[:2000])
     argv = ["quality", path, "--schemes", "k4v4 kivi-k4v4", "--tokens", "270", "--greedy", "3"]
     argv += [
         "--dtype",

@@ -11,8 +11,9 @@ import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from rotormlx.config import RotorConfig
-from rotormlx.measure import quality
+from rotormlx.measure import scoring
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.mlx.cache.single import RotorKVCache
 
@@ -32,7 +33,7 @@ def compared(smollm2):
     """
     model, tokenizer = smollm2
     layers = range(len(model.layers))
-    tokens = tokenizer.encode(quality.default_text()[:8000])
+    tokens = tokenizer.encode(default_text()[:8000])
 
     @cache
     def read(config, predictions):
@@ -43,19 +44,19 @@ def compared(smollm2):
             caches = [QuantizedKVCache(group_size=64, bits=4) for _ in layers]
         else:
             caches = [RotorKVCache(config, layer) for layer in layers]
-        scores = quality.score(model, tokens[: FIRST + predictions + 1], caches, chunk=CHUNK)
+        scores = scoring.score(model, tokens[: FIRST + predictions + 1], caches, chunk=CHUNK)
         if config is not None:
             # Every prediction compared read at least a block of packed tokens, the last ones most.
             assert scores.packed_tokens[FIRST:].min() >= 64
             assert scores.packed_tokens[-1] >= FIRST + predictions - 4 * CHUNK
-            quality.assert_packed(caches, FIRST + predictions - 4 * CHUNK)
+            scoring.assert_packed(caches, FIRST + predictions - 4 * CHUNK)
         return scores
 
     @cache
     def compared(config, predictions):
         exact = read(None, PROMISED).first(FIRST + predictions)
         through = read(config, PROMISED if config in (K4V4, K3V3, ROTOR3, MLX_LM) else ORDERED)
-        found = quality.compare(exact, through.first(FIRST + predictions), start=FIRST)
+        found = scoring.compare(exact, through.first(FIRST + predictions), start=FIRST)
         assert found.predictions == predictions
         return found, exact.perplexity(FIRST)
 

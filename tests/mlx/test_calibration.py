@@ -17,6 +17,7 @@ import rotormlx
 from rotormlx.codec import reference, rotation
 from rotormlx.codec.format import BLOCK, ROLES, Codec, codec
 from rotormlx.config import RotorConfig
+from rotormlx.measure import calibrate
 from rotormlx.mlx import calibration, hook, integration, learned
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import TRANSFORMS, Calibration
@@ -83,7 +84,7 @@ def test_the_klt_reaches_the_bound():
     moment, metric = moments(1), moments(2)
     eigenvalues = np.linalg.eigvals(moment @ metric).real
     bound = np.sqrt(eigenvalues).sum(-1) ** 2
-    found = loss(calibration.klt(moment, metric), moment, metric)
+    found = loss(calibrate.klt(moment, metric), moment, metric)
     # Eigenvalues over ten orders of magnitude, in float64.
     assert np.allclose(found, bound, rtol=1e-5)
     assert (found < 0.7 * loss(np.eye(24)[None], moment, metric)).all()
@@ -92,7 +93,7 @@ def test_the_klt_reaches_the_bound():
 def test_the_channel_scale_is_the_best_one():
     """No other diagonal does better, and it does better than none."""
     moment, metric = moments(1), moments(2)
-    scale = calibration.channel_scale(moment, metric)
+    scale = calibrate.channel_scale(moment, metric)
 
     def diagonal(s):
         return np.eye(24) / s[:, None, :]
@@ -111,14 +112,14 @@ def test_learned_rotors_come_between_the_scale_and_the_klt(figure):
     coefficients, turned = learned.fitted(moment, metric)
     back = np.swapaxes(turned, 1, 2)
     assert np.allclose(turned @ back, np.eye(64), atol=1e-5)  # rotors of float32
-    scale = calibration.channel_scale(turned @ moment @ back, turned @ metric @ back)
+    scale = calibrate.channel_scale(turned @ moment @ back, turned @ metric @ back)
     matrix = learned.learned_matrix(coefficients, scale, 5, "key")
     none, only, all_of_it = (
         loss(m, moment, metric).mean()
         for m in (
             np.eye(64)[None],
-            np.eye(64) / calibration.channel_scale(moment, metric)[:, None, :],
-            calibration.klt(moment, metric),
+            np.eye(64) / calibrate.channel_scale(moment, metric)[:, None, :],
+            calibrate.klt(moment, metric),
         )
     )
     found = loss(matrix, moment, metric).mean()
@@ -188,7 +189,7 @@ def test_448_numbers_at_head_dim_128():
 def test_moments_are_those_of_an_exact_run(llama, monkeypatch):
     """Queries and keys behind RoPE, keys less the mean of their block, the sink left out."""
     ids = [n % 257 for n in range(7, 7 + TOKENS)]
-    found = calibration._moments(llama, ids, lambda n: None)
+    found = calibrate._moments(llama, ids, lambda n: None)
     assert not hook.installed()
 
     queries = []
@@ -220,9 +221,9 @@ def test_directions_that_were_not_seen_are_not_blown_up():
     moment = np.zeros((2, 16, 16))
     moment[0, 0, 0] = 1.0
     moment[1, 3, 3] = np.nan
-    steady = calibration._steady(moment)
+    steady = calibrate._steady(moment)
     assert np.linalg.eigvalsh(steady).min() > 0
-    scale = calibration.channel_scale(steady, np.broadcast_to(np.eye(16), moment.shape))
+    scale = calibrate.channel_scale(steady, np.broadcast_to(np.eye(16), moment.shape))
     assert scale.max() / scale.min() <= 64
     assert np.allclose(scale[1], 1)
 
@@ -350,13 +351,13 @@ def test_shapes_of_another_model_are_refused(llama, made, tmp_path, changes):
 )
 def test_bad_arguments_are_refused(llama, arguments, says):
     with pytest.raises(ValueError, match=r"^\[calibration\] ") as error:
-        calibration.calibrate(llama, Bytes(), **({"tokens": TOKENS} | arguments))
+        calibrate.calibrate(llama, Bytes(), **({"tokens": TOKENS} | arguments))
     assert says in str(error.value)
 
 
 def test_progress_counts_tokens_and_layers(llama):
     steps = []
-    calibration.calibrate(llama, Bytes(), text=TEXT, tokens=TOKENS, progress=steps.append)
+    calibrate.calibrate(llama, Bytes(), text=TEXT, tokens=TOKENS, progress=steps.append)
     assert steps == [64, 64, 64, 4, 1, 1]
 
 

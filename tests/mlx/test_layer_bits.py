@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as own_caches
 import rotormlx
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import BITS, RotorConfig
-from rotormlx.measure import baselines, quality
+from rotormlx.measure import cache_contents, layer_losses, schemes, scoring
 from rotormlx.mlx import calibration, hook, layer_bits
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import Calibration
@@ -116,8 +116,8 @@ def test_a_loss_is_that_of_one_layer(
     caches: list[Any] = [KVCache(), KVCache()]
     caches[layer] = RotorKVCache(RotorConfig(*bits, window=0), layer)
     with hook.in_place():
-        exact, coded = (quality.score(llama, ids, c) for c in ([KVCache(), KVCache()], caches))
-    wanted = quality.differences(exact, coded, start=128).kl.mean()
+        exact, coded = (scoring.score(llama, ids, c) for c in ([KVCache(), KVCache()], caches))
+    wanted = scoring.differences(exact, coded, start=128).kl.mean()
     role = ("key", "value")[bits.index(3)]
     # Sums of float32 in another order, on divergences of 1e-5 and more.
     assert wanted > 1e-6
@@ -126,11 +126,11 @@ def test_a_loss_is_that_of_one_layer(
 
 def test_measuring_computes_in_float32_and_leaves_the_model_as_it_was() -> None:
     model = tiny.build("llama")
-    wide = layer_bits.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], lambda n: None)
+    wide = layer_losses.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], lambda n: None)
     model.set_dtype(mx.bfloat16)
     before = tree_flatten(model.parameters())
     told: list[int] = []
-    found = layer_bits.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], told.append)
+    found = layer_losses.losses(model, Bytes().encode(TEXT[:TOKENS]), [1], told.append)
     # The weights are rounded, what is computed with them is not.
     assert found == pytest.approx(wide, rel=0.2)
     assert sum(told) == 3 * (TOKENS - 1)
@@ -143,7 +143,7 @@ def test_predictions_that_are_not_finite_are_refused() -> None:
     model = tiny.build("llama")
     model.model.norm.weight = model.model.norm.weight * mx.nan
     with pytest.raises(ValueError, match=r"^\[calibration\] A model must predict finite numbers"):
-        layer_bits.losses(model, Bytes().encode(TEXT[:TOKENS]), [0], lambda n: None)
+        layer_losses.losses(model, Bytes().encode(TEXT[:TOKENS]), [0], lambda n: None)
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_caches_have_the_bits_and_the_report_says_so(llama: Any, made: Calibrati
     caches = rotormlx.make_prompt_cache(llama)
     assert bits_of(caches) == GIVEN
     tiny.logits(llama, tiny.tokens(300), caches)
-    assert report.bits_per_value == pytest.approx(baselines.bits_per_value(caches))
+    assert report.bits_per_value == pytest.approx(cache_contents.bits_per_value(caches))
     assert [layer.bits_per_value for layer in report.layers] == [c.bits_per_value for c in caches]
     assert "K3 V3 on average, by layer, " in report.summary
     # All bits are mean bits of the configuration; without losses they are the same everywhere.
@@ -230,12 +230,12 @@ def test_a_scheme_takes_them_only_when_it_says_so(
     llama: Any, made: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "find", lambda model, transform: made)
-    own = baselines.scheme("k3v3:window=0,calibrated=scale,layers").bound(llama)
+    own = schemes.scheme("k3v3:window=0,calibrated=scale,layers").bound(llama)
     assert bits_of(own.caches(llama)) == GIVEN
-    same = baselines.scheme("k3v3:window=0,calibrated=scale").bound(llama)
+    same = schemes.scheme("k3v3:window=0,calibrated=scale").bound(llama)
     assert bits_of(same.caches(llama)) == [(3, 3), (3, 3)]
     monkeypatch.setattr(calibration, "find", lambda model, transform: made.without_losses)
     with pytest.raises(ValueError, match=r"rotormlx calibrate MODEL --layers --transform scale"):
         own.bound(llama)
     with pytest.raises(ValueError, match="add calibrated=scale"):
-        baselines.scheme("k3v3:layers")
+        schemes.scheme("k3v3:layers")

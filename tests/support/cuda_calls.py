@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed
+from rotormlx.kernels import cuda_plan
 from rotormlx.kernels.source import coefficients, cuda_header
 from rotormlx.mlx.backends.mlx_ops import inverse_matrix
 from tests.emulator.cuda import Buffers, CudaModule
@@ -74,6 +75,17 @@ class AttendArguments(ctypes.Structure):
         *(("mask_kind", ctypes.c_int32), ("mask", POINTER), ("mask_strides", ctypes.c_int64 * 4)),
         *(("sinks", POINTER), ("out", POINTER), ("workspace", POINTER)),
         *((f"{role}_channel_scale_stride", ctypes.c_int64) for role in ("key", "value")),
+    ]
+
+
+class AttendPlan(ctypes.Structure):
+    """``rotormlx_attend_plan``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("operands", "tiles", "matrix_rows")),
+        *((f"exact_{name}", ctypes.c_int32) for name in ("parts", "part_tokens")),
+        *((f"packed_{name}", ctypes.c_int32) for name in ("parts", "part_tokens")),
+        *((f"{name}_bytes", ctypes.c_int32) for name in ("query", "part", "merge")),
     ]
 
 
@@ -237,6 +249,18 @@ def rotor3(x, chosen, *, made=None, order=0):
     return from_numpy(out, x.dtype)
 
 
+def plan_of(a, codecs, made):
+    """The plan of a call for the device of a module."""
+    keys, values = codecs
+    shape = cuda_plan.Shape(
+        *(a.batch, a.heads, a.kv_heads, a.length),
+        *(keys.head_dim, values.head_dim, keys.bits, values.bits),
+        *(a.exact_tokens, a.packed_tokens, a.dtype == DTYPES[mx.float32]),
+    )
+    device = cuda_plan.Device(made.multiprocessors, made.shared_memory)
+    return AttendPlan(*cuda_plan.attend_plan(shape, device).numbers)
+
+
 def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None, order=0):
     """What ``rotormlx_attend`` gives for two views, as an MLX array.
 
@@ -284,7 +308,8 @@ def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None, or
     a.sinks = call.plain("sinks", sinks)
     out = output((batch, heads, length, value_dim), queries.dtype)
     a.out = call.plain("out", out, written=True)
-    words = made.number("rotormlx_attend_workspace", a) // 4
+    plan = plan_of(a, (keys.codec, values.codec), made)
+    words = made.number("rotormlx_attend_workspace", a, plan) // 4
     a.workspace = call.plain("workspace", np.full(words, np.nan, np.float32), written=True)
-    made.call("rotormlx_attend", a, call.buffers, order=order)
+    made.call("rotormlx_attend", a, call.buffers, plan=plan, order=order)
     return from_numpy(out, queries.dtype)

@@ -24,8 +24,9 @@ from rotormlx.codec import limits
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import attention, hook, integration
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
-from rotormlx.mlx.backends import backend, metal, metal_attend
+from rotormlx.mlx.backends import backend, cuda_text, metal, metal_attend
 from rotormlx.mlx.backends import cuda as mlx_cuda
 from rotormlx.mlx.cache import batch as batch_module
 from rotormlx.mlx.cache import single as cache_module
@@ -409,10 +410,10 @@ def test_layers_of_a_model_meet_again_after_a_failed_step(monkeypatch, offsets):
     tiny_models.logits(model, ids[:, :260], caches)
 
     class Broken:
-        def attend(self, queries, keys, values, **kwargs):
+        def attend(self, call):
             if [cache.offset for cache in caches] == offsets:
                 raise RuntimeError("device lost")
-            return backend().attend(queries, keys, values, **kwargs)
+            return backend().attend(call)
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "backend", Broken)
@@ -453,7 +454,7 @@ def failing_kernels(wanted, when):
     return Kernel
 
 
-BACKENDS = {"metal": (metal, metal_attend), "mlx_cuda": (mlx_cuda,)}
+BACKENDS = {"metal": (metal, metal_attend), "mlx_cuda": (mlx_cuda, cuda_text)}
 
 
 @pytest.mark.parametrize("when", ["made", "called", "evaluated"])
@@ -507,7 +508,7 @@ def test_a_kernel_is_waited_for_only_once(monkeypatch):
     views = cache.keys_and_values()
 
     def attend(q):
-        return metal_attend.attend(q, *views, scale=1.0)
+        return metal_attend.attend(AttendCall(q, *views, scale=1.0))
 
     evaluate = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *a: (evaluated.append(a), evaluate(*a)))
@@ -554,8 +555,8 @@ def test_cuda_kernels_that_torch_cannot_compile_are_named(monkeypatch, tmp_path)
 
 def test_more_heads_than_a_cuda_grid_holds_are_refused(monkeypatch):
     """Before any kernel is made; the shapes alone say it."""
-    monkeypatch.setattr(mlx_cuda, "_codec_kernel", None)
-    monkeypatch.setattr(mlx_cuda, "_parts_kernel", None)
+    monkeypatch.setattr(cuda_text, "codec_kernel", None)
+    monkeypatch.setattr(cuda_text, "parts_kernel", None)
     chosen = single("packed")._keys.codec
     says = r"at most 65,535 on CUDA, but 32,768 rows of 2 KV heads came; split the batch"
     rows = mx.broadcast_to(mx.zeros((1, 1, 1, 1)), (2**15, 2, BLOCK, D))

@@ -18,8 +18,9 @@ from rotormlx.codec import reference
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import cpu_library
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
-from rotormlx.mlx.backends import available, cuda, mlx_ops
+from rotormlx.mlx.backends import available, cuda, cuda_text, mlx_ops
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.torch import native, torch_ops
@@ -207,8 +208,9 @@ def attend_torch(queries, exact, packed, codecs, lengths, **options):
         sources.append(torch_ops.Source(c, torch.from_numpy(e), Packed(*parts), None))
     options = {"causal": False, "mask": None, "sink_logits": None} | options
     counts = torch.tensor(lengths, dtype=torch.int32)
-    found = native.attend(torch.from_numpy(queries), counts, *sources, sink=0, scale=1.0, **options)
-    return found.numpy()
+    q = torch.from_numpy(queries)
+    call = torch_ops.AttendCall(q, counts, *sources, sink=0, scale=1.0, **options)
+    return native.attend(call).numpy()
 
 
 @needs_library
@@ -297,9 +299,10 @@ def test_cuda_kernels_read_words_beyond_2_to_31(dtype):
     out = cuda_calls.output((2, 3, 1, 32), dtype)
     a.out = call.plain("out", out, written=True)
     module = cuda_calls.module("attend", *codecs)
-    count = module.number("rotormlx_attend_workspace", a) // 4
+    plan = cuda_calls.plan_of(a, codecs, module)
+    count = module.number("rotormlx_attend_workspace", a, plan) // 4
     a.workspace = call.plain("workspace", np.full(count, np.nan, np.float32), written=True)
-    module.call("rotormlx_attend", a, call.buffers)
+    module.call("rotormlx_attend", a, call.buffers, plan=plan)
     found = np.array(cuda_calls.from_numpy(out, dtype).astype(mx.float32))
     expected = reference.attend(np.array(q.astype(mx.float32)), *vectors, scale=0.2)
     # Two roundings to float16 or float32 of queries, weights and output.
@@ -371,7 +374,7 @@ def attend_mlx(queries, exact, packed, codecs, lengths, causal=False):
         views.append(KVView(c, mx.array(e), Packed(*parts), None, 0, *lengths[0]))
     backend = mlx_ops.MLXBackend()
     mask = "causal" if causal else None
-    return np.array(backend.attend(mx.array(queries), *views, scale=1.0, mask=mask))
+    return np.array(backend.attend(AttendCall(mx.array(queries), *views, scale=1.0, mask=mask)))
 
 
 @pytest.mark.parametrize(
@@ -426,8 +429,8 @@ def test_strides_of_a_mask_are_64_bits(monkeypatch):
             given.append(inputs)
             return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
 
-    monkeypatch.setattr(cuda, "_parts_kernel", lambda *_: Kernel())
-    monkeypatch.setattr(cuda, "_merge_kernel", lambda *_: Kernel())
+    monkeypatch.setattr(cuda_text, "parts_kernel", lambda *_: Kernel())
+    monkeypatch.setattr(cuda_text, "merge_kernel", lambda *_: Kernel())
     tokens = 2**16
     exact = mx.broadcast_to(mx.zeros((1, 1, 1, 1)), (2, 1, tokens, 16))
     views = [
@@ -435,7 +438,7 @@ def test_strides_of_a_mask_are_64_bits(monkeypatch):
         for role in ROLES
     ]
     mask = mx.broadcast_to(mx.zeros((1, 1, 1, 1), mx.bool_), (2, 1, tokens, tokens))
-    cuda.MLXCUDABackend().attend(exact, *views, scale=1.0, mask=mask)
+    cuda.MLXCUDABackend().attend(AttendCall(exact, *views, scale=1.0, mask=mask))
     numbers = given[0][-2]
     assert numbers.dtype == mx.int64
     assert numbers.tolist()[14:18] == [2**32, 0, 2**16, 1]

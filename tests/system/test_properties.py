@@ -18,6 +18,7 @@ from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.kernels import cpu_library
 from rotormlx.mlx import backends
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.torch import native, torch_ops
 from rotormlx.torch.torch_ops import Source
@@ -85,7 +86,8 @@ class InMLX:
             views.append(KVView(s.codec, exact, packed, to_mlx(s.scale), s.sink, *most, ragged))
         mask = mask if mask is None or isinstance(mask, str) else mx.array(mask)
         given = mx.array(q).astype(MLX_DTYPES[dtype])
-        out = self.backend.attend(given, *views, scale=scale, mask=mask, sinks=to_mlx(sinks))
+        call = AttendCall(given, *views, scale=scale, mask=mask, sinks=to_mlx(sinks))
+        out = self.backend.attend(call)
         return np.array(out.astype(mx.float32))
 
 
@@ -124,20 +126,17 @@ class InTorch:
                     to_torch(s.scale),
                 )
             )
-        return (
-            self.module.attend(
-                torch.from_numpy(q).to(TORCH_DTYPES[dtype]),
-                torch.tensor(sequences[0].lengths, dtype=torch.int32),
-                *sources,
-                sink=sequences[0].sink,
-                scale=scale,
-                causal=isinstance(mask, str),
-                mask=torch.from_numpy(mask) if isinstance(mask, np.ndarray) else None,
-                sink_logits=to_torch(sinks),
-            )
-            .float()
-            .numpy()
+        call = torch_ops.AttendCall(
+            torch.from_numpy(q).to(TORCH_DTYPES[dtype]),
+            torch.tensor(sequences[0].lengths, dtype=torch.int32),
+            *sources,
+            sink=sequences[0].sink,
+            scale=scale,
+            causal=isinstance(mask, str),
+            mask=torch.from_numpy(mask) if isinstance(mask, np.ndarray) else None,
+            sink_logits=to_torch(sinks),
         )
+        return self.module.attend(call).float().numpy()
 
 
 IMPLEMENTATIONS = {name: InMLX(backends._BACKENDS[name][0]()) for name in backends.available()}

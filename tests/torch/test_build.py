@@ -11,6 +11,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,16 +20,23 @@ from typer.testing import CliRunner
 
 from rotormlx.codec.format import BLOCK, Packed, codec
 from rotormlx.config import RotorConfig
+from rotormlx.kernels.cuda_plan import Device, Shape, attend_plan
 from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, cuda, torch_ops
 from rotormlx.torch.__main__ import app
 from rotormlx.torch.build import Configuration
-from rotormlx.torch.torch_ops import Source
-from tests.support.cuda_calls import AttendArguments, DecodeArguments, EncodeArguments
+from rotormlx.torch.torch_ops import AttendCall, Source
+from tests.support.cuda_calls import (
+    AttendArguments,
+    AttendPlan,
+    DecodeArguments,
+    EncodeArguments,
+)
 
 CHOSEN = Configuration("cascade", 64, 80, 4, 3, "sm_90a")
 CONFIG = RotorConfig(4, 3)
 B, K, H, L, N, LAYER = 2, 3, 6, 5, 4, 1
+DEVICE = Device(108, 163 * 1024)
 
 
 # ---- the key and the command --------------------------------------------------------------------
@@ -182,19 +190,6 @@ def test_the_build_command_says_what_is_missing():
     assert "key_bits must be one of 2, 3, 4, 8, but 5 was given" in done.stderr
 
 
-def test_import_compiles_nothing_and_loads_no_model_library():
-    code = (
-        "import sys, rotormlx.torch\n"
-        "loaded = {'transformers', 'mlx', 'mlx.core', 'rotormlx.mlx.backends'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
-        "rotormlx.torch.RotorCache\n"
-        "import rotormlx.torch.prompt_cache, rotormlx.torch.integration\n"
-        "assert 'transformers' in sys.modules and 'mlx.core' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_without_a_compiler_cuda_tensors_take_torch_operations(monkeypatch):
     """And that is said once."""
     cuda._can_compile.cache_clear()
@@ -221,6 +216,7 @@ extern "C" {
 rotormlx_encode_arguments last_encode;
 rotormlx_decode_arguments last_decode;
 rotormlx_attend_arguments last_attend;
+rotormlx_attend_plan last_plan;
 void* last_stream;
 int answer;
 int rotormlx_encode(const rotormlx_encode_arguments* a, void* s) {
@@ -233,9 +229,12 @@ int rotormlx_decode(const rotormlx_decode_arguments* a, void* s) {
   last_stream = s;
   return answer;
 }
-size_t rotormlx_attend_workspace(const rotormlx_attend_arguments*) { return 1000; }
-int rotormlx_attend(const rotormlx_attend_arguments* a, void* s) {
+size_t rotormlx_attend_workspace(const rotormlx_attend_arguments*, const rotormlx_attend_plan*) {
+  return 1000;
+}
+int rotormlx_attend(const rotormlx_attend_arguments* a, const rotormlx_attend_plan* p, void* s) {
   last_attend = *a;
+  last_plan = *p;
   last_stream = s;
   std::memset(a->workspace, 1, 1000);
   return answer;
@@ -274,6 +273,7 @@ def kernels(library, monkeypatch):
     monkeypatch.setattr(cuda, "_loaded", {})
     monkeypatch.setattr(cuda, "_on", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "_stream", lambda device: 77)
+    monkeypatch.setattr(cuda, "_device", lambda device: DEVICE)
     cuda._can_compile.cache_clear()
     # As in a model, where attention comes first: encode and decode then take the same library.
     pair = (
@@ -380,7 +380,7 @@ FACTS = {"sink": 4, "scale": 0.125, "causal": True, "mask": None, "sink_logits":
 def test_attend_fills_its_structure(kernels):
     query, lengths, keys, values = attend_inputs()
     logits = torch.rand(H)
-    out = cuda.attend(query, lengths, keys, values, **{**FACTS, "sink_logits": logits})
+    out = cuda.attend(AttendCall(query, lengths, keys, values, **{**FACTS, "sink_logits": logits}))
     a = kept(kernels, "attend", AttendArguments)
     assert (a.dtype, a.batch, a.heads, a.kv_heads, a.length, a.sink) == (1, B, H, K, L, 4)
     # Capacities: what counts is in the lengths, on the device.
@@ -408,6 +408,19 @@ def test_attend_fills_its_structure(kernels):
     assert (a.mask_kind, a.mask) == (1, None)
     assert (out.shape, out.dtype) == ((B, H, L, 80), torch.bfloat16)
     assert a.out == out.data_ptr()
+    # The plan of what the buffers hold, for this device.
+    shape = Shape(B, H, K, L, 64, 80, *(4, 3), 70, N * BLOCK, is_float32=False)
+    plan = AttendPlan.in_dll(kernels, "last_plan")
+    numbers = tuple(getattr(plan, name) for name, _ in plan._fields_)
+    assert numbers == attend_plan(shape, DEVICE).numbers
+
+
+def test_a_plan_is_for_the_device_of_the_tensors(monkeypatch):
+    facts = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    assert cuda._device.__wrapped__(torch.device("cuda:1")) == (132, 227 * 1024)
+    del facts.shared_memory_per_block_optin
+    assert cuda._device.__wrapped__(torch.device("cuda:1")) == (132, 48 * 1024)
 
 
 def test_attend_passes_masks_as_they_lie(kernels):
@@ -419,7 +432,9 @@ def test_attend_passes_masks_as_they_lie(kernels):
         (torch.ones(tokens).half(), 3, [0, 0, 0, 1]),
         (torch.ones(1, H, L, 1), 3, [0, L, 1, 0]),
     ):
-        cuda.attend(query, lengths, keys, values, **{**FACTS, "causal": False, "mask": mask})
+        cuda.attend(
+            AttendCall(query, lengths, keys, values, **{**FACTS, "causal": False, "mask": mask})
+        )
         a = kept(kernels, "attend", AttendArguments)
         assert (a.mask_kind, list(a.mask_strides)) == (kind, steps)
         assert (a.mask is None) == (mask is None)
@@ -428,7 +443,7 @@ def test_attend_passes_masks_as_they_lie(kernels):
 def test_attend_without_packed_blocks(kernels):
     query, lengths, keys, values = attend_inputs()
     keys, values = (x._replace(packed=None, channel_scale=None) for x in (keys, values))
-    cuda.attend(query, lengths, keys, values, **FACTS)
+    cuda.attend(AttendCall(query, lengths, keys, values, **FACTS))
     a = kept(kernels, "attend", AttendArguments)
     assert (a.packed_tokens, a.exact_tokens) == (0, 70)
     assert a.keys.words is a.values.words is a.keys.centres is a.key_channel_scale is None
@@ -440,7 +455,7 @@ def test_tensors_that_the_kernels_cannot_load_are_copied(kernels):
     moved = torch.nn.functional.pad(query, (1, 0))[..., 1:]
     words = torch.nn.functional.pad(keys.packed.words, (0, 4))[..., :-4]
     keys = keys._replace(packed=keys.packed._replace(words=words))
-    cuda.attend(moved, lengths, keys, values, **FACTS)
+    cuda.attend(AttendCall(moved, lengths, keys, values, **FACTS))
     a = kept(kernels, "attend", AttendArguments)
     assert a.q != moved.data_ptr()
     assert list(a.q_strides) == [H * L * 64, L * 64, 64]
@@ -454,7 +469,7 @@ def test_an_error_of_cuda_is_raised(kernels):
     answer.value = 719
     try:
         with pytest.raises(RuntimeError, match=r"\[attend\] The CUDA kernel must .* error 719"):
-            cuda.attend(*attend_inputs(), **FACTS)
+            cuda.attend(AttendCall(*attend_inputs(), **FACTS))
     finally:
         answer.value = 0
 

@@ -503,7 +503,7 @@ def test_torch_operations_never_wait_for_the_device():
     facts = {"sink": SINK, "scale": 0.1, "causal": True, "mask": None, "sink_logits": None}
 
     def attend(query, lengths):
-        return torch_ops.attend(query, lengths, keys, values, **facts)
+        return torch_ops.attend(torch_ops.AttendCall(query, lengths, keys, values, **facts))
 
     query = rows((B, H, L, 64))
     traced = make_fx(attend)(query, torch.tensor(LENGTHS, dtype=torch.int32))

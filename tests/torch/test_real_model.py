@@ -14,7 +14,8 @@ from transformers.utils import logging
 import rotormlx.torch as rt
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
-from rotormlx.measure import quality
+from rotormlx.measure import scoring
+from rotormlx.measure.text import default_text
 from tests.support.torch_models import CACHE
 
 CHUNK = 64
@@ -36,12 +37,12 @@ def model(smollm2_path):
 @pytest.fixture(scope="module")
 def text(smollm2_path):
     tokenizer = Tokenizer.from_file(str(smollm2_path / "tokenizer.json"))
-    return tokenizer.encode(quality.default_text()[:8000]).ids
+    return tokenizer.encode(default_text()[:8000]).ids
 
 
 @torch.inference_mode()
 def score(model, tokens, cache):
-    """As ``quality.score``, of a model and a cache of transformers."""
+    """As ``scoring.score``, of a model and a cache of transformers."""
     predictions = len(tokens) - 1
     packed, rows = np.zeros(predictions, np.int64), []
     for start in range(0, predictions, CHUNK):
@@ -51,7 +52,7 @@ def score(model, tokens, cache):
         ids = torch.tensor([tokens[start:stop]])
         logits = model(ids, **{CACHE: cache}).logits[0]
         rows.append(torch.log_softmax(logits.float(), -1).numpy())
-    return quality.Scores(np.concatenate(rows), np.asarray(tokens[1:], np.int64), packed)
+    return scoring.Scores(np.concatenate(rows), np.asarray(tokens[1:], np.int64), packed)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_divergence_is_small(model, text, exact, figure):
     # Every prediction compared read at least a block of packed tokens, the last ones most.
     assert scores.packed_tokens[FIRST:].min() >= BLOCK
     assert scores.packed_tokens[-1] >= FIRST + PREDICTIONS - 4 * CHUNK
-    found = quality.compare(exact, scores, start=FIRST)
+    found = scoring.compare(exact, scores, start=FIRST)
     figure(
         f"torch, rotormlx 4 bit: KL {found.kl_mean:.4f}, top-1 {found.top1:.1%}, perplexity "
         f"{found.ppl:.2f} (exact {exact.perplexity(FIRST):.2f}), {PREDICTIONS} predictions"

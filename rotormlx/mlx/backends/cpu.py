@@ -13,10 +13,11 @@ import mlx.core as mx
 
 from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.kernels import cpu_library
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.mlx_ops import MLXBackend, check_rows
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.dtypes import FLOATS
 
-_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 # Numbers of an array that is copied from one that is kept.
 _SMALL = 2**13
 
@@ -71,50 +72,41 @@ class CPUBackend(MLXBackend):
         dtype: mx.Dtype = mx.float32,
     ) -> mx.array:
         """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
-        if dtype not in _FLOATS or not _evaluated(*packed, channel_scale):
+        if dtype not in FLOATS or not _evaluated(*packed, channel_scale):
             return super().decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
         batch, heads, count = packed.scales.shape[:3]
         rows = _room((batch, heads, count * BLOCK, codec.head_dim), dtype)
         cpu_library.decode(cpu_library.Blocks(codec, *packed, channel_scale), rows)
         return rows
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: KVView,
-        values: KVView,
-        *,
-        scale: float,
-        mask: mx.array | str | None = None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
+    def attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
-        mask_array = None if isinstance(mask, str) else mask
-        if mask_array is not None and mask_array.dtype not in (mx.bool_, *_FLOATS):
-            mask_array = mask_array.astype(mx.float32)
-        if sinks is not None and sinks.dtype not in _FLOATS:
+        keys, values, mask, sinks = call.keys, call.values, call.mask_array, call.sinks
+        if mask is not None and mask.dtype not in (mx.bool_, *FLOATS):
+            mask = mask.astype(mx.float32)
+        if sinks is not None and sinks.dtype not in FLOATS:
             sinks = sinks.astype(mx.float32)
         exact, blocks = (keys.exact, values.exact), (_blocks(keys), _blocks(values))
-        if not _evaluated(queries, mask_array, sinks, exact, blocks[0][1:], blocks[1][1:]):
-            return super().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        output = _room((*queries.shape[:3], values.codec.head_dim), queries.dtype)
+        if not _evaluated(call.queries, mask, sinks, exact, blocks[0][1:], blocks[1][1:]):
+            return super().attend(call)
+        output = _room(call.output_shape, call.queries.dtype)
         cpu_library.attend(
-            queries,
+            call.queries,
             output,
             exact,
             blocks,
             keys.lengths,
             sink=keys.sink,
-            scale=scale,
-            mask=mask_array,
+            scale=call.scale,
+            mask=mask,
             sinks=sinks,
-            causal=isinstance(mask, str),
+            causal=call.is_causal,
         )
         return output
 
 
 def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An array to be written before anyone sees it."""
+    """Output buffer that the library fills in place."""
     if math.prod(shape) > _SMALL:
         return _zeros.__wrapped__(shape, dtype)
     # A copy is made at once; what is evaluated waits for another thread.

@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from rotormlx.codec.codebook import BITS
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, Packed
 from rotormlx.codec.rotation import Rotation, rotation
+from rotormlx.config import BITS
 from rotormlx.kernels.source import (
     KernelText,
     boundaries_text,
@@ -25,10 +25,11 @@ from rotormlx.kernels.source import (
     rotation_text,
     row_template,
 )
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.first_call import FirstCallKernel
 from rotormlx.mlx.backends.metal_attend import attend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend, check_rows
-from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.dtypes import FLOATS
 
 # Threads of a threadgroup: every pipeline allows as many, whatever registers it takes.
 THREADS = 256
@@ -117,18 +118,9 @@ class MetalBackend(MLXBackend):
         )
         return made["out"]
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: KVView,
-        values: KVView,
-        *,
-        scale: float,
-        mask: mx.array | str | None = None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
+    def attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
-        return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return attend(call)
 
 
 def rotor3_quantize_dequantize(
@@ -151,7 +143,7 @@ def rotor3_quantize_dequantize(
     Raises:
         ValueError: If x has another shape or dtype, or ``bits`` is not of a codebook.
     """
-    if x.ndim != 2 or x.dtype not in (mx.float16, mx.bfloat16, mx.float32):
+    if x.ndim != 2 or x.dtype not in FLOATS:
         raise ValueError(
             f"[rotor3_quantize_dequantize] Rows must have shape [n, D] and be float16, bfloat16 or "
             f"float32, but they have shape {x.shape} and dtype {x.dtype}."

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from rotormlx.codec.format import BLOCK, Packed
+from rotormlx.kernels.parts import cut
 from rotormlx.kernels.source import matrices, metal_text, read
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.first_call import FirstCallKernel
 from rotormlx.mlx.backends.mlx_ops import MLXBackend, inverse_matrix, rotated_queries
 from rotormlx.mlx.cache.view import KVView
@@ -31,19 +33,14 @@ MAX_HEAD_DIM = 256
 # Simdgroups of a threadgroup, and so blocks of a step of the kernel ``attend``. For more than 32
 # query rows there are twice as many, so that a group of 4 heads and 16 queries reads a byte once.
 SIMDGROUPS = 4
+# Tokens that a part is a multiple of.
+PART_STEP = SIMDGROUPS * BLOCK
 # Threadgroups that keep a large GPU busy: a longer sequence gets longer parts, not more of them.
 THREADGROUPS = 512
 MAX_PARTS = 128
 MERGE_THREADS = 128
 
 Kernel = Callable[..., list[mx.array]]
-
-
-class Parts(NamedTuple):
-    """How tokens are cut: ``number`` parts of ``tokens`` each, of which the last may be short."""
-
-    number: int
-    tokens: int
 
 
 class Tiling(NamedTuple):
@@ -65,87 +62,73 @@ class Tiling(NamedTuple):
     template: tuple[tuple[str, int], ...]
 
 
-def attend(
-    queries: mx.array,
-    keys: KVView,
-    values: KVView,
-    *,
-    scale: float,
-    mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
+def attend(call: AttendCall) -> mx.array:
     """Attention over a partly packed cache; see :meth:`MLXBackend.attend`.
 
     Vectors of more than 256 numbers take MLX's operations.
     """
-    if max(keys.shape[3], values.shape[3]) > MAX_HEAD_DIM:
-        return MLXBackend().attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-    batch, heads, length, _ = queries.shape
-    kv_heads, key_dim, value_dim = keys.shape[1], keys.shape[3], values.shape[3]
-    group = heads // kv_heads * length  # G
-    tiling = _tiling(group, max(key_dim, value_dim))
-    limit = max(1, min(MAX_PARTS, THREADGROUPS // (batch * kv_heads * tiling.tiles)))
-    packed_parts = cut(keys.packed_tokens, limit)
-    # A row with fewer packed tokens than the view counts may have more exact ones, up to a buffer.
-    exact_parts = cut(min(keys.exact.shape[2], keys.tokens), limit)
-    plan = mx.array([keys.sink, *packed_parts, exact_parts.tokens, length, group], mx.int32)
-    lengths = mx.array(keys.lengths, mx.int32)
+    if call.larger_dim > MAX_HEAD_DIM:
+        return MLXBackend().attend(call)
+    tiling = _tiling(call.group_rows, call.larger_dim)
+    limit = THREADGROUPS // (call.batch * call.kv_heads * tiling.tiles)
+    limit = max(1, min(MAX_PARTS, limit))
+    packed = cut(call.keys.packed_tokens, limit, PART_STEP)
+    exact = cut(call.most_exact_tokens, limit, PART_STEP)
+    numbers = (call.keys.sink, *packed, exact.tokens, call.length, call.group_rows)
+    plan = mx.array(numbers, mx.int32)
+    return _merged(call, tiling, plan, _parts(call, tiling, plan, packed.number + exact.number))
 
-    # Flat in between: the kernels read it row by row, and a reshape alone may keep strides.
-    q = (queries.astype(mx.float32) * scale).reshape(-1).reshape(batch, kv_heads, group, key_dim)
+
+def _parts(call: AttendCall, tiling: Tiling, plan: mx.array, parts: int) -> list[mx.array]:
+    """Tops, totals and outputs of all parts, float32 ``[B, K, rows, parts]`` and ``[..., Dv]``."""
+    keys, values, group = call.keys, call.values, call.group_rows
     rows = tiling.tiles * tiling.rows
-    q = mx.pad(q, [(0, 0), (0, 0), (0, rows - group), (0, 0)])
-    kind, mask_array = _mask_of_kernel(mask, (batch, heads, length, keys.tokens))
+    # Flat in between: the kernels read it row by row, and a reshape alone may keep strides.
+    q = call.scaled_queries
+    q = mx.pad(q.reshape(-1).reshape(q.shape), [(0, 0), (0, 0), (0, rows - group), (0, 0)])
     threads = 32 * tiling.simdgroups
-    parts = packed_parts.number + exact_parts.number
-    parts_shape = (batch, kv_heads, rows, parts)
-    tops, totals, outputs = _parts_kernel(tiling.kernel)(
+    shape = (call.batch, call.kv_heads, rows, parts)
+    return _parts_kernel(tiling.kernel)(
         inputs=[
             *(q, _rotated(q, keys), *_packed(keys), _exact(keys)),
-            *(*_packed(values)[:2], _exact(values), mask_array, lengths, plan),
+            *(*_packed(values)[:2], _exact(values), _mask_of_kernel(call)),
+            *(mx.array(keys.lengths, mx.int32), plan),
         ],
         template=[
             *(("KEY_BITS", keys.codec.bits), ("VALUE_BITS", values.codec.bits)),
-            *(("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("BLOCK", BLOCK)),
-            *(("SIMDGROUPS", tiling.simdgroups), ("MASK", kind)),
+            *(("KEY_DIM", call.key_dim), ("VALUE_DIM", call.value_dim), ("BLOCK", BLOCK)),
+            *(("SIMDGROUPS", tiling.simdgroups), ("MASK", call.mask_kind)),
             *tiling.template,
         ],
-        grid=(threads * parts, batch * kv_heads, tiling.tiles),
+        grid=(threads * parts, call.batch * call.kv_heads, tiling.tiles),
         threadgroup=(threads, 1, 1),
-        output_shapes=[parts_shape, parts_shape, (*parts_shape, value_dim)],
+        output_shapes=[shape, shape, (*shape, call.value_dim)],
         output_dtypes=[mx.float32] * 3,
     )
+
+
+def _merged(call: AttendCall, tiling: Tiling, plan: mx.array, parts: list[mx.array]) -> mx.array:
+    """The output ``[B, H, L, Dv]`` from what :func:`_parts` gives."""
+    scale, sinks, rotation = call.values.channel_scale, call.sinks, call.values.codec.rotation
+    if scale is not None:
+        scale = mx.broadcast_to(scale, (call.batch, call.kv_heads, call.value_dim))
     nothing = mx.zeros((1,), mx.float32)
     (output,) = _merge_kernel()(
         inputs=[
-            *(tops, totals, outputs, inverse_matrix(values.codec.rotation)),
-            nothing
-            if values.channel_scale is None
-            else mx.broadcast_to(values.channel_scale, (batch, kv_heads, value_dim)),
-            nothing if sinks is None else sinks.astype(mx.float32),
-            plan,
+            *(*parts, inverse_matrix(rotation), nothing if scale is None else scale),
+            *(nothing if sinks is None else sinks.astype(mx.float32), plan),
         ],
         template=[
-            *(("T", queries.dtype), ("VALUE_DIM", value_dim), ("ROWS", tiling.merged)),
-            *(("THREADS", MERGE_THREADS), ("MATRICES", matrices(values.codec.rotation))),
-            ("HAS_SCALE", values.channel_scale is not None),
-            ("HAS_SINKS", sinks is not None),
+            *(("T", call.queries.dtype), ("VALUE_DIM", call.value_dim), ("ROWS", tiling.merged)),
+            *(("THREADS", MERGE_THREADS), ("MATRICES", matrices(rotation))),
+            *(("HAS_SCALE", scale is not None), ("HAS_SINKS", sinks is not None)),
         ],
-        grid=(MERGE_THREADS, -(-group // tiling.merged), batch * kv_heads),
+        grid=(MERGE_THREADS, -(-call.group_rows // tiling.merged), call.batch * call.kv_heads),
         threadgroup=(MERGE_THREADS, 1, 1),
-        output_shapes=[(batch, heads, length, value_dim)],
-        output_dtypes=[queries.dtype],
+        output_shapes=[call.output_shape],
+        output_dtypes=[call.queries.dtype],
     )
     return output
-
-
-def cut(tokens: int, limit: int, step: int = SIMDGROUPS * BLOCK) -> Parts:
-    """At most ``limit`` parts, each of as many whole steps of tokens as the others."""
-    steps = -(-tokens // step)
-    if steps == 0:
-        return Parts(0, 0)
-    steps_a_part = -(-steps // limit)
-    return Parts(-(-steps // steps_a_part), steps_a_part * step)
 
 
 def _tiling(group: int, larger_dim: int) -> Tiling:
@@ -184,13 +167,12 @@ def _exact(view: KVView) -> mx.array:
     return view.exact if view.exact.size else mx.zeros((1, 1, 1, 8), view.dtype)
 
 
-def _mask_of_kernel(
-    mask: mx.array | str | None, scores: tuple[int, int, int, int]
-) -> tuple[int, mx.array]:
-    """The kind of a mask (see scores.h), and the mask as ``[B, H, L, S]``, which copies nothing."""
-    if mask is None or isinstance(mask, str):
-        return 0 if mask is None else 1, mx.zeros((1, 1, 1, 1), mx.bool_)
-    return 2 if mask.dtype == mx.bool_ else 3, mx.broadcast_to(mask, scores)
+def _mask_of_kernel(call: AttendCall) -> mx.array:
+    """The mask as ``[B, H, L, S]``, which copies nothing; without one, one that no thread reads."""
+    mask = call.mask_array
+    if mask is None:
+        return mx.zeros((1, 1, 1, 1), mx.bool_)
+    return mx.broadcast_to(mask, call.scores_shape)
 
 
 # ---- kernels ------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ import numpy as np
 from rotormlx.codec import codebook
 from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.codec.rotation import Rotation, Stage
-from rotormlx.mlx.cache.view import KVView, attend_by_row
+from rotormlx.mlx.attend_call import AttendCall
+from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.dtypes import FLOATS
 
 # Values that are encoded at once: about thirty float32 arrays of them are alive, 16 MiB.
 TILE_VALUES = 2**17
@@ -135,26 +137,8 @@ class MLXBackend:
             y = y + packed.centres.astype(mx.float32)[..., None, :]
         return y.reshape(*y.shape[:2], -1, codec.head_dim).astype(dtype)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: KVView,
-        values: KVView,
-        *,
-        scale: float,
-        mask: mx.array | str | None = None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
+    def attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache.
-
-        Args:
-            queries: ``[B, H, L, D]``; head h reads KV head ``h * K // H``.
-            keys: Shape ``[B, K, S, D]``.
-            values: Shape ``[B, K, S, Dv]``.
-            scale: Factor of the scores.
-            mask: None, ``"causal"`` (the last query sees every token), boolean (True: visible) or
-                additive, broadcastable to ``[B, H, L, S]``.
-            sinks: Attention-sink logits ``[H]``: a score in the softmax without a value.
 
         Returns:
             ``[B, H, L, Dv]`` in the dtype of the queries; zero for a query that sees nothing.
@@ -162,42 +146,32 @@ class MLXBackend:
 
         Source: docs/FORMAT.md, section 7.
         """
-        if keys.rows_differ or values.rows_differ:
-            return attend_by_row(
-                self.attend, queries, keys, values, scale=scale, mask=mask, sinks=sinks
-            )
-        batch, heads, length, head_dim = queries.shape
-        kv_heads = keys.shape[1]
-        repeats = heads // kv_heads
-        q = (queries.astype(mx.float32) * scale).reshape(
-            batch, kv_heads, repeats * length, head_dim
-        )
-        masks = partial(mask_of_tile, mask, (heads, kv_heads, length, keys.tokens))
-        tile = max(
-            BLOCK, min(TILE_TOKENS, TILE_SCORES // (batch * heads * length)) // BLOCK * BLOCK
-        )
+        if call.rows_differ:
+            return mx.concatenate([self.attend(row) for row in call.rows()])
+        q, shape = call.scaled_queries, call.output_shape
+        masks = partial(mask_of_tile, call)
+        tile = max(BLOCK, min(TILE_TOKENS, TILE_SCORES // math.prod(shape[:3])) // BLOCK * BLOCK)
 
-        state = start_softmax(batch, kv_heads, repeats, length, values.shape[-1], sinks)
-        if keys.packed_tokens:
-            state = attend_packed(q, keys, values, masks, tile, state)
-        state = attend_exact(q, keys, values, masks, tile, state)
+        state = start_softmax(call)
+        if call.keys.packed_tokens:
+            state = attend_packed(q, call.keys, call.values, masks, tile, state)
+        state = attend_exact(q, call.keys, call.values, masks, tile, state)
         output = state.output / mx.where(state.total == 0, mx.array(1.0), state.total)
-        return output.reshape(batch, heads, length, -1).astype(queries.dtype)
+        return output.reshape(shape).astype(call.queries.dtype)
 
 
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def start_softmax(
-    batch: int, kv_heads: int, repeats: int, length: int, dim: int, sinks: mx.array | None
-) -> Softmax:
+def start_softmax(call: AttendCall) -> Softmax:
     """A softmax that has seen nothing, or only the attention-sink logits."""
-    rows = (batch, kv_heads, repeats * length, 1)
-    output = mx.zeros((*rows[:-1], dim), mx.float32)
-    if sinks is None:
+    rows = (call.batch, call.kv_heads, call.group_rows, 1)
+    output = mx.zeros((*rows[:-1], call.value_dim), mx.float32)
+    if call.sinks is None:
         return Softmax(mx.full(rows, -np.inf, mx.float32), mx.zeros(rows, mx.float32), output)
-    logits = sinks.astype(mx.float32).reshape(1, kv_heads, repeats, 1, 1)
-    top = mx.broadcast_to(logits, (batch, kv_heads, repeats, length, 1)).reshape(rows)
+    repeats = call.heads // call.kv_heads
+    logits = call.sinks.astype(mx.float32).reshape(1, call.kv_heads, repeats, 1, 1)
+    top = mx.broadcast_to(logits, (*rows[:2], repeats, call.length, 1)).reshape(rows)
     return Softmax(top, mx.ones(rows, mx.float32), output)
 
 
@@ -278,14 +252,12 @@ def attend_exact(
     return state
 
 
-def mask_of_tile(
-    mask: mx.array | str | None, shape: tuple[int, int, int, int], start: int, stop: int
-) -> mx.array | None:
-    """The part of a mask that a tile needs; ``shape`` is (H, K, L, S). See :data:`Masks`."""
-    heads, kv_heads, length, tokens = shape
-    repeats = heads // kv_heads
+def mask_of_tile(call: AttendCall, start: int, stop: int) -> mx.array | None:
+    """The part of a call's mask that a tile needs; see :data:`Masks`."""
+    mask, tokens = call.mask, call.keys.tokens
     if mask is None:
         return None
+    length, repeats = call.length, call.heads // call.kv_heads
     if isinstance(mask, str):
         last_seen_by_first = tokens - length
         if stop <= last_seen_by_first + 1:
@@ -566,7 +538,7 @@ def check_rows(x: mx.array, codec: Codec) -> None:
             f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a multiple of "
             f"{BLOCK}, but the {codec.role}s have shape {x.shape}."
         )
-    if x.dtype not in (mx.float16, mx.bfloat16, mx.float32):
+    if x.dtype not in FLOATS:
         raise ValueError(
             f"[encode] Rows must be float16, bfloat16 or float32, but the {codec.role}s are "
             f"{x.dtype}; cast them."

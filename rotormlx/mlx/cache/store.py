@@ -18,10 +18,10 @@ from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, Packed, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.dtypes import FLOATS
 
 # What a calibration gives the keys and the values of a layer.
 Calibrated = tuple[mx.array, mx.array]
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 @dataclass

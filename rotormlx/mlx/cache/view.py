@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -84,36 +83,3 @@ class KVView:
             channel_scale = channel_scale[index]
         exact = self.exact[part]
         return KVView(self.codec, exact, packed, channel_scale, self.sink, packed_tokens, tokens)
-
-
-def attend_by_row(
-    attend: Callable[..., mx.array],
-    queries: mx.array,
-    keys: KVView,
-    values: KVView,
-    *,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
-) -> mx.array:
-    """What ``attend`` gives for each batch row by itself, ``[B, H, L, Dv]``.
-
-    Args:
-        attend: A backend's ``attend``.
-        queries: ``[B, H, L, D]``.
-        keys: Shape ``[B, K, S, D]``.
-        values: Shape ``[B, K, S, Dv]``.
-        scale: Factor of the scores.
-        mask: None, ``"causal"``, or an array broadcastable to ``[B, H, L, S]``; the tokens of a row
-            count from its first.
-        sinks: Attention-sink logits ``[H]``, or None.
-    """
-    outputs = []
-    for index in range(queries.shape[0]):
-        own, tokens = mask, keys.lengths[index][1]
-        if isinstance(mask, mx.array):
-            own = mask[index : index + 1] if mask.ndim == 4 and mask.shape[0] > 1 else mask
-            own = own[..., :tokens] if mask.shape[-1] > 1 else own
-        row = (queries[index : index + 1], keys.row(index), values.row(index))
-        outputs.append(attend(*row, scale=scale, mask=own, sinks=sinks))
-    return mx.concatenate(outputs)

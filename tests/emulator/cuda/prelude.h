@@ -192,7 +192,6 @@ using cudaError_t = int;
 using cudaStream_t = struct CUstream_st*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
 namespace emulator {
 
@@ -210,7 +209,6 @@ struct Launch {
 
 inline std::vector<Launch> launches;
 inline const Launch* current_launch;
-inline int multiprocessors = 1, shared_memory = 0;
 inline uint64_t granted_shared_bytes = 48 * 1024;
 
 template <class Arguments>
@@ -248,15 +246,6 @@ cudaError_t cudaFuncSetAttribute(Function*, int, int bytes) {
   emulator::granted_shared_bytes = bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors
-                                                       : emulator::shared_memory;
-  return cudaSuccess;
-}
 
 extern "C" {
 
@@ -267,10 +256,6 @@ inline __attribute__((used)) const void* emulator_select_launch(int i) {
 inline __attribute__((used)) void emulator_forget_launches() {
   emulator::launches.clear();
   emulator::granted_shared_bytes = 48 * 1024;
-}
-inline __attribute__((used)) void emulator_set_device(int multiprocessors, int shared_memory) {
-  emulator::multiprocessors = multiprocessors;
-  emulator::shared_memory = shared_memory;
 }
 #ifndef EMULATOR_SHARED_BYTES
 UNCHECKED inline __attribute__((used)) void emulator_entry(void* const* buffers,

@@ -8,12 +8,10 @@ cache (KL divergence) and the share of equal most likely tokens (top-1).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from pydoc_data.topics import topics
 from typing import Any
 
 import mlx.core as mx
@@ -21,25 +19,9 @@ import numpy as np
 from mlx_lm.models.cache import CacheList, QuantizedKVCache
 from numpy.typing import NDArray
 
-# Topics of pydoc_data that hold connected prose, in the order they are read. The list is fixed so
-# that the text changes only where CPython's documentation does.
-_TOPICS = (
-    "objects",
-    "execmodel",
-    "import",
-    "types",
-    "exceptions",
-    "calls",
-    "compound",
-    "typesseq",
-    "formatstrings",
-    "debugger",
-)
-# An indented line, a bullet, a number, a change note, or a character of code or markup.
-_NOT_PROSE = re.compile(
-    r"^\s|^\* |^[\d.-]|^\w+ in version|^Deprecated|::|>>>|[=`{}|\\<>#@_]", re.MULTILINE
-)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# Tokens of one call: their keys are exact, all earlier ones are read as the cache keeps them.
+CHUNK = 64
 _ROWS = 64  # rows of a vocabulary in float64 at a time: 25 MB for 49,152 tokens
 
 
@@ -98,7 +80,7 @@ def score(
     tokens: Sequence[int],
     caches: Sequence[Any],
     *,
-    chunk: int = 64,
+    chunk: int = CHUNK,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Read a text through a model's caches and keep every next-token distribution.
@@ -297,19 +279,6 @@ def assert_packed(caches: Sequence[Any], at_least: int) -> None:
         )
 
 
-def default_text() -> str:
-    """English prose that every CPython carries: paragraphs of the language reference.
-
-    The paragraphs come from ``pydoc_data.topics``, from a fixed list of topics in a fixed order. A
-    paragraph counts as prose if it has at least 160 characters, starts with a capital and ends with
-    a full stop, and has no indentation, bullets, change notes or characters of code. It is about
-    40,000 characters, 8,500 tokens of SmolLM2. Versions of CPython word it a little differently:
-    compare numbers of one minor version.
-    """
-    found = (paragraph for name in _TOPICS for paragraph in _prose(topics.get(name, "")))
-    return "\n\n".join(dict.fromkeys(found))  # topics repeat each other
-
-
 def _packed_tokens(caches: Sequence[Any]) -> Iterator[int]:
     for cache in caches:
         if hasattr(cache, "packed_tokens"):
@@ -318,12 +287,3 @@ def _packed_tokens(caches: Sequence[Any]) -> Iterator[int]:
             yield cache.offset  # it has codes for every token
         elif isinstance(cache, CacheList):
             yield from _packed_tokens(cache.caches)
-
-
-def _prose(text: str) -> Iterator[str]:
-    for paragraph in re.split(r"\n\s*\n", text):
-        if _NOT_PROSE.search(paragraph):
-            continue
-        line = re.sub(r"\*(\w[^*]*)\*", r"\1", " ".join(paragraph.split()))
-        if len(line) >= 160 and line[0].isupper() and line.endswith("."):
-            yield line

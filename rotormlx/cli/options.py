@@ -1,0 +1,81 @@
+"""The options that every command with a compressed cache has, declared once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rotormlx.cli.refusal import refusing
+from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, ROTATIONS, RotorConfig
+
+PANEL = "Options of rotormlx"
+DEFAULT = RotorConfig()
+
+
+def _choices(choices: tuple[object, ...]) -> str:
+    return ", ".join(map(str, choices))
+
+
+# By field of RotorConfig: the name of the parameter, its type and its help.
+_CONFIG: dict[str, tuple[str, Any, str]] = {
+    "key_bits": ("key_bits", int, f"Bits of a key: {_choices(BITS)}."),
+    "value_bits": ("value_bits", int, f"Bits of a value: {_choices(BITS)}."),
+    "rotation": ("rotation", str, f"{_choices((*ROTATIONS, CALIBRATED))}."),
+    "channel_scale": (
+        "channel_scale",
+        str | None,
+        f"{_choices(CHANNEL_SCALES)}; by default the one that suits the rotation.",
+    ),
+    "sink": ("sink", int, "First tokens that stay exact."),
+    "window": ("window", int, "Latest tokens that stay exact."),
+    # mlx-lm's commands have a seed of their own.
+    "seed": ("rotation_seed", int, "Selects the rotations."),
+}
+
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of rotormlx calibrate; by default the one that is kept for the model.",
+        rich_help_panel=PANEL,
+    ),
+]
+
+
+def takes_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a :class:`RotorConfig` in place of its argument ``config``."""
+
+    @wraps(command)
+    def with_config(**given: Any) -> None:
+        fields = {field: given.pop(name) for field, (name, _, _) in _CONFIG.items()}
+        with refusing(ValueError):
+            config = RotorConfig(**fields)
+        command(**given, config=config)
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name == "config":
+            parameters += [_parameter(field) for field in _CONFIG]
+        else:
+            parameters.append(parameter)
+    with_config.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters
+    )
+    with_config.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_config
+
+
+def _parameter(field: str) -> inspect.Parameter:
+    name, kind, text = _CONFIG[field]
+    option = typer.Option(help=text, rich_help_panel=PANEL)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=getattr(DEFAULT, field),
+        annotation=Annotated[kind, option],
+    )

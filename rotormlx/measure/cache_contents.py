@@ -1,0 +1,80 @@
+"""What a cache of any kind holds: its vectors, its bits per value, its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+from rotormlx.measure.baselines import SimulatedCache
+from rotormlx.mlx.backends import backend
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.view import KVView
+from rotormlx.report import leaves
+
+
+def decoded(cache: Any) -> tuple[mx.array, mx.array]:
+    """All keys and values as attention reads them, ``[B, K, S, D]``, whatever the cache."""
+    keys, values = cache.keys_and_values()
+    if isinstance(cache, QuantizedKVCache):
+        size, bits = cache.group_size, cache.bits
+
+        def back(words: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+            return mx.dequantize(words, scales, biases, group_size=size, bits=bits)
+
+        return back(*keys), back(*values)
+    return _of_view(keys), _of_view(values)
+
+
+def bits_per_value(caches: Sequence[Any]) -> float:
+    """True bits of a compressed value, the mean over the layers; of any value in exact caches."""
+    return float(np.mean([_bits(c) for _, _, c in leaves(caches) if _bits(c)]))
+
+
+def used_bytes(caches: Sequence[Any]) -> int:
+    """Bytes of the tokens that caches hold, without room for growth."""
+    return sum(_used(cache) for _, _, cache in leaves(caches))
+
+
+def compressed(caches: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """The growing caches of a model, compressed or exact, with the index of their layer."""
+    kinds = (RotorKVCache, SimulatedCache, QuantizedKVCache)
+    for index, _, held in leaves(caches):
+        if isinstance(held, kinds) or type(held) is KVCache:
+            yield index, held
+
+
+def _of_view(view: Any) -> mx.array:
+    if not isinstance(view, KVView):
+        return view
+    if view.packed is None or not view.packed_tokens:
+        return view.exact[:, :, : view.tokens]
+    packed = backend().decode(view.packed, view.codec, channel_scale=view.channel_scale)
+    exact = view.exact[:, :, : view.exact_tokens].astype(mx.float32)
+    parts = [exact[:, :, : view.sink], packed[:, :, : view.packed_tokens], exact[:, :, view.sink :]]
+    return mx.concatenate(parts, axis=2)
+
+
+def _bits(cache: Any) -> float | None:
+    if isinstance(cache, (RotorKVCache, SimulatedCache)):
+        return cache.bits_per_value
+    keys: Any = getattr(cache, "keys", None)
+    if isinstance(cache, QuantizedKVCache):
+        return float(cache.bits + 2 * 8 * keys[1].itemsize / cache.group_size)  # scale and bias
+    if type(cache) is KVCache:
+        return float(8 * keys.itemsize)
+    return None
+
+
+def _used(cache: Any) -> int:
+    if isinstance(cache, RotorKVCache):
+        return cache.used_bytes
+    if not isinstance(cache, (KVCache, QuantizedKVCache)):
+        return int(cache.nbytes)
+    used: Any = cache.keys_and_values()  # type: ignore[no-untyped-call]
+    arrays: Any = tree_flatten(used)
+    return sum(leaf.nbytes for _, leaf in arrays if isinstance(leaf, mx.array))

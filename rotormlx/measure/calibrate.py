@@ -1,0 +1,231 @@
+"""What a short text tells about a model's keys, values and queries, and how the codec uses it.
+
+An error of a key matters as far as queries look at it, and a quantizer behind a rotation spreads
+its error over all channels alike. So channels that queries look at are made larger before, and
+those that vary without being looked at smaller. With K and Q the second moments of (centred) keys
+and of queries of a KV head, the map T of keys that loses least has ``T^T T = Q # K^-1``, the
+geometric mean of the two matrices, and any rotation may follow. Three transforms come near to it:
+
+- ``scale``: the best diagonal T, the channel scale ``s_i = (K_ii / Q_ii)^(1/4)``: D numbers a head;
+- ``klt``: all of it, ``T = L^(-1/4) U^T Q^(1/2)`` with ``Q^(1/2) K Q^(1/2) = U L U^T``: D² numbers;
+- ``rotors``: the best diagonal behind a cascade of learned rotors, which takes U's place.
+
+For values, whose errors reach the output as they are, Q is 1.
+
+Source: docs/FORMAT.md, section 10; docs/CALIBRATION.md has what each of them is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import make_prompt_cache
+from numpy.typing import NDArray
+
+from rotormlx.codec.format import BLOCK, KEY, ROLES
+from rotormlx.codec.rotation import rotation
+from rotormlx.config import RotorConfig
+from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.layer_losses import losses
+from rotormlx.measure.scoring import CHUNK
+from rotormlx.measure.text import default_text
+from rotormlx.mlx import hook
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.calibration import LOSS, TRANSFORMS, Calibration
+from rotormlx.mlx.fingerprint import fingerprint, structure
+from rotormlx.mlx.learned import fitted
+from rotormlx.mlx.probe import compress
+from rotormlx.report import leaves
+
+Floats = NDArray[np.float64]
+# Tokens that a calibration reads; more of them change little (docs/CALIBRATION.md).
+TOKENS = 512
+_SINK = RotorConfig().sink
+# A second moment of few tokens is drawn towards its diagonal by so much, and no channel counts less
+# than this share of the mean: directions that the text hardly showed must not be blown up.
+_SHRINKAGE = 0.1
+_FLOOR = 1 / 64**2
+
+
+def calibrate(
+    model: Module,
+    tokenizer: Any,
+    *,
+    transform: str = "scale",
+    text: str | None = None,
+    tokens: int = TOKENS,
+    layers: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Read a text with the exact cache and see what a model's keys, values and queries are like.
+
+    Args:
+        model: What ``mlx_lm.load`` returned first.
+        tokenizer: What it returned second.
+        transform: One of ``TRANSFORMS``.
+        text: The text, of which the last tokens are read; prose of CPython's documentation if None.
+        tokens: How many of its tokens to read.
+        layers: Whether to measure each layer too, so that bits go where they count. The text is
+            read again twice a layer, in float32.
+        progress: Told of every token read and, then, of every layer done, if given.
+
+    Raises:
+        ValueError: If the transform is unknown, the text too short, or the model has layers that
+            cannot be told apart or predicts what is not finite.
+    """
+    if transform not in TRANSFORMS:
+        raise ValueError(
+            f"[calibration] A transform must be one of {', '.join(TRANSFORMS)}, but {transform!r} "
+            "was given."
+        )
+    text = default_text() if text is None else text
+    # A token of English is 4 or 5 characters; all of a long text would take long to encode.
+    ids: list[int] = tokenizer.encode(text[-8 * tokens :])[-tokens:]
+    least = max(tokens, _SINK + 2 * BLOCK)
+    if len(ids) < least:
+        raise ValueError(
+            f"[calibration] A text of at least {least} tokens is required, but {len(ids)} came; "
+            "give a longer one, or another --tokens."
+        )
+    tell = progress or (lambda n: None)
+    numbers: dict[str, NDArray[np.float32]] = {}
+    for layer, (queries, keys, values) in _moments(model, ids, tell).items():
+        for role, seen_by, moment in ((KEY, queries, keys), (ROLES[1], None, values)):
+            for name, array in _transformed(transform, moment, seen_by, layer, role).items():
+                numbers[f"{layer}.{name}"] = array.astype(np.float32)
+        tell(1)
+    made = Calibration(transform, fingerprint(model), structure(model), numbers, len(ids))
+    if layers:
+        for layer, pair in zip(made.layers, losses(model, ids, made.layers, tell), strict=True):
+            for role, loss in zip(ROLES, pair, strict=True):
+                numbers[f"{layer}.{role}{LOSS}"] = np.array([loss], np.float32)
+    return made
+
+
+# ---- what the text shows ------------------------------------------------------------------------
+
+
+@dataclass
+class _Sum:
+    """A second moment under way, ``[K, D, D]``."""
+
+    total: Floats | float = 0.0
+    rows: int = 0
+
+    def add(self, x: Floats) -> None:
+        """Rows ``[K, n, D]``."""
+        self.total = self.total + np.swapaxes(x, 1, 2) @ x
+        self.rows += x.shape[1]
+
+    @property
+    def mean(self) -> Floats:
+        out: Floats = np.asarray(self.total) / self.rows
+        return out
+
+
+def _moments(
+    model: Any, ids: list[int], tell: Callable[[int], None]
+) -> dict[int, tuple[Floats, Floats, Floats]]:
+    """Second moments of queries, centred keys and values of each layer, ``[K, D, D]``."""
+    exact = RotorConfig(window=len(ids))  # nothing is packed
+    caches = compress(make_prompt_cache(model), lambda layer: RotorKVCache(exact, layer))
+    held = {i: cache for i, _, cache in leaves(caches) if isinstance(cache, RotorKVCache)}
+    if len(held) < sum(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
+        raise ValueError(
+            "[calibration] A layer must have one growing cache, but one of this model has several; "
+            "use it without a calibration."
+        )
+    queries: dict[int, _Sum] = {}
+    with hook.in_place(), numpy_linear(), hook.record_attention() as attended:
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            model(mx.array(part)[None], cache=caches)
+            for q, keys, _ in attended:
+                per_head = q[0].astype(mx.float32).reshape(keys.shape[1], -1, q.shape[-1])
+                rows = np.array(per_head, np.float64)
+                queries.setdefault(id(keys.codec), _Sum()).add(rows)
+            attended.clear()
+            mx.eval([cache.state for cache in held.values()])
+            tell(len(part))
+    moments = {}
+    for layer, cache in held.items():
+        keys, values = cache.keys_and_values()
+        moments[layer] = queries[id(keys.codec)].mean, _moment(keys), _moment(values)
+    return moments
+
+
+def _moment(view: Any) -> Floats:
+    """Of whole blocks behind the sink, as the codec meets them: keys less their centre."""
+    blocks = (view.tokens - _SINK) // BLOCK
+    rows = view.exact[0, :, _SINK : _SINK + blocks * BLOCK].astype(mx.float32)
+    x = np.array(rows, np.float64).reshape(rows.shape[0], blocks, BLOCK, -1)
+    if view.codec.role == KEY:
+        x = x - x.mean(2, keepdims=True)
+    seen = _Sum()
+    seen.add(x.reshape(*rows.shape))
+    return seen.mean
+
+
+# ---- transforms ---------------------------------------------------------------------------------
+
+
+def _transformed(
+    transform: str, moment: Floats, seen_by: Floats | None, layer: int, role: str
+) -> dict[str, Floats]:
+    """What is kept for one layer and role, by name."""
+    moment = _steady(moment)
+    metric = np.broadcast_to(np.eye(moment.shape[-1]), moment.shape)
+    if seen_by is not None:
+        metric = _steady(seen_by)
+    if transform == "scale":
+        return {role: channel_scale(moment, metric)}
+    if transform == "klt":
+        mix = rotation("cascade", moment.shape[-1], layer=layer, role=role).matrix
+        return {role: mix @ klt(moment, metric)}
+    coefficients, turned = fitted(moment, metric)
+    back = np.swapaxes(turned, -1, -2)
+    scale = channel_scale(turned @ moment @ back, turned @ metric @ back)
+    return {role: scale, f"{role}.rotors": coefficients}
+
+
+def channel_scale(moment: Floats, metric: Floats) -> Floats:
+    """The best channel scales, ``[K, D]``, of geometric mean 1, for moments ``[K, D, D]``."""
+    of_keys, of_queries = (np.diagonal(m, axis1=-2, axis2=-1) for m in (moment, metric))
+    scale = (of_keys / of_queries) ** 0.25
+    out: Floats = scale / np.exp(np.log(scale).mean(-1, keepdims=True))
+    return out
+
+
+def klt(moment: Floats, metric: Floats) -> Floats:
+    """The best matrices, ``[K, D, D]``, of determinant ±1, for moments ``[K, D, D]``."""
+    root = _power(metric, 0.5)
+    size, basis = np.linalg.eigh(root @ moment @ root)
+    small = size[..., -1:] * 1e-12
+    size = np.maximum(size, small)
+    matrix = size[..., None] ** -0.25 * (np.swapaxes(basis, -1, -2) @ root)
+    _, logarithm = np.linalg.slogdet(matrix)
+    out: Floats = matrix / np.exp(logarithm / matrix.shape[-1])[..., None, None]
+    return out
+
+
+def _power(symmetric: Floats, exponent: float) -> Floats:
+    size, basis = np.linalg.eigh(symmetric)
+    out: Floats = (basis * size[..., None, :] ** exponent) @ np.swapaxes(basis, -1, -2)
+    return out
+
+
+def _steady(moment: Floats) -> Floats:
+    """A moment that few tokens cannot lead astray; 1 for a head with nothing, or with NaN."""
+    identity = np.eye(moment.shape[-1])
+    mean = np.trace(moment, axis1=-2, axis2=-1)[:, None, None] / len(identity)
+    is_right = np.isfinite(moment).all((-2, -1), keepdims=True) & (mean > 0)
+    moment = np.where(is_right, moment, identity)
+    diagonal = moment * identity
+    floored = np.maximum(diagonal, np.where(is_right, mean, 1.0) * _FLOOR * identity)
+    out: Floats = (1 - _SHRINKAGE) * (moment - diagonal) + floored
+    return out

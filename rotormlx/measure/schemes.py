@@ -1,0 +1,195 @@
+"""The schemes that a measurement compares, ours and others, by a short name.
+
+A scheme is a name such as ``k4v4``, ``rotor3-k4v3``, ``affine-k8v8`` or ``kivi-k4v4:bare``: a
+family, the bits of keys and values, and options. Rotations are rotormlx's own caches and ``affine``
+is mlx-lm's; the other families are simulated (:mod:`rotormlx.measure.baselines`). ``bare`` takes
+sink and window away, which is how those codecs were published.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+
+from rotormlx.config import BITS, ROTATIONS, RotorConfig
+from rotormlx.measure.baselines import GROUP, Affine, Kivi, SimulatedCache, Simulation, Turbo
+from rotormlx.mlx import calibration
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.calibration import TRANSFORMS
+from rotormlx.mlx.integration import cache_factory
+from rotormlx.mlx.probe import compress
+
+EXACT = "exact"
+FAMILIES = (*ROTATIONS, "affine", "kivi", "turboquant", "rotorquant")
+# mx.quantize has these.
+AFFINE_BITS = (2, 3, 4, 6, 8)
+_NAME = re.compile(r"(?:([a-z]+\d?)-)?k(\d)v(\d)(?::(.+))?")
+GRAMMAR = (
+    "[FAMILY-]kBITSvBITS[:OPTION,...] with a family of "
+    f"{', '.join(FAMILIES)} and options sink=N, window=N, seed=N, scale=NAME, "
+    "calibrated=TRANSFORM, layers, bare, qjl, centred"
+)
+_NUMBERS = ("sink", "window", "seed")
+_FLAGS = ("bare", "qjl", "centred", "layers")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to keep a cache.
+
+    Args:
+        name: As it was written.
+        make: The cache of a layer, by its index.
+        config: Of a rotormlx cache; None for the others.
+        transform: The calibration that it needs, see :mod:`rotormlx.mlx.calibration`, or None.
+        layers: Whether layers get bits of their own, as the calibration has measured them.
+    """
+
+    name: str
+    make: Callable[[int], Any]
+    config: RotorConfig | None = None
+    transform: str | None = None
+    layers: bool = False
+
+    def bound(self, model: Any) -> Scheme:
+        """The scheme with the calibration of a model, if it needs one.
+
+        Raises:
+            ValueError: If the model has none.
+        """
+        if self.transform is None or self.config is None:
+            return self
+        made = calibration.find(model, self.transform)
+        if made is None:
+            raise ValueError(
+                f"[scheme] {self.name} needs a calibration of this model, but none is kept; make "
+                f"it: rotormlx calibrate MODEL --transform {self.transform}."
+            )
+        if not self.layers:
+            made = made.without_losses
+        elif not made.has_losses:
+            raise ValueError(
+                f"[scheme] {self.name} needs a calibration that has measured the layers, but the "
+                "one of this model has not; make it: rotormlx calibrate MODEL --layers --transform "
+                f"{self.transform}."
+            )
+        config = made.configured(self.config)
+        return replace(self, config=config, make=cache_factory(config, made))
+
+    def caches(self, model: Any) -> list[Any]:
+        """Fresh caches for a model that has its own; what cannot be compressed stays as it is."""
+        return compress(make_prompt_cache(model), self.make)
+
+
+def scheme(name: str) -> Scheme:
+    """Read the name of a scheme.
+
+    Args:
+        name: ``exact``, or ``[FAMILY-]kBITSvBITS[:OPTION,...]``. The family is ``cascade`` if none
+            is given.
+
+    Raises:
+        ValueError: If the name is not of that form, or the family has no such bits or option.
+    """
+    if name == EXACT:
+        return Scheme(name, lambda layer: KVCache())
+    parts = _NAME.fullmatch(name)
+    if parts is None or (parts[1] or "cascade") not in FAMILIES:
+        raise ValueError(f"[scheme] A scheme must be exact or {GRAMMAR}, but {name!r} was given.")
+    family, bits = parts[1] or "cascade", (int(parts[2]), int(parts[3]))
+    options = _options(name, parts[4])
+    if family in ROTATIONS:
+        return _rotor_scheme(name, family, bits, options)
+    return _baseline(name, family, bits, options)
+
+
+def all_packed(name: str) -> str:
+    """The scheme of that name without sink and window, unless it says what it has of them."""
+    chosen = scheme(name)
+    held = chosen.make(0)
+    if not isinstance(held, (RotorKVCache, SimulatedCache)):
+        return name
+    has = re.search(r"sink=|window=|bare", name)
+    return name if has else f"{name}{',' if ':' in name else ':'}bare"
+
+
+def _options(name: str, text: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for option in filter(None, (text or "").split(",")):
+        key, equals, value = option.partition("=")
+        if key in _NUMBERS and value.isdecimal():
+            options[key] = int(value)
+        elif key in ("scale", "calibrated") and value:
+            options[key] = value
+        elif key in _FLAGS and not equals:
+            options[key] = True
+        else:
+            raise ValueError(
+                f"[scheme] A scheme must be exact or {GRAMMAR}, but {name!r} has {option!r}."
+            )
+    if options.pop("bare", False):
+        options |= {"sink": 0, "window": 0}
+    return options
+
+
+def _allow(name: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(
+            f"[scheme] This family takes {', '.join(allowed)}, but {name!r} has "
+            f"{', '.join(unknown)}; leave it out."
+        )
+
+
+def _rotor_scheme(name: str, family: str, bits: tuple[int, int], options: dict[str, Any]) -> Scheme:
+    _allow(name, options, ("sink", "window", "seed", "scale", "calibrated", "layers"))
+    scale, transform = options.pop("scale", None), options.pop("calibrated", None)
+    layers = options.pop("layers", False)
+    if layers and transform is None:
+        raise ValueError(
+            f"[scheme] Bits by layer come from a calibration, but {name!r} has none; add "
+            f"calibrated={TRANSFORMS[0]}."
+        )
+    if transform is not None and (transform not in TRANSFORMS or family != "cascade" or scale):
+        raise ValueError(
+            f"[scheme] A calibrated scheme must have the cascade, no other scale, and a transform "
+            f"of {', '.join(TRANSFORMS)}, but {name!r} was given."
+        )
+    config = RotorConfig(*bits, rotation=family, channel_scale=scale, **options)
+    return Scheme(name, lambda layer: RotorKVCache(config, layer), config, transform, layers)
+
+
+def _baseline(name: str, family: str, bits: tuple[int, int], options: dict[str, Any]) -> Scheme:
+    sink, window = options.pop("sink", None), options.pop("window", None)
+    if family == "affine":
+        _allow(name, options, ("sink", "window"))
+        _check_bits(name, bits, AFFINE_BITS)
+        if sink is None and window is None:
+            if bits[0] != bits[1]:
+                raise ValueError(
+                    f"[scheme] mlx-lm's cache must have equal bits for keys and values, but "
+                    f"{name!r} was given; add window=64 for a simulated one."
+                )
+            return Scheme(name, lambda layer: QuantizedKVCache(GROUP, bits[0]))
+        codec: Simulation = Affine(*bits)
+    elif family == "kivi":
+        _allow(name, options, ("sink", "window"))
+        _check_bits(name, bits, tuple(range(1, 9)))
+        codec = Kivi(*bits)
+    else:
+        _allow(name, options, ("sink", "window", "seed", "qjl", "centred"))
+        _check_bits(name, bits, (2, 3, 4) if options.get("qjl") else BITS)
+        codec = Turbo(*bits, "dense" if family == "turboquant" else "rotor3", **options)
+    rule = {"sink": 4 if sink is None else sink, "window": 64 if window is None else window}
+    return Scheme(name, lambda layer: SimulatedCache(codec, layer, **rule))
+
+
+def _check_bits(name: str, bits: tuple[int, int], choices: tuple[int, ...]) -> None:
+    if not set(bits) <= set(choices):
+        raise ValueError(
+            f"[scheme] Bits must be of {', '.join(map(str, choices))} here, but {name!r} was given."
+        )

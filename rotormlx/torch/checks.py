@@ -1,0 +1,191 @@
+"""What the operators refuse: shapes, dtypes, strides and devices that do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rotormlx.codec.format import BLOCK, VALUE, Codec, Packed
+from rotormlx.torch.torch_ops import AttendCall
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_rows(x: Tensor, codec: Codec) -> None:
+    """Refuse rows of a shape, dtype or stride that cannot be encoded."""
+    if x.ndim != 4 or x.shape[-1] != codec.head_dim or x.shape[2] % BLOCK or not x.shape[2]:
+        raise ValueError(
+            f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a positive multiple "
+            f"of {BLOCK}, but the {codec.role}s have shape {tuple(x.shape)}."
+        )
+    require_float("encode", f"The {codec.role}s", x.dtype)
+    _require_contiguous("encode", f"the {codec.role}s", x)
+
+
+def check_packed(
+    where: str, like: Tensor, codec: Codec, packed: Packed, channel_scale: Tensor | None
+) -> None:
+    """Refuse packed parts whose shape, dtype, stride or device is not what the codec asks for.
+
+    Args:
+        where: The operator, for the message.
+        like: Gives batch and KV heads if there are no words, and the device.
+        codec: Role, bits and rotation.
+        packed: int32 words ``[B, K, N, rows, lanes]``, float16 scales ``[B, K, N, 64]`` and float16
+            centres ``[B, K, N, D]``, of which each may be None.
+        channel_scale: float32 ``[K, D]``, or None.
+    """
+    role, head_dim = codec.role, codec.head_dim
+    words, scales, centres = packed
+    if words is not None:
+        front = tuple(words.shape[:3])
+        _require(where, f"{role} words", words, (*front, *codec.words_shape), torch.int32)
+    else:
+        blocks = like.shape[2] // BLOCK if where == "encode" else 0
+        front = (*like.shape[:2], blocks)
+    if scales is not None:
+        _require(where, f"{role} scales", scales, (*front, BLOCK), torch.float16)
+    if centres is not None and role == VALUE:
+        raise ValueError(
+            f"[{where}] Only keys have centres, but centres came with values; leave them out."
+        )
+    if centres is not None:
+        _require(where, "key centres", centres, (*front, head_dim), torch.float16)
+    if channel_scale is not None:
+        heads = front[1] if words is not None or where == "encode" else channel_scale.shape[0]
+        name = f"{role} channel scale"
+        _require(where, name, channel_scale, (heads, head_dim), torch.float32)
+    parts = {"words": words, "scales": scales, "centres": centres, "channel scale": channel_scale}
+    _require_device(where, like, {f"the {role} {name}": part for name, part in parts.items()})
+
+
+def check_call(call: AttendCall) -> None:
+    """Refuse a call of attention whose parts do not fit together."""
+    _check_query(call.query, call.lengths, call.keys.exact, call.values.exact)
+    _check_blocks(call)
+    _check_mask(call.query, call.mask, call.causal)
+    heads, sink_logits = call.query.shape[1], call.sink_logits
+    if sink_logits is not None and sink_logits.shape != (heads,):
+        raise ValueError(
+            f"[attend] Attention-sink logits must have shape ({heads},), one a query "
+            f"head, but they have shape {tuple(sink_logits.shape)}."
+        )
+    _require_device("attend", call.query, {"the attention-sink logits": sink_logits})
+
+
+def check_lengths(call: AttendCall) -> None:
+    """Refuse lengths that the buffers do not hold. Reads them, so it is for tensors of the host."""
+    room, capacity = call.blocks * BLOCK, call.capacity
+    for row, (packed, tokens) in enumerate(call.lengths.tolist()):
+        if not (0 <= packed <= min(room, tokens) and tokens - packed <= capacity):
+            raise ValueError(
+                f"[attend] Lengths of a row must be packed tokens from 0 to {room} and, beside "
+                f"them, at most {capacity} exact ones, but row {row} says {packed} packed of "
+                f"{tokens} tokens."
+            )
+
+
+def _check_blocks(call: AttendCall) -> None:
+    """Refuse packed blocks that are incomplete, or do not fit their codecs or each other."""
+    nothing = Packed(None, None, None)
+    keys, values = call.keys.packed or nothing, call.values.packed or nothing
+    if len({part is None for part in (*keys, *values[:2])}) > 1:
+        raise ValueError(
+            "[attend] Words and scales of keys and values and the centres of keys must be "
+            "given together or not at all, but some are missing; pass what encode returned."
+        )
+    for source, packed in ((call.keys, keys), (call.values, values)):
+        check_packed("attend", call.query, source.codec, packed, source.channel_scale)
+    if keys.words is not None and keys.words.shape[:3] != values.words.shape[:3]:
+        raise ValueError(
+            f"[attend] Packed keys and values must agree in batch, KV heads and blocks, but "
+            f"their words have shape {tuple(keys.words.shape)} and {tuple(values.words.shape)}."
+        )
+
+
+def _check_query(query: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Refuse a query, lengths and exact vectors that do not fit together."""
+    for name, x in (("query", query), ("exact keys", keys), ("exact values", values)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"[attend] The {name} must have 4 dimensions (batch, heads, tokens, head_dim), but "
+                f"the shape is {tuple(x.shape)}."
+            )
+        require_float("attend", f"The {name}", x.dtype)
+        _require_contiguous("attend", f"the {name}", x)
+    batch, kv_heads, _, head_dim = keys.shape
+    if values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
+        raise ValueError(
+            f"[attend] Exact keys and values must agree in batch, KV heads, capacity and dtype, "
+            f"but they have shape {tuple(keys.shape)} in {keys.dtype} and {tuple(values.shape)} in "
+            f"{values.dtype}."
+        )
+    if query.shape[0] != batch or query.shape[1] % kv_heads or query.shape[3] != head_dim:
+        raise ValueError(
+            f"[attend] The query must have shape [{batch}, a multiple of {kv_heads}, L, "
+            f"{head_dim}] to read keys of shape {tuple(keys.shape)}, but it has shape "
+            f"{tuple(query.shape)}."
+        )
+    _require("attend", "lengths", lengths, (batch, 2), torch.int32)
+    devices = {"the lengths": lengths, "the exact keys": keys, "the exact values": values}
+    _require_device("attend", query, devices)
+
+
+def _check_mask(query: Tensor, mask: Tensor | None, causal: bool) -> None:
+    """Refuse a mask that is not broadcastable to the scores, or comes beside ``causal``."""
+    if mask is None:
+        return
+    if causal:
+        raise ValueError(
+            "[attend] Either causal or a mask is possible, but both were given; put the causal "
+            "pattern into the mask."
+        )
+    want = query.shape[:3]
+    shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if mask.ndim > 4 or any(have not in (1, n) for have, n in zip(shape, want, strict=False)):
+        raise ValueError(
+            f"[attend] A mask must be broadcastable to {(*want, 'S')} (batch, query heads, "
+            f"queries, tokens), but it has shape {tuple(mask.shape)}."
+        )
+    if mask.dtype not in (torch.bool, *FLOATS):
+        raise ValueError(
+            f"[attend] A mask must be boolean or floating, but it is {mask.dtype}; cast it."
+        )
+    _require_device("attend", query, {"the mask": mask})
+
+
+def _require(where: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(x.shape) != shape or x.dtype != dtype:
+        raise ValueError(
+            f"[{where}] The {name} must have shape {shape} and dtype {dtype}, but they have shape "
+            f"{tuple(x.shape)} and dtype {x.dtype}; use the configuration that they were made with."
+        )
+    _require_contiguous(where, f"the {name}", x)
+
+
+def require_float(where: str, name: str, dtype: torch.dtype) -> None:
+    """Refuse a dtype that vectors cannot have."""
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"[{where}] {name} must be float16, bfloat16 or float32, but {dtype} came; cast them."
+        )
+
+
+def _require_contiguous(where: str, name: str, x: Tensor) -> None:
+    # An empty tensor that comes from a file has strides of 0.
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
+        raise ValueError(
+            f"[{where}] The last dimension of {name} must be contiguous, but its stride is "
+            f"{x.stride(-1)}; call contiguous() first."
+        )
+
+
+def _require_device(where: str, like: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != like.device:
+            raise ValueError(
+                f"[{where}] All tensors must be on {like.device}, but {name} are on {x.device}; "
+                f"move them with to({str(like.device)!r})."
+            )
