@@ -66,10 +66,24 @@ class CPULibraryHook(BuildHookInterface[Any]):
         if version != "editable":  # an editable installation finds it in the clone
             build_data["force_include"][str(library)] = f"rotormlx/{library.name}"
         # It needs no particular Python, but this kind of machine.
-        platforms = (tag.platform for tag in sys_tags())
-        machine = next(p for p in platforms if not p.startswith(("manylinux", "musllinux")))
-        build_data["tag"] = f"py3-none-{machine}"
+        build_data["tag"] = f"py3-none-{platform_tag()}"
         build_data["pure_python"] = False
+
+
+def platform_tag() -> str:
+    """The kind of machine that the library is compiled for.
+
+    On Linux it promises this machine only; auditwheel finds out which others can load it. On a Mac
+    the compiler makes it for $MACOSX_DEPLOYMENT_TARGET and newer, if that is set.
+    """
+    platforms = (tag.platform for tag in sys_tags())
+    machine = next(p for p in platforms if not p.startswith(("manylinux", "musllinux")))
+    target = os.environ.get("MACOSX_DEPLOYMENT_TARGET")
+    if target and machine.startswith("macosx"):
+        major, minor = [*target.split("."), "0"][:2]
+        architecture = machine.split("_", 3)[3]
+        return f"macosx_{major}_{minor}_{architecture}"
+    return machine
 
 
 def mlx_for_this_machine() -> str:

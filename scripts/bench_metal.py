@@ -35,6 +35,8 @@ from rotormlx.mlx.cache.single import RotorKVCache
 
 HEAD_DIM, KV_HEADS = 128, 8
 PAPER_BITS = 3
+# What --short measures: little memory, and about two minutes on a slow Mac.
+SHORT_CONTEXTS, SHORT_COUNTS, SHORT_RUNS, SHORT_COPY_MB = "1024,4096", "1024,16384", 5, 128
 
 
 def copy_bandwidth(runs: int, size: int) -> float:
@@ -171,9 +173,14 @@ def main(
     prefill_length: Annotated[int, typer.Option(help="Queries of a prefill chunk.")] = 512,
     copy_mb: Annotated[int, typer.Option(help="Size of the array copied for bandwidth.")] = 512,
     model: Annotated[str | None, typer.Option(help="Also time this model end to end.")] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="Two minutes: short histories, few runs.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-metal"),
 ) -> None:
     """Measure and print every table."""
+    if short:
+        contexts, counts, runs, copy_mb = SHORT_CONTEXTS, SHORT_COUNTS, SHORT_RUNS, SHORT_COPY_MB
     console = wide_console()
     lengths = [int(c) for c in contexts.split(",")]
     bandwidth = copy_bandwidth(runs, copy_mb * 2**20)

@@ -2,6 +2,7 @@
 
 python check_wheel.py                 an installed rotormlx, away from the clone
 python check_wheel.py contents DIST   the wheel and the sdist in this folder, in the clone
+python check_wheel.py release DIST    likewise the wheels of a release, one for each kind of machine
 python check_wheel.py same A B        two folders of them, built in other places and times
 """
 
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[1]
@@ -25,6 +27,8 @@ KINDS = {
 }
 LIBRARY = "rotormlx/librotormlx_cpu.so"
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
+# The machines of a release, by the end of the wheel's tag.
+MACHINES = ("macosx_*_arm64", "manylinux_*_x86_64", "manylinux_*_aarch64")
 
 
 def main() -> None:
@@ -33,9 +37,10 @@ def main() -> None:
         case []:
             use()
         case ["contents", folder]:
-            wheel, sdist = built(Path(folder))
-            check("wheel", in_wheel(wheel), wanted_in_wheel(wheel))
-            check("sdist", in_sdist(sdist), wanted_in_sdist())
+            check_contents(*built(Path(folder), ["*.whl", "*.tar.gz"]))
+        case ["release", folder]:
+            wheels = [f"*-py3-none-{machine}.whl" for machine in MACHINES]
+            check_contents(*built(Path(folder), [*wheels, "*.tar.gz"]))
         case ["same", first, second]:
             compare(Path(first), Path(second))
         case _:
@@ -56,24 +61,43 @@ def use() -> None:
     cache.update_and_fetch(keys, keys)
     if cache.packed_tokens != 192:
         sys.exit(f"192 tokens must be packed, but {cache.packed_tokens} are.")
+    require_library()
     command = Path(sys.executable).parent / "rotormlx"
     print(subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout)
+
+
+def require_library() -> None:
+    """Refuse a wheel for one kind of machine whose CPU library does not load there."""
+    from rotormlx.kernels import cpu_library  # noqa: PLC0415
+
+    wheel = metadata.distribution("rotormlx").read_text("WHEEL") or ""
+    reason = cpu_library.missing()
+    if "Tag: py3-none-any" not in wheel and reason:
+        sys.exit(f"The CPU library of a wheel for this machine must load, but: {reason}")
 
 
 # ---- contents -----------------------------------------------------------------------------------
 
 
-def built(folder: Path) -> tuple[Path, Path]:
-    """The wheel and the sdist of a folder."""
-    archives = [sorted(folder.glob(pattern)) for pattern in ("*.whl", "*.tar.gz")]
-    if [len(paths) for paths in archives] != [1, 1] or len(list(folder.iterdir())) != 2:
-        names = sorted(path.name for path in folder.iterdir())
-        sys.exit(f"{folder} must hold one wheel and one sdist and nothing else, but holds {names}.")
-    return archives[0][0], archives[1][0]
+def built(folder: Path, patterns: list[str]) -> list[Path]:
+    """The files of a folder, the sdist last; one for each pattern, and nothing else."""
+    names = sorted(path.name for path in folder.iterdir())
+    matching = [sorted(folder.glob(pattern)) for pattern in patterns]
+    if [len(paths) for paths in matching] != [1] * len(patterns) or len(names) != len(patterns):
+        sys.exit(f"{folder} must hold one each of {patterns} and nothing else, but holds {names}.")
+    return [paths[0] for paths in matching]
+
+
+def check_contents(*paths: Path) -> None:
+    """Compare each wheel, and the sdist, which is the last, with the clone."""
+    *wheels, sdist = paths
+    for wheel in wheels:
+        check(wheel.name, in_wheel(wheel), wanted_in_wheel(wheel))
+    check(sdist.name, in_sdist(sdist), wanted_in_sdist())
 
 
 def check(name: str, listed: list[str], wanted: set[str]) -> None:
-    """Refuse a file too much, too little, or twice."""
+    """Refuse a file that is there without being listed, is missing, or is there twice."""
     wrong = sorted(f"+ {path}" for path in set(listed) - wanted)
     wrong += sorted(f"- {path}" for path in wanted - set(listed))
     wrong += sorted(f"twice: {path}" for path in set(listed) if listed.count(path) > 1)
@@ -83,9 +107,9 @@ def check(name: str, listed: list[str], wanted: set[str]) -> None:
 
 
 def in_wheel(path: Path) -> list[str]:
-    """Names of all files."""
+    """Names of all files; auditwheel and delocate list their folders too."""
     with zipfile.ZipFile(path) as wheel:
-        return wheel.namelist()
+        return [name for name in wheel.namelist() if not name.endswith("/")]
 
 
 def in_sdist(path: Path) -> list[str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import runpy
 import sys
+import tarfile
 import tomllib
+import types
 import zipfile
 from pathlib import Path
 
@@ -80,6 +84,49 @@ def test_bounds_are_lower_ones():
     }
 
 
+def test_the_command_is_a_function():
+    """What pip writes into bin/rotormlx calls it."""
+    module, _, name = PROJECT["scripts"]["rotormlx"].partition(":")
+    entry = getattr(importlib.import_module(module), name)
+    assert callable(entry), f"{module}:{name} is a {type(entry).__name__}, no function"
+
+
+# ---- the wheel's tag -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def platform_tag(monkeypatch):
+    """The function of hatch_build.py on a machine with these tags; hatchling need not be there."""
+    interfaces = {
+        "hatchling.builders.hooks.plugin.interface": "BuildHookInterface",
+        "hatchling.metadata.plugin.interface": "MetadataHookInterface",
+    }
+    for module, name in interfaces.items():
+        stand_in = types.SimpleNamespace(**{name: list})  # any class that takes a parameter
+        monkeypatch.setitem(sys.modules, module, stand_in)
+
+    def of(*tags, target=None):
+        monkeypatch.delenv("MACOSX_DEPLOYMENT_TARGET", raising=False)
+        if target is not None:
+            monkeypatch.setenv("MACOSX_DEPLOYMENT_TARGET", target)
+        machine = [types.SimpleNamespace(platform=tag) for tag in tags]
+        monkeypatch.setattr("packaging.tags.sys_tags", lambda: iter(machine))
+        return runpy.run_path(str(CLONE / "hatch_build.py"))["platform_tag"]()
+
+    return of
+
+
+def test_the_tag_is_of_this_machine_or_an_older_macos(platform_tag):
+    linux = ("manylinux_2_36_x86_64", "musllinux_1_2_x86_64", "linux_x86_64")
+    assert platform_tag(*linux) == "linux_x86_64"
+    assert platform_tag(*linux, target="14.0") == "linux_x86_64"
+    mac = ("macosx_15_0_arm64", "macosx_14_0_arm64")
+    assert platform_tag(*mac) == "macosx_15_0_arm64"
+    assert platform_tag(*mac, target="14.0") == "macosx_14_0_arm64"
+    assert platform_tag(*mac, target="14") == "macosx_14_0_arm64"
+    assert platform_tag("macosx_15_0_x86_64", target="10.15.4") == "macosx_10_15_x86_64"
+
+
 # ---- the checks of what was built ----------------------------------------------------------------
 
 
@@ -117,6 +164,62 @@ def test_a_wheel_is_compared_with_the_clone(tmp_path, capsys):
     with pytest.raises(SystemExit, match="twice: a"):
         check_wheel.check("wheel", ["a", "a"], {"a"})
     assert capsys.readouterr().out.count("as listed") == 2
+
+
+def sdist(folder, names):
+    path = folder / "rotormlx-0.1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as made:
+        for name in names:
+            made.addfile(tarfile.TarInfo(f"rotormlx-0.1.0/{name}"))
+    return path
+
+
+RELEASE = tuple(
+    f"rotormlx-0.1.0-py3-none-{tag}.whl"
+    for tag in (
+        "macosx_14_0_arm64",
+        "manylinux_2_27_x86_64.manylinux_2_28_x86_64",
+        "manylinux_2_28_aarch64",
+    )
+)
+
+
+@pytest.mark.skipif(not (CLONE / ".git").exists(), reason="this is no clone: there is no .git")
+def test_a_release_holds_a_wheel_for_each_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_wheel.py", "release", str(tmp_path)])
+    for name in RELEASE:
+        files = dict.fromkeys(check_wheel.wanted_in_wheel(tmp_path / name), "")
+        archive(tmp_path / name, files | {"rotormlx/": ""})  # auditwheel lists folders too
+    sdist(tmp_path, check_wheel.wanted_in_sdist())
+    check_wheel.main()
+    assert capsys.readouterr().out.count("as listed") == 4
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SystemExit, match=r"and nothing else, but holds .*notes.txt"):
+        check_wheel.main()
+    (tmp_path / "notes.txt").unlink()
+
+    without_library = {k: v for k, v in files.items() if k != check_wheel.LIBRARY}
+    archive(tmp_path / RELEASE[-1], without_library)
+    with pytest.raises(SystemExit, match=rf"(?s){RELEASE[-1]}.*- rotormlx/librotormlx_cpu.so"):
+        check_wheel.main()
+    (tmp_path / RELEASE[-1]).rename(tmp_path / "rotormlx-0.1.0-py3-none-linux_aarch64.whl")
+    with pytest.raises(SystemExit, match=r"must hold one each of .*manylinux_.*_aarch64"):
+        check_wheel.main()
+
+
+def test_a_wheel_for_a_machine_needs_its_library(monkeypatch):
+    tag = {"WHEEL": "Tag: py3-none-linux_x86_64"}
+    monkeypatch.setattr(
+        check_wheel.metadata, "distribution", lambda _: types.SimpleNamespace(read_text=tag.get)
+    )
+    reason = None
+    monkeypatch.setattr("rotormlx.kernels.cpu_library.missing", lambda: reason)
+    check_wheel.require_library()
+    reason = "it is not there"
+    with pytest.raises(SystemExit, match="must load, but: it is not there"):
+        check_wheel.require_library()
+    tag["WHEEL"] = "Tag: py3-none-any"
+    check_wheel.require_library()
 
 
 def test_builds_are_compared_byte_by_byte(tmp_path, capsys):
