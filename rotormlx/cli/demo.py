@@ -25,7 +25,7 @@ from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
 from rotormlx.measure import baselines, quality
 from rotormlx.mlx import integration
-from rotormlx.report import leaves
+from rotormlx.mlx.cache.lists import leaves
 
 DEFAULT_PROMPT = "What does this text say about objects? Answer in two sentences."
 # The first 132 tokens are exact in a rotormlx cache; predictions behind them are what is compared.

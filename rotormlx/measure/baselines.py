@@ -27,12 +27,12 @@ from rotormlx.codec.rotation import rotation
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration
 from rotormlx.mlx.backends import backend
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.calibration import TRANSFORMS
 from rotormlx.mlx.integration import cache_factory
 from rotormlx.mlx.probe import compress
-from rotormlx.report import leaves
 
 Array = NDArray[np.float32]
 

@@ -36,13 +36,14 @@ from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.quality import default_text
 from rotormlx.mlx import hook
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.store import Calibrated
 from rotormlx.mlx.fingerprint import fingerprint, structure
 from rotormlx.mlx.layer_bits import allotted, losses
 from rotormlx.mlx.learned import fitted, learned_matrix, learned_size
 from rotormlx.mlx.probe import compress
-from rotormlx.report import Report, leaves
+from rotormlx.report import Report
 from rotormlx.storage import tensor_file
 from rotormlx.storage.paths import cache_dir
 

@@ -9,6 +9,9 @@ import mlx.core as mx
 
 from rotormlx.codec.format import Codec, Packed
 
+# What keys, values and queries may be.
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
 
 @dataclass(frozen=True, eq=False)
 class KVView:
