@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
+from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 
@@ -159,19 +159,7 @@ class Report:
 
 def packed_tokens(tokens: int, config: RotorConfig) -> int:
     """How many of ``tokens`` tokens lie in packed blocks; the rest are sink and tail."""
-    return max(0, (tokens - config.sink - config.window) // BLOCK * BLOCK)
-
-
-def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
-    """Each cache that holds something itself: index in the list, label, cache."""
-    from mlx_lm.models.cache import CacheList  # noqa: PLC0415
-
-    for index, cache in enumerate(caches):
-        if isinstance(cache, CacheList):
-            for place, (_, label, leaf) in enumerate(leaves(cache.caches)):
-                yield index, f"{label} [{place}]", leaf
-        else:
-            yield index, type(cache).__name__, cache
+    return Counts().blocks_after(tokens, config) * BLOCK
 
 
 def megabytes(size: int) -> str:

@@ -32,8 +32,8 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 import rotormlx
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.probe import brief
-from rotormlx.report import leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS: dict[str, dict[str, Any]] = json.loads(

@@ -13,7 +13,8 @@ from unittest.mock import patch
 import mlx.core as mx
 
 from rotormlx.cli.usage import Usage, measure
-from rotormlx.report import Report, leaves, megabytes
+from rotormlx.mlx.cache.lists import leaves
+from rotormlx.report import Report, megabytes
 
 # Connections that may wait until the server takes them.
 CLIENTS_WAITING = 128

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rotormlx.codec.format import BLOCK
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.report import Report, leaves, megabytes
+from rotormlx.report import Report, megabytes
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,17 @@ PLANES = {
 }
 
 
+def plane_rows(role: str, bits: int, head_dim: int) -> tuple[int, ...]:
+    """Rows of words in each plane of a block."""
+    packed_axis_size = head_dim if role == KEY else BLOCK
+    return tuple(math.ceil(packed_axis_size / plane.a_word) for plane in PLANES[bits])
+
+
+def words_shape(role: str, bits: int, head_dim: int) -> tuple[int, int]:
+    """Shape of the words of one block."""
+    return sum(plane_rows(role, bits, head_dim)), BLOCK if role == KEY else head_dim
+
+
 class Packed(NamedTuple):
     """Compressed keys or values: whole blocks of 64 tokens, numpy or MLX arrays.
 
@@ -100,12 +111,12 @@ class Codec:
     @property
     def plane_rows(self) -> tuple[int, ...]:
         """Rows of words in each plane."""
-        return tuple(math.ceil(self.packed_axis_size / plane.a_word) for plane in self.planes)
+        return plane_rows(self.role, self.bits, self.head_dim)
 
     @property
     def words_shape(self) -> tuple[int, int]:
         """Shape of the words of one block."""
-        return sum(self.plane_rows), BLOCK if self.role == KEY else self.head_dim
+        return words_shape(self.role, self.bits, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
@@ -158,4 +169,6 @@ __all__ = [
     "Packed",
     "Plane",
     "codec",
+    "plane_rows",
+    "words_shape",
 ]

@@ -12,9 +12,9 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from rotormlx.measure.baselines import SimulatedCache
 from rotormlx.mlx.backends import backend
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.report import leaves
 
 
 def decoded(cache: Any) -> tuple[mx.array, mx.array]:

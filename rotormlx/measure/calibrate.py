@@ -35,12 +35,12 @@ from rotormlx.measure.layer_losses import losses
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import LOSS, TRANSFORMS, Calibration
 from rotormlx.mlx.fingerprint import fingerprint, structure
 from rotormlx.mlx.learned import fitted
 from rotormlx.mlx.probe import compress
-from rotormlx.report import leaves
 
 Floats = NDArray[np.float64]
 # Tokens that a calibration reads; more of them change little (docs/CALIBRATION.md).

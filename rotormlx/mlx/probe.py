@@ -11,9 +11,10 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.report import LayerReport, Report, leaves
+from rotormlx.report import LayerReport, Report
 
 # Prefill and decode: some models take another path for a single token.
 PROBE_TOKENS = (3, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,12 +10,15 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
-from rotormlx.mlx.cache.batch import BatchRotorKVCache, same_calibrated
+from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.lists import compress_plain, leaves
+from rotormlx.mlx.cache.saved import DTYPE_NAMES
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.store import same_calibrated
 from rotormlx.mlx.fingerprint import fingerprint
 from rotormlx.mlx.integration import model_report
 from rotormlx.mlx.probe import dims
-from rotormlx.report import LayerReport, Report, leaves
+from rotormlx.report import LayerReport, Report
 from rotormlx.storage import cache_file
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
@@ -31,11 +34,6 @@ _CLASSES: dict[str, Any] = {
         *(KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache),
         *(RotorKVCache, BatchRotorKVCache),
     )
-}
-_DTYPES = {
-    **{mx.bool_: "BOOL", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"},
-    **{mx.uint8: "U8", mx.uint16: "U16", mx.uint32: "U32", mx.uint64: "U64"},
-    **{mx.int8: "I8", mx.int16: "I16", mx.int32: "I32", mx.int64: "I64"},
 }
 
 
@@ -134,7 +132,7 @@ def _restored(name: str, state: list[Any]) -> Any:
 
 def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
     """Dtype, shape and bytes of an array, which are made when their turn comes."""
-    if not isinstance(array, mx.array) or array.dtype not in _DTYPES:
+    if not isinstance(array, mx.array) or array.dtype not in DTYPE_NAMES:
         raise ValueError(
             "[prompt cache] A cache must hold arrays, numbers, texts and None to be saved, but one "
             f"holds {array!r:.80}; keep it in memory."
@@ -145,7 +143,7 @@ def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]
         whole = mx.contiguous(array)
         return np.array(whole.view(mx.uint16) if is_wide else whole, copy=False)
 
-    return _DTYPES[array.dtype], array.shape, give
+    return DTYPE_NAMES[array.dtype], array.shape, give
 
 
 def _array(array: Array, dtype: str) -> mx.array:
@@ -172,7 +170,7 @@ def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
     fresh = model.make_cache()
     _check_model(report, fresh, shapes)
     _check_calibration(report, fresh, caches)
-    return _convert(caches, (own for _, _, own in leaves(fresh)))
+    return compress_plain(caches, (own for _, _, own in leaves(fresh)))
 
 
 def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> None:
@@ -182,29 +180,10 @@ def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> N
         for (_, _, own), (_, _, cache) in zip(leaves(fresh), leaves(caches), strict=True)
         if isinstance(own, RotorKVCache) and isinstance(cache, RotorKVCache)
     ]
-    if not all(cache.empty() or same_calibrated(own, cache) for own, cache in pairs):
+    if not all(c.empty() or same_calibrated(own.calibrated, c.calibrated) for own, c in pairs):
         raise _mismatch(report, "its own", "another one", "the calibration")
     for own, cache in pairs:
         cache.calibrated = own.calibrated
-
-
-def _convert(caches: list[Any], fresh: Iterator[Any]) -> int:
-    """Compress plain caches as the model's own, which are given leaf by leaf."""
-    count = 0
-    for index, cache in enumerate(caches):
-        if isinstance(cache, CacheList):
-            parts = list(cache.caches)
-            count += _convert(parts, fresh)
-            cache.caches = tuple(parts)
-            continue
-        own = next(fresh)
-        if type(cache) is KVCache:
-            # Layer by layer, so that a plain layer is freed before the next one is packed.
-            made = RotorKVCache.from_kv_cache(cache, own.config, own.layer, own.calibrated)
-            mx.eval(made.state)
-            caches[index] = made
-            count += 1
-    return count
 
 
 def _shape(cache: Any) -> Shape:
@@ -243,13 +222,13 @@ def _check_fits(report: Report, layer: LayerReport, index: int, want: Any, shape
         raise _mismatch(
             report, f"a window of {want.max_size} tokens in layer {index}", str(shape.window)
         )
-    found = shape.dims
-    if found is not None and found != (layer.kv_heads, layer.head_dim_k, layer.head_dim_v):
+    came = shape.dims
+    if came is not None and came != (layer.kv_heads, layer.head_dim_k, layer.head_dim_v):
         raise _mismatch(
             report,
             f"{layer.kv_heads} KV heads of {layer.head_dim_k} and {layer.head_dim_v} dimensions "
             f"in layer {index}",
-            f"{found[0]} of {found[1]} and {found[2]}",
+            f"{came[0]} of {came[1]} and {came[2]}",
         )
 
 

@@ -72,8 +72,8 @@ def write(
                 continue
             kinds += 1
             texts |= {f"2.{kinds}.0": name, f"2.{kinds}.1": kind}
-            dtype = {"int32": "I32", "int64": "I64", "float32": "F32", "bool": "BOOL"}
-            tensors[name] = (dtype[array.dtype.name], array.shape, array.copy)
+            dtype = tensor_file.DTYPE_NAMES[array.dtype]
+            tensors[name] = (dtype, array.shape, array.copy)
     tensor_file.write_tensors(path, tensors, texts, where=WHERE, checksum="2.0")
 
 

@@ -37,19 +37,16 @@ CHECKSUM = "rotormlx_sha256"
 # can be deleted at any time.
 PARTIAL = ".rotormlx-{token}.partial{suffix}"
 
-# Bytes of an element. Other dtypes of the format (8-bit floats and below) have no use here.
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
+# The dtypes of the format, but for those below 8 bits, which have no use here; numpy has no BF16.
 _NUMPY: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     **{f"U{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
     **{f"I{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
     **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _NUMPY.items()}
+# Bytes of an element.
+ITEM_BYTES = {"BF16": 2, **{name: dtype.itemsize for name, dtype in _NUMPY.items()}}
 
 # JSON may take 20 times its size in memory, so the header is bounded: a cache of 100 layers has
 # about 200 KB of it.
@@ -148,14 +145,13 @@ def write_arrays(
         ValueError: If a name, a dtype or ``path`` cannot be written.
         OSError: If the disk is full, or the directory is read-only; the old file is unchanged.
     """
-    names = {dtype: name for name, dtype in _NUMPY.items()}
     tensors: dict[str, tuple[str, tuple[int, ...], Callable[[], Array]]] = {}
     for name, array in arrays.items():
-        dtype = names.get(array.dtype)
+        dtype = DTYPE_NAMES.get(array.dtype)
         if dtype is None:
             raise ValueError(
-                f"[{where}] An array must have one of the dtypes {', '.join(map(str, names))}, but "
-                f"{name} has {array.dtype}; convert it."
+                f"[{where}] An array must have one of the dtypes "
+                f"{', '.join(map(str, DTYPE_NAMES))}, but {name} has {array.dtype}; convert it."
             )
         tensors[name] = (dtype, array.shape, partial(np.asarray, array))
     write_tensors(path, tensors, metadata, where=where)

@@ -13,13 +13,15 @@ function fails at once on a handle, in one sentence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from rotormlx.codec.format import BLOCK, KEY, VALUE
+from rotormlx.codec.counts import Counts
+from rotormlx.codec.format import KEY, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
 from rotormlx.torch.checks import FLOATS
@@ -104,8 +106,8 @@ class KVHandle:
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        found = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)]
-        found[0]._refuse(f"torch.{getattr(function, '__name__', function)}")
+        handles = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)]
+        handles[0]._refuse(f"torch.{getattr(function, '__name__', function)}")
 
 
 class RotorLayer(CacheLayerMixin):
@@ -134,7 +136,7 @@ class RotorLayer(CacheLayerMixin):
         """Forget everything."""
         self.length = 0  # positions, left padding included
         self.padding: list[int] = []
-        self.packed: list[int] = []
+        self.rows: list[Counts] = []  # without padding, and without a step that is not stored yet
         self.stores: tuple[Store, Store] | None = None
         self.is_initialized = False
         self._step: Step | None = None
@@ -145,7 +147,7 @@ class RotorLayer(CacheLayerMixin):
         """Make empty buffers for keys and values such as these."""
         self.batch_size = key_states.shape[0]
         self.padding = [0] * self.batch_size
-        self.packed = [0] * self.batch_size
+        self.rows = [Counts() for _ in range(self.batch_size)]
         self.stores = (
             new_store(self.config, self.layer, KEY, key_states),
             new_store(self.config, self.layer, VALUE, value_states),
@@ -212,14 +214,10 @@ class RotorLayer(CacheLayerMixin):
         removed = min(-tokens_to_remove, self.length)
         if self.stores is None or not removed:
             return
-        before = self.tokens
         self.length -= removed
-        for row, (tokens, packed) in enumerate(zip(before, self.packed, strict=True)):
-            left = max(0, self.length - self.padding[row])
-            self.padding[row] = min(self.padding[row], self.length)
-            exact = tokens - packed
-            tail = exact - min(self.config.sink, exact)
-            self.packed[row] -= min(max(tokens - left - tail, 0), packed)
+        self.padding = [min(padding, self.length) for padding in self.padding]
+        for row in self.rows:
+            row.trim(removed, self.config)
         self._forget_unused()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -236,7 +234,7 @@ class RotorLayer(CacheLayerMixin):
             store.select(indices)
         rows = indices.tolist()
         self.padding = [self.padding[row] for row in rows]
-        self.packed = [self.packed[row] for row in rows]
+        self.rows = [replace(self.rows[row]) for row in rows]
         self.batch_size = len(rows)
         self._forget_unused()
 
@@ -257,7 +255,12 @@ class RotorLayer(CacheLayerMixin):
     @property
     def tokens(self) -> list[int]:
         """Tokens of each row, padding not counted."""
-        return [self.length - padding for padding in self.padding]
+        return [row.tokens for row in self.rows]
+
+    @property
+    def packed(self) -> list[int]:
+        """Packed tokens of each row."""
+        return [row.packed for row in self.rows]
 
     @property
     def packed_tokens(self) -> int:
@@ -278,67 +281,62 @@ class RotorLayer(CacheLayerMixin):
             raise ValueError("[RotorCache] The cache was reset during a step; run it again.")
         before = self.stores
         try:
-            return self._store(keys, values, padding)
+            return self._store(before, keys, values, padding)
         except BaseException:
             if self.stores is before:
                 vars(self).update(length=self.length - keys.shape[2], _step=None)
             raise
 
-    def _store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> View:
-        key_store, value_store = (store.twin() for store in self.stores or ())
-        length, row_padding = keys.shape[2], self.padding
-        before = [max(0, self.length - length - padded) for padded in self.padding]
+    def _store(
+        self,
+        before: tuple[Store, Store],
+        keys: Tensor,
+        values: Tensor,
+        padding: Sequence[int] | None,
+    ) -> View:
+        key_store, value_store = stores = before[0].twin(), before[1].twin()
+        row_padding = self.padding
         if padding is not None:
             # A row that holds tokens keeps its padding: positions before them are no longer known.
             row_padding = [
-                old if have else min(new, self.length)
-                for old, new, have in zip(row_padding, padding, before, strict=True)
+                old if row.tokens else min(new, self.length)
+                for old, new, row in zip(row_padding, padding, self.rows, strict=True)
             ]
-        tokens = [self.length - padded for padded in row_padding]
-        new_tokens = [now - have for now, have in zip(tokens, before, strict=True)]
-        exact = [have - packed for have, packed in zip(before, self.packed, strict=True)]
-        stores = (key_store, value_store)
+        rows = [
+            replace(row, tokens=self.length - padded)
+            for row, padded in zip(self.rows, row_padding, strict=True)
+        ]
+        exact = [row.exact for row in self.rows]
+        new_tokens = [row.tokens - old.tokens for row, old in zip(rows, self.rows, strict=True)]
         for store, x in zip(stores, (keys, values), strict=True):
             store.append(x, exact, new_tokens)
-        counts = tuple(zip(self.packed, tokens, strict=True))
+        counts = tuple((row.packed, row.tokens) for row in rows)
         lengths = lengths_on(key_store.exact.device, counts)
         view = View(key_store.source, value_store.source, lengths, tuple(row_padding))
-        packed = self._pack(stores, tokens)
+        self._pack(stores, rows)
         # One step, between whose halves no interrupt comes.
-        vars(self).update(stores=stores, padding=row_padding, packed=packed, _step=None)
+        vars(self).update(stores=stores, padding=row_padding, rows=rows, _step=None)
         return view
 
-    def _pack(self, stores: tuple[Store, Store], tokens: Sequence[int]) -> list[int]:
-        """Pack what the tails hold beyond the window: the rest of a begun block, whole blocks.
-
-        Returns:
-            How many tokens of each row are packed then.
-        """
-        sink, window = self.config.sink, self.config.window
-        packed_tokens = self.packed
-        exact = [t - p for t, p in zip(tokens, packed_tokens, strict=True)]
-        gone = [0] * len(exact)
-        for rest_of_block in (True, False):
-            counts = []
-            for have, packed, done in zip(exact, packed_tokens, gone, strict=True):
-                spare = max(0, have - done - sink - window)
-                # Where the rest does not fit, less than a block is spare.
-                count = -packed % BLOCK if rest_of_block else spare // BLOCK * BLOCK
-                counts.append(count if count <= spare else 0)
-            facts = list(zip(counts, packed_tokens, gone, strict=True))
-            for rows, (count, packed, done) in groups(iter(facts)):
+    def _pack(self, stores: tuple[Store, Store], rows: Sequence[Counts]) -> None:
+        """Pack what the tails hold beyond the window; rows alike are encoded in one call."""
+        sink, exact = self.config.sink, [row.exact for row in rows]
+        done = [0] * len(rows)
+        while any(counts := [row.packable(self.config) for row in rows]):
+            facts = zip(counts, (row.packed for row in rows), done, strict=True)
+            for alike, (count, packed, before) in groups(facts):
                 for store in stores if count else ():
-                    store.pack(rows, sink + done, count, packed)
-            packed_tokens = [p + n for p, n in zip(packed_tokens, counts, strict=True)]
-            gone = [g + n for g, n in zip(gone, counts, strict=True)]
-        if any(gone):
+                    store.pack(alike, sink + before, count, packed)
+            for row, count in zip(rows, counts, strict=True):
+                row.add_packed(count)
+            done = [before + count for before, count in zip(done, counts, strict=True)]
+        if any(done):
             for store in stores:
-                store.drop(exact, gone)
-        return packed_tokens
+                store.drop(exact, done)
 
     def _forget_unused(self) -> None:
         """Drop packed blocks that no row counts, and the channel scale of the first of them."""
-        if not any(self.packed):
+        if not any(row.packed for row in self.rows):
             for store in self.stores or ():
                 store.forget_packed()
 

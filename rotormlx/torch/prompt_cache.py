@@ -7,6 +7,7 @@ are ``RotorKVCache`` there; sliding windows are ``RotatingKVCache``, whose token
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from rotormlx.codec.format import FORMAT_VERSION, Packed
+from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.storage import cache_file
+from rotormlx.storage.cache_fields import SINGLE, SavedCache
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.tensor_file import Array
 from rotormlx.torch.cache import RotorCache
 from rotormlx.torch.layer import RotorLayer
-from rotormlx.torch.store import Store
 
-_HEADER = 5  # format version, configuration, layer, tokens, packed tokens
-_STORE = 5  # exact, words, scales, centres, channel scale
-_COMPRESSED, _SLIDING = "RotorKVCache", "RotatingKVCache"
+_SLIDING = "RotatingKVCache"
 _DTYPES = {
     **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"},
     torch.int32: "U32",  # words: torch counts in signed integers
@@ -92,7 +91,7 @@ def load_prompt_cache(
                 f"[prompt cache] The model has {len(cache.layers)} layers, but the cache in {path} "
                 f"{len(saved.classes)}; use it with the model that it was made with."
             )
-        names: dict[type, str] = {RotorLayer: _COMPRESSED, DynamicSlidingWindowLayer: _SLIDING}
+        names: dict[type, str] = {RotorLayer: SINGLE, DynamicSlidingWindowLayer: _SLIDING}
         for index, (layer, name) in enumerate(zip(cache.layers, saved.classes, strict=True)):
             if names.get(type(layer)) != name:
                 raise ValueError(
@@ -117,7 +116,7 @@ def load_prompt_cache(
 
 def _state_of(index: int, layer: Any) -> tuple[str, State]:
     if isinstance(layer, RotorLayer):
-        return _COMPRESSED, state_of(layer)
+        return SINGLE, state_of(layer)
     if type(layer) is DynamicSlidingWindowLayer:
         return _SLIDING, _sliding_state(layer)
     raise ValueError(
@@ -134,17 +133,15 @@ def state_of(layer: RotorLayer) -> State:
             f"{layer.layer} has rows of {layer.tokens} tokens; keep one row with "
             "cache.batch_select_indices first."
         )
-    tokens, packed = (layer.tokens[0], layer.packed[0]) if layer.stores else (0, 0)
-    state = [FORMAT_VERSION, layer.config.to_json(), layer.layer, tokens, packed]
-    for store in layer.stores or ():
-        state += store.state(tokens - packed, packed)
-    return state
+    counts = replace(layer.rows[0]) if layer.stores else Counts()
+    stores = tuple(store.saved(counts) for store in layer.stores or ())
+    return list(SavedCache(layer.config, layer.layer, None, counts, stores).state)
 
 
 def _config_of(path: str | Path, shapes: list[Shape], wanted: RotorConfig | None) -> RotorConfig:
     """The one configuration of a file."""
-    found = {shape.config for shape in shapes if shape.name == _COMPRESSED}
-    saved = next(iter(found), None)
+    configs = {shape.config for shape in shapes if shape.name == SINGLE}
+    saved = next(iter(configs), None)
     if saved is None:
         raise ValueError(
             f"[prompt cache] A cache with compressed layers is required, but {path} holds only "
@@ -156,8 +153,8 @@ def _config_of(path: str | Path, shapes: list[Shape], wanted: RotorConfig | None
             "[prompt cache] A cache without a calibration is required, but this one was made with "
             "one; use it with mlx-lm."
         )
-    if len(found) > 1:
-        raise _damaged("one configuration for all layers", sorted(map(str, found)))
+    if len(configs) > 1:
+        raise _damaged("one configuration for all layers", sorted(map(str, configs)))
     if wanted not in (None, saved):
         raise ValueError(
             f"[prompt cache] The cache must have been made with {wanted.to_json()}, but {path} was "
@@ -168,7 +165,7 @@ def _config_of(path: str | Path, shapes: list[Shape], wanted: RotorConfig | None
 
 def _check_shape(index: int, shape: Shape, cache: RotorCache, config: PreTrainedConfig) -> None:
     """Refuse what does not fit a layer of the model."""
-    if shape.name == _COMPRESSED and shape.layer != index:
+    if shape.name == SINGLE and shape.layer != index:
         raise _damaged(f"layer {index} at position {index}", f"layer {shape.layer}")
     if shape.limited:
         raise ValueError(
@@ -198,28 +195,16 @@ def _head_dims(config: PreTrainedConfig) -> set[int]:
 
 
 def _fill(layer: RotorLayer, state: State, device: torch.device) -> None:
-    tokens, packed = state[3:_HEADER]
-    if not tokens:
+    saved = SavedCache.named(state, layer.config)
+    if not saved.counts.tokens:
         return  # an empty layer: of which batch, the next tokens tell
-    parts = (state[_HEADER : _HEADER + _STORE], state[_HEADER + _STORE :])
     # No row yet: buffers are as large as a window, which only the file tells.
-    layer.lazy_initialization(*(part[0][:0].to(device) for part in parts))
-    layer.batch_size = parts[0][0].shape[0]
-    layer.padding = [0] * layer.batch_size
-    layer.length, layer.packed = tokens, [packed] * layer.batch_size
-    for store, arrays in zip(layer.stores or (), parts, strict=True):
-        _fill_store(store, arrays, device)
-
-
-def _fill_store(store: Store, arrays: State, device: torch.device) -> None:
-    exact = arrays[0].to(device)
-    words, scales, centres, channel_scale = (a if a is None else a.to(device) for a in arrays[1:])
-    room = max(0, min(store.capacity - exact.shape[2], exact.shape[2]))
-    with torch.inference_mode(False):
-        store.exact = torch.nn.functional.pad(exact, (0, 0, 0, room))
-    if words is not None:
-        store.packed = Packed(words, scales, centres)
-    store.channel_scale = channel_scale
+    layer.lazy_initialization(*(store.exact[:0].to(device) for store in saved.stores))
+    layer.batch_size = saved.stores[0].exact.shape[0]
+    layer.length, layer.padding = saved.counts.tokens, [0] * layer.batch_size
+    layer.rows = [replace(saved.counts) for _ in range(layer.batch_size)]
+    for store, arrays in zip(layer.stores or (), saved.stores, strict=True):
+        store.fill(arrays)
 
 
 def _sliding_state(layer: DynamicSlidingWindowLayer) -> State:

@@ -10,8 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK, Codec, Packed, codec
 from rotormlx.config import RotorConfig
+from rotormlx.storage.cache_fields import SavedStore
 from rotormlx.torch import ops
 from rotormlx.torch.torch_ops import Source
 
@@ -22,7 +24,7 @@ Rows = slice | list[int]
 class Store:
     """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
 
-    Lengths are the layer's to know; every method is told them. A buffer that was handed out in a
+    The layer tracks lengths; methods receive them. A buffer that was handed out in a
     :class:`Source` is only ever written behind the tokens that counted then, or replaced.
 
     Args:
@@ -106,15 +108,25 @@ class Store:
         parts = [self.exact, self.channel_scale, *(self.packed or ())]
         return sum(a.nbytes for a in parts if a is not None)
 
-    def state(self, exact_tokens: int, packed_tokens: int) -> tuple[Tensor | None, ...]:
-        """What counts, where all rows have the same lengths: exact, packed parts, channel scale."""
-        blocks = -(-packed_tokens // BLOCK)
-        packed = (
-            (None,) * 3
-            if self.packed is None
-            else (None if a is None else a[:, :, :blocks] for a in self.packed)
-        )
-        return self.exact[:, :, :exact_tokens], *packed, self.channel_scale
+    def saved(self, counts: Counts) -> SavedStore:
+        """The arrays that count, where all rows have the same lengths."""
+        packed = Packed(None, None, None)
+        if self.packed is not None:
+            packed = Packed(*(a if a is None else a[:, :, : counts.blocks] for a in self.packed))
+        return SavedStore(self.exact[:, :, : counts.exact], *packed, self.channel_scale)
+
+    def fill(self, saved: SavedStore) -> None:
+        """Take what :meth:`saved` gave, for an empty store; the arrays were checked."""
+        device = self.exact.device
+        exact = saved.exact.to(device)
+        packed = (saved.words, saved.scales, saved.centres)
+        room = max(0, min(self.capacity - exact.shape[2], exact.shape[2]))
+        with torch.inference_mode(False):
+            self.exact = torch.nn.functional.pad(exact, (0, 0, 0, room))
+        if saved.words is not None:
+            self.packed = Packed(*(a if a is None else a.to(device) for a in packed))
+        if saved.channel_scale is not None:
+            self.channel_scale = saved.channel_scale.to(device)
 
     def _encode(self, x: Tensor, centres: Tensor | None = None) -> Packed:
         return ops.encode(
@@ -172,12 +184,12 @@ def zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def groups(facts: Iterator[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
-    """Batch rows of equal facts, together: which rows, and the facts."""
-    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    """Batch rows of equal facts: which rows, and the facts."""
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for row, fact in enumerate(facts):
-        found[fact].append(row)
-    for fact, rows in found.items():
-        yield (slice(None) if len(found) == 1 else rows), fact
+        alike[fact].append(row)
+    for fact, rows in alike.items():
+        yield (slice(None) if len(alike) == 1 else rows), fact
 
 
 @lru_cache(maxsize=16)

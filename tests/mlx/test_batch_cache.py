@@ -356,7 +356,7 @@ def test_masks_of_limited_rows_follow_positions():
     for window in (30, 150, 10**4):
         mask = cache.make_mask(3, window)
         assert mask.shape == (3, cache.size() + 3)
-        held = np.array(cache._positions())
+        held = cache.counts.positions(cache.config)
         assert sorted(held) == [*range(4), *range(4 + cache.counts.evicted, 900)]
         for i in range(3):
             seen = set(held[np.array(mask[i, :-3])])

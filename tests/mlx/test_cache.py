@@ -548,14 +548,14 @@ STATE_FAULTS = {
     "config-json": (1, "{", "must be JSON"),
     "config-bits": (1, RotorConfig().to_json().replace("4", "5"), "must be one of 2, 3, 4, 8"),
     "layer": (2, -1, "integers from 0"),
-    "offset": (3, 10**9, "exact keys of shape"),
+    "offset": (3, 10**9, "exact keys of dtype and shape"),
     "packed": (4, 10**9, "counts that add up"),
     "exact": (5, None, "exact keys as a floating array"),
-    "words-dtype": (6, mx.zeros((1, 2, 2, 8, 64), mx.int32), "key words of shape and dtype"),
-    "words-shape": (6, mx.zeros((1, 2, 1, 8, 64), mx.uint32), "key words of shape and dtype"),
-    "scales": (12, None, "value scales of shape and dtype"),
-    "centres": (8, None, "key centres of shape"),
-    "channel-scale": (9, mx.zeros((2, 64)), "key channel scale of shape and dtype None"),
+    "words-dtype": (6, mx.zeros((1, 2, 2, 8, 64), mx.int32), "key words of dtype and shape"),
+    "words-shape": (6, mx.zeros((1, 2, 1, 8, 64), mx.uint32), "key words of dtype and shape"),
+    "scales": (12, None, "value scales of dtype and shape"),
+    "centres": (8, None, "key centres of dtype and shape"),
+    "channel-scale": (9, mx.zeros((2, 64)), "key channel scale of dtype and shape None"),
 }
 
 

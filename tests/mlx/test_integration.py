@@ -28,9 +28,9 @@ from rotormlx.cli import usage
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook, integration, prompt_cache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
-from rotormlx.report import leaves
 from rotormlx.storage import cache_file, tensor_file
 from tests.support import models as tiny
 

@@ -39,7 +39,7 @@ def python(*arguments, cwd):
 
 
 def test_every_damaged_file_is_loaded_as_written_or_refused(tmp_path, figure):
-    done = python("tests.fuzz_files", "--count", FILES, cwd=tmp_path)
+    done = python("tests.support.fuzz_files", "--count", FILES, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     came = json.loads(done.stdout)
     assert came["files"] == came["loaded"] + came["refused"] == FILES

@@ -1,7 +1,8 @@
 """Files as strangers may make them: valid ones, ways to damage them, and what loading one must do.
 
-``python -m tests.fuzz_files --count 1000000 --seed 1`` tries so many damaged files; it ends with
-the first that is neither loaded nor refused in our words, and leaves it in the working directory.
+``python -m tests.support.fuzz_files --count 1000000 --seed 1`` tries so many damaged files; it ends
+with the first that is neither loaded nor refused in our words, and leaves it in the working
+directory.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import rotormlx.torch
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import calibration, integration, prompt_cache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
-from rotormlx.report import leaves
 from rotormlx.storage import tensor_file
 from tests.support import models as tiny_models
 from tests.support import torch_models

@@ -40,7 +40,7 @@ def check(caches):
         counts, stores = cache.counts, cache._stores
         assert len(stores) == (2 if counts.tokens else 0)
         for store in stores:
-            exact, words, *_ = store.state(counts)
+            exact, words, *_ = store.saved(counts)
             assert exact.shape[2] == counts.exact
             assert (0 if words is None else words.shape[2]) == -(-counts.packed // 64)
             mx.eval(store.arrays)

@@ -20,7 +20,9 @@ import torch
 from mlx_lm.generate import generate_step
 
 import rotormlx.torch
+from rotormlx.codec import counts as counts_module
 from rotormlx.codec import limits
+from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import attention, hook, integration
@@ -29,8 +31,8 @@ from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend, cuda_text, metal, metal_attend
 from rotormlx.mlx.backends import cuda as mlx_cuda
 from rotormlx.mlx.cache import batch as batch_module
+from rotormlx.mlx.cache import batch_store, store
 from rotormlx.mlx.cache import single as cache_module
-from rotormlx.mlx.cache import store
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.torch import build, cuda, native
@@ -140,7 +142,7 @@ def test_a_failed_append_changes_nothing(monkeypatch, case, make, error):
         before = snapshot(cache)
         failing = Failing(number, error)
         with monkeypatch.context() as patch:
-            for module in (store, batch_module):
+            for module in (store, batch_store):
                 patch.setattr(module, "backend", lambda failing=failing: failing)
             try:
                 cache.update_and_fetch(*more)
@@ -213,7 +215,7 @@ def test_an_interrupted_append_is_whole_or_nothing(make, case):
     ready = make(case)
     before = snapshot(ready)
     after = snapshot(appended_to(copy.deepcopy(ready), more))
-    modules = (cache_module, batch_module, store)
+    modules = (cache_module, batch_module, store, batch_store, counts_module)
     found = []
     for number in itertools.count(1):
         cache = copy.deepcopy(ready)
@@ -256,7 +258,7 @@ def torch_snapshot(layer):
     for part in layer.stores or ():
         for row, (packed, held) in enumerate(zip(layer.packed, layer.tokens, strict=True)):
             blocks = -(-packed // BLOCK)
-            exact, *rest, scale = part.state(held - packed, packed)
+            exact, *rest, scale = part.saved(Counts(held, packed))
             found += [exact[row, :, : held - packed].numpy(), scale is None or scale.numpy()]
             for array in rest:
                 numbers = None if array is None else array[row, :, :blocks].numpy().copy()
@@ -392,7 +394,7 @@ def test_a_long_prompt_is_encoded_in_several_calls(monkeypatch, make):
             longest.append(x.shape[2])
             return backend().encode(x, *args, **kwargs)
 
-    for module in (store, batch_module):
+    for module in (store, batch_store):
         monkeypatch.setattr(module, "backend", Watched)
     assert same(snapshot(appended_to(make("packed"), tokens(9 * BLOCK, 1))), expected)
     assert max(longest) == 2 * BLOCK

@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import rotormlx.torch as rt
+from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.torch import integration
 from rotormlx.torch.attention import left_padding, of_tokens
@@ -90,7 +91,10 @@ def test_report_tells_what_a_cache_takes(rotor_llama):
         rotor_llama(tokens(200), **{CACHE: cache})
     stores = cache.layers[1].stores
     size = sum(
-        part.nbytes for store in stores for part in store.state(200 - 192, 192) if part is not None
+        part.nbytes
+        for store in stores
+        for part in store.saved(Counts(200, 192))
+        if part is not None
     )
     assert size == layer.compressed_bytes(200, RotorConfig(4, 3, window=0))
 

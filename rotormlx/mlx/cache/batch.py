@@ -8,7 +8,8 @@ stored, what was put behind (right padding) is overwritten by the tokens that co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,22 +17,15 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
-from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, VALUE, Packed
+from rotormlx.codec.counts import Counts, max_blocks
+from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
-from rotormlx.mlx.backends import backend
-from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.cache.store import (
-    Calibrated,
-    Counts,
-    Store,
-    check_growth,
-    check_update,
-    damaged,
-    encode,
-    max_blocks,
-    with_room,
-)
+from rotormlx.mlx.cache.batch_store import BatchStore
+from rotormlx.mlx.cache.saved import MLXReader
+from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
+from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.storage.cache_fields import BATCH, SavedBatch
 
 
 @dataclass
@@ -214,7 +208,7 @@ class BatchRotorKVCache(_BaseCache):
         listed = isinstance(batch_indices, mx.array)
         indices: list[int] = list(batch_indices.tolist() if listed else batch_indices)
         rows = [self.rows[i].copy() for i in indices]
-        blocks = max((-(-row.counts.packed // BLOCK) for row in rows), default=0)
+        blocks = _longest(rows).blocks
         stores = [store.twin() for store in self._stores]
         for store in stores:
             store.take(indices, blocks)
@@ -224,10 +218,9 @@ class BatchRotorKVCache(_BaseCache):
     def extend(self, other: BatchRotorKVCache) -> None:
         """Append the rows of another batch."""
         _check_same([self, other])
-        sources = [(self._keys, len(self.rows)), (other._keys, len(other.rows))]
-        key_store = BatchStore.join(sources)
-        sources = [(self._values, len(self.rows)), (other._values, len(other.rows))]
-        value_store = BatchStore.join(sources)
+        sizes = len(self.rows), len(other.rows)
+        key_store = BatchStore.join(zip((self._keys, other._keys), sizes, strict=True))
+        value_store = BatchStore.join(zip((self._values, other._values), sizes, strict=True))
         rows = self.rows + [row.copy() for row in other.rows]
         vars(self).update(_keys=key_store, _values=value_store, rows=rows)
 
@@ -272,16 +265,13 @@ class BatchRotorKVCache(_BaseCache):
     def state(self) -> tuple[Any, ...]:
         """Everything but pending padding: numbers, one string, and arrays or None.
 
-        The counts are int32 ``[B, 3]``: tokens, packed and evicted tokens of each row.
+        Source: docs/FORMAT.md, section 8; :class:`SavedBatch` names the entries.
         """
         counts = [[r.counts.tokens, r.counts.packed, r.counts.evicted] for r in self.rows]
         table = mx.array(counts, mx.int32).reshape(-1, 3)
-        header = (FORMAT_VERSION, self.config.to_json(), self.layer, self.max_size, table)
-        longest = max((row.counts.exact for row in self.rows), default=0)
-        blocks = self._most_blocks()
-        return header + tuple(
-            array for store in self._stores for array in store.state_rows(longest, blocks)
-        )
+        longest = _longest(self.rows)
+        stores = tuple(store.saved(longest) for store in self._stores)
+        return SavedBatch(self.config, self.layer, self.max_size, table, stores).state
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
@@ -290,23 +280,23 @@ class BatchRotorKVCache(_BaseCache):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        if len(state) not in (5, 15):
-            raise damaged("5 or 15 entries", len(state))
-        version, config, self.layer, self.max_size, table = state[:5]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"[BatchRotorKVCache] This rotormlx reads format version {FORMAT_VERSION}, but the "
-                f"saved cache has version {version}; make it again."
-            )
-        self.config = RotorConfig.from_json(config)
-        self._max_blocks = max_blocks(self.max_size, self.config)
-        self.rows = [Row(Counts(*counts)) for counts in table.tolist()]
-        self._keys = self._values = self.calibrated = None
-        if len(state) > 5:
-            if self.config.is_calibrated:
-                self.calibrated = state[9], state[14]
-            self._keys = self._saved_store(KEY, state[5:10])
-            self._values = self._saved_store(VALUE, state[10:])
+        saved = SavedBatch.read(state, MLXReader(BATCH))
+        blocks = max_blocks(saved.max_size, saved.config)
+        stores = [
+            BatchStore.from_saved(saved.config, saved.layer, role, store, blocks)
+            for role, store in zip(ROLES, saved.stores, strict=False)
+        ]
+        key_store, value_store = stores or (None, None)
+        vars(self).update(
+            config=saved.config,
+            layer=saved.layer,
+            max_size=saved.max_size,
+            rows=[Row(Counts(*counts)) for counts in saved.table.tolist()],
+            calibrated=saved.calibrated,
+            _max_blocks=blocks,
+            _keys=key_store,
+            _values=value_store,
+        )
 
     @property
     def keys(self) -> mx.array | None:
@@ -341,33 +331,18 @@ class BatchRotorKVCache(_BaseCache):
         like = like[:, :, :0]
         return BatchStore(self.config, self.layer, role, like, calibrated, self._max_blocks)
 
-    def _saved_store(self, role: str, arrays: Sequence[Any]) -> BatchStore:
-        exact, words, scales, centres, channel_scale = arrays
-        store = self._new_store(role, exact)
-        store.exact = with_room(exact, store.capacity - exact.shape[2])
-        store.packed = None if words is None else Packed(words, scales, centres)
-        if store.calibrated is None:
-            store.channel_scale = channel_scale
-        return store
-
-    def _most_blocks(self) -> int:
-        return max((-(-row.counts.packed // BLOCK) for row in self.rows), default=0)
-
     def _forget_padding(self) -> None:
         for row in self.rows:
             row.right = 0
 
     def _mask_of(self, row: Row, length: int, window_size: int | None) -> mx.array:
         """``[length, tokens]``: what the next queries of a row see."""
-        counts = row.counts
         if row.left:
             mask = create_causal_mask(length, window_size=window_size)
             return mask[:, min(row.left, length) :]
-        single = RotorKVCache(self.config, self.layer, self.max_size)
-        single.counts = counts
-        mask = single.make_mask(length, window_size, return_array=True)
+        mask = attention_mask(row.counts, self.config, length, window_size, return_array=True)
         if not isinstance(mask, mx.array):  # a single query sees everything
-            mask = mx.ones((length, counts.tokens + length), mx.bool_)
+            mask = mx.ones((length, row.counts.tokens + length), mx.bool_)
         return mask
 
     def _views(
@@ -379,19 +354,7 @@ class BatchRotorKVCache(_BaseCache):
 
     def _pack_tails(self, stores: Sequence[BatchStore], rows: Sequence[Row]) -> None:
         """Pack what the tails hold beyond the window; rows alike are encoded in one call."""
-        while True:
-            alike: dict[tuple[int, ...], list[int]] = {}
-            for index, row in enumerate(rows):
-                count = row.counts.packable(self.config)
-                if count and self._max_blocks is not None:
-                    slot = row.counts.next_block % self._max_blocks
-                    count = min(count, (self._max_blocks - slot) * BLOCK)
-                if count:
-                    # A channel scale is the row's own, so it is encoded by itself.
-                    own = (index,) if self.config.scales_channels else ()
-                    alike.setdefault((count, row.counts.packed % BLOCK, *own), []).append(index)
-            if not alike:
-                break
+        while alike := self._packable(rows):
             for (count, *_), indices in alike.items():
                 counts = [rows[i].counts for i in indices]
                 for store in stores:
@@ -402,229 +365,29 @@ class BatchRotorKVCache(_BaseCache):
         for store in stores:
             store.shrink(longest)
 
-
-class BatchStore(Store):
-    """The keys or the values of several sequences; a row lies in it as by itself.
-
-    A channel scale that is taken from the first packed block is float32 ``[B, K, D]``.
-    """
-
-    def append_rows(self, x: mx.array, exact: Sequence[int], skipped: Sequence[int]) -> None:
-        """Write tokens behind the exact ones of each row.
-
-        Args:
-            x: ``[B, K, L, D]``.
-            exact: Exact tokens of each row before.
-            skipped: How many of the L tokens of each row are left padding.
-        """
-        if len(set(exact)) == 1 and not any(skipped):
-            self.append(x, exact[0])
-            return
-        length = x.shape[2]
-        if any(skipped):
-            # What comes behind the tokens of a row does not count.
-            source = (mx.arange(length) + mx.array([*skipped])[:, None]) % length
-            x = mx.take_along_axis(x, source[:, None, :, None], axis=2)
-        if max(exact) + length > self.exact.shape[2]:
-            self.exact = with_room(self.exact, max(exact) + length - self.exact.shape[2])
-        place = mx.array([*exact])[:, None] + mx.arange(length)
-        self.exact = mx.put_along_axis(
-            self.exact, place[:, None, :, None], x.astype(self.exact.dtype), axis=2
-        )
-
-    def view_rows(self, sink: int, lengths: Sequence[tuple[int, int]]) -> KVView:
-        """All tokens, as attention reads them; ``lengths`` are packed and all tokens of a row."""
-        packed, tokens = (max(column) for column in zip(*lengths, strict=True))
-        rows = tuple(lengths) if len(set(lengths)) > 1 else None
-        return KVView(*self.handles(), sink, packed, tokens, rows)
-
-    def pack_rows(
-        self, sink: int, count: int, rows: Sequence[int], counts: Sequence[Counts]
-    ) -> None:
-        """Move the ``count`` exact tokens behind the sink of these rows into packed blocks.
-
-        They have equally many tokens in their last block.
-        """
-        x = self._rows(self.exact[:, :, sink : sink + count], rows)
-        filled = counts[0].packed % BLOCK
-        scale = self.channel_scale
-        if self.scales_channels:
-            scale = self._channel_scale(
-                x, rows[0], is_first=counts[0].packed == counts[0].evicted == 0
-            )
-        slots = [self.slot(c.next_block) for c in counts]
-        last = None
-        if filled and self.packed is not None:
-            parts = [
-                [a if a is None else a[i : i + 1, :, s : s + 1] for a in self.packed]
-                for i, s in zip(rows, slots, strict=True)
-            ]
-            last = Packed(
-                *(a[0] if a[0] is None else mx.concatenate(a) for a in zip(*parts, strict=True))
-            )
-        new = encode(self.codec, x, scale, last, filled)
-        self._make_room(new, max(slots) + new.scales.shape[2])
-        # Handles of their own: others may hold those there were.
-        self.exact = self.exact[:]
-        packed = Packed(*(a if a is None else a[:] for a in self.packed or (None,) * 3))
-        self.packed = packed
-        for place, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-            stop = slot + new.scales.shape[2]
-            for buffer, array in zip(packed, new, strict=True):
-                if buffer is not None:
-                    buffer[row : row + 1, :, slot:stop] = array[place : place + 1]
-            # All behind: right padding, if any, moves with the tail.
-            rest = self.exact[row : row + 1, :, sink + count :]
-            self.exact[row : row + 1, :, sink : sink + rest.shape[2]] = rest
-
-    def _channel_scale(self, x: mx.array, row: int, is_first: bool) -> mx.array:
-        """The scale of a row, ``[K, D]``; taken from the first block that it packs."""
-        if self.channel_scale is None:
-            batch, heads, _, head_dim = self.exact.shape
-            self.channel_scale = mx.ones((batch, heads, head_dim), mx.float32)
-        if is_first:
-            self.channel_scale = self.channel_scale[:]  # not what a view holds
-            self.channel_scale[row] = backend().prefill_scale(x[:, :, :BLOCK], self.codec)
-        return self.channel_scale[row]
-
-    def _rows(self, a: mx.array, rows: Sequence[int]) -> mx.array:
-        if len(rows) == a.shape[0]:
-            return a
-        return mx.concatenate([a[i : i + 1] for i in rows])
-
-    def _make_room(self, like: Packed, blocks: int) -> None:
-        """Let the packed buffers have at least so many blocks."""
-        have = 0 if self.packed is None else self.packed.scales.shape[2]
-        if blocks <= have:
-            return
-        room = blocks + self.room(blocks) - have
-        batch = self.exact.shape[0]
-        before: Iterable[mx.array | None] = self.packed or Packed(None, None, None)
-        self.packed = Packed(
-            *(
-                n
-                if n is None
-                else with_room(mx.zeros((batch, n.shape[1], 0, *n.shape[3:]), n.dtype), room)
-                if a is None
-                else with_room(a, room)
-                for a, n in zip(before, like, strict=True)
-            )
-        )
-
-    def shrink(self, exact_tokens: int) -> None:
-        """Give back what a long chunk needed beyond the capacity."""
-        if self.exact.shape[2] > max(self.capacity, exact_tokens):
-            kept = self.exact[:, :, :exact_tokens]
-            self.exact = with_room(kept, self.capacity - exact_tokens)
-
-    def take(self, rows: list[int], blocks: int) -> None:
-        """Keep these rows, and so many blocks of them."""
-        index = mx.array(rows, mx.int32)
-        self.exact = self.exact[index]
-        if self.scales_channels and self.channel_scale is not None:
-            self.channel_scale = self.channel_scale[index]
-        if self.packed is not None:
-            kept = (a if a is None else a[index, :, :blocks] for a in self.packed)
-            self.packed = Packed(*kept) if blocks else None
-
-    def state_rows(self, exact_tokens: int, blocks: int) -> tuple[mx.array | None, ...]:
-        """As :meth:`state`, up to the longest row."""
-        packed = Packed(None, None, None)
-        if self.packed is not None and blocks:
-            packed = Packed(*(a if a is None else a[:, :, :blocks] for a in self.packed))
-        return self.exact[:, :, :exact_tokens], *packed, self.saved_scale
-
-    def single(self, row: int, counts: Counts, config: RotorConfig) -> Store:
-        """A copy of one row."""
-        part = slice(row, row + 1)
-        exact = self.exact[part, :, : counts.exact]
-        place = self.layer, self.codec.role
-        store = Store(config, *place, exact, self.calibrated, self.max_blocks)
-        if counts.packed:
-            blocks = -(-counts.packed // BLOCK)
-            packed = self.packed or Packed(None, None, None)
-            store.packed = Packed(
-                *(a if a is None else with_room(a[part, :, :blocks], 0) for a in packed)
-            )
-            if self.scales_channels and self.channel_scale is not None:
-                store.channel_scale = mx.contiguous(self.channel_scale[row])
-        return store
-
-    @classmethod
-    def join(cls, sources: Iterable[tuple[Store | None, int]]) -> BatchStore | None:
-        """One store with the rows of several; None stands for rows that hold nothing.
-
-        Raises:
-            ValueError: If they differ in KV heads or head_dim.
-        """
-        given = list(sources)
-        filled = [store for store, _ in given if store is not None]
-        if not filled:
-            return None
-        first = filled[0]
-        _, heads, _, head_dim = first.exact.shape
-        for store in filled:
-            if (store.exact.shape[1], store.exact.shape[3]) != (heads, head_dim):
-                raise ValueError(
-                    f"[BatchRotorKVCache] Rows of a batch must have {heads} KV heads and head_dim "
-                    f"{head_dim}, but {store.exact.shape} came; they are of another model."
-                )
-        out = cls.__new__(cls)
-        vars(out).update(vars(first))
-        length = max(store.exact.shape[2] for store in filled)
-        blocks = max(0 if s.packed is None else s.packed.scales.shape[2] for s in filled)
-        pattern = next((s.packed for s in filled if s.packed is not None), None)
-        out.exact = mx.concatenate(
-            [
-                _grown(store and store.exact, (n, heads, length, head_dim), first.exact.dtype)
-                for store, n in given
-            ]
-        )
-        out.packed = None
-        if pattern is not None:
-            out.packed = Packed(
-                *(
-                    p
-                    if p is None
-                    else mx.concatenate(
-                        [
-                            _grown(
-                                store and store.packed and store.packed[place],
-                                (n, heads, blocks, *p.shape[3:]),
-                                p.dtype,
-                            )
-                            for store, n in given
-                        ]
-                    )
-                    for place, p in enumerate(pattern)
-                )
-            )
-        if first.scales_channels and any(store.channel_scale is not None for store in filled):
-            out.channel_scale = mx.concatenate(
-                [_scale_rows(store, n, heads, head_dim) for store, n in given]
-            )
-        return out
+    def _packable(self, rows: Sequence[Row]) -> dict[tuple[int, ...], list[int]]:
+        """Rows that have tokens to pack: their number first, then what must agree in a call."""
+        alike = defaultdict(list)
+        for index, row in enumerate(rows):
+            if count := row.counts.packable(self.config, self._max_blocks):
+                # A channel scale is the row's own, so it is encoded by itself.
+                own = (index,) if self.config.scales_channels else ()
+                alike[count, row.counts.packed % BLOCK, *own].append(index)
+        return alike
 
 
-def _grown(a: Any, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An array filled up with zeros along its third axis; all zeros for none."""
-    if a is None:
-        return mx.zeros(shape, dtype)
-    return with_room(a.astype(dtype), shape[2] - a.shape[2])
-
-
-def _scale_rows(store: Store | None, rows: int, heads: int, head_dim: int) -> mx.array:
-    """The channel scale of each row; 1 where a row has none yet."""
-    shape = (rows, heads, head_dim)
-    if store is None or store.channel_scale is None:
-        return mx.ones(shape, mx.float32)
-    return mx.broadcast_to(store.channel_scale, shape)
+def _longest(rows: Sequence[Row]) -> Counts:
+    """Counts with the most exact and the most packed tokens that a row has."""
+    exact = max((row.counts.exact for row in rows), default=0)
+    packed = max((row.counts.packed for row in rows), default=0)
+    return Counts(exact + packed, packed)
 
 
 def _check_same(caches: Sequence[Any]) -> None:
     """Refuse caches that cannot be rows of one batch."""
     kinds = {(cache.config.to_json(), cache.layer, cache.max_size) for cache in caches}
-    if not all(same_calibrated(caches[0], other) for other in caches):
+    first = caches[0].calibrated
+    if not all(same_calibrated(first, cache.calibrated) for cache in caches):
         raise ValueError(
             "[BatchRotorKVCache] Rows of a batch must share their calibration, but two came; make "
             "their caches anew."
@@ -634,11 +397,3 @@ def _check_same(caches: Sequence[Any]) -> None:
             "[BatchRotorKVCache] Rows of a batch must share configuration, layer and max_kv_size, "
             f"but they have {sorted(map(str, kinds))}; make them alike."
         )
-
-
-def same_calibrated(one: Any, other: Any) -> bool:
-    """Whether two caches have the same channel scales or rotations from a calibration, or none."""
-    a, b = one.calibrated, other.calibrated
-    if a is None or b is None:
-        return a is b
-    return all(x is y or mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))

@@ -9,26 +9,20 @@ packed bytes do not depend on how a prompt was cut into chunks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
-from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, VALUE
+from rotormlx.codec.counts import Counts, max_blocks
+from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
-from rotormlx.mlx.cache.store import (
-    Calibrated,
-    Counts,
-    Store,
-    calibrated_of,
-    check_growth,
-    check_update,
-    damaged,
-    max_blocks,
-)
+from rotormlx.mlx.cache.saved import MLXReader
+from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.storage.cache_fields import SINGLE, SavedCache
 
 # Tokens of a filled cache that are converted at once: bounds the memory a conversion takes.
 CONVERSION_TOKENS = 2048
@@ -50,6 +44,9 @@ class RotorKVCache(_BaseCache):
 
     Source: docs/FORMAT.md, section 8.
     """
+
+    # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
+    merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
 
     def __init__(
         self,
@@ -117,11 +114,7 @@ class RotorKVCache(_BaseCache):
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
         """The attention mask for N new tokens, as mlx-lm's growing cache makes it."""
-        if window_size is None or not self.counts.evicted:
-            return create_attention_mask(N, self.counts.tokens, return_array, window_size)
-        held = mx.concatenate([self._positions(), mx.arange(self.offset, self.offset + N)])
-        new = held[-N:, None]
-        return (held <= new) & (held > new - window_size)
+        return attention_mask(self.counts, self.config, N, window_size, return_array)
 
     def size(self) -> int:
         """The tokens held, S."""
@@ -163,13 +156,6 @@ class RotorKVCache(_BaseCache):
         )
         return self
 
-    @classmethod
-    def merge(cls, caches: Sequence[RotorKVCache]) -> Any:
-        """One :class:`BatchRotorKVCache` with a row for each cache; see there."""
-        from rotormlx.mlx.cache.batch import BatchRotorKVCache  # noqa: PLC0415 - each makes the other
-
-        return BatchRotorKVCache.merge(caches)
-
     @property
     def nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
@@ -179,19 +165,10 @@ class RotorKVCache(_BaseCache):
     def state(self) -> tuple[Any, ...]:
         """Everything, as mlx-lm saves it: numbers, one string, and arrays or None.
 
-        Source: docs/FORMAT.md, section 8.
+        Source: docs/FORMAT.md, section 8; :class:`SavedCache` names the entries.
         """
-        counts = self.counts
-        header = (
-            FORMAT_VERSION,
-            self.config.to_json(),
-            self.layer,
-            counts.tokens,
-            counts.packed,
-        )
-        arrays = (array for store in self._stores for array in store.state(counts))
-        limit = () if self.max_size is None else (self.max_size, counts.evicted)
-        return header + tuple(arrays) + limit
+        stores = tuple(store.saved(self.counts) for store in self._stores)
+        return SavedCache(self.config, self.layer, self.max_size, self.counts, stores).state
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
@@ -200,18 +177,23 @@ class RotorKVCache(_BaseCache):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        self.config, self.layer, self.max_size, self.counts = _read_header(state)
-        self._max_blocks = max_blocks(self.max_size, self.config)
-        self._keys = self._values = self.calibrated = None
-        if len(state) >= _HEADER + 2 * _STORE:
-            known = (self.config, self.layer, self.counts)
-            first, second = _HEADER + _STORE, _HEADER + 2 * _STORE
-            self._keys = Store.from_state(KEY, state[_HEADER:first], *known)
-            self._values = Store.from_state(VALUE, state[first:second], *known)
-            self._keys.max_blocks = self._values.max_blocks = self._max_blocks
-            if self._keys.exact.shape[:2] != self._values.exact.shape[:2]:
-                raise damaged("keys and values that agree in batch and KV heads", "others")
-            self.calibrated = calibrated_of(self._keys, self._values)
+        saved = SavedCache.read(state, MLXReader(SINGLE))
+        blocks = max_blocks(saved.max_size, saved.config)
+        stores = [
+            Store.from_saved(saved.config, saved.layer, role, store, blocks)
+            for role, store in zip(ROLES, saved.stores, strict=False)
+        ]
+        key_store, value_store = stores or (None, None)
+        vars(self).update(
+            config=saved.config,
+            layer=saved.layer,
+            max_size=saved.max_size,
+            counts=saved.counts,
+            calibrated=saved.calibrated,
+            _max_blocks=blocks,
+            _keys=key_store,
+            _values=value_store,
+        )
 
     @property
     def keys(self) -> mx.array | None:
@@ -292,56 +274,18 @@ class RotorKVCache(_BaseCache):
 
     def _pack_tail(self, stores: Sequence[Store], counts: Counts) -> None:
         """Pack what the tail holds beyond the window, a block's worth at a time."""
-        while count := counts.packable(self.config):
-            if self._max_blocks is not None:
-                # Not beyond the end of the ring in one go.
-                slot = counts.next_block % self._max_blocks
-                count = min(count, (self._max_blocks - slot) * BLOCK)
+        while count := counts.packable(self.config, self._max_blocks):
             for store in stores:
                 store.pack(self.config.sink, count, counts)
             counts.add_packed(count, self._max_blocks)
 
-    def _positions(self) -> mx.array:
-        """The position of every token held, in the order in which attention reads them."""
-        counts, slots = self.counts, self.counts.packed // BLOCK
-        slot = mx.arange(slots)
-        # Block n lies at n mod slots; the youngest has the number next_block - 1.
-        number = counts.next_block - 1 - (counts.next_block - 1 - slot) % slots
-        packed = number[:, None] * BLOCK + mx.arange(BLOCK) + self.config.sink
-        tail = mx.arange(counts.offset - (counts.exact - self.config.sink), counts.offset)
-        return mx.concatenate([mx.arange(self.config.sink), packed.reshape(-1), tail])
 
-
-_HEADER = 5  # format version, configuration, layer, tokens, packed tokens
-_STORE = 5  # exact, words, scales, centres, channel scale
-_LIMIT = 2  # max_size and evicted tokens, where there is a limit
-
-
-def _read_header(state: Sequence[Any]) -> tuple[RotorConfig, int, int | None, Counts]:
-    if len(state) not in [n + m for n in (_HEADER, _HEADER + 2 * _STORE) for m in (0, _LIMIT)]:
-        raise damaged(f"{_HEADER} or {_HEADER + 2 * _STORE} entries", len(state))
-    version, config, layer, tokens, packed = state[:_HEADER]
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"[RotorKVCache] This rotormlx reads format version {FORMAT_VERSION}, but the saved "
-            f"cache has version {version}; make it again, or use the rotormlx that wrote it."
-        )
-    if not isinstance(config, str):
-        raise damaged("a configuration in JSON", config)
-    chosen = RotorConfig.from_json(config)
-    limited = len(state) % 5 == _LIMIT
-    max_size, evicted = state[-_LIMIT:] if limited else (None, 0)
-    numbers = (layer, tokens, packed, evicted, *((max_size,) if limited else ()))
-    if any(type(n) is not int or n < 0 for n in numbers):
-        raise damaged("layer, tokens and packed tokens as integers from 0", numbers)
-    blocks = max_blocks(max_size, chosen)
-    sink = chosen.sink if packed else 0
-    full = blocks is not None and packed == blocks * BLOCK
-    if (
-        packed + sink > tokens
-        or (len(state) < 2 * _STORE and tokens)
-        or (blocks is not None and packed > blocks * BLOCK)
-        or (evicted and (not full or evicted % BLOCK))
-    ):
-        raise damaged("counts that add up", numbers)
-    return chosen, layer, max_size, Counts(tokens, packed, evicted)
+def attention_mask(
+    counts: Counts, config: RotorConfig, length: int, window_size: int | None, return_array: bool
+) -> mx.array | str | None:
+    """The attention mask for ``length`` new tokens behind those counted, as mlx-lm makes it."""
+    if window_size is None or not counts.evicted:
+        return create_attention_mask(length, counts.tokens, return_array, window_size)
+    new = mx.arange(counts.offset, counts.offset + length)
+    held = mx.concatenate([mx.array(counts.positions(config)), new])
+    return (held <= new[:, None]) & (held > new[:, None] - window_size)

@@ -1,99 +1,28 @@
 """The buffers of one layer's keys or values, and how many tokens of them count.
 
-Lengths are the cache's to know (:class:`Counts`); every method of a :class:`Store` is told them.
+The cache tracks lengths (:class:`Counts`); the methods of a :class:`Store` receive them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
 
 from rotormlx.codec import limits, rotation
+from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, Packed, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.dtypes import FLOATS
+from rotormlx.storage.cache_fields import SavedStore
 
 # What a calibration gives the keys and the values of a layer.
 Calibrated = tuple[mx.array, mx.array]
-
-
-@dataclass
-class Counts:
-    """How many tokens of a sequence lie where.
-
-    Args:
-        tokens: Tokens that are held: sink, packed and tail.
-        packed: Packed tokens of them; the last block may be partly filled.
-        evicted: Tokens that were packed once and are no longer held; whole blocks.
-    """
-
-    tokens: int = 0
-    packed: int = 0
-    evicted: int = 0
-
-    @property
-    def exact(self) -> int:
-        """Tokens of the sink and the tail."""
-        return self.tokens - self.packed
-
-    @property
-    def offset(self) -> int:
-        """The position of the next token."""
-        return self.tokens + self.evicted
-
-    @property
-    def next_block(self) -> int:
-        """The number, from the start of the sequence, of the block that is filled next."""
-        return (self.packed + self.evicted) // BLOCK
-
-    def packable(self, config: RotorConfig) -> int:
-        """Tail tokens to pack now: the rest of a begun block, or whole blocks."""
-        spare = max(0, self.exact - config.sink - config.window)
-        count = -self.packed % BLOCK or min(spare // BLOCK * BLOCK, limits.MOST_ENCODED)
-        return count if count <= spare else 0
-
-    def add_packed(self, count: int, max_blocks: int | None) -> None:
-        """``count`` tokens of the tail are packed; what has no room is evicted."""
-        self.packed += count
-        if max_blocks is not None and (beyond := self.packed - max_blocks * BLOCK) > 0:
-            self.packed -= beyond
-            self.tokens -= beyond
-            self.evicted += beyond
-
-    def trim(self, n: int, config: RotorConfig) -> int:
-        """Forget the last n tokens; returns how many.
-
-        Once tokens were evicted, only the tail can be forgotten.
-        """
-        tail = max(0, self.exact - config.sink)
-        n = max(0, min(n, tail if self.evicted else self.tokens))
-        self.packed -= min(max(n - tail, 0), self.packed)
-        self.tokens -= n
-        return n
-
-
-def max_blocks(max_size: int | None, config: RotorConfig) -> int | None:
-    """Packed blocks that fit into a cache of ``max_size`` tokens, sink and fullest tail beside.
-
-    Raises:
-        ValueError: If not one fits.
-    """
-    if max_size is None:
-        return None
-    beside = config.sink + config.window + BLOCK - 1
-    if max_size < beside + BLOCK:
-        raise ValueError(
-            f"[RotorKVCache] max_kv_size must be at least {beside + BLOCK} with sink {config.sink} "
-            f"and window {config.window}, but {max_size} was given; raise it, or lower the window."
-        )
-    return (max_size - beside) // BLOCK
 
 
 def check_update(
@@ -129,8 +58,7 @@ def check_growth(
     """
     limits.check_tokens("RotorKVCache", max(counts.offset for counts in rows) + tokens)
     exact = max(counts.exact for counts in rows) + tokens
-    spare = tokens - config.sink - config.window
-    blocks = max((c.packed + max(0, c.exact + spare)) // BLOCK for c in rows)
+    blocks = max(counts.blocks_after(tokens, config) for counts in rows)
     needed = sum(store.new_bytes(exact, blocks) for store in stores)
     limit, used = mx.get_memory_limit(), mx.get_active_memory() if needed else 0
     if used + needed > limit:
@@ -151,7 +79,7 @@ class Store:
         exact: The exact tokens to begin with, ``[B, K, E, D]``.
         calibrated: Of a calibrated configuration, else None: the channel scale, float32
             ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
-        max_blocks: The most packed blocks; block n then lies at n mod ``max_blocks``.
+        max_blocks: The most packed blocks; see :class:`Counts`.
 
     Raises:
         ValueError: If what is calibrated is missing or does not fit.
@@ -232,37 +160,33 @@ class Store:
     def pack(self, sink: int, count: int, counts: Counts) -> None:
         """Move the ``count`` exact tokens behind the sink into packed blocks."""
         x = self.exact[:, :, sink : sink + count]
-        block = self.slot(counts.next_block)
-        filled = counts.packed % BLOCK
+        slot, filled = counts.next_slot(self.max_blocks), counts.packed % BLOCK
         if self.scales_channels and counts.packed == 0 and not counts.evicted:
             self.channel_scale = backend().prefill_scale(x[:, :, :BLOCK], self.codec)
-        last = sliced(self.packed, block, block + 1) if filled and self.packed else None
-        self._write(encode(self.codec, x, self.channel_scale, last, filled), block)
+        last = sliced(self.packed, slot, slot + 1) if filled and self.packed else None
+        self._write(encode(self.codec, x, self.channel_scale, last, filled), slot)
 
         rest = self.exact[:, :, sink + count : counts.exact]
         kept = mx.concatenate([self.exact[:, :, :sink], rest], axis=2)
         self.exact = with_room(kept, self.capacity - kept.shape[2])
-
-    def slot(self, block: int) -> int:
-        """Where the block of this number lies."""
-        return block if self.max_blocks is None else block % self.max_blocks
 
     def room(self, blocks: int) -> int:
         """Blocks to allocate beyond ``blocks``, so that a long cache is seldom copied."""
         room = max(4, blocks // 32)
         return room if self.max_blocks is None else min(room, self.max_blocks - blocks)
 
-    def _write(self, new: Packed, block: int) -> None:
-        """Put blocks at position ``block``."""
-        stop = block + new.scales.shape[2]
+    def _write(self, new: Packed, slot: int) -> None:
+        """Put blocks at ``slot`` and behind it."""
+        stop = slot + new.scales.shape[2]
         if self.packed is not None and stop <= self.packed.scales.shape[2]:
-            pairs = zip(self.packed, new, strict=True)
-            place = slice(block, stop)
-            self.packed = Packed(*(a if a is None else written(a, place, b) for a, b in pairs))
+            place = slice(slot, stop)
+            self.packed = by_part(lambda a, b: written(a, place, b), self.packed, new)
             return
-        before = (None,) * 3 if self.packed is None else sliced(self.packed, 0, block)
+        if self.packed is not None:
+            before = sliced(self.packed, 0, slot)
+            new = by_part(lambda a, b: mx.concatenate([a, b], axis=2), before, new)
         room = self.room(stop)
-        self.packed = Packed(*(_joined(a, b, room) for a, b in zip(before, new, strict=True)))
+        self.packed = by_part(lambda a: with_room(a, room), new)
 
     def forget_packed(self) -> None:
         """Drop the packed blocks and what was derived from the first of them."""
@@ -270,48 +194,26 @@ class Store:
         if self.scales_channels:
             self.channel_scale = None
 
-    def state(self, counts: Counts) -> tuple[mx.array | None, ...]:
-        """The arrays that count: exact, words, scales, centres, channel scale or rotations."""
-        blocks = -(-counts.packed // BLOCK)
-        packed = Packed(None, None, None) if self.packed is None else sliced(self.packed, 0, blocks)
-        return self.exact[:, :, : counts.exact], *packed, self.saved_scale
-
-    @property
-    def saved_scale(self) -> mx.array | None:
-        """What a saved cache has in the place of the channel scale."""
-        return self.channel_scale if self.calibrated is None else self.calibrated
+    def saved(self, counts: Counts) -> SavedStore:
+        """The arrays that count."""
+        packed, scale = Packed(None, None, None), None
+        if self.packed is not None and counts.blocks:
+            packed, scale = sliced(self.packed, 0, counts.blocks), self.channel_scale
+        if self.calibrated is not None:
+            scale = self.calibrated
+        return SavedStore(self.exact[:, :, : counts.exact], *packed, scale)
 
     @classmethod
-    def from_state(
-        cls, role: str, arrays: Sequence[Any], config: RotorConfig, layer: int, counts: Counts
-    ) -> Store:
-        """The store whose :meth:`state` was saved.
-
-        Raises:
-            ValueError: If a shape or dtype is not what the counts ask for.
-        """
-        exact, words, scales, centres, channel_scale = arrays
-        if not isinstance(exact, mx.array) or exact.ndim != 4 or exact.dtype not in FLOATS:
-            raise damaged(f"exact {role}s as a floating array of 4 dimensions", exact)
-        batch, heads, _, head_dim = exact.shape
-        blocks = -(-counts.packed // BLOCK)
-        scale_shape: tuple[int, ...] | None = None
-        if config.is_calibrated:
-            scale_shape = config.calibrated_shape(heads, head_dim)
-        elif config.scales_channels and blocks:
-            scale_shape = heads, head_dim
-        _require(f"{role} channel scale", channel_scale, scale_shape, mx.float32)
-        _require(f"exact {role}s", exact, (batch, heads, counts.exact, head_dim), exact.dtype)
-        store = cls(config, layer, role, exact, channel_scale if config.is_calibrated else None)
-        front = (batch, heads, blocks)
-        is_key = role == KEY and blocks > 0
-        words_shape = (*front, *store.codec.words_shape)
-        _require(f"{role} words", words, words_shape if blocks else None, mx.uint32)
-        _require(f"{role} scales", scales, (*front, BLOCK) if blocks else None, mx.float16)
-        _require(f"{role} centres", centres, (*front, head_dim) if is_key else None, mx.float16)
-        store.packed = Packed(words, scales, centres) if blocks else None
+    def from_saved(
+        cls, config: RotorConfig, layer: int, role: str, saved: SavedStore, max_blocks: int | None
+    ) -> Self:
+        """The store that :meth:`saved` gave the arrays of, which were checked."""
+        calibrated = saved.channel_scale if config.is_calibrated else None
+        store = cls(config, layer, role, saved.exact, calibrated, max_blocks)
+        if saved.words is not None:
+            store.packed = Packed(saved.words, saved.scales, saved.centres)
         if not config.is_calibrated:
-            store.channel_scale = channel_scale
+            store.channel_scale = saved.channel_scale
         return store
 
     @property
@@ -327,11 +229,11 @@ class Store:
         return sum(a.nbytes for a in self.arrays)
 
 
-def calibrated_of(keys: Store, values: Store) -> Calibrated | None:
-    """What the stores of a calibrated cache were made with."""
-    if keys.calibrated is None or values.calibrated is None:
-        return None
-    return keys.calibrated, values.calibrated
+def same_calibrated(a: Calibrated | None, b: Calibrated | None) -> bool:
+    """Whether two caches have the same channel scales or rotations from a calibration, or none."""
+    if a is None or b is None:
+        return a is b
+    return all(x is y or mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))
 
 
 def _codec(
@@ -370,9 +272,15 @@ def encode(
 # ---- buffers ------------------------------------------------------------------------------------
 
 
-def sliced(packed: Packed, start: int, stop: int | None) -> Packed:
+def by_part(change: Callable[..., mx.array], *packed: Packed) -> Packed:
+    """What ``change`` gives for the words, the scales and, where there are some, the centres."""
+    parts = zip(*packed, strict=True)
+    return Packed(*(None if part[0] is None else change(*part) for part in parts))
+
+
+def sliced(packed: Packed, start: int, stop: int) -> Packed:
     """Blocks ``start`` to ``stop``."""
-    return Packed(*(a if a is None else a[:, :, start:stop] for a in packed))
+    return by_part(lambda a: a[:, :, start:stop], packed)
 
 
 def written(buffer: mx.array, place: slice, new: mx.array) -> mx.array:
@@ -386,27 +294,3 @@ def with_room(a: mx.array, room: int) -> mx.array:
     """A copy with zeros behind the third axis; no larger buffer stays alive through it."""
     shape = (*a.shape[:2], max(0, room), *a.shape[3:])
     return mx.concatenate([a, mx.zeros(shape, a.dtype)], axis=2)
-
-
-def _joined(before: mx.array | None, new: mx.array | None, room: int) -> mx.array | None:
-    if new is None:
-        return None
-    return with_room(new if before is None else mx.concatenate([before, new], axis=2), room)
-
-
-# ---- what was saved -----------------------------------------------------------------------------
-
-
-def _require(name: str, array: Any, shape: tuple[int, ...] | None, dtype: mx.Dtype) -> None:
-    have = (array.shape, array.dtype) if isinstance(array, mx.array) else array
-    want = None if shape is None else (shape, dtype)
-    if have != want:
-        raise damaged(f"{name} of shape and dtype {want}", have)
-
-
-def damaged(required: str, came: object) -> ValueError:
-    """What to raise for a state that no cache has written."""
-    return ValueError(
-        f"[RotorKVCache] A saved cache must hold {required}, but it holds {came!r}; "
-        "the file is damaged: make it again."
-    )

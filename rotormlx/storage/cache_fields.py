@@ -1,0 +1,291 @@
+"""What a saved compressed cache holds: the place, dtype and shape of every entry of its state.
+
+A state is a flat list, as mlx-lm saves it. This module gives its entries names, and says which
+arrays follow from the numbers; whoever reads or writes a state, of MLX, of torch or a file's
+header, does so with these tables.
+
+Source: docs/FORMAT.md, section 8.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from rotormlx.codec.counts import Counts, are_possible, least_size, max_blocks
+from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, words_shape
+from rotormlx.config import RotorConfig
+
+# The classes of a file that this module describes.
+SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
+# What exact tokens may be, as files name dtypes.
+FLOATS = ("F16", "BF16", "F32")
+
+
+class Field(NamedTuple):
+    """What an array is: its dtype, as files name it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SavedStore(NamedTuple):
+    """The arrays of a cache's keys or of its values, or the :class:`Field` of each; else None.
+
+    exact: Sink, then tail: float16, bfloat16 or float32 ``[B, K, E, D]``.
+    words: uint32 ``[B, K, N, rows, lanes]``.
+    scales: float16 ``[B, K, N, 64]``.
+    centres: float16 ``[B, K, N, D]``, of keys.
+    channel_scale: float32 ``[K, D]``, or ``[B, K, D]`` in a batch. Of a calibrated cache what its
+        calibration gives: ``[K, D]``, or ``[K, D, D]`` for rotations.
+    """
+
+    exact: Any
+    words: Any
+    scales: Any
+    centres: Any
+    channel_scale: Any
+
+
+_HEADER = 5  # entries before the arrays, in either class
+_STORE = len(SavedStore._fields)
+_LIMIT = 2  # entries behind the arrays, where a single cache has a limit
+
+
+class SavedCache(NamedTuple):
+    """The state of a ``RotorKVCache``.
+
+    Its entries are: format version, configuration, layer, tokens, packed tokens; the arrays of keys
+    and values, if it ever held any; limit and evicted tokens, if it has a limit.
+    """
+
+    config: RotorConfig
+    layer: int
+    max_size: int | None
+    counts: Counts
+    stores: tuple[SavedStore, ...]
+
+    @property
+    def calibrated(self) -> tuple[Any, Any] | None:
+        """What a calibration gave keys and values, if it did and the cache held any."""
+        return _calibrated(self.config, self.stores)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """The entries in their order."""
+        counts = self.counts
+        header = (FORMAT_VERSION, self.config.to_json(), self.layer, counts.tokens, counts.packed)
+        limit = () if self.max_size is None else (self.max_size, counts.evicted)
+        return (*header, *chain(*self.stores), *limit)
+
+    @classmethod
+    def named(cls, state: Sequence[Any], config: RotorConfig) -> Self:
+        """The entries by name; their number and the configuration were checked before."""
+        layer, tokens, packed = state[2:_HEADER]
+        max_size, evicted = state[-_LIMIT:] if len(state) % _STORE == _LIMIT else (None, 0)
+        return cls(config, layer, max_size, Counts(tokens, packed, evicted), _stores(state))
+
+    @classmethod
+    def read(cls, state: Sequence[Any], reader: StateReader) -> Self:
+        """The entries by name, after a check of each.
+
+        Raises:
+            ValueError: If the state is not that of such a cache, or of another format version.
+        """
+        limited = len(state) % _STORE == _LIMIT
+        reader.entries(len(state) - _LIMIT * limited, _HEADER, _HEADER + 2 * _STORE)
+        saved = cls.named(state, _config(state, reader))
+        counts, limit = saved.counts, () if saved.max_size is None else (saved.max_size,)
+        reader.integers(saved.layer, counts.tokens, counts.packed, counts.evicted, *limit)
+        table = np.array([[counts.tokens, counts.packed, counts.evicted]])
+        _check_counts(saved, table, reader)
+        if saved.stores:
+            _check_stores(saved, counts, reader, rows=None)
+        return saved
+
+
+class SavedBatch(NamedTuple):
+    """The state of a ``BatchRotorKVCache``.
+
+    Its entries are: format version, configuration, layer, limit or None, the table of counts (int32
+    ``[B, 3]``: tokens, packed and evicted tokens of each row); the arrays of keys and values, if it
+    ever held any, as long as the longest row needs.
+    """
+
+    config: RotorConfig
+    layer: int
+    max_size: int | None
+    table: Any
+    stores: tuple[SavedStore, ...]
+
+    @property
+    def calibrated(self) -> tuple[Any, Any] | None:
+        """What a calibration gave keys and values, if it did and the cache held any."""
+        return _calibrated(self.config, self.stores)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """The entries in their order."""
+        header = (FORMAT_VERSION, self.config.to_json(), self.layer, self.max_size, self.table)
+        return (*header, *chain(*self.stores))
+
+    @classmethod
+    def read(cls, state: Sequence[Any], reader: StateReader) -> Self:
+        """The entries by name, after a check of each.
+
+        Raises:
+            ValueError: If the state is not that of such a cache, or of another format version.
+        """
+        reader.entries(len(state), _HEADER, _HEADER + 2 * _STORE)
+        config = _config(state, reader)
+        layer, max_size, table = state[2:_HEADER]
+        saved = cls(config, layer, max_size, table, _stores(state))
+        reader.integers(layer, *(() if max_size is None else (max_size,)))
+        field = reader.field(table)
+        has_counts = isinstance(field, Field) and field.dtype == "I32" and len(field.shape) == 2
+        reader.require(has_counts and field.shape[1] == 3, "three counts per row", field)
+        counts = reader.numbers(table).astype(np.int64)
+        _check_counts(saved, counts, reader)
+        if saved.stores:
+            exact = int((counts[:, 0] - counts[:, 1]).max(initial=0))
+            packed = int(counts[:, 1].max(initial=0))
+            _check_stores(saved, Counts(exact + packed, packed), reader, rows=len(counts))
+        return saved
+
+
+class StateReader(ABC):
+    """Who reads a state: how arrays look to it, and how it refuses what does not fit."""
+
+    @abstractmethod
+    def field(self, entry: Any) -> Any:
+        """The :class:`Field` of an array; what is no array comes back as it is."""
+
+    @abstractmethod
+    def numbers(self, entry: Any) -> npt.NDArray[Any]:
+        """The content of an array of integers."""
+
+    @abstractmethod
+    def refuse(self, required: str, came: object) -> ValueError:
+        """What to raise where a state does not hold what is required."""
+
+    @abstractmethod
+    def refuse_version(self, version: object) -> ValueError:
+        """What to raise for another format version."""
+
+    def config(self, text: str) -> RotorConfig:
+        """The configuration of this text."""
+        return RotorConfig.from_json(text)
+
+    def require(self, holds: bool, required: str, came: object) -> None:
+        """Refuse the state unless something holds."""
+        if not holds:
+            raise self.refuse(required, came)
+
+    def entries(self, count: int, *allowed: int) -> None:
+        """Require one of these numbers of entries."""
+        self.require(count in allowed, f"{' or '.join(map(str, allowed))} entries", count)
+
+    def integers(self, *values: Any) -> None:
+        """Require integers from 0."""
+        are_right = all(type(n) is int and 0 <= n < 2**31 for n in values)
+        self.require(are_right, "integers from 0", values)
+
+    def floating(self, what: str, entry: Any) -> Field:
+        """Require a floating array of 4 dimensions."""
+        field = self.field(entry)
+        is_array = isinstance(field, Field) and len(field.shape) == 4 and field.dtype in FLOATS
+        self.require(is_array, f"{what} as a floating array of 4 dimensions", field)
+        return field
+
+    def array(self, what: str, entry: Any, wanted: Field | None) -> None:
+        """Require an array like this, or None."""
+        came = self.field(entry)
+        shown = None if wanted is None else tuple(wanted)
+        self.require(came == wanted, f"{what} of dtype and shape {shown}", came)
+
+
+def _stores(state: Sequence[Any]) -> tuple[SavedStore, ...]:
+    """The arrays of keys and values, or nothing for a cache that never held any."""
+    arrays = state[_HEADER : _HEADER + 2 * _STORE]
+    if len(arrays) < 2 * _STORE:
+        return ()
+    return SavedStore(*arrays[:_STORE]), SavedStore(*arrays[_STORE:])
+
+
+def _calibrated(config: RotorConfig, stores: Sequence[SavedStore]) -> tuple[Any, Any] | None:
+    """What a calibration gave keys and values; None without one, or without arrays."""
+    if not config.is_calibrated or not stores:
+        return None
+    return stores[0].channel_scale, stores[1].channel_scale
+
+
+def kv_dims(stores: Sequence[SavedStore]) -> tuple[int, int, int] | None:
+    """KV heads, key dimension and value dimension, where a cache holds keys and values."""
+    if not stores:
+        return None
+    _, heads, _, key_dim = stores[0].exact.shape
+    return heads, key_dim, stores[1].exact.shape[3]
+
+
+def _config(state: Sequence[Any], reader: StateReader) -> RotorConfig:
+    version, text = state[:2]
+    if version != FORMAT_VERSION or type(version) is not int:
+        raise reader.refuse_version(version)
+    reader.require(type(text) is str, "a configuration in JSON", text)
+    return reader.config(text)
+
+
+def _check_counts(
+    saved: SavedCache | SavedBatch, table: npt.NDArray[Any], reader: StateReader
+) -> None:
+    """Require counts that a sequence can have, and none without arrays."""
+    config, limit = saved.config, saved.max_size
+    fits = limit is None or limit >= least_size(config)
+    reader.require(fits, "a limit with room for a block", limit)
+    right = are_possible(table, config, max_blocks(limit, config))
+    if not saved.stores:
+        right &= table[:, 0] == 0
+    reader.require(bool(right.all()), "counts that add up", table[~right][:3].tolist())
+
+
+def _check_stores(
+    saved: SavedCache | SavedBatch, longest: Counts, reader: StateReader, rows: int | None
+) -> None:
+    """Require the arrays that follow from the longest row; ``rows`` is B where it is known."""
+    fronts = set()
+    for role, store in zip(ROLES, saved.stores, strict=True):
+        exact = reader.floating(f"exact {role}s", store.exact)
+        wanted = _fields(saved.config, role, exact, longest, rows)
+        for name, array, field in zip(SavedStore._fields, store, wanted, strict=True):
+            what = f"exact {role}s" if name == "exact" else f"{role} {name.replace('_', ' ')}"
+            reader.array(what, array, field)
+        fronts.add(exact.shape[:2])
+    reader.require(len(fronts) == 1, "keys and values that agree in batch and KV heads", fronts)
+
+
+def _fields(
+    config: RotorConfig, role: str, exact: Field, longest: Counts, rows: int | None
+) -> SavedStore:
+    """What each array of a role must be: dtype, batch, KV heads and head_dim are those of exact."""
+    batch, heads, _, head_dim = exact.shape
+    if rows is not None:
+        batch = rows
+    words = scales = centres = channel_scale = None
+    if blocks := longest.blocks:
+        front = (batch, heads, blocks)
+        bits = config.key_bits if role == KEY else config.value_bits
+        words = Field("U32", (*front, *words_shape(role, bits, head_dim)))
+        scales = Field("F16", (*front, BLOCK))
+        centres = Field("F16", (*front, head_dim)) if role == KEY else None
+    if config.is_calibrated:
+        channel_scale = Field("F32", config.calibrated_shape(heads, head_dim))
+    elif config.scales_channels and blocks:
+        by_row = () if rows is None else (rows,)
+        channel_scale = Field("F32", (*by_row, heads, head_dim))
+    held = Field(exact.dtype, (batch, heads, longest.exact, head_dim))
+    return SavedStore(held, words, scales, centres, channel_scale)
