@@ -46,7 +46,7 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _NUMPY.items()}
 # Bytes of an element.
-ITEM_BYTES = {"BF16": 2, **{name: dtype.itemsize for name, dtype in _NUMPY.items()}}
+ITEM_BYTES = {**{name: dtype.itemsize for name, dtype in _NUMPY.items()}, "BF16": 2}
 
 # JSON may take 20 times its size in memory, so the header is bounded: a cache of 100 layers has
 # about 200 KB of it.
