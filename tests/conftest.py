@@ -80,6 +80,7 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str], No
     return lambda text: record_property("figure", text)
 
 
+_NOT_QUICK = ("mutation", "slow", "gpu", "real_model")
 # They take minutes: started first, the processes end at about the same time.
 _LONG_FILES = (
     *("test_attend", "test_encode_decode", "test_cuda_mutations", "test_metal_mutations"),
@@ -87,8 +88,16 @@ _LONG_FILES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the long files first."""
+    """Mark what follows from a test's folder and fixtures, and start the long files first."""
+    for item in items:
+        if "gpu" in item.path.parts:
+            item.add_marker(pytest.mark.gpu)
+        if "smollm2_path" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real_model)
+        if not any(item.get_closest_marker(name) for name in _NOT_QUICK):
+            item.add_marker(pytest.mark.quick)
     items.sort(key=lambda item: item.path.stem not in _LONG_FILES)
 
 

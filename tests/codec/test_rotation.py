@@ -168,6 +168,7 @@ def test_distortion_of_unit_vectors_is_the_theory(name, bits):
     assert distortion(x, name, bits) == pytest.approx(sphere_distortion(d, bits), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_cascade_handles_outlier_channels_like_dense(head_dim):
     """Four channels ten times as large: at most 10 % more error than the dense rotation."""

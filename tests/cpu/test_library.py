@@ -558,6 +558,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 SMALL = ("-O1", "-DLANES=16", "-DMAX_ROWS=2")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_sanitizers_find_nothing(calls, tmp_path, sanitizers):
@@ -565,6 +566,7 @@ def test_sanitizers_find_nothing(calls, tmp_path, sanitizers):
     drive(calls, tmp_path, flags=flags)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_single_lanes_give_the_same(calls, tmp_path):
     """The same text without any vectors, and with every warning."""

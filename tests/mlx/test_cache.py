@@ -313,6 +313,7 @@ def test_memory_grows_to_20000_tokens_exactly_as_the_format_says():
     assert before < 0.26 * 20000 * 2 * heads * head_dim * 2
 
 
+@pytest.mark.slow
 def test_conversion_takes_source_result_and_one_layer():
     """Converting layer by layer, sources dropped as they go, never holds more than that."""
     layers = [KVCache() for _ in range(4)]

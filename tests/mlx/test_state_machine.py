@@ -20,6 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -308,6 +309,7 @@ class Caches(RuleBasedStateMachine):
             assert store.nbytes == store.exact.nbytes + bytes_of_blocks + own_scale, ROLES[place]
 
 
+@pytest.mark.slow
 def test_any_sequence_of_operations_leaves_what_the_model_foresees(figure):
     Caches.steps = Caches.states = 0
     run_state_machine_as_test(Caches, settings=examples(200, stateful_step_count=60))

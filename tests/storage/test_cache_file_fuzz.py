@@ -66,6 +66,7 @@ def test_the_corpus_has_all_kinds():
     assert {path.stem.partition("-")[0] for path in CORPUS} == {"valid", "of", "batch", "damaged"}
 
 
+@pytest.mark.slow
 def test_atheris_finds_nothing(tmp_path, figure):
     """Guided by coverage, for a minute; it begins with the kept corpus."""
     pytest.importorskip("atheris", reason="atheris is not installed: it has wheels for Linux only")

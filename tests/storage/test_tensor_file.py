@@ -519,6 +519,7 @@ print(peak_bytes() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["whole", "damaged"])
 def test_reading_takes_the_memory_of_the_file_and_of_one_array(tmp_path, is_damaged):
     path = tmp_path / "a.safetensors"

@@ -111,6 +111,7 @@ def test_the_build_asks_torch_for_exactly_this(monkeypatch, tmp_path):
     assert (Path(asked["extra_include_paths"][0]) / "value_rotation.h").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "output"), [("launch_codec.cu", "-c"), ("launch_attend.cu", "-ptx")]
 )
@@ -178,6 +179,7 @@ def test_what_is_missing_is_said(cuda_machine, change, message):
         build.build(CHOSEN)
 
 
+@pytest.mark.slow
 def test_the_build_command_says_what_is_missing():
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")
@@ -310,6 +312,7 @@ def numbers_at(pointer, shape):
     return np.array(array, np.float32).reshape(shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["key", "value"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_encode_fills_its_structure(kernels, role, dtype):

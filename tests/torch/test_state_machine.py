@@ -347,6 +347,7 @@ class Layers(RuleBasedStateMachine):
         assert layer.nbytes == total
 
 
+@pytest.mark.slow
 def test_any_sequence_of_operations_leaves_what_the_model_foresees(figure):
     Layers.steps = Layers.states = 0
     run_state_machine_as_test(Layers, settings=examples(100, stateful_step_count=50))
