@@ -6,7 +6,7 @@ are ``RotorKVCache`` there; sliding windows are ``RotatingKVCache``, whose token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,22 +83,9 @@ def load_prompt_cache(
     Source: docs/FORMAT.md, section 8.
     """
     with cache_file.opened(path) as saved:
-        cache = RotorCache(
-            config, _config_of(path, [shape for _, shape in saved.shapes], rotor_config)
-        )
-        if len(cache.layers) != len(saved.classes):
-            raise ValueError(
-                f"[prompt cache] The model has {len(cache.layers)} layers, but the cache in {path} "
-                f"{len(saved.classes)}; use it with the model that it was made with."
-            )
-        names: dict[type, str] = {RotorLayer: SINGLE, DynamicSlidingWindowLayer: _SLIDING}
-        for index, (layer, name) in enumerate(zip(cache.layers, saved.classes, strict=True)):
-            if names.get(type(layer)) != name:
-                raise ValueError(
-                    f"[prompt cache] Layer {index} of the model has a {type(layer).__name__}, but "
-                    f"the cache in {path} has a {name} there; use it with the model that it was "
-                    "made with."
-                )
+        shapes = [shape for _, shape in saved.shapes]
+        cache = RotorCache(config, _config_of(path, shapes, rotor_config))
+        _check_classes(path, saved.classes, cache)
         for index, shape in saved.shapes:
             _check_shape(index, shape, cache, config)
         states = saved.read(_array)
@@ -161,6 +148,23 @@ def _config_of(path: str | Path, shapes: list[Shape], wanted: RotorConfig | None
             f"made with {saved.to_json()}; leave rotor_config out, or make it again."
         )
     return saved
+
+
+def _check_classes(path: str | Path, classes: Sequence[str], cache: RotorCache) -> None:
+    """Refuse a file whose layers are of other kinds than the model's."""
+    if len(cache.layers) != len(classes):
+        raise ValueError(
+            f"[prompt cache] The model has {len(cache.layers)} layers, but the cache in {path} "
+            f"{len(classes)}; use it with the model that it was made with."
+        )
+    names: dict[type, str] = {RotorLayer: SINGLE, DynamicSlidingWindowLayer: _SLIDING}
+    for index, (layer, name) in enumerate(zip(cache.layers, classes, strict=True)):
+        if names.get(type(layer)) != name:
+            raise ValueError(
+                f"[prompt cache] Layer {index} of the model has a {type(layer).__name__}, but "
+                f"the cache in {path} has a {name} there; use it with the model that it was "
+                "made with."
+            )
 
 
 def _check_shape(index: int, shape: Shape, cache: RotorCache, config: PreTrainedConfig) -> None:

@@ -2,6 +2,9 @@
 
 import copy
 import importlib
+import pickle
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx_lm
@@ -18,6 +21,7 @@ from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.storage import cache_file
 from tests.support import models as tiny
 
 K, H, D, DV = 2, 6, 64, 80
@@ -547,3 +551,63 @@ def test_hybrid_models_batch(model_type):
 
 def test_plain_caches_are_left_to_mlx_lm():
     assert type(KVCache.merge([KVCache()])) is BatchKVCache
+
+
+# ---- what is made of what ------------------------------------------------------------------------
+
+# A program of its own, so that nothing else was imported; it ends with a list of single caches.
+MERGED = {
+    "only-single": "from rotormlx.mlx.cache.single import RotorKVCache as C; caches = [C(), C()]",
+    "public": "import rotormlx; caches = [rotormlx.RotorKVCache()] * 2",
+    "copied": "import copy, rotormlx; caches = copy.deepcopy([rotormlx.RotorKVCache()] * 2)",
+    "unpickled": "import pickle; caches = pickle.loads(bytes.fromhex({pickled!r}))",
+    "subclass": "from rotormlx import RotorKVCache as R; caches = [type('C', (R,), {{}})()] * 2",
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_single_caches_can_be_merged_however_they_came(name):
+    made = MERGED[name].format(pickled=pickle.dumps([RotorKVCache(), RotorKVCache()]).hex())
+    code = f"{made}\nbatch = type(caches[0]).merge(caches)\n"
+    code += "print(type(batch).__name__, len(batch.rows), type(batch.extract(1)).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["BatchRotorKVCache", "2", "RotorKVCache"], done.stderr
+
+
+def test_a_batch_that_was_cut_to_its_tails_is_saved_and_goes_on(config, tmp_path):
+    """Nothing packed is left, so a channel scale of its first block is not saved either."""
+    batch = BatchRotorKVCache.merge([single(config, *tokens(1, n, n)) for n in (300, 250)])
+    batch.trim(297)
+    assert [(row.counts.tokens, row.counts.packed) for row in batch.rows] == [(3, 0), (0, 0)]
+    path = str(tmp_path / "batch.safetensors")
+    save_prompt_cache(path, [batch])
+    with cache_file.opened(path) as saved:
+        assert [shape.dims for _, shape in saved.shapes] == [(K, D, DV)]
+    loaded = BatchRotorKVCache.from_state(batch.state)
+    for cache in (batch, loaded):
+        cache.update_and_fetch(*tokens(2, 300, 9))
+    assert_same(batch.extract(1), loaded.extract(1))
+
+
+BATCH_FAULTS = {
+    "version": (0, 2, "reads format version 1, but the saved cache has version 2"),
+    "limit": (3, 1, "a limit with room for a block"),
+    "counts": (4, mx.array([[300, 192, 64], [250, 128, 0]]), "counts that add up"),
+    "counts-shape": (4, mx.zeros((2, 2), mx.int32), "three counts per row"),
+    "rows": (4, mx.array([[300, 192, 0]]), "exact keys of dtype and shape"),
+    "words": (6, None, "key words of dtype and shape"),
+    "values": (10, mx.zeros((1, K, 122, DV)), "exact values of dtype and shape"),
+}
+
+
+@pytest.mark.parametrize("fault", BATCH_FAULTS)
+def test_damaged_state_of_a_batch_is_refused(fault):
+    entry, value, message = BATCH_FAULTS[fault]
+    batch = BatchRotorKVCache.merge([single(RotorConfig(), *tokens(1, n)) for n in (300, 250)])
+    state = list(batch.state)
+    BatchRotorKVCache.from_state(state)
+    state[entry] = value
+    with pytest.raises(ValueError, match=rf"^\[BatchRotorKVCache\] .*{message}"):
+        BatchRotorKVCache.from_state(state)
+    with pytest.raises(ValueError, match="must hold 5 or 15 entries, but it holds 14"):
+        BatchRotorKVCache.from_state(state[:-1])
