@@ -45,7 +45,8 @@ timeout 300 $pytest -n 3 --dist loadgroup tests/gpu/test_cuda_device.py 2>&1 | t
 
 step "Tests on the GPU, MLX"
 if $python -c 'import sys, mlx.core as mx; sys.exit(not mx.cuda.is_available())'; then
-  timeout 180 $pytest -n 4 tests/gpu/test_mlx_cuda.py 2>&1 | tee "$out/mlx-tests.txt" || failed=1
+  timeout 180 $pytest -n 4 -k mlx_cuda -p tests.support.runners \
+    tests/gpu/test_mlx_cuda.py tests/gpu/test_encode_decode.py tests/gpu/test_attend.py 2>&1 | tee "$out/mlx-tests.txt" || failed=1
 else
   echo "This MLX is built without CUDA: skipped. pip install 'mlx[cuda13]' brings one."
 fi

@@ -13,6 +13,12 @@ import pytest
 from rotormlx.cli.demo_model import fetch
 from rotormlx.mlx import calibration, hook
 from rotormlx.mlx.backends import available, choose
+from tests.support import progress
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A first run compiles kernels for minutes, and says so."""
+    progress.show(config)
 
 
 @pytest.fixture(scope="session")

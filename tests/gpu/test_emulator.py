@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,11 +19,13 @@ from tests.emulator import (
     EmulatedKernel,
     KernelError,
     Kind,
+    compiling_ahead,
     execution_order,
     lint,
     metal_kernel,
     run_text,
 )
+from tests.support import progress
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 needs_clang = pytest.mark.skipif(
@@ -749,6 +752,56 @@ def test_portable_fibers_give_the_same() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "runtime-" in run.stdout
+
+
+def test_kernels_compiled_ahead_are_those_compiled_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three texts that begin alike, in one object: outputs are right, and errors name the line."""
+    monkeypatch.setenv("ROTORMLX_EMULATOR_CACHE", str(tmp_path))
+    right, half = row_sum(), row_sum(mx.float16)
+    # Not as in any other test: what this process has compiled, it does not compile again.
+    header = right.header.replace("weights", "weights_ahead")
+    sources = [d.source.replace("weights", "weights_ahead") for d in (right, half)]
+    sources.append(sources[0].replace("y0[row] =", "y0[row + 1] ="))
+    calls = [
+        (demo.kernel(source, header), demo.call())
+        for demo, source in zip((right, half, right), sources, strict=True)
+    ]
+    with compiling_ahead():
+        for kernel, call in calls:
+            assert not any(np.array(y).any() for y in kernel(**call))
+            assert kernel.report is None
+    assert len(list(tmp_path.glob("kernels-*.so"))) == 1
+    # Names of the three, and nothing compiled by itself.
+    modules = list(tmp_path.glob("kernel-*.so"))
+    assert len(modules) == 3
+    for demo, (kernel, call) in zip((right, half), calls[:2], strict=True):
+        (y,) = kernel(**call)
+        assert np.abs(as_float(y) - demo.expected[0]).max() <= demo.tolerance
+    with pytest.raises(KernelError) as caught:
+        calls[2][0](**calls[2][1])
+    line = right.text(sources[2], header).splitlines()[(caught.value.line or 0) - 1]
+    assert "y0[row + 1] = T(sum);" in line
+    assert set(tmp_path.glob("kernel-*.so")) == set(modules)
+
+
+def test_a_run_says_how_many_kernels_it_has_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One line when the interval is over, and none when nothing is new."""
+    monkeypatch.setenv("ROTORMLX_EMULATOR_CACHE", str(tmp_path))
+    lines: list[str] = []
+    reporter = SimpleNamespace(ensure_newline=lambda: None, write_line=lines.append)
+    plugins = SimpleNamespace(hasplugin=lambda name: False, getplugin=lambda name: reporter)
+    shown = progress.Progress(SimpleNamespace(pluginmanager=plugins), interval=0)  # type: ignore[arg-type]
+    shown.pytest_runtest_logstart()
+    for name in ("kernel-a.so", "kernel-b.so", "kernels-c.so"):
+        (tmp_path / name).touch()
+    shown.pytest_runtest_logstart()
+    shown.pytest_runtest_logstart()
+    assert len(lines) == 1
+    assert lines[0].startswith("2 GPU kernels compiled so far")
 
 
 # ---- MLX's own kernel, from the headers that its wheel ships

@@ -259,3 +259,13 @@ def launches_of(request):
     of_module = (i for i in request.session.items if i.getparent(pytest.Module) is request.node)
     parameters = (item.callspec.params for item in of_module if hasattr(item, "callspec"))
     return [p for p in parameters if p.get("runner", "metal") == "metal"]
+
+
+@pytest.fixture
+def runner(request):
+    """The platform of this name, ready to run: ``parametrize`` it with ``indirect=["runner"]``."""
+    chosen = RUNNERS[request.param]
+    if missing := chosen.missing():
+        pytest.skip(missing)
+    with chosen.kernels():
+        yield chosen
