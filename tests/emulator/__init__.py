@@ -3,7 +3,7 @@
 from .launch import KernelError, Kind, Report
 from .lint import lint
 from .metal import EmulatedKernel, compiling_ahead, execution_order, metal_kernel, run_text
-from .toolchain import CompilerMissingError
+from .toolchain import CompilerMissingError, missing
 
 __all__ = [
     "CompilerMissingError",
@@ -15,5 +15,6 @@ __all__ = [
     "execution_order",
     "lint",
     "metal_kernel",
+    "missing",
     "run_text",
 ]

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,25 @@ def source_place(module: Path, offset: int, source_names: Iterable[str]) -> int 
     return None
 
 
+def missing() -> str | None:
+    """Why nothing can be emulated here, or None if it can.
+
+    Raises:
+        ValueError: If $ROTORMLX_EMULATOR is neither ``off`` nor unset.
+    """
+    switch = os.environ.get("ROTORMLX_EMULATOR")
+    if switch not in (None, "off"):
+        raise ValueError(f"ROTORMLX_EMULATOR must be 'off' or unset, but is {switch!r}.")
+    if switch == "off":
+        return "ROTORMLX_EMULATOR=off"
+    if sys.platform != "linux":  # a Mac's g++ is another compiler
+        return "the emulator needs Linux"
+    return None if shutil.which(_COMPILER) else "the emulator needs g++"
+
+
 def _compiler() -> str:
+    if reason := missing():
+        raise CompilerMissingError(f"[emulator] Nothing can be emulated here: {reason}.")
     return require_compiler(_COMPILER, "Install g++ 12 or newer.")
 
 

@@ -1,5 +1,8 @@
 """Fixtures of the kernel tests."""
 
+import os
+
+import mlx.core as mx
 import pytest
 
 from tests.support.runners import runner
@@ -7,6 +10,9 @@ from tests.support.runners import runner
 __all__ = ["runner"]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Markers that only these tests have."""
-    config.addinivalue_line("markers", "mutation: a kernel with one change must fail a check")
+@pytest.fixture(autouse=True, scope="session")
+def _a_device_if_nothing_is_emulated() -> None:
+    """A run with the emulator off that skips every kernel must not be green."""
+    has_device = mx.metal.is_available() or mx.cuda.is_available()
+    if os.environ.get("ROTORMLX_EMULATOR") == "off" and not has_device:
+        pytest.fail("ROTORMLX_EMULATOR=off requires a Metal or a CUDA GPU, but MLX finds none.")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rotormlx.codec.format import VALUE
+from tests.emulator import missing
 from tests.support.attend_cases import Case, problem, with_own_scales
 from tests.support.codec_cases import (
     check_centre_of_finite_rows,
@@ -15,7 +16,10 @@ from tests.support.codec_cases import (
 )
 from tests.support.mutations import Mutation, attends, each, of
 
-pytestmark = pytest.mark.mutation
+pytestmark = [
+    pytest.mark.mutation,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 cuda = pytest.mark.parametrize("runner", ["cuda"], indirect=True)
 
 

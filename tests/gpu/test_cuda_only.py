@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import shutil
 import subprocess
 
 import mlx.core as mx
@@ -14,15 +13,16 @@ from rotormlx.codec.format import KEY, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels.source import cuda_header
 from rotormlx.mlx.backends import cuda_text
+from tests.emulator import missing
 from tests.emulator.cuda import MLXKernel
 from tests.support import cuda_calls
 from tests.support.attend_cases import Case, Launch, problem
 from tests.support.runners import CUDA
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+needs_emulator = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-@needs_compiler
+@needs_emulator
 def test_arguments_are_plain_c(tmp_path):
     """launch.h is C, and lays its structures out as the tests' twins of them."""
     twins = {
@@ -57,7 +57,7 @@ def test_header_depends_on_nothing_else():
     assert len(texts) == 1
 
 
-@needs_compiler
+@needs_emulator
 @pytest.mark.parametrize("bits", codebook.BITS)
 def test_lanes_that_are_served_together_meet_no_bank_twice(bits):
     """Of shared memory: 8 neighbouring lanes where each moves 16 bytes, 16 where it moves 8."""
@@ -94,7 +94,7 @@ def test_lanes_that_are_served_together_meet_no_bank_twice(bits):
         assert all(len(set(lanes)) == 16 for lanes in np.array(of_eight).reshape(-1, 16) % 16)
 
 
-@needs_compiler
+@needs_emulator
 @pytest.mark.parametrize("kilobytes", [99, 150, 163])
 def test_devices_with_less_shared_memory(kilobytes, monkeypatch):
     """Each takes the kernel that fits: the one in float32, that of 8 rows, that of 16."""
@@ -108,7 +108,7 @@ def test_devices_with_less_shared_memory(kilobytes, monkeypatch):
     assert 1024 * least < kernel_bytes <= 1024 * kilobytes
 
 
-@needs_compiler
+@needs_emulator
 @pytest.mark.parametrize("field", [name for name, _ in cuda_calls.AttendPlan._fields_])
 def test_the_launcher_refuses_a_plan_that_does_not_fit(field, monkeypatch):
     """A number that is one off launches nothing."""

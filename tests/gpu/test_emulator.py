@@ -23,11 +23,12 @@ from tests.emulator import (
     execution_order,
     lint,
     metal_kernel,
+    missing,
     run_text,
 )
 from tests.support import progress
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 needs_clang = pytest.mark.skipif(
     shutil.which("clang-19") is None, reason="clang-19 is not installed"
 )
@@ -1003,3 +1004,28 @@ def test_lint_rejects(header: str, statement: str, complaint: str) -> None:
 @needs_clang
 def test_lint_names_the_line() -> None:
     assert lint("\n\nfloat mutable_global = 0;\n")[0].startswith("line 3: ")
+
+
+# ---- the switch
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("off", "CompilerMissingError: .*Nothing can be emulated here: ROTORMLX_EMULATOR=off"),
+        ("maybe", "ValueError: ROTORMLX_EMULATOR must be 'off' or unset, but is 'maybe'"),
+    ],
+)
+def test_a_switched_off_emulator_emulates_nothing(value: str, says: str) -> None:
+    """It is no silent fallback: a test that forgets to ask fails."""
+    script = "from tests.emulator import toolchain; toolchain.runtime_library()"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "ROTORMLX_EMULATOR": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert re.search(says, run.stderr)

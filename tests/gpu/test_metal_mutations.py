@@ -24,6 +24,7 @@ from tests.support.runners import METAL, launches_of
 pytestmark = [
     pytest.mark.mutation,
     pytest.mark.skipif(METAL.on_device, reason="about the emulator, which runs where no Metal is"),
+    pytest.mark.skipif(METAL.missing() is not None, reason=str(METAL.missing())),
 ]
 metal = pytest.mark.parametrize("runner", ["metal"], indirect=True)
 

@@ -2,7 +2,6 @@
 it is chosen.
 """
 
-import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,11 +10,12 @@ import pytest
 from rotormlx.kernels import cuda_plan, source
 from rotormlx.mlx import backends
 from rotormlx.mlx.backends import cuda_text
+from tests.emulator import missing
 from tests.emulator.cuda import MLXKernel
 from tests.support.attend_cases import Case, problem
 from tests.support.runners import MLX_CUDA
 
-needs_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+needs_emulator = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @needs_emulator

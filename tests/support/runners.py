@@ -5,7 +5,6 @@ else in tests/gpu is a backend's ``attend`` or a launcher called.
 """
 
 import contextlib
-import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -20,8 +19,6 @@ from tests.emulator.cuda import MLXKernel
 from tests.support import cuda_calls
 from tests.support.attend_cases import Launch
 from tests.support.codec_cases import as_numpy
-
-NO_COMPILER = "the emulator needs g++"
 
 
 def with_gaps(a):
@@ -65,7 +62,7 @@ class BackendRunner:
 
     def missing(self):
         """Why nothing can run here, or None."""
-        return NO_COMPILER if not self.on_device and shutil.which("g++") is None else None
+        return None if self.on_device else emulator.missing()
 
     def encode(self, x, chosen, *, scale=None, centres=None):
         """Packed rows as numpy arrays, of an MLX array and numpy arrays."""
@@ -206,7 +203,7 @@ class CUDARunner:
 
     def missing(self):
         """Why nothing can run here, or None."""
-        return NO_COMPILER if shutil.which("g++") is None else None
+        return emulator.missing()
 
     @contextlib.contextmanager
     def mutated(self, changes):

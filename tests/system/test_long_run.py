@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +23,7 @@ from rotormlx.mlx.backends import available, cuda, cuda_text, mlx_ops
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.torch import native, torch_ops
+from tests.emulator import missing
 from tests.support import cuda_calls
 
 needs_library = pytest.mark.skipif(
@@ -253,7 +253,7 @@ def test_words_beyond_2_to_31(attend):
 
 
 @needs_memory
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=["f16", "f32"])
 def test_cuda_kernels_read_words_beyond_2_to_31(dtype):
     """The second batch row begins at word number 2^31, of keys and of values."""
