@@ -1,5 +1,5 @@
-// Attention on packed bytes (docs/FORMAT.md, section 7). The query is turned once, levels are looked up in registers
-// for all query rows of a tile, and the output is turned back once.
+// Attention on packed bytes (docs/FORMAT.md, section 7). The query is rotated once, levels are looked up in registers
+// for all query rows of a tile, and the output is rotated back once.
 //
 // One inner loop, add(), serves keys and values, packed and exact: a vector holds neighbouring lanes (tokens for keys,
 // channels for values), and the loop walks the axis that is summed over.
@@ -211,7 +211,7 @@ int64_t attend_scratch(const Attend& a) {
   return 2 * pitch * (BLOCK + LANES) + 4 * MAX_ROWS * BLOCK + pitch * (MAX_ROWS + 2) + 2 * BLOCK;
 }
 
-// Scale and turn the query rows of a chunk.
+// Scale and rotate the query rows of a chunk.
 void prepare(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
   const Place at = place_of(a, head, chunk);
   const int64_t dim = a.keys.head_dim, rows = a.rows_of(chunk), pitch = a.key_pitch;
@@ -219,7 +219,7 @@ void prepare(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
   float *plain = a.plain + offset, *by_word = a.by_word + offset, *by_four = a.by_four + offset;
   float* x = scratch;                // [dim][LANES]
   float* spare = x + dim * LANES;    // [dim][LANES]
-  float* turned = spare + dim * LANES;  // [MAX_ROWS][pitch]
+  float* rotated = spare + dim * LANES;  // [MAX_ROWS][pitch]
   __builtin_memset(plain, 0, sizeof(float) * rows * pitch);
   for (int64_t r = 0; r < rows; ++r) {
     float* row = plain + r * pitch;
@@ -231,7 +231,7 @@ void prepare(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
     const float* tile_rows = plain + tile.first * pitch;
     interleave(tile_rows, tile.rows, pitch, dim, a_word(EXACT), by_four + tile.first * pitch);
     if (a.packed_parts == 0) continue;
-    __builtin_memset(turned, 0, sizeof(float) * MAX_ROWS * pitch);
+    __builtin_memset(rotated, 0, sizeof(float) * MAX_ROWS * pitch);
     for (int64_t first = 0; first < tile.rows; first += LANES) {
       const int64_t count = tile.rows - first < LANES ? tile.rows - first : (int64_t)LANES;
       for (int64_t c = 0; c < dim; ++c) {
@@ -240,13 +240,13 @@ void prepare(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
           x[c * LANES + r] = r < count ? tile_rows[(first + r) * pitch + c] * factor : 0.0f;
         }
       }
-      turn(*a.keys.rotation, at.kv_head, Turn::query, x, spare, LANES, 1);
+      rotate(*a.keys.rotation, at.kv_head, Direction::query, x, spare, LANES, 1);
       for (int64_t c = 0; c < dim; ++c) {
-        for (int64_t r = 0; r < count; ++r) turned[(first + r) * pitch + c] = x[c * LANES + r];
+        for (int64_t r = 0; r < count; ++r) rotated[(first + r) * pitch + c] = x[c * LANES + r];
       }
     }
     const int64_t step = a_word(a.keys.bits);
-    interleave(turned, tile.rows, pitch, rounded_up(dim, step), step, by_word + tile.first * pitch);
+    interleave(rotated, tile.rows, pitch, rounded_up(dim, step), step, by_word + tile.first * pitch);
   }
 }
 
@@ -492,7 +492,7 @@ void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
       }
       for (int64_t c = 0; c < dim; ++c) x[c * LANES + r] = packed[c];
     }
-    if (a.packed_parts) turn(*a.values.rotation, at.kv_head, Turn::back, x, spare, LANES, 1);
+    if (a.packed_parts) rotate(*a.values.rotation, at.kv_head, Direction::back, x, spare, LANES, 1);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = first + r;
       float* out = packed;

@@ -1,6 +1,6 @@
 // Rows to packed blocks and back (docs/FORMAT.md, sections 5 and 6), one block a task.
 //
-// A block is turned so that a lane is a token: every row is then computed in the same way whatever the width of a
+// A block is transposed so that a lane is a token: every row is then computed in the same way whatever the width of a
 // vector, and sums go over channels. Compiled without contraction to fused multiply-adds, so that all variants, and
 // the operations of mlx_ops.py, come to the same bits.
 
@@ -230,7 +230,7 @@ void encode(const Codec& codec, int64_t head, int64_t n, float* scratch) {
   }
   // What it writes behind the last channel lies in `spare`.
   for (int64_t t = 0; t < BLOCK; t += LANES) transpose(rows + t * pitch, pitch, dim, x + t, BLOCK);
-  turn(*blocks.rotation, k, Turn::row, x, spare, BLOCK, GROUPS);
+  rotate(*blocks.rotation, k, Direction::row, x, spare, BLOCK, GROUPS);
 
   uint32_t* words = blocks.words.at<uint32_t>(b, k, n);
   uint16_t* scales = blocks.scales.at<uint16_t>(b, k, n);
@@ -272,7 +272,7 @@ void decode(const Codec& codec, int64_t head, int64_t n, float* scratch) {
     case 4: scaled_levels<4>(blocks, b, k, n, x); break;
     case 8: scaled_levels<8>(blocks, b, k, n, x); break;
   }
-  turn(*blocks.rotation, k, Turn::back, x, x + dim * BLOCK, BLOCK, GROUPS);
+  rotate(*blocks.rotation, k, Direction::back, x, x + dim * BLOCK, BLOCK, GROUPS);
   for (int64_t t = 0; t < BLOCK; ++t) {
     char* row = (char*)row_of(codec.rows, b, k, n * BLOCK + t);
     for (int64_t c = 0; c < dim; ++c) {

@@ -15,7 +15,7 @@ using rotormlx::Type;
 
 // `groups` vectors of rows; products are added in the order of the channels, as mlx_ops.py does.
 template <int RADIX, bool BACK>
-void turn_stage(const Stage& stage, float* x, int64_t pitch, int64_t groups) {
+void rotate_stage(const Stage& stage, float* x, int64_t pitch, int64_t groups) {
   const float* block = stage.blocks;
   const int64_t step = stage.stride * pitch;
   for (int64_t outer = 0; outer < stage.outer; ++outer) {
@@ -41,14 +41,14 @@ void turn_stage(const Stage& stage, float* x, int64_t pitch, int64_t groups) {
 }
 
 template <bool BACK>
-void turn_stage(const Stage& stage, float* x, int64_t pitch, int64_t groups) {
+void rotate_stage(const Stage& stage, float* x, int64_t pitch, int64_t groups) {
   switch (stage.radix) {
-    case 1: return turn_stage<1, BACK>(stage, x, pitch, groups);
-    case 2: return turn_stage<2, BACK>(stage, x, pitch, groups);
-    case 3: return turn_stage<3, BACK>(stage, x, pitch, groups);
-    case 4: return turn_stage<4, BACK>(stage, x, pitch, groups);
-    case 5: return turn_stage<5, BACK>(stage, x, pitch, groups);
-    case 7: return turn_stage<7, BACK>(stage, x, pitch, groups);
+    case 1: return rotate_stage<1, BACK>(stage, x, pitch, groups);
+    case 2: return rotate_stage<2, BACK>(stage, x, pitch, groups);
+    case 3: return rotate_stage<3, BACK>(stage, x, pitch, groups);
+    case 4: return rotate_stage<4, BACK>(stage, x, pitch, groups);
+    case 5: return rotate_stage<5, BACK>(stage, x, pitch, groups);
+    case 7: return rotate_stage<7, BACK>(stage, x, pitch, groups);
   }
 }
 
@@ -72,25 +72,25 @@ void multiply(const float* matrix, int64_t dim, float* x, float* spare, int64_t 
   __builtin_memcpy(x, spare, sizeof(float) * dim * pitch);
 }
 
-enum class Turn { row, query, back };
+enum class Direction { row, query, back };
 
-// Turn rows of a KV head forward, queries along with them, or rows and outputs back. `spare` is used by matrices only.
-void turn(const Rotation& rotation, int64_t kv_head, Turn how, float* x, float* spare, int64_t pitch, int64_t groups) {
+// Rotate rows of a KV head forward, queries along with them, or rows and outputs back. `spare` is used by matrices only.
+void rotate(const Rotation& rotation, int64_t kv_head, Direction how, float* x, float* spare, int64_t pitch, int64_t groups) {
   if (rotation.matrix) {
-    const float* matrix = (how == Turn::row ? rotation.matrix : rotation.inverse_transpose);
+    const float* matrix = (how == Direction::row ? rotation.matrix : rotation.inverse_transpose);
     matrix += kv_head * rotation.matrix_stride;
-    if (how == Turn::back) {
+    if (how == Direction::back) {
       multiply<true>(matrix, rotation.head_dim, x, spare, pitch, groups);
     } else {
       multiply<false>(matrix, rotation.head_dim, x, spare, pitch, groups);
     }
-  } else if (how == Turn::back) {
+  } else if (how == Direction::back) {
     for (int64_t s = rotation.stage_count; s-- > 0;) {
-      turn_stage<true>(rotation.stages[s], x, pitch, groups);
+      rotate_stage<true>(rotation.stages[s], x, pitch, groups);
     }
   } else {
     for (int64_t s = 0; s < rotation.stage_count; ++s) {
-      turn_stage<false>(rotation.stages[s], x, pitch, groups);
+      rotate_stage<false>(rotation.stages[s], x, pitch, groups);
     }
   }
 }

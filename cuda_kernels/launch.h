@@ -70,8 +70,8 @@ typedef struct {
 
 int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream);
 
-// The published method, where the values' rotation is rotor3: rows of ROTORMLX_VALUE_DIM numbers turned by one stage of
-// rotors, rounded to levels of ROTORMLX_VALUE_BITS bits, and turned back.
+// The published method, where the values' rotation is rotor3: rows of ROTORMLX_VALUE_DIM numbers rotated by one stage of
+// rotors, rounded to levels of ROTORMLX_VALUE_BITS bits, and rotated back.
 typedef struct {
   int32_t dtype;                // of x and out
   int64_t rows;

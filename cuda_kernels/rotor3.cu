@@ -1,4 +1,4 @@
-// The published method in one kernel: each row is turned by one stage of rotors, rounded to levels, and turned back.
+// The published method in one kernel: each row is rotated by one stage of rotors, rounded to levels, and rotated back.
 // What comes out is what decoding the encoded row gives; the codes themselves are not kept.
 //
 // LANES lanes a row, each with whole groups of three channels: all of a group happens in the registers of one lane, and

@@ -13,15 +13,15 @@ template <typename Block, int N>
 struct Crossing {
   enum { RADIX = N };
   template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* coefficients) {
-    float turned[N];
+  static DEVICE_FN void rotate(THREAD float* x, GLOBAL const float* coefficients) {
+    float rotated[N];
     for (uint r = 0; r < N; ++r) {
-      turned[r] = Block::template weight<BACK>(coefficients, r, 0) * x[r];
+      rotated[r] = Block::template weight<BACK>(coefficients, r, 0) * x[r];
       for (uint m = 1; m < N; ++m) {
-        turned[r] = fma(Block::template weight<BACK>(coefficients, r, m), x[r ^ m], turned[r]);
+        rotated[r] = fma(Block::template weight<BACK>(coefficients, r, m), x[r ^ m], rotated[r]);
       }
     }
-    for (uint r = 0; r < N; ++r) x[r] = turned[r];
+    for (uint r = 0; r < N; ++r) x[r] = rotated[r];
   }
 };
 
@@ -40,7 +40,7 @@ struct Left : Crossing<Left, 4> {
   }
 };
 
-// A turn of the plane by the angle with cosine and sine (c, s).
+// A rotation of the plane by the angle with cosine and sine (c, s).
 struct Plane : Crossing<Plane, 2> {
   enum { COEFFICIENTS = 2 };
   template <bool BACK>
@@ -76,7 +76,7 @@ struct Signs : Crossing<Signs, 1> {
 struct Sandwich {
   enum { RADIX = 3, COEFFICIENTS = 4 };
   template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* v, GLOBAL const float* rotor) {
+  static DEVICE_FN void rotate(THREAD float* v, GLOBAL const float* rotor) {
     const float a = rotor[0];
     const float b = BACK ? -rotor[1] : rotor[1];
     const float c = BACK ? -rotor[2] : rotor[2];
@@ -94,7 +94,7 @@ struct Sandwich {
 struct Odd3 {
   enum { RADIX = 3, COEFFICIENTS = 3 };
   template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* signs) {
+  static DEVICE_FN void rotate(THREAD float* x, GLOBAL const float* signs) {
     const float sum = 0.666666667f * fma(signs[0], x[0], fma(signs[1], x[1], signs[2] * x[2]));
     for (uint i = 0; i < RADIX; ++i) x[i] = fma(signs[i], sum, -x[i]);
   }
@@ -102,7 +102,7 @@ struct Odd3 {
 struct Odd5 {
   enum { RADIX = 5, COEFFICIENTS = 5 };
   template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* signs) {
+  static DEVICE_FN void rotate(THREAD float* x, GLOBAL const float* signs) {
     float sum = 0.0f;
     for (uint i = 0; i < RADIX; ++i) sum = fma(signs[i], x[i], sum);
     for (uint i = 0; i < RADIX; ++i) x[i] = fma(signs[i], -0.4f * sum, x[i]);
@@ -113,7 +113,7 @@ struct Odd5 {
 struct Odd7 {
   enum { RADIX = 7, COEFFICIENTS = 7 };
   template <bool BACK>
-  static DEVICE_FN void turn(THREAD float* x, GLOBAL const float* signs) {
+  static DEVICE_FN void rotate(THREAD float* x, GLOBAL const float* signs) {
     const float y = 0.445902914f;
     const float x_minus_y = -0.707106781f;
     float signed_x[RADIX];
@@ -149,7 +149,7 @@ struct LaneRow {
 
 // A stage whose groups lie across lanes: a group is RADIX lanes, STRIDE apart.
 template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
-DEVICE_FN void turn_across_lanes(
+DEVICE_FN void rotate_across_lanes(
     THREAD float* rows,  // [ROWS][D / LANES]
     GLOBAL const float* coefficients, uint lane) {
   enum { RADIX = Block::RADIX, CHANNELS = D / LANES };
@@ -164,18 +164,18 @@ DEVICE_FN void turn_across_lanes(
     }
     for (uint row = 0; row < ROWS; ++row) {
       const float x = rows[row * CHANNELS + p];
-      float turned = weights[0] * x;
+      float rotated = weights[0] * x;
       for (uint m = 1; m < RADIX; ++m) {
-        turned = fma(weights[m], shuffle_xor(x, ushort(m * STRIDE)), turned);
+        rotated = fma(weights[m], shuffle_xor(x, ushort(m * STRIDE)), rotated);
       }
-      rows[row * CHANNELS + p] = turned;
+      rows[row * CHANNELS + p] = rotated;
     }
   }
 }
 
 // A stage whose groups each lie in one lane, STRIDE / LANES registers apart.
 template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
-DEVICE_FN void turn_in_lanes(
+DEVICE_FN void rotate_in_lanes(
     THREAD float* rows,  // [ROWS][D / LANES]
     GLOBAL const float* coefficients, uint lane) {
   enum { RADIX = Block::RADIX, CHANNELS = D / LANES, STEP = STRIDE / LANES };
@@ -185,7 +185,7 @@ DEVICE_FN void turn_in_lanes(
       THREAD float* first = rows + row * CHANNELS + g / STEP * (RADIX * STEP) + g % STEP;
       float x[RADIX];
       for (uint r = 0; r < RADIX; ++r) x[r] = first[r * STEP];
-      Block::template turn<BACK>(x, of_group);
+      Block::template rotate<BACK>(x, of_group);
       for (uint r = 0; r < RADIX; ++r) first[r * STEP] = x[r];
     }
   }
@@ -193,14 +193,14 @@ DEVICE_FN void turn_in_lanes(
 
 // A stage of neighbouring channels, GROUPS groups from the channel FIRST * HELD on, where a lane has HELD neighbours.
 template <typename Block, int CHANNELS, int LANES, int HELD, int ROWS, int FIRST, int GROUPS, bool BACK>
-DEVICE_FN void turn_held(
+DEVICE_FN void rotate_held(
     THREAD float* rows,  // [ROWS][CHANNELS]
     GLOBAL const float* coefficients, uint lane) {
   for (uint p = 0; p < CHANNELS / HELD; ++p) {
     const uint place = p * LANES + lane;
     if (place >= FIRST && place < FIRST + GROUPS) {
       for (uint row = 0; row < ROWS; ++row) {
-        Block::template turn<BACK>(
+        Block::template rotate<BACK>(
             rows + row * CHANNELS + p * HELD, coefficients + (place - FIRST) * Block::COEFFICIENTS);
       }
     }
@@ -209,7 +209,7 @@ DEVICE_FN void turn_held(
 
 // The whole rotation as a product: rows times `matrix`, [D, D], which is read once for all ROWS.
 template <int D, int LANES, int ROWS>
-DEVICE_FN void turn_by_matrix(
+DEVICE_FN void rotate_by_matrix(
     THREAD float* rows,  // [ROWS][D / LANES]
     GLOBAL const float* matrix, uint lane) {
   enum { CHANNELS = D / LANES };

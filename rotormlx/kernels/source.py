@@ -125,18 +125,18 @@ def rotation_text(rotation: Rotation) -> str:
 
     It depends on the rotation's name and head_dim only; the rest is in the coefficients.
     """
-    turns, turns_back, offset = [], [], 0
+    rotations, unrotations, offset = [], [], 0
     for stage in rotation.stages:
         call = _stage_call(rotation, stage)
         arguments = f"(rows, coefficients + {offset}, lane);"
-        turns.append(f"{call}, false>{arguments}")
-        turns_back.append(f"{call}, true>{arguments}")
+        rotations.append(f"{call}, false>{arguments}")
+        unrotations.append(f"{call}, true>{arguments}")
         offset += stage.coefficients.size
     if not rotation.stages and rotation.name != "identity":
-        turns = turns_back = [
-            f"turn_by_matrix<{rotation.head_dim}, LANES, ROWS>(rows, coefficients, lane);"
+        rotations = unrotations = [
+            f"rotate_by_matrix<{rotation.head_dim}, LANES, ROWS>(rows, coefficients, lane);"
         ]
-    return _function("rotate_rows", turns) + _function("unrotate_rows", turns_back[::-1])
+    return _function("rotate_rows", rotations) + _function("unrotate_rows", unrotations[::-1])
 
 
 def _stage_call(rotation: Rotation, stage: Stage) -> str:
@@ -145,11 +145,11 @@ def _stage_call(rotation: Rotation, stage: Stage) -> str:
         lanes = lanes_of_row(rotation)
         channels = held * -(-rotation.head_dim // (lanes * held))
         return (
-            f"turn_held<{stage.kind}, {channels}, LANES, {held}, ROWS, "
+            f"rotate_held<{stage.kind}, {channels}, LANES, {held}, ROWS, "
             f"{stage.start // held}, {stage.outer}"
         )
     where = "across_lanes" if stage.stride < lanes_of_row(rotation) else "in_lanes"
-    return f"turn_{where}<{stage.kind}, {rotation.head_dim}, LANES, ROWS, {stage.stride}"
+    return f"rotate_{where}<{stage.kind}, {rotation.head_dim}, LANES, ROWS, {stage.stride}"
 
 
 def _held(rotation: Rotation) -> int:

@@ -187,9 +187,9 @@ def _transformed(
     if transform == "klt":
         mix = rotation("cascade", moment.shape[-1], layer=layer, role=role).matrix
         return {role: mix @ klt(moment, metric)}
-    coefficients, turned = fitted(moment, metric)
-    back = np.swapaxes(turned, -1, -2)
-    scale = channel_scale(turned @ moment @ back, turned @ metric @ back)
+    coefficients, rotated = fitted(moment, metric)
+    back = np.swapaxes(rotated, -1, -2)
+    scale = channel_scale(rotated @ moment @ back, rotated @ metric @ back)
     return {role: scale, f"{role}.rotors": coefficients}
 
 

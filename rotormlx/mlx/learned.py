@@ -47,8 +47,8 @@ def learned_matrix(
     """
     head_dim = scale.shape[-1]
     mix = rotation("cascade", head_dim, layer=layer, role=role).matrix
-    turned = np.array(_basis(mx.array(coefficients), head_dim), np.float64)
-    out: Floats = (mix / scale[:, None, :].astype(np.float64)) @ turned
+    rotation_matrix = np.array(_basis(mx.array(coefficients), head_dim), np.float64)
+    out: Floats = (mix / scale[:, None, :].astype(np.float64)) @ rotation_matrix
     return out
 
 
@@ -69,8 +69,8 @@ def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
     of_keys, of_queries = (_normalized(m) for m in (moment, metric))
 
     def loss(coefficients: mx.array) -> mx.array:
-        turned = _basis(coefficients, head_dim)
-        seen = [((turned @ m) * turned).sum(-1) for m in (of_keys, of_queries)]
+        rotation_matrix = _basis(coefficients, head_dim)
+        seen = [((rotation_matrix @ m) * rotation_matrix).sum(-1) for m in (of_keys, of_queries)]
         return mx.log(mx.sqrt(seen[0] * seen[1]).sum(-1)).sum()
 
     gradient = mx.value_and_grad(loss)

@@ -38,8 +38,8 @@ def codec_of(role, bits=4):
     head_dim = DIMS[role]
     rng = np.random.default_rng(3)
     stretch = np.exp(rng.normal(size=(K, head_dim, 1)) * 0.4)
-    turned = np.linalg.qr(rng.normal(size=(K, head_dim, head_dim)))[0]
-    return Codec(role, bits, rotation.calibrated(stretch * turned))
+    rotated = np.linalg.qr(rng.normal(size=(K, head_dim, head_dim)))[0]
+    return Codec(role, bits, rotation.calibrated(stretch * rotated))
 
 
 def rows(role, blocks=N, seed=0):
@@ -69,10 +69,10 @@ def test_the_reference_is_the_identity_behind_a_matrix(role):
     if role == KEY:
         centred = centred - packed.centres[..., None, :]
     matrices = chosen.rotation.matrix[None, :, None, None]
-    turned = (matrices @ centred[..., None])[..., 0].reshape(x.shape)
+    rotated = (matrices @ centred[..., None])[..., 0].reshape(x.shape)
     plain = codec(RotorConfig(rotation="identity"), DIMS[role], layer=0, role=role)
     zeros = None if role == VALUE else np.zeros_like(packed.centres)
-    expected = reference.encode(turned, plain, centres=zeros)
+    expected = reference.encode(rotated, plain, centres=zeros)
     assert np.array_equal(packed.words, expected.words)
     assert np.array_equal(packed.scales, expected.scales)
     back = (

@@ -61,7 +61,11 @@ def bound_mutations():
             "row < ROWS - 1; ++row) {\n      const float x = rows",
             encodes,
         ),
-        ("m < RADIX; ++m) {\n        turned =", "m < RADIX - 1; ++m) {\n        turned =", encodes),
+        (
+            "m < RADIX; ++m) {\n        rotated =",
+            "m < RADIX - 1; ++m) {\n        rotated =",
+            encodes,
+        ),
         ("m < RADIX; ++m) {\n      weights", "m < RADIX - 1; ++m) {\n      weights", encodes),
         ("m < N; ++m", "m < N - 1; ++m", wide),
         ("r < N; ++r) x[r]", "r < N - 1; ++r) x[r]", wide),
@@ -200,7 +204,7 @@ def stage_mutations():
     for name, head_dim in (("cascade", 128), ("cascade", 280), ("rotor3", 80), ("hadamard", 192)):
         lines = source.rotation_text(made_codec(name, head_dim, 4, VALUE).rotation)
         for line in lines.splitlines():
-            if "turn_" in line:
+            if line.startswith("  rotate_"):
                 more = {} if "true>" in line else {"scaled": False}
                 check = decodes if "true>" in line else encodes
                 yield line, "", of(check, name, head_dim, 4, VALUE, **more)

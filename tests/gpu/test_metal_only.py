@@ -106,7 +106,7 @@ def test_longer_vectors_take_the_operations_of_mlx():
 
 @pytest.mark.parametrize("length", [5, 17])
 def test_unrotated_queries_fail(runner, monkeypatch, length):
-    """The rotation of the keys, left out or turned the wrong way; their channel scale left out."""
+    """The rotation of the keys, left out or reversed; their channel scale left out."""
     case = Case(bits=(3, 3), dims=(64, 64), kv_heads=2, length=length, blocks=5, mask="causal")
     case = replace(case, launch=Launch((2, 2)))
     right = metal_attend._rotated
@@ -127,30 +127,30 @@ def test_unrotated_queries_fail(runner, monkeypatch, length):
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_coefficients_are_the_rotation(name):
     """Of all stages in a row, or the matrix; never so few that MLX would bind them elsewhere."""
-    turned = rotation(name, 16, layer=2)
-    given = source.coefficients(turned)
+    rotated = rotation(name, 16, layer=2)
+    given = source.coefficients(rotated)
     assert given.dtype == np.float32
     assert given.size >= 8
-    if turned.stages:
-        stages = np.concatenate([stage.coefficients.ravel() for stage in turned.stages])
+    if rotated.stages:
+        stages = np.concatenate([stage.coefficients.ravel() for stage in rotated.stages])
         assert np.array_equal(given, stages.astype(np.float32))
     elif name == "dense":
-        assert np.allclose(given.reshape(16, 16), turned.matrix.T)
-        back = source.coefficients(turned, back=True)
-        assert np.allclose(back.reshape(16, 16), turned.matrix)
+        assert np.allclose(given.reshape(16, 16), rotated.matrix.T)
+        back = source.coefficients(rotated, back=True)
+        assert np.allclose(back.reshape(16, 16), rotated.matrix)
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
 @pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 80, 96, 112, 120, 128, 192, 256, 840])
 def test_lanes_of_a_row_hold_whole_groups(name, head_dim):
     """What the stages of rotation.h take for granted: a group is within the lanes or within one."""
-    turned = rotation(name, head_dim)
-    template = dict(source.row_template(turned))
+    rotated = rotation(name, head_dim)
+    template = dict(source.row_template(rotated))
     lanes, held = template["LANES"], template["HELD"]
     assert metal.THREADS // lanes <= BLOCK
     if held == 1:
         assert head_dim % lanes == 0
-    for stage in turned.stages:
+    for stage in rotated.stages:
         for channels in groups_of(stage):
             holders = {channel // held % lanes for channel in channels}
             registers = {channel // (lanes * held) for channel in channels}
