@@ -475,13 +475,13 @@ void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
     __builtin_memset(x, 0, sizeof(float) * pitch * LANES);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = first + r, query_head = at.kv_head * a.repeats + (at.first_row + row) / a.length;
-      const float logit = a.sinks.data ? read(a.sinks.data, a.sinks.type, query_head * a.sinks.strides[0]) : 0.0f;
-      top[r] = a.sinks.data ? logit : -__builtin_inff();
+      const float logit = a.sink_logits.data ? read(a.sink_logits.data, a.sink_logits.type, query_head * a.sink_logits.strides[0]) : 0.0f;
+      top[r] = a.sink_logits.data ? logit : -__builtin_inff();
       for (int64_t part = 0; part < parts; ++part) {
         const float of_part = a.tops[(task + part) * a.chunk_rows + row];
         top[r] = of_part > top[r] ? of_part : top[r];
       }
-      total[r] = a.sinks.data ? weight_of(logit, top[r]) : 0.0f;
+      total[r] = a.sink_logits.data ? weight_of(logit, top[r]) : 0.0f;
       __builtin_memset(packed, 0, sizeof(float) * pitch);
       for (int64_t part = 0; part < parts; ++part) {
         const float weight = share(part, row, top[r]);

@@ -179,7 +179,7 @@ void attend_call(const AttendCall& call) {
   a.key_exact = tensor_of(call.key_exact, 4);
   a.value_exact = tensor_of(call.value_exact, 4);
   a.mask = tensor_of(call.mask, 4);
-  a.sinks = tensor_of(call.sinks, 1);
+  a.sink_logits = tensor_of(call.sink_logits, 1);
   a.keys = blocks_of(call.keys, call.key_coding);
   a.values = blocks_of(call.values, call.value_coding);
   a.lengths = call.lengths();
@@ -190,7 +190,7 @@ void attend_call(const AttendCall& call) {
     require(is_float(type), "queries, keys and values must be float16, bfloat16 or float32");
   }
   require(!a.mask.data || a.mask.type != Type::none, "a mask must be boolean or floating");
-  require(!a.sinks.data || is_float(a.sinks.type), "sink logits must be floating");
+  require(!a.sink_logits.data || is_float(a.sink_logits.type), "sink logits must be floating");
   for (int i = 0; i < 4; ++i) {
     if (shape_of(call.output, i) == 0) return;  // nothing is asked for
   }

@@ -78,7 +78,7 @@ struct AttendCall {
   Array *queries, *output;         // [B, H, L, D], [B, H, L, Dv] of the same dtype
   Array *key_exact, *value_exact;  // [B, K, capacity, D]
   Packed keys, values;             // words null: nothing is packed
-  Array *mask, *sinks;             // or null
+  Array *mask, *sink_logits;             // or null
   Coding key_coding, value_coding;
   int64_t sink, causal, threads, variant;
   double scale;
@@ -106,7 +106,7 @@ struct Codec {
 // The rows of a KV head are cut into chunks, the sequence into parts: packed ones, then exact ones. A task does one
 // part for one chunk. How it is cut depends on shapes only, so results do not depend on the number of threads.
 struct Attend {
-  Tensor queries, output, key_exact, value_exact, mask, sinks;
+  Tensor queries, output, key_exact, value_exact, mask, sink_logits;
   Blocks keys, values;
   const int64_t* lengths;
   int64_t kv_heads, repeats, length, rows, sink;

@@ -43,8 +43,8 @@ DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // sha
     for (int i = 0; i < MAX_PARTS / 32; ++i) top = fmaxf(top, tops[i]);
     for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, shuffle_xor(top, mask));
     float sink = HIDDEN;
-    if (call.sinks != nullptr) {
-      sink = call.sinks[kv_head * (call.heads / call.kv_heads) + row / call.length] * LOG2_E;
+    if (call.sink_logits != nullptr) {
+      sink = call.sink_logits[kv_head * (call.heads / call.kv_heads) + row / call.length] * LOG2_E;
       top = fmaxf(top, sink);
     }
 #pragma unroll

@@ -146,7 +146,7 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
   call.mask_kind = int32_t(mask_kind);
   call.mask = pointer<void>(mask);
   if (mask.has_value()) copy_strides(call.mask_strides, *mask);
-  call.sinks = pointer<float>(sink_logits);
+  call.sink_logits = pointer<float>(sink_logits);
   call.out = out.mutable_data_ptr();
   const rotormlx_attend_plan spread = plan_of(plan);
   Tensor workspace = q.new_empty({int64_t(rotormlx_attend_workspace(&call, &spread))}, at::kByte);

@@ -107,7 +107,7 @@ typedef struct {
   int32_t mask_kind;            // rotormlx_mask
   const void* mask;             // [B, H, L, S], S all tokens of the longest row; null for the first two kinds
   int64_t mask_strides[4];      // 0 along an axis that is broadcast
-  const float* sinks;           // [H]: attention-sink logits, or null
+  const float* sink_logits;           // [H]: attention-sink logits, or null
   void* out;                    // dtype [B, H, L, VALUE_DIM], contiguous
   void* workspace;              // rotormlx_attend_workspace() bytes, 16-byte aligned
   // Of B, where the rows of the batch have channel scales of their own, [B, K, D]; else 0.

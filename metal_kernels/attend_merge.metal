@@ -2,12 +2,12 @@
 // in the rotated space of the values; their sum is rotated back once.
 
 // kernel body
-// Template: T (dtype of the output), VALUE_DIM, MATRICES, ROWS, THREADS, HAS_SCALE, HAS_SINKS.
+// Template: T (dtype of the output), VALUE_DIM, MATRICES, ROWS, THREADS, HAS_SCALE, HAS_SINK_LOGITS.
 //
 // tops, totals   float32 [B, K, rows, parts], rows >= G; outputs: float32 [B, K, rows, parts, VALUE_DIM]
 // unrotation     float32 [MATRICES, VALUE_DIM, VALUE_DIM], K matrices or 1: rows times it are rotated back
 // channel_scale  float32 [B, K, VALUE_DIM], if HAS_SCALE
-// sinks          float32 [H], if HAS_SINKS: attention-sink logits
+// sink_logits          float32 [H], if HAS_SINK_LOGITS: attention-sink logits
 // plan           int32 [6], as in the first pass
 // output         T [B, H, L, VALUE_DIM]
 constexpr int CHANNELS = (VALUE_DIM + THREADS - 1) / THREADS;
@@ -30,8 +30,8 @@ for (int r = 0; r < ROWS; ++r) {
   const int64_t first_part = (int64_t(head_index) * tops_shape[2] + row) * parts;
   float top = HIDDEN, total = 0.0f;
   for (int part = 0; part < parts; ++part) top = max(top, tops[first_part + part]);
-  if (HAS_SINKS) {
-    const float sink = sinks[kv_head * (group_rows / length) + row / length];
+  if (HAS_SINK_LOGITS) {
+    const float sink = sink_logits[kv_head * (group_rows / length) + row / length];
     top = max(top, sink);
     total = exp(sink - top);
   }

@@ -31,7 +31,7 @@ from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed, codec
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import RotorConfig
 from rotormlx.torch import ops
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import KVView
 
 HEAD_DIM, KV_HEADS, SINK, TAIL = 128, 8, 4, 96
 DEVICE = "cuda"
@@ -91,7 +91,7 @@ def copy_bandwidth(runs: int) -> float:
 # ---- decode attention ---------------------------------------------------------------------------
 
 
-def packed_source(config: RotorConfig, role: str, batch: int, tokens: int) -> tuple[Source, int]:
+def packed_view(config: RotorConfig, role: str, batch: int, tokens: int) -> tuple[KVView, int]:
     """Random packed keys or values, and their bytes; the numbers do not matter to the time."""
     chosen = codec(config, HEAD_DIM, layer=0, role=role)
     blocks = (batch, KV_HEADS, tokens // BLOCK)
@@ -103,7 +103,7 @@ def packed_source(config: RotorConfig, role: str, batch: int, tokens: int) -> tu
     shape = (batch, KV_HEADS, SINK + TAIL, HEAD_DIM)
     exact = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
     size = batch * KV_HEADS * blocks[2] * chosen.block_bytes + exact.nbytes
-    return Source(chosen, exact, Packed(words, scales, centres), None), size
+    return KVView(chosen, exact, Packed(words, scales, centres), None), size
 
 
 def packed_steps(
@@ -112,13 +112,13 @@ def packed_steps(
     """Calls of one step over packed caches, and the bytes that one reads."""
     batch = query.shape[0]
     lengths = torch.tensor([[tokens, SINK + tokens + TAIL]] * batch, dtype=torch.int32).to(DEVICE)
-    sources = [packed_source(config, role, batch, tokens) for role in (KEY, VALUE)]
-    size = sources[0][1] + sources[1][1]
-    pairs = [(sources[0][0], sources[1][0])]
+    views = [packed_view(config, role, batch, tokens) for role in (KEY, VALUE)]
+    size = views[0][1] + views[1][1]
+    pairs = [(views[0][0], views[1][0])]
     for _ in range(copies_needed(size) - 1):
-        pairs.append(tuple(packed_source(config, r, batch, tokens)[0] for r in (KEY, VALUE)))
+        pairs.append(tuple(packed_view(config, r, batch, tokens)[0] for r in (KEY, VALUE)))
 
-    def step(keys: Source, values: Source) -> Callable[[], Tensor]:
+    def step(keys: KVView, values: KVView) -> Callable[[], Tensor]:
         return lambda: ops.attend(
             query, lengths, keys, values, config, layer=0, scale=HEAD_DIM**-0.5, causal=True
         )

@@ -69,7 +69,7 @@ def attend(
     *,
     scale: float,
     mask: npt.NDArray[Any] | str | None = None,
-    sinks: npt.ArrayLike | None = None,
+    sink_logits: npt.ArrayLike | None = None,
 ) -> Floats:
     """Attention over decoded keys and values.
 
@@ -80,7 +80,7 @@ def attend(
         scale: Factor of the scores.
         mask: None, ``"causal"`` (the last query sees every token), boolean (True: visible) or
             additive, broadcastable to ``[B, H, L, S]``.
-        sinks: Attention-sink logits ``[H]``: a score in the softmax without a value.
+        sink_logits: Attention-sink logits ``[H]``: a score in the softmax without a value.
 
     Returns:
         float64 ``[B, H, L, Dv]``; zero for a query that sees nothing.
@@ -98,9 +98,9 @@ def attend(
             scores = np.where(mask, scores, -np.inf)
         else:
             scores = scores + mask.astype(np.float64)
-    if sinks is not None:
+    if sink_logits is not None:
         logits = np.broadcast_to(
-            np.asarray(sinks, np.float64)[:, None, None], (*scores.shape[:-1], 1)
+            np.asarray(sink_logits, np.float64)[:, None, None], (*scores.shape[:-1], 1)
         )
         scores = np.concatenate([scores, logits], -1)
     top = scores.max(-1, keepdims=True)

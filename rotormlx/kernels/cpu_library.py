@@ -116,7 +116,7 @@ def attend(
     sink: int,
     scale: float,
     mask: Any = None,
-    sinks: Any = None,
+    sink_logits: Any = None,
     causal: bool = False,
     threads: int | None = None,
     variant: int = 0,
@@ -132,7 +132,7 @@ def attend(
         sink: Exact tokens before the packed ones.
         scale: Factor of the scores.
         mask: Boolean (True: visible) or additive and floating, broadcastable to ``[B, H, L, S]``.
-        sinks: Attention-sink logits ``[H]``, floating.
+        sink_logits: Attention-sink logits ``[H]``, floating.
         causal: Whether a query sees only tokens up to its own; the last one of a row is the last
             query.
         threads: As for :func:`encode`.
@@ -147,7 +147,7 @@ def attend(
     # The library's threads wake while the arguments are made.
     _check(library.rotormlx_announce(threads or thread_count()))
     keys, values = blocks
-    arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sinks)
+    arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sink_logits)
     capsules = _described(arrays)
     counts = [n for pair in lengths for n in pair]
     call = struct.pack(

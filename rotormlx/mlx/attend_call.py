@@ -25,7 +25,7 @@ class AttendCall(NamedTuple):
     mask: None, ``"causal"`` (the last query sees every token), boolean (True: visible) or additive,
         broadcastable to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row
         count from its first.
-    sinks: Attention-sink logits ``[H]``: a score in the softmax without a value; or None.
+    sink_logits: Attention-sink logits ``[H]``: a score in the softmax without a value; or None.
     """
 
     queries: mx.array
@@ -33,7 +33,7 @@ class AttendCall(NamedTuple):
     values: KVView
     scale: float
     mask: mx.array | str | None = None
-    sinks: mx.array | None = None
+    sink_logits: mx.array | None = None
 
     @property
     def batch(self) -> int:
@@ -137,4 +137,4 @@ class AttendCall(NamedTuple):
                 mask = mask[..., :tokens] if mask.shape[-1] > 1 else mask
             queries = self.queries[index : index + 1]
             views = self.keys.row(index), self.values.row(index)
-            yield AttendCall(queries, *views, self.scale, mask, self.sinks)
+            yield AttendCall(queries, *views, self.scale, mask, self.sink_logits)

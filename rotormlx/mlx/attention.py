@@ -17,7 +17,7 @@ def attend_view(
     *,
     scale: float,
     mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
+    sink_logits: mx.array | None = None,
 ) -> mx.array:
     """Scaled dot-product attention of queries over a compressed cache.
 
@@ -29,7 +29,7 @@ def attend_view(
         mask: None, ``"causal"``, or an array, boolean (True: visible) or additive, broadcastable
             to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row count from
             its first, and the last query of a row is its last token.
-        sinks: Attention-sink logits ``[H]``.
+        sink_logits: Attention-sink logits ``[H]``.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of the queries.
@@ -37,7 +37,7 @@ def attend_view(
     Raises:
         ValueError: If shapes, dtypes or the mask do not fit together.
     """
-    call = AttendCall(queries, keys, values, scale, mask, sinks)
+    call = AttendCall(queries, keys, values, scale, mask, sink_logits)
     check(call)
     return backend().attend(call)
 
@@ -51,10 +51,10 @@ def check(call: AttendCall) -> None:
     _check_queries(call.queries, call.keys, call.values)
     if call.mask is not None:
         _check_mask(call.mask, call.scores_shape)
-    if call.sinks is not None and call.sinks.shape != (call.heads,):
+    if call.sink_logits is not None and call.sink_logits.shape != (call.heads,):
         raise ValueError(
             f"[attend] Attention-sink logits must have shape ({call.heads},), one a query "
-            f"head, but they have shape {call.sinks.shape}."
+            f"head, but they have shape {call.sink_logits.shape}."
         )
 
 

@@ -222,7 +222,7 @@ def attend(
     if _pretend.get():
         check(AttendCall(queries, keys, values, scale, mask, sinks))
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
-    return attend_view(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return attend_view(queries, keys, values, scale=scale, mask=mask, sink_logits=sinks)
 
 
 def make_caches(model: Any, max_kv_size: int | None) -> list[Any]:

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rotormlx.torch.ops import attend, decode, encode, prefill_scale
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import KVView
 
 if TYPE_CHECKING:
     from rotormlx.torch.cache import RotorCache
@@ -33,8 +33,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "KVView",
     "RotorCache",
-    "Source",
     "apply",
     "attend",
     "decode",

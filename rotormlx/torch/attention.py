@@ -16,7 +16,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.torch import ops
 from rotormlx.torch.layer import KVHandle
 from rotormlx.torch.store import lengths_on
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import KVView
 
 NAME = "rotormlx"
 # What would change the scores in a way that the operator does not know.
@@ -121,7 +121,7 @@ def _attend_exact(
     """Attention-sink logits over a layer that is left exact; torch's own attention has none."""
     config = RotorConfig()
     keys, values = (
-        Source(codec(config, x.shape[-1], layer=0, role=role), x.contiguous(), None, None)
+        KVView(codec(config, x.shape[-1], layer=0, role=role), x.contiguous(), None, None)
         for role, x in ((KEY, key), (VALUE, value))
     )
     lengths = lengths_on(key.device, ((0, key.shape[2]),) * len(key))

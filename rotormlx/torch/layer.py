@@ -26,7 +26,7 @@ from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
 from rotormlx.torch.checks import FLOATS
 from rotormlx.torch.store import Store, groups, lengths_on, new_store
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import KVView
 
 ADVICE = (
     "its attention must be rotormlx's and get keys and values untouched: call "
@@ -34,7 +34,7 @@ ADVICE = (
 )
 
 
-class View(NamedTuple):
+class LayerView(NamedTuple):
     """What attention reads of a layer.
 
     keys, values: Exact and packed tokens; those just appended are still exact.
@@ -42,8 +42,8 @@ class View(NamedTuple):
     padding: Positions before the first token of each row.
     """
 
-    keys: Source
-    values: Source
+    keys: KVView
+    values: KVView
     lengths: Tensor
     padding: tuple[int, ...]
 
@@ -54,9 +54,9 @@ class Step:
     def __init__(self, layer: RotorLayer, keys: Tensor, values: Tensor) -> None:
         self.layer = layer
         self.new: tuple[Tensor, Tensor] | None = (keys, values)
-        self.view: View | None = None
+        self.view: LayerView | None = None
 
-    def read(self, padding: Sequence[int] | None) -> View:
+    def read(self, padding: Sequence[int] | None) -> LayerView:
         """Store the new tokens, once, and return a view of everything.
 
         Args:
@@ -272,7 +272,7 @@ class RotorLayer(CacheLayerMixin):
         """Bytes allocated, room for growth included."""
         return sum(store.nbytes for store in self.stores or ())
 
-    def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> View:
+    def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> LayerView:
         """Append tokens, take a view, and pack; called once a step by the attention function.
 
         Whatever is raised, an interrupt too: the layer is then as before the step.
@@ -293,7 +293,7 @@ class RotorLayer(CacheLayerMixin):
         keys: Tensor,
         values: Tensor,
         padding: Sequence[int] | None,
-    ) -> View:
+    ) -> LayerView:
         key_store, value_store = stores = before[0].twin(), before[1].twin()
         row_padding = self.padding
         if padding is not None:
@@ -312,7 +312,7 @@ class RotorLayer(CacheLayerMixin):
             store.append(x, exact, new_tokens)
         counts = tuple((row.packed, row.tokens) for row in rows)
         lengths = lengths_on(key_store.exact.device, counts)
-        view = View(key_store.source, value_store.source, lengths, tuple(row_padding))
+        view = LayerView(key_store.view, value_store.view, lengths, tuple(row_padding))
         self._pack(stores, rows)
         # One step, between whose halves no interrupt comes.
         vars(self).update(stores=stores, padding=row_padding, rows=rows, _step=None)

@@ -64,7 +64,7 @@ def attend(call: AttendCall) -> Tensor:
         sink=call.sink,
         scale=call.scale,
         mask=None if call.mask is None else call.mask.detach(),
-        sinks=None if call.sink_logits is None else call.sink_logits.detach(),
+        sink_logits=None if call.sink_logits is None else call.sink_logits.detach(),
         causal=call.causal,
     )
     return output

@@ -20,7 +20,7 @@ from torch import Tensor
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.torch import checks, cuda, native, torch_ops
-from rotormlx.torch.torch_ops import AttendCall, Source
+from rotormlx.torch.torch_ops import AttendCall, KVView
 
 torch.library.define(
     "rotormlx::encode",
@@ -121,8 +121,8 @@ def decode(
 def attend(
     query: Tensor,
     lengths: Tensor,
-    keys: Source,
-    values: Source,
+    keys: KVView,
+    values: KVView,
     config: RotorConfig,
     *,
     layer: int,
@@ -284,8 +284,8 @@ def _attend_with(
         value_codec = _codec(value_exact.shape[-1], VALUE, bits=value_bits, **coding)
         key_packed = _packed(key_words, key_scales, key_centres)
         value_packed = _packed(value_words, value_scales, None)
-        keys = Source(key_codec, key_exact, key_packed, key_channel_scale)
-        values = Source(value_codec, value_exact, value_packed, value_channel_scale)
+        keys = KVView(key_codec, key_exact, key_packed, key_channel_scale)
+        values = KVView(value_codec, value_exact, value_packed, value_channel_scale)
         call = AttendCall(query, lengths, keys, values, sink, scale, causal, mask, sink_logits)
         checks.check_call(call)
         if reads_lengths:

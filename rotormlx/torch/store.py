@@ -15,7 +15,7 @@ from rotormlx.codec.format import BLOCK, Codec, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.storage.cache_fields import SavedStore
 from rotormlx.torch import ops
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import KVView
 
 # Rows that have the same lengths are handled together; a slice stands for all of them.
 Rows = slice | list[int]
@@ -25,7 +25,7 @@ class Store:
     """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
 
     The layer tracks lengths; methods receive them. A buffer that was handed out in a
-    :class:`Source` is only ever written behind the tokens that counted then, or replaced.
+    :class:`KVView` is only ever written behind the tokens that counted then, or replaced.
 
     Args:
         codec: How the packed tokens are coded.
@@ -43,9 +43,9 @@ class Store:
         self.channel_scale: Tensor | None = None
 
     @property
-    def source(self) -> Source:
+    def view(self) -> KVView:
         """What attention reads; it stays valid while tokens are appended and packed."""
-        return Source(self.codec, self.exact, self.packed, self.channel_scale)
+        return KVView(self.codec, self.exact, self.packed, self.channel_scale)
 
     def twin(self) -> Store:
         """A store of the same buffers; only tokens that do not count yet are written in place."""

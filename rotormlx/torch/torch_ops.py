@@ -52,7 +52,7 @@ class Softmax(NamedTuple):
     output: Tensor
 
 
-class Source(NamedTuple):
+class KVView(NamedTuple):
     """The keys or the values of one layer, as attention reads them.
 
     codec: How the packed tokens are coded.
@@ -84,8 +84,8 @@ class AttendCall(NamedTuple):
 
     query: Tensor
     lengths: Tensor
-    keys: Source
-    values: Source
+    keys: KVView
+    values: KVView
     sink: int
     scale: float
     causal: bool

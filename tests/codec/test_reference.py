@@ -205,7 +205,7 @@ def test_attention_is_softmax_of_scores():
     v = [[[[10.0], [20.0]]]]
     out = reference.attend(q, k, v, scale=1.0)
     assert out.item() == pytest.approx(0.25 * 10 + 0.75 * 20)
-    out = reference.attend(q, k, v, scale=1.0, sinks=np.log([4.0]))
+    out = reference.attend(q, k, v, scale=1.0, sink_logits=np.log([4.0]))
     assert out.item() == pytest.approx((10 + 3 * 20) / 8)
     out = reference.attend(q, k, v, scale=1.0, mask=np.array([True, False]))
     assert out.item() == pytest.approx(10)

@@ -128,7 +128,7 @@ void attend() {
   for (Array** a : {&call.queries, &call.output, &call.key_exact, &call.value_exact}) *a = array_of(number());
   call.keys = packed();
   call.values = packed();
-  for (Array** a : {&call.mask, &call.sinks}) *a = array_of(number());
+  for (Array** a : {&call.mask, &call.sink_logits}) *a = array_of(number());
   call.key_coding = coding();
   call.value_coding = coding();
   call.sink = number();

@@ -148,8 +148,8 @@ def test_dtypes_may_differ(of_query, of_cache):
     views = filled(dtype=of_cache).keys_and_values()
     q = query(of_query, length=3)
     mask = mx.random.normal((3, views[0].tokens)).astype(of_cache)
-    sinks = mx.arange(6).astype(of_query)
-    options = {"scale": 0.1, "mask": mask, "sinks": sinks}
+    sink_logits = mx.arange(6).astype(of_query)
+    options = {"scale": 0.1, "mask": mask, "sink_logits": sink_logits}
     found = attend_view(q, *views, **options)
     expected = MLXBackend().attend(AttendCall(q, *views, **options))
     expected = np.array(expected.astype(mx.float32))
@@ -165,9 +165,9 @@ def test_masks_and_sinks_of_other_dtypes_are_numbers():
     views = filled().keys_and_values()
     tokens = views[0].tokens
     integers = mx.where(mx.arange(tokens) % 3 == 0, 0, -4)
-    options = {"scale": 0.1, "sinks": mx.arange(6)}
+    options = {"scale": 0.1, "sink_logits": mx.arange(6)}
     found = attend_view(query(), *views, mask=integers, **options)
-    options["sinks"] = options["sinks"].astype(mx.float32)
+    options["sink_logits"] = options["sink_logits"].astype(mx.float32)
     same = attend_view(query(), *views, mask=integers.astype(mx.float32), **options)
     assert np.array_equal(np.array(found), np.array(same))
 

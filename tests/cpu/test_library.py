@@ -74,7 +74,7 @@ class Case:
     length: int = 1
     dtype: type = np.float32
     mask: str = "none"
-    sinks: bool = False
+    sink_logits: bool = False
     repeats: int = REPEATS
 
 
@@ -104,7 +104,9 @@ class Problem:
         ]
         self.queries = rows((batch, heads, case.length, case.dims[0]), 3).astype(case.dtype)
         self.queries = self.queries - self.queries.mean(-1, keepdims=True).astype(case.dtype)
-        self.sinks = np.linspace(-3, 6, heads).astype(np.float32) if case.sinks else None
+        self.sink_logits = (
+            np.linspace(-3, 6, heads).astype(np.float32) if case.sink_logits else None
+        )
         self.scale = case.dims[0] ** -0.5 / 4
         self.mask = self.make_mask(batch, heads, max(tokens for _, tokens in case.lengths))
 
@@ -143,7 +145,7 @@ class Problem:
             sink=SINK,
             scale=self.scale,
             mask=self.mask,
-            sinks=self.sinks,
+            sink_logits=self.sink_logits,
             causal=case.mask == "causal",
             **options,
         )
@@ -165,7 +167,7 @@ class Problem:
                     values,
                     scale=self.scale,
                     mask=mask,
-                    sinks=self.sinks,
+                    sink_logits=self.sink_logits,
                 )
             )
         return np.concatenate(outputs)
@@ -299,7 +301,7 @@ CASES = [
     *(Case(dims=dims, length=2) for dims in DIMS),
     *(Case((3, 2), rotation=name, length=3, mask="causal") for name in (*ROTATIONS, CALIBRATED)),
     *(Case(mask=mask, length=length) for mask in MASKS for length in (1, 7)),
-    *(Case(sinks=True, mask=m, length=2) for m in ("none", "causal", "hidden")),
+    *(Case(sink_logits=True, mask=m, length=2) for m in ("none", "causal", "hidden")),
     *(Case(repeats=n) for n in (1, 2, 3, 4, 6, 7, 8, 9, 17)),
     Case(mask="causal", length=150, lengths=((1024, 1300), (1024, 1300))),
     # Queries whose own tokens are packed already: they see of the exact ones the sink alone.
@@ -363,7 +365,7 @@ def test_what_is_not_seen_does_not_come_through(mask):
 @needs_library
 def test_arrays_are_read_where_they_lie():
     """Transposed queries, buffers with room behind and between, masks with steps."""
-    problem = Problem(Case(mask="bool", length=3, sinks=True))
+    problem = Problem(Case(mask="bool", length=3, sink_logits=True))
     expected = problem.run()
     problem.queries = np.ascontiguousarray(problem.queries.swapaxes(1, 2)).swapaxes(1, 2)
     problem.mask = np.repeat(problem.mask, 2, axis=-1)[..., ::2]
@@ -473,9 +475,11 @@ class Writer:
         places = [*map(self.array, (x, *blocks[1:])), *self.coding(blocks)]
         self.numbers(ord(letter), *places, given_centres, 4)
 
-    def attend(self, queries, output, exact, blocks, lengths, *, sink, scale, mask, sinks, causal):
+    def attend(
+        self, queries, output, exact, blocks, lengths, *, sink, scale, mask, sink_logits, causal
+    ):
         keys, values = blocks
-        arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sinks)
+        arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sink_logits)
         places = [*map(self.array, arrays), *self.coding(keys), *self.coding(values)]
         counts = [n for pair in lengths for n in pair]
         (bits,) = struct.unpack("<q", struct.pack("<d", scale))
@@ -505,7 +509,7 @@ def calls():
         results[next(i for i, a in enumerate(writer.arrays) if a is decoded)] = after
     attended = [
         *(Case((bits, bits), (24, 40), length=2, repeats=3) for bits in codebook.BITS),
-        Case((3, 4), (40, 24), "dense", mask="bool", sinks=True),
+        Case((3, 4), (40, 24), "dense", mask="bool", sink_logits=True),
         Case((4, 4), (24, 24), CALIBRATED),
         Case((2, 3), (24, 24), lengths=((320, 400), (0, 37), (77, 150), (0, 2)), mask="causal"),
         Case((2, 2), (24, 24), lengths=((0, 90),), length=70, mask="additive", dtype=np.float16),

@@ -22,7 +22,7 @@ KEYS = codec(RotorConfig(), D, layer=0, role=KEY)
 VALUES = codec(RotorConfig(), DV, layer=0, role=VALUE)
 
 
-def attend(batch, heads, kv_heads, length, tokens, sinks=None, mask=None):
+def attend(batch, heads, kv_heads, length, tokens, sink_logits=None, mask=None):
     """Attention over exact tokens alone, written over sevens."""
     queries = np.ones((batch, heads, length, D), np.float32)
     output = np.full((batch, heads, length, DV), 7, np.float32)
@@ -31,7 +31,7 @@ def attend(batch, heads, kv_heads, length, tokens, sinks=None, mask=None):
     blocks = tuple(cpu_library.Blocks(c, *nothing, None) for c in (KEYS, VALUES))
     cpu_library.attend(
         *(queries, output, exact, blocks, [(0, tokens)] * batch),
-        **{"sink": 0, "scale": 1.0, "sinks": sinks, "mask": mask, "threads": 3},
+        **{"sink": 0, "scale": 1.0, "sink_logits": sink_logits, "mask": mask, "threads": 3},
     )
     return output
 
@@ -48,9 +48,9 @@ def test_a_call_without_rows_writes_nothing(batch, heads, kv_heads, length, toke
 @pytest.mark.parametrize("logit", [None, 0.0, -np.inf])
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_a_query_that_sees_nothing_gives_zero(tokens, logit):
-    sinks = None if logit is None else np.full(4, logit, np.float32)
+    sink_logits = None if logit is None else np.full(4, logit, np.float32)
     mask = np.zeros((2, 1, 3, tokens), np.bool_)
-    assert (attend(2, 4, 2, 3, tokens, sinks, mask) == 0).all()
+    assert (attend(2, 4, 2, 3, tokens, sink_logits, mask) == 0).all()
 
 
 def test_rows_without_blocks_are_coded_and_decoded():

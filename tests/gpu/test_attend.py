@@ -124,7 +124,7 @@ def varied(case, **choices):
 
 
 def metal_cases():
-    """Masks, lengths, widths, head_dims, groups, rotations, sinks, counts and parts."""
+    """Masks, lengths, widths, head_dims, groups, rotations, sink logits, counts and parts."""
     few = replace(METAL_BASE, mask="causal", kv_heads=1)
     yield from varied(METAL_BASE, mask=MASKS, length=(1, 5, 21))
     group = replace(METAL_BASE, mask="causal", batch=1, kv_heads=2, repeats=3)
@@ -142,7 +142,7 @@ def metal_cases():
     yield from (replace(group, repeats=n, length=length) for n, length in ((4, 2), (2, 4)))
     plain = replace(METAL_BASE, channel_scale="none", bits=(3, 4))
     yield from varied(plain, rotation=("rotor3", "dense", "identity", "hadamard"))
-    with_sinks = replace(METAL_BASE, sinks=True)
+    with_sinks = replace(METAL_BASE, sink_logits=True)
     yield from varied(with_sinks, mask=("none", "causal", "bool"), length=(1, 17))
     for counts in COUNTS:
         yield from varied(replace(few, **counts), length=(1, 17))
@@ -161,7 +161,7 @@ def cuda_cases():
     yield from varied(group, repeats=(1, 3, 4, 5, 7, 8, 9, 16))
     plain = replace(CUDA_BASE, channel_scale="none")
     yield from varied(plain, rotation=("rotor3", "dense", "identity"))
-    yield from varied(replace(CUDA_BASE, sinks=True), mask=("none", "bool"), length=(1, 17))
+    yield from varied(replace(CUDA_BASE, sink_logits=True), mask=("none", "bool"), length=(1, 17))
     for counts in COUNTS:
         few = replace(CUDA_BASE, kv_heads=1, **counts)
         yield from varied(few, length=(1, 17), dtype=("bf16", "f32"))
@@ -170,7 +170,9 @@ def cuda_cases():
     devices = [Launch(multiprocessors=n) for n in (1, 2, 50)]
     yield from varied(long, launch=devices, length=(1, 17), dtype=both)
     # Rows that share what they read of a matrix, eight at a time.
-    many = replace(group, repeats=3, mask="causal", sinks=True, launch=Launch(shares_rows=True))
+    many = replace(
+        group, repeats=3, mask="causal", sink_logits=True, launch=Launch(shares_rows=True)
+    )
     yield from varied(many, length=(3, 9), dtype=both)
 
 
@@ -178,7 +180,7 @@ def mlx_cuda_cases():
     """The launch code of MLX's CUDA build: masks take turns with dtypes and lengths."""
     turns = itertools.cycle([("f16", 1), ("f32", 5), ("bf16", 17)])
     by_mask = [
-        Case(bits=(4, 3), mask=mask, dtype=dtype, length=length, sinks=mask == "bool")
+        Case(bits=(4, 3), mask=mask, dtype=dtype, length=length, sink_logits=mask == "bool")
         for mask, (dtype, length) in zip(MASKS, turns, strict=False)
     ]
     yield from by_mask
@@ -248,10 +250,13 @@ def test_a_query_that_sees_nothing_is_zero(runner, case):
 @pytest.mark.parametrize("order", [1, 7, 12345])
 @on(
     metal=varied(
-        Case(blocks=5, launch=Launch((2, 2)), mask="causal", batch=1, sinks=True), length=(3, 17)
+        Case(blocks=5, launch=Launch((2, 2)), mask="causal", batch=1, sink_logits=True),
+        length=(3, 17),
     ),
     cuda=varied(
-        replace(CUDA_BASE, blocks=6, batch=1, sinks=True), length=(3, 17), dtype=("f16", "f32")
+        replace(CUDA_BASE, blocks=6, batch=1, sink_logits=True),
+        length=(3, 17),
+        dtype=("f16", "f32"),
     ),
 )
 def test_attend_in_any_order_of_threads(runner, case, order):

@@ -16,7 +16,7 @@ from rotormlx.codec import reference
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.torch import ops
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import KVView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
@@ -100,7 +100,7 @@ def sources_of(head_dim, config, dtype, blocks):
         x = rows((B, K, blocks * BLOCK, head_dim), seed, dtype)
         packed = ops.encode(x, config, layer=1, role=role)
         exact = rows((B, K, 80, head_dim), 2 + seed, dtype)
-        sources.append(Source(codec(config, head_dim, layer=1, role=role), exact, packed, None))
+        sources.append(KVView(codec(config, head_dim, layer=1, role=role), exact, packed, None))
     return sources
 
 
@@ -148,7 +148,7 @@ def check_attend(head_dim, config, dtype, repeats, length, **options):
             values,
             scale=scale,
             mask="causal" if options.get("causal") else None,
-            sinks=None if logits is None else float64(logits),
+            sink_logits=None if logits is None else float64(logits),
         )
         # Two roundings of the output; in float32 sums of some thousand numbers on top.
         bound = {"f16": 2, "bf16": 2, "f32": 64}[dtype] * ROUNDING[dtype]

@@ -110,9 +110,9 @@ BOOLEAN = ("boolean", "boolean of tokens", "boolean of queries", "boolean of row
 CALLS = [
     {
         **{"bits": bits, "head_dims": dims, "rotation": rotation, "dtype": dtype},
-        **{"repeats": repeats, "length": length, "sinks": sinks, "mask": masks},
+        **{"repeats": repeats, "length": length, "has_sink_logits": has_sink_logits, "mask": masks},
     }
-    for bits, dims, rotation, dtype, repeats, length, sinks, masks in (
+    for bits, dims, rotation, dtype, repeats, length, has_sink_logits, masks in (
         ((4, 3), (64, 80), "cascade", "f16", 2, 3, False, BOOLEAN),
         ((3, 8), (80, 64), "rotor3", "f32", 3, 2, True, ("causal",)),
         ((2, 4), (96, 96), "dense", "bf16", 4, 5, True, ("additive", "additive of tokens")),
@@ -135,7 +135,7 @@ def calls_of(calls, **more):
         attention_cases(
             **few
             | {name: st.just(value) for name, value in call.items()}
-            | {"mask": st.sampled_from(call["mask"]), "scaled": st.just(call["sinks"])}
+            | {"mask": st.sampled_from(call["mask"]), "scaled": st.just(call["has_sink_logits"])}
             | more
         )
         for call in calls

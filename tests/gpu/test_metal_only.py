@@ -205,10 +205,10 @@ def test_lint_accepts_every_kernel_of_the_codec():
 @pytest.mark.parametrize(
     "case",
     [
-        Case(bits=(2, 8), dtype="f16", sinks=True, mask="additive"),
+        Case(bits=(2, 8), dtype="f16", sink_logits=True, mask="additive"),
         Case(bits=(3, 3), dtype="bf16", repeats=4, mask="causal"),
         Case(bits=(4, 4), dtype="f32", repeats=5, mask="bool", batch=5),
-        Case(bits=(3, 2), dtype="f16", length=17, sinks=True, mask="additive", batch=5),
+        Case(bits=(3, 2), dtype="f16", length=17, sink_logits=True, mask="additive", batch=5),
         Case(bits=(8, 4), dtype="bf16", length=17, dims=(192, 128), mask="bool"),
         Case(bits=(4, 3), dtype="f32", length=17, mask="causal"),
     ],
@@ -274,7 +274,9 @@ def test_codec_launches_are_traced_without_metal(role):
 @pytest.mark.parametrize("length", [1, 17])
 def test_attention_can_be_exported(length):
     with METAL.kernels(REAL_METAL_KERNEL):
-        (first, _), (second, _) = exported_attention(Case(length=length, mask="causal", sinks=True))
+        (first, _), (second, _) = exported_attention(
+            Case(length=length, mask="causal", sink_logits=True)
+        )
     assert ("attend" if length == 1 else "prefill") in first
     assert "attend_merge" in second
 
@@ -295,12 +297,12 @@ def test_buffers_of_the_cache_are_read_where_they_lie():
 
 def test_a_name_stands_for_one_text():
     """MLX compiles anew whenever a name's text is not the one before."""
-    base = Case(batch=1, kv_heads=1, sinks=True)
+    base = Case(batch=1, kv_heads=1, sink_logits=True)
     changes = [
         *({"dtype": dtype} for dtype in DTYPES),
         *({"batch": 5}, {"sink": 0, "tail": 0}, {"repeats": 8}, {"blocks": 0}),
         *({"mask": mask} for mask in MASKS),
-        *({"tail": 300}, {"channel_scale": "none"}, {"sinks": False}, {"length": 17}),
+        *({"tail": 300}, {"channel_scale": "none"}, {"sink_logits": False}, {"length": 17}),
     ]
     texts = {}
     with METAL.kernels(REAL_METAL_KERNEL):

@@ -379,15 +379,17 @@ def test_rows_that_are_alike_are_read_together():
 def test_sinks_and_array_masks_reach_every_row():
     batch, singles = filled(RotorConfig())
     q = mx.random.normal((5, H, 2, D), key=mx.random.key(1))
-    sinks = mx.random.normal((H,), key=mx.random.key(2))
+    sink_logits = mx.random.normal((H,), key=mx.random.key(2))
     additive = mx.random.normal((5, 1, 2, 700), key=mx.random.key(3))
-    together = attend_view(q, *batch.keys_and_values(), scale=0.1, mask=additive, sinks=sinks)
+    together = attend_view(
+        q, *batch.keys_and_values(), scale=0.1, mask=additive, sink_logits=sink_logits
+    )
     for i, cache in enumerate(singles):
         own = additive[i : i + 1, :, :, : cache.offset]
         if cache.offset < 2:
             continue
         alone = attend_view(
-            q[i : i + 1], *cache.keys_and_values(), scale=0.1, mask=own, sinks=sinks
+            q[i : i + 1], *cache.keys_and_values(), scale=0.1, mask=own, sink_logits=sink_logits
         )
         assert mx.allclose(together[i : i + 1], alone, **TOLERANCE)
         without = attend_view(q[i : i + 1], *cache.keys_and_values(), scale=0.1, mask=own)

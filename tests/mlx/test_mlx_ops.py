@@ -188,16 +188,16 @@ def masks(tokens, length):
 
 
 def check(
-    config, dims, mask_name, *, dtype="f32", length=L, sinks=None, blocks=4, missing=13, **kw
+    config, dims, mask_name, *, dtype="f32", length=L, sink_logits=None, blocks=4, missing=13, **kw
 ):
     dtype_ = DTYPES[dtype]
     views, (keys, values) = make_views(config, *dims, blocks, missing, dtype_, **kw)
     q = queries(dims[0], length, dtype_)
     mask = masks(views[0].tokens, length)[mask_name]
-    arguments = {"scale": dims[0] ** -0.5, "sinks": sinks}
+    arguments = {"scale": dims[0] ** -0.5, "sink_logits": sink_logits}
     expected = reference.attend(float64(q), keys, values, mask=mask, **arguments)
     given = mask if mask is None or isinstance(mask, str) else mx.array(mask)
-    arguments["sinks"] = to_mlx(sinks)
+    arguments["sink_logits"] = to_mlx(sink_logits)
     found = attend_view(q, *views, mask=given, **arguments)
     assert found.dtype == dtype_
     # Sums are in float32; the result is rounded once to the dtype.
@@ -230,7 +230,7 @@ def test_attend_with_channel_scale(channel_scale):
 
 @pytest.mark.parametrize("mask", ["none", "causal", "bool"])
 def test_attend_with_sink_logits(mask):
-    check(RotorConfig(), (64, 80), mask, sinks=np.linspace(-3, 6, H).astype(np.float32))
+    check(RotorConfig(), (64, 80), mask, sink_logits=np.linspace(-3, 6, H).astype(np.float32))
 
 
 @pytest.mark.parametrize("missing", [0, 1, 63])
@@ -338,10 +338,10 @@ def test_encode_refuses(shape, dtype, message):
         ({"q": mx.zeros((B, H, 999, 64))}, "at least as many tokens as queries"),
         ({"mask": "diagonal"}, "None, 'causal' or an array"),
         ({"mask": mx.zeros((L, 7))}, "broadcastable to"),
-        ({"sinks": mx.zeros((H + 1,))}, r"shape \(6,\), one a query head"),
+        ({"sink_logits": mx.zeros((H + 1,))}, r"shape \(6,\), one a query head"),
         ({"values": {"tokens": 100}}, "agree in batch, KV heads and tokens"),
     ],
-    ids=["dim", "heads", "batch", "dtype", "length", "mask", "mask-shape", "sinks", "values"],
+    ids=["dim", "heads", "batch", "dtype", "length", "mask", "mask-shape", "sink_logits", "values"],
 )
 def test_attend_refuses(change, message):
     (keys, values), _ = make_views(RotorConfig(), 64, 80, 2, 0, mx.float32)

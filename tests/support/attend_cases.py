@@ -64,7 +64,7 @@ class Case:
     rotation: str = "cascade"
     channel_scale: str = "prefill"
     mask: str = "none"
-    sinks: bool = False
+    sink_logits: bool = False
     gain: float = 1.0
     launch: Launch = Launch()
 
@@ -214,14 +214,16 @@ def problem(case):
     q = np.random.default_rng(5).normal(size=(case.batch, case.length, case.heads, case.dims[0]))
     q = mx.swapaxes(mx.array((q / 2).astype(np.float32)).astype(DTYPES[case.dtype]), 1, 2)
     mask = make_mask(case)
-    logits = np.linspace(-3, 6, case.heads).astype(np.float32) if case.sinks else None
-    expected = reference.attend(float64(q), *vectors, scale=case.scale, mask=mask, sinks=logits)
+    logits = np.linspace(-3, 6, case.heads).astype(np.float32) if case.sink_logits else None
+    expected = reference.attend(
+        float64(q), *vectors, scale=case.scale, mask=mask, sink_logits=logits
+    )
     if isinstance(mask, np.ndarray):
         mask = mx.array(mask if mask.dtype == np.bool_ else mask.astype(np.float32))
     options = {
         "scale": case.scale,
         "mask": mask,
-        "sinks": None if logits is None else mx.array(logits),
+        "sink_logits": None if logits is None else mx.array(logits),
     }
     # MLX's path in the same dtype has float32 sums in another order and the same last rounding. It
     # may be lucky, so it counts as no better than one rounding of the output, and one float32

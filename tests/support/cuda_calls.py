@@ -73,7 +73,7 @@ class AttendArguments(ctypes.Structure):
         *((f"key_{name}", POINTER) for name in ("matrix", "channel_scale")),
         *((f"value_{name}", POINTER) for name in ("matrix", "channel_scale")),
         *(("mask_kind", ctypes.c_int32), ("mask", POINTER), ("mask_strides", ctypes.c_int64 * 4)),
-        *(("sinks", POINTER), ("out", POINTER), ("workspace", POINTER)),
+        *(("sink_logits", POINTER), ("out", POINTER), ("workspace", POINTER)),
         *((f"{role}_channel_scale_stride", ctypes.c_int64) for role in ("key", "value")),
     ]
 
@@ -261,7 +261,7 @@ def plan_of(a, codecs, made):
     return AttendPlan(*cuda_plan.attend_plan(shape, device).numbers)
 
 
-def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None):
+def attend(queries, keys, values, *, scale, mask=None, sink_logits=None, made=None):
     """What ``rotormlx_attend`` gives for two views, as an MLX array.
 
     Args:
@@ -305,7 +305,7 @@ def attend(queries, keys, values, *, scale, mask=None, sinks=None, made=None):
         a.mask = call.plain("mask", given)
         wide = np.broadcast_to(given, (batch, heads, length, keys.tokens))
         a.mask_strides = strides(wide, 4)
-    a.sinks = call.plain("sinks", sinks)
+    a.sink_logits = call.plain("sink_logits", sink_logits)
     out = output((batch, heads, length, value_dim), queries.dtype)
     a.out = call.plain("out", out, written=True)
     plan = plan_of(a, (keys.codec, values.codec), made)

@@ -18,7 +18,6 @@ from rotormlx.mlx import backends
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.torch import native, torch_ops
-from rotormlx.torch.torch_ops import Source
 from tests.support.bounds import (
     KINDS,
     WIDE_KINDS,
@@ -69,7 +68,7 @@ class InMLX:
     def prefill_scale(self, x, chosen):
         return np.array(self.backend.prefill_scale(mx.array(x), chosen))
 
-    def attend(self, q, dtype, sequences, *, scale, mask, sinks):
+    def attend(self, q, dtype, sequences, *, scale, mask, sink_logits):
         views = []
         for s in sequences:
             exact = mx.array(s.exact).astype(MLX_DTYPES[dtype])
@@ -79,7 +78,7 @@ class InMLX:
             views.append(KVView(s.codec, exact, packed, to_mlx(s.scale), s.sink, *most, ragged))
         mask = mask if mask is None or isinstance(mask, str) else mx.array(mask)
         given = mx.array(q).astype(MLX_DTYPES[dtype])
-        call = AttendCall(given, *views, scale=scale, mask=mask, sinks=to_mlx(sinks))
+        call = AttendCall(given, *views, scale=scale, mask=mask, sink_logits=to_mlx(sink_logits))
         out = self.backend.attend(call)
         return np.array(out.astype(mx.float32))
 
@@ -107,12 +106,12 @@ class InTorch:
     def prefill_scale(self, x, chosen):
         return torch_ops.prefill_scale(torch.from_numpy(x), chosen).numpy()
 
-    def attend(self, q, dtype, sequences, *, scale, mask, sinks):
+    def attend(self, q, dtype, sequences, *, scale, mask, sink_logits):
         sources = []
         for s in sequences:
             packed = None if s.packed is None else Packed(*map(to_torch, s.packed))
             sources.append(
-                Source(
+                torch_ops.KVView(
                     s.codec,
                     torch.from_numpy(s.exact).to(TORCH_DTYPES[dtype]),
                     packed,
@@ -127,7 +126,7 @@ class InTorch:
             scale=scale,
             causal=isinstance(mask, str),
             mask=torch.from_numpy(mask) if isinstance(mask, np.ndarray) else None,
-            sink_logits=to_torch(sinks),
+            sink_logits=to_torch(sink_logits),
         )
         return self.module.attend(call).float().numpy()
 
@@ -348,7 +347,7 @@ class Attention:
     # Packed blocks, tokens that the last lacks, and tokens behind them, of each batch row.
     sizes: tuple[tuple[int, int, int], ...]
     mask: str
-    sinks: bool
+    has_sink_logits: bool
     kinds: tuple[str, ...]
     seed: int
 
@@ -396,7 +395,7 @@ class Attention:
 
     def sink_logits(self):
         heads = self.heads * self.repeats
-        return np.linspace(-3, 6, heads).astype(np.float32) if self.sinks else None
+        return np.linspace(-3, 6, heads).astype(np.float32) if self.has_sink_logits else None
 
     def make_mask(self):
         tokens = max(n for _, n in self.lengths)
@@ -451,7 +450,7 @@ def attention_cases(**fixed):
             max_size=3,
         ).map(tuple),
         "mask": st.sampled_from(MASKS),
-        "sinks": st.booleans(),
+        "has_sink_logits": st.booleans(),
         "kinds": st.lists(st.sampled_from(ATTENDED_KINDS), min_size=1, max_size=3).map(tuple),
         "seed": st.integers(0, 2**16),
     }
@@ -472,7 +471,7 @@ def sums_error(case, sequences, b, q, vectors, rounding=0.0):
     sizes = [s.rotated_size(b, x) for s, x in zip(sequences, vectors, strict=True)]
     norm = query_norm(case, sequences[0], q[b])
     rounding += 2.0**-24 * (2 * max(case.head_dims) + 16)
-    largest_logit = 6 if case.sinks else 0
+    largest_logit = 6 if case.has_sink_logits else 0
     score = rounding * (case.scale * norm * sizes[0] + largest_logit)
     values = vectors[1].reshape(-1, vectors[1].shape[-1])
     return attention_error(values, score, (rounding + vectors[1].shape[1] * 2.0**-24) * sizes[1])
@@ -488,8 +487,8 @@ def query_norm(case, keys, q):
 def check_attention(case, implementations, rounding=0.0):
     """``rounding`` as for :func:`sums_error`."""
     sequences, _ = case.make()
-    q, mask, sinks = case.queries(), case.make_mask(), case.sink_logits()
-    given = {"scale": case.scale, "sinks": sinks}
+    q, mask, sink_logits = case.queries(), case.make_mask(), case.sink_logits()
+    given = {"scale": case.scale, "sink_logits": sink_logits}
     middles = [None if s.packed is None else s.middle() for s in sequences]
     found = {
         name: implementation.attend(q, case.dtype, sequences, mask=mask, **given)
@@ -538,7 +537,7 @@ def check_hidden_row(case, role, packed, place, implementations):
             exact[:, :, slot] = number
             sequences[index] = replace(sequence, exact=exact)
     q, mask = case.queries(), case.make_mask()
-    given = {"scale": case.scale, "mask": mask, "sinks": case.sink_logits()}
+    given = {"scale": case.scale, "mask": mask, "sink_logits": case.sink_logits()}
     last = np.arange(case.length)[:, None] + tokens - case.length
     seen = np.arange(tokens) <= last if isinstance(mask, str) else mask
     sees = np.broadcast_to(seen, (1, q.shape[1], case.length, tokens))[..., token]

@@ -75,7 +75,7 @@ class BackendRunner:
         return self.backend.decode(given, chosen, channel_scale=with_gaps(scale), dtype=dtype)
 
     def attend(self, queries, keys, values, *, launch=None, **options):
-        """Attention over two views; ``options`` are scale, mask and sinks."""
+        """Attention over two views; ``options`` are scale, mask and sink_logits; see AttendCall."""
         with self._launched_as(launch or Launch()):
             return self.backend.attend(AttendCall(queries, keys, values, **options))
 

@@ -205,7 +205,7 @@ def attend_torch(queries, exact, packed, codecs, lengths, **options):
     for c, p, e in zip(codecs, packed, exact, strict=True):
         parts = [None if a is None else torch.from_numpy(a) for a in p]
         parts[0] = parts[0].view(torch.int32)
-        sources.append(torch_ops.Source(c, torch.from_numpy(e), Packed(*parts), None))
+        sources.append(torch_ops.KVView(c, torch.from_numpy(e), Packed(*parts), None))
     options = {"causal": False, "mask": None, "sink_logits": None} | options
     counts = torch.tensor(lengths, dtype=torch.int32)
     q = torch.from_numpy(queries)

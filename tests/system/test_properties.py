@@ -94,8 +94,8 @@ def test_attention_is_that_over_decoded_rows(case):
 def test_attention_is_off_by_no_more_than_the_codes_imply(case):
     """Against exact attention over the vectors that were packed."""
     sequences, originals = case.make()
-    q, mask, sinks = case.queries(), case.make_mask(), case.sink_logits()
-    given = {"scale": case.scale, "sinks": sinks}
+    q, mask, sink_logits = case.queries(), case.make_mask(), case.sink_logits()
+    given = {"scale": case.scale, "sink_logits": sink_logits}
     found = {
         name: implementation.attend(q, case.dtype, sequences, mask=mask, **given)
         for name, implementation in IMPLEMENTATIONS.items()

@@ -25,7 +25,7 @@ from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, cuda, torch_ops
 from rotormlx.torch.__main__ import app
 from rotormlx.torch.build import Configuration
-from rotormlx.torch.torch_ops import AttendCall, Source
+from rotormlx.torch.torch_ops import AttendCall, KVView
 from tests.support.cuda_calls import (
     AttendArguments,
     AttendPlan,
@@ -370,7 +370,7 @@ def test_decode_fills_its_structure(kernels):
 
 def attend_inputs(dtype=torch.bfloat16):
     keys, values = (
-        Source(c, strided((B, K, 70, c.head_dim), dtype), packed_like(c), torch.rand(K, c.head_dim))
+        KVView(c, strided((B, K, 70, c.head_dim), dtype), packed_like(c), torch.rand(K, c.head_dim))
         for c in (codec(CONFIG, d, layer=LAYER, role=r) for r, d in (("key", 64), ("value", 80)))
     )
     query = strided((B, L, H, 64), dtype).transpose(1, 2)
@@ -388,7 +388,7 @@ def test_attend_fills_its_structure(kernels):
     assert (a.dtype, a.batch, a.heads, a.kv_heads, a.length, a.sink) == (1, B, H, K, L, 4)
     # Capacities: what counts is in the lengths, on the device.
     assert (a.packed_tokens, a.exact_tokens) == (N * BLOCK, 70)
-    assert (a.lengths, a.scale, a.sinks) == (lengths.data_ptr(), 0.125, logits.data_ptr())
+    assert (a.lengths, a.scale, a.sink_logits) == (lengths.data_ptr(), 0.125, logits.data_ptr())
     assert is_array(a.q, a.q_strides, query)
     for source, packed, exact, steps in (
         (keys, a.keys, a.exact_keys, a.exact_keys_strides),

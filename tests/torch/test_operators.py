@@ -15,7 +15,7 @@ from rotormlx.codec.format import BLOCK, KEY, ROLES, Packed, codec
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.kernels import cpu_library
 from rotormlx.torch import torch_ops
-from rotormlx.torch.torch_ops import Source
+from rotormlx.torch.torch_ops import KVView
 from scripts.make_vectors import CASES, DIRECTORY
 
 B, K, REPEATS, L, SINK, TAIL, LAYER = 2, 3, 2, 5, 4, 70, 1
@@ -117,7 +117,7 @@ def test_attend_reproduces_the_outputs(path, vectors, bits):
         chosen = codec(config, facts["head_dim"], layer=facts["layer"], role=role)
         packed = packed_of(arrays, role, bits)
         scale = arrays.get(f"{role}.channel_scale")
-        sources.append(Source(chosen, arrays[f"{role}.exact"].float(), packed, scale))
+        sources.append(KVView(chosen, arrays[f"{role}.exact"].float(), packed, scale))
     count = packed.scales.shape[2] * BLOCK - facts["missing"]
     tokens = count + sources[0].exact.shape[2]
     query = arrays["query"]
@@ -293,7 +293,7 @@ def make_sources(config, head_dims, dtype, lengths=LENGTHS):
             # What lies behind the lengths may be anything.
             packed.scales[b].reshape(K, -1)[:, p:] = np.nan
             exact[b, :, t - p :] = np.nan
-        sources.append(Source(chosen, exact, packed, scale))
+        sources.append(KVView(chosen, exact, packed, scale))
     return sources, vectors
 
 
@@ -342,7 +342,7 @@ def check(config, head_dims, name, dtype="f32", length=L, logits=None, lengths=L
             vectors[1][b],
             scale=head_dims[0] ** -0.5,
             mask="causal" if name == "causal" else None if part is None else part.numpy(),
-            sinks=logits,
+            sink_logits=logits,
         )
         # Sums are in float32; the result is rounded once to the dtype.
         error = {"f32": 2e-6, "f16": 2**-10, "bf16": 2**-7}

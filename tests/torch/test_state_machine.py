@@ -307,7 +307,7 @@ class Layers(RuleBasedStateMachine):
     def view(self, layer):
         """Lengths and sources, as attention reads them."""
         lengths = [*zip(layer.packed, layer.tokens, strict=True)]
-        return torch.tensor(lengths, dtype=torch.int32), *(s.source for s in layer.stores)
+        return torch.tensor(lengths, dtype=torch.int32), *(s.view for s in layer.stores)
 
     def attend(self, lengths, keys, values):
         q = torch.from_numpy(queries(len(lengths)))

@@ -81,13 +81,13 @@ class CPUBackend(MLXBackend):
 
     def attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
-        keys, values, mask, sinks = call.keys, call.values, call.mask_array, call.sinks
+        keys, values, mask, sink_logits = call.keys, call.values, call.mask_array, call.sink_logits
         if mask is not None and mask.dtype not in (mx.bool_, *FLOATS):
             mask = mask.astype(mx.float32)
-        if sinks is not None and sinks.dtype not in FLOATS:
-            sinks = sinks.astype(mx.float32)
+        if sink_logits is not None and sink_logits.dtype not in FLOATS:
+            sink_logits = sink_logits.astype(mx.float32)
         exact, blocks = (keys.exact, values.exact), (_blocks(keys), _blocks(values))
-        if not _evaluated(call.queries, mask, sinks, exact, blocks[0][1:], blocks[1][1:]):
+        if not _evaluated(call.queries, mask, sink_logits, exact, blocks[0][1:], blocks[1][1:]):
             return super().attend(call)
         output = _room(call.output_shape, call.queries.dtype)
         cpu_library.attend(
@@ -99,7 +99,7 @@ class CPUBackend(MLXBackend):
             sink=keys.sink,
             scale=call.scale,
             mask=mask,
-            sinks=sinks,
+            sink_logits=sink_logits,
             causal=call.is_causal,
         )
         return output

@@ -199,12 +199,15 @@ def _parts(
 
 def _merged(call: AttendCall, plan: Plan, numbers: mx.array, parts: list[mx.array]) -> mx.array:
     """The output ``[B, H, L, Dv]`` from what :func:`_parts` gives."""
-    values, sinks = call.values, call.sinks
-    (output,) = cuda_text.merge_kernel(*_side(values), plan.matrix_rows, sinks is not None)(
+    values, sink_logits = call.values, call.sink_logits
+    (output,) = cuda_text.merge_kernel(*_side(values), plan.matrix_rows, sink_logits is not None)(
         inputs=[
             *(*parts, inverse_matrix(values.codec.rotation)),
             _or_nothing(values.channel_scale, mx.float32),
-            *(_nothing(mx.float32) if sinks is None else sinks.astype(mx.float32), numbers),
+            *(
+                _nothing(mx.float32) if sink_logits is None else sink_logits.astype(mx.float32),
+                numbers,
+            ),
         ],
         grid=_row_grid(call, plan),
         threadgroup=(cuda_plan.THREADS, 1, 1),

@@ -197,7 +197,7 @@ _MERGE_BODY = """
   call.value_matrix = unrotation + matrix * (VALUE_DIM * VALUE_DIM);
   call.value_channel_scale = SCALE;
   call.value_channel_scale_stride = numbers[19];
-  call.sinks = SINKS;
+  call.sink_logits = SINK_LOGITS;
   call.out = out;
   all.tops = const_cast<float*>(tops);
   all.totals = const_cast<float*>(totals);
@@ -307,7 +307,7 @@ def query_kernel(key_dim: int, matrices: int, has_scale: bool, rows: int) -> Ker
 
 @cache
 def merge_kernel(
-    value_dim: int, matrices: int, has_scale: bool, rows: int, has_sinks: bool
+    value_dim: int, matrices: int, has_scale: bool, rows: int, has_sink_logits: bool
 ) -> Kernel:
     """The kernel that merges the parts of so many query rows in a thread block."""
     body = _filled(
@@ -317,11 +317,11 @@ def merge_kernel(
         ROWS=rows,
         THREADS=cuda_plan.THREADS,
         SCALE="channel_scale" if has_scale else "nullptr",
-        SINKS="sinks" if has_sinks else "nullptr",
+        SINK_LOGITS="sink_logits" if has_sink_logits else "nullptr",
     )
     return _kernel(
-        f"attend_merge_{value_dim}_{matrices}_{has_scale}_{rows}_{has_sinks}",
-        ["tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "numbers"],
+        f"attend_merge_{value_dim}_{matrices}_{has_scale}_{rows}_{has_sink_logits}",
+        ["tops", "totals", "outputs", "unrotation", "channel_scale", "sink_logits", "numbers"],
         ["out"],
         body,
         header_of(read("cuda_kernels/attend_merge.cu")),

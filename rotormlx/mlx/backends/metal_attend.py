@@ -109,19 +109,23 @@ def _parts(call: AttendCall, tiling: Tiling, plan: mx.array, parts: int) -> list
 
 def _merged(call: AttendCall, tiling: Tiling, plan: mx.array, parts: list[mx.array]) -> mx.array:
     """The output ``[B, H, L, Dv]`` from what :func:`_parts` gives."""
-    scale, sinks, rotation = call.values.channel_scale, call.sinks, call.values.codec.rotation
+    scale, sink_logits, rotation = (
+        call.values.channel_scale,
+        call.sink_logits,
+        call.values.codec.rotation,
+    )
     if scale is not None:
         scale = mx.broadcast_to(scale, (call.batch, call.kv_heads, call.value_dim))
     nothing = mx.zeros((1,), mx.float32)
     (output,) = _merge_kernel()(
         inputs=[
             *(*parts, inverse_matrix(rotation), nothing if scale is None else scale),
-            *(nothing if sinks is None else sinks.astype(mx.float32), plan),
+            *(nothing if sink_logits is None else sink_logits.astype(mx.float32), plan),
         ],
         template=[
             *(("T", call.queries.dtype), ("VALUE_DIM", call.value_dim), ("ROWS", tiling.merged)),
             *(("THREADS", MERGE_THREADS), ("MATRICES", matrices(rotation))),
-            *(("HAS_SCALE", scale is not None), ("HAS_SINKS", sinks is not None)),
+            *(("HAS_SCALE", scale is not None), ("HAS_SINK_LOGITS", sink_logits is not None)),
         ],
         grid=(MERGE_THREADS, -(-call.group_rows // tiling.merged), call.batch * call.kv_heads),
         threadgroup=(MERGE_THREADS, 1, 1),
@@ -203,7 +207,7 @@ def _merge_kernel() -> Kernel:
         "rotormlx_attend_merge",
         mx.fast.metal_kernel,
         input_names=[
-            *("tops", "totals", "outputs", "unrotation", "channel_scale", "sinks", "plan"),
+            *("tops", "totals", "outputs", "unrotation", "channel_scale", "sink_logits", "plan"),
         ],
         output_names=["output"],
         source=text.source,

@@ -167,10 +167,10 @@ def start_softmax(call: AttendCall) -> Softmax:
     """A softmax that has seen nothing, or only the attention-sink logits."""
     rows = (call.batch, call.kv_heads, call.group_rows, 1)
     output = mx.zeros((*rows[:-1], call.value_dim), mx.float32)
-    if call.sinks is None:
+    if call.sink_logits is None:
         return Softmax(mx.full(rows, -np.inf, mx.float32), mx.zeros(rows, mx.float32), output)
     repeats = call.heads // call.kv_heads
-    logits = call.sinks.astype(mx.float32).reshape(1, call.kv_heads, repeats, 1, 1)
+    logits = call.sink_logits.astype(mx.float32).reshape(1, call.kv_heads, repeats, 1, 1)
     top = mx.broadcast_to(logits, (*rows[:2], repeats, call.length, 1)).reshape(rows)
     return Softmax(top, mx.ones(rows, mx.float32), output)
 
