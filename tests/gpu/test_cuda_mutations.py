@@ -142,11 +142,17 @@ TENSOR = Case(
 )
 FLOAT = replace(TENSOR, dims=(64, 64), length=5, dtype="f32")
 # Kernels that a case does not launch are not compiled.
+WITHOUT_MANY_ROWS = [
+    (f"launch(attend_{kernel}<8>, row_grid, ROW_THREADS, 4 * Many::ALL, stream, all);", "1;")
+    for kernel in ("query", "merge")
+]
 WITHOUT_TENSOR = [
+    *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
     ("return launch(attend<2>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
 ]
 WITHOUT_FLOAT = [
+    *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
     ("return launch(attend_float, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
 ]
