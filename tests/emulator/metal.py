@@ -189,9 +189,9 @@ def run_text(
     Raises:
         KernelError: If the kernel breaks a rule.
     """
-    parameters = kernel_parameters(text, name)
+    source = _source(text, name, instance)
     buffers = []
-    for parameter in parameters:
+    for parameter in source.parameters:
         if parameter.is_attribute:
             continue
         if parameter.name in outputs:
@@ -200,7 +200,6 @@ def run_text(
         else:
             array = np.require(arguments[parameter.name], requirements="C")
             buffers.append(Buffer(parameter.name, array, Role.INPUT))
-    source = _Source(text, name, instance, tuple(parameters))
     if (wanted := _ahead.get()) is not None:
         wanted[source] = None
         for output in outputs.values():
@@ -225,7 +224,11 @@ class _Source:
     text: str
     name: str
     instance: str | None
-    parameters: tuple[Parameter, ...]
+
+    @functools.cached_property
+    def parameters(self) -> list[Parameter]:
+        """What the kernel is declared to take."""
+        return kernel_parameters(self.text, self.name)
 
     @functools.cached_property
     def entry(self) -> str:
@@ -292,6 +295,10 @@ def _prelude() -> toolchain.Prelude:
         (Path(mx.__file__).parent / "include",),
         importlib.metadata.version("mlx"),
     )
+
+
+# One object for a text: what is derived from it is kept there.
+_source = functools.cache(_Source)
 
 
 @functools.cache

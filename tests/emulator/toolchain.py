@@ -20,7 +20,10 @@ HERE = Path(__file__).parent
 
 _COMPILER = "g++"
 _COMMON = ("-std=c++17", "-fPIC", "-g1")
-_RUNTIME_FLAGS = (*_COMMON, "-O2", "-Wall", "-Wextra", "-Werror")
+# Its functions are called at every access: they may be inlined, between files too.
+_RUNTIME_FLAGS = (
+    *(*_COMMON, "-O2", "-flto", "-fno-semantic-interposition", "-Wall", "-Wextra", "-Werror"),
+)
 _KERNEL_FLAGS = (
     *_COMMON,
     # No load is optimised away unchecked; and compiling is most of the time of a test.

@@ -146,11 +146,16 @@ TENSOR = Case(
 )
 FLOAT = replace(TENSOR, dims=(64, 64), length=5, dtype="f32")
 # Kernels that a case does not launch are not compiled.
+WITHOUT_MANY_ROWS = [
+    ("if (plan->matrix_rows == 8) return launch_all<8>(*arguments, *plan, stream);", ""),
+]
 WITHOUT_TENSOR = [
+    *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
     ("return launch(attend<2>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
 ]
 WITHOUT_FLOAT = [
+    *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
     (
         "return launch(attend_float, grid, ATTEND_THREADS, plan.part_bytes, stream, all);",

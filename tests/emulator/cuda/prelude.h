@@ -114,11 +114,15 @@ inline float __fdividef(float x, float y) { return x / y; }
 // the PTX documentation, written here as the row and column of each element.
 UNCHECKED inline void multiply_add(float* sums, const uint* a, const uint* b, AT_LINE) {
   struct Operands {
-    half a[8], b[4];
+    float a[8], b[4];
   };
+  half numbers[12];
+  std::memcpy(static_cast<void*>(numbers), a, 8 * sizeof(half));
+  std::memcpy(static_cast<void*>(numbers + 8), b, 4 * sizeof(half));
   Operands mine, all[emulator::kSimdWidth];
-  std::memcpy(static_cast<void*>(mine.a), a, sizeof(mine.a));
-  std::memcpy(static_cast<void*>(mine.b), b, sizeof(mine.b));
+  // To float before all have them: g++ has no instruction for it.
+  for (int i = 0; i < 8; ++i) mine.a[i] = static_cast<float>(numbers[i]);
+  for (int i = 0; i < 4; ++i) mine.b[i] = static_cast<float>(numbers[8 + i]);
   if (emulator_exchange(&mine, sizeof(mine), all, line) != ~uint32_t{0}) {
     emulator_fail("absent lane", "a matrix product needs all lanes of a warp", line);
   }
@@ -128,10 +132,10 @@ UNCHECKED inline void multiply_add(float* sums, const uint* a, const uint* b, AT
     for (int i = 0; i < 8; ++i) {
       const int row = (i >= 0 && i < 2) || (i >= 4 && i < 6) ? group : group + 8;
       const int column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
-      left[row][column] = static_cast<float>(all[lane].a[i]);
+      left[row][column] = all[lane].a[i];
     }
     for (int i = 0; i < 4; ++i) {
-      right[in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0)][group] = static_cast<float>(all[lane].b[i]);
+      right[in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0)][group] = all[lane].b[i];
     }
   }
   const int lane = emulator_lane();
