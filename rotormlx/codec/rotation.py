@@ -9,9 +9,11 @@ matrix instead of a list.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -163,15 +165,17 @@ def calibrated(matrix: npt.ArrayLike) -> Rotation:
         matrix: ``[K, D, D]``, invertible, one a KV head.
     """
     frozen = _frozen(matrix)
-    return _calibrated(frozen.shape, frozen.tobytes())
-
-
-@cache
-def _calibrated(shape: tuple[int, ...], content: bytes) -> Rotation:
+    key = frozen.shape, hashlib.sha256(frozen.tobytes()).digest()
     # One object for one content: what backends derive from a rotation is kept for each object.
-    d = shape[-1]
-    matrix = _frozen(np.frombuffer(content).reshape(shape))
-    return Rotation(CALIBRATED, d, (), matrix, d * d, 0, d * d)
+    if (alive := _calibrated.get(key)) is not None:
+        return alive
+    d = frozen.shape[-1]
+    made = Rotation(CALIBRATED, d, (), frozen, d * d, 0, d * d)
+    return _calibrated.setdefault(key, made)
+
+
+# Calibrated rotations go with the last cache that uses them.
+_calibrated: WeakValueDictionary[tuple[tuple[int, ...], bytes], Rotation] = WeakValueDictionary()
 
 
 # ---- the named rotations ------------------------------------------------------------------------

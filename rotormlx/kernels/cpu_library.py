@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import KEY, Codec
 from rotormlx.codec.rotation import Rotation
 
@@ -203,7 +204,7 @@ _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
-@cache
+@derived
 def _rotation(rotation: Rotation) -> tuple[int, object]:
     """The address of a rotation in the library's form, and what keeps it alive."""
     keep = [np.ascontiguousarray(stage.blocks, np.float32) for stage in rotation.stages]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rotormlx.codec import codebook
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import Codec
 from rotormlx.codec.rotation import Rotation, Stage
 
@@ -177,7 +178,7 @@ def cuda_header(codec: Codec) -> str:
     )
 
 
-@cache
+@derived
 def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
     """What ``rotate_rows``, or with ``back`` ``unrotate_rows``, reads.
 

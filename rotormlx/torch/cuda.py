@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed
 from rotormlx.codec.limits import check_grid, check_tokens
 from rotormlx.codec.rotation import Rotation
@@ -221,14 +222,14 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-@cache
+@derived
 def _coefficients(rotation: Rotation, back: bool, device: torch.device) -> Tensor:
     """What the kernels read of a rotation, float32."""
     table = np.array(coefficients(rotation, back=back), np.float32)
     return torch.from_numpy(table).to(device)
 
 
-@cache
+@derived
 def _query_matrix(rotation: Rotation, device: torch.device) -> Tensor:
     """float32 ``[D, D]``: a query times it is rotated."""
     return torch_ops.inverse_matrix(rotation, device).T.contiguous()

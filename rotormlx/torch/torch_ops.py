@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rotormlx.codec import codebook
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.codec.random_stream import Floats
 from rotormlx.codec.rotation import Rotation, Stage
@@ -511,13 +512,13 @@ def boundaries(bits: int, device: torch.device) -> Tensor:
     return torch.from_numpy(codebook.boundaries(bits)).to(device)
 
 
-@cache
+@derived
 def inverse_matrix(rotation: Rotation, device: torch.device) -> Tensor:
     """The transposed inverse, float32 ``[D, D]``: rows times it are un-rotated."""
     return float32(rotation.inverse.T, device)
 
 
-@cache
+@derived
 def stage_columns(stage: Stage, device: torch.device) -> tuple[Tensor, ...]:
     """Column r of every block of a stage, float32 ``[outer, radix, stride]``."""
     return tuple(float32(column, device) for column in stage.blocks.transpose(3, 0, 2, 1))

@@ -18,6 +18,7 @@ from functools import cache, lru_cache
 import mlx.core as mx
 import numpy as np
 
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.codec.limits import check_grid
 from rotormlx.codec.rotation import Rotation
@@ -184,7 +185,8 @@ def _parts(
     """Tops, totals and outputs of all parts, float32 ``[B, K, G, parts]`` and ``[..., Dv]``."""
     keys, values, dtype = call.keys, call.values, call.queries.dtype
     shape = (call.batch, call.kv_heads, call.group_rows, plan.parts)
-    return cuda_text.parts_kernel(keys.codec, values.codec, plan.operands)(
+    widths = (call.key_dim, call.value_dim, keys.codec.bits, values.codec.bits)
+    return cuda_text.parts_kernel(*widths, plan.operands)(
         inputs=[
             *(call.queries, rotated, *_packed(keys), *_packed(values)[:2]),
             *(keys.exact.astype(dtype), values.exact.astype(dtype), mask),
@@ -232,12 +234,12 @@ def _kept(numbers: tuple[object, ...], dtype: mx.Dtype) -> mx.array:
     return mx.array(numbers, dtype)
 
 
-@cache
+@derived
 def _coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
     return mx.array(coefficients(rotation, back=back))
 
 
-@cache
+@derived
 def _key_matrix(rotation: Rotation) -> mx.array:
     """What rows of queries are multiplied by: the levels of the keys will meet them."""
     return mx.array(rotation.inverse.astype(np.float32))

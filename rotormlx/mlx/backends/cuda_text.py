@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from rotormlx.codec.format import BLOCK, KEY, Codec
+from rotormlx.codec.derived import derived
+from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, words_shape
 from rotormlx.kernels import cuda_plan
 from rotormlx.kernels.source import cuda_header, matrices, read
 from rotormlx.mlx.backends.first_call import FirstCallKernel
@@ -36,7 +37,7 @@ class CodecText(NamedTuple):
     matrices: int
 
 
-@cache
+@derived
 def text_of(codec: Codec) -> CodecText:
     """Of a codec."""
     header = cuda_header(codec)
@@ -249,9 +250,13 @@ def codec_kernel(name: str, text: CodecText, has_scale: bool, takes_means: bool)
 
 
 @cache
-def parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
+def parts_kernel(
+    key_dim: int, value_dim: int, key_bits: int, value_bits: int, operands: int
+) -> Kernel:
     """The kernel that does a part; operands: see :class:`cuda_plan.Plan`."""
-    widths = (keys.bits, values.bits, keys.head_dim, values.head_dim)
+    widths = (key_bits, value_bits, key_dim, value_dim)
+    key_rows, _ = words_shape(KEY, key_bits, key_dim)
+    value_rows, _ = words_shape(VALUE, value_bits, value_dim)
     arguments = ", ".join(map(str, widths))
     plain = f"AttendPlain<{arguments}, {8 * max(operands, 1)}>"
     run = f"{plain}::run(all, plain_shared);"
@@ -263,10 +268,10 @@ def parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
     shared = "  float* plain_shared = reinterpret_cast<float*>(shared);\n"
     body = _filled(
         f"{_CALL_TEXT}{_QUERIES_TEXT}{_PARTS_BODY}{shared}  {run}\n",
-        KEY_WORDS=keys.words_shape[0] * BLOCK,
-        VALUE_WORDS=values.words_shape[0] * values.head_dim,
-        KEY_DIM=keys.head_dim,
-        VALUE_DIM=values.head_dim,
+        KEY_WORDS=key_rows * BLOCK,
+        VALUE_WORDS=value_rows * value_dim,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
     )
     return _kernel(
         "_".join(map(str, ("attend", *widths, operands))),
@@ -278,9 +283,7 @@ def parts_kernel(keys: Codec, values: Codec, operands: int) -> Kernel:
         ["part_tops", "part_totals", "part_outputs"],
         body,
         attend_header() + _PACKED_TEXT,
-        cuda_plan.part_shared_bytes(
-            keys.head_dim, values.head_dim, keys.bits, values.bits, operands
-        ),
+        cuda_plan.part_shared_bytes(key_dim, value_dim, key_bits, value_bits, operands),
     )
 
 

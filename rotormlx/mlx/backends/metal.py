@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, Packed
 from rotormlx.codec.rotation import Rotation, rotation
 from rotormlx.config import BITS
@@ -171,7 +172,7 @@ def encode_bytes(head_dim: int) -> int:
     return BLOCK * (head_dim + 4) + 4 * head_dim * (THREADS // 32)
 
 
-@cache
+@derived
 def _coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
     return mx.array(coefficients(rotation, back=back))
 
@@ -191,7 +192,7 @@ def _launch(
     given = {name: array for name, array in optional_inputs.items() if array is not None}
     inputs = inputs | given
     macros += tuple(name.upper() for name in given)
-    kernel = _codec_kernel(name, codec.bits, codec.rotation, macros, tuple(inputs), tuple(outputs))
+    kernel = _codec_kernel(codec.rotation, name, codec.bits, macros, tuple(inputs), tuple(outputs))
     batch, heads, count = blocks
     template: list[tuple[str, Any]] = [
         ("T", dtype),
@@ -213,11 +214,11 @@ def _launch(
     return dict(zip(outputs, arrays, strict=True))
 
 
-@cache
+@derived
 def _codec_kernel(
+    rotation: Rotation,
     name: str,
     bits: int,
-    rotation: Rotation,
     macros: tuple[str, ...],
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],

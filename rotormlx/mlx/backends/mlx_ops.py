@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from rotormlx.codec import codebook
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.codec.rotation import Rotation, Stage
 from rotormlx.mlx.attend_call import AttendCall
@@ -503,19 +504,19 @@ def flat_fields(a: mx.array) -> mx.array:
 # ---- constants, made once -----------------------------------------------------------------------
 
 
-@cache
+@derived
 def matrix(rotation: Rotation) -> mx.array:
     """The whole rotation, float32 ``[D, D]``, or ``[K, D, D]`` where it is calibrated."""
     return mx.array(rotation.matrix.astype(np.float32))
 
 
-@cache
+@derived
 def inverse_matrix(rotation: Rotation) -> mx.array:
     """The transposed inverse, as :func:`matrix`: rows times it are un-rotated."""
     return mx.array(np.swapaxes(rotation.inverse, -1, -2).astype(np.float32))
 
 
-@cache
+@derived
 def stage_columns(stage: Stage) -> tuple[mx.array, ...]:
     """Column r of every block of a stage, float32 ``[outer, radix, stride]``."""
     by_column = stage.blocks.transpose(3, 0, 2, 1).astype(np.float32)
