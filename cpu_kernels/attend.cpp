@@ -475,13 +475,14 @@ void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
     __builtin_memset(x, 0, sizeof(float) * pitch * LANES);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = first + r, query_head = at.kv_head * a.repeats + (at.first_row + row) / a.length;
-      const float logit = a.sink_logits.data ? read(a.sink_logits.data, a.sink_logits.type, query_head * a.sink_logits.strides[0]) : 0.0f;
-      top[r] = a.sink_logits.data ? logit : -__builtin_inff();
+      const Tensor& logits = a.sink_logits;
+      const float logit = logits.data ? read(logits.data, logits.type, query_head * logits.strides[0]) : 0.0f;
+      top[r] = logits.data ? logit : -__builtin_inff();
       for (int64_t part = 0; part < parts; ++part) {
         const float of_part = a.tops[(task + part) * a.chunk_rows + row];
         top[r] = of_part > top[r] ? of_part : top[r];
       }
-      total[r] = a.sink_logits.data ? weight_of(logit, top[r]) : 0.0f;
+      total[r] = logits.data ? weight_of(logit, top[r]) : 0.0f;
       __builtin_memset(packed, 0, sizeof(float) * pitch);
       for (int64_t part = 0; part < parts; ++part) {
         const float weight = share(part, row, top[r]);

@@ -168,7 +168,8 @@ void codec_call(const CodecCall& call, Run run) {
 // ---- attention --------------------------------------------------------------------------------------
 
 // Query rows of a task, so that what is prepared of a block serves many of them; tasks that keep a large machine
-// busy; and the least blocks of a part, so that merging stays cheap. An exact block takes twice as long as a packed one.
+// busy; and the least blocks of a part, so that merging stays cheap. An exact block takes twice as long as a packed
+// one.
 enum { CHUNK_ROWS = 64, TASKS = 64, PART_BLOCKS = 4, EXACT_PART_BLOCKS = 2 };
 
 void attend_call(const AttendCall& call) {

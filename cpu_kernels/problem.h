@@ -1,4 +1,5 @@
-// What the library is asked to do, and how it is split into tasks. rotormlx/kernels/cpu_library.py has the same structures.
+// What the library is asked to do, and how it is split into tasks. rotormlx/kernels/cpu_library.py has the same
+// structures.
 //
 // B batch, K KV heads, H query heads, L queries, G = H / K * L query rows of a KV head, N blocks, D head_dim.
 #pragma once

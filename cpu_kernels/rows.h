@@ -74,8 +74,10 @@ void multiply(const float* matrix, int64_t dim, float* x, float* spare, int64_t 
 
 enum class Direction { row, query, back };
 
-// Rotate rows of a KV head forward, queries along with them, or rows and outputs back. `spare` is used by matrices only.
-void rotate(const Rotation& rotation, int64_t kv_head, Direction how, float* x, float* spare, int64_t pitch, int64_t groups) {
+// Rotate rows of a KV head forward, queries along with them, or rows and outputs back. `spare` is used by matrices
+// only.
+void rotate(
+    const Rotation& rotation, int64_t kv_head, Direction how, float* x, float* spare, int64_t pitch, int64_t groups) {
   if (rotation.matrix) {
     const float* matrix = (how == Direction::row ? rotation.matrix : rotation.inverse_transpose);
     matrix += kv_head * rotation.matrix_stride;

@@ -4,11 +4,11 @@
 // A warp takes every fourth block of the part and keeps a softmax of its own; the warps meet once, at the end. Both
 // products read words as they lie: scores = levels of keys [tokens, channels] times queries, output = levels of values
 // [channels, tokens] times weights (see fragments.cuh). A lane copies 16 bytes, the words of four tokens or channels
-// beside each other, into shared memory some blocks ahead, for whichever lane of its warp needs them. Levels, queries and
-// weights are float16, sums and the softmax float32.
+// beside each other, into shared memory some blocks ahead, for whichever lane of its warp needs them. Levels, queries
+// and weights are float16, sums and the softmax float32.
 
-// Shapes of a thread block. ring: [WARPS][SLOTS][SLOT_LOADS][32] loads; a block of keys, with the scales of keys and values
-// behind them, and a block of values are one slot each.
+// Shapes of a thread block. ring: [WARPS][SLOTS][SLOT_LOADS][32] loads; a block of keys, with the scales of keys and
+// values behind them, and a block of values are one slot each.
 template <int KEY_BITS, int VALUE_BITS, int KEY_DIM, int VALUE_DIM, int TILES>
 struct AttendShape {
   using Keys = Chunks<KEY_BITS, KEY_DIM>;
@@ -52,8 +52,8 @@ struct AttendPacked {
     THREADS = 32 * WARPS
   };
 
-  // Where the 8 weights of a chunk of a query row stand among the row's, in units of a chunk, so that lanes that write or read
-  // at once meet few banks twice.
+  // Where the 8 weights of a chunk of a query row stand among the row's, in units of a chunk, so that lanes that write
+  // or read at once meet few banks twice.
   static DEVICE_FN int place_of_weights(int row, int chunk) {
     return chunk ^ (row / 2 % 4 * 2) ^ (row % 2 * (Values::SHARE == 2 ? 1 : 4));
   }
@@ -66,8 +66,8 @@ struct AttendPacked {
 
   // ---- copies under way
   //
-  // Copies go over the lanes as words lie in memory: 8 neighbouring lanes, which memory serves together, bring 128 bytes of
-  // a row. 8 neighbouring lanes that read them back have two such groups of four rows.
+  // Copies go over the lanes as words lie in memory: 8 neighbouring lanes, which memory serves together, bring 128
+  // bytes of a row. 8 neighbouring lanes that read them back have two such groups of four rows.
 
   // Where in a load of 32 the words of a group and row (0 to 3) stand, so that neither 8 lanes meet a bank twice.
   static DEVICE_FN int place_of_words(int group, int row) { return 8 * row + (group ^ (2 * row)); }
@@ -119,8 +119,9 @@ struct AttendPacked {
     }
   }
 
-  // sums[half][pair] += levels times factors, for the four lanes of the words that a load of this thread has: `load` its first word
-  // rows, `factors` [TILES] operands of a step. Rows of the product: lane 0 of the four, then lane 1; then 2 and 3.
+  // sums[half][pair] += levels times factors, for the four lanes of the words that a load of this thread has: `load`
+  // its first word rows, `factors` [TILES] operands of a step. Rows of the product: lane 0 of the four, then lane 1;
+  // then 2 and 3.
   template <int BITS, int WORDS>
   static DEVICE_FN void add_products(
       const uint4* load, int words_apart, int part, int word_lane, const ushort* table,

@@ -1,8 +1,8 @@
-// Decode attention, last pass: the parts of a query row become its output. The packed parts are in the rotated space of the
-// values; their sum is rotated back once.
+// Decode attention, last pass: the parts of a query row become its output. The packed parts are in the rotated space
+// of the values; their sum is rotated back once.
 
-// Shared memory of a thread block of ROWS query rows, in floats: packed sums [ROWS][VALUE_DIM], and behind them first the shares of
-// the parts, [ROWS][MAX_PARTS], then the products of multiply_rows.
+// Shared memory of a thread block of ROWS query rows, in floats: packed sums [ROWS][VALUE_DIM], and behind them first
+// the shares of the parts, [ROWS][MAX_PARTS], then the products of multiply_rows.
 template <int VALUE_DIM, int ROWS, int THREADS>
 struct MergeShape {
   enum {

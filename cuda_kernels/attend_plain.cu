@@ -1,9 +1,10 @@
-// Decode attention, first pass, without tensor cores: one part of the exact tokens, whatever their dtype, or of the packed ones
-// where queries are float32. All in float32.
+// Decode attention, first pass, without tensor cores: one part of the exact tokens, whatever their dtype, or of the
+// packed ones where queries are float32. All in float32.
 //
-// The part is walked in steps; each warp has a run of a step, a block of packed tokens or 32 exact ones. Keys: a lane has two
-// packed tokens or one exact one, and adds up over channels. Values: a thread has two channels and adds up over tokens. What the
-// lanes of a loop have in common (a query, or the softmax weights) lies in shared memory, and all lanes read the same address.
+// The part is walked in steps; each warp has a run of a step, a block of packed tokens or 32 exact ones. Keys: a lane
+// has two packed tokens or one exact one, and adds up over channels. Values: a thread has two channels and adds up
+// over tokens. What the lanes of a loop have in common (a query, or the softmax weights) lies in shared memory, and
+// all lanes read the same address.
 
 template <int KEY_BITS, int VALUE_BITS, int KEY_DIM, int VALUE_DIM, int ROWS>
 struct AttendPlain {
@@ -234,7 +235,8 @@ struct AttendPlain {
     });
   }
 
-  // The same for tokens 2 lane and 2 lane + 1 of a packed block, with its scales and centre; also the scales of their values.
+  // The same for tokens 2 lane and 2 lane + 1 of a packed block, with its scales and centre; also the scales of their
+  // values.
   static DEVICE_FN void add_packed_keys(
       const rotormlx_attend_arguments& call, const Part& p, int block, int lane, const float* levels,
       const float* query, float* scores, float* value_scale) {
@@ -278,8 +280,8 @@ struct AttendPlain {
     }
   }
 
-  // sums[c] += weights times values, for channels `channel` and the next of EXACT_VALUES tokens. Behind the last token, which is
-  // read again, weights are zero.
+  // sums[c] += weights times values, for channels `channel` and the next of EXACT_VALUES tokens. Behind the last
+  // token, which is read again, weights are zero.
   static DEVICE_FN void add_exact_values(
       const rotormlx_attend_arguments& call, const Part& p, int first_token, int channel,
       const float* weights, float* sums) {

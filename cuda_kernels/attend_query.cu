@@ -1,5 +1,5 @@
-// Decode attention, before the first pass: queries are multiplied by the channel scale of the keys and rotated, once, as the
-// levels of the keys will meet them.
+// Decode attention, before the first pass: queries are multiplied by the channel scale of the keys and rotated, once,
+// as the levels of the keys will meet them.
 
 // Shared memory of a thread block of ROWS query rows, in floats.
 template <int KEY_DIM, int ROWS, int THREADS>

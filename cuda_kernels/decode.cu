@@ -1,7 +1,7 @@
 // Packed blocks to the vectors they stand for (docs/FORMAT.md, section 6).
 //
-// One thread block a block of one KV head. As in encode.cu, a lane has its channels of ROWS tokens in registers and rows
-// exchange numbers by shuffles; rows share nothing, so there is neither shared memory nor a barrier. The grid is
+// One thread block a block of one KV head. As in encode.cu, a lane has its channels of ROWS tokens in registers and
+// rows exchange numbers by shuffles; rows share nothing, so there is neither shared memory nor a barrier. The grid is
 // N x K x B.
 template <typename Codec, int THREADS>
 DEVICE_FN void decode_block(const rotormlx_decode_arguments& call) {

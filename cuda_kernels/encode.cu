@@ -1,8 +1,8 @@
 // Raw keys or values to packed words, scales and centres (docs/FORMAT.md, section 5).
 //
-// One thread block a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from the
-// first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte each,
-// then meet in shared memory, where every thread packs whole words.
+// One thread block a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from
+// the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte
+// each, then meet in shared memory, where every thread packs whole words.
 //
 // Codec names bits, D, the rotation and the table of boundaries of keys or of values; see launch.cu. The grid is
 // N x K x B.

@@ -5,8 +5,8 @@
 // places take 32 codes, four chunks, one from each of the four lanes that share a row of the operand. What stands
 // on the other side of the product (a query, or softmax weights) is put into the same order.
 
-// How the chunks of AXIS codes are dealt to the four lanes. A load brings WORDS words of one lane of the words, which hold
-// SHARE chunks.
+// How the chunks of AXIS codes are dealt to the four lanes. A load brings WORDS words of one lane of the words, which
+// hold SHARE chunks.
 template <int BITS, int AXIS>
 struct Chunks {
   enum {
@@ -88,8 +88,9 @@ DEVICE_FN uint spread(uint byte) {
   return (spaced | (spaced << 2)) & 0x3333u;
 }
 
-// The 8 levels of a chunk, as four pairs of float16, in the order of Order<BITS>. `part` is the chunk's number among those of
-// the load, `place` the number of the load's lane among all (see Chunks); `table` holds the 256 levels of 8 bits.
+// The 8 levels of a chunk, as four pairs of float16, in the order of Order<BITS>. `part` is the chunk's number among
+// those of the load, `place` the number of the load's lane among all (see Chunks); `table` holds the 256 levels of 8
+// bits.
 template <int BITS>
 struct ChunkLevels {};
 

@@ -1,6 +1,6 @@
 // What the host calls: launch.cu, or launch_attend.cu and launch_codec.cu at the same time, compiled by nvcc for one
-// configuration, with these functions in plain C. They check nothing but the plan; the caller has checked shapes, dtypes,
-// strides and alignment.
+// configuration, with these functions in plain C. They check nothing but the plan; the caller has checked shapes,
+// dtypes, strides and alignment.
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -DROTORMLX_KEY_DIM=128 -DROTORMLX_VALUE_DIM=128 -DROTORMLX_KEY_BITS=4
 //        -DROTORMLX_VALUE_BITS=4 -I<folder of the generated headers> -c launch.cu
@@ -70,8 +70,8 @@ typedef struct {
 
 int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream);
 
-// The published method, where the values' rotation is rotor3: rows of ROTORMLX_VALUE_DIM numbers rotated by one stage of
-// rotors, rounded to levels of ROTORMLX_VALUE_BITS bits, and rotated back.
+// The published method, where the values' rotation is rotor3: rows of ROTORMLX_VALUE_DIM numbers rotated by one stage
+// of rotors, rounded to levels of ROTORMLX_VALUE_BITS bits, and rotated back.
 typedef struct {
   int32_t dtype;                // of x and out
   int64_t rows;
@@ -83,8 +83,8 @@ typedef struct {
 
 int rotormlx_rotor3(const rotormlx_rotor3_arguments* arguments, void* stream);
 
-// Attention over a partly packed cache; any number of queries. A sequence is `sink` exact tokens, packed ones, and exact
-// ones again; sink and tail lie in one buffer, the sink first.
+// Attention over a partly packed cache; any number of queries. A sequence is `sink` exact tokens, packed ones, and
+// exact ones again; sink and tail lie in one buffer, the sink first.
 typedef struct {
   int32_t dtype;                // of q, exact keys and values, and out
   int32_t batch, heads, kv_heads, length;  // B, H, K, L

@@ -61,8 +61,8 @@ DEVICE_FN Numbers<T, N> load_numbers(const T* x) {
   return made;
 }
 
-// use(row, channel, number_at(row, channel)) for ROWS rows of D numbers, of which each of THREADS threads has some; numbers of rows
-// behind the last are asked for too.
+// use(row, channel, number_at(row, channel)) for ROWS rows of D numbers, of which each of THREADS threads has some;
+// numbers of rows behind the last are asked for too.
 template <int D, int ROWS, int THREADS, typename NumberAt, typename Use>
 DEVICE_FN void for_rows(int thread, const NumberAt& number_at, const Use& use) {
   constexpr int HELD = (ROWS * D + THREADS - 1) / THREADS;
@@ -79,8 +79,9 @@ DEVICE_FN void for_rows(int thread, const NumberAt& number_at, const Use& use) {
   }
 }
 
-// ROWS rows of D numbers, which nobody reads before the barrier in here, times a matrix [D, D]: each warp adds up over its share
-// of the sum, a lane for four columns. products: shared, [WARPS][ROWS][D]. A barrier must follow, then product() gives a number.
+// ROWS rows of D numbers, which nobody reads before the barrier in here, times a matrix [D, D]: each warp adds up over
+// its share of the sum, a lane for four columns. products: shared, [WARPS][ROWS][D]. A barrier must follow, then
+// product() gives a number.
 template <int D, int ROWS, int WARPS>
 DEVICE_FN void multiply_rows(const float* rows, const float* matrix, int warp, int lane, float* products) {
   constexpr int SHARE = D / WARPS, BATCH = divisor(SHARE, ROWS == 1 ? 32 : 4), BATCHES = SHARE / BATCH;

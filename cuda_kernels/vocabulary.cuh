@@ -69,8 +69,8 @@ DEVICE_FN float power_of_two(float x) {
 
 // sums += a b on the tensor cores: [16, 16] times [16, 8] in float16, summed in float32. With g = lane / 4 and
 // t = lane % 4, a lane has of a: rows g and g + 8 (registers 0 and 1) of columns 2 t and 2 t + 1, and the same rows
-// (2 and 3) of columns 2 t + 8 and 2 t + 9; of b: rows 2 t, 2 t + 1 (0) and 2 t + 8, 2 t + 9 (1) of column g; of the sums:
-// columns 2 t and 2 t + 1 of row g (0 and 1) and of row g + 8 (2 and 3).
+// (2 and 3) of columns 2 t + 8 and 2 t + 9; of b: rows 2 t, 2 t + 1 (0) and 2 t + 8, 2 t + 9 (1) of column g; of the
+// sums: columns 2 t and 2 t + 1 of row g (0 and 1) and of row g + 8 (2 and 3).
 DEVICE_FN void multiply_add(float* sums, const uint* a, const uint* b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -1,7 +1,7 @@
 // Packed blocks to the vectors they stand for (docs/FORMAT.md, section 6).
 //
-// One threadgroup a block of one KV head. As in encode.metal, a lane has its channels of ROWS tokens in registers and rows
-// exchange numbers by shuffles; rows share nothing, so there is neither threadgroup memory nor a barrier.
+// One threadgroup a block of one KV head. As in encode.metal, a lane has its channels of ROWS tokens in registers and
+// rows exchange numbers by shuffles; rows share nothing, so there is neither threadgroup memory nor a barrier.
 //
 // Template arguments, and the macros CENTRES and CHANNEL_SCALE for the inputs, as in encode.metal.
 //

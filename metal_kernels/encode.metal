@@ -1,13 +1,14 @@
 // Raw keys or values to packed words, scales and centres (docs/FORMAT.md, section 5).
 //
-// One threadgroup a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from the
-// first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte each,
-// then meet in threadgroup memory, where every thread packs whole words.
+// One threadgroup a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from
+// the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte
+// each, then meet in threadgroup memory, where every thread packs whole words.
 //
 // Template arguments: T the dtype, BITS of a code, D head_dim, BLOCK tokens, THREADS, LANES and HELD (see
-// LaneRow), MATRICES (see coefficients), and KEY: a word packs channels of a token, else tokens of a channel. BOUNDARIES is the table of the codebook.
-// Macros say which buffers there are: CENTRE_MEANS the output `centres`, CENTRES the input of that name,
-// CHANNEL_SCALE the input `channel_scale`. B batch, K KV heads, N blocks, R rows of words.
+// LaneRow), MATRICES (see coefficients), and KEY: a word packs channels of a token, else tokens of a channel.
+// BOUNDARIES is the table of the codebook. Macros say which buffers there are: CENTRE_MEANS the output `centres`,
+// CENTRES the input of that name, CHANNEL_SCALE the input `channel_scale`. B batch, K KV heads, N blocks, R rows of
+// words.
 //
 // x              T       [B, K, N * BLOCK, D], any strides
 // coefficients   float   of the rotation; [MATRICES, D, D] where each KV head has its own, else MATRICES is 1

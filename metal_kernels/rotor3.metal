@@ -1,9 +1,9 @@
 // The published method in one kernel: each row is rotated by one stage of rotors, rounded to levels, and rotated back.
 // What comes out is what decoding the encoded row gives; the codes themselves are not kept.
 //
-// LANES lanes a row, as in encode.metal, each with whole groups of three channels: all of a group happens in the registers
-// of one lane, and nothing is exchanged but three sums a row. What is left over, a pair (a plane rotates it) or one
-// channel, is one more group.
+// LANES lanes a row, as in encode.metal, each with whole groups of three channels: all of a group happens in the
+// registers of one lane, and nothing is exchanged but three sums a row. What is left over, a pair (a plane rotates it)
+// or one channel, is one more group.
 //
 // Template arguments: T the dtype, BITS of a code, D head_dim, THREADS, LANES, HELD.
 //

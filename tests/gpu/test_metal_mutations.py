@@ -40,6 +40,7 @@ def barrier_mutations():
         yield barrier, "threadgroup_barrier(mem_flags::mem_none);", encodes
 
 
+# Longer than a function should be: it is a table.
 def bound_mutations():
     """Each bound shifted by one, or to where a nearby one stands."""
     threes = of(encodes, "rotor3", 80)
