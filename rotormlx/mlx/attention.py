@@ -66,7 +66,7 @@ def _check_queries(queries: mx.array, keys: KVView, values: KVView) -> None:
             f"[attend] Keys and values must agree in batch, KV heads and tokens, but the keys have "
             f"shape {keys.shape} and the values {values.shape}."
         )
-    if len(asked) != 4 or asked[0] != batch or asked[1] % kv_heads or asked[3] != head_dim:
+    if len(asked) != 4 or asked[0] != batch or asked[1] % max(kv_heads, 1) or asked[3] != head_dim:
         raise ValueError(
             f"[attend] Queries must have shape [{batch}, a multiple of {kv_heads}, L, {head_dim}] "
             f"to read keys of shape {keys.shape}, but they have shape {queries.shape}."

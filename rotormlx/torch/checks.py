@@ -15,9 +15,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def check_rows(x: Tensor, codec: Codec) -> None:
     """Refuse rows of a shape, dtype or stride that cannot be encoded."""
-    if x.ndim != 4 or x.shape[-1] != codec.head_dim or x.shape[2] % BLOCK or not x.shape[2]:
+    if x.ndim != 4 or x.shape[-1] != codec.head_dim or x.shape[2] % BLOCK:
         raise ValueError(
-            f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a positive multiple "
+            f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a multiple "
             f"of {BLOCK}, but the {codec.role}s have shape {tuple(x.shape)}."
         )
     require_float("encode", f"The {codec.role}s", x.dtype)
@@ -85,6 +85,12 @@ def check_lengths(call: AttendCall) -> None:
                 f"them, at most {capacity} exact ones, but row {row} says {packed} packed of "
                 f"{tokens} tokens."
             )
+    most = max((tokens for _, tokens in call.lengths.tolist()), default=0)
+    if call.mask is not None and call.mask.ndim and 1 < call.mask.shape[-1] < most:
+        raise ValueError(
+            f"[attend] A mask must have a column for each of {most} tokens, or one for all, but it "
+            f"has shape {tuple(call.mask.shape)}."
+        )
 
 
 def _check_blocks(call: AttendCall) -> None:
@@ -122,7 +128,7 @@ def _check_query(query: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -
             f"but they have shape {tuple(keys.shape)} in {keys.dtype} and {tuple(values.shape)} in "
             f"{values.dtype}."
         )
-    if query.shape[0] != batch or query.shape[1] % kv_heads or query.shape[3] != head_dim:
+    if query.shape[0] != batch or query.shape[1] % max(kv_heads, 1) or query.shape[3] != head_dim:
         raise ValueError(
             f"[attend] The query must have shape [{batch}, a multiple of {kv_heads}, L, "
             f"{head_dim}] to read keys of shape {tuple(keys.shape)}, but it has shape "

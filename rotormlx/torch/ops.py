@@ -218,7 +218,8 @@ def _encode_with(implementation: Encode) -> Callable[..., tuple[Tensor, Tensor, 
         chosen = _codec(x.shape[-1], role, **coding)
         checks.check_rows(x, chosen)
         checks.check_packed("encode", x, chosen, Packed(None, None, centres), channel_scale)
-        packed = implementation(x, chosen, channel_scale=channel_scale, centres=centres)
+        run = implementation if x.numel() else _fake_encode
+        packed = run(x, chosen, channel_scale=channel_scale, centres=centres)
         if role == VALUE:
             means = packed.scales.new_empty((*packed.scales.shape[:3], 0))
         else:
@@ -250,7 +251,8 @@ def _decode_with(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]
             )
         packed = Packed(words, scales, centres)
         checks.check_packed("decode", words, chosen, packed, channel_scale)
-        return implementation(packed, chosen, channel_scale=channel_scale, dtype=dtype)
+        run = implementation if scales.numel() else _fake_decode
+        return run(packed, chosen, channel_scale=channel_scale, dtype=dtype)
 
     return decode
 
@@ -290,7 +292,7 @@ def _attend_with(
         checks.check_call(call)
         if reads_lengths:
             checks.check_lengths(call)
-        return implementation(call)
+        return implementation(call) if query.numel() else _fake_attend(call)
 
     return attend
 
@@ -313,6 +315,9 @@ def _packed(words: Tensor | None, scales: Tensor | None, centres: Tensor | None)
     if words is None and scales is None and centres is None:
         return None
     return Packed(words, scales, centres)
+
+
+# What shapes and dtypes alone say: for tracing, and all there is of a result without numbers.
 
 
 def _fake_encode(x: Tensor, codec: Codec, *, centres: Tensor | None, **_: Any) -> Packed:

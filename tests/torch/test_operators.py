@@ -524,7 +524,7 @@ def encode_refused(x, message, role="key", **parts):
 def test_encode_refuses_what_does_not_fit():
     x = rows((B, K, BLOCK, 64))
     encode_refused(x[0], r"\[encode\] Rows must have shape \[B, K, S, 64\]")
-    encode_refused(x[:, :, :60], "S a positive multiple of 64, but the keys have shape")
+    encode_refused(x[:, :, :60], "S a multiple of 64, but the keys have shape")
     encode_refused(x.double(), "must be float16, bfloat16 or float32, but torch.float64")
     encode_refused(x.transpose(-1, -2), "must be contiguous, but its stride is 64")
     encode_refused(rows((B, K, BLOCK, 52)), "head_dim must be a multiple of 8")

@@ -14,7 +14,7 @@ import mlx.core as mx
 from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.kernels import cpu_library
 from rotormlx.mlx.attend_call import AttendCall
-from rotormlx.mlx.backends.mlx_ops import MLXBackend, check_rows
+from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.dtypes import FLOATS
 
@@ -39,18 +39,16 @@ class CPUBackend(MLXBackend):
 
     name = "cpu"
 
-    def encode(
+    def _encode(
         self,
         x: mx.array,
         codec: Codec,
-        *,
-        channel_scale: mx.array | None = None,
-        centres: mx.array | None = None,
+        channel_scale: mx.array | None,
+        centres: mx.array | None,
     ) -> Packed:
         """Compress whole blocks; see :meth:`MLXBackend.encode`."""
-        check_rows(x, codec)
         if not _evaluated(x, channel_scale, centres):
-            return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
+            return super()._encode(x, codec, channel_scale, centres)
         batch, heads, tokens, head_dim = x.shape
         front = (batch, heads, tokens // BLOCK)
         words = _room((*front, *codec.words_shape), mx.uint32)
@@ -63,23 +61,18 @@ class CPUBackend(MLXBackend):
         cpu_library.encode(x, blocks, given_centres=given)
         return Packed(words, scales, means)
 
-    def decode(
-        self,
-        packed: Packed,
-        codec: Codec,
-        *,
-        channel_scale: mx.array | None = None,
-        dtype: mx.Dtype = mx.float32,
+    def _decode(
+        self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
         """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
         if dtype not in FLOATS or not _evaluated(*packed, channel_scale):
-            return super().decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
+            return super()._decode(packed, codec, channel_scale, dtype)
         batch, heads, count = packed.scales.shape[:3]
         rows = _room((batch, heads, count * BLOCK, codec.head_dim), dtype)
         cpu_library.decode(cpu_library.Blocks(codec, *packed, channel_scale), rows)
         return rows
 
-    def attend(self, call: AttendCall) -> mx.array:
+    def _attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
         keys, values, mask, sink_logits = call.keys, call.values, call.mask_array, call.sink_logits
         if mask is not None and mask.dtype not in (mx.bool_, *FLOATS):
@@ -88,7 +81,7 @@ class CPUBackend(MLXBackend):
             sink_logits = sink_logits.astype(mx.float32)
         exact, blocks = (keys.exact, values.exact), (_blocks(keys), _blocks(values))
         if not _evaluated(call.queries, mask, sink_logits, exact, blocks[0][1:], blocks[1][1:]):
-            return super().attend(call)
+            return super()._attend(call)
         output = _room(call.output_shape, call.queries.dtype)
         cpu_library.attend(
             call.queries,

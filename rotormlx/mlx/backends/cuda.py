@@ -28,7 +28,7 @@ from rotormlx.kernels.source import coefficients, matrices
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends import cuda_text
 from rotormlx.mlx.backends.cuda_text import CODEC_THREADS
-from rotormlx.mlx.backends.mlx_ops import MLXBackend, check_rows, inverse_matrix
+from rotormlx.mlx.backends.mlx_ops import MLXBackend, inverse_matrix
 from rotormlx.mlx.cache.view import KVView
 
 _DTYPES = {mx.float16: 0, mx.bfloat16: 1, mx.float32: 2}
@@ -48,18 +48,16 @@ class MLXCUDABackend(MLXBackend):
 
     name = "mlx_cuda"
 
-    def encode(
+    def _encode(
         self,
         x: mx.array,
         codec: Codec,
-        *,
-        channel_scale: mx.array | None = None,
-        centres: mx.array | None = None,
+        channel_scale: mx.array | None,
+        centres: mx.array | None,
     ) -> Packed:
         """Compress whole blocks in one kernel; see :meth:`MLXBackend.encode`."""
-        check_rows(x, codec)
         if codec.head_dim > MAX_HEAD_DIM:
-            return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
+            return super()._encode(x, codec, channel_scale, centres)
         batch, heads, tokens, head_dim = x.shape
         check_grid("encode", batch, heads)
         blocks = (batch, heads, tokens // BLOCK)
@@ -83,17 +81,12 @@ class MLXCUDABackend(MLXBackend):
         )
         return Packed(made[0], made[1], made[2] if takes_means else centres if given else None)
 
-    def decode(
-        self,
-        packed: Packed,
-        codec: Codec,
-        *,
-        channel_scale: mx.array | None = None,
-        dtype: mx.Dtype = mx.float32,
+    def _decode(
+        self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
         """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
         if codec.head_dim > MAX_HEAD_DIM:
-            return super().decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
+            return super()._decode(packed, codec, channel_scale, dtype)
         batch, heads, blocks = packed.scales.shape[:3]
         check_grid("decode", batch, heads)
         text, has_scale = cuda_text.text_of(codec), channel_scale is not None
@@ -113,10 +106,10 @@ class MLXCUDABackend(MLXBackend):
         )
         return out
 
-    def attend(self, call: AttendCall) -> mx.array:
+    def _attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
         if call.larger_dim > MAX_HEAD_DIM:
-            return super().attend(call)
+            return super()._attend(call)
         check_grid("attend", call.batch, call.kv_heads)
         plan = attend_plan(_shape(call))
         # Two kernels read them.

@@ -29,7 +29,7 @@ from rotormlx.kernels.source import (
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.first_call import FirstCallKernel
 from rotormlx.mlx.backends.metal_attend import attend
-from rotormlx.mlx.backends.mlx_ops import MLXBackend, check_rows
+from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.dtypes import FLOATS
 
 # Threads of a threadgroup: every pipeline allows as many, whatever registers it takes.
@@ -53,13 +53,12 @@ class MetalBackend(MLXBackend):
 
     name = "metal"
 
-    def encode(
+    def _encode(
         self,
         x: mx.array,
         codec: Codec,
-        *,
-        channel_scale: mx.array | None = None,
-        centres: mx.array | None = None,
+        channel_scale: mx.array | None,
+        centres: mx.array | None,
     ) -> Packed:
         """Compress whole blocks in one kernel; see :meth:`MLXBackend.encode`.
 
@@ -67,8 +66,7 @@ class MetalBackend(MLXBackend):
         memory.
         """
         if encode_bytes(codec.head_dim) > THREADGROUP_BYTES:
-            return super().encode(x, codec, channel_scale=channel_scale, centres=centres)
-        check_rows(x, codec)
+            return super()._encode(x, codec, channel_scale, centres)
         batch, heads, tokens, _ = x.shape
         blocks = (batch, heads, tokens // BLOCK)
         outputs = {
@@ -93,13 +91,8 @@ class MetalBackend(MLXBackend):
         )
         return Packed(made["words"], made["scales"], made.get("centres", centres))
 
-    def decode(
-        self,
-        packed: Packed,
-        codec: Codec,
-        *,
-        channel_scale: mx.array | None = None,
-        dtype: mx.Dtype = mx.float32,
+    def _decode(
+        self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
         """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
         batch, heads, count = packed.words.shape[:3]
@@ -119,7 +112,7 @@ class MetalBackend(MLXBackend):
         )
         return made["out"]
 
-    def attend(self, call: AttendCall) -> mx.array:
+    def _attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
         return attend(call)
 

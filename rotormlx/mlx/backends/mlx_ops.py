@@ -81,6 +81,24 @@ class MLXBackend:
         Source: docs/FORMAT.md, section 5.
         """
         check_rows(x, codec)
+        if x.size == 0:
+            batch, heads, tokens, _ = x.shape
+            front = batch, heads, tokens // BLOCK
+            if codec.role == KEY and centres is None:
+                centres = mx.zeros((*front, codec.head_dim), mx.float16)
+            words = mx.zeros((*front, *codec.words_shape), mx.uint32)
+            scales = mx.zeros((*front, BLOCK), mx.float16)
+            return Packed(words, scales, centres if codec.role == KEY else None)
+        return self._encode(x, codec, channel_scale, centres)
+
+    def _encode(
+        self,
+        x: mx.array,
+        codec: Codec,
+        channel_scale: mx.array | None,
+        centres: mx.array | None,
+    ) -> Packed:
+        """What :meth:`encode` does with rows that were checked, at least one block of them."""
         batch, heads, tokens, head_dim = x.shape
         x = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
         tile = max(1, TILE_VALUES // (batch * heads * BLOCK * head_dim))
@@ -129,6 +147,15 @@ class MLXBackend:
 
         Source: docs/FORMAT.md, section 6.
         """
+        if packed.scales.size == 0:
+            batch, heads, blocks, _ = packed.scales.shape
+            return mx.zeros((batch, heads, blocks * BLOCK, codec.head_dim), dtype)
+        return self._decode(packed, codec, channel_scale, dtype)
+
+    def _decode(
+        self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
+    ) -> mx.array:
+        """What :meth:`decode` does with at least one block."""
         level = in_natural_order(levels(packed.words, codec), codec)
         y = level * packed.scales.astype(mx.float32)[..., None]
         y = multiplied(y, inverse_matrix(codec.rotation))
@@ -147,6 +174,12 @@ class MLXBackend:
 
         Source: docs/FORMAT.md, section 7.
         """
+        if 0 in call.output_shape or call.keys.tokens == 0:
+            return mx.zeros(call.output_shape, call.queries.dtype)
+        return self._attend(call)
+
+    def _attend(self, call: AttendCall) -> mx.array:
+        """What :meth:`attend` does with at least one query and one token."""
         if call.rows_differ:
             return mx.concatenate([self.attend(row) for row in call.rows()])
         q, shape = call.scaled_queries, call.output_shape
