@@ -14,6 +14,8 @@ import pytest
 from scripts import server_load
 from tests.support import models as tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:

@@ -158,6 +158,7 @@ def sphere_distortion(d, bits):
     return 1 - a * a / b - variance / (d * b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_distortion_of_unit_vectors_is_the_theory(name, bits):

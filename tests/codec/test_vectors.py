@@ -29,6 +29,7 @@ def vectors(request):
     return request.param, *load(request.param)
 
 
+@pytest.mark.slow
 def test_files_are_what_the_script_makes(vectors):
     case, arrays, facts = vectors
     made, metadata = make_vectors.make(case)

@@ -180,6 +180,7 @@ BOUNDS = {np.float32: 2e-6, np.float16: 2**-10}
 # ---- rows ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
@@ -320,6 +321,7 @@ def case_id(case):
     return f"d{dims}-b{bits}-{case.rotation}-{case.mask}-{case.length}x{case.repeats}"
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_attend_is_the_reference(case):

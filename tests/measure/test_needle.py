@@ -342,6 +342,7 @@ def test_run_refuses(trials: int, needles: int, kinds: tuple[str, ...]) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_run_computes_in_float32_on_a_cpu_and_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

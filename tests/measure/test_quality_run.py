@@ -234,6 +234,7 @@ def test_page_needs_nothing_else(result: quality_run.Result) -> None:
         assert cells in page
 
 
+@pytest.mark.slow
 def test_plots_show_the_numbers(result: quality_run.Result) -> None:
     """A plot changes with its numbers, and only then."""
     first, *others = result.rows

@@ -435,6 +435,7 @@ def generate_alone(model, tokenizer, prompt, count):
 
 # The packed bytes are the same. But tokens of a chunk are read exact within it, and padding moves
 # the chunks of a batch: at 8 bits no token may change by that; at 4 bits a prompt is one chunk.
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "chunk", "least_share"), [(8, 64, 1.0), (4, 512, 0.95)])
 def test_batch_of_eight_prompts_is_eight_single_runs(llama, bits, chunk, least_share, figure):
     """Greedy, prompts of 3 to 400 tokens, over more than a block of new tokens."""

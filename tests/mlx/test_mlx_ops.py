@@ -39,6 +39,7 @@ def float64(a):
 # ---- rows ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("name", ROTATIONS)

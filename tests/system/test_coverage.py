@@ -10,6 +10,8 @@ import pytest
 from rotormlx.mlx import hook
 from scripts import coverage
 
+pytestmark = pytest.mark.slow
+
 # A block is packed before the chunk of 9 and the last token, which read it.
 STEPS = (66, 9, 1)
 # Models whose mlx-lm code needs a Metal GPU or a missing package are "not run".

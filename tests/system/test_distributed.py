@@ -14,6 +14,8 @@ import pytest
 
 from tests.support import models as tiny
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 import json, sys
 import mlx.core as mx

@@ -207,6 +207,7 @@ class Interrupt:
         return self._step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [single, batch])
 @pytest.mark.parametrize("case", ["prefill-scale", "begun-block", "ring"])
 def test_an_interrupted_append_is_whole_or_nothing(make, case):
@@ -270,6 +271,7 @@ def torch_snapshot(layer):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["prefill-scale", "begun-block", "tail-full"])
 def test_an_interrupted_step_of_a_torch_layer_is_whole_or_nothing(case):
     """Or, before its tokens reach the layer, the next step is refused."""
@@ -459,6 +461,7 @@ def failing_kernels(wanted, when):
 BACKENDS = {"metal": (metal, metal_attend), "mlx_cuda": (mlx_cuda, cuda_text)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["made", "called", "evaluated"])
 @pytest.mark.parametrize("kernel", ["encode", "attend", "attend_merge"])
 @pytest.mark.parametrize("name", BACKENDS)

@@ -26,6 +26,8 @@ from rotormlx.torch import native, torch_ops
 from tests.emulator import missing
 from tests.support import cuda_calls
 
+pytestmark = pytest.mark.slow
+
 needs_library = pytest.mark.skipif(
     cpu_library.missing() is not None, reason=f"{cpu_library.missing()}"
 )

@@ -35,7 +35,7 @@ from tests.support.properties import (
     sums_error,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @examples(120)

@@ -192,6 +192,7 @@ def test_the_library_serves_many_threads_at_once():
     assert len(set(expected)) == len(expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_caches_that_go_on(figure):
     """30 interrupts at random moments of a decode, some of them between two layers."""
     # As a shell starts what runs in the background.

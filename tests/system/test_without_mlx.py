@@ -11,6 +11,8 @@ import torch
 
 import rotormlx
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(rotormlx.__file__).parent
 # What a wheel has inside the package.
 KERNEL_FOLDERS = ("cuda_kernels", "metal_kernels", "shared_kernels")

@@ -185,13 +185,13 @@ def test_every_path_of_contributing_exists():
     assert not missing, "\n".join(missing)
 
 
-def test_ten_questions_have_one_file_each():
-    table = text("CONTRIBUTING.md").partition("## Ten questions")[2].partition("\n## ")[0]
+def test_questions_have_one_file_each():
+    table = text("CONTRIBUTING.md").partition("## Where to look")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+\?) \| ([^|]+) \|$", table, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) >= 10
     answers = [list(named_paths(answer)) for _, answer in rows]
     assert all(len(paths) == 1 and not paths[0].endswith("/") for paths in answers), answers
-    assert len({paths[0] for paths in answers}) == 10
+    assert len({paths[0] for paths in answers}) == len(rows)
 
 
 def test_the_changelog_knows_this_version():
