@@ -261,14 +261,14 @@ def plan_of(a, codecs, made):
     return AttendPlan(*cuda_plan.attend_plan(shape, device).numbers)
 
 
-def attend(queries, keys, values, *, scale, mask=None, sink_logits=None, made=None):
-    """What ``rotormlx_attend`` gives for two views, as an MLX array.
+def attend(asked, *, made=None):
+    """What ``rotormlx_attend`` gives for an ``AttendCall``, as an MLX array.
 
     Args:
-        queries: ``[B, H, L, D]``.
-        keys, values: Views, as MLXBackend.attend takes them.
+        asked: As a backend takes it.
         made: The module to run, by default the one of this configuration.
     """
+    queries, keys, values, scale, mask, sink_logits = asked
     batch, heads, length, key_dim = queries.shape
     value_dim = values.shape[3]
     made = made or module("attend", keys.codec, values.codec)

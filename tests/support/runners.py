@@ -233,7 +233,7 @@ class CUDARunner:
         launch = launch or Launch()
         made = self.attend_module(keys.codec, values.codec, launch)
         with planned_as(launch):
-            return cuda_calls.attend(queries, keys, values, made=made, **options)
+            return cuda_calls.attend(AttendCall(queries, keys, values, **options), made=made)
 
     def attend_module(self, key_codec, value_codec, launch):
         """The module that a call of ``attend`` runs."""
