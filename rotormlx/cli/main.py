@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -16,9 +17,9 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rotormlx import __version__
-from rotormlx.cli import measure
-from rotormlx.cli.options import CalibrationFile, takes_config
-from rotormlx.cli.refusal import RefusingGroup, refusing
+from rotormlx.cli import measure, outputs
+from rotormlx.cli.options import CalibrationFile, count, takes_config
+from rotormlx.cli.refusal import Refusal, RefusingGroup, refusing
 from rotormlx.config import RotorConfig
 
 # Commands of mlx-lm that run with compressed caches, and what each does.
@@ -106,9 +107,9 @@ def batch(
     output: Annotated[
         Path | None, typer.Option(help="Where to write; standard output by default.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Most sequences at once.")] = 32,
-    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, count("Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, count("Most sequences at once.")] = 32,
+    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0)] = 0.0,
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Take the prompts as they are.")
     ] = False,
@@ -116,21 +117,23 @@ def batch(
     calibration: CalibrationFile = None,
 ) -> None:
     """Answer the prompts of a file, many at once; writes a JSON object a line."""
+    if not math.isfinite(temp):
+        raise Refusal(f"[batch] --temp must be a finite number, but {temp} was given.")
     session, batching = _session(), importlib.import_module("rotormlx.cli.batching")
-    answers = batching.answer(
-        session.Session(config, calibration),
-        model,
-        batching.read_prompts(prompts),
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        temp=temp,
-        use_chat_template=not ignore_chat_template,
-    )
-    lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
-    if output is None:
-        typer.echo(lines, nl=False)
-    else:
-        output.write_text(lines, encoding="utf-8")
+    texts = batching.read_prompts(prompts)
+    if output is not None and output.exists() and output.samefile(prompts):
+        raise Refusal(f"[batch] The output {output} is the file of prompts; name another.")
+    with outputs.lines("batch", output) as write:
+        batching.answer(
+            session.Session(config, calibration),
+            model,
+            texts,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            temp=temp,
+            use_chat_template=not ignore_chat_template,
+            write=lambda answer: write(json.dumps(answer, ensure_ascii=False)),
+        )
 
 
 @app.command()
