@@ -163,8 +163,8 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option(help="Another question about the passage that is read.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
-    score_tokens: Annotated[int | None, typer.Option(help="Length of the passage.")] = None,
+    max_tokens: Annotated[int | None, count("Longest answer, in tokens.")] = None,
+    score_tokens: Annotated[int | None, count("Length of the passage.")] = None,
 ) -> None:
     """Read a passage and answer a question with four caches, and compare them."""
     if model is not None:

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from rotormlx.cli import outputs, prompts, rules, server_guard, serving, usage
 from rotormlx.cli.refusal import Refusal, refusing, sentence
-from rotormlx.config import RotorConfig
+from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.measure import perplexity
 from rotormlx.mlx import backends, integration, prompt_cache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -170,7 +170,7 @@ class Session:
                     f"[{name}] A prompt cache keeps the limit it was made with, but --max-kv-size "
                     f"{limit} was given with --prompt-cache-file; give it to cache_prompt."
                 )
-        if name == "cache_prompt":
+        if name == "cache_prompt" and path is not None:
             file = path if path.endswith(".safetensors") else f"{path}.safetensors"
             outputs.check_file(name, Path(file))
         draft = getattr(args, "draft_model", None)
@@ -334,7 +334,7 @@ def load_lazily(
     """
     check_model_name(path)
     try:
-        return integration.load(path, config, calibration, lazy=True, **kwargs)
+        loaded = integration.load(path, config, calibration, lazy=True, **kwargs)
     except (ValueError, OSError, RuntimeError) as error:
         message = str(error)
         if not message.startswith(("[apply]", "[hook]", "[calibration]")):
@@ -344,6 +344,16 @@ def load_lazily(
                 f"{first.rstrip('.')}; check the path or the name."
             )
         raise Refusal(message) from error
+    used = integration.model_report(loaded[0]).config
+    if used.rotation == CALIBRATED != config.rotation and config != RotorConfig(
+        config.key_bits, config.value_bits, sink=config.sink, window=config.window
+    ):
+        raise Refusal(
+            f"[calibration] {calibration or 'The calibration of the model'} brings its own "
+            f"rotations, but --rotation {config.rotation} and --rotation-seed {config.seed} were "
+            "given; leave one of them out."
+        )
+    return loaded
 
 
 def read_weights(model: Any) -> None:

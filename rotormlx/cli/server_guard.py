@@ -113,12 +113,12 @@ class _Guard:
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # what can be told to stop
         self._generators: weakref.WeakSet[Any] = weakref.WeakSet()
         # What mlx-lm no longer has is None here, and is not replaced.
-        self.own = {
+        self.own: dict[tuple[str, str], Any] = {
             (owner, name): getattr(getattr(tool, owner), name, None)
             for owner, names in _REPLACED.items()
             for name in names
         }
-        self._own_scan = getattr(tool, "scan_cache_dir", None)
+        self._own_scan: Any = getattr(tool, "scan_cache_dir", None)
         running = self._running
 
         class Context(getattr(tool, "GenerationContext", object)):  # type: ignore[misc]
