@@ -121,9 +121,7 @@ def batch(
         raise Refusal(f"[batch] --temp must be a finite number, but {temp} was given.")
     session, batching = _session(), importlib.import_module("rotormlx.cli.batching")
     texts = batching.read_prompts(prompts)
-    if output is not None and output.exists() and output.samefile(prompts):
-        raise Refusal(f"[batch] The output {output} is the file of prompts; name another.")
-    with outputs.lines("batch", output) as write:
+    with outputs.lines("batch", output, prompts) as write:
         batching.answer(
             session.Session(config, calibration),
             model,

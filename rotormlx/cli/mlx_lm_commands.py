@@ -277,8 +277,13 @@ class Session:
         say(f"backend {backends.describe()}")
 
     def _open_prompt_cache(self, path: str, model: str | None) -> None:
-        with refusing(ValueError, RuntimeError):
-            self._metadata = prompt_cache.read_metadata(path)
+        try:
+            with refusing(ValueError, RuntimeError):
+                self._metadata = prompt_cache.read_metadata(path)
+        except OSError as error:
+            raise Refusal(
+                f"[prompt cache] {path[:200]} cannot be read: {error.strerror}; check the path."
+            ) from error
         self._file = path
         missing = {"model", "tokenizer_config"} - set(self._metadata)
         if missing:

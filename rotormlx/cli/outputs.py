@@ -68,18 +68,19 @@ def folder(name: str, path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lines(name: str, path: Path | None) -> Iterator[Callable[[str], None]]:
+def lines(name: str, path: Path | None, source: Path) -> Iterator[Callable[[str], None]]:
     """Open a file for lines that are kept as they come; what it held goes with the first one.
 
     Args:
         name: The command that asks.
         path: The file, as the user named it; standard output if None.
+        source: What the lines are made from.
 
     Yields:
         Writes a line.
 
     Raises:
-        Refusal: If it cannot be opened, or the disk is full.
+        Refusal: If it cannot be opened, is the source, or the disk is full.
     """
     if path is None:
         yield typer.echo
@@ -89,6 +90,9 @@ def lines(name: str, path: Path | None) -> Iterator[Callable[[str], None]]:
         file = path.open("a", encoding="utf-8")
     except (OSError, ValueError) as error:
         raise _unwritable(name, path, error) from error
+    if path.samefile(source):
+        file.close()
+        raise Refusal(f"[{name}] The output {path} is the input too; name another file.")
     written = 0
 
     def write(line: str) -> None:

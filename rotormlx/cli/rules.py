@@ -87,7 +87,7 @@ def check(name: str, args: argparse.Namespace, given: Collection[str], processes
                 f"[{name}] {option(dest)} must be from {allowed.least} to {allowed.most}{besides}, "
                 f"but {value} was given; see rotormlx {name} --help."
             )
-    _check_texts(name, args)
+    _check_texts(name, args, given)
     _check_files(name, args)
     for rule in _CONFLICTS:
         if rule.applies(name, args, set(given), processes):
@@ -101,20 +101,22 @@ def option(dest: str) -> str:
     return "--" + dest.replace("_", "-")
 
 
-def _check_texts(name: str, args: argparse.Namespace) -> None:
+def _check_texts(name: str, args: argparse.Namespace, given: Collection[str]) -> None:
     for dest in ("model", "draft_model", "data_path", "prompt_cache_file", "host"):
         if getattr(args, dest, None) == "":
             raise Refusal(f"[{name}] {option(dest)} must not be empty; leave it out or name one.")
     if "" in getattr(args, "extra_eos_token", ()):
         raise Refusal(f"[{name}] --extra-eos-token must not be empty; leave it out.")
     for dest in ("chat_template_config", "chat_template_args"):
-        value = getattr(args, dest, None)
+        if dest not in given:
+            continue
+        value = getattr(args, dest)
         if isinstance(value, str):
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                value = ()
-        if value is not None and not isinstance(value, dict):
+                value = None
+        if not isinstance(value, dict):
             raise Refusal(
                 f"[{name}] {option(dest)} must be a JSON object such as "
                 f"'{{\"enable_thinking\": false}}', but {str(getattr(args, dest))[:60]!r} was "
@@ -124,19 +126,35 @@ def _check_texts(name: str, args: argparse.Namespace) -> None:
 
 def _check_files(name: str, args: argparse.Namespace) -> None:
     for image in getattr(args, "image", None) or ():
-        if not Path(image).is_file():
-            raise Refusal(f"[{name}] No such image file: {image}; check the path.")
+        if not is_file(image):
+            raise Refusal(f"[{name}] No such image file: {image[:200]}; check the path.")
     adapter = getattr(args, "adapter_path", None)
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+    if adapter is not None and not is_file(Path(adapter) / "adapter_config.json"):
         raise Refusal(
             f"[{name}] --adapter-path must be a folder with an adapter_config.json, but "
-            f"{adapter or 'an empty path'} has none; check the path."
+            f"{adapter[:200] or 'an empty path'} has none; check the path."
         )
     data = getattr(args, "data_path", None)
-    if data is not None and not Path(data).exists():
+    if data is not None and not is_file(data) and not is_folder(data):
         relative = data.startswith((".", "~", "/")) or data.count("/") > 1
-        if relative or Path(data).suffix.lower() in _DATA_SUFFIXES:
-            raise Refusal(f"[{name}] No such text file: {data}; check the path.")
+        if relative or len(data) > 200 or Path(data).suffix.lower() in _DATA_SUFFIXES:
+            raise Refusal(f"[{name}] No such text file: {data[:200]}; check the path.")
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file; a path that the system does not take has none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder; a path that the system does not take has none."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 class _Conflict(NamedTuple):
