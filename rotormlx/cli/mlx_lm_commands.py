@@ -171,8 +171,8 @@ class Session:
                     f"{limit} was given with --prompt-cache-file; give it to cache_prompt."
                 )
         if name == "cache_prompt" and path is not None:
-            file = path if path.endswith(".safetensors") else f"{path}.safetensors"
-            outputs.check_file(name, Path(file))
+            is_whole = path.endswith(".safetensors") or rules.is_folder(path)
+            outputs.check_file(name, Path(path if is_whole else f"{path}.safetensors"))
         draft = getattr(args, "draft_model", None)
         if draft is not None:
             check_model_name(draft)

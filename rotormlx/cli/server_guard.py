@@ -330,12 +330,10 @@ def _check_body(body: dict[str, Any]) -> None:
     prompt = body.get("prompt", "")
     if not isinstance(prompt, str):
         raise BadRequest("prompt must be a string")
-    _check_text(prompt)
-
-
-def _check_text(text: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRequest("prompt must be Unicode, but it has half of a surrogate pair")
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRequest("texts must be Unicode, but one has half of a surrogate pair") from None
 
 
 def _answer(handler: Any, status: int, message: str) -> None:
