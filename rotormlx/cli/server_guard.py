@@ -248,7 +248,7 @@ class _Guard:
         """The models of the hub's cache: none where there is no cache."""
         try:
             return self._own_scan(*args, **kwargs)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # the hub's own kinds, one of them for a missing cache
             logging.info("rotormlx: no models of the hub: %s", error)
             return SimpleNamespace(repos=())
 

@@ -183,9 +183,9 @@ def test_generate_passes_every_other_option_on(monkeypatch, llama: str, tmp_path
         argv = [part for option, value in group.items() for part in (option, *value)]
         ours = [part for option, value in always.items() for part in (option, *value)]
         before = sys.argv
-        result = run("generate", *argv[:4], *ours, *argv[4:])
+        result = run("generate", *argv[:3], *ours, *argv[3:])
         assert result.exit_code == 0, result.stderr
-        assert seen == [[*argv[:4], "--model", llama, *argv[4:]]]
+        assert seen == [[*argv[:3], "--model", llama, *argv[3:]]]
         assert sys.argv is before
 
 
