@@ -55,11 +55,18 @@ class Result:
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[int]:
-    """Run a server in a process of its own; gives its port."""
+def free_port() -> Iterator[int]:
+    """A port of the loopback address that is free when this context ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        yield int(free.getsockname()[1])
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[int]:
+    """Run a server in a process of its own; gives its port."""
+    with free_port() as port:
+        pass
     command = [sys.executable, "-m", "rotormlx", "server", "--model", str(model)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

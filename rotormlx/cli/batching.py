@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx_lm
+from jinja2 import TemplateError
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from rotormlx.cli.mlx_lm_commands import Session, say
-from rotormlx.cli.refusal import Refusal
+from rotormlx.cli.refusal import Refusal, sentence
 from rotormlx.cli.usage import Usage, measure
 from rotormlx.mlx import integration
 
@@ -29,7 +31,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if not path.is_file():
         raise Refusal(f"[batch] A file of prompts is required, but {path} is none; check the path.")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(
+            f"[batch] The file of prompts must be text in UTF-8, but {path} gave: "
+            f"{sentence(error)}."
+        ) from error
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise Refusal(f"[batch] At least one prompt is required, but {path} has none; write some.")
     if path.suffix != ".jsonl":
@@ -40,7 +49,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _parsed(line: str, where: str) -> Prompt:
     try:
         given = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         given = None
     if isinstance(given, dict):
         given = given.get("prompt", given.get("messages"))
@@ -64,7 +73,8 @@ def answer(
     batch_size: int,
     temp: float,
     use_chat_template: bool,
-) -> list[dict[str, Any]]:
+    write: Callable[[dict[str, Any]], None],
+) -> None:
     """Answer prompts with a compressed batch, and say what it took.
 
     Args:
@@ -75,12 +85,13 @@ def answer(
         batch_size: Most sequences at once.
         temp: Sampling temperature; 0 is greedy.
         use_chat_template: Whether the prompts go through the chat template, if there is one.
-
-    Returns:
-        A dictionary for each prompt: ``prompt``, ``text`` and the number of ``tokens``.
+        write: Takes the answers in the order of the prompts, each as soon as it and those before
+            it are known: ``prompt``, ``text`` and the number of ``tokens``. After an interrupt it
+            takes all that are known.
 
     Raises:
-        Refusal: If the model cannot be used, or messages meet a model without a chat template.
+        Refusal: If the model cannot be used, messages meet a model without a chat template, or a
+            prompt has no tokens.
     """
     model, tokenizer = session.load(model_path)[:2]
     chat = use_chat_template and tokenizer.has_chat_template
@@ -90,31 +101,59 @@ def answer(
             "switched off; give text."
         )
     encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
-    response: Any = mlx_lm.batch_generate(
+    generator = BatchGenerator(
         model,
-        tokenizer,
-        encoded,
-        max_tokens=max_tokens,
-        return_prompt_caches=True,
-        return_token_ids=True,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
         completion_batch_size=batch_size,
         prefill_batch_size=min(8, batch_size),
         sampler=make_sampler(temp),
     )
-    report = integration.model_report(model)
-    total = Usage()
-    for caches in response.caches:
-        total += measure(report, caches)
-    say(f"{report.summary}\n{total.describe(len(prompts))}")
-    session.print_peak(total)
-    return [
-        {"prompt": prompt, "text": text, "tokens": len(ids)}
-        for prompt, text, ids in zip(prompts, response.texts, response.token_ids, strict=True)
-    ]
+    report, total, count = integration.model_report(model), Usage(), 0
+    indices = {
+        uid: i for i, uid in enumerate(generator.insert(encoded, [max_tokens] * len(encoded)))
+    }
+    tokens: list[list[int]] = [[] for _ in prompts]
+    known: dict[int, dict[str, Any]] = {}  # answers that wait for one before them
+    try:
+        while responses := generator.next_generated():
+            for response in responses:
+                index = indices[response.uid]
+                if response.finish_reason != "stop":
+                    tokens[index].append(response.token)
+                if response.finish_reason is None:
+                    continue
+                total += measure(report, response.prompt_cache)
+                text, size = tokenizer.decode(tokens[index]), len(tokens[index])
+                known[index] = {"prompt": prompts[index], "text": text, "tokens": size}
+                while count in known:
+                    write(known.pop(count))
+                    count += 1
+    finally:
+        generator.close()
+        for _, late in sorted(known.items()):
+            write(late)
+        count += len(known)
+        if count < len(prompts):
+            say(f"{count} of {len(prompts)} prompts were answered")
+        say(f"{report.summary}\n{total.describe(count)}")
+        session.print_peak(total)
 
 
 def _encode(tokenizer: Any, prompt: Prompt, chat: bool) -> list[int]:
     if not chat:
-        return list(tokenizer.encode(prompt))
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        ids = list(tokenizer.encode(prompt))
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise Refusal(
+                f"[batch] The chat template does not take the prompt {str(prompt)[:60]!r}: "
+                f"{sentence(error)}; correct it."
+            ) from error
+    if not ids:
+        raise Refusal(
+            f"[batch] A prompt must have at least one token, but {str(prompt)[:60]!r} has none; "
+            "correct it."
+        )
+    return ids

@@ -129,8 +129,18 @@ def run(
                 progress.update(task, completed=count * (len(tokens) + max_tokens))
                 if name != EXACT:
                     scoring.assert_packed(runs[name].caches, CHUNK)
+        except KeyboardInterrupt:
+            progress.stop()
+            if len(runs) > 1:
+                _show(console, runs, ratios)
+            raise
         finally:
             integration.remove(network)
+    return _show(console, runs, ratios)
+
+
+def _show(console: Console, runs: dict[str, _Run], ratios: dict[str, float]) -> list[Row]:
+    """Print the caches that were tried; returns a row of each."""
     start = _first_packed(runs)
     rows = [_row(name, run, runs[EXACT], start, ratios) for name, run in runs.items()]
     _print(console, rows, runs[EXACT].scores, start)
@@ -176,6 +186,11 @@ def _prompt_tokens(tokenizer: Any, prompt: str, score_tokens: int) -> list[int]:
     # A token of English is 4 or 5 characters; all of the text would exceed some models' context.
     text = default_text()[: 8 * score_tokens]
     passage = tokenizer.encode(text, add_special_tokens=False)[:score_tokens]
+    if len(passage) < score_tokens:
+        raise ValueError(
+            f"[demo] The passage has {len(passage)} tokens, but {score_tokens} were asked for; "
+            "lower --score-tokens."
+        )
     text = f"{tokenizer.decode(passage)}\n\n{prompt}"
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode(text))

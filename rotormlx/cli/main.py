@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -16,9 +17,9 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rotormlx import __version__
-from rotormlx.cli import measure, report_tables
-from rotormlx.cli.options import CalibrationFile, takes_config
-from rotormlx.cli.refusal import RefusingGroup, refusing
+from rotormlx.cli import measure, outputs, report_tables
+from rotormlx.cli.options import CalibrationFile, count, takes_config
+from rotormlx.cli.refusal import Refusal, RefusingGroup, refusing
 from rotormlx.config import RotorConfig
 
 # Commands of mlx-lm that run with compressed caches, and what each does.
@@ -106,9 +107,9 @@ def batch(
     output: Annotated[
         Path | None, typer.Option(help="Where to write; standard output by default.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Most sequences at once.")] = 32,
-    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, count("Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, count("Most sequences at once.")] = 32,
+    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0)] = 0.0,
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Take the prompts as they are.")
     ] = False,
@@ -116,21 +117,21 @@ def batch(
     calibration: CalibrationFile = None,
 ) -> None:
     """Answer the prompts of a file, many at once; writes a JSON object a line."""
+    if not math.isfinite(temp):
+        raise Refusal(f"[batch] --temp must be a finite number, but {temp} was given.")
     session, batching = _session(), importlib.import_module("rotormlx.cli.batching")
-    answers = batching.answer(
-        session.Session(config, calibration),
-        model,
-        batching.read_prompts(prompts),
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        temp=temp,
-        use_chat_template=not ignore_chat_template,
-    )
-    lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
-    if output is None:
-        typer.echo(lines, nl=False)
-    else:
-        output.write_text(lines, encoding="utf-8")
+    texts = batching.read_prompts(prompts)
+    with outputs.lines("batch", output, prompts) as write:
+        batching.answer(
+            session.Session(config, calibration),
+            model,
+            texts,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            temp=temp,
+            use_chat_template=not ignore_chat_template,
+            write=lambda answer: write(json.dumps(answer, ensure_ascii=False)),
+        )
 
 
 @app.command()
@@ -160,8 +161,8 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option(help="Another question about the passage that is read.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
-    score_tokens: Annotated[int | None, typer.Option(help="Length of the passage.")] = None,
+    max_tokens: Annotated[int | None, count("Longest answer, in tokens.")] = None,
+    score_tokens: Annotated[int | None, count("Length of the passage.")] = None,
 ) -> None:
     """Read a passage and answer a question with four caches, and compare them."""
     if model is not None:

@@ -6,6 +6,8 @@ import importlib
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from rotormlx.cli.refusal import Refusal, refusing
+from rotormlx.cli import outputs
+from rotormlx.cli.options import count
+from rotormlx.cli.refusal import Refusal, refusing, sentence
 from rotormlx.cli.terminal import wide_console
 from rotormlx.config import RotorConfig
 
@@ -23,6 +27,8 @@ QUALITY = (
 )
 NEEDLE = "k4v4 k3v3 affine-k4v4 rotorquant-k4v4:bare"
 BENCH = "exact affine-k4v4 affine-k8v8 k4v4 k3v3"
+
+_LONGEST = 2**24  # tokens of a text
 
 Model = Annotated[
     str | None,
@@ -58,8 +64,8 @@ def quality(
     text: Annotated[
         list[Path] | None, typer.Option(help="A text file; give it again for several.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of each text to read.")] = 1217,
-    greedy: Annotated[int, typer.Option(help="Greedy tokens to try behind each text.")] = 64,
+    tokens: Annotated[int, count("Tokens of each text to read.")] = 1217,
+    greedy: Annotated[int, count("Greedy tokens to try behind each text.", 0)] = 64,
     dtype: Dtype = None,
     all_packed: Annotated[
         bool, typer.Option("--all-packed", help="No sink and no window in any scheme.")
@@ -67,22 +73,13 @@ def quality(
     output: Output = None,
 ) -> None:
     """Measure what schemes cost in quality; writes JSON, Markdown and one HTML page."""
-    with refusing(
-        ValueError,
-        RuntimeError,
-        where=(
-            "[quality]",
-            "[scheme]",
-            "[assert_packed]",
-            "[RotorConfig]",
-            "[smollm2]",
-        ),
-    ):
-        grammar = _module("schemes")
-        run, report = _module("quality_run"), _module("quality_report")
+    grammar, run, report = _module("schemes"), _module("quality_run"), _module("quality_report")
+    kept = _Kept("quality", output or Path(), report.files, _quality_table)
+    where = ("[quality]", "[scheme]", "[assert_packed]", "[RotorConfig]", "[smollm2]")
+    with refusing(ValueError, RuntimeError, where=where), kept:
         names = [grammar.all_packed(n) if all_packed else n for n in schemes.split()]
         list(map(grammar.scheme, names))  # refuses before a model is loaded
-        texts = None if text is None else {path.name: _read(path) for path in text}
+        texts = None if text is None else _read_all(text)
         console, path, loaded = _load(model)
         with _progress(console) as progress:
             result = run.run(
@@ -95,11 +92,15 @@ def quality(
                 greedy=greedy,
                 dtype=dtype,
                 progress=progress,
+                keep=kept.keep,
             )
+        kept.finish(result)
+
+
+def _quality_table(result: Any) -> None:
+    report, console = _module("quality_report"), wide_console()
     console.print(report.table(result, console.width))
     console.print(report.LEGEND, highlight=False)
-    for written in report.save(result, output or Path()):
-        typer.echo(f"wrote {written}", err=True)
 
 
 def needle(
@@ -109,27 +110,19 @@ def needle(
     lengths: Annotated[str, typer.Option(help="Tokens of the texts, separated by commas.")] = (
         "512,1024"
     ),
-    trials: Annotated[int, typer.Option(help="Least trials of each kind and scheme.")] = 200,
-    needles: Annotated[int, typer.Option(help="Most needles in one text.")] = 20,
+    trials: Annotated[int, count("Least trials of each kind and scheme.")] = 200,
+    needles: Annotated[int, count("Most needles in one text.")] = 20,
     kinds: Annotated[
         str, typer.Option(help="Kinds of needle, separated by commas: fact, copy.")
     ] = "fact,copy",
-    seed: Annotated[int, typer.Option(help="Selects texts and answers.")] = 0,
+    seed: Annotated[int, count("Selects texts and answers.", 0)] = 0,
     output: Output = None,
 ) -> None:
     """Hide needles in long texts and ask for them through each scheme."""
-    with refusing(
-        ValueError,
-        RuntimeError,
-        where=(
-            "[needle]",
-            "[scheme]",
-            "[RotorConfig]",
-            "[measure]",
-            "[smollm2]",
-        ),
-    ):
-        module, grammar = _module("needle"), _module("schemes")
+    module, grammar = _module("needle"), _module("schemes")
+    kept = _Kept("needle", output, _files("needle", module), _table(module))
+    where = ("[needle]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]")
+    with refusing(ValueError, RuntimeError, where=where), kept:
         counts = _numbers("lengths", lengths)
         list(map(grammar.scheme, schemes.split()))
         console, path, loaded = _load(model)
@@ -145,9 +138,9 @@ def needle(
                 kinds=kinds.split(","),
                 seed=seed,
                 progress=progress,
+                keep=kept.keep,
             )
-    console.print(module.table(result))
-    _save(output, "needle", result, module.markdown(result))
+        kept.finish(result)
 
 
 def bench(
@@ -157,8 +150,8 @@ def bench(
     contexts: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = (
         "1024,4096"
     ),
-    repeats: Annotated[int, typer.Option(help="Turns of each scheme and context.")] = 3,
-    decode_tokens: Annotated[int, typer.Option(help="Tokens to write in each turn.")] = 32,
+    repeats: Annotated[int, count("Turns of each scheme and context.")] = 3,
+    decode_tokens: Annotated[int, count("Tokens to write in each turn.")] = 32,
     numpy: Annotated[
         bool,
         typer.Option(
@@ -171,19 +164,10 @@ def bench(
     output: Output = None,
 ) -> None:
     """Measure speed and memory of schemes, in turn in one process."""
-    with refusing(
-        ValueError,
-        RuntimeError,
-        where=(
-            "[bench]",
-            "[quality]",
-            "[scheme]",
-            "[RotorConfig]",
-            "[measure]",
-            "[smollm2]",
-        ),
-    ):
-        module, grammar = _module("bench"), _module("schemes")
+    module, grammar = _module("bench"), _module("schemes")
+    kept = _Kept("bench", output, _files("bench", module), _table(module))
+    where = ("[bench]", "[quality]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]")
+    with refusing(ValueError, RuntimeError, where=where), kept:
         counts = _numbers("contexts", contexts)
         list(map(grammar.scheme, schemes.split()))
         console, path, loaded = _load(model)
@@ -199,9 +183,9 @@ def bench(
                 numpy=numpy,
                 dtype=dtype,
                 progress=progress,
+                keep=kept.keep,
             )
-    console.print(module.table(result))
-    _save(output, "bench", result, module.markdown(result), module.plot(result))
+        kept.finish(result)
 
 
 def calibrate(
@@ -217,7 +201,7 @@ def calibrate(
     text: Annotated[
         Path | None, typer.Option(help="A text file; prose of CPython's documentation if none.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it to read, from its end.")] = 512,
+    tokens: Annotated[int, count("Tokens of it to read, from its end.")] = 512,
     layers: Annotated[
         bool,
         typer.Option(
@@ -231,17 +215,17 @@ def calibrate(
     ] = None,
 ) -> None:
     """Read a short text and keep what compresses this model's cache best."""
-    with refusing(
-        ValueError,
-        RuntimeError,
-        where=(
-            "[calibration]",
-            "[smollm2]",
-            "[hook]",
-        ),
-    ):
-        words = None if text is None else _read(text)
+    where = ("[calibration]", "[smollm2]", "[hook]")
+    with refusing(ValueError, RuntimeError, where=where):
+        if output is not None:
+            outputs.check_file("calibrate", output)
+        words = None if text is None else _read("calibrate", text)
         console, path, (loaded, tokenizer) = _load(model)
+        if output is None:
+            kept = importlib.import_module("rotormlx.mlx.calibration")
+            output = kept.default_path(loaded, transform)
+            with outputs.folder("calibrate", output.parent):
+                pass
         with _progress(console) as progress:
             count = len(loaded.layers)
             total = tokens + count + layers * (2 * count + 1) * tokens
@@ -255,12 +239,7 @@ def calibrate(
                 layers=layers,
                 progress=lambda n: progress.advance(task, n),
             )
-        if output is None:
-            output = importlib.import_module("rotormlx.mlx.calibration").default_path(
-                loaded, transform
-            )
-            output.parent.mkdir(parents=True, exist_ok=True)
-        calibration.save(output)
+        _save_calibration(calibration, output)
     console.print(
         f"{path.name}: {transform} {'and losses ' if layers else ''}of {len(calibration.layers)} "
         f"layers from {calibration.tokens} tokens, {calibration.numbers_a_head:,} numbers a KV "
@@ -268,6 +247,14 @@ def calibrate(
         highlight=False,
     )
     typer.echo(f"wrote {output}", err=True)
+
+
+def _save_calibration(calibration: Any, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(path)
+    except OSError as error:
+        raise Refusal(f"[calibrate] {path} cannot be written: {sentence(error)}.") from error
 
 
 def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
@@ -296,36 +283,120 @@ def _module(name: str) -> Any:
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part[:20]) <= _LONGEST for part in parts):
         raise Refusal(
-            f"[measure] --{option} must be whole numbers separated by commas, but {text!r} came."
+            f"[measure] --{option} must be whole numbers up to {_LONGEST} separated by commas, but "
+            f"{text!r} came."
         )
     return [int(part) for part in parts]
 
 
-def _read(path: Path) -> str:
+def _read(name: str, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise Refusal(
-            f"[quality] A text file in UTF-8 is required, but {path} gave: {error}."
+            f"[{name}] A text file in UTF-8 is required, but {path} gave: {why}."
         ) from error
+
+
+def _read_all(paths: list[Path]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for path in paths:
+        if path.name in texts:
+            raise Refusal(
+                f"[quality] Texts must have names of their own, but {path} is the second "
+                f"{path.name}; rename one."
+            )
+        texts[path.name] = _read("quality", path)
+    return texts
 
 
 def _command() -> str:
     return f"rotormlx {shlex.join(sys.argv[1:])}"
 
 
-def _save(output: Path | None, name: str, result: Any, markdown: str, svg: str = "") -> None:
-    if output is None:
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    texts = {".json": json.dumps(result.as_dict(), indent=1) + "\n", ".md": markdown, ".svg": svg}
-    for suffix, content in texts.items():
-        if content:
-            (output / (name + suffix)).write_text(content, encoding="utf-8")
-            typer.echo(f"wrote {output / (name + suffix)}", err=True)
+class _Kept:
+    """Results that are kept as they come, in files if there is a folder for them.
+
+    The folder is made before the work. ``NAME.json`` is written whenever there is more to keep, so
+    that not even a crash loses it; the other files and the table when the work ends, be it by an
+    interrupt.
+
+    Args:
+        name: The command; the files have its name.
+        output: The folder, or None.
+        files: Gives the files of a result by name.
+        show: Prints a result.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        output: Path | None,
+        files: Callable[[Any], dict[str, str]],
+        show: Callable[[Any], None],
+    ) -> None:
+        self.name, self.output, self.files, self.show = name, output, files, show
+        self._latest: Any = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Kept:
+        if self.output is not None:
+            self._stack.enter_context(outputs.folder(self.name, self.output))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            if kind is not None and self._latest is not None:
+                typer.echo(
+                    f"rotormlx: {self.name} was ended early; this is what was done", err=True
+                )
+                self.finish(self._latest)
+
+    def keep(self, result: Any) -> None:
+        """Keep what is known so far."""
+        self._latest = result
+        if self.output is not None:
+            text = json.dumps(result.as_dict(), indent=1) + "\n"
+            self._write(f"{self.name}.json", text)
+
+    def finish(self, result: Any) -> None:
+        """Print a result and write all of its files."""
+        self._latest = None
+        self.show(result)
+        if self.output is None:
+            return
+        for name, text in self.files(result).items():
+            self._write(name, text)
+            typer.echo(f"wrote {self.output / name}", err=True)
+
+    def _write(self, name: str, text: str) -> None:
+        assert self.output is not None
+        try:
+            outputs.write_whole(self.output / name, text)
+        except OSError as error:
+            raise Refusal(
+                f"[{self.name}] {self.output / name} cannot be written: {sentence(error)}."
+            ) from error
+
+
+def _files(name: str, module: Any) -> Callable[[Any], dict[str, str]]:
+    def files(result: Any) -> dict[str, str]:
+        texts = {
+            f"{name}.json": json.dumps(result.as_dict(), indent=1) + "\n",
+            f"{name}.md": module.markdown(result),
+        }
+        plot = getattr(module, "plot", None)
+        return texts | ({} if plot is None else {f"{name}.svg": plot(result)})
+
+    return files
+
+
+def _table(module: Any) -> Callable[[Any], None]:
+    return lambda result: wide_console().print(module.table(result))
 
 
 def _progress(console: Console) -> Progress:

@@ -12,13 +12,15 @@ import json
 import re
 import sys
 import weakref
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 from unittest.mock import patch
 
 import mlx.core as mx
+from jinja2 import TemplateError
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
@@ -26,9 +28,9 @@ from mlx_lm.utils import sharded_load
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from rotormlx.cli import serving, usage
-from rotormlx.cli.refusal import Refusal, refusing
-from rotormlx.config import RotorConfig
+from rotormlx.cli import outputs, prompts, rules, server_guard, serving, usage
+from rotormlx.cli.refusal import Refusal, refusing, sentence
+from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.measure import perplexity
 from rotormlx.mlx import backends, integration, prompt_cache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -36,6 +38,11 @@ from rotormlx.report import Report, megabytes
 
 # Options of mlx-lm for another kind of cache. They would change nothing, so they are refused.
 REFUSED = ("kv_bits", "kv_group_size", "quantized_kv_start")
+# What sentences of ours start with that come through mlx-lm's commands.
+_OURS = tuple(
+    f"[{where}]"
+    for where in ("apply", "calibration", "hook", "perplexity", "prompt cache", "speculation")
+)
 
 
 def run(name: str, argv: list[str], config: RotorConfig, calibration: Path | None = None) -> None:
@@ -51,9 +58,9 @@ def run(name: str, argv: list[str], config: RotorConfig, calibration: Path | Non
         Refusal: If the options, the model or a file cannot be used.
     """
     tool = tool_module(name)
-    args = parse(parser_of(tool), name, argv)
+    args, given = parse(parser_of(tool), name, argv)
     session = Session(config, calibration)
-    session.prepare(name, args)
+    session.prepare(name, args, given)
     with ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", [f"mlx_lm {name}", *argv]))
         offered: dict[str, Any] = {
@@ -73,12 +80,39 @@ def run(name: str, argv: list[str], config: RotorConfig, calibration: Path | Non
                 patch.multiple(generate, make_prompt_cache=session.make_prompt_cache)
             )
         if name == "perplexity":
-            for key, value in perplexity.replacements(tool, session).items():
+            for key, value in perplexity.replacements(tool, session, say).items():
                 stack.enter_context(patch.object(tool, key, value))
         if name == "server":
-            stack.enter_context(serving.measured(tool, lambda: session.reports))
-        tool.main()
+            sizes = stack.enter_context(serving.measured(tool, lambda: session.reports))
+            sizes.restarts = stack.enter_context(server_guard.guarded(tool, session.probe))
+        if name == "evaluate":
+            stack.enter_context(outputs.folder(name, Path(args.output_dir)))
+        stack.enter_context(_refusing_input(name))
+        try:
+            tool.main()
+        except KeyboardInterrupt:
+            session.print_usage()
+            raise
+        except EOFError:  # Ctrl-D is how a chat ends
+            if name != "chat":
+                raise
     session.print_usage()
+
+
+@contextmanager
+def _refusing_input(name: str) -> Iterator[None]:
+    """Turn what mlx-lm says about its input into one sentence."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, MemoryError, ImportError, TemplateError) as error:
+        text = sentence(error)
+        if text.startswith(_OURS):
+            raise Refusal(text) from error
+        if "allocate" in text or isinstance(error, MemoryError):
+            raise Refusal(f"[{name}] There is too little memory for this: {text}.") from error
+        if re.match(r"\[[\w:]+\] ", text):  # an operation of MLX: a fault of the program
+            raise
+        raise Refusal(f"[{name}] mlx_lm {name} stopped: {text.rstrip('.')}.") from error
 
 
 class Session:
@@ -101,13 +135,29 @@ class Session:
         self._prompt_cache: list[Any] = [None]
         self._metadata: dict[str, str] = {}
         self._file = ""
+        # Of a command of mlx-lm, from prepare().
+        self._command = ""
+        self._args: argparse.Namespace | None = None
+        self._given: Collection[str] = ()
 
-    def prepare(self, name: str, args: argparse.Namespace) -> None:
+    def prepare(self, name: str, args: argparse.Namespace, given: Collection[str]) -> None:
         """Refuse what can be refused before a model is loaded.
 
+        Args:
+            name: The command of mlx-lm.
+            args: Its options.
+            given: Those of them that the user gave.
+
         Raises:
-            Refusal: If the prompt cache file, the limit or the model cannot be used.
+            Refusal: If an option, the prompt cache file, the limit or the model cannot be used.
         """
+        self._command, self._args, self._given = name, args, given
+        rules.check(name, args, given, processes())
+        if processes() > 1 and self.calibration is not None:
+            raise Refusal(
+                f"[{name}] A calibration is of a whole model, but --calibration was given in a run "
+                "of several processes, each with some of the heads; leave it out."
+            )
         limit = getattr(args, "max_kv_size", None)
         if limit is not None:
             with refusing(ValueError):
@@ -120,10 +170,23 @@ class Session:
                     f"[{name}] A prompt cache keeps the limit it was made with, but --max-kv-size "
                     f"{limit} was given with --prompt-cache-file; give it to cache_prompt."
                 )
+        if name == "cache_prompt" and path is not None:
+            is_whole = path.endswith(".safetensors") or rules.is_folder(path)
+            outputs.check_file(name, Path(path if is_whole else f"{path}.safetensors"))
+        draft = getattr(args, "draft_model", None)
+        if draft is not None:
+            check_model_name(draft)
         if name == "server" and args.model is not None:
-            self._load(args.model)  # reads no weights: only to refuse early
+            self.probe(args.model, args.adapter_path)
+            if draft is not None:
+                self.probe(draft)
         if name == "benchmark" and args.batch_size > 1:
             self.foreseen = (args.prompt_tokens + args.generation_tokens, args.batch_size)
+
+    def probe(self, path: str, adapter_path: str | None = None) -> None:
+        """Refuse a model that cannot be loaded and compressed, without reading its weights."""
+        if processes() == 1:
+            integration.remove(self._load(path, adapter_path=adapter_path)[0])
 
     @property
     def reports(self) -> list[Report]:
@@ -134,6 +197,8 @@ class Session:
         """``mlx_lm.load`` with compressed caches; refuses before it reads weights."""
         loaded = self._load(path, **kwargs)
         is_first = not self._models
+        if is_first and self._args is not None:
+            prompts.check(self._command, self._args, self._given, loaded)
         if is_first and self._file:  # not for a draft model
             with refusing(ValueError):
                 caches, self._metadata = prompt_cache.read_prompt_cache(self._file, loaded[0])
@@ -149,6 +214,10 @@ class Session:
                 prompt_cache.check_fingerprint(
                     self._file, self._metadata, loaded[0], report.model_type
                 )
+        if self._command == "server":  # which drops one model for another
+            self._models = [pair for pair in self._models if pair[0]() is not None]
+            kept = {id(kept) for _, kept in self._models}
+            self._caches = {key: value for key, value in self._caches.items() if key in kept}
         self._models.append((weakref.ref(loaded[0]), report))
         return loaded
 
@@ -163,7 +232,8 @@ class Session:
     def make_prompt_cache(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
         """mlx-lm's function of that name; remembers the latest caches of each model."""
         caches: list[Any] = mlx_lm_cache.make_prompt_cache(model, max_kv_size)
-        self._caches[id(integration.model_report(model))] = caches
+        # A copy: mlx-lm's server appends the caches of a draft model to the list.
+        self._caches[id(integration.model_report(model))] = caches[:]
         return caches
 
     def load_prompt_cache(self, path: str, return_metadata: bool = False) -> Any:
@@ -207,8 +277,13 @@ class Session:
         say(f"backend {backends.describe()}")
 
     def _open_prompt_cache(self, path: str, model: str | None) -> None:
-        with refusing(ValueError, RuntimeError):
-            self._metadata = prompt_cache.read_metadata(path)
+        try:
+            with refusing(ValueError, RuntimeError):
+                self._metadata = prompt_cache.read_metadata(path)
+        except OSError as error:
+            raise Refusal(
+                f"[prompt cache] {path[:200]} cannot be read: {error.strerror}; check the path."
+            ) from error
         self._file = path
         missing = {"model", "tokenizer_config"} - set(self._metadata)
         if missing:
@@ -241,6 +316,19 @@ def _check_tokenizer_config(path: str, text: str) -> None:
         )
 
 
+def check_model_name(path: str) -> None:
+    """Refuse what is neither a path that exists nor the name of a repository."""
+    try:
+        exists = bool(path) and Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a character that no path has
+        exists = False
+    if not exists and not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", path):
+        raise Refusal(
+            f"[load] A model directory or the name of a repository is required, but {path[:200]} "
+            "is neither; check the path."
+        )
+
+
 def load_lazily(
     path: str, config: RotorConfig, calibration: Path | None = None, **kwargs: Any
 ) -> tuple[Any, ...]:
@@ -249,13 +337,9 @@ def load_lazily(
     Raises:
         Refusal: If there is no such model, or it cannot be compressed.
     """
-    if not Path(path).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        raise Refusal(
-            f"[load] A model directory or the name of a repository is required, but {path} is "
-            "neither; check the path."
-        )
+    check_model_name(path)
     try:
-        return integration.load(path, config, calibration, lazy=True, **kwargs)
+        loaded = integration.load(path, config, calibration, lazy=True, **kwargs)
     except (ValueError, OSError, RuntimeError) as error:
         message = str(error)
         if not message.startswith(("[apply]", "[hook]", "[calibration]")):
@@ -265,6 +349,16 @@ def load_lazily(
                 f"{first.rstrip('.')}; check the path or the name."
             )
         raise Refusal(message) from error
+    used = integration.model_report(loaded[0]).config
+    if used.rotation == CALIBRATED != config.rotation and config != RotorConfig(
+        config.key_bits, config.value_bits, sink=config.sink, window=config.window
+    ):
+        raise Refusal(
+            f"[calibration] {calibration or 'The calibration of the model'} brings its own "
+            f"rotations, but --rotation {config.rotation} and --rotation-seed {config.seed} were "
+            "given; leave one of them out."
+        )
+    return loaded
 
 
 def read_weights(model: Any) -> None:
@@ -322,8 +416,13 @@ def parser_of(tool: ModuleType) -> argparse.ArgumentParser:
     raise RuntimeError(f"[session] {tool.__name__}.main parses no arguments; update rotormlx.")
 
 
-def parse(parser: argparse.ArgumentParser, name: str, argv: list[str]) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, name: str, argv: list[str]
+) -> tuple[argparse.Namespace, set[str]]:
     """Parse as mlx-lm will, abbreviations included.
+
+    Returns:
+        The options, and the names of those that were given.
 
     Raises:
         Refusal: If an option is wrong or asks for another kind of cache.
@@ -333,7 +432,18 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: list[str]) -> argpar
         raise Refusal(f"[{name}] {message}; see rotormlx {name} --help.")
 
     parser.error = error  # type: ignore[method-assign]
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+        # A default is only set where the namespace has nothing yet.
+        nothing = object()
+        names = [action.dest for action in parser._actions]
+        marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, nothing)))
+    except (ArithmeticError, LookupError, RecursionError, ValueError) as problem:
+        raise Refusal(
+            f"[{name}] An option has a value that cannot be read ({sentence(problem) or 'empty'}); "
+            f"see rotormlx {name} --help."
+        ) from problem
+    given = {dest for dest, value in vars(marked).items() if value is not nothing}
     for dest in REFUSED:
         if getattr(args, dest, None) != parser.get_default(dest):
             option = "--" + dest.replace("_", "-")
@@ -342,7 +452,12 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: list[str]) -> argpar
                 f"{getattr(args, dest)} asks mlx-lm for another cache; leave {option} out and use "
                 "--key-bits and --value-bits."
             )
-    return args
+    return args, given
+
+
+def processes() -> int:
+    """How many processes share the work of this one."""
+    return int(mx.distributed.init().size())
 
 
 def say(message: str) -> None:

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from rotormlx.cli.refusal import refusing
+from rotormlx.cli.refusal import Refusal, refusing
 from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, ROTATIONS, RotorConfig
 
+MOST = 2**31 - 1  # of anything that is counted
 PANEL = "Options of rotormlx"
 DEFAULT = RotorConfig()
 
@@ -46,6 +47,11 @@ CalibrationFile = Annotated[
 ]
 
 
+def count(text: str, least: int = 1) -> Any:
+    """An option that takes a whole number from ``least`` on; ``text`` is its help."""
+    return typer.Option(help=text, min=least, max=MOST)
+
+
 def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of a :class:`RotorConfig` in place of its argument ``config``."""
 
@@ -54,6 +60,17 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
         fields = {field: given.pop(name) for field, (name, _, _) in _CONFIG.items()}
         with refusing(ValueError):
             config = RotorConfig(**fields)
+        if config.seed and config.rotation in ("identity", CALIBRATED):
+            raise Refusal(
+                f"[RotorConfig] --rotation-seed {config.seed} has no effect with --rotation "
+                f"{config.rotation}, which is not drawn; leave it out."
+            )
+        if given.get("calibration") is not None and _replaced(config):
+            raise Refusal(
+                f"[calibration] --calibration {given['calibration']} brings its own channel scale "
+                f"or rotation, but --rotation {config.rotation} and --channel-scale "
+                f"{config.channel_scale} were given; leave them out."
+            )
         command(**given, config=config)
 
     signature = inspect.signature(command, eval_str=True)
@@ -68,6 +85,11 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     )
     with_config.__annotations__ = {p.name: p.annotation for p in parameters}
     return with_config
+
+
+def _replaced(config: RotorConfig) -> bool:
+    """Whether a calibration would take the place of something that was asked for."""
+    return config.channel_scale in ("none", "prefill")
 
 
 def _parameter(field: str) -> inspect.Parameter:

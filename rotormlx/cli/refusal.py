@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from typer._click.exceptions import MissingParameter, UsageError
 from typer.core import TyperGroup
+
+REFUSED = 2
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C has ended
 
 
 class Refusal(Exception):
@@ -18,13 +22,24 @@ class RefusingGroup(TyperGroup):
     """A command line that prints a :class:`Refusal` of any of its commands."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the command; an interrupt is one line too."""
         try:
             return super().invoke(ctx)
         except Refusal as refusal:
             # Standard output belongs to the generated text.
             typer.echo(f"rotormlx: {refusal}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(REFUSED) from None
+        except KeyboardInterrupt:
+            typer.echo("rotormlx: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except MissingParameter:
+            raise  # the usage line says what belongs there
+        except UsageError as error:
+            command = error.ctx.command_path if error.ctx else "rotormlx"
+            name = command.rpartition(" ")[2]
+            sentence = " ".join(error.format_message().split()).rstrip(".")
+            typer.echo(f"rotormlx: [{name}] {sentence}; see {command} --help.", err=True)
+            raise typer.Exit(REFUSED) from None
 
 
 @contextmanager
@@ -40,5 +55,12 @@ def refusing(*kinds: type[Exception], where: tuple[str, ...] = ("",)) -> Iterato
     except kinds as error:
         if not str(error).startswith(where):
             raise
-        text = error.strerror if isinstance(error, OSError) else None  # without its number
-        raise Refusal(text or str(error)) from error
+        raise Refusal(sentence(error)) from error
+
+
+def sentence(error: BaseException) -> str:
+    """An error as one line; an error of the system without its number, but with its path."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -92,6 +92,7 @@ def run(
     numpy: bool = False,
     dtype: str | None = None,
     progress: Progress | None = None,
+    keep: Callable[[Result], None] | None = None,
 ) -> Result:
     """Time schemes in turn.
 
@@ -107,6 +108,7 @@ def run(
         numpy: Whether linear layers multiply with numpy on a CPU, which mlx-lm does not do.
         dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         progress: Shows the turns, if given.
+        keep: Takes the medians so far, after each turn.
 
     Raises:
         ValueError: If a number is not positive, or a name is no scheme or dtype.
@@ -117,11 +119,26 @@ def run(
             f"{', '.join(map(str, contexts))}, {repeats} and {decode_tokens} came."
         )
     schemes = [scheme(name).bound(model) for name in dict.fromkeys(names)]
+    if not schemes:
+        raise ValueError("[bench] At least one scheme must be given; k4v4 is our default.")
     progress = progress or Progress(disable=True)
     ids = tokenizer.encode(default_text()[: 8 * max(contexts)])
     ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
     task = progress.add_task("", total=repeats * len(schemes) * sum(contexts))
     turns: dict[tuple[str, int], list[Timing]] = {}
+
+    def result() -> Result:
+        return Result(
+            model_name,
+            command,
+            datetime.now(UTC).date().isoformat(),
+            machine(),
+            versions(),
+            min(map(len, turns.values())),
+            decode_tokens,
+            tuple(median(timings) for timings in turns.values()),
+        )
+
     with (
         hook.in_place(),
         numpy_linear() if numpy else nullcontext(),
@@ -134,16 +151,9 @@ def run(
             timing = turn(model, ids[:context], chosen, decode_tokens)
             turns.setdefault((chosen.name, context), []).append(timing)
             progress.advance(task, context)
-    return Result(
-        model_name,
-        command,
-        datetime.now(UTC).date().isoformat(),
-        machine(),
-        versions(),
-        repeats,
-        decode_tokens,
-        tuple(median(timings) for timings in turns.values()),
-    )
+            if keep is not None:
+                keep(result())
+    return result()
 
 
 def turn(model: Any, prompt: Sequence[int], chosen: Scheme, decode_tokens: int) -> Timing:

@@ -194,6 +194,7 @@ def run(
     kinds: Sequence[str] = KINDS,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Callable[[Result], None] | None = None,
 ) -> Result:
     """Hide needles in texts and ask for them through each scheme; the exact cache comes first.
 
@@ -209,6 +210,7 @@ def run(
         kinds: Kinds of needle.
         seed: Selects the texts.
         progress: Shows what is read, if given.
+        keep: Takes the trials so far, after each text.
 
     Raises:
         ValueError: If a name is no scheme, or a text is too short for its needles.
@@ -232,6 +234,11 @@ def run(
             ]
     task = progress.add_task("", total=len(schemes) * sum(len(stack.questions) for stack in stacks))
     done: list[Trial] = []
+
+    def result() -> Result:
+        day = datetime.now(UTC).date().isoformat()
+        return Result(model_name, command, day, machine(), versions(), tuple(done))
+
     # MLX is slow in 16 bits on a CPU.
     dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
     with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
@@ -239,14 +246,9 @@ def run(
             for chosen in schemes:
                 progress.update(task, description=f"{stack.kind}: {chosen.name}")
                 done += search(model, stack, chosen, lambda: progress.advance(task))
-    return Result(
-        model_name,
-        command,
-        datetime.now(UTC).date().isoformat(),
-        machine(),
-        versions(),
-        tuple(done),
-    )
+            if keep is not None:
+                keep(result())
+    return result()
 
 
 def search(

@@ -25,8 +25,16 @@ class CacheMaker(Protocol):
         """Make caches for one run."""
 
 
-def replacements(tool: ModuleType, maker: CacheMaker) -> dict[str, Callable[..., Any]]:
-    """What ``mlx_lm.perplexity`` runs in place of its own functions."""
+def replacements(
+    tool: ModuleType, maker: CacheMaker, tell: Callable[[str], None]
+) -> dict[str, Callable[..., Any]]:
+    """What ``mlx_lm.perplexity`` runs in place of its own functions.
+
+    Args:
+        tool: ``mlx_lm.perplexity``.
+        maker: Makes the caches.
+        tell: Takes what is known when the user interrupts.
+    """
     from_hub = tool.load_data
 
     def load_data(
@@ -34,9 +42,13 @@ def replacements(tool: ModuleType, maker: CacheMaker) -> dict[str, Callable[...,
     ) -> mx.array:
         """Samples ``[N, sequence_length]`` of a text file, or as mlx-lm loads them."""
         if not Path(data_path).is_file():
-            tokens: mx.array = from_hub(tokenizer, data_path, num_samples, sequence_length)
-            return tokens
-        tokens = tokenizer.encode(Path(data_path).read_text(encoding="utf-8"))
+            return _from_hub(from_hub, tokenizer, data_path, num_samples, sequence_length)
+        try:
+            tokens = tokenizer.encode(Path(data_path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"[perplexity] The text must be UTF-8, but {data_path} gave: {error}; convert it."
+            ) from error
         samples = len(tokens) // sequence_length
         if not samples:
             raise ValueError(
@@ -48,13 +60,28 @@ def replacements(tool: ModuleType, maker: CacheMaker) -> dict[str, Callable[...,
 
     def eval_ppl(model: Any, data: mx.array, batch_size: int = 8) -> tuple[float, float]:
         """Perplexity and its standard error."""
-        return through_cache(model, data, maker.make_prompt_cache, batch_size)
+        return through_cache(model, data, maker.make_prompt_cache, batch_size, tell)
 
     return {"load_data": load_data, "eval_ppl": eval_ppl}
 
 
+def _from_hub(from_hub: Callable[..., mx.array], tokenizer: Any, path: str, *sizes: int) -> Any:
+    try:
+        return from_hub(tokenizer, path, *sizes)
+    except Exception as error:  # whatever data sets, their servers and their columns may give
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"[perplexity] {path} must be a text file or a data set that mlx-lm can load, but it "
+            f"gave: {lines[0].rstrip('.')}; check the name."
+        ) from error
+
+
 def through_cache(
-    model: Any, data: mx.array, make_caches: Callable[[Any], list[Any]], batch_size: int = 8
+    model: Any,
+    data: mx.array,
+    make_caches: Callable[[Any], list[Any]],
+    batch_size: int = 8,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[float, float]:
     """Perplexity and its standard error.
 
@@ -63,17 +90,36 @@ def through_cache(
         data: Tokens ``[N, S]``; each row is a text by itself.
         make_caches: Makes empty caches of the model.
         batch_size: Rows that are read at once.
+        tell: Takes the perplexity so far when the user interrupts.
     """
+    losses: list[mx.array] = []
+    done = 0
+    try:
+        for start in range(0, len(data), batch_size):
+            losses += _losses(model, data[start : start + batch_size], make_caches(model))
+            done = min(start + batch_size, len(data))
+    except KeyboardInterrupt:
+        if done and tell is not None:
+            value, error = _mean(losses)
+            tell(f"perplexity {value:.3f} ± {error:.3f} over {done} of {len(data)} samples")
+        raise
+    return _mean(losses)
+
+
+def _losses(model: Any, rows: mx.array, caches: list[Any]) -> list[mx.array]:
     losses = []
-    for start in range(0, len(data), batch_size):
-        rows = data[start : start + batch_size]
-        caches = make_caches(model)
-        for first in range(0, rows.shape[1] - 1, CHUNK):
-            targets = rows[:, first + 1 : first + CHUNK + 1]
-            logits = model(rows[:, first : first + targets.shape[1]], cache=caches)
-            loss = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="none")
-            mx.eval(loss, [cache.state for cache in caches])
-            losses.append(loss.flatten())
+    for first in range(0, rows.shape[1] - 1, CHUNK):
+        targets = rows[:, first + 1 : first + CHUNK + 1]
+        logits = model(rows[:, first : first + targets.shape[1]], cache=caches)
+        loss = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="none")
+        mx.eval(loss, [cache.state for cache in caches])
+        losses.append(loss.flatten())
+    return losses
+
+
+def _mean(losses: list[mx.array]) -> tuple[float, float]:
     every = mx.concatenate(losses)
     value = math.exp(float(every.mean()))
+    if every.size < 2:  # one prediction has no spread
+        return value, math.nan
     return value, value * math.sqrt(float(mx.var(every, ddof=1)) / every.size)

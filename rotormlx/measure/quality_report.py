@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -141,17 +140,13 @@ def picture(draw: Callable[[Axes], None]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def save(result: Result, directory: Path) -> list[Path]:
-    """Write ``quality.json``, ``quality.md`` and ``quality.html``; returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    written = {
+def files(result: Result) -> dict[str, str]:
+    """``quality.json``, ``quality.md`` and ``quality.html`` by name."""
+    return {
         "quality.json": json.dumps(result.as_dict(), indent=1) + "\n",
         "quality.md": markdown(result),
         "quality.html": html(result),
     }
-    for name, text in written.items():
-        (directory / name).write_text(text, encoding="utf-8")
-    return [directory / name for name in written]
 
 
 def _against_bits(axes: Axes, rows: Sequence[Row]) -> None:

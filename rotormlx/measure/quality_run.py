@@ -139,6 +139,7 @@ def run(
     greedy: int = 64,
     dtype: str | None = None,
     progress: Progress | None = None,
+    keep: Callable[[Result], None] | None = None,
 ) -> Result:
     """Read texts through every scheme and compare with the exact cache.
 
@@ -154,6 +155,7 @@ def run(
         greedy: Greedy tokens to try behind each text; 0 for none.
         dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         progress: Shows what is read, if given.
+        keep: Takes what is known so far: after each scheme of the first text, and after each text.
 
     Raises:
         ValueError: If a name is no scheme or dtype, or a text is too short.
@@ -165,30 +167,38 @@ def run(
     progress = progress or Progress(disable=True)
     texts = texts or {"pydoc_data.topics": default_text()}
     read = {name: _encode(tokenizer, name, text, tokens) for name, text in texts.items()}
+
+    def result(done: Sequence[_Text]) -> Result:
+        likelihoods = np.concatenate([text.exact_log_likelihoods for text in done])
+        return Result(
+            model=model_name,
+            command=command,
+            date=datetime.now(UTC).date().isoformat(),
+            machine=machine(),
+            versions=versions(),
+            texts=tuple(texts)[: len(done)],
+            tokens=tokens,
+            start=done[0].start,
+            predictions=len(likelihoods),
+            greedy=greedy,
+            dtype=done[0].dtype,
+            exact_ppl=float(np.exp(-likelihoods.mean())),
+            exact_bytes=done[-1].exact_bytes,
+            rows=_rows(schemes, done),
+        )
+
+    read_texts: list[_Text] = []
+
+    def kept(text: _Text) -> None:
+        if keep is not None and not read_texts:
+            keep(result([text]))
+
     with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
-        read_texts = [
-            _of_text(model, ids, schemes, greedy, progress, name) for name, ids in read.items()
-        ]
-    exact_ppl = float(
-        np.exp(-np.concatenate([text.exact_log_likelihoods for text in read_texts]).mean())
-    )
-    rows = _rows(schemes, read_texts)
-    return Result(
-        model=model_name,
-        command=command,
-        date=datetime.now(UTC).date().isoformat(),
-        machine=machine(),
-        versions=versions(),
-        texts=tuple(texts),
-        tokens=tokens,
-        start=read_texts[0].start,
-        predictions=sum(len(text.exact_log_likelihoods) for text in read_texts),
-        greedy=greedy,
-        dtype=read_texts[0].dtype,
-        exact_ppl=exact_ppl,
-        exact_bytes=read_texts[-1].exact_bytes,
-        rows=rows,
-    )
+        for name, ids in read.items():
+            read_texts.append(_of_text(model, ids, schemes, greedy, progress, name, kept))
+            if keep is not None and len(read) > 1:
+                keep(result(read_texts))
+    return result(read_texts)
 
 
 def machine() -> str:
@@ -284,6 +294,7 @@ def _of_text(
     greedy: int,
     progress: Progress,
     name: str,
+    keep: Callable[[_Text], None],
 ) -> _Text:
     start = first_packed(schemes)
     if len(ids) < start + 2:
@@ -312,13 +323,13 @@ def _of_text(
     answer = scoring.greedy(model, ids[-1], caches, greedy)
     progress.advance(task, greedy)
     exact = _Reading(scores, answer, 0.0, caches)
-    results = []
-    for chosen in schemes:
-        reading = read(chosen)
-        results.append(_measured(chosen, exact, reading, layers, start))
     rows = np.arange(start, len(exact.scores.targets))
     likelihoods = exact.scores.log_probs[rows, exact.scores.targets[rows]].astype(np.float64)
-    return _Text(start, str(keys.dtype).rpartition(".")[2], likelihoods, size, results)
+    text = _Text(start, str(keys.dtype).rpartition(".")[2], likelihoods, size, [])
+    for chosen in schemes:
+        text.results.append(_measured(chosen, exact, read(chosen), layers, start))
+        keep(text)
+    return text
 
 
 def _read(
@@ -366,11 +377,13 @@ def _measured(
 def _rows(schemes: Sequence[Scheme], texts: Sequence[_Text]) -> tuple[Row, ...]:
     joined = [
         scoring.Differences.joined([text.results[index].differences for text in texts])
-        for index in range(len(schemes))
+        for index in range(len(texts[0].results))
     ]
     return tuple(
         _row(chosen.name, differences, joined[0], [text.results[index] for text in texts])
-        for index, (chosen, differences) in enumerate(zip(schemes, joined, strict=True))
+        for index, (chosen, differences) in enumerate(
+            zip(schemes, joined, strict=False)
+        )  # not all are done, perhaps
     )
 
 

@@ -5,11 +5,13 @@ replacing the attribute of ``mlx_lm.models.base`` would reach none of them. The 
 the same everywhere: its ``__code__`` is exchanged for a call of :func:`attend`, which looks at the
 type of the keys. Keys that are arrays run the code that was there before. ``make_prompt_cache`` is
 bound by name likewise, and drops ``max_kv_size`` where a model makes its caches itself: the same is
-done to it.
+done to it; and to ``speculative_generate_step``, which forgets no rejected token once a cache has
+reached its limit, and says nothing.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import threading
 import weakref
@@ -24,11 +26,17 @@ import mlx_lm
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
+from rotormlx.codec.counts import max_blocks
+from rotormlx.codec.format import BLOCK
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view, check
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
+
+# The attribute of mlx_lm is the function of that name.
+generate = importlib.import_module("mlx_lm.generate")
 
 TESTED_VERSIONS = ("0.32.2",)
 _VARARGS = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
@@ -64,6 +72,28 @@ def _make_caches(model, max_kv_size=None):  # type: ignore[no-untyped-def]
     return make_caches(model, max_kv_size)
 
 
+def _speculate(  # type: ignore[no-untyped-def]
+    prompt,
+    model,
+    draft_model,
+    stream=generate.generation_stream,
+    *,
+    num_draft_tokens=2,
+    max_tokens=256,
+    sampler=None,
+    logits_processors=None,
+    prompt_cache=None,
+    prefill_step_size=512,
+    kv_bits=None,
+    kv_group_size=64,
+    quantized_kv_start=5000,
+):
+    options = dict(locals())
+    from rotormlx.mlx.hook import speculate  # noqa: PLC0415
+
+    return speculate(**options)
+
+
 class Exchange(NamedTuple):
     """A function of mlx-lm whose code is exchanged."""
 
@@ -80,6 +110,7 @@ class Exchange(NamedTuple):
 EXCHANGES = (
     Exchange(base, "scaled_dot_product_attention", _attention),
     Exchange(mlx_lm_cache, "make_prompt_cache", _make_caches),
+    Exchange(generate, "speculative_generate_step", _speculate),
 )
 # By name, a function with the code that mlx-lm came with; empty while nothing is changed.
 _original: dict[str, FunctionType] = {}
@@ -111,9 +142,11 @@ def install() -> None:
             _check_signature(exchange)
         for exchange in EXCHANGES:
             function = exchange.function
-            _original[exchange.name] = FunctionType(
+            own = FunctionType(
                 function.__code__, function.__globals__, function.__name__, function.__defaults__
             )
+            own.__kwdefaults__ = function.__kwdefaults__
+            _original[exchange.name] = own
             function.__code__ = exchange.replacement.__code__
         vars(mlx_lm_cache).update({kind.__name__: kind for kind in _CLASSES})
 
@@ -235,12 +268,52 @@ def make_caches(model: Any, max_kv_size: int | None) -> list[Any]:
     return made
 
 
-def _run(name: str, *args: Any) -> Any:
+def speculate(**options: Any) -> Any:
+    """Generate with a draft model, if every cache can forget tokens until the end.
+
+    Args:
+        **options: Those of mlx-lm's ``speculative_generate_step``.
+
+    Raises:
+        ValueError: If a cache would reach its limit: it could forget no rejected token then.
+    """
+    caches = options["prompt_cache"]
+    if caches is None:
+        models = (options["model"], options["draft_model"])
+        caches = [cache for model in models for cache in make_caches(model, None)]
+    limits = [limit for _, _, cache in leaves(caches) if (limit := _room(cache)) is not None]
+    tokens = options["max_tokens"]
+    needed = len(options["prompt"]) + tokens + options["num_draft_tokens"]
+    if limits and (tokens < 0 or needed > min(limits)):
+        wanted = "any number of" if tokens < 0 else needed
+        raise ValueError(
+            f"[speculation] Rejected tokens of a draft must be forgotten, but a cache with a limit "
+            f"or a sliding window has room for {max(0, min(limits))} tokens until it cannot, and "
+            f"{wanted} tokens may come; use caches without a limit, or no draft model."
+        )
+    return _run("speculative_generate_step", **options)
+
+
+def _room(cache: Any) -> int | None:
+    """How many tokens a cache takes until it cannot be trimmed; None if it always can."""
+    size = getattr(cache, "max_size", None)
+    if size is None:
+        return None
+    if isinstance(cache, RotorKVCache):
+        if not cache.is_trimmable():
+            return 0
+        config = cache.config
+        blocks = max_blocks(size, config) or 0
+        size = config.sink + blocks * BLOCK + config.window + BLOCK - 1
+    return int(size) - int(cache.offset)
+
+
+def _run(name: str, *args: Any, **options: Any) -> Any:
     """Call a function of mlx-lm with the code that it came with."""
     # Not among them if another thread called remove() just now: then it has that code again.
     own = next(exchange.function for exchange in EXCHANGES if exchange.name == name)
     function: Any = _original.get(name, own)
-    return function(*args)
+    return function(*args, **options)
 
 
 def _check_version(version: str) -> None:
@@ -257,7 +330,8 @@ def _check_signature(exchange: Exchange) -> None:
     same = (
         _parameters(function) == parameters
         and function.__defaults__ == replacement.__defaults__
-        and code.co_kwonlyargcount == 0
+        and function.__kwdefaults__ == replacement.__kwdefaults__
+        and code.co_kwonlyargcount == replacement.__code__.co_kwonlyargcount
         and code.co_posonlyargcount == 0
         and not code.co_flags & _VARARGS
         and not code.co_freevars
@@ -268,7 +342,8 @@ def _check_signature(exchange: Exchange) -> None:
 
 
 def _parameters(function: FunctionType) -> tuple[str, ...]:
-    return function.__code__.co_varnames[: function.__code__.co_argcount]
+    code = function.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _incompatible(wanted: str, version: str) -> str:

@@ -134,49 +134,59 @@ def test_generate_compresses_a_draft_model_too(directory: Path, llama: str) -> N
     assert result.stdout == run("generate", "--model", llama, *LONG, *QUIET).stdout
 
 
-def test_generate_passes_every_other_option_on(monkeypatch, llama: str) -> None:
-    given = {
-        "--trust-remote-code": [],
-        "--adapter-path": ["a"],
-        "--extra-eos-token": ["x", "y"],
-        "--system-prompt": ["be brief"],
-        "-p": ["hello - there"],
-        "--image": ["i.png"],
-        "--prefill-response": [""],
-        "-m": ["7"],
-        "--temp": ["0.5"],
-        "--top-p": ["0.9"],
-        "--min-p": ["0.1"],
-        "--top-k": ["3"],
-        "--xtc-probability": ["0.1"],
-        "--xtc-threshold": ["0.2"],
-        "--min-tokens-to-keep": ["2"],
-        "--seed": ["-3"],
-        "--ignore-chat-template": [],
-        "--use-default-chat-template": [],
-        "--chat-template-config": ['{"a": 1}'],
-        "--verbose": ["F"],
-        "--prefill-step-size": ["16"],
-        "-qa": [],
-        "--draft-model": ["d"],
-        "--num-draft-tokens": ["2"],
-        "--max-kv-size": ["512"],
-        "--model": [llama],
-    }
+def test_generate_passes_every_other_option_on(monkeypatch, llama: str, tmp_path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "i.png").write_bytes(b"")
+    always = {"--model": [llama], "--key-bits": ["3"], "--rotation-seed": ["9"]}
+    # No two of a group exclude each other.
+    groups: list[dict[str, list[str]]] = [
+        {
+            "--trust-remote-code": [],
+            "--adapter-path": [str(tmp_path)],
+            "--extra-eos-token": ["x", "y"],
+            "--system-prompt": ["be brief"],
+            "-p": ["hello - there"],
+            "--prefill-response": [""],
+            "-m": ["7"],
+            "--temp": ["0.5"],
+            "--top-p": ["0.9"],
+            "--min-p": ["0.1"],
+            "--top-k": ["3"],
+            "--xtc-probability": ["0.1"],
+            "--xtc-threshold": ["0.2"],
+            "--min-tokens-to-keep": ["2"],
+            "--seed": ["3"],
+            "--use-default-chat-template": [],
+            "--chat-template-config": ['{"a": 1}'],
+            "--verbose": ["F"],
+            "--prefill-step-size": ["16"],
+            "-qa": [],
+            "--draft-model": [llama],
+            "--num-draft-tokens": ["2"],
+        },
+        {
+            "--image": [str(tmp_path / "i.png")],
+            "--ignore-chat-template": [],
+            "--max-kv-size": ["512"],
+        },
+    ]
     parser = tool.setup_arg_parser()
     options = {option: a.dest for a in parser._actions for option in a.option_strings}
     # A new option of mlx-lm must be added here, or be refused.
     others = {"help", "prompt_cache_file", *mlx_lm_commands.REFUSED}
-    assert {options[option] for option in given} == set(options.values()) - others
+    given = {options[option] for group in groups for option in group} | {"model"}
+    assert given == set(options.values()) - others
 
-    seen = []
-    monkeypatch.setattr(tool, "main", lambda: seen.append(sys.argv[1:]))
-    argv = [part for option, values in given.items() for part in (option, *values)]
-    ours = ["--key-bits", "3", "--rotation-seed", "9"]
-    before = sys.argv
-    assert run("generate", *argv[:20], *ours, *argv[20:]).exit_code == 0
-    assert seen == [argv]
-    assert sys.argv is before
+    for group in groups:
+        seen: list[list[str]] = []
+        monkeypatch.setattr(tool, "main", lambda seen=seen: seen.append(sys.argv[1:]))
+        argv = [part for option, value in group.items() for part in (option, *value)]
+        ours = [part for option, value in always.items() for part in (option, *value)]
+        before = sys.argv
+        result = run("generate", *argv[:3], *ours, *argv[3:])
+        assert result.exit_code == 0, result.stderr
+        assert seen == [[*argv[:3], "--model", llama, *argv[3:]]]
+        assert sys.argv is before
 
 
 def test_generate_restores_mlx_lm_after_an_error_and_keeps_its_traceback(monkeypatch) -> None:
@@ -227,6 +237,18 @@ def test_generate_help_has_all_options() -> None:
         (["--max-tokens", "many"], "argument --max-tokens/-m: invalid int value: 'many'"),
         (["--model"], "argument --model: expected one argument"),
         (["--prompt-cache-file", "/no/such/file"], "/no/such/file"),
+        (["--seed", "-3"], "--seed must be from 0"),
+        (["--max-tokens", "0"], "--max-tokens must be from 1"),
+        (["--image", "/no/such/cat.png"], "No such image file: /no/such/cat.png"),
+        (["--draft-model", "d", "--max-kv-size", "512"], "--draft-model and --max-kv-size"),
+        (["--draft-model", "d", "--max-tokens", "-1"], "--draft-model needs a --max-tokens"),
+        (["--draft-model", "d", "--prompt-cache-file", "f"], "no cache of the draft model"),
+        (["--num-draft-tokens", "2"], "--num-draft-tokens has no effect without --draft-model"),
+        (["--top-p", "0.5"], "--top-p has no effect at --temp 0"),
+        (["--temp", "1", "--xtc-threshold", "0.2"], "no effect without --xtc-probability"),
+        (["--system-prompt", "x", "--ignore-chat-template"], "with --ignore-chat-template"),
+        (["--rotation", "identity", "--rotation-seed", "1"], "--rotation-seed 1 has no effect"),
+        (["--calibration", "f", "--channel-scale", "none"], "--calibration f brings its own"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

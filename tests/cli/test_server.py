@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import server_load
+from scripts import server_fuzz, server_load
 from tests.support import models as tiny
 
 pytestmark = pytest.mark.slow
@@ -90,6 +93,86 @@ def test_a_draft_model_is_compressed_too(models: Path) -> None:
     assert result.completed > 0
     summary = "llama: 2 of 2 caches compressed, K8 V8 cascade, 8.375 bits a value"
     assert health["rotormlx"]["compressed"] == [summary, summary]
+
+
+def test_malformed_requests_do_not_end_the_server(server: int, figure) -> None:
+    """The long run is ``python scripts/server_fuzz.py``."""
+    result = server_fuzz.fuzz(server, requests=250, seed=3, every=25)
+    assert result.failed == []
+    assert result.statuses[200] > 0
+    assert result.statuses[400] > 100
+    # Beside ten prompt caches at most, what is left is the last logits and small arrays.
+    before, after = (
+        sizes["memory_bytes"] - sizes["allocated_bytes"] for sizes in (result.before, result.after)
+    )
+    assert after - before < 1e6
+    figure(
+        f"server: 250 malformed requests in {result.seconds:.0f} s, statuses "
+        f"{dict(sorted(result.statuses.items()))}, memory beside prompt caches {before / 1e6:.2f} "
+        f"MB before, {after / 1e6:.2f} MB after"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "part"),
+    [
+        ({"prompt": ""}, 400, "prompt must not be empty"),
+        ({"stop": 5}, 400, "stop must be a string"),
+        ({"temperature": 1.0, "top_k": 257}, 400, "top_k must be less than"),
+        ({"temperature": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.9}, 400, "xtc_threshold"),
+        ({"logit_bias": {"257": 1.0}}, 400, "logit_bias must name tokens from 0 to 256"),
+        ({"max_tokens": 10**9}, 400, "max_tokens must be at most"),
+        ({"seed": 2**64}, 400, "seed must be"),
+        ({"model": "/no/such/model"}, 404, "/no/such/model"),
+        ({"model": ""}, 404, "[load]"),
+        ({"draft_model": "/no/such/draft"}, 404, "/no/such/draft"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_request_is_answered_and_so_is_the_next_one(server, wrong, status, part) -> None:
+    fine = {"prompt": "hello", "max_tokens": 2}
+    got, answer = server_fuzz.post(server, "/v1/completions", json.dumps(fine | wrong).encode())
+    assert (got, part in json.loads(answer)["error"]) == (status, True), answer
+    got, answer = server_fuzz.post(server, "/v1/completions", json.dumps(fine).encode())
+    assert got == 200
+    assert json.loads(answer)["usage"]["completion_tokens"] == 2
+    assert get(server, "/health")[1]["rotormlx"]["restarts"] == 0
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["alone", "draft"])
+def test_ctrl_c_ends_a_server_with_its_usage(models: Path, tmp_path: Path, draft: bool) -> None:
+    """During a long answer; ``/v1/models`` is asked before, without a cache of the hub."""
+    options = ["--draft-model", str(models / "draft")] if draft else []
+    command = [sys.executable, "-m", "rotormlx", "server", "--model", str(models / "llama")]
+    with server_load.free_port() as port:
+        pass
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "none")}
+    process = subprocess.Popen(
+        [*command, "--port", str(port), *options],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    for _ in range(120):
+        try:
+            status, listed = get(port, "/v1/models")
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.5)
+    assert status == 200
+    assert [model["id"] for model in listed["data"]] == [str(models / "llama")]
+    answer = server_load.stream(port, "hello " * 30, 100_000, leave_after=3)
+    assert answer["text"]
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    body = {"prompt": "hello " * 30, "max_tokens": 100_000, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    connection.getresponse().readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    connection.close()
+    assert process.returncode == 0, error
+    assert "Traceback" not in error, error
+    lines = [line for line in error.splitlines() if line.startswith("rotormlx: ")]
+    assert sum("2 of 2 caches compressed" in line for line in lines) == 1 + draft, error
+    assert re.match("rotormlx: backend ", lines[-1])
 
 
 def test_a_model_that_cannot_be_compressed_is_refused_before_serving(tmp_path: Path) -> None:
