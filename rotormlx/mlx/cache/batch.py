@@ -15,11 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import _BaseCache, create_attention_mask
+from mlx_lm.models.cache import create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
+from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch_store import BatchStore
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
@@ -62,7 +63,7 @@ class Row:
         return skipped
 
 
-class BatchRotorKVCache(_BaseCache):
+class BatchRotorKVCache(StoredCache[BatchStore]):
     """The keys and values of one layer for B sequences, compressed.
 
     Args:
@@ -73,6 +74,8 @@ class BatchRotorKVCache(_BaseCache):
         calibrated: See :class:`RotorKVCache`.
     """
 
+    _store = BatchStore
+
     def __init__(
         self,
         left_padding: Sequence[int],
@@ -81,14 +84,8 @@ class BatchRotorKVCache(_BaseCache):
         max_size: int | None = None,
         calibrated: Calibrated | None = None,
     ) -> None:
-        self.config = config or RotorConfig()
-        self.layer = layer
-        self.max_size = max_size
-        self.calibrated = calibrated
+        super().__init__(config, layer, max_size, calibrated)
         self.rows = [Row(left=int(n)) for n in left_padding]
-        self._max_blocks = max_blocks(max_size, self.config)
-        self._keys: BatchStore | None = None
-        self._values: BatchStore | None = None
 
     # ---- mlx-lm's contract ----------------------------------------------------------------------
 
@@ -154,10 +151,6 @@ class BatchRotorKVCache(_BaseCache):
     def size(self) -> int:
         """The tokens held of the longest row."""
         return max((row.counts.tokens for row in self.rows), default=0)
-
-    def empty(self) -> bool:
-        """Whether nothing was ever appended."""
-        return self._keys is None
 
     def is_trimmable(self) -> bool:
         """Whether any number of tokens can be forgotten: not once some were evicted."""
@@ -257,11 +250,6 @@ class BatchRotorKVCache(_BaseCache):
         return batch
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated, room for growth included."""
-        return sum(store.nbytes for store in self._stores)
-
-    @property
     def state(self) -> tuple[Any, ...]:
         """Everything but pending padding: numbers, one string, and arrays or None.
 
@@ -298,38 +286,7 @@ class BatchRotorKVCache(_BaseCache):
             _values=value_store,
         )
 
-    @property
-    def keys(self) -> mx.array | None:
-        """As :attr:`RotorKVCache.keys`."""
-        return None if self._keys is None else self._keys.exact[:, :, :0]
-
-    @keys.setter
-    def keys(self, keys: mx.array) -> None:
-        store, _ = self._filled()
-        store.exact = mx.depends(store.exact, keys)
-
-    @property
-    def values(self) -> mx.array | None:
-        """As :attr:`RotorKVCache.values`."""
-        return None if self._values is None else self._values.exact[:, :, :0]
-
     # ---- inside ---------------------------------------------------------------------------------
-
-    @property
-    def _stores(self) -> list[BatchStore]:
-        return [store for store in (self._keys, self._values) if store is not None]
-
-    def _filled(self) -> tuple[BatchStore, BatchStore]:
-        if self._keys is None or self._values is None:
-            raise ValueError(
-                "[BatchRotorKVCache] The cache is empty; append keys and values first."
-            )
-        return self._keys, self._values
-
-    def _new_store(self, role: str, like: mx.array) -> BatchStore:
-        calibrated = None if self.calibrated is None else self.calibrated[ROLES.index(role)]
-        like = like[:, :, :0]
-        return BatchStore(self.config, self.layer, role, like, calibrated, self._max_blocks)
 
     def _forget_padding(self) -> None:
         for row in self.rows:

@@ -14,11 +14,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
+from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
+from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
@@ -28,7 +29,7 @@ from rotormlx.storage.cache_fields import SINGLE, SavedCache
 CONVERSION_TOKENS = 2048
 
 
-class RotorKVCache(_BaseCache):
+class RotorKVCache(StoredCache[Store]):
     """The keys and values of one layer, compressed.
 
     Args:
@@ -45,6 +46,7 @@ class RotorKVCache(_BaseCache):
     Source: docs/FORMAT.md, section 8.
     """
 
+    _store = Store
     # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
     merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
 
@@ -55,14 +57,8 @@ class RotorKVCache(_BaseCache):
         max_size: int | None = None,
         calibrated: Calibrated | None = None,
     ) -> None:
-        self.config = config or RotorConfig()
-        self.layer = layer
-        self.max_size = max_size
-        self.calibrated = calibrated
+        super().__init__(config, layer, max_size, calibrated)
         self.counts = Counts()
-        self._max_blocks = max_blocks(max_size, self.config)
-        self._keys: Store | None = None
-        self._values: Store | None = None
 
     # ---- mlx-lm's contract ----------------------------------------------------------------------
 
@@ -120,10 +116,6 @@ class RotorKVCache(_BaseCache):
         """The tokens held, S."""
         return self.counts.tokens
 
-    def empty(self) -> bool:
-        """Whether nothing was ever appended."""
-        return self._keys is None
-
     def is_trimmable(self) -> bool:
         """Whether any number of tokens can be forgotten: not once some were evicted."""
         return not self.counts.evicted
@@ -155,11 +147,6 @@ class RotorKVCache(_BaseCache):
             stacklevel=2,
         )
         return self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, room for growth included."""
-        return sum(store.nbytes for store in self._stores)
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -194,25 +181,6 @@ class RotorKVCache(_BaseCache):
             _keys=key_store,
             _values=value_store,
         )
-
-    @property
-    def keys(self) -> mx.array | None:
-        """An empty array that stands for the keys.
-
-        Pipeline-parallel models assign ``cache.keys = mx.depends(cache.keys, sent)``, so that what
-        they sent is computed along with the cache.
-        """
-        return None if self._keys is None else self._keys.exact[:, :, :0]
-
-    @keys.setter
-    def keys(self, keys: mx.array) -> None:
-        store, _ = self._filled()
-        store.exact = mx.depends(store.exact, keys)
-
-    @property
-    def values(self) -> mx.array | None:
-        """An empty array that stands for the values, as :attr:`keys` does."""
-        return None if self._values is None else self._values.exact[:, :, :0]
 
     # ---- beyond the contract --------------------------------------------------------------------
 
@@ -257,20 +225,6 @@ class RotorKVCache(_BaseCache):
         return bits / sum(c.head_dim for c in codecs)
 
     # ---- inside ---------------------------------------------------------------------------------
-
-    @property
-    def _stores(self) -> list[Store]:
-        return [store for store in (self._keys, self._values) if store is not None]
-
-    def _filled(self) -> tuple[Store, Store]:
-        if self._keys is None or self._values is None:
-            raise ValueError("[RotorKVCache] The cache is empty; append keys and values first.")
-        return self._keys, self._values
-
-    def _new_store(self, role: str, like: mx.array) -> Store:
-        calibrated = None if self.calibrated is None else self.calibrated[ROLES.index(role)]
-        like = like[:, :, :0]
-        return Store(self.config, self.layer, role, like, calibrated, self._max_blocks)
 
     def _pack_tail(self, stores: Sequence[Store], counts: Counts) -> None:
         """Pack what the tail holds beyond the window, a block's worth at a time."""

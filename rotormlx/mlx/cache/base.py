@@ -1,0 +1,93 @@
+"""What the caches of one sequence and of several have in common: two stores, keys and values."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Generic, TypeVar
+
+import mlx.core as mx
+from mlx_lm.models.cache import _BaseCache
+
+from rotormlx.codec.counts import max_blocks
+from rotormlx.codec.format import ROLES
+from rotormlx.config import RotorConfig
+from rotormlx.mlx.cache.store import Calibrated, Store
+
+S = TypeVar("S", bound=Store)
+
+
+class StoredCache(_BaseCache, Generic[S]):
+    """A cache of one layer that holds its keys in one store and its values in another.
+
+    Args:
+        config: How to compress.
+        layer: Index of the layer in the model; selects its rotations.
+        max_size: The most tokens to hold for a sequence; None for no limit.
+        calibrated: Of a calibrated configuration, for keys and values.
+
+    Raises:
+        ValueError: If ``max_size`` has no room for sink, window and a block.
+    """
+
+    # The class of the stores.
+    _store: ClassVar[type[Store]]
+
+    def __init__(
+        self,
+        config: RotorConfig | None,
+        layer: int,
+        max_size: int | None,
+        calibrated: Calibrated | None,
+    ) -> None:
+        self.config = config or RotorConfig()
+        self.layer = layer
+        self.max_size = max_size
+        self.calibrated = calibrated
+        self._max_blocks = max_blocks(max_size, self.config)
+        self._keys: S | None = None
+        self._values: S | None = None
+
+    def empty(self) -> bool:
+        """Whether nothing was ever appended."""
+        return self._keys is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(store.nbytes for store in self._stores)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """An empty array that stands for the keys.
+
+        Pipeline-parallel models assign ``cache.keys = mx.depends(cache.keys, sent)``, so that what
+        they sent is computed along with the cache.
+        """
+        return None if self._keys is None else self._keys.exact[:, :, :0]
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        store, _ = self._filled()
+        store.exact = mx.depends(store.exact, keys)
+
+    @property
+    def values(self) -> mx.array | None:
+        """An empty array that stands for the values, as :attr:`keys` does."""
+        return None if self._values is None else self._values.exact[:, :, :0]
+
+    @property
+    def _stores(self) -> list[S]:
+        return [store for store in (self._keys, self._values) if store is not None]
+
+    def _filled(self) -> tuple[S, S]:
+        if self._keys is None or self._values is None:
+            raise ValueError(
+                f"[{type(self).__name__}] The cache is empty; append keys and values first."
+            )
+        return self._keys, self._values
+
+    def _new_store(self, role: str, like: mx.array) -> S:
+        calibrated = None if self.calibrated is None else self.calibrated[ROLES.index(role)]
+        made = self._store(
+            self.config, self.layer, role, like[:, :, :0], calibrated, self._max_blocks
+        )
+        return made  # type: ignore[return-value]  # _store is S's class
