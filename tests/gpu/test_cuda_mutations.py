@@ -146,12 +146,17 @@ WITHOUT_MANY_ROWS = [
     (f"launch(attend_{kernel}<8>, row_grid, ROW_THREADS, 4 * Many::ALL, stream, all);", "1;")
     for kernel in ("query", "merge")
 ]
+# Nor are loads of other dtypes.
+OF_HALF = "if (dtype == ROTORMLX_FLOAT16) use(static_cast<const __half*>(x));\n  else "
+OF_BFLOAT = "if (dtype == ROTORMLX_BFLOAT16) use(static_cast<const __nv_bfloat16*>(x));\n  else "
 WITHOUT_TENSOR = [
+    (OF_HALF + OF_BFLOAT, ""),
     *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
     ("return launch(attend<2>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
 ]
 WITHOUT_FLOAT = [
+    (OF_BFLOAT, ""),
     *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
     ("return launch(attend_float, grid, ATTEND_THREADS, bytes, stream, plan.all);", "return 1;"),
