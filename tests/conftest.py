@@ -16,6 +16,7 @@ from rotormlx.mlx.backends import available, choose
 from tests.support import progress
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """A first run compiles kernels for minutes, and says so."""
     progress.show(config)

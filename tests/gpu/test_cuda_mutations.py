@@ -149,12 +149,17 @@ FLOAT = replace(TENSOR, dims=(64, 64), length=5, dtype="f32")
 WITHOUT_MANY_ROWS = [
     ("if (plan->matrix_rows == 8) return launch_all<8>(*arguments, *plan, stream);", ""),
 ]
+# Nor are loads of other dtypes.
+OF_HALF = "if (dtype == ROTORMLX_FLOAT16) use(static_cast<const __half*>(x));\n  else "
+OF_BFLOAT = "if (dtype == ROTORMLX_BFLOAT16) use(static_cast<const __nv_bfloat16*>(x));\n  else "
 WITHOUT_TENSOR = [
+    (OF_HALF + OF_BFLOAT, ""),
     *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
     ("return launch(attend<2>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
 ]
 WITHOUT_FLOAT = [
+    (OF_BFLOAT, ""),
     *WITHOUT_MANY_ROWS,
     ("return launch(attend<1>, grid, ATTEND_THREADS, plan.part_bytes, stream, all);", "return 1;"),
     (

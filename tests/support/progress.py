@@ -46,12 +46,11 @@ class Progress:
         compiled = self._compiled()
         if compiled > self._said:
             self._said = compiled
-            reporter = self._config.pluginmanager.getplugin("terminalreporter")
-            reporter.ensure_newline()
-            reporter.write_line(
-                f"{compiled - self._before} GPU kernels compiled so far for the emulator; "
-                "later runs find them."
-            )
+            writer = self._config.get_terminal_writer()
+            if writer.width_of_current_line:
+                writer.line()
+            new = compiled - self._before
+            writer.line(f"GPU kernels compiled so far: {new}; later runs find them.", flush=True)
 
     def _compiled(self) -> int:
         return sum(1 for _ in toolchain.cache_folder().glob("kernel-*.so"))
@@ -59,5 +58,5 @@ class Progress:
 
 def show(config: pytest.Config) -> None:
     """Let the process that reports a run say so."""
-    if not hasattr(config, "workerinput") and config.pluginmanager.hasplugin("terminalreporter"):
+    if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Progress(config, INTERVALS[not sys.stdout.isatty()]))
