@@ -66,6 +66,10 @@ class RotorConfig:
                     f"but {value!r} was given; leave it out for the default."
                 )
 
+    def code_bits(self, role: str) -> int:
+        """Bits of one code of this role, ``"key"`` or ``"value"``."""
+        return self.key_bits if role == "key" else self.value_bits
+
     @property
     def scales_channels(self) -> bool:
         """Whether a channel scale is taken from the first packed block."""

@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer._click.exceptions import MissingParameter, UsageError
 from typer.core import TyperGroup
 
+# Where these come from depends on typer's version, which exports one class of that family.
+_UsageError: Any = typer.BadParameter.__base__
+_MissingParameter: Any = next(
+    kind for kind in typer.BadParameter.__subclasses__() if kind.__name__ == "MissingParameter"
+)
 REFUSED = 2
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C has ended
 
@@ -32,9 +36,9 @@ class RefusingGroup(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("rotormlx: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except MissingParameter:
+        except _MissingParameter:
             raise  # the usage line says what belongs there
-        except UsageError as error:
+        except _UsageError as error:
             command = error.ctx.command_path if error.ctx else "rotormlx"
             name = command.rpartition(" ")[2]
             sentence = " ".join(error.format_message().split()).rstrip(".")

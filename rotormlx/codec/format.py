@@ -153,7 +153,7 @@ def codec(config: RotorConfig, head_dim: int, *, layer: int, role: str) -> Codec
         ValueError: If head_dim, layer or role is out of range.
     """
     chosen = rotation(config.rotation, head_dim, seed=config.seed, layer=layer, role=role)
-    return Codec(role, config.key_bits if role == KEY else config.value_bits, chosen)
+    return Codec(role, config.code_bits(role), chosen)
 
 
 __all__ = [

@@ -278,7 +278,7 @@ def _fields(
     words = scales = centres = channel_scale = None
     if blocks := longest.blocks:
         front = (batch, heads, blocks)
-        bits = config.key_bits if role == KEY else config.value_bits
+        bits = config.code_bits(role)
         words = Field("U32", (*front, *words_shape(role, bits, head_dim)))
         scales = Field("F16", (*front, BLOCK))
         centres = Field("F16", (*front, head_dim)) if role == KEY else None

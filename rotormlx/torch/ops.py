@@ -199,7 +199,7 @@ def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> T
 
 def _facts(config: RotorConfig, role: str) -> dict[str, Any]:
     return {
-        "bits": config.key_bits if role == KEY else config.value_bits,
+        "bits": config.code_bits(role),
         "rotation": config.rotation,
         "seed": config.seed,
     }

@@ -251,8 +251,7 @@ def _codec(
             )
     if config.rotation != CALIBRATED:
         return codec(config, head_dim, layer=layer, role=role)
-    bits = config.key_bits if role == KEY else config.value_bits
-    return Codec(role, bits, rotation.calibrated(np.array(calibrated)))
+    return Codec(role, config.code_bits(role), rotation.calibrated(np.array(calibrated)))
 
 
 def encode(
