@@ -124,7 +124,8 @@ class _Guard:
         class Context(getattr(tool, "GenerationContext", object)):  # type: ignore[misc]
             __hash__ = object.__hash__
 
-            def __post_init__(self) -> None:
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
                 running.add(self)
 
         self.GenerationContext = Context

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def chat_model(tmp_path_factory) -> str:
     settings = path / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
     return str(path)
+
+
+def test_the_installed_command_is_a_function() -> None:
+    project = Path(main.__file__).parents[2] / "pyproject.toml"
+    module, name = tomllib.loads(project.read_text())["project"]["scripts"]["rotormlx"].split(":")
+    assert getattr(importlib.import_module(module), name) is main.main
 
 
 def run(*arguments: str, **options: Any) -> Result:
