@@ -174,6 +174,7 @@ def fault(command: str, arguments: list[str], directories: list[Path]) -> tuple[
     return "", result.exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_refuses_wrong_values_in_a_sentence(command: str, files, figure) -> None:
     result = invoke(command, base(command, files))
