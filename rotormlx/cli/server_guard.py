@@ -135,6 +135,13 @@ class _Guard:
     def run_generate(self, generator: Any) -> None:
         """Generate until the server stops; after an exception begin anew."""
         self._generators.add(generator)
+        try:
+            self._generate_on(generator)
+        finally:
+            # MLX's CPU build aborts at the end of a process whose threads have left streams.
+            mx.clear_streams()
+
+    def _generate_on(self, generator: Any) -> None:
         while not generator._stop:
             before = self._taken
             try:
