@@ -38,6 +38,7 @@ def python(*arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_every_damaged_file_is_loaded_as_written_or_refused(tmp_path, figure):
     done = python("tests.support.fuzz_files", "--count", FILES, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
