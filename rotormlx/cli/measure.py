@@ -227,8 +227,8 @@ def calibrate(
             with outputs.folder("calibrate", output.parent):
                 pass
         with _progress(console) as progress:
-            count = len(loaded.layers)
-            total = tokens + count + layers * (2 * count + 1) * tokens
+            depth = len(loaded.layers)
+            total = tokens + depth + layers * (2 * depth + 1) * tokens
             task = progress.add_task(f"Calibrating {path.name}", total=total)
             calibration = _module("calibrate").calibrate(
                 loaded,

@@ -78,15 +78,18 @@ def check_call(call: AttendCall) -> None:
 def check_lengths(call: AttendCall) -> None:
     """Refuse lengths that the buffers do not hold. Reads them, so it is for tensors of the host."""
     room, capacity = call.blocks * BLOCK, call.capacity
-    for row, (packed, tokens) in enumerate(call.lengths.tolist()):
+    lengths = call.lengths.tolist()
+    for row, (packed, tokens) in enumerate(lengths):
         if not (0 <= packed <= min(room, tokens) and tokens - packed <= capacity):
             raise ValueError(
                 f"[attend] Lengths of a row must be packed tokens from 0 to {room} and, beside "
                 f"them, at most {capacity} exact ones, but row {row} says {packed} packed of "
                 f"{tokens} tokens."
             )
-    most = max((tokens for _, tokens in call.lengths.tolist()), default=0)
-    if call.mask is not None and call.mask.ndim and 1 < call.mask.shape[-1] < most:
+    if call.mask is None or not call.mask.ndim:
+        return
+    most = max((tokens for _, tokens in lengths), default=0)
+    if 1 < call.mask.shape[-1] < most:
         raise ValueError(
             f"[attend] A mask must have a column for each of {most} tokens, or one for all, but it "
             f"has shape {tuple(call.mask.shape)}."
