@@ -145,7 +145,10 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
   call.value_channel_scale = pointer<float>(value_channel_scale);
   call.mask_kind = int32_t(mask_kind);
   call.mask = pointer<void>(mask);
-  if (mask.has_value()) copy_strides(call.mask_strides, *mask);
+  if (mask.has_value()) {
+    call.mask_columns = int32_t(mask->size(3));
+    copy_strides(call.mask_strides, *mask);
+  }
   call.sink_logits = pointer<float>(sink_logits);
   call.out = out.mutable_data_ptr();
   const rotormlx_attend_plan spread = plan_of(plan);

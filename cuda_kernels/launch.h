@@ -89,9 +89,9 @@ typedef struct {
   int32_t dtype;                // of q, exact keys and values, and out
   int32_t batch, heads, kv_heads, length;  // B, H, K, L
   int32_t sink;
-  int32_t packed_tokens;        // the largest of the rows
-  int32_t exact_tokens;         // the largest of the rows: all tokens - packed ones
-  const int32_t* lengths;       // [B, 2], on the device: packed tokens and all tokens of each row
+  int32_t packed_tokens;        // the largest of the rows, at most what the buffers hold
+  int32_t exact_tokens;         // likewise: all tokens - packed ones
+  const int32_t* lengths;       // [B, 2], on the device: packed tokens and all tokens of each row; larger ones are cut
   float scale;                  // of the scores
   const void* q;                // dtype [B, H, L, KEY_DIM]
   int64_t q_strides[3];         // of B, H, L
@@ -105,6 +105,7 @@ typedef struct {
   const float* value_matrix;    // [VALUE_DIM, VALUE_DIM]: a row times it is rotated back; inverse(C) transposed
   const float* value_channel_scale;  // [K, VALUE_DIM], or null
   int32_t mask_kind;            // rotormlx_mask
+  int32_t mask_columns;         // S of the mask; tokens behind its last column are hidden
   const void* mask;             // [B, H, L, S], S all tokens of the longest row; null for the first two kinds
   int64_t mask_strides[4];      // 0 along an axis that is broadcast
   const float* sink_logits;           // [H]: attention-sink logits, or null

@@ -159,12 +159,14 @@ DEVICE_FN Part part_of_block(const AttendParts& all, int rows) {
   p.part = int(blockIdx.z);
   p.parts = all.exact_parts + all.packed_parts;
   p.exact = p.part < all.exact_parts;
-  p.packed_tokens = call.lengths[2 * p.batch];
-  p.tokens = call.lengths[2 * p.batch + 1];
-  p.sink = min(call.sink, p.tokens - p.packed_tokens);
+  // The host cannot check what lies on the device: lengths beyond the buffers count as the buffers' own.
+  p.packed_tokens = min(max(call.lengths[2 * p.batch], 0), call.packed_tokens);
+  const int exact_tokens = min(max(call.lengths[2 * p.batch + 1] - p.packed_tokens, 0), call.exact_tokens);
+  p.tokens = p.packed_tokens + exact_tokens;
+  p.sink = min(call.sink, exact_tokens);
   const int part_tokens = p.exact ? all.exact_part_tokens : all.packed_part_tokens;
   p.start = (p.exact ? p.part : p.part - all.exact_parts) * part_tokens;
-  p.stop = min(p.start + part_tokens, p.exact ? p.tokens - p.packed_tokens : p.packed_tokens);
+  p.stop = min(p.start + part_tokens, p.exact ? exact_tokens : p.packed_tokens);
   if (call.mask_kind == ROTORMLX_MASK_CAUSAL) {
     // What the last query of these rows does not see, none does.
     const int last_row = min(p.first_row + rows, p.group_rows) - 1;
@@ -189,6 +191,7 @@ DEVICE_FN float masked(const rotormlx_attend_arguments& call, const Part& p, int
     return position <= p.tokens - call.length + place ? score : HIDDEN;
   }
   if (call.mask_kind >= ROTORMLX_MASK_BOOLEAN) {
+    if (position >= call.mask_columns) return HIDDEN;
     const int head = p.kv_head * (p.group_rows / call.length) + row / call.length;
     const int64_t at = p.batch * call.mask_strides[0] + head * call.mask_strides[1] +
                        place * call.mask_strides[2] + position * call.mask_strides[3];

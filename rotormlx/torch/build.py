@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 from rotormlx.codec.format import KEY, VALUE, codec
@@ -31,6 +32,8 @@ SOURCES = ("launch_attend.cu", "launch_codec.cu", "binding.cpp")
 # nvcc's names where a GPU has instructions of its own beside those of its generation.
 _OWN_ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a"}
 _OLDEST = (8, 0)
+# What cpp_extension.load waits for in the directory of a library.
+_TORCH_LOCK = "lock"
 # What torch tells nvcc before our own flags.
 TORCH_FLAGS = cpp_extension.COMMON_NVCC_FLAGS
 
@@ -114,6 +117,8 @@ class Configuration:
 def build(configuration: Configuration, *, verbose: bool = False) -> Path:
     """Compile a configuration, or find it compiled, and load its operators.
 
+    One process builds at a time; others wait for it. A build that was killed keeps none waiting.
+
     Args:
         configuration: What to compile for.
         verbose: Show the compiler's commands and messages.
@@ -126,7 +131,18 @@ def build(configuration: Configuration, *, verbose: bool = False) -> Path:
     """
     if (reason := missing()) is not None:
         raise RuntimeError(f"[build] CUDA kernels cannot be built: {reason}.")
-    configuration.write_headers()
+    directory = configuration.directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # The system lets go of this lock when a process dies.
+    with FileLock(directory.with_suffix(".lock")):
+        configuration.write_headers()
+        # torch's own lock is a file that stays behind when a process dies.
+        (directory / _TORCH_LOCK).unlink(missing_ok=True)
+        _compile(configuration, verbose=verbose)
+    return directory
+
+
+def _compile(configuration: Configuration, *, verbose: bool) -> None:
     try:
         cpp_extension.load(
             name=configuration.name,
@@ -144,7 +160,6 @@ def build(configuration: Configuration, *, verbose: bool = False) -> Path:
             f"({torch.cuda.get_device_name()}), but they do not; rotormlx.torch.remove(model) "
             f"gives a model its own caches back. The compiler says: {error}"
         ) from error
-    return configuration.directory
 
 
 def missing() -> str | None:

@@ -127,7 +127,7 @@ def _mask(call: AttendCall) -> tuple[int, Tensor | None]:
     is_boolean = mask.dtype == torch.bool
     mask = mask if is_boolean else mask.float()
     # Along an axis that is broadcast, the stride becomes 0 and nothing is copied.
-    tokens = mask.shape[-1] if mask.shape[-1] > 1 else call.capacity
+    tokens = mask.shape[-1] if mask.shape[-1] > 1 else call.blocks * BLOCK + call.capacity
     mask = mask.expand(*call.query.shape[:3], tokens)
     return (mask_kinds.BOOLEAN if is_boolean else mask_kinds.ADDITIVE), mask
 

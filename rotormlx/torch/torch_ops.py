@@ -488,9 +488,12 @@ def mask_at(call: AttendCall, position: Tensor) -> Tensor | None:
     if mask.shape[-1] > 1:
         _, mask_heads, rows, _ = mask.shape
         mask = mask.expand(len(position), -1, -1, -1)
-        # Slots behind the last token point behind the mask; they are hidden anyway.
-        index = position.clamp(max=mask.shape[-1] - 1)[:, None, None, :]
+        # Tokens behind the last column are hidden, as docs/TORCH.md says.
+        columns = mask.shape[-1]
+        index = position.clamp(max=columns - 1)[:, None, None, :]
         mask = mask.gather(3, index.expand(-1, mask_heads, rows, -1))
+        hidden = False if mask.dtype == torch.bool else -math.inf
+        mask = mask.masked_fill((position >= columns)[:, None, None, :], hidden)
     mask = mask.expand(-1, -1, length, -1)
     if mask.shape[1] == 1:
         return mask.repeat(1, 1, call.repeats, 1)

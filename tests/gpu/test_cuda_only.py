@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import subprocess
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -123,3 +124,35 @@ def test_the_launcher_refuses_a_plan_that_does_not_fit(field, monkeypatch):
     posed = problem(Case(dims=(64, 64), dtype="f16", mask="causal", batch=1, kv_heads=1))
     with pytest.raises(RuntimeError, match="rotormlx_attend returned the CUDA error 1"):
         posed.run(CUDA)
+
+
+@needs_emulator
+@pytest.mark.parametrize("mask", ["bool", "additive"])
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+def test_tokens_behind_the_last_column_of_a_mask_are_hidden(mask, dtype):
+    """The host knows no lengths; the emulator forbids reads behind a mask's end."""
+    posed = problem(Case(mask=mask, dtype=dtype, length=9, batch=1, kv_heads=1))
+    whole = posed.options["mask"]
+    for columns in (2, posed.case.sink + 70, posed.case.tokens - 5):
+        short = {**posed.options, "mask": whole[..., :columns]}
+        hidden = mx.array(False if whole.dtype == mx.bool_ else -np.inf, whole.dtype)
+        visible = mx.arange(whole.shape[-1]) < columns
+        padded = {**posed.options, "mask": mx.where(visible, whole, hidden)}
+        outputs = [replace(posed, options=options).run(CUDA) for options in (short, padded)]
+        assert mx.array_equal(*outputs)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+def test_lengths_beyond_the_buffers_are_cut(dtype):
+    """No length on the device makes a kernel read what is not there."""
+    posed = problem(Case(dtype=dtype, mask="none", batch=1, kv_heads=1))
+    packed, tokens = posed.case.packed_tokens, posed.case.tokens
+    right = posed.run(CUDA)
+    for lengths in ((packed, tokens + 7), (packed + 64, tokens + 64), (2**30, 2**31 - 1)):
+        assert mx.array_equal(posed.run(CUDA, lengths=[lengths]), right)
+    # Negative ones count as none.
+    assert not posed.run(CUDA, lengths=[(-64, -1)]).any()
+    exact = tokens - packed
+    of_exact = [posed.run(CUDA, lengths=[lengths]) for lengths in ((0, exact), (-1, exact))]
+    assert mx.array_equal(*of_exact)

@@ -72,7 +72,8 @@ class AttendArguments(ctypes.Structure):
         *((f"exact_{role}_strides", ctypes.c_int64 * 3) for role in ("keys", "values")),
         *((f"key_{name}", POINTER) for name in ("matrix", "channel_scale")),
         *((f"value_{name}", POINTER) for name in ("matrix", "channel_scale")),
-        *(("mask_kind", ctypes.c_int32), ("mask", POINTER), ("mask_strides", ctypes.c_int64 * 4)),
+        *(("mask_kind", ctypes.c_int32), ("mask_columns", ctypes.c_int32)),
+        *(("mask", POINTER), ("mask_strides", ctypes.c_int64 * 4)),
         *(("sink_logits", POINTER), ("out", POINTER), ("workspace", POINTER)),
         *((f"{role}_channel_scale_stride", ctypes.c_int64) for role in ("key", "value")),
     ]
@@ -261,12 +262,13 @@ def plan_of(a, codecs, made):
     return AttendPlan(*cuda_plan.attend_plan(shape, device).numbers)
 
 
-def attend(asked, *, made=None):
+def attend(asked, *, made=None, lengths=None):
     """What ``rotormlx_attend`` gives for an ``AttendCall``, as an MLX array.
 
     Args:
         asked: As a backend takes it.
         made: The module to run, by default the one of this configuration.
+        lengths: What the device reads, ``[B, 2]``, instead of what the call says.
     """
     queries, keys, values, scale, mask, sink_logits = asked
     batch, heads, length, key_dim = queries.shape
@@ -275,10 +277,10 @@ def attend(asked, *, made=None):
     call, a = Call(), AttendArguments()
     a.dtype, a.scale = DTYPES[queries.dtype], scale
     a.batch, a.heads, a.kv_heads, a.length = batch, heads, keys.shape[1], length
-    lengths = np.array(keys.lengths, np.int32)
+    stored = np.array(keys.lengths, np.int32)
     a.sink, a.packed_tokens = keys.sink, keys.packed_tokens
-    a.exact_tokens = int((lengths[:, 1] - lengths[:, 0]).max())
-    a.lengths = call.plain("lengths", lengths)
+    a.exact_tokens = int((stored[:, 1] - stored[:, 0]).max())
+    a.lengths = call.plain("lengths", stored if lengths is None else np.array(lengths, np.int32))
     # As models give them: [B, L, H, D] in memory.
     flat = np.ascontiguousarray(to_numpy(queries).swapaxes(1, 2))
     a.q = call.plain("q", flat)
@@ -303,7 +305,8 @@ def attend(asked, *, made=None):
         a.mask_kind = MASKS["boolean" if boolean else "additive"]
         given = np.array(mask if boolean else mask.astype(mx.float32))
         a.mask = call.plain("mask", given)
-        wide = np.broadcast_to(given, (batch, heads, length, keys.tokens))
+        a.mask_columns = given.shape[-1] if given.shape[-1] > 1 else keys.tokens
+        wide = np.broadcast_to(given, (batch, heads, length, a.mask_columns))
         a.mask_strides = strides(wide, 4)
     a.sink_logits = call.plain("sink_logits", sink_logits)
     out = output((batch, heads, length, value_dim), queries.dtype)

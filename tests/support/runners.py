@@ -228,12 +228,13 @@ class CUDARunner:
         """As of the other runners."""
         return cuda_calls.rotor3(x, chosen, made=self._codec_module(chosen))
 
-    def attend(self, queries, keys, values, *, launch=None, **options):
-        """As of the other runners."""
+    def attend(self, queries, keys, values, *, launch=None, lengths=None, **options):
+        """As of the other runners; ``lengths`` is what the device reads instead of the views'."""
         launch = launch or Launch()
         made = self.attend_module(keys.codec, values.codec, launch)
+        call = AttendCall(queries, keys, values, **options)
         with planned_as(launch):
-            return cuda_calls.attend(AttendCall(queries, keys, values, **options), made=made)
+            return cuda_calls.attend(call, made=made, lengths=lengths)
 
     def attend_module(self, key_codec, value_codec, launch):
         """The module that a call of ``attend`` runs."""

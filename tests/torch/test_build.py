@@ -6,8 +6,11 @@ The binding is compiled with the C++ compiler around launchers that write down w
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from rotormlx.codec.format import BLOCK, Packed, codec
@@ -141,6 +145,49 @@ def test_nvcc_compiles_the_launchers(monkeypatch, tmp_path, source, output):
     ).stdout
     assert " T rotormlx_encode\n" in names
     assert " T rotormlx_decode\n" in names
+
+
+def test_a_killed_build_keeps_none_waiting(tmp_path):
+    """Killed while the compiler runs, it leaves torch's lock behind; the next one compiles anew."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"""#!/bin/sh
+case " $* " in
+  *" -c "*) touch {tmp_path}/compiling; exec sleep 300 ;;
+  *) exec c++ "$@" ;;
+esac
+""")
+    compiler.chmod(0o755)
+    command = [sys.executable, "-m", "tests.support.tiny_build", str(tmp_path)]
+    environment = {**os.environ, "ROTORMLX_CACHE": str(tmp_path)}
+    with subprocess.Popen(
+        command, env={**environment, "CXX": str(compiler)}, start_new_session=True
+    ) as killed:
+        while not (tmp_path / "compiling").exists():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        os.killpg(killed.pid, signal.SIGKILL)
+    (directory,) = (path for path in (tmp_path / "cuda").iterdir() if path.is_dir())
+    assert (directory / "lock").exists()
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "built: 7\n", done.stderr
+
+
+def test_a_build_waits_for_one_that_runs(monkeypatch, tmp_path):
+    """Two processes never compile into one directory at once."""
+    monkeypatch.setenv("ROTORMLX_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "missing", lambda: None)
+    compiled = threading.Event()
+    monkeypatch.setattr(build, "_compile", lambda *_, **__: compiled.set())
+    CHOSEN.directory.mkdir(parents=True)
+    with FileLock(CHOSEN.directory.with_suffix(".lock")):
+        waiting = threading.Thread(target=build.build, args=[CHOSEN])
+        waiting.start()
+        # Long enough for a build that does not wait.
+        assert not compiled.wait(0.5)
+    waiting.join(60)
+    assert compiled.is_set()
 
 
 # ---- what is missing ----------------------------------------------------------------------------
@@ -440,6 +487,9 @@ def test_attend_passes_masks_as_they_lie(kernels):
         )
         a = kept(kernels, "attend", AttendArguments)
         assert (a.mask_kind, list(a.mask_strides)) == (kind, steps)
+        # One column is for all tokens that the buffers can hold.
+        if mask is not None:
+            assert a.mask_columns == (tokens if steps[3] else N * BLOCK + 70)
         assert (a.mask is None) == (mask is None)
 
 

@@ -8,7 +8,8 @@ import rotormlx.torch as rt
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import cpu_library
-from rotormlx.torch.torch_ops import KVView
+from rotormlx.torch import torch_ops
+from rotormlx.torch.torch_ops import AttendCall, KVView
 
 CONFIG = RotorConfig()
 DIMS = {KEY: 16, VALUE: 24}
@@ -76,3 +77,20 @@ def test_a_mask_shorter_than_the_tokens_is_refused(columns, dtype):
         attend(2, 4, 2, 3, 5, mask=torch.ones(2, 1, 3, columns, dtype=dtype))
     longer = attend(2, 4, 2, 3, 5, mask=torch.ones(2, 1, 3, 7, dtype=torch.bool))
     assert torch.equal(longer, attend(2, 4, 2, 3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("columns", [2, 4])
+def test_where_no_length_can_be_read_tokens_behind_the_mask_are_hidden(columns, dtype):
+    """So do the kernels, and so do the operations that stand in for them on a device."""
+    views = [KVView(CODECS[role], torch.randn(2, 2, 5, DIMS[role]), None, None) for role in ROLES]
+    lengths = torch.tensor([(0, 5), (0, 3)], dtype=torch.int32)
+    call = AttendCall(
+        *(torch.randn(2, 4, 3, DIMS[KEY]), lengths, *views),
+        **{"sink": 4, "scale": 1.0, "causal": False, "sink_logits": None},
+        mask=torch.ones(2, 1, 3, columns, dtype=dtype),
+    )
+    hidden = False if dtype == torch.bool else -np.inf
+    whole = torch.nn.functional.pad(call.mask, (0, 5 - columns), value=hidden)
+    outputs = [torch_ops.attend(asked) for asked in (call, call._replace(mask=whole))]
+    assert torch.equal(*outputs)
