@@ -321,7 +321,7 @@ TENSOR_MUTATIONS = [
 ]
 SHARED_MUTATIONS = [
     # Positions and masks
-    ("min(call.sink, p.tokens - p.packed_tokens)", "0", {"mask": "bool"}),
+    ("min(call.sink, exact_tokens)", "0", {"mask": "bool"}),
     ("return p.sink + index;", "return index;", {"mask": "bool"}),
     (
         "index < p.sink ? index : p.packed_tokens + index",
@@ -335,13 +335,13 @@ SHARED_MUTATIONS = [
         {"blocks": 70, "batch": 1, "kv_heads": 1, "length": 2},
     ),
     (
-        "? p.tokens - p.packed_tokens : p.packed_tokens);",
-        "? p.tokens - p.packed_tokens : p.packed_tokens + 1);",
+        "? exact_tokens : p.packed_tokens);",
+        "? exact_tokens : p.packed_tokens + 1);",
         {"mask": "none"},
     ),
     (
-        "? p.tokens - p.packed_tokens : p.packed_tokens);",
-        "? p.tokens - p.packed_tokens - 1 : p.packed_tokens);",
+        "? exact_tokens : p.packed_tokens);",
+        "? exact_tokens - 1 : p.packed_tokens);",
         {},
     ),
     ("p.tokens - call.length + last_place + 1;", "p.tokens - call.length + last_place;", {}),
