@@ -59,7 +59,8 @@ def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None 
     y = _multiplied(scaled, codec.rotation.inverse) * _scale_rows(channel_scale)
     if codec.role == KEY:
         y = y + np.asarray(packed.centres, np.float64)[..., None, :]
-    return y.reshape(*y.shape[:2], -1, codec.head_dim)
+    batch, heads, blocks = y.shape[:3]
+    return y.reshape(batch, heads, blocks * BLOCK, codec.head_dim)
 
 
 def attend(
@@ -86,7 +87,7 @@ def attend(
         float64 ``[B, H, L, Dv]``; zero for a query that sees nothing.
     """
     q = np.asarray(queries, np.float64)
-    repeats = q.shape[1] // np.shape(keys)[1]
+    repeats = q.shape[1] // max(np.shape(keys)[1], 1)
     k = np.repeat(np.asarray(keys, np.float64), repeats, axis=1)
     v = np.repeat(np.asarray(values, np.float64), repeats, axis=1)
     scores = scale * (q @ np.swapaxes(k, -1, -2))
@@ -103,7 +104,7 @@ def attend(
             np.asarray(sink_logits, np.float64)[:, None, None], (*scores.shape[:-1], 1)
         )
         scores = np.concatenate([scores, logits], -1)
-    top = scores.max(-1, keepdims=True)
+    top = scores.max(-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
     total = weights.sum(-1, keepdims=True)
     weights = weights / np.where(total == 0, 1, total)
@@ -185,7 +186,8 @@ def unpack(words: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.uint32]:
 
 def _blocks(x: npt.ArrayLike) -> Floats:
     x = np.asarray(x, np.float64)
-    return x.reshape(*x.shape[:2], -1, BLOCK, x.shape[-1])
+    batch, heads, tokens, head_dim = x.shape
+    return x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
 
 
 def _multiplied(rows: Floats, matrix: Floats) -> Floats:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rotormlx.codec import codebook, reference
-from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed, codec
+from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.config import RotorConfig
 
 SPECIAL_ROWS = (0, 7, 31, 63)
@@ -225,3 +225,29 @@ def test_causal_mask_is_aligned_to_the_end():
         seen = slice(0, 7 - 2 + i)
         alone = reference.attend(q[:, :, i : i + 1], k[:, :, seen], v[:, :, seen], scale=0.3)
         assert np.allclose(out[:, :, i : i + 1], alone)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "blocks"), [(0, 3, 2), (2, 0, 2), (2, 3, 0)], ids=["B", "K", "N"]
+)
+@pytest.mark.parametrize("role", ROLES)
+def test_no_rows_are_coded_and_decoded(batch, heads, blocks, role):
+    chosen = make_codec(role, 4, 16)
+    packed = reference.encode(np.zeros((batch, heads, blocks * BLOCK, 16)), chosen)
+    assert packed.words.shape == (batch, heads, blocks, *chosen.words_shape)
+    assert reference.decode(packed, chosen).shape == (batch, heads, blocks * BLOCK, 16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "tokens"),
+    [(0, 4, 2, 3, 5), (2, 0, 0, 3, 5), (2, 4, 2, 0, 5), (2, 4, 2, 3, 0)],
+    ids=["B", "H", "L", "S"],
+)
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_attention_without_rows_or_tokens_is_empty_or_zero(
+    batch, heads, kv_heads, length, tokens, mask
+):
+    kv = np.ones((batch, kv_heads, tokens, 16))
+    out = reference.attend(np.ones((batch, heads, length, 16)), kv, kv, scale=1.0, mask=mask)
+    assert out.shape == (batch, heads, length, 16)
+    assert (out == (tokens > 0)).all()

@@ -84,8 +84,8 @@ class Problem:
     def __init__(self, case):
         self.case = case
         batch, heads = len(case.lengths), K * case.repeats
-        capacity = max(tokens - packed for packed, tokens in case.lengths) + 3
-        count = -(-max(packed for packed, _ in case.lengths) // BLOCK)
+        capacity = max((tokens - packed for packed, tokens in case.lengths), default=0) + 3
+        count = -(-max((packed for packed, _ in case.lengths), default=0) // BLOCK)
         self.exact, self.blocks, middles = [], [], []
         for role, head_dim in zip(ROLES, case.dims, strict=True):
             config = RotorConfig(case.bits[0], case.bits[1], case.rotation)
@@ -107,8 +107,11 @@ class Problem:
         self.sink_logits = (
             np.linspace(-3, 6, heads).astype(np.float32) if case.sink_logits else None
         )
+        if case.mask == "hidden" and case.sink_logits:
+            self.sink_logits[0] = -np.inf
         self.scale = case.dims[0] ** -0.5 / 4
-        self.mask = self.make_mask(batch, heads, max(tokens for _, tokens in case.lengths))
+        longest = max((tokens for _, tokens in case.lengths), default=0)
+        self.mask = self.make_mask(batch, heads, longest)
 
     def sequence(self, middle, exact, packed, tokens):
         sink = min(SINK, tokens - packed)
@@ -509,12 +512,21 @@ def calls():
         writer.codec_call("D", decoded, found, True)
         cpu_library.decode(found, after := decoded.copy())
         results[next(i for i, a in enumerate(writer.arrays) if a is decoded)] = after
+        for letter in "ED":
+            nothing = empty_blocks(chosen, B, K, 0, scale)
+            writer.codec_call(letter, np.zeros((B, K, 0, 24), np.float32), nothing, letter == "D")
     attended = [
         *(Case((bits, bits), (24, 40), length=2, repeats=3) for bits in codebook.BITS),
         Case((3, 4), (40, 24), "dense", mask="bool", sink_logits=True),
         Case((4, 4), (24, 24), CALIBRATED),
         Case((2, 3), (24, 24), lengths=((320, 400), (0, 37), (77, 150), (0, 2)), mask="causal"),
         Case((2, 2), (24, 24), lengths=((0, 90),), length=70, mask="additive", dtype=np.float16),
+        # Nothing to do, nothing there, nothing seen.
+        Case((4, 4), (24, 24), lengths=(), mask="causal"),
+        Case((4, 4), (24, 24), length=0),
+        Case((4, 4), (24, 24), lengths=((0, 0), (0, 0)), length=2, sink_logits=True),
+        Case((4, 4), (24, 24), lengths=((70, 80), (0, 0)), length=3, mask="bool"),
+        Case((4, 4), (24, 24), lengths=((70, 80),), length=2, mask="hidden", sink_logits=True),
     ]
     for case in attended:
         problem = Problem(case)
@@ -555,8 +567,8 @@ def drive(calls, folder, *, compiler="c++", flags=(), machine="none", runner=())
         else:
             # Other orders of float32 sums; float16 rounds the result once.
             bound = 2**-10 if array.dtype == np.float16 else 2e-6
-            error = np.abs(part.astype(np.float64) - expected).max()
-            assert error <= bound * np.abs(expected.astype(np.float64)).max()
+            error = np.abs(part.astype(np.float64) - expected).max(initial=0)
+            assert error <= bound * np.abs(expected.astype(np.float64)).max(initial=0)
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++)")
