@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
 from rotormlx.torch import ops
-from rotormlx.torch.layer import KVHandle
+from rotormlx.torch.handle import KVHandle
 from rotormlx.torch.store import lengths_on
 from rotormlx.torch.torch_ops import KVView
 
