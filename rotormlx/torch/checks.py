@@ -15,8 +15,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def require_vectors(where: str, **tensors: Tensor) -> None:
     """Refuse what is no ``[B, heads, tokens, head_dim]`` of a floating dtype, by its name."""
-    for name, x in tensors.items():
-        name = name.replace("_", " ")
+    for key, x in tensors.items():
+        name = key.replace("_", " ")
         if x.ndim != 4:
             raise ValueError(
                 f"[{where}] The {name} must have 4 dimensions (batch, heads, tokens, head_dim), "

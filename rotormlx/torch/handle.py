@@ -100,6 +100,13 @@ class KVHandle:
         handle.refuse(f"torch.{getattr(function, '__name__', function)}")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch's own attention would cast to here, or None outside of autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def _refusing(name: str) -> Any:
     def refused(self: KVHandle, *_: object) -> NoReturn:
         self.refuse(name.strip("_"))

@@ -25,7 +25,7 @@ from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
 from rotormlx.torch.checks import FLOATS
-from rotormlx.torch.handle import ADVICE, KVHandle
+from rotormlx.torch.handle import ADVICE, KVHandle, autocast_dtype
 from rotormlx.torch.store import Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import KVView
 
@@ -138,6 +138,9 @@ class RotorLayer(CacheLayerMixin):
                 f"{self.layer}; {ADVICE}, and use a new cache."
             )
         self._check(key_states, value_states)
+        dtype = autocast_dtype(key_states.device)
+        if dtype is not None:
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         check_tokens("RotorCache", self.length + key_states.shape[2])
         if not self.length:
             self.lazy_initialization(key_states, value_states)
@@ -343,7 +346,8 @@ class RotorLayer(CacheLayerMixin):
                     f"[RotorCache] Keys and values must be on one device, but the keys are on "
                     f"{keys.device} and the values on {x.device}."
                 )
-        for store, x in zip(self.stores or (), (keys, values), strict=False):
+        stores = self.stores if self.stores and self.length else ()
+        for store, x in zip(stores, (keys, values), strict=False):
             batch, heads, _, head_dim = store.exact.shape
             if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
                 raise ValueError(
