@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rotormlx.codec.format import KEY, VALUE, codec
-from rotormlx.config import RotorConfig
 from rotormlx.torch import ops
-from rotormlx.torch.layer import KVHandle
-from rotormlx.torch.store import lengths_on
-from rotormlx.torch.torch_ops import KVView
+from rotormlx.torch.exact import attend_tensors, check_options
+from rotormlx.torch.handle import KVHandle, autocast_dtype
 
 NAME = "rotormlx"
-# What would change the scores in a way that the operator does not know.
-_UNKNOWN = ("softcap", "position_bias")
 
 
 def register() -> None:
@@ -39,7 +33,7 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of transformers' models over compressed layers; exact ones go to torch's own.
 
     Args:
@@ -54,31 +48,59 @@ def attention_forward(
         **kwargs: ``s_aux`` are attention-sink logits; the rest is for other functions.
 
     Returns:
-        ``[B, L, H, Dv]``, and None for the weights.
+        ``[B, L, H, Dv]``, in the dtype of autocast, else in that of the values; and the weights,
+        which only eager attention has, while it trains. A gradient is refused when it is asked for.
 
     Raises:
         ValueError: If the model asks for something that the operator cannot do.
     """
-    sink_logits = kwargs.get("s_aux")
-    if isinstance(key, Tensor) and isinstance(value, Tensor) and sink_logits is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
+        return attend_tensors(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
-    _check(module, dropout, kwargs)
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.step is value.step:
-        output = _attend_compressed(query, key, attention_mask, scale, is_causal, sink_logits)
-    elif isinstance(key, Tensor) and isinstance(value, Tensor):
-        output = _attend_exact(query, key, value, attention_mask, scale, is_causal, sink_logits)
-    else:
+    check_options(module, dropout, kwargs)
+    if not (isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.step is value.step):
         raise ValueError(
             "[RotorCache] Keys must come with the values of their own layer, but the model mixes "
             "them; use the model without rotormlx."
         )
-    return output.transpose(1, 2).contiguous(), None
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = kwargs.get("s_aux")
+    dtype = autocast_dtype(query.device) or value.dtype
+    with torch.no_grad():
+        output = _attend_compressed(
+            query.to(dtype).contiguous(), key, attention_mask, scale, is_causal, logits
+        )
+    output = output.transpose(1, 2).contiguous()
+    sources = [x for x in (query, logits) if x is not None and x.requires_grad]
+    if torch.is_grad_enabled() and (sources or key.step.layer.requires_grad):
+        output = _WithoutGradient.apply(output.requires_grad_())  # type: ignore[no-untyped-call]
+    return output, None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Nothing on the way there; on the way back, a refusal."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise ValueError(
+            "[RotorCache] Gradients need an exact cache, but one was asked for through a "
+            "compressed one; train with use_cache=False."
+        )
 
 
 def _attend_compressed(
@@ -105,37 +127,6 @@ def _attend_compressed(
         scale=scale,
         causal=causal,
         mask=None if causal else mask,
-        sink_logits=sink_logits,
-    )
-
-
-def _attend_exact(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    sink_logits: Tensor | None,
-) -> Tensor:
-    """Attention-sink logits over a layer that is left exact; torch's own attention has none."""
-    config = RotorConfig()
-    keys, values = (
-        KVView(codec(config, x.shape[-1], layer=0, role=role), x.contiguous(), None, None)
-        for role, x in ((KEY, key), (VALUE, value))
-    )
-    lengths = lengths_on(key.device, ((0, key.shape[2]),) * len(key))
-    causal = mask is None and is_causal
-    return ops.attend(
-        query,
-        lengths,
-        keys,
-        values,
-        config,
-        layer=0,
-        scale=scale,
-        causal=causal,
-        mask=mask,
         sink_logits=sink_logits,
     )
 
@@ -178,14 +169,3 @@ def of_tokens(mask: Tensor, padding: Sequence[int]) -> Tensor:
     index = (torch.arange(tokens, device=mask.device) + shift).clamp(max=tokens - 1)
     mask = mask.expand(len(padding), -1, -1, -1)
     return mask.gather(3, index[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
-
-
-def _check(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
-    asked += ["dropout"] if dropout else []
-    asked += ["output_attentions"] if kwargs.get("output_attentions") else []
-    if asked:
-        raise ValueError(
-            f"[RotorCache] Compressed attention knows no {' and no '.join(asked)}, but "
-            f"{type(module).__name__} asks for it; use the model without rotormlx."
-        )

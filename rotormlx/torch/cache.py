@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -62,6 +63,18 @@ class RotorCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated over all layers, room for growth included."""
         return sum(_nbytes(layer) for layer in self.layers)
+
+    def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as by every compressed layer."""
+        self.rotor_layers[0].offload()
+
+    prefetch = offload
+
+    def __iter__(self) -> Iterator[NoReturn]:
+        raise ValueError(
+            "[RotorCache] Keys and values lie compressed, but were asked for as tensors, layer by "
+            "layer; iterate over cache.layers, or use save_prompt_cache to store them."
+        )
 
 
 def compressed_layers(text: PreTrainedConfig, config: RotorConfig) -> list[Any]:

@@ -13,15 +13,49 @@ from rotormlx.torch.torch_ops import AttendCall
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def require_vectors(where: str, **tensors: Tensor) -> None:
+    """Refuse what is no ``[B, heads, tokens, head_dim]`` of a floating dtype, by its name."""
+    for key, x in tensors.items():
+        name = key.replace("_", " ")
+        if x.ndim != 4:
+            raise ValueError(
+                f"[{where}] The {name} must have 4 dimensions (batch, heads, tokens, head_dim), "
+                f"but the shape is {tuple(x.shape)}."
+            )
+        require_float(where, f"The {name}", x.dtype)
+        _require_contiguous(where, f"the {name}", x)
+
+
+def require_no_gradient(where: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors whose gradient would be lost: the operators have no derivative."""
+    if not torch.is_grad_enabled():
+        return
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(
+                f"[{where}] Tensors must need no gradient, because this operator has no "
+                f"derivative, but {name} requires one; call detach(), or run under "
+                "torch.no_grad()."
+            )
+
+
 def check_rows(x: Tensor, codec: Codec) -> None:
-    """Refuse rows of a shape, dtype or stride that cannot be encoded."""
-    if x.ndim != 4 or x.shape[-1] != codec.head_dim or x.shape[2] % BLOCK:
+    """Refuse rows that are no whole blocks."""
+    if x.shape[2] % BLOCK:
         raise ValueError(
             f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a multiple "
             f"of {BLOCK}, but the {codec.role}s have shape {tuple(x.shape)}."
         )
-    require_float("encode", f"The {codec.role}s", x.dtype)
-    _require_contiguous("encode", f"the {codec.role}s", x)
+
+
+def check_first_block(x: Tensor, role: str) -> None:
+    """Refuse what is no first block of at least one batch row."""
+    require_vectors("prefill_scale", **{f"{role}s": x})
+    if x.shape[2] != BLOCK or not len(x):
+        raise ValueError(
+            f"[prefill_scale] A first block must have shape [B, K, {BLOCK}, D] with B at least 1, "
+            f"but the {role}s have shape {tuple(x.shape)}."
+        )
 
 
 def check_packed(
@@ -31,7 +65,8 @@ def check_packed(
 
     Args:
         where: The operator, for the message.
-        like: Gives batch and KV heads if there are no words, and the device.
+        like: The exact vectors ``[B, K, S, D]`` that the parts belong to, which give B, K and the
+            device, and for encoding the blocks; the words themselves where nothing else does.
         codec: Role, bits and rotation.
         packed: int32 words ``[B, K, N, rows, lanes]``, float16 scales ``[B, K, N, 64]`` and float16
             centres ``[B, K, N, D]``, of which each may be None.
@@ -39,12 +74,11 @@ def check_packed(
     """
     role, head_dim = codec.role, codec.head_dim
     words, scales, centres = packed
+    front = (*like.shape[:2], words.shape[2] if words is not None and words.ndim > 2 else 0)
+    if where == "encode":
+        front = (*front[:2], like.shape[2] // BLOCK)
     if words is not None:
-        front = tuple(words.shape[:3])
         _require(where, f"{role} words", words, (*front, *codec.words_shape), torch.int32)
-    else:
-        blocks = like.shape[2] // BLOCK if where == "encode" else 0
-        front = (*like.shape[:2], blocks)
     if scales is not None:
         _require(where, f"{role} scales", scales, (*front, BLOCK), torch.float16)
     if centres is not None and role == VALUE:
@@ -54,9 +88,8 @@ def check_packed(
     if centres is not None:
         _require(where, "key centres", centres, (*front, head_dim), torch.float16)
     if channel_scale is not None:
-        heads = front[1] if words is not None or where == "encode" else channel_scale.shape[0]
         name = f"{role} channel scale"
-        _require(where, name, channel_scale, (heads, head_dim), torch.float32)
+        _require(where, name, channel_scale, (front[1], head_dim), torch.float32)
     parts = {"words": words, "scales": scales, "centres": centres, "channel scale": channel_scale}
     _require_device(where, like, {f"the {role} {name}": part for name, part in parts.items()})
 
@@ -67,11 +100,14 @@ def check_call(call: AttendCall) -> None:
     _check_blocks(call)
     _check_mask(call.query, call.mask, call.causal)
     heads, sink_logits = call.query.shape[1], call.sink_logits
-    if sink_logits is not None and sink_logits.shape != (heads,):
+    if sink_logits is None:
+        return
+    if sink_logits.shape != (heads,):
         raise ValueError(
-            f"[attend] Attention-sink logits must have shape ({heads},), one a query "
+            f"[attend] Attention-sink logits must have shape ({heads},), one per query "
             f"head, but they have shape {tuple(sink_logits.shape)}."
         )
+    require_float("attend", "Attention-sink logits", sink_logits.dtype)
     _require_device("attend", call.query, {"the attention-sink logits": sink_logits})
 
 
@@ -80,16 +116,18 @@ def check_lengths(call: AttendCall) -> None:
     room, capacity = call.blocks * BLOCK, call.capacity
     lengths = call.lengths.tolist()
     for row, (packed, tokens) in enumerate(lengths):
-        if not (0 <= packed <= min(room, tokens) and tokens - packed <= capacity):
+        # The sink comes before packed tokens.
+        least = call.sink if packed else 0
+        if not (0 <= packed <= room and least <= tokens - packed <= capacity):
             raise ValueError(
                 f"[attend] Lengths of a row must be packed tokens from 0 to {room} and, beside "
-                f"them, at most {capacity} exact ones, but row {row} says {packed} packed of "
-                f"{tokens} tokens."
+                f"them, at most {capacity} exact ones, a sink of {call.sink} among them where "
+                f"tokens are packed, but row {row} says {packed} packed of {tokens} tokens."
             )
-    if call.mask is None or not call.mask.ndim:
+    if call.mask is None or not call.mask.ndim or call.mask.shape[-1] == 1:
         return
     most = max((tokens for _, tokens in lengths), default=0)
-    if 1 < call.mask.shape[-1] < most:
+    if call.mask.shape[-1] < most:
         raise ValueError(
             f"[attend] A mask must have a column for each of {most} tokens, or one for all, but it "
             f"has shape {tuple(call.mask.shape)}."
@@ -106,32 +144,25 @@ def _check_blocks(call: AttendCall) -> None:
             "given together or not at all, but some are missing; pass what encode returned."
         )
     for source, packed in ((call.keys, keys), (call.values, values)):
-        check_packed("attend", call.query, source.codec, packed, source.channel_scale)
-    if keys.words is not None and keys.words.shape[:3] != values.words.shape[:3]:
+        check_packed("attend", source.exact, source.codec, packed, source.channel_scale)
+    if keys.words is not None and keys.words.shape[2] != values.words.shape[2]:
         raise ValueError(
-            f"[attend] Packed keys and values must agree in batch, KV heads and blocks, but "
-            f"their words have shape {tuple(keys.words.shape)} and {tuple(values.words.shape)}."
+            f"[attend] Packed keys and values must agree in blocks, but their words have shape "
+            f"{tuple(keys.words.shape)} and {tuple(values.words.shape)}."
         )
 
 
 def _check_query(query: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> None:
     """Refuse a query, lengths and exact vectors that do not fit together."""
-    for name, x in (("query", query), ("exact keys", keys), ("exact values", values)):
-        if x.ndim != 4:
-            raise ValueError(
-                f"[attend] The {name} must have 4 dimensions (batch, heads, tokens, head_dim), but "
-                f"the shape is {tuple(x.shape)}."
-            )
-        require_float("attend", f"The {name}", x.dtype)
-        _require_contiguous("attend", f"the {name}", x)
     batch, kv_heads, _, head_dim = keys.shape
-    if values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
+    if values.shape[:3] != keys.shape[:3]:
         raise ValueError(
-            f"[attend] Exact keys and values must agree in batch, KV heads, capacity and dtype, "
-            f"but they have shape {tuple(keys.shape)} in {keys.dtype} and {tuple(values.shape)} in "
-            f"{values.dtype}."
+            f"[attend] Exact keys and values must agree in batch, KV heads and capacity, but they "
+            f"have shape {tuple(keys.shape)} and {tuple(values.shape)}."
         )
-    if query.shape[0] != batch or query.shape[1] % max(kv_heads, 1) or query.shape[3] != head_dim:
+    heads = query.shape[1]
+    fits = heads % kv_heads == 0 if kv_heads else heads == 0
+    if query.shape[0] != batch or not fits or query.shape[3] != head_dim:
         raise ValueError(
             f"[attend] The query must have shape [{batch}, a multiple of {kv_heads}, L, "
             f"{head_dim}] to read keys of shape {tuple(keys.shape)}, but it has shape "

@@ -11,6 +11,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport, Report
 from rotormlx.torch import attention
 from rotormlx.torch.cache import RotorCache, compressed_layers, layer_dims
+from rotormlx.torch.exact import Name
 from rotormlx.torch.layer import RotorLayer
 
 # What transformers calls to make a cache for ``generate``; ours stands before it on the instance.
@@ -90,7 +91,7 @@ def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     made = report(model, config)
     maker = vars(model).get(_PREPARE)
     former = maker.former if isinstance(maker, CompressedCaches) else _attention_of(model)
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(Name(attention.NAME, former))
     if _attention_of(model) != attention.NAME:
         raise ValueError(
             f"[apply] {type(model).__name__} must let its attention be set, but does not; use the "

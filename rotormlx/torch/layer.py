@@ -21,17 +21,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import KEY, VALUE
+from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
 from rotormlx.torch.checks import FLOATS
+from rotormlx.torch.handle import ADVICE, KVHandle, autocast_dtype
 from rotormlx.torch.store import Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import KVView
-
-ADVICE = (
-    "its attention must be rotormlx's and get keys and values untouched: call "
-    'model.set_attn_implementation("rotormlx") or rotormlx.torch.apply(model) first'
-)
 
 
 class LayerView(NamedTuple):
@@ -53,7 +49,8 @@ class Step:
 
     def __init__(self, layer: RotorLayer, keys: Tensor, values: Tensor) -> None:
         self.layer = layer
-        self.new: tuple[Tensor, Tensor] | None = (keys, values)
+        # A copy of a cache in the middle of a step has no use for the graph.
+        self.new: tuple[Tensor, Tensor] | None = (keys.detach(), values.detach())
         self.view: LayerView | None = None
 
     def read(self, padding: Sequence[int] | None) -> LayerView:
@@ -70,46 +67,6 @@ class Step:
         return self.view
 
 
-class KVHandle:
-    """Stands for the keys or the values of a layer between ``update`` and the attention function.
-
-    It tells its shape, dtype and device, and refuses everything else that one does with a tensor.
-    """
-
-    def __init__(self, step: Step, role: str) -> None:
-        self.step = step
-        self.role = role
-        like = step.new[0 if role == KEY else 1] if step.new is not None else torch.empty(0)
-        self.dtype, self.device = like.dtype, like.device
-        self.shape = torch.Size((*like.shape[:2], step.layer.get_seq_length(), like.shape[-1]))
-        self.ndim = 4
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        """Like a tensor's."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"[RotorCache] The {self.role}s of layer {self.step.layer.layer} are compressed, but "
-            f"the model uses {what} on them; {ADVICE}."
-        )
-
-    def __getitem__(self, index: object) -> NoReturn:
-        self._refuse("indexing")
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse(f".{name}")
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> NoReturn:
-        handles = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)]
-        handles[0]._refuse(f"torch.{getattr(function, '__name__', function)}")
-
-
 class RotorLayer(CacheLayerMixin):
     """The compressed keys and values of one layer.
 
@@ -123,11 +80,10 @@ class RotorLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
-    # Keys and values have no tensors of the full size to make beforehand.
-    supports_early_init = False
+    supports_early_init = True
 
     def __init__(self, config: RotorConfig, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        # Without the base's own, which sets keys and values.
         self.config = config
         self.layer = layer
         self.reset()
@@ -139,6 +95,10 @@ class RotorLayer(CacheLayerMixin):
         self.rows: list[Counts] = []  # without padding, and without a step that is not stored yet
         self.stores: tuple[Store, Store] | None = None
         self.is_initialized = False
+        # Whether keys or values once came that require a gradient.
+        self.requires_grad = False
+        # transformers asks whether it is there: no cache has one before it is filled.
+        vars(self).pop("batch_size", None)
         self._step: Step | None = None
 
     # ---- transformers' contract -----------------------------------------------------------------
@@ -178,12 +138,22 @@ class RotorLayer(CacheLayerMixin):
                 f"{self.layer}; {ADVICE}, and use a new cache."
             )
         self._check(key_states, value_states)
+        dtype = autocast_dtype(key_states.device)
+        if dtype is not None:
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         check_tokens("RotorCache", self.length + key_states.shape[2])
-        if self.stores is None:
+        if not self.length:
             self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled():
+            self.requires_grad |= key_states.requires_grad or value_states.requires_grad
         self.length += key_states.shape[2]
         self._step = Step(self, key_states, value_states)
-        return KVHandle(self._step, KEY), KVHandle(self._step, VALUE)
+        shapes = ((*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states))
+        key, value = (
+            KVHandle(self._step, role, self.layer, x, shape)
+            for role, x, shape in zip(ROLES, (key_states, value_states), shapes, strict=True)
+        )
+        return key, value
 
     def get_seq_length(self) -> int:
         """Positions so far, left padding included."""
@@ -224,15 +194,13 @@ class RotorLayer(CacheLayerMixin):
         """Keep these batch rows, in this order (beam search)."""
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these batch rows, in this order."""
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
+        """Keep these batch rows, in this order; whatever picks rows of a tensor."""
         if self.stores is None:
             return
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
+        rows = torch.arange(self.batch_size)[_on_host(indices)].tolist()
         for store in self.stores:
-            store.select(indices)
-        rows = indices.tolist()
+            store.select(torch.tensor(rows, dtype=torch.int64))
         self.padding = [self.padding[row] for row in rows]
         self.rows = [replace(self.rows[row]) for row in rows]
         self.batch_size = len(rows)
@@ -243,12 +211,37 @@ class RotorLayer(CacheLayerMixin):
         if self.stores is not None:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def offload(self) -> None:
+    def offload(self) -> NoReturn:
         """Refused: what is compressed stays where it is used."""
         raise ValueError(
             "[RotorCache] A compressed cache cannot be offloaded, but offloading was asked for; "
             "make the cache without it."
         )
+
+    # Nothing was offloaded that could come back.
+    prefetch = offload
+
+    @property
+    def keys(self) -> None:  # type: ignore[override]
+        """None while nothing is stored, as in other caches; then there is no such tensor.
+
+        Raises:
+            ValueError: If there are keys: they lie compressed.
+        """
+        return self._no_tensor("keys")
+
+    @property
+    def values(self) -> None:  # type: ignore[override]
+        """As :attr:`keys`."""
+        return self._no_tensor("values")
+
+    def _no_tensor(self, role: str) -> None:
+        if self.is_initialized:
+            raise ValueError(
+                f"[RotorCache] The {role} of layer {self.layer} lie compressed, but were asked for "
+                "as a tensor; nbytes tells their size, save_prompt_cache stores them, and the "
+                "model's attention reads them."
+            )
 
     # ---- beyond the contract --------------------------------------------------------------------
 
@@ -353,7 +346,8 @@ class RotorLayer(CacheLayerMixin):
                     f"[RotorCache] Keys and values must be on one device, but the keys are on "
                     f"{keys.device} and the values on {x.device}."
                 )
-        for store, x in zip(self.stores or (), (keys, values), strict=False):
+        stores = self.stores if self.stores and self.length else ()
+        for store, x in zip(stores, (keys, values), strict=False):
             batch, heads, _, head_dim = store.exact.shape
             if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
                 raise ValueError(
@@ -366,3 +360,7 @@ class RotorLayer(CacheLayerMixin):
                     f"[RotorCache] This cache is on {store.exact.device}, but {store.codec.role}s "
                     f"on {x.device} were appended; use a cache of its own."
                 )
+
+
+def _on_host(indices: Any) -> Any:
+    return indices.cpu() if isinstance(indices, Tensor) else indices

@@ -63,14 +63,23 @@ def attend(call: AttendCall) -> Tensor:
         call.lengths.tolist(),
         sink=call.sink,
         scale=call.scale,
-        mask=None if call.mask is None else call.mask.detach(),
-        sink_logits=None if call.sink_logits is None else call.sink_logits.detach(),
+        mask=_plain(call.mask),
+        sink_logits=_plain(call.sink_logits),
         causal=call.causal,
     )
     return output
 
 
 def _blocks(codec: Codec, packed: Packed | None, channel_scale: Tensor | None) -> Blocks:
-    words, scales, centres = packed or (None, None, None)
-    words = None if words is None else words.view(torch.uint32)
-    return Blocks(codec, words, scales, centres, channel_scale)
+    words, scales, centres = (_plain(part) for part in packed or (None, None, None))
+    if words is not None:
+        # The library reads the words of a block side by side.
+        rows, lanes = words.shape[-2:]
+        side_by_side = words.stride(-1) == 1 and (rows == 1 or words.stride(-2) == lanes)
+        words = (words if side_by_side else words.contiguous()).view(torch.uint32)
+    return Blocks(codec, words, scales, centres, _plain(channel_scale))
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    """A tensor that its memory can be read of; one that requires a gradient hides it."""
+    return None if x is None else x.detach()

@@ -68,7 +68,7 @@ def encode(
         Packed words (int32), scales and centres; docs/FORMAT.md gives each shape.
 
     Raises:
-        ValueError: If a shape, dtype, stride or device does not fit.
+        ValueError: If a shape, dtype, stride or device does not fit, or a gradient would be lost.
 
     Source: docs/FORMAT.md, section 5.
     """
@@ -103,7 +103,7 @@ def decode(
         ``[B, K, N * 64, D]``.
 
     Raises:
-        ValueError: If a shape, dtype, stride or device does not fit.
+        ValueError: If a shape, dtype, stride or device does not fit, or a gradient would be lost.
 
     Source: docs/FORMAT.md, section 6.
     """
@@ -151,7 +151,8 @@ def attend(
         ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees nothing.
 
     Raises:
-        ValueError: If a shape, dtype, stride, device, length or the mask does not fit.
+        ValueError: If a shape, dtype, stride, device, length or the mask does not fit, or a
+            gradient would be lost.
 
     Source: docs/FORMAT.md, section 7.
     """
@@ -190,10 +191,14 @@ def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> T
     Returns:
         float32 ``[K, D]``.
 
+    Raises:
+        ValueError: If a shape, dtype or stride does not fit, or a gradient would be lost.
+
     Source: docs/FORMAT.md, section 5.
     """
+    checks.require_no_gradient("prefill_scale", x=x)
+    checks.check_first_block(x, role)
     chosen = codec(config, x.shape[-1], layer=layer, role=role)
-    checks.check_rows(x, chosen)
     return torch_ops.prefill_scale(x, chosen)
 
 
@@ -215,6 +220,8 @@ def _encode_with(implementation: Encode) -> Callable[..., tuple[Tensor, Tensor, 
     def encode(
         x: Tensor, centres: Tensor | None, channel_scale: Tensor | None, *, role: str, **coding: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        checks.require_no_gradient("encode", x=x, centres=centres, channel_scale=channel_scale)
+        checks.require_vectors("encode", **{f"{role}s": x})
         chosen = _codec(x.shape[-1], role, **coding)
         checks.check_rows(x, chosen)
         checks.check_packed("encode", x, chosen, Packed(None, None, centres), channel_scale)
@@ -242,6 +249,9 @@ def _decode_with(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]
         dtype: torch.dtype,
         **coding: Any,
     ) -> Tensor:
+        checks.require_no_gradient(
+            "decode", scales=scales, centres=centres, channel_scale=channel_scale
+        )
         chosen = _codec(head_dim, role, **coding)
         checks.require_float("decode", "The decoded vectors", dtype)
         if role == KEY and centres is None:
@@ -282,6 +292,22 @@ def _attend_with(
         causal: bool,
         **coding: Any,
     ) -> Tensor:
+        checks.require_no_gradient(
+            "attend",
+            query=query,
+            exact_keys=key_exact,
+            key_scales=key_scales,
+            key_centres=key_centres,
+            key_channel_scale=key_channel_scale,
+            exact_values=value_exact,
+            value_scales=value_scales,
+            value_channel_scale=value_channel_scale,
+            mask=mask,
+            sink_logits=sink_logits,
+        )
+        checks.require_vectors(
+            "attend", query=query, exact_keys=key_exact, exact_values=value_exact
+        )
         key_codec = _codec(key_exact.shape[-1], KEY, bits=key_bits, **coding)
         value_codec = _codec(value_exact.shape[-1], VALUE, bits=value_bits, **coding)
         key_packed = _packed(key_words, key_scales, key_centres)

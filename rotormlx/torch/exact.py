@@ -1,0 +1,160 @@
+"""Attention over tensors under the name ``rotormlx``: layers that are left exact, and no cache.
+
+Where a gradient may be asked for, the function that the model would take without rotormlx does it,
+so training is as before. Inference keeps to torch's own attention and, for attention-sink logits,
+to the operator, neither of which holds all scores at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rotormlx.codec.format import KEY, VALUE, codec
+from rotormlx.config import RotorConfig
+from rotormlx.torch import ops
+from rotormlx.torch.store import lengths_on
+from rotormlx.torch.torch_ops import KVView
+
+_EAGER = "eager"
+# What would change the scores in a way that the operator does not know.
+_UNKNOWN = ("softcap", "position_bias")
+Eager = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class Name(str):
+    """The name of our attention for a model's configuration, which knows the one it replaces."""
+
+    former: str
+
+    def __new__(cls, name: str, former: str) -> Name:
+        """``name``, in place of ``former``."""
+        made = super().__new__(cls, name)
+        made.former = former
+        return made
+
+
+def attend_tensors(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``attention.attention_forward``, over tensors.
+
+    Raises:
+        ValueError: If attention-sink logits must be trained and the model's module has no
+            ``eager_attention_forward``.
+    """
+    logits = kwargs.get("s_aux")
+    tensors = (query, key, value, logits)
+    trains = module.training or (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    )
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    eager = _eager_of(module) if trains else None
+    if eager is not None and (logits is not None or _former(module) == _EAGER):
+        mask = _additive(module, query, key, mask, causal)
+        return eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
+    if logits is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout, scaling, is_causal, **kwargs
+        )
+    if trains:
+        raise ValueError(
+            f"[RotorCache] To train attention-sink logits, the Python module of "
+            f"{type(module).__name__} must have eager_attention_forward, but it has none; call "
+            "rotormlx.torch.remove(model) first."
+        )
+    check_options(module, dropout, kwargs)
+    output = _attend(query, key, value, mask, scale, causal, logits)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    logits: Tensor,
+) -> Tensor:
+    """Attention-sink logits; torch's own attention has none."""
+    config = RotorConfig()
+    keys, values = (
+        KVView(codec(config, x.shape[-1], layer=0, role=role), x.contiguous(), None, None)
+        for role, x in ((KEY, key), (VALUE, value))
+    )
+    lengths = lengths_on(key.device, ((0, key.shape[2]),) * len(key))
+    return ops.attend(
+        query if query.stride(-1) == 1 else query.contiguous(),
+        lengths,
+        keys,
+        values,
+        config,
+        layer=0,
+        scale=scale,
+        causal=mask is None and causal,
+        mask=mask,
+        sink_logits=logits,
+    ).to(value.dtype)
+
+
+def _former(module: torch.nn.Module) -> str | None:
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return getattr(name, "former", None)
+
+
+def _eager_of(module: torch.nn.Module) -> Eager | None:
+    """The function that transformers' module of a model takes where no other is named."""
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+def _additive(
+    module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor | None:
+    """A mask as eager attention wants it: what is hidden is the least number of the model's dtype.
+
+    No mask means causal, where the model's attention is; the last query then sees all keys.
+    """
+    length, tokens = query.shape[2], key.shape[2]
+    if mask is None and causal and length > 1:
+        ones = torch.ones(1, 1, length, tokens, dtype=torch.bool, device=query.device)
+        mask = ones.tril(tokens - length)
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
+    # That of the model's hidden states; under autocast queries have another.
+    dtype = next(floats, query.dtype)
+    return torch.where(
+        mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min
+    )
+
+
+def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuse what the operator cannot do."""
+    asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    asked += ["dropout"] if dropout else []
+    asked += ["output_attentions"] if kwargs.get("output_attentions") else []
+    if asked:
+        raise ValueError(
+            f"[RotorCache] Compressed attention knows no {' and no '.join(asked)}, but "
+            f"{type(module).__name__} asks for it; use the model without rotormlx."
+        )

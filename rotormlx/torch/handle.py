@@ -1,0 +1,119 @@
+"""What a compressed layer gives a model in place of its keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from rotormlx.torch.layer import Step
+
+ADVICE = (
+    "its attention must be rotormlx's and get keys and values untouched: call "
+    'model.set_attn_implementation("rotormlx") or rotormlx.torch.apply(model) first'
+)
+# What Python would answer, or refuse in words of its own, for an object that does not say.
+_OPERATIONS = (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+_REFUSED = (
+    *(f"__{side}{name}__" for side in ("", "r", "i") for name in _OPERATIONS),
+    *("__neg__", "__pos__", "__abs__", "__invert__"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__round__"),
+    *("__setitem__", "__delitem__", "__contains__", "__reversed__"),
+)
+
+
+class KVHandle:
+    """Stands for the keys or the values of a layer between ``update`` and the attention function.
+
+    It tells its shape, dtype and device, and refuses everything else that one does with a tensor.
+
+    Args:
+        step: The step that it belongs to; attention reads it.
+        role: ``"key"`` or ``"value"``.
+        layer: Index of the layer.
+        like: The new tokens, ``[B, K, L, D]``.
+        shape: With all tokens, ``[B, K, S, D]``.
+    """
+
+    ndim = 4
+
+    def __init__(
+        self, step: Step, role: str, layer: int, like: Tensor, shape: Sequence[int]
+    ) -> None:
+        self.step = step
+        self.role = role
+        self.layer = layer
+        self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
+        self.shape = torch.Size(shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Like a tensor's."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """Like a tensor's."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """Like a tensor's."""
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"KVHandle({self.role}s of layer {self.layer}, {tuple(self.shape)}, {self.dtype})"
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise what every other use raises."""
+        raise ValueError(
+            f"[RotorCache] The {self.role}s of layer {self.layer} are compressed, but "
+            f"the model uses {what} on them; {ADVICE}."
+        )
+
+    def __getitem__(self, index: object) -> NoReturn:
+        self.refuse("indexing")
+
+    def __iter__(self) -> Iterator[NoReturn]:
+        self.refuse("iteration")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        # Handles may lie in lists, as torch.cat takes them.
+        leaves = tree_leaves((args, kwargs))
+        handle = next(leaf for leaf in leaves if isinstance(leaf, cls))
+        handle.refuse(f"torch.{getattr(function, '__name__', function)}")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch's own attention would cast to here, or None outside of autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _refusing(name: str) -> Any:
+    def refused(self: KVHandle, *_: object) -> NoReturn:
+        self.refuse(name.strip("_"))
+
+    return refused
+
+
+for _name in _REFUSED:
+    setattr(KVHandle, _name, _refusing(_name))
+KVHandle.__hash__ = object.__hash__  # type: ignore[method-assign]
