@@ -89,3 +89,27 @@ def test_atheris_finds_nothing(tmp_path, figure):
         f"atheris: {int(runs):,} files in {ATHERIS_SECONDS} s, coverage {covered[0][0]} -> "
         f"{covered[-1][0]}, features {covered[0][1]} -> {covered[-1][1]}, no finding"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gigabytes", [0.5, 1.5])
+def test_atheris_finds_an_input_that_takes_too_much(tmp_path, gigabytes):
+    """However large the process is that starts the fuzzer: Linux hands its peak on."""
+    pytest.importorskip("atheris", reason="atheris is not installed: it has wheels for Linux only")
+    planted = f"""
+import sys, numpy as np
+from tests.storage import fuzz_loader
+load = fuzz_loader.fuzz_files.load
+def large(*args):
+    np.ones(int({gigabytes} * 2**30), np.uint8)
+    return load(*args)
+fuzz_loader.fuzz_files.load = large
+fuzz_loader.main()
+"""
+    (tmp_path / "planted.py").write_text(planted)
+    starter = bytearray(b"1") * (5 * 2**29)
+    done = python("planted", "-runs=3", CORPUS[0], cwd=tmp_path)
+    del starter
+    said = done.stdout + done.stderr
+    is_refused = "MemoryError: peak memory must grow by at most 1024 MiB" in said
+    assert is_refused == bool(done.returncode) == (gigabytes > 1), said[-3000:]
