@@ -338,11 +338,14 @@ def test_contract_has_every_member():
 
 
 def test_kv_bits_is_no_silent_no_op():
-    cache = filled(RotorConfig(), *tokens(200), 200)
-    same = [cache]
-    with pytest.warns(UserWarning, match="kv_bits=4 asks for mlx-lm's own .* leave kv_bits out"):
-        maybe_quantize_kv_cache(same, quantized_kv_start=0, kv_group_size=64, kv_bits=4)
-    assert same == [cache]
+    single = filled(RotorConfig(3, 2), *tokens(200), 200)
+    for cache in (single, RotorKVCache.merge([single]), RotorKVCache()):
+        same = [cache]
+        with pytest.warns(
+            UserWarning, match="kv_bits=4 asks for mlx-lm's own .* leave kv_bits out"
+        ):
+            maybe_quantize_kv_cache(same, quantized_kv_start=0, kv_group_size=64, kv_bits=4)
+        assert same == [cache]
 
 
 def test_contract_of_an_empty_cache():
