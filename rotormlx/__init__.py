@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rotormlx.measure.calibrate import calibrate
     from rotormlx.mlx.cache.batch import BatchRotorKVCache
     from rotormlx.mlx.cache.single import RotorKVCache
+    from rotormlx.mlx.cache.trim import trim_prompt_cache
     from rotormlx.mlx.calibration import Calibration
     from rotormlx.mlx.integration import apply, load, make_prompt_cache, remove
     from rotormlx.mlx.prompt_cache import load_prompt_cache, save_prompt_cache
@@ -40,6 +41,7 @@ _LAZY = {
     "make_prompt_cache": "rotormlx.mlx.integration",
     "remove": "rotormlx.mlx.integration",
     "save_prompt_cache": "rotormlx.mlx.prompt_cache",
+    "trim_prompt_cache": "rotormlx.mlx.cache.trim",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "make_prompt_cache",
     "remove",
     "save_prompt_cache",
+    "trim_prompt_cache",
 ]
 
 

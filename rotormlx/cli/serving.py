@@ -1,4 +1,4 @@
-"""What ``mlx_lm server`` says about its caches: in its log, and at ``/health``."""
+"""The prompt caches of ``mlx_lm server``: how they are used again, and what it says of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
 
 from rotormlx.cli.usage import Usage, measure
+from rotormlx.mlx.cache import trim
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.report import Report, megabytes
 
@@ -76,9 +78,40 @@ class PromptCacheUsage:
         }
 
 
+Found = tuple[list[Any] | None, list[int]]
+
+
+def made_usable(caches: list[Any] | None, tokens: list[int], rest: list[int]) -> Found:
+    """Trim what a server finds among its prompt caches until it is as good as new.
+
+    At least one token is left to be read, without which mlx-lm ends generation; and so are those
+    that are packed and would be exact in a prompt that comes alone.
+
+    Args:
+        caches: Copies of the caches of a prompt that begins alike, cut where it differs; or None.
+        tokens: Of the prompt; what stands for an image is negative.
+        rest: Those of them that are behind the caches.
+
+    Returns:
+        The caches, or None if they are of no use, and the tokens that are behind them now.
+    """
+    if caches is None:
+        return None, tokens
+    kept = len(tokens) - len(rest)
+    if not rest:
+        if kept < 2 or tokens[-1] < 0 or not mlx_lm_cache.can_trim_prompt_cache(caches):
+            return None, tokens
+        kept -= 1
+        mlx_lm_cache.trim_prompt_cache(caches, 1)
+    again = tokens[kept - trim.tokens_to_reread(caches) : kept]
+    if min(again, default=0) >= 0:  # an image is read in one piece
+        kept -= trim.trim_prompt_cache(caches, 0)
+    return caches, tokens[kept:]
+
+
 @contextmanager
 def measured(tool: ModuleType, reports: Callable[[], list[Report]]) -> Iterator[PromptCacheUsage]:
-    """Let a server log and report the sizes of its caches while this context runs.
+    """Let a server measure its prompt caches, and use them again as good as new, in this context.
 
     Args:
         tool: ``mlx_lm.server``.
@@ -88,6 +121,10 @@ def measured(tool: ModuleType, reports: Callable[[], list[Report]]) -> Iterator[
     log_stats = getattr(tool.ResponseGenerator, "_log_cache_stats", lambda generator: None)
 
     class MeasuredPromptCache(getattr(tool, "LRUPromptCache", object)):  # type: ignore[misc]
+        def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Found:
+            caches, rest = super().fetch_nearest_cache(model, tokens)
+            return made_usable(caches, tokens, rest)
+
         def insert_cache(self, *args: Any, **kwargs: Any) -> None:
             super().insert_cache(*args, **kwargs)
             self._measure()

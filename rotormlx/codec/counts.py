@@ -104,6 +104,18 @@ class Counts:
         self.tokens -= n
         return n
 
+    def tokens_to_reread(self, config: RotorConfig) -> int:
+        """How many of the last tokens to forget and read again after a trim.
+
+        Then none of them is packed that would be exact, had no others come.
+
+        Returns:
+            0 where none is, else ``window`` to ``window + 63``, or all behind the sink.
+        """
+        behind_sink = self.tokens - config.sink
+        never_trimmed = max(0, behind_sink - config.window) // BLOCK * BLOCK
+        return behind_sink - never_trimmed if self.packed > never_trimmed else 0
+
     def positions(self, config: RotorConfig) -> npt.NDArray[np.int32]:
         """The position of every token held, in the order in which attention reads them."""
         if not self.evicted:

@@ -75,22 +75,27 @@ def calibrate(
         progress: Told of every token read and, then, of every layer done, if given.
 
     Raises:
-        ValueError: If the transform is unknown, the text too short, or the model has layers that
-            cannot be told apart or predicts what is not finite.
+        ValueError: If the transform is unknown, the text or ``tokens`` too short, or the model has
+            layers that cannot be told apart or predicts what is not finite.
     """
     if transform not in TRANSFORMS:
         raise ValueError(
             f"[calibration] A transform must be one of {', '.join(TRANSFORMS)}, but {transform!r} "
             "was given."
         )
+    least = _SINK + 2 * BLOCK
+    if tokens < least:
+        raise ValueError(
+            f"[calibration] At least {least} tokens must be read, but {tokens} were asked for; "
+            "raise tokens, or leave it out."
+        )
     text = default_text() if text is None else text
     # A token of English is 4 or 5 characters; all of a long text would take long to encode.
     ids: list[int] = tokenizer.encode(text[-8 * tokens :])[-tokens:]
-    least = max(tokens, _SINK + 2 * BLOCK)
-    if len(ids) < least:
+    if len(ids) < tokens:
         raise ValueError(
-            f"[calibration] A text of at least {least} tokens is required, but {len(ids)} came; "
-            "give a longer one, or another --tokens."
+            f"[calibration] A text of at least {tokens} tokens is required, but {len(ids)} came; "
+            "give a longer one, or fewer tokens."
         )
     tell = progress or (lambda n: None)
     numbers: dict[str, NDArray[np.float32]] = {}

@@ -5,8 +5,9 @@ replacing the attribute of ``mlx_lm.models.base`` would reach none of them. The 
 the same everywhere: its ``__code__`` is exchanged for a call of :func:`attend`, which looks at the
 type of the keys. Keys that are arrays run the code that was there before. ``make_prompt_cache`` is
 bound by name likewise, and drops ``max_kv_size`` where a model makes its caches itself: the same is
-done to it; and to ``speculative_generate_step``, which forgets no rejected token once a cache has
-reached its limit, and says nothing.
+done to it; to ``speculative_generate_step``, which forgets no rejected token once a cache has
+reached its limit, and says nothing; and to ``maybe_quantize_kv_cache``, which raises in the middle
+of a prompt where a model has sliding windows besides.
 """
 
 from __future__ import annotations
@@ -94,6 +95,14 @@ def _speculate(  # type: ignore[no-untyped-def]
     return speculate(**options)
 
 
+def _quantize(  # type: ignore[no-untyped-def]
+    prompt_cache, quantized_kv_start, kv_group_size, kv_bits
+):
+    from rotormlx.mlx.hook import quantize  # noqa: PLC0415
+
+    quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+
 class Exchange(NamedTuple):
     """A function of mlx-lm whose code is exchanged."""
 
@@ -111,6 +120,7 @@ EXCHANGES = (
     Exchange(base, "scaled_dot_product_attention", _attention),
     Exchange(mlx_lm_cache, "make_prompt_cache", _make_caches),
     Exchange(generate, "speculative_generate_step", _speculate),
+    Exchange(generate, "maybe_quantize_kv_cache", _quantize),
 )
 # By name, a function with the code that mlx-lm came with; empty while nothing is changed.
 _original: dict[str, FunctionType] = {}
@@ -268,6 +278,17 @@ def make_caches(model: Any, max_kv_size: int | None) -> list[Any]:
     return made
 
 
+def quantize(caches: list[Any], start: int, group_size: int, bits: int | None) -> None:
+    """Do what ``kv_bits`` asks for: a warning, once there is a compressed cache among them."""
+    if bits is None:
+        return
+    for _, _, cache in leaves(caches):
+        if isinstance(cache, _CLASSES):
+            cache.to_quantized(group_size, bits)
+            return
+    _run("maybe_quantize_kv_cache", caches, start, group_size, bits)
+
+
 def speculate(**options: Any) -> Any:
     """Generate with a draft model, if every cache can forget tokens until the end.
 
@@ -337,7 +358,7 @@ def _check_signature(exchange: Exchange) -> None:
         and not code.co_freevars
     )
     if not same:
-        wanted = f"{exchange.name}({', '.join(parameters[:-1])}, {parameters[-1]}=None)"
+        wanted = f"{exchange.name}({', '.join(parameters)})"
         raise RuntimeError(_incompatible(wanted, mlx_lm.__version__))
 
 

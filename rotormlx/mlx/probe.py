@@ -112,7 +112,9 @@ def _refusal(model_type: str, reason: str) -> ValueError:
 
 
 def brief(error: Exception) -> str:
-    """Kind and first sentence of an error."""
+    """Kind and first sentence of an error; of a view's refusal what came."""
+    if str(error).startswith("[KVView]"):
+        return str(error).partition("but ")[2].partition(";")[0]
     # Only the first sentence: a wrong argument to mx makes it list all signatures.
     first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first}"

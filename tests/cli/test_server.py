@@ -51,6 +51,31 @@ def test_many_clients_get_the_text_of_a_run_alone(server: int) -> None:
     assert result.completed + result.cancelled + result.refused == 40
 
 
+def test_a_shared_beginning_is_read_again_where_its_window_was_packed(server: int) -> None:
+    shared = "A prompt that two clients share. " * 10  # 330 tokens
+    first = server_load.stream(server, shared + "And a long end of the first one. " * 6, 4)
+    assert not first["usage"]["prompt_tokens_details"]["cached_tokens"]
+    second = server_load.stream(server, shared + "Another end.", 4)
+    # 4 of the sink and the blocks before the window of 64.
+    kept = 4 + (331 - 4 - 64) // 64 * 64
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == kept
+
+
+def test_a_prompt_that_is_an_earlier_one_and_its_answer_is_answered(server, models) -> None:
+    vocabulary = json.loads((models / "llama" / "tokenizer.json").read_text())["model"]["vocab"]
+    body = {"max_tokens": 3, "logit_bias": {str(vocabulary["a"]): 100}}
+
+    def answer(prompt: str) -> tuple[int, str]:
+        connection = HTTPConnection("127.0.0.1", server, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body | {"prompt": prompt}))
+        response = connection.getresponse()
+        said = json.loads(response.read())
+        return response.status, said["choices"][0]["text"] if "choices" in said else said
+
+    assert answer("Whatever comes:") == (200, "aaa")
+    assert answer("Whatever comes:aaa") == (200, "aaa")
+
+
 def test_health_tells_sizes_and_memory_comes_back(server: int, models: Path) -> None:
     server_load.load(server, requests=6, clients=3, seed=2)
     status, health = get(server, "/health")

@@ -50,6 +50,22 @@ def test_counts_follow_the_rules_of_a_plain_list(limit):
     assert seen_evicted > 100 if limit else seen_begun > 30  # the cases that are easily wrong came
 
 
+def test_read_again_a_trimmed_sequence_counts_as_if_no_more_had_come():
+    rng = np.random.default_rng(1)
+    again = []
+    for length in rng.integers(1, 500, 300):
+        counts = fill(Counts(), int(length))
+        for _ in range(rng.integers(1, 4)):
+            counts.trim(int(rng.integers(0, 200)), CONFIG)
+        never = numbers(fill(Counts(), counts.tokens))
+        again.append(counts.tokens_to_reread(CONFIG))
+        counts.trim(again[-1], CONFIG)
+        assert numbers(fill(counts, again[-1])) == never
+    # No more than the window and a begun block; and both cases came often.
+    assert max(again) < CONFIG.window + BLOCK
+    assert 50 < again.count(0) < 250
+
+
 def test_a_call_packs_no_further_than_the_last_slot():
     counts = Counts(tokens=CONFIG.sink + CONFIG.window + 10 * BLOCK)
     assert counts.packable(CONFIG) == 10 * BLOCK

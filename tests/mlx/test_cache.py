@@ -15,6 +15,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.trim import trim_prompt_cache
 
 B, K, H, D, DV = 1, 2, 6, 64, 80
 TOKENS = 1000
@@ -164,6 +165,18 @@ def test_trim_then_append_again_is_as_if_nothing_happened(config, n):
         cache.update_and_fetch(keys[:, :, part], values[:, :, part])
     assert_same(cache, never)
     assert np.array_equal(attend(cache), attend(never))
+
+
+@pytest.mark.parametrize("kept", [2, 60, 130, 301, 640, 900, TOKENS - 3])
+def test_trimmed_with_its_window_and_read_again_is_as_if_no_more_had_come(config, kept):
+    keys, values = tokens()
+    never, cache = (filled(config, keys[:, :, :n], values[:, :, :n], 500) for n in (kept, TOKENS))
+    count = trim_prompt_cache([cache], TOKENS - kept)
+    assert cache.offset == TOKENS - count
+    assert 0 <= kept - cache.offset <= max(config.window + BLOCK - 1, 0)
+    part = slice(cache.offset, kept)
+    cache.update_and_fetch(keys[:, :, part], values[:, :, part])
+    assert_same(cache, never)
 
 
 def test_trim_in_the_tail_is_as_if_never_appended(config):
@@ -338,11 +351,14 @@ def test_contract_has_every_member():
 
 
 def test_kv_bits_is_no_silent_no_op():
-    cache = filled(RotorConfig(), *tokens(200), 200)
-    same = [cache]
-    with pytest.warns(UserWarning, match="kv_bits=4 asks for mlx-lm's own .* leave kv_bits out"):
-        maybe_quantize_kv_cache(same, quantized_kv_start=0, kv_group_size=64, kv_bits=4)
-    assert same == [cache]
+    single = filled(RotorConfig(3, 2), *tokens(200), 200)
+    for cache in (single, RotorKVCache.merge([single]), RotorKVCache()):
+        same = [cache]
+        with pytest.warns(
+            UserWarning, match="kv_bits=4 asks for mlx-lm's own .* leave kv_bits out"
+        ):
+            maybe_quantize_kv_cache(same, quantized_kv_start=0, kv_group_size=64, kv_bits=4)
+        assert same == [cache]
 
 
 def test_contract_of_an_empty_cache():

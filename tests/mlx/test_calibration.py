@@ -345,9 +345,9 @@ def test_shapes_of_another_model_are_refused(llama, made, tmp_path, changes):
     [
         ({"transform": "pca"}, "one of scale, rotors, klt, but 'pca'"),
         ({"text": "too short"}, "at least 196 tokens is required, but 9 came"),
-        ({"tokens": 40, "text": TEXT[:40]}, "at least 132 tokens is required, but 40 came"),
+        *(({"tokens": n}, f"At least 132 tokens must be read, but {n} were") for n in (131, 0, -3)),
     ],
-    ids=["transform", "text", "tokens"],
+    ids=["transform", "text", "few tokens", "no tokens", "negative tokens"],
 )
 def test_bad_arguments_are_refused(llama, arguments, says):
     with pytest.raises(ValueError, match=r"^\[calibration\] ") as error:

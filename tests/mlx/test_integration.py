@@ -31,6 +31,7 @@ from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
+from rotormlx.mlx.probe import compress
 from rotormlx.storage import cache_file, tensor_file
 from tests.support import models as tiny
 
@@ -50,7 +51,7 @@ COMPRESSED = {
 
 # Model type -> a part of the reason.
 REFUSED = {
-    "deepseek_v3": "untouched, but AttributeError: 'KVView' object has no attribute 'swapaxes'",
+    "deepseek_v3": "untouched, but the model asks them for swapaxes",
     "gemma2": "untouched, but TypeError: expand_dims(): incompatible function arguments; use",
     "mamba2": "must have at least one KVCache, but all it has is ArraysCache",
 }
@@ -798,6 +799,73 @@ def test_max_kv_size_of_an_uncompressed_model_is_mlx_lms() -> None:
     model = tiny.build("qwen2")  # has no make_cache of its own
     assert classes(make_prompt_cache(model, 64)) == ["RotatingKVCache"] * 2
     assert classes(make_prompt_cache(other, 400)) == ["RotorKVCache"] * 2
+
+
+@pytest.mark.parametrize("start", [0, 5000])
+@pytest.mark.parametrize("model_type", COMPRESSED)
+def test_kv_bits_is_a_warning_whatever_else_a_model_has(model_type: str, start: int) -> None:
+    """mlx-lm cannot quantize a sliding window, and says so in the middle of the prompt."""
+    model = tiny.build(model_type)
+    integration.apply(model, RotorConfig(8, 8))
+    prompt = tiny.tokens(150)[0]
+    want = greedy(model, prompt, 5)
+    caches = make_prompt_cache(model)
+    with pytest.warns(UserWarning, match="kv_bits=8 asks for mlx-lm's own"):
+        got = greedy(model, prompt, 5, prompt_cache=caches, kv_bits=8, quantized_kv_start=start)
+    assert (got, classes(caches)) == (want, COMPRESSED[model_type])
+
+
+def test_kv_bits_of_an_uncompressed_model_is_mlx_lms() -> None:
+    other = tiny.build("qwen2", seed=1)
+    integration.apply(other)
+    model = tiny.build("llama")
+    caches = make_prompt_cache(model)
+    greedy(model, tiny.tokens(20)[0], 2, prompt_cache=caches, kv_bits=8, quantized_kv_start=0)
+    assert classes(caches) == ["QuantizedKVCache"] * 2
+
+
+# ---- caches that meet a model that is not compressed --------------------------------------------
+
+
+def by_hand(model: nn.Module) -> list:
+    return compress(make_prompt_cache(model), lambda layer: RotorKVCache(layer=layer))
+
+
+@pytest.mark.parametrize("make", [by_hand, integration.make_prompt_cache])
+@pytest.mark.parametrize("model_type", sorted(COMPRESSED))
+def test_without_a_compressed_model_a_cache_is_refused(model_type: str, make) -> None:
+    model = tiny.build(model_type)
+    caches = make(model)
+    batch = [c.merge([c]) if hasattr(c, "merge") else c for c in make(model)]
+    integration.remove(model)
+    for held in (caches, batch):
+        with pytest.raises(
+            ValueError, match=r"RotorKVCache\] .*; call rotormlx.apply\(model\) fir"
+        ):
+            model(tiny.tokens(70), cache=held)
+    # A model that is compressed has taught mlx-lm; that is all that was missing.
+    other = tiny.build("llama", seed=1)
+    integration.apply(other)
+    assert model(tiny.tokens(70), cache=make(model)).shape == (1, 70, tiny.VOCABULARY)
+
+
+def test_a_model_that_takes_views_apart_is_told_what_to_do() -> None:
+    """Though the attention can read them: another model is compressed."""
+    other = tiny.build("llama")
+    integration.apply(other)
+    model = tiny.build("deepseek_v3")
+    with pytest.raises(AttributeError, match=r"asks them for swapaxes; call rotormlx.apply\(model"):
+        model(tiny.tokens(3), cache=by_hand(model))
+
+
+def test_a_view_is_no_array() -> None:
+    x = mx.ones((1, 2, 3, 64))
+    keys, _ = RotorKVCache().update_and_fetch(x, x)
+    for use in (lambda: keys[0], lambda: keys @ x, lambda: keys + x, lambda: -keys):
+        with pytest.raises(TypeError, match=r"call rotormlx.apply\(model\) first"):
+            use()
+    assert not hasattr(keys, "transpose")
+    assert copy.copy(keys).exact is keys.exact
 
 
 # ---- speculative decoding -----------------------------------------------------------------------

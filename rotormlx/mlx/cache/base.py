@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Generic, TypeVar
+import warnings
+from typing import ClassVar, Generic, Self, TypeVar
 
 import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import _BaseCache
 
 from rotormlx.codec.counts import max_blocks
@@ -73,6 +75,37 @@ class StoredCache(_BaseCache, Generic[S]):
     def values(self) -> mx.array | None:
         """An empty array that stands for the values, as :attr:`keys` does."""
         return None if self._values is None else self._values.exact[:, :, :0]
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
+        """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
+        config = self.config
+        warnings.warn(
+            f"kv_bits={bits} asks for mlx-lm's own cache quantization, but this cache is already "
+            f"compressed by rotormlx, to {config.key_bits} bits for keys and {config.value_bits} "
+            "for values; leave kv_bits out, or call rotormlx.remove(model) first.",
+            stacklevel=2,
+        )
+        return self
+
+    @property
+    def bits(self) -> int:
+        """What mlx-lm's own attention asks a cache for, before it reads keys and values.
+
+        Raises:
+            ValueError: While mlx-lm's attention cannot read compressed caches.
+            AttributeError: Else: there is no such thing.
+        """
+        self._check_readable()
+        raise AttributeError(f"{type(self).__name__} has no bits")
+
+    def _check_readable(self) -> None:
+        """Refuse to serve a model while mlx-lm's attention cannot read compressed caches."""
+        # Where rotormlx/mlx/hook.py puts the class while it is installed.
+        if not hasattr(mlx_lm_cache, "RotorKVCache"):
+            raise ValueError(
+                f"[{type(self).__name__}] A model must be compressed before its attention can read "
+                "compressed caches, but none is now; call rotormlx.apply(model) first."
+            )
 
     @property
     def _stores(self) -> list[S]:

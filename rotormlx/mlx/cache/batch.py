@@ -140,7 +140,12 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens; the tokens of a row count from its first."""
+        """The attention mask for N new tokens; the tokens of a row count from its first.
+
+        Raises:
+            ValueError: If no model is compressed, so that the attention could not read this cache.
+        """
+        self._check_readable()
         if window_size is None and not return_array:
             return create_attention_mask(N, 0, return_array, window_size)
         singles = [self._mask_of(row, N, window_size) for row in self.rows]

@@ -8,7 +8,6 @@ packed bytes do not depend on how a prompt was cut into chunks.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -109,7 +108,12 @@ class RotorKVCache(StoredCache[Store]):
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens, as mlx-lm's growing cache makes it."""
+        """The attention mask for N new tokens, as mlx-lm's growing cache makes it.
+
+        Raises:
+            ValueError: If no model is compressed, so that the attention could not read this cache.
+        """
+        self._check_readable()
         return attention_mask(self.counts, self.config, N, window_size, return_array)
 
     def size(self) -> int:
@@ -137,16 +141,6 @@ class RotorKVCache(StoredCache[Store]):
             for store in self._filled():
                 store.forget_packed()
         return n
-
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> RotorKVCache:
-        """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
-        warnings.warn(
-            f"kv_bits={bits} asks for mlx-lm's own cache quantization, but this cache is already "
-            f"compressed by rotormlx, at {self.bits_per_value:g} bits a value; leave kv_bits out, "
-            "or call rotormlx.remove(model) first.",
-            stacklevel=2,
-        )
-        return self
 
     @property
     def state(self) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -71,6 +72,10 @@ class KVView:
         """Of the exact tokens."""
         return self.exact.dtype
 
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse what else an array has: a model may take keys and values apart itself."""
+        raise AttributeError(_refusal(name))
+
     def row(self, index: int) -> KVView:
         """One batch row by itself."""
         packed_tokens, tokens = self.lengths[index]
@@ -83,3 +88,23 @@ class KVView:
             channel_scale = channel_scale[index]
         exact = self.exact[part]
         return KVView(self.codec, exact, packed, channel_scale, self.sink, packed_tokens, tokens)
+
+
+def _refusal(name: str) -> str:
+    return (
+        "[KVView] Keys and values of a compressed cache must go to mlx-lm's attention as they are, "
+        f"but the model asks them for {name}; call rotormlx.apply(model) first, which says whether "
+        "it can be compressed."
+    )
+
+
+def _refusing(name: str) -> Any:
+    def method(self: KVView, *args: Any) -> NoReturn:
+        raise TypeError(_refusal(name))
+
+    return method
+
+
+# Python looks these up on the class.
+for _name in ("getitem", "matmul", "add", "sub", "mul", "truediv", "neg"):
+    setattr(KVView, f"__{_name}__", _refusing(f"__{_name}__"))
