@@ -38,6 +38,10 @@ class Name(str):
         made.former = former
         return made
 
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        # Configurations are copied and pickled.
+        return str(self), self.former
+
 
 def attend_tensors(
     module: torch.nn.Module,

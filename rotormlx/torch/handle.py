@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-
-if TYPE_CHECKING:
-    from rotormlx.torch.layer import Step
 
 ADVICE = (
     "its attention must be rotormlx's and get keys and values untouched: call "
@@ -46,7 +43,7 @@ class KVHandle:
     ndim = 4
 
     def __init__(
-        self, step: Step, role: str, layer: int, like: Tensor, shape: Sequence[int]
+        self, step: Any, role: str, layer: int, like: Tensor, shape: Sequence[int]
     ) -> None:
         self.step = step
         self.role = role
