@@ -267,6 +267,17 @@ def test_every_axis_of_every_tensor_is_checked(name, kind):
             check(run, {**tensors, argument: changed(x, kind, axis)})
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["B", "K"])
+def test_blocks_of_other_rows_or_heads_than_the_exact_tokens_are_refused(axis):
+    """All of them, so that they fit one another."""
+    tensors, run = attend_call("causal", True)
+    for name, x in tensors.items():
+        if name.endswith(("words", "scales", "centres")):
+            tensors[name] = x.narrow(axis, 0, 1)
+    with pytest.raises(ValueError, match=r"key words must have shape \(2, 3, 2, "):
+        run(**tensors)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_right_call_is_right(name):
     make, *facts = CALLS[name]
