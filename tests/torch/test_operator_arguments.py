@@ -234,19 +234,48 @@ def assert_alike(result, expected):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_changed_tensor_is_refused_or_right(name, data):
     make, *facts = CALLS[name]
     tensors, run = make(*facts)
     argument = data.draw(st.sampled_from([k for k, x in tensors.items() if x is not None]))
     change = data.draw(CHANGES.filter(lambda change: change[0] != "none" or argument in OPTIONAL))
-    tensors[argument] = changed(tensors[argument], *change)
+    check(run, {**tensors, argument: changed(tensors[argument], *change)})
+
+
+def check(run, tensors):
     result = answer(run, tensors)
     if isinstance(result, str):
         assert ONE_SENTENCE.fullmatch(result)
     else:
         assert_alike(result, in_torch_operations(run, tensors))
+
+
+SHAPES = ("shorter", "empty", "longer", "first of", "first again", "expanded", "with step")
+
+
+@pytest.mark.parametrize(
+    "name", ["encode_call-key", "decode_call-key", "attend_call-boolean-packed"]
+)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_axis_of_every_tensor_is_checked(name, kind):
+    make, *facts = CALLS[name]
+    tensors, run = make(*facts)
+    for argument, x in tensors.items():
+        for axis in range(0 if x is None else x.ndim):
+            check(run, {**tensors, argument: changed(x, kind, axis)})
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["B", "K"])
+def test_blocks_of_other_rows_or_heads_than_the_exact_tokens_are_refused(axis):
+    """All of them, so that they fit one another."""
+    tensors, run = attend_call("causal", True)
+    for name, x in tensors.items():
+        if name.endswith(("words", "scales", "centres")):
+            tensors[name] = x.narrow(axis, 0, 1)
+    with pytest.raises(ValueError, match=r"key words must have shape \(2, 3, 2, "):
+        run(**tensors)
 
 
 @pytest.mark.parametrize("name", CALLS)
