@@ -53,6 +53,8 @@ def test_many_clients_get_the_text_of_a_run_alone(server: int) -> None:
 
 def test_health_tells_sizes_and_memory_comes_back(server: int, models: Path) -> None:
     server_load.load(server, requests=6, clients=3, seed=2)
+    # A variable of mlx-lm's loop keeps the cache of the last prompt: make that a small one.
+    server_load.stream(server, "?", 1)
     status, health = get(server, "/health")
     assert (status, health["status"]) == (200, "ok")
     time.sleep(1)  # the last batch goes after its last answer
@@ -71,13 +73,12 @@ def test_health_tells_sizes_and_memory_comes_back(server: int, models: Path) -> 
     least = 512 * (exact * 4 + sizes["packed_tokens"] * 8.375 / 8)
     most = 512 * (exact * 4 + (blocks + 64 * 10) * 8.375 / 8)
     assert least <= sizes["cache_bytes"] <= most
-    # Weights and prompt caches are all that is left, and the last logits and small arrays, about
-    # one prompt cache together; and the cache of one prompt, which a variable of mlx-lm's loop
-    # keeps until the next. A single other one of 46 requests, left behind, would be more than that.
+    # Weights and prompt caches are all that is left, and the last logits and small arrays: the
+    # cache of a single one of 46 requests, left behind, would be more than that.
     assert sizes["cache_bytes"] <= sizes["allocated_bytes"]
     weights = (models / "llama" / "model.safetensors").stat().st_size
     rest = sizes["memory_bytes"] - sizes["allocated_bytes"] - weights
-    assert abs(rest) < 2.5 * sizes["allocated_bytes"] / sizes["prompt_caches"]
+    assert abs(rest) < sizes["allocated_bytes"] / sizes["prompt_caches"]
 
 
 def test_a_shared_beginning_is_read_again_where_its_window_was_packed(server: int) -> None:
