@@ -202,9 +202,7 @@ def _blocks(packed: Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor
     if packed is None:
         return None, None, None
     words, scales, centres = packed
-    rows, lanes = words.shape[-2:]
-    side_by_side = words.stride(-2) == lanes or rows == 1
-    words = _aligned(words) if side_by_side else words.contiguous()
+    words = _aligned(torch_ops.side_by_side(words))
     return words, _aligned(scales), None if centres is None else _aligned(centres)
 
 

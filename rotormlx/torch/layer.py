@@ -198,9 +198,10 @@ class RotorLayer(CacheLayerMixin):
         """Keep these batch rows, in this order; whatever picks rows of a tensor."""
         if self.stores is None:
             return
-        rows = torch.arange(self.batch_size)[_on_host(indices)].tolist()
+        picked = torch.arange(self.batch_size)[_on_host(indices)]
         for store in self.stores:
-            store.select(torch.tensor(rows, dtype=torch.int64))
+            store.select(picked)
+        rows = picked.tolist()
         self.padding = [self.padding[row] for row in rows]
         self.rows = [replace(self.rows[row]) for row in rows]
         self.batch_size = len(rows)

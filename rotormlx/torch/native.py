@@ -73,10 +73,7 @@ def attend(call: AttendCall) -> Tensor:
 def _blocks(codec: Codec, packed: Packed | None, channel_scale: Tensor | None) -> Blocks:
     words, scales, centres = (_plain(part) for part in packed or (None, None, None))
     if words is not None:
-        # The library reads the words of a block side by side.
-        rows, lanes = words.shape[-2:]
-        side_by_side = words.stride(-1) == 1 and (rows == 1 or words.stride(-2) == lanes)
-        words = (words if side_by_side else words.contiguous()).view(torch.uint32)
+        words = torch_ops.side_by_side(words).view(torch.uint32)
     return Blocks(codec, words, scales, centres, _plain(channel_scale))
 
 

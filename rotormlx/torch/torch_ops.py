@@ -500,6 +500,13 @@ def mask_at(call: AttendCall, position: Tensor) -> Tensor | None:
     return mask.reshape(len(mask), call.kv_heads, call.repeats * length, -1)
 
 
+def side_by_side(words: Tensor) -> Tensor:
+    """Words with those of a block one behind the other, as native code reads them."""
+    rows, lanes = words.shape[-2:]
+    lie_so = words.stride(-1) == 1 and (rows == 1 or words.stride(-2) == lanes)
+    return words if lie_so else words.contiguous()
+
+
 # ---- constants, made once a device --------------------------------------------------------------
 
 

@@ -100,9 +100,11 @@ MASKS = {
     "one": torch.tensor(True),
 }
 CALLS = {
-    **{f"{make.__name__}-{role}": (make, role) for role in ROLES for make in (encode_call,)},
-    **{f"{make.__name__}-{role}": (make, role) for role in ROLES for make in (decode_call,)},
-    **{f"{make.__name__}-{role}": (make, role) for role in ROLES for make in (prefill_scale_call,)},
+    **{
+        f"{make.__name__}-{role}": (make, role)
+        for make in (encode_call, decode_call, prefill_scale_call)
+        for role in ROLES
+    },
     **{
         f"attend_call-{mask}-{'packed' if packed else 'exact'}": (attend_call, mask, packed)
         for mask in MASKS
