@@ -479,6 +479,7 @@ def test_chat_keeps_a_compressed_cache_over_turns(monkeypatch, directory: Path) 
     assert "peak memory" in result.stderr
 
 
+@pytest.mark.slow
 def test_cache_prompt_and_generate_in_other_processes(tmp_path, llama: str) -> None:
     """What one process saved another continues; weights of another model are refused."""
     path = str(tmp_path / "c.safetensors")

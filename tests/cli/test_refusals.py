@@ -331,6 +331,7 @@ def test_ctrl_c_in_the_other_commands_is_one_line(command, llama: str, monkeypat
     assert not Path("c.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_process_of_its_own(chat_model: str) -> None:
     options = ["--model", chat_model, "--prompt", "hi", "--max-tokens", "100000"]
     process = subprocess.Popen(

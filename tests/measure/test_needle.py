@@ -312,6 +312,7 @@ def test_pairs_are_of_the_same_needles() -> None:
 # ---- a run --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_models.save(tmp_path / "model", "llama")
     argv = ["needle", path, "--schemes", "k2v2", "--lengths", "400,600", "--trials", "5"]

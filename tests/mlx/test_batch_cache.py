@@ -568,6 +568,7 @@ MERGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MERGED)
 def test_single_caches_can_be_merged_however_they_came(name):
     made = MERGED[name].format(pickled=pickle.dumps([RotorKVCache(), RotorKVCache()]).hex())

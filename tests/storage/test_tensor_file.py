@@ -416,6 +416,7 @@ def python(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path, figure):
     """Of a process that saves without end: the old file or a new one, and its checksum is right."""
     interrupted, seen = map(int, python(KILLER, tmp_path / "a.safetensors").stdout.split())

@@ -1,9 +1,5 @@
-"""The CUDA build without a GPU: its key, its command, and what is said when it cannot be.
+"""The CUDA build without a GPU: its key, its command, and what is said when it cannot be."""
 
-The binding is compiled with the C++ compiler around launchers that write down what they were given.
-"""
-
-import ctypes
 import os
 import shutil
 import signal
@@ -12,35 +8,21 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from rotormlx.codec.format import BLOCK, Packed, codec
+from rotormlx.codec.format import BLOCK, codec
 from rotormlx.config import RotorConfig
-from rotormlx.kernels.cuda_plan import Device, Shape, attend_plan
-from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, cuda, torch_ops
 from rotormlx.torch.__main__ import app
 from rotormlx.torch.build import Configuration
-from rotormlx.torch.torch_ops import AttendCall, KVView
-from tests.support.cuda_calls import (
-    AttendArguments,
-    AttendPlan,
-    DecodeArguments,
-    EncodeArguments,
-)
 
 CHOSEN = Configuration("cascade", 64, 80, 4, 3, "sm_90a")
 CONFIG = RotorConfig(4, 3)
-B, K, H, L, N, LAYER = 2, 3, 6, 5, 4, 1
-DEVICE = Device(108, 163 * 1024)
 
 
 # ---- the key and the command --------------------------------------------------------------------
@@ -147,6 +129,7 @@ def test_nvcc_compiles_the_launchers(monkeypatch, tmp_path, source, output):
     assert " T rotormlx_decode\n" in names
 
 
+@pytest.mark.slow
 def test_a_killed_build_keeps_none_waiting(tmp_path):
     """Killed while the compiler runs, it leaves torch's lock behind; the next one compiles anew."""
     compiler = tmp_path / "c++"
@@ -243,7 +226,7 @@ def test_without_a_compiler_cuda_tensors_take_torch_operations(monkeypatch):
     """And that is said once."""
     cuda._can_compile.cache_clear()
     monkeypatch.setattr(build, "missing", lambda: "nvcc is not there")
-    chosen = codec(CONFIG, 64, layer=LAYER, role="key")
+    chosen = codec(CONFIG, 64, layer=1, role="key")
     x = torch.randn(1, 2, BLOCK, 64)
     with pytest.warns(UserWarning, match="uses torch operations, which are slower: nvcc is not"):
         packed = cuda.encode(x, chosen)
@@ -253,281 +236,3 @@ def test_without_a_compiler_cuda_tensors_take_torch_operations(monkeypatch):
     cuda._can_compile.cache_clear()
     assert torch.equal(packed.words, torch_ops.encode(x, chosen).words)
     assert torch.equal(decoded, torch_ops.decode(packed, chosen, dtype=torch.float32))
-
-
-# ---- the binding --------------------------------------------------------------------------------
-
-# Launchers that keep a copy of what they were given; attend needs 1000 bytes of workspace.
-STUB = """
-#include <cstring>
-#include "launch.h"
-extern "C" {
-rotormlx_encode_arguments last_encode;
-rotormlx_decode_arguments last_decode;
-rotormlx_attend_arguments last_attend;
-rotormlx_attend_plan last_plan;
-void* last_stream;
-int answer;
-int rotormlx_encode(const rotormlx_encode_arguments* a, void* s) {
-  last_encode = *a;
-  last_stream = s;
-  return answer;
-}
-int rotormlx_decode(const rotormlx_decode_arguments* a, void* s) {
-  last_decode = *a;
-  last_stream = s;
-  return answer;
-}
-size_t rotormlx_attend_workspace(const rotormlx_attend_arguments*, const rotormlx_attend_plan*) {
-  return 1000;
-}
-int rotormlx_attend(const rotormlx_attend_arguments* a, const rotormlx_attend_plan* p, void* s) {
-  last_attend = *a;
-  last_plan = *p;
-  last_stream = s;
-  std::memset(a->workspace, 1, 1000);
-  return answer;
-}
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """binding.cpp around the stub, loaded; ctypes reads what it kept."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    folder = tmp_path_factory.mktemp("binding")
-    (folder / "stub.cpp").write_text(STUB)
-    kernels = build.folder("cuda_kernels")
-    command = [compiler, "-shared", "-fPIC", "-std=c++20", "-O0", "-w"]
-    command += [flag for flag in CHOSEN.cpp_flags() if flag.startswith("-D")]
-    command += [f"-I{path}" for path in (kernels, *build.cpp_extension.include_paths())]
-    command += [str(kernels / "binding.cpp"), str(folder / "stub.cpp"), "-o", str(folder / "b.so")]
-    command += [f"-L{path}" for path in build.cpp_extension.library_paths()]
-    command += ["-lc10", "-ltorch_cpu", "-ltorch"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    torch.ops.load_library(str(folder / "b.so"))
-    return ctypes.CDLL(str(folder / "b.so"))
-
-
-@pytest.fixture
-def kernels(library, monkeypatch):
-    """The CUDA operators on tensors of the host, with the stub for kernels."""
-    monkeypatch.setattr(build, "missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(build, "build", lambda configuration: None)
-    monkeypatch.setattr(cuda, "_loaded", {})
-    monkeypatch.setattr(cuda, "_on", lambda device: nullcontext())
-    monkeypatch.setattr(cuda, "_stream", lambda device: 77)
-    monkeypatch.setattr(cuda, "_device", lambda device: DEVICE)
-    cuda._can_compile.cache_clear()
-    # As in a model, where attention comes first: encode and decode then take the same library.
-    pair = (
-        codec(CONFIG, 64, layer=LAYER, role="key"),
-        codec(CONFIG, 80, layer=LAYER, role="value"),
-    )
-    cuda._operators(*pair, torch.device("cpu"))
-    assert list(cuda._loaded) == [CHOSEN]
-    yield library
-    assert list(cuda._loaded) == [CHOSEN]
-    cuda._can_compile.cache_clear()
-
-
-def kept(library, name, kind):
-    assert ctypes.c_void_p.in_dll(library, "last_stream").value == 77
-    return kind.in_dll(library, f"last_{name}")
-
-
-def strided(shape, dtype=torch.float32, seed=0):
-    """Numbers with room behind the third axis, as a cache's buffers have it."""
-    generator = torch.Generator().manual_seed(seed)
-    whole = torch.randn((*shape[:2], shape[2] + 2, *shape[3:]), generator=generator)
-    return whole.to(dtype)[:, :, : shape[2]]
-
-
-def is_array(pointer, steps, x):
-    return pointer == x.data_ptr() and list(steps) == list(x.stride()[: len(steps)])
-
-
-def numbers_at(pointer, shape):
-    """The float32 numbers that a pointer points to."""
-    count = int(np.prod(shape))
-    array = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * count)).contents
-    return np.array(array, np.float32).reshape(shape)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("role", ["key", "value"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_encode_fills_its_structure(kernels, role, dtype):
-    chosen = codec(CONFIG, 64 if role == "key" else 80, layer=LAYER, role=role)
-    x = strided((B, K, N * BLOCK, chosen.head_dim), dtype)
-    scale = torch.rand(K, chosen.head_dim)
-    packed = cuda.encode(x, chosen, channel_scale=scale)
-    a = kept(kernels, "encode", EncodeArguments)
-    assert (a.role, a.dtype) == (
-        role == "value",
-        [torch.float16, torch.bfloat16, torch.float32].index(dtype),
-    )
-    assert (a.batch, a.kv_heads, a.blocks, a.given_centres) == (B, K, N, 0)
-    assert is_array(a.x, a.x_strides, x)
-    table = coefficients(chosen.rotation)
-    assert np.array_equal(numbers_at(a.coefficients, table.shape), table)
-    assert a.channel_scale == scale.data_ptr()
-    assert packed.words.shape == (B, K, N, *chosen.words_shape)
-    assert is_array(a.packed.words, a.packed.words_strides, packed.words)
-    assert is_array(a.packed.scales, a.packed.scales_strides, packed.scales)
-    if role == "value":
-        assert packed.centres is a.packed.centres is None
-        return
-    assert is_array(a.packed.centres, a.packed.centres_strides, packed.centres)
-    centres = torch.rand(B, K, N, 64).half()
-    cuda.encode(x, chosen, centres=centres)
-    a = kept(kernels, "encode", EncodeArguments)
-    assert (a.given_centres, a.channel_scale) == (1, None)
-    assert is_array(a.packed.centres, a.packed.centres_strides, centres)
-
-
-def packed_like(chosen):
-    words = strided((B, K, N, *chosen.words_shape)).int()
-    scales = strided((B, K, N, BLOCK), torch.float16)
-    centres = strided((B, K, N, chosen.head_dim), torch.float16) if chosen.role == "key" else None
-    return Packed(words, scales, centres)
-
-
-def test_decode_fills_its_structure(kernels):
-    chosen = codec(CONFIG, 80, layer=LAYER, role="value")
-    packed = packed_like(chosen)
-    out = cuda.decode(packed, chosen, dtype=torch.bfloat16)
-    a = kept(kernels, "decode", DecodeArguments)
-    assert (a.role, a.dtype, a.batch, a.kv_heads, a.blocks) == (1, 1, B, K, N)
-    assert is_array(a.packed.words, a.packed.words_strides, packed.words)
-    assert is_array(a.packed.scales, a.packed.scales_strides, packed.scales)
-    assert (a.packed.centres, a.channel_scale) == (None, None)
-    assert np.array_equal(
-        numbers_at(a.coefficients, (8,)), coefficients(chosen.rotation, back=True)[:8]
-    )
-    assert out.shape == (B, K, N * BLOCK, 80)
-    assert out.dtype == torch.bfloat16
-    assert a.out == out.data_ptr()
-
-
-def attend_inputs(dtype=torch.bfloat16):
-    keys, values = (
-        KVView(c, strided((B, K, 70, c.head_dim), dtype), packed_like(c), torch.rand(K, c.head_dim))
-        for c in (codec(CONFIG, d, layer=LAYER, role=r) for r, d in (("key", 64), ("value", 80)))
-    )
-    query = strided((B, L, H, 64), dtype).transpose(1, 2)
-    return query, torch.ones(B, 2, dtype=torch.int32), keys, values
-
-
-FACTS = {"sink": 4, "scale": 0.125, "causal": True, "mask": None, "sink_logits": None}
-
-
-def test_attend_fills_its_structure(kernels):
-    query, lengths, keys, values = attend_inputs()
-    logits = torch.rand(H)
-    out = cuda.attend(AttendCall(query, lengths, keys, values, **{**FACTS, "sink_logits": logits}))
-    a = kept(kernels, "attend", AttendArguments)
-    assert (a.dtype, a.batch, a.heads, a.kv_heads, a.length, a.sink) == (1, B, H, K, L, 4)
-    # Capacities: what counts is in the lengths, on the device.
-    assert (a.packed_tokens, a.exact_tokens) == (N * BLOCK, 70)
-    assert (a.lengths, a.scale, a.sink_logits) == (lengths.data_ptr(), 0.125, logits.data_ptr())
-    assert is_array(a.q, a.q_strides, query)
-    for source, packed, exact, steps in (
-        (keys, a.keys, a.exact_keys, a.exact_keys_strides),
-        (values, a.values, a.exact_values, a.exact_values_strides),
-    ):
-        assert is_array(packed.words, packed.words_strides, source.packed.words)
-        assert is_array(packed.scales, packed.scales_strides, source.packed.scales)
-        assert is_array(exact, steps, source.exact)
-    assert is_array(a.keys.centres, a.keys.centres_strides, keys.packed.centres)
-    assert a.values.centres is None
-    assert a.key_channel_scale == keys.channel_scale.data_ptr()
-    assert a.value_channel_scale == values.channel_scale.data_ptr()
-    # A query, a row, times the first is C^-T q; a rotated row times the second is turned back.
-    for pointer, matrix in (
-        (a.key_matrix, np.linalg.inv(keys.codec.rotation.matrix)),
-        (a.value_matrix, np.linalg.inv(values.codec.rotation.matrix).T),
-    ):
-        # float32 of numbers up to 1.
-        assert np.allclose(numbers_at(pointer, matrix.shape), matrix, rtol=0, atol=1e-6)
-    assert (a.mask_kind, a.mask) == (1, None)
-    assert (out.shape, out.dtype) == ((B, H, L, 80), torch.bfloat16)
-    assert a.out == out.data_ptr()
-    # The plan of what the buffers hold, for this device.
-    shape = Shape(B, H, K, L, 64, 80, *(4, 3), 70, N * BLOCK, is_float32=False)
-    plan = AttendPlan.in_dll(kernels, "last_plan")
-    numbers = tuple(getattr(plan, name) for name, _ in plan._fields_)
-    assert numbers == attend_plan(shape, DEVICE).numbers
-
-
-def test_a_plan_is_for_the_device_of_the_tensors(monkeypatch):
-    facts = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    assert cuda._device.__wrapped__(torch.device("cuda:1")) == (132, 227 * 1024)
-    del facts.shared_memory_per_block_optin
-    assert cuda._device.__wrapped__(torch.device("cuda:1")) == (132, 48 * 1024)
-
-
-def test_attend_passes_masks_as_they_lie(kernels):
-    query, lengths, keys, values = attend_inputs()
-    tokens = 300
-    for mask, kind, steps in (
-        (None, 0, [0, 0, 0, 0]),
-        (torch.ones(B, 1, L, tokens).bool(), 2, [L * tokens, 0, tokens, 1]),
-        (torch.ones(tokens).half(), 3, [0, 0, 0, 1]),
-        (torch.ones(1, H, L, 1), 3, [0, L, 1, 0]),
-    ):
-        cuda.attend(
-            AttendCall(query, lengths, keys, values, **{**FACTS, "causal": False, "mask": mask})
-        )
-        a = kept(kernels, "attend", AttendArguments)
-        assert (a.mask_kind, list(a.mask_strides)) == (kind, steps)
-        # One column is for all tokens that the buffers can hold.
-        if mask is not None:
-            assert a.mask_columns == (tokens if steps[3] else N * BLOCK + 70)
-        assert (a.mask is None) == (mask is None)
-
-
-def test_attend_without_packed_blocks(kernels):
-    query, lengths, keys, values = attend_inputs()
-    keys, values = (x._replace(packed=None, channel_scale=None) for x in (keys, values))
-    cuda.attend(AttendCall(query, lengths, keys, values, **FACTS))
-    a = kept(kernels, "attend", AttendArguments)
-    assert (a.packed_tokens, a.exact_tokens) == (0, 70)
-    assert a.keys.words is a.values.words is a.keys.centres is a.key_channel_scale is None
-
-
-def test_tensors_that_the_kernels_cannot_load_are_copied(kernels):
-    """Rows that do not begin at multiples of 16 bytes, words that do not lie side by side."""
-    query, lengths, keys, values = attend_inputs()
-    moved = torch.nn.functional.pad(query, (1, 0))[..., 1:]
-    words = torch.nn.functional.pad(keys.packed.words, (0, 4))[..., :-4]
-    keys = keys._replace(packed=keys.packed._replace(words=words))
-    cuda.attend(AttendCall(moved, lengths, keys, values, **FACTS))
-    a = kept(kernels, "attend", AttendArguments)
-    assert a.q != moved.data_ptr()
-    assert list(a.q_strides) == [H * L * 64, L * 64, 64]
-    assert a.keys.words != words.data_ptr()
-    rows, lanes = words.shape[-2:]
-    assert a.keys.words_strides[2] == rows * lanes
-
-
-def test_an_error_of_cuda_is_raised(kernels):
-    answer = ctypes.c_int.in_dll(kernels, "answer")
-    answer.value = 719
-    try:
-        with pytest.raises(RuntimeError, match=r"\[attend\] The CUDA kernel must .* error 719"):
-            cuda.attend(AttendCall(*attend_inputs(), **FACTS))
-    finally:
-        answer.value = 0
-
-
-def test_large_head_dims_take_torch_operations(kernels):
-    chosen = codec(CONFIG, 320, layer=LAYER, role="value")
-    x = torch.randn(1, 1, BLOCK, 320)
-    assert torch.equal(cuda.encode(x, chosen).words, torch_ops.encode(x, chosen).words)
