@@ -153,32 +153,28 @@ void quantize(const Blocks& blocks, float* w, float* spare, uint32_t* codes, uin
 
   for (int64_t i = 0; i < size; i += LANES) store(spare + i, load(w + i) * load(w + i));
   fold(spare, dim);
-  float square_sum[BLOCK], factor[BLOCK];
+  float norm[BLOCK], factor[BLOCK];
   const float root = (float)__builtin_sqrt((double)dim);
   for (int64_t t = 0; t < BLOCK; ++t) {
-    square_sum[t] = spare[t];
-    factor[t] = root / __builtin_sqrtf(square_sum[t]);
+    norm[t] = __builtin_sqrtf(spare[t]);
+    factor[t] = root / norm[t];
   }
 
   for (int64_t g = 0; g < GROUPS; ++g) {
     const Floats to_unit_variance = load(factor + g * LANES);
     for (int64_t i = g * LANES; i < size; i += BLOCK) {
-      const Floats row = load(w + i);
-      const Words code = nearest_codes<BITS>(row * to_unit_variance, boundaries);
+      const Words code = nearest_codes<BITS>(load(w + i) * to_unit_variance, boundaries);
       const Floats level = level_of<BITS>(levels, code);
       store(codes + i, code);
-      store(spare + i, level * row);
-      store(w + i, level * level);
+      store(spare + i, level * level);
     }
   }
   fold(spare, dim);
-  fold(w, dim);
   uint32_t counts[BLOCK];  // all bits where the codes of a token count
   bool all_count = true;
   for (int64_t t = 0; t < BLOCK; ++t) {
-    uint16_t scale = half_of_float(spare[t] / w[t]);
-    // A square sum beyond float32 is that of a row whose scale is beyond float16.
-    if (!is_finite(square_sum[t]) || (scale & 0x7c00u) == 0x7c00u) scale = 0x7e00u;
+    uint16_t scale = half_of_float(norm[t] / __builtin_sqrtf(spare[t]));
+    if ((scale & 0x7c00u) == 0x7c00u) scale = 0x7e00u;
     scales[t] = scale;
     counts[t] = (scale & 0x7fffu) == 0u || scale == 0x7e00u ? 0u : ~0u;
     all_count &= counts[t] != 0u;

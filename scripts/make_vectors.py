@@ -170,15 +170,15 @@ def _too_close(x: np.ndarray, codecs: list[Codec], scale: np.ndarray | None) -> 
             np.abs(z - limits[right]), np.abs(z - limits[np.maximum(right, 1) - 1])
         )
         bad |= (nearest < BOUNDARY_MARGIN).any(-1) | (
-            _tie_distance(packed, rotated, chosen) < TIE_MARGIN
+            _tie_distance(packed, norm, chosen) < TIE_MARGIN
         )
     return bad
 
 
-def _tie_distance(packed: Packed, rotated: np.ndarray, chosen: Codec) -> np.ndarray:
+def _tie_distance(packed: Packed, norm: np.ndarray, chosen: Codec) -> np.ndarray:
     """How far each scale was from being rounded the other way, in units of the last place."""
     level = codebook.levels(chosen.bits).astype(np.float64)[reference.unpack(packed.words, chosen)]
-    scale = (level * rotated).sum(-1) / (level * level).sum(-1)
+    scale = norm[..., 0] / np.sqrt((level * level).sum(-1))
     error = np.abs(scale - packed.scales.astype(np.float64))
     return 0.5 - error / np.spacing(packed.scales).astype(np.float64)
 

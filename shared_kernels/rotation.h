@@ -263,17 +263,16 @@ DEVICE_FN uint nearest_code(float z, Table boundaries) {
   return z < 0.0f ? index | (1u << (BITS - 1)) : index;
 }
 
-// What is stored for the least-squares scale <l, w> / <l, l> of a row w with levels l: a NaN where the row is not
-// finite or the scale too large for float16. A square sum beyond float32 is such a row: its scale is above 1e17.
-DEVICE_FN half stored_scale(float square_sum, float level_row, float level_level) {
-  const float scale = level_row / level_level;
-  const bool fits = is_finite(square_sum) && fabs(scale) < 65520.0f;
-  return fits ? half(scale) : half_of_bits(0x7e00);
+// What is stored for the scale |w| / |l| of a row w with levels l: a NaN where the row is not finite or the scale too
+// large for float16.
+DEVICE_FN half stored_scale(float norm, float level_level) {
+  const float scale = norm / sqrt(level_level);
+  return is_finite(scale) && scale < 65520.0f ? half(scale) : half_of_bits(0x7e00);
 }
 
 // Whether the codes of a row count: all are stored as 0 where its scale is zero or a NaN.
 DEVICE_FN bool has_codes(half scale) {
-  return fabs(float(scale)) > 0.0f;
+  return float(scale) > 0.0f;
 }
 
 // Rounds a row to levels: code[p] of each channel of this lane, zero where the channel does not exist or codes do not
@@ -286,20 +285,18 @@ DEVICE_FN half encode_row(
   for (uint p = 0; p < Channels::CHANNELS; ++p) square_sum = fma(row[p], row[p], square_sum);
   square_sum = lane_sum<LANES>(square_sum);
 
-  const float to_unit_variance = sqrt(float(D)) / sqrt(square_sum);
-  float level_row = 0.0f;
+  const float norm = sqrt(square_sum);
+  const float to_unit_variance = sqrt(float(D)) / norm;
   float level_level = 0.0f;
   for (uint p = 0; p < Channels::CHANNELS; ++p) {
     code[p] = 0;
     if (Channels::exists(Channels::channel(lane, p))) {
       code[p] = nearest_code<BITS>(row[p] * to_unit_variance, boundaries);
       const float level = level_of_code<BITS>(code[p]);
-      level_row = fma(level, row[p], level_row);
       level_level = fma(level, level, level_level);
     }
   }
-  const half scale =
-      stored_scale(square_sum, lane_sum<LANES>(level_row), lane_sum<LANES>(level_level));
+  const half scale = stored_scale(norm, lane_sum<LANES>(level_level));
   if (!has_codes(scale)) {
     for (uint p = 0; p < Channels::CHANNELS; ++p) code[p] = 0;
   }

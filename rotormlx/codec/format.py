@@ -1,4 +1,4 @@
-"""The packed format, version 1: what stands where.
+"""The packed format, version 2: what stands where.
 
 A block is 64 tokens. A uint32 word packs along the axis that attention sums over, and neighbouring
 words walk the other axis, so that neighbouring lanes read neighbouring words and no sum crosses
@@ -29,7 +29,7 @@ import numpy.typing as npt
 from rotormlx.codec.rotation import KEY, ROLES, VALUE, Rotation, rotation
 from rotormlx.config import RotorConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK = 64
 WORD_BITS = 32
 LARGEST_FLOAT16 = 65504.0

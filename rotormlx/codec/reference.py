@@ -46,7 +46,7 @@ def encode(
     codes = nearest(np.where(np.isfinite(z), z, 0), codec.bits)
     level = codebook.levels(codec.bits).astype(np.float64)[codes]
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = ((level * rotated).sum(-1) / (level * level).sum(-1)).astype(np.float16)
+        scales = (norm[..., 0] / np.sqrt((level * level).sum(-1))).astype(np.float16)
     scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
     codes = np.where((np.isnan(scales) | (scales == 0))[..., None], 0, codes)
     return Packed(pack(codes, codec), scales, mu)

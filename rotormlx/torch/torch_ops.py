@@ -228,9 +228,8 @@ def encode_blocks(
     index = torch.bucketize(z.abs(), limits, right=True, out_int32=True)
     codes = index | ((z < 0).int() << (codec.bits - 1))
     level = level_table(codec.bits, x.device)[codes]
-    scales = (sum_in_order(level * rotated, -1) / sum_in_order(level * level, -1)).half()
-    # A norm beyond float32 is that of a row whose scale is beyond float16.
-    scales = torch.where(torch.isfinite(scales) & torch.isfinite(norm), scales, math.nan)
+    scales = (norm / square_root(sum_in_order(level * level, -1))).half()
+    scales = torch.where(torch.isfinite(scales), scales, math.nan)
     codes = torch.where(torch.isnan(scales) | (scales == 0), 0, codes)
     return Packed(pack(codes, codec), scales[..., 0], centres)
 

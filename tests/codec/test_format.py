@@ -317,7 +317,7 @@ def encode(x, C, bits, mu=0.0, c=1.0):
     z = np.sqrt(D) * w / n  # a row of zeros becomes NaN, which step 6 replaces
     codes = nearest_level(z, bits)
     l = levels(codes, bits)  # noqa: E741
-    scales = (np.sum(l * w, axis=1) / np.sum(l * l, axis=1)).astype(np.float16)
+    scales = (n[:, 0] / np.sqrt(np.sum(l * l, axis=1))).astype(np.float16)
     scales[~np.isfinite(scales)] = np.nan
     codes[np.isnan(scales) | (scales == 0)] = 0
     return codes, scales

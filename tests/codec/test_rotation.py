@@ -144,9 +144,11 @@ def distortion(x, name, bits, *, seed=0):
 def sphere_distortion(d, bits):
     """Distortion of the code on the unit sphere, from the density of one coordinate.
 
-    With z the coordinate times sqrt d, c its level, a = E[cz], b = E[cc]: 1 - a²/b is left when
-    every vector has the same least-squares scale a/b; its own scale takes away the variance of
-    c (z - c a/b) over d b besides.
+    With z the coordinate times sqrt d, c its level, a = E[cz], b = E[cc]: 1 - a²/b is the squared
+    distance of the vector from the nearest multiple of its code where that is the same multiple,
+    a/b, for every vector; its own takes away the variance of c (z - c a/b) over d b besides. So
+    much is the squared sine of the angle between both, and a code as long as the vector is off by
+    2 - 2 cos.
     """
     z = np.linspace(-np.sqrt(d), np.sqrt(d), 1_000_001)
     density = np.maximum(1 - z * z / d, 0) ** ((d - 3) / 2)
@@ -155,7 +157,8 @@ def sphere_distortion(d, bits):
     a, b = (density * level * z).sum(), (density * level**2).sum()
     residual = level * (z - level * a / b)
     variance = (density * residual**2).sum() - (density * residual).sum() ** 2
-    return 1 - a * a / b - variance / (d * b)
+    squared_sine = 1 - a * a / b - variance / (d * b)
+    return 2 - 2 * np.sqrt(1 - squared_sine)
 
 
 @pytest.mark.slow

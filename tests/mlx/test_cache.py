@@ -560,7 +560,7 @@ def test_update_refuses_integers_and_impossible_head_dims():
 
 
 STATE_FAULTS = {
-    "version": (0, FORMAT_VERSION + 1, "reads format version 1, but the saved cache has version 2"),
+    "version": (0, FORMAT_VERSION + 1, "reads format version 2, but the saved cache has version 3"),
     "config": (1, '{"key_bits": 4}', "exactly the fields"),
     "config-json": (1, "{", "must be JSON"),
     "config-bits": (1, RotorConfig().to_json().replace("4", "5"), "must be one of 2, 3, 4, 8"),

@@ -1,22 +1,26 @@
 """How far compressed rows, and attention over them, may be off; and rows of every kind.
 
 A row y (centred, divided by the channel scale) is coded as ``s l``: w = C y with n = ||w||,
-z = sqrt(D) w / n, l the levels nearest to z, s the least-squares scale. ``s l`` is no farther from
-w than ``(n / sqrt(D)) l`` is, so
+z = sqrt(D) w / n, l the levels nearest to z, s = n / ||l|| the scale. ``s l`` is as long as w, so
+with a the angle between l and w
 
-    ||w - s l|| <= E = (n / sqrt(D)) ||z - l||
+    ||w - s l|| = 2 n sin(a / 2).
+
+No level has another sign than its coordinate, so a is at most a right angle, and
+n sin(a), the distance of w from the line of l, is at most its distance from ``(n / sqrt(D)) l``:
+
+    n sin(a) <= E = (n / sqrt(D)) ||z - l||,
 
 where ||z - l|| needs only z and the codebook. Rounding s to float16 adds ``t l`` with
-|t| <= max(2^-11 s, 2^-25), at right angles to w - s l; ||s l|| <= n, and no level exceeds the
-largest, M. C is orthogonal, so the decoded row, divided by the channel scale again, is no farther
-from y than
+|t| <= max(2^-11 s, 2^-25); ||s l|| = n, and no level exceeds the largest, M. C is orthogonal, so
+the decoded row, divided by the channel scale again, is no farther from y than
 
-    sqrt(E^2 + max(2^-11 n, 2^-25 M sqrt(D))^2).
+    2 n sin(a / 2) + max(2^-11 n, 2^-25 M sqrt(D)).
 
-For no row is it worse than E <= n min(1, sqrt(h^2 + max(0, 1 - M / sqrt(D))^2)), h the largest
+For no row is E more than n e, e = min(1, sqrt(h^2 + max(0, 1 - M / sqrt(D))^2)), h the largest
 distance of a number within [-M, M] from its level: beyond M the excess is |z| - M, its square is
 convex in z^2 and 0 at 0, so its sum over channels with sum z^2 = D is largest where one channel has
-all of it; and s = 0 is a choice.
+all of it. So for no row is the first term more than n sqrt(2 - 2 sqrt(1 - e^2)), sqrt(2) n at most.
 
 Attention: if every score is off by at most d, the softmax moves by at most tanh(d / 2) in total
 variation (a group of weight a whose scores rise by d while the others fall by d moves by
@@ -71,9 +75,10 @@ def largest_distance(bits: int) -> tuple[float, float]:
 
 
 def worst_row_error(bits: int, head_dim: int) -> float:
-    """The largest E of any row with n = 1."""
+    """The largest error of any row with n = 1, before its scale is rounded."""
     h, most = largest_distance(bits)
-    return min(1.0, np.hypot(h, max(0.0, 1 - most / np.sqrt(head_dim))))
+    sine = min(1.0, np.hypot(h, max(0.0, 1 - most / np.sqrt(head_dim))))
+    return float(np.sqrt(2 - 2 * np.sqrt(1 - sine**2)))
 
 
 def rotated(x: Any, codec: Codec, centres: Any, channel_scale: Any) -> np.ndarray:
@@ -103,9 +108,11 @@ def row_error(w: np.ndarray, bits: int) -> np.ndarray:
     dim = w.shape[-1]
     z, n = unit_variance(w)
     level = codebook.levels(bits).astype(np.float64)[reference.nearest(z, bits)]
-    error = n[..., 0] / np.sqrt(dim) * np.linalg.norm(z - level, axis=-1)
+    size = np.linalg.norm(level, axis=-1, keepdims=True)
+    error = n[..., 0] * np.linalg.norm(z / np.sqrt(dim) - level / size, axis=-1)
+    error = np.where(n[..., 0] > 0, error, 0)
     rounding = np.maximum(2.0**-11 * n[..., 0], 2.0**-25 * largest_distance(bits)[1] * np.sqrt(dim))
-    return np.hypot(error, rounding)
+    return error + rounding
 
 
 def attention_error(values: np.ndarray, score_error: float, value_error: float) -> float:
@@ -156,7 +163,7 @@ def check_encoded(
     used = np.where(counts[..., None], codes, reference.nearest(z, codec.bits))
     level = codebook.levels(codec.bits).astype(np.float64)[used]
     square = (level * level).sum(-1)
-    scale = (level * w).sum(-1) / square
+    scale = n[..., 0] / np.sqrt(square)
     doubt = FLOAT32_DOUBT * n[..., 0] / np.sqrt(square)
     low, high = _float16(scale - doubt), _float16(scale + doubt)
     broken = ~finite[..., 0]

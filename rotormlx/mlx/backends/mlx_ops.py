@@ -361,13 +361,10 @@ def encode_blocks(
     negative = (z < 0).astype(mx.uint32)
     codes = index | (negative << (codec.bits - 1))
     level = levels_of_codes(codes, codec.bits)
-    scales = sum_in_order(level * rotated, -1) / sum_in_order(level * level, -1)
-    scales = scales.astype(mx.float16)
-    # A norm beyond float32 is that of a row whose scale is beyond float16.
-    counts = mx.isfinite(scales) & mx.isfinite(norm)
+    scales = (norm / mx.sqrt(sum_in_order(level * level, -1))).astype(mx.float16)
     # The NaN of the format; MLX's own is another, a signalling one.
     nan = mx.array(0x7E00, mx.uint16).view(mx.float16)
-    scales = mx.where(counts, scales, nan)
+    scales = mx.where(mx.isfinite(scales), scales, nan)
     codes = mx.where(mx.isnan(scales) | (scales == 0), mx.array(0, mx.uint32), codes)
     return Packed(pack(codes, codec), scales[..., 0], centres)
 
