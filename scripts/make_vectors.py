@@ -18,14 +18,15 @@ import numpy as np
 import typer
 from safetensors.numpy import save_file
 
-from rotormlx.codec import codebook, reference
+from rotormlx.codec import codebook, reference, trellis
 from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, Codec, Packed, codec
 from rotormlx.config import RotorConfig
 
 DIRECTORY = Path(__file__).parent.parent / "tests" / "vectors"
 
 GRID = 32
-# Smallest distance of a coordinate z from a boundary; float32 errors are a tenth of it.
+# Smallest distance of a coordinate z from a boundary, and of the sums of two paths; float32 errors
+# are a tenth of it.
 BOUNDARY_MARGIN = 1e-5
 # Smallest distance of a scale from a tie, in units of its last place; float32 errors are 4e-4.
 TIE_MARGIN = 0.01
@@ -163,21 +164,32 @@ def _too_close(x: np.ndarray, codecs: list[Codec], scale: np.ndarray | None) -> 
         if scale is not None:
             y = y / scale[None, :, None, None, :]
         rotated, norm = reference.rotate(y, chosen)
-        z = np.abs(rotated) * np.sqrt(chosen.head_dim) / norm
-        limits = np.concatenate([[0], codebook.boundaries(chosen.bits).astype(np.float64)])
-        right = np.clip(np.searchsorted(limits, z), 0, len(limits) - 1)
-        nearest = np.minimum(
-            np.abs(z - limits[right]), np.abs(z - limits[np.maximum(right, 1) - 1])
-        )
-        bad |= (nearest < BOUNDARY_MARGIN).any(-1) | (
-            _tie_distance(packed, norm, chosen) < TIE_MARGIN
-        )
+        z = rotated * np.sqrt(chosen.head_dim) / norm
+        margin = _path_margin if chosen.has_trellis else _boundary_distance
+        bad |= (margin(z, chosen) < BOUNDARY_MARGIN).any(-1)
+        bad |= _tie_distance(packed, norm, chosen) < TIE_MARGIN
     return bad
+
+
+def _boundary_distance(z: np.ndarray, chosen: Codec) -> np.ndarray:
+    """How far each number is from the next boundary."""
+    size = np.abs(z)
+    limits = np.concatenate([[0], codebook.boundaries(chosen.bits).astype(np.float64)])
+    right = np.clip(np.searchsorted(limits, size), 0, len(limits) - 1)
+    return np.minimum(np.abs(size - limits[right]), np.abs(size - limits[np.maximum(right, 1) - 1]))
+
+
+def _path_margin(z: np.ndarray, chosen: Codec) -> np.ndarray:
+    """How much the cheapest path that another choice at each number would lead to costs more."""
+    if chosen.role == KEY:
+        z = np.swapaxes(z, -1, -2)
+    _, margins = trellis.encode_with_margins(z, chosen.bits)
+    return np.swapaxes(margins, -1, -2) if chosen.role == KEY else margins
 
 
 def _tie_distance(packed: Packed, norm: np.ndarray, chosen: Codec) -> np.ndarray:
     """How far each scale was from being rounded the other way, in units of the last place."""
-    level = codebook.levels(chosen.bits).astype(np.float64)[reference.unpack(packed.words, chosen)]
+    level = reference.levels(reference.unpack(packed.words, chosen), chosen)
     scale = norm[..., 0] / np.sqrt((level * level).sum(-1))
     error = np.abs(scale - packed.scales.astype(np.float64))
     return 0.5 - error / np.spacing(packed.scales).astype(np.float64)

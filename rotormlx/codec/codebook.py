@@ -172,6 +172,22 @@ def magnitudes(bits: int) -> npt.NDArray[np.float32]:
     return np.array(_MAGNITUDES[bits], np.uint32).view(np.float32)
 
 
+# Of the trellis codes, in 64ths: trained on N(0, 1), and exact in float16.
+_TRELLIS_64THS = {
+    2: (12, 39, 69, 119),
+    3: (7, 19, 34, 48, 65, 86, 114, 158),
+}
+
+
+def trellis_levels(bits: int) -> npt.NDArray[np.float32]:
+    """The levels of a trellis code, float32 ``[2**(bits + 1)]``.
+
+    The upper half is the lower, negated; the lower ascends.
+    """
+    m = np.array(_TRELLIS_64THS[bits], np.float32) / 64
+    return np.concatenate([m, -m])
+
+
 def boundaries(bits: int) -> npt.NDArray[np.float32]:
     """Where the nearest magnitude changes, float32 ``[2**(bits - 1) - 1]``, ascending.
 

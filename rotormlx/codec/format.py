@@ -10,8 +10,9 @@ lanes:
     centres       [D]          float16, keys only: the mean of the block
 
 A code of 2, 4 or 8 bits is one field of a word, lowest bits first. A code of 3 bits is split over
-two planes, each laid out like that: first the magnitudes (2 bits), then the signs (1 bit). A plane
-that does not fill its last word ends in zeros.
+two planes: first its two low bits, laid out like that, then its high bits, 32 to a word in an order
+of their own. A plane that does not fill its last word ends in zeros. Codes of 2 and 3 bits are
+trellis codes (:mod:`rotormlx.codec.trellis`).
 
 Source: docs/FORMAT.md, which is normative.
 """
@@ -32,6 +33,8 @@ from rotormlx.config import RotorConfig
 FORMAT_VERSION = 2
 BLOCK = 64
 WORD_BITS = 32
+# Code widths that are trellis codes.
+TRELLIS_BITS = (2, 3)
 LARGEST_FLOAT16 = 65504.0
 
 
@@ -45,6 +48,17 @@ class Plane(NamedTuple):
     def a_word(self) -> int:
         """Fields in one word."""
         return WORD_BITS // self.bits
+
+    def bit_of(self, field: int) -> int:
+        """The lowest bit of a field in its word.
+
+        The fields of the plane of single bits belong to two words of the plane before it. Four
+        neighbouring bits are those of codes 2 j and 2 j + 1 of the first, then of the second.
+        """
+        if self.bits > 1:
+            return field * self.bits
+        word, code = divmod(field, 16)
+        return code // 2 * 4 + word * 2 + code % 2
 
 
 PLANES = {
@@ -99,6 +113,11 @@ class Codec:
         return self.rotation.head_dim
 
     @property
+    def has_trellis(self) -> bool:
+        """Whether codes are those of a trellis, along the packed axis."""
+        return self.bits in TRELLIS_BITS
+
+    @property
     def planes(self) -> tuple[Plane, ...]:
         """How a code is split over words."""
         return PLANES[self.bits]
@@ -140,8 +159,10 @@ class Codec:
             return np.where(lanes, np.uint32(0xFFFFFFFF), np.uint32(0))[None, :]
         masks = []
         for plane, rows in zip(self.planes, self.plane_rows, strict=True):
-            fields = np.clip(tokens - np.arange(rows) * plane.a_word, 0, plane.a_word)
-            masks += [(1 << (int(n) * plane.bits)) - 1 for n in fields]
+            ones = 2**plane.bits - 1
+            for row in range(rows):
+                count = min(max(tokens - row * plane.a_word, 0), plane.a_word)
+                masks.append(sum(ones << plane.bit_of(field) for field in range(count)))
         return np.array(masks, np.uint32)[:, None]
 
 
@@ -163,6 +184,7 @@ __all__ = [
     "LARGEST_FLOAT16",
     "PLANES",
     "ROLES",
+    "TRELLIS_BITS",
     "VALUE",
     "WORD_BITS",
     "Codec",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rotormlx.codec import codebook
-from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec import codebook, trellis
+from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, VALUE, Codec, Packed
 from rotormlx.codec.random_stream import Floats
 
 
@@ -23,6 +23,8 @@ def encode(
     *,
     channel_scale: npt.ArrayLike | None = None,
     centres: npt.ArrayLike | None = None,
+    start: int = 0,
+    state: npt.ArrayLike = 0,
 ) -> Packed:
     """Compress whole blocks.
 
@@ -31,6 +33,8 @@ def encode(
         codec: Role, bits and rotation.
         channel_scale: Positive, ``[K, D]``; None for 1.
         centres: Centres of the blocks, float16 ``[B, K, N, D]``; None for the means. Keys only.
+        start: Tokens before it are coded already; what comes out for them does not count.
+        state: Of a trellis code of values, what those leave ``[B, K, N, D]``.
     """
     x = _blocks(x)
     if codec.role == KEY:
@@ -41,20 +45,31 @@ def encode(
     y = y / _scale_rows(channel_scale)
 
     rotated, norm = rotate(y, codec)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = rotated * (np.sqrt(codec.head_dim) / norm)
-    codes = nearest(np.where(np.isfinite(z), z, 0), codec.bits)
-    level = codebook.levels(codec.bits).astype(np.float64)[codes]
+    root = np.sqrt(codec.head_dim)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        # A row without a size that float16 can hold has no numbers.
+        size = (norm / root).astype(np.float16)
+        z = np.where((size > 0) & (size < np.inf), rotated * (root / norm), 0)
+    if codec.has_trellis:
+        along = z if codec.role == VALUE else np.swapaxes(z, -1, -2)
+        codes = trellis.encode(
+            along, codec.bits, start=start if codec.role == VALUE else 0, state=state
+        )
+        codes = codes if codec.role == VALUE else np.swapaxes(codes, -1, -2)
+    else:
+        codes = nearest(z, codec.bits)
+    level = levels(codes, codec)
     with np.errstate(over="ignore", invalid="ignore"):
         scales = (norm[..., 0] / np.sqrt((level * level).sum(-1))).astype(np.float16)
-    scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
-    codes = np.where((np.isnan(scales) | (scales == 0))[..., None], 0, codes)
+    size = size[..., 0]
+    scales = np.where(size == 0, np.float16(0), scales)
+    scales = np.where(np.isfinite(size) & np.isfinite(scales), scales, np.float16(np.nan))
     return Packed(pack(codes, codec), scales, mu)
 
 
 def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None = None) -> Floats:
     """The vectors that packed blocks stand for, float64 ``[B, K, N * 64, D]``."""
-    level = codebook.levels(codec.bits).astype(np.float64)[unpack(packed.words, codec)]
+    level = levels(unpack(packed.words, codec), codec)
     scaled = np.asarray(packed.scales, np.float64)[..., None] * level
     y = _multiplied(scaled, codec.rotation.inverse) * _scale_rows(channel_scale)
     if codec.role == KEY:
@@ -155,6 +170,16 @@ def nearest(z: Floats, bits: int) -> npt.NDArray[np.uint32]:
     return np.where(z < 0, index | np.uint32(1 << (bits - 1)), index)
 
 
+def levels(codes: npt.NDArray[np.uint32], codec: Codec) -> Floats:
+    """The levels that stored codes ``[..., 64, D]`` stand for."""
+    if not codec.has_trellis:
+        return codebook.levels(codec.bits).astype(np.float64)[codes]
+    table = codebook.trellis_levels(codec.bits).astype(np.float64)
+    if codec.role == VALUE:
+        return table[trellis.level_codes(codes, codec.bits)]
+    return np.swapaxes(table[trellis.level_codes(np.swapaxes(codes, -1, -2), codec.bits)], -1, -2)
+
+
 def pack(codes: npt.NDArray[np.uint32], codec: Codec) -> npt.NDArray[np.uint32]:
     """Words ``[..., rows, lanes]`` from codes ``[..., 64, D]``."""
     # [..., packed axis, lanes]
@@ -165,7 +190,7 @@ def pack(codes: npt.NDArray[np.uint32], codec: Codec) -> npt.NDArray[np.uint32]:
         fields = (codes >> np.uint32(plane.shift)) & np.uint32(2**plane.bits - 1)
         for i in range(codec.packed_axis_size):
             row, field = divmod(i, plane.a_word)
-            words[..., first_row + row, :] |= fields[..., i, :] << np.uint32(field * plane.bits)
+            words[..., first_row + row, :] |= fields[..., i, :] << np.uint32(plane.bit_of(field))
         first_row += rows
     return words
 
@@ -178,7 +203,7 @@ def unpack(words: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.uint32]:
     for plane, rows in zip(codec.planes, codec.plane_rows, strict=True):
         for i in range(codec.packed_axis_size):
             row, field = divmod(i, plane.a_word)
-            bits = words[..., first_row + row, :] >> np.uint32(field * plane.bits)
+            bits = words[..., first_row + row, :] >> np.uint32(plane.bit_of(field))
             codes[..., i, :] |= (bits & np.uint32(2**plane.bits - 1)) << np.uint32(plane.shift)
         first_row += rows
     return np.swapaxes(codes, -1, -2) if codec.role == KEY else codes
