@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "rows.h"
+#include "trellis.h"
 
 namespace {
 
@@ -26,11 +27,11 @@ constexpr int A_WORD = BITS == EXACT ? 4 : BITS == 3 ? 16 : 32 / (BITS == EXACT 
 
 int64_t a_word(int64_t bits) { return bits == EXACT ? 4 : bits == 3 ? 16 : 32 / bits; }
 
-// Where the loop reads: words, with a plane of signs behind them at 3 bits, or numbers, `pitch` apart. The next block
-// lies `ahead` bytes further: its words are fetched meanwhile, since a processor does not see them coming.
+// Where the loop reads: words, with a plane of high bits behind them at 3 bits, or numbers, `pitch` apart. The next
+// block lies `ahead` bytes further: its words are fetched meanwhile, since a processor does not see them coming.
 struct Source {
   const void* data;
-  const uint32_t* signs;
+  const uint32_t* high;
   int64_t pitch, ahead;
 };
 
@@ -39,29 +40,55 @@ INLINE void fetch_ahead(const uint32_t* p, int64_t ahead, int64_t lane) {
   if (lane % 16 == 0) __builtin_prefetch((const char*)((uintptr_t)p + (uintptr_t)ahead));
 }
 
+// The numbers of a word come in one run, or in two: those of even and of odd index. `look` takes what `next` gave for a
+// row of words, rows in order, and which run; `number` takes that and a place in the run.
 template <int BITS>
 struct Reader {
+  enum { RUNS = 1 };
+  struct Row {
+    Words word;
+  };
   Levels<BITS> levels;
-  INLINE Words word(const Source& s, int64_t row, int64_t lane) const {
+  INLINE Row next(const Source& s, int64_t row, int64_t lane, Words&) const {
     const uint32_t* words = (const uint32_t*)s.data + row * s.pitch + lane;
     fetch_ahead(words, s.ahead, lane);
-    return load(words);
+    return {load(words)};
   }
-  INLINE Words sign(const Source& s, int64_t row, int64_t lane) const {
-    if (BITS != 3) return Words{};
-    const uint32_t* signs = s.signs + row / 2 * s.pitch + lane;
-    if (row % 2 == 0) fetch_ahead(signs, s.ahead, lane);
-    return load(signs) >> (unsigned)(row % 2 * 16);
+  INLINE Words run(const Row& row, int) const { return row.word; }
+  INLINE Floats number(const Source&, int64_t, int64_t, Words run, int i) const { return levels.level(run, i); }
+};
+template <int BITS>
+struct TrellisReader {
+  enum { RUNS = 2 };
+  using Row = Spread<Words>;
+  Levels<BITS> levels;
+  INLINE Row next(const Source& s, int64_t row, int64_t lane, Words& before) const {
+    const uint32_t* words = (const uint32_t*)s.data + row * s.pitch + lane;
+    fetch_ahead(words, s.ahead, lane);
+    Words high = {};
+    if (BITS == 3) {
+      const uint32_t* high_words = s.high + row / 2 * s.pitch + lane;
+      if (row % 2 == 0) fetch_ahead(high_words, s.ahead, lane);
+      high = load(high_words) >> (unsigned)(row % 2 * 2);
+    }
+    const Words word = load(words), last = before;
+    before = word;
+    return spread<BITS>(word, last, high);
   }
-  INLINE Floats number(const Source&, int64_t, int64_t, Words word, Words sign, int i) const {
-    return levels.level(word, sign, i);
-  }
+  INLINE Words run(const Row& row, int odd) const { return odd ? row.odd : row.even; }
+  INLINE Floats number(const Source&, int64_t, int64_t, Words run, int i) const { return levels.level(run, i); }
 };
 template <>
+struct Reader<2> : TrellisReader<2> {};
+template <>
+struct Reader<3> : TrellisReader<3> {};
+template <>
 struct Reader<EXACT> {
-  INLINE Words word(const Source&, int64_t, int64_t) const { return Words{}; }
-  INLINE Words sign(const Source&, int64_t, int64_t) const { return Words{}; }
-  INLINE Floats number(const Source& s, int64_t row, int64_t lane, Words, Words, int i) const {
+  enum { RUNS = 1 };
+  struct Row {};
+  INLINE Row next(const Source&, int64_t, int64_t, Words&) const { return {}; }
+  INLINE Words run(const Row&, int) const { return Words{}; }
+  INLINE Floats number(const Source& s, int64_t row, int64_t lane, Words, int i) const {
     return load((const float*)s.data + (row * 4 + i) * s.pitch + lane);
   }
 };
@@ -78,25 +105,27 @@ INLINE void add_vectors(
     UNROLL
     for (int r = 0; r < ROWS; ++r) acc[v][r] = load(sums + r * sums_pitch + lane + v * LANES);
   }
+  enum { RUNS = Reader<BITS>::RUNS };
+  Words before[VECTORS] = {};
   for (int64_t row = 0; row < words; ++row) {
-    Words word[VECTORS], sign[VECTORS];
+    typename Reader<BITS>::Row row_words[VECTORS];
     UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      word[v] = reader.word(source, row, lane + v * LANES);
-      sign[v] = reader.sign(source, row, lane + v * LANES);
-    }
+    for (int v = 0; v < VECTORS; ++v) row_words[v] = reader.next(source, row, lane + v * LANES, before[v]);
     UNROLL
-    for (int i = 0; i < A_WORD<BITS>; ++i) {
-      Floats number[VECTORS];
+    for (int run = 0; run < RUNS; ++run) {
       UNROLL
-      for (int v = 0; v < VECTORS; ++v) {
-        number[v] = reader.number(source, row, lane + v * LANES, word[v], sign[v], i);
-      }
-      UNROLL
-      for (int r = 0; r < ROWS; ++r) {
-        const Floats weight = all(weights[r * A_WORD<BITS> + i]);
+      for (int i = 0; i < A_WORD<BITS> / RUNS; ++i) {
+        Floats number[VECTORS];
         UNROLL
-        for (int v = 0; v < VECTORS; ++v) acc[v][r] += weight * number[v];
+        for (int v = 0; v < VECTORS; ++v) {
+          number[v] = reader.number(source, row, lane + v * LANES, reader.run(row_words[v], run), i);
+        }
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+          const Floats weight = all(weights[r * A_WORD<BITS> + i * RUNS + run]);
+          UNROLL
+          for (int v = 0; v < VECTORS; ++v) acc[v][r] += weight * number[v];
+        }
       }
     }
     weights += ROWS * A_WORD<BITS>;
@@ -123,7 +152,7 @@ void add(const Source& source, int64_t words, int64_t lanes, const float* weight
     add_vectors<BITS, ROWS, 1>(reader, source, words, lane, weights, sums, sums_pitch);
   }
   if (lane < lanes) {
-    // Less than a vector is left: copied where there is room behind it. At most 16 rows of words, and 2 of signs.
+    // Less than a vector is left: copied where there is room behind it. At most 16 rows of words, and 2 of high bits.
     uint32_t copy[(16 + 2) * LANES] = {};
     float* exact = (float*)copy;
     Source rest = {copy, copy + 16 * LANES, LANES, 0};
@@ -138,7 +167,7 @@ void add(const Source& source, int64_t words, int64_t lanes, const float* weight
       }
       if (BITS == 3) {
         for (int64_t row = 0; row < (words + 1) / 2; ++row) {
-          __builtin_memcpy(copy + (16 + row) * LANES, source.signs + row * source.pitch + lane, bytes);
+          __builtin_memcpy(copy + (16 + row) * LANES, source.high + row * source.pitch + lane, bytes);
         }
       }
     }

@@ -5,6 +5,7 @@
 // the operations of mlx_ops.py, come to the same bits.
 
 #include "rows.h"
+#include "trellis.h"
 
 namespace {
 
@@ -85,51 +86,33 @@ INLINE Words nearest_codes(Floats z, const float* boundaries) {
   return index | ((Words)(z < 0.0f) & (1u << (BITS - 1)));
 }
 
-template <int BITS>
-INLINE Floats level_of(const Levels<BITS>& levels, Words code) {
-  if (BITS == 3) return levels.level(code & 3u, code >> 2, 0);
-  return levels.level(code, Words{}, 0);
+// Where field `i` of a word of fields of FIELD bits begins. Fields of one bit are those of two words of the plane
+// before (docs/FORMAT.md, section 3).
+template <int FIELD>
+constexpr unsigned place_of(int i) {
+  return FIELD == 1 ? i % 16 / 2 * 4 + i / 16 * 2 + i % 2 : FIELD * i;
 }
 
-// The fields `shift` to `shift + FIELD - 1` of codes [axis][64] of 64 lanes as words [rows][64].
+// The fields `shift` to `shift + FIELD - 1` of codes [axis][pitch] as words [rows][lanes].
 template <int FIELD>
-void pack_keys(const uint32_t* codes, int64_t axis, unsigned shift, uint32_t* words) {
+void pack(const uint32_t* codes, int64_t axis, int64_t pitch, int64_t lanes, unsigned shift, uint32_t* words) {
   enum { A_WORD = 32 / FIELD };
   const uint32_t ones = (1u << FIELD) - 1u;
-  for (int64_t first = 0; first < axis; first += A_WORD, words += BLOCK) {
+  for (int64_t first = 0; first < axis; first += A_WORD, words += lanes) {
     const int64_t count = axis - first < A_WORD ? axis - first : (int64_t)A_WORD;
-    for (int64_t t = 0; t < BLOCK; t += LANES) {
+    for (int64_t lane = 0; lane < lanes; lane += LANES) {
       Words word = {};
-      for (int64_t f = 0; f < count; ++f) {
-        word |= (load(codes + (first + f) * BLOCK + t) >> shift & ones) << (unsigned)(FIELD * f);
-      }
-      store(words + t, word);
-    }
-  }
-}
-
-// The same of codes [dim][64], whose tokens are packed, as words [rows][dim].
-template <int FIELD>
-void pack_values(const uint32_t* codes, int64_t dim, unsigned shift, uint32_t* words) {
-  enum { A_WORD = 32 / FIELD };
-  const uint32_t ones = (1u << FIELD) - 1u;
-  for (int64_t c = 0; c < dim; ++c) {
-    for (int64_t row = 0; row < BLOCK / A_WORD; ++row) {
-      const uint32_t* first = codes + c * BLOCK + row * A_WORD;
-      uint32_t word = 0;
       UNROLL
-      for (int f = 0; f < A_WORD; ++f) word |= (first[f] >> shift & ones) << (FIELD * f);
-      words[row * dim + c] = word;
+      for (int f = 0; f < A_WORD; ++f) {
+        if (f < count) word |= (load(codes + (first + f) * pitch + lane) >> shift & ones) << place_of<FIELD>(f);
+      }
+      const int64_t left = lanes - lane;
+      if (left >= LANES) {
+        store(words + lane, word);
+      } else {
+        __builtin_memcpy(words + lane, &word, sizeof(uint32_t) * left);
+      }
     }
-  }
-}
-
-template <int FIELD>
-void pack(const uint32_t* codes, const Blocks& blocks, unsigned shift, uint32_t* words) {
-  if (blocks.is_key) {
-    pack_keys<FIELD>(codes, blocks.head_dim, shift, words);
-  } else {
-    pack_values<FIELD>(codes, blocks.head_dim, shift, words);
   }
 }
 
@@ -140,67 +123,112 @@ int64_t first_rows(const Blocks& blocks) {
   return (axis * PLANE_BITS<BITS> + 31) / 32;
 }
 
-// w [dim][64] to words and scales; `spare` and `codes` have its size.
+// Nearest levels of z [dim][64]: codes, and the squares of what they stand for.
 template <int BITS>
-void quantize(const Blocks& blocks, float* w, float* spare, uint32_t* codes, uint32_t* words, uint16_t* scales) {
+void nearest(const float* z, int64_t size, uint32_t* codes, float* squares) {
   const Levels<BITS> levels;
-  const int64_t dim = blocks.head_dim, size = dim * BLOCK;
   float boundaries[BITS == 8 ? 128 : 8] = {};
   for (int i = 0; i < (1 << (BITS - 1)) - 1; ++i) {
     // The sum of two magnitudes is exact in float64, so this rounds once.
     boundaries[i] = (float)(((double)level_of_code<BITS>(i) + level_of_code<BITS>(i + 1)) / 2);
   }
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Words code = nearest_codes<BITS>(load(z + i), boundaries);
+    const Floats level = levels.level(code, 0);
+    store(codes + i, code);
+    store(squares + i, level * level);
+  }
+}
 
+// rows [64][pitch] to columns [dim][64], or back; both have room for whole vectors.
+void to_columns(const float* rows, int64_t pitch, int64_t dim, float* columns) {
+  for (int64_t t = 0; t < BLOCK; t += LANES) transpose(rows + t * pitch, pitch, dim, columns + t, BLOCK);
+}
+void to_rows(const float* columns, int64_t pitch, int64_t dim, float* rows) {
+  // Behind the last channel stands anything: those paths lead nowhere.
+  for (int64_t c = 0; c < dim; c += LANES) transpose(columns + c * BLOCK, BLOCK, BLOCK, rows + c, pitch);
+}
+
+// The cheapest paths of z [dim][64], which is spent: codes [axis][its pitch] and the squares of what they stand for,
+// [dim][64]. `taken` has room for the decisions of the longest path.
+template <int BITS>
+void paths(const Codec& codec, const uint32_t* state, int64_t pitch, float* z, uint32_t* codes, float* squares,
+           uint32_t* taken) {
+  const int64_t dim = codec.blocks.head_dim;
+  if (codec.blocks.is_key) {
+    for (int64_t t = 0; t < BLOCK; t += LANES) {
+      cheapest_path<BITS>(z + t, BLOCK, 0, dim, Words{}, codes + t, squares + t, taken);
+    }
+  } else {
+    float* rows = squares;
+    to_rows(z, pitch, dim, rows);
+    for (int64_t c = 0; c < dim; c += LANES) {
+      uint32_t from[LANES] = {};
+      for (int64_t i = 0; state && i < LANES && c + i < dim; ++i) from[i] = state[(c + i) * codec.state.strides[3]];
+      cheapest_path<BITS>(rows + c, pitch, codec.start, BLOCK, load(from), codes + c, rows + c, taken);
+    }
+    to_columns(rows, pitch, dim, z);
+    __builtin_memcpy(squares, z, sizeof(float) * dim * BLOCK);
+  }
+  for (int64_t i = 0; i < dim * BLOCK; i += LANES) store(squares + i, load(squares + i) * load(squares + i));
+}
+
+// w [dim][64] to words and scales; `spare` and `codes` have room for [64][pitch] and [pitch][64].
+template <int BITS>
+void quantize(const Codec& codec, const uint32_t* state, int64_t pitch, float* w, float* spare, uint32_t* codes,
+              uint32_t* taken, uint32_t* words, uint16_t* scales) {
+  const Blocks& blocks = codec.blocks;
+  const int64_t dim = blocks.head_dim, size = dim * BLOCK;
   for (int64_t i = 0; i < size; i += LANES) store(spare + i, load(w + i) * load(w + i));
   fold(spare, dim);
   float norm[BLOCK], factor[BLOCK];
+  uint16_t sizes[BLOCK];
   const float root = (float)__builtin_sqrt((double)dim);
   for (int64_t t = 0; t < BLOCK; ++t) {
     norm[t] = __builtin_sqrtf(spare[t]);
-    factor[t] = root / norm[t];
+    sizes[t] = half_of_float(norm[t] / root);
+    const bool special = sizes[t] == 0u || (sizes[t] & 0x7c00u) == 0x7c00u;
+    factor[t] = special ? 0.0f : root / norm[t];
+  }
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats to_unit_variance = load(factor + i % BLOCK);
+    store(w + i, choose(to_unit_variance != 0.0f, load(w + i) * to_unit_variance, Floats{}));
   }
 
-  for (int64_t g = 0; g < GROUPS; ++g) {
-    const Floats to_unit_variance = load(factor + g * LANES);
-    for (int64_t i = g * LANES; i < size; i += BLOCK) {
-      const Words code = nearest_codes<BITS>(load(w + i) * to_unit_variance, boundaries);
-      const Floats level = level_of<BITS>(levels, code);
-      store(codes + i, code);
-      store(spare + i, level * level);
-    }
+  const bool along_rows = BITS < 4 && !blocks.is_key;  // how codes lie
+  if constexpr (BITS < 4) {
+    paths<BITS>(codec, state, pitch, w, codes, spare, taken);
+  } else {
+    nearest<BITS>(w, size, codes, spare);
   }
   fold(spare, dim);
-  uint32_t counts[BLOCK];  // all bits where the codes of a token count
-  bool all_count = true;
   for (int64_t t = 0; t < BLOCK; ++t) {
-    uint16_t scale = half_of_float(norm[t] / __builtin_sqrtf(spare[t]));
-    if ((scale & 0x7c00u) == 0x7c00u) scale = 0x7e00u;
+    uint16_t scale = sizes[t] == 0u ? 0u : half_of_float(norm[t] / __builtin_sqrtf(spare[t]));
+    if ((sizes[t] & 0x7c00u) == 0x7c00u || (scale & 0x7c00u) == 0x7c00u) scale = 0x7e00u;
     scales[t] = scale;
-    counts[t] = (scale & 0x7fffu) == 0u || scale == 0x7e00u ? 0u : ~0u;
-    all_count &= counts[t] != 0u;
   }
-  if (!all_count) {
-    for (int64_t i = 0; i < size; i += LANES) {
-      store(codes + i, load(codes + i) & load(counts + i % BLOCK));
-    }
+  if (!blocks.is_key && !along_rows) {
+    // A word packs tokens, so they must lie one after the other.
+    to_rows((const float*)codes, pitch, dim, w);
+    codes = (uint32_t*)w;
   }
-  pack<PLANE_BITS<BITS>>(codes, blocks, 0, words);
-  if (BITS == 3) {
-    const int64_t lanes = blocks.is_key ? BLOCK : dim;
-    pack<1>(codes, blocks, 2, words + first_rows<BITS>(blocks) * lanes);
-  }
+  const int64_t axis = blocks.is_key ? dim : BLOCK, lanes = blocks.is_key ? BLOCK : dim;
+  const int64_t codes_pitch = blocks.is_key ? BLOCK : pitch;
+  pack<PLANE_BITS<BITS>>(codes, axis, codes_pitch, lanes, 0, words);
+  if (BITS == 3) pack<1>(codes, axis, codes_pitch, lanes, 2, words + first_rows<BITS>(blocks) * lanes);
 }
 
 void encode(const Codec& codec, int64_t head, int64_t n, float* scratch) {
   const Blocks& blocks = codec.blocks;
   const int64_t dim = blocks.head_dim, pitch = rounded_up(dim, LANES);
   const int64_t b = head / codec.kv_heads, k = head % codec.kv_heads;
-  float* x = scratch;                         // [dim][64]
-  float* spare = x + dim * BLOCK;             // [dim][64]
-  uint32_t* codes = (uint32_t*)(spare + dim * BLOCK);
+  float* x = scratch;                         // [pitch][64]
+  float* spare = x + pitch * BLOCK;           // [pitch][64]
+  uint32_t* codes = (uint32_t*)(spare + pitch * BLOCK);
   float* rows = (float*)codes;                // [64][pitch], until there are codes
   float* centre = rows + pitch * BLOCK;       // [pitch]
   float* divisor = centre + pitch;            // [pitch]
+  uint32_t* taken = (uint32_t*)(divisor + pitch);  // [larger of pitch and 64][LANES]
 
   for (int64_t t = 0; t < BLOCK; ++t) {
     const char* row = row_of(codec.rows, b, k, n * BLOCK + t);
@@ -224,17 +252,17 @@ void encode(const Codec& codec, int64_t head, int64_t n, float* scratch) {
       }
     }
   }
-  // What it writes behind the last channel lies in `spare`.
-  for (int64_t t = 0; t < BLOCK; t += LANES) transpose(rows + t * pitch, pitch, dim, x + t, BLOCK);
+  to_columns(rows, pitch, dim, x);
   rotate(*blocks.rotation, k, Direction::row, x, spare, BLOCK, GROUPS);
 
   uint32_t* words = blocks.words.at<uint32_t>(b, k, n);
   uint16_t* scales = blocks.scales.at<uint16_t>(b, k, n);
+  const uint32_t* state = codec.state.data ? codec.state.at<uint32_t>(b, k, n) : nullptr;
   switch (blocks.bits) {
-    case 2: return quantize<2>(blocks, x, spare, codes, words, scales);
-    case 3: return quantize<3>(blocks, x, spare, codes, words, scales);
-    case 4: return quantize<4>(blocks, x, spare, codes, words, scales);
-    case 8: return quantize<8>(blocks, x, spare, codes, words, scales);
+    case 2: return quantize<2>(codec, state, pitch, x, spare, codes, taken, words, scales);
+    case 3: return quantize<3>(codec, state, pitch, x, spare, codes, taken, words, scales);
+    case 4: return quantize<4>(codec, state, pitch, x, spare, codes, taken, words, scales);
+    case 8: return quantize<8>(codec, state, pitch, x, spare, codes, taken, words, scales);
   }
 }
 
@@ -245,14 +273,27 @@ void scaled_levels(const Blocks& blocks, int64_t b, int64_t k, int64_t n, float*
   const int64_t dim = blocks.head_dim, row_stride = blocks.words.strides[3], stride = blocks.words.strides[4];
   const uint32_t* words = blocks.words.at<uint32_t>(b, k, n);
   const uint16_t* scales = blocks.scales.at<uint16_t>(b, k, n);
-  const int64_t sign_rows = first_rows<BITS>(blocks);
-  for (int64_t c = 0; c < dim; ++c) {
-    for (int64_t t = 0; t < BLOCK; ++t) {
-      const int64_t i = blocks.is_key ? c : t, lane = (blocks.is_key ? t : c) * stride;
-      const uint32_t word = words[i / A_WORD * row_stride + lane];
-      const uint32_t signs = BITS == 3 ? words[(sign_rows + i / 32) * row_stride + lane] >> (i & 16) : 0u;
-      const uint32_t code = code_of_field<BITS>(word, signs, (uint)(i % A_WORD));
-      x[c * BLOCK + t] = level_of_code<BITS>(code) * float_of_half(scales[t * blocks.scales.strides[3]]);
+  const uint32_t* high_words = words + first_rows<BITS>(blocks) * row_stride;
+  const int64_t axis = blocks.is_key ? dim : BLOCK, lanes = blocks.is_key ? BLOCK : dim;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    uint32_t before = 0;
+    for (int64_t first = 0, row = 0; first < axis; first += A_WORD, ++row) {
+      const uint32_t word = words[row * row_stride + lane * stride];
+      const uint32_t high = BITS == 3 ? high_words[row / 2 * row_stride + lane * stride] >> row % 2 * 2 : 0u;
+      const Spread<uint32_t> spread_word = spread<BITS, uint32_t>(word, before, high);
+      before = word;
+      for (int64_t i = first; i < first + A_WORD && i < axis; ++i) {
+        const int64_t c = blocks.is_key ? i : lane, t = blocks.is_key ? lane : i;
+        const int f = (int)(i - first);
+        float level;
+        if constexpr (BITS < 4) {
+          const uint32_t half = f % 2 ? spread_word.odd : spread_word.even;
+          level = float_of_bits(Levels<BITS>::TABLE.bits[half >> 4 * (f / 2) & 15u]);
+        } else {
+          level = level_of_code<BITS>(word >> BITS * f & ((1u << BITS) - 1u));
+        }
+        x[c * BLOCK + t] = level * float_of_half(scales[t * blocks.scales.strides[3]]);
+      }
     }
   }
 }
@@ -282,8 +323,8 @@ void decode(const Codec& codec, int64_t head, int64_t n, float* scratch) {
 }
 
 int64_t codec_scratch(const Codec& codec) {
-  const int64_t dim = codec.blocks.head_dim, pitch = rounded_up(dim, LANES);
-  return 2 * dim * BLOCK + pitch * (BLOCK + 2);
+  const int64_t pitch = rounded_up(codec.blocks.head_dim, LANES);
+  return pitch * (3 * BLOCK + 2) + (pitch > BLOCK ? pitch : BLOCK) * LANES;
 }
 
 }  // namespace

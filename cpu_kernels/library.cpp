@@ -154,6 +154,8 @@ void codec_call(const CodecCall& call, Run run) {
   codec.kv_heads = shape_of(call.rows, 1);
   codec.block_count = shape_of(call.rows, 2) / BLOCK;
   codec.given_centres = call.given_centres;
+  codec.state = tensor_of(call.state, 4);
+  codec.start = call.start;
   require(is_float(codec.rows.type), "rows must be float16, bfloat16 or float32");
   const CodecKernels& kernels = *variant_of(call.variant).codec;
   const int64_t heads = shape_of(call.rows, 0) * codec.kv_heads, tasks = heads * codec.block_count;
@@ -287,7 +289,7 @@ const char* guarded(Call call) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Has to agree with rotormlx/kernels/cpu_library.py.
-EXPORT int64_t rotormlx_interface_version() { return 3; }
+EXPORT int64_t rotormlx_interface_version() { return 4; }
 
 // A call with so many threads will come in a moment.
 EXPORT const char* rotormlx_announce(int64_t threads) {

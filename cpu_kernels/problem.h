@@ -72,7 +72,8 @@ struct CodecCall {
   Array* rows;  // [B, K, N * 64, D]
   Packed packed;
   Coding coding;
-  int64_t given_centres, threads, variant;
+  Array* state;  // encode: of the paths of values before `start` [B, K, N, D], uint32; or null
+  int64_t start, given_centres, threads, variant;
 };
 
 struct AttendCall {
@@ -98,9 +99,9 @@ struct Blocks {
 };
 
 struct Codec {
-  Tensor rows;
+  Tensor rows, state;
   Blocks blocks;
-  int64_t kv_heads, block_count;
+  int64_t kv_heads, block_count, start;
   bool given_centres;
 };
 

@@ -228,61 +228,56 @@ INLINE Floats of_128(const float* table, Words index) {
 
 // ---- levels ----------------------------------------------------------------------------------------
 
-// The levels of a codebook as bit patterns. A short codebook is repeated: its look-up then needs no mask against the
-// bits of the next field. At 3 bits only magnitudes, because the signs lie elsewhere.
+// The levels of a codebook as bit patterns: of sign-and-magnitude codes, which are one bit longer than what is stored
+// where that is a trellis code. Codes of 3 bits lie in fields of 4.
 template <int BITS>
 struct LevelTable {
-  enum { SIZE = BITS == 8 ? 128 : 16, PERIOD = BITS == 3 ? 4 : 1 << BITS };
+  enum { CODE_BITS = BITS < 4 ? BITS + 1 : BITS, SIZE = BITS == 8 ? 128 : 16 };
   alignas(64) uint32_t bits[SIZE] = {};
   constexpr LevelTable() {
     for (uint32_t i = 0; i < SIZE; ++i) {
-      const uint32_t code = i % PERIOD, negative = code >> (BITS - 1);
-      bits[i] = magnitude_bits<BITS>(code & ((1u << (BITS - 1)) - 1u)) ^ (negative << 31);
+      const uint32_t negative = i >> (CODE_BITS - 1) & 1u;
+      bits[i] = magnitude_bits<BITS>(i & ((1u << (CODE_BITS - 1)) - 1u)) ^ (negative << 31);
     }
   }
 };
 
-// `level` takes the code in field `field` of words; at 3 bits bit `field` of `signs` is its sign.
+// `level` takes the code in field `field` of words.
 template <int BITS>
 struct Levels {
   static constexpr LevelTable<BITS> TABLE{};
+  enum { CODE_BITS = LevelTable<BITS>::CODE_BITS, FIELD = BITS == 8 ? 8 : 4 };
 
-  INLINE Floats level(Words word, Words signs, int field) const {
-    const Words code = word >> (unsigned)((BITS == 3 ? 2 : BITS) * field);
+  INLINE Floats level(Words word, int field) const {
+    const Words code = word >> (unsigned)(FIELD * field);
     if (BITS == 8) return floats_of(bits_of(of_128(numbers(), code)) ^ (code << 24 & 0x80000000u));
 #if defined(__AVX512F__) && LANES == 16
-    Floats x = (Floats)_mm512_permutexvar_ps((__m512i)code, _mm512_load_ps(numbers()));
+    return (Floats)_mm512_permutexvar_ps((__m512i)code, _mm512_load_ps(numbers()));
 #elif defined(__AVX2__) && LANES == 8
-    Floats x = (Floats)_mm256_permutevar8x32_ps(_mm256_load_ps(numbers()), (__m256i)code);
-    // A table of 8: the magnitudes of 4 bits, without their signs.
-    if (BITS == 4) {
-      const Words sign = field == 7 ? word : word << (unsigned)(28 - 4 * field);
-      x = floats_of(bits_of(x) ^ (sign & 0x80000000u));
-    }
+    // A table of 8: at 4 bits of magnitudes, without their signs.
+    const Floats x = (Floats)_mm256_permutevar8x32_ps(_mm256_load_ps(numbers()), (__m256i)code);
+    if (CODE_BITS == 3) return x;
+    const Words sign = field == 7 ? word : word << (unsigned)(28 - 4 * field);
+    return floats_of(bits_of(x) ^ (sign & 0x80000000u));
 #elif defined(__ARM_NEON) && LANES == 4
-    Floats x = by_bytes(code & (BITS == 4 ? 15u : 3u));
+    return by_bytes(code & 15u);
 #else
-    Floats x = any_level(code & (BITS == 4 ? 15u : 3u));
-#endif
-    if (BITS == 3) x = floats_of(bits_of(x) ^ (signs << (unsigned)(31 - field) & 0x80000000u));
+    Floats x;
+    for (int i = 0; i < LANES; ++i) x[i] = float_of_bits(TABLE.bits[code[i] & 15u]);
     return x;
+#endif
   }
 
  private:
   static const float* numbers() { return (const float*)TABLE.bits; }
-  INLINE Floats any_level(Words code) const {
-    Floats x;
-    for (int i = 0; i < LANES; ++i) x[i] = float_of_bits(TABLE.bits[code[i]]);
-    return x;
-  }
 
 #if defined(__ARM_NEON) && LANES == 4
   // The four bytes of every lane's level.
   INLINE Floats by_bytes(Words code) const {
     const uint8x16_t index = (uint8x16_t)(code * 0x04040404u + 0x03020100u);
     const uint8_t* bytes = (const uint8_t*)TABLE.bits;
-    if (BITS == 4) return (Floats)vqtbl4q_u8(vld1q_u8_x4(bytes), index);
-    return (Floats)vqtbl1q_u8(vld1q_u8(bytes), index);
+    if (CODE_BITS == 3) return (Floats)vqtbl2q_u8(vld1q_u8_x2(bytes), index);
+    return (Floats)vqtbl4q_u8(vld1q_u8_x4(bytes), index);
   }
 #endif
 };

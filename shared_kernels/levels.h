@@ -2,11 +2,11 @@
 // and 5). Written in the words of a platform's vocabulary.h, so that it stands once for all of them.
 
 // Magnitudes as float32 bit patterns, ascending.
-CONSTANT uint MAGNITUDES_2[2] = {
-    0x3EE7D2C9u, 0x3FC1555Du
+CONSTANT uint MAGNITUDES_2[4] = {
+    0x3E400000u, 0x3F1C0000u, 0x3F8A0000u, 0x3FEE0000u
 };
-CONSTANT uint MAGNITUDES_3[4] = {
-    0x3E7AF9F8u, 0x3F418990u, 0x3FAC0538u, 0x4009B97Au
+CONSTANT uint MAGNITUDES_3[8] = {
+    0x3DE00000u, 0x3E980000u, 0x3F080000u, 0x3F400000u, 0x3F820000u, 0x3FAC0000u, 0x3FE40000u, 0x401E0000u
 };
 CONSTANT uint MAGNITUDES_4[8] = {
     0x3E0379FDu, 0x3EC6AE44u, 0x3F28215Eu, 0x3F713D39u, 0x3FA0CC2Fu, 0x3FCF1C25u, 0x40046AC7u, 0x402EE2BFu

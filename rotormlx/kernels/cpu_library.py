@@ -26,7 +26,7 @@ from rotormlx.codec.rotation import Rotation
 
 # Where hatch_build.py puts it.
 PATH = Path(__file__).parents[1] / "librotormlx_cpu.so"
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 # As in cpu_kernels/pool.h.
 MAX_THREADS = 1024
 
@@ -79,6 +79,8 @@ def encode(
     blocks: Blocks,
     *,
     given_centres: bool,
+    start: int = 0,
+    state: Any = None,
     threads: int | None = None,
     variant: int = 0,
 ) -> None:
@@ -88,6 +90,8 @@ def encode(
         rows: ``[B, K, N * 64, D]``, float16, bfloat16 or float32.
         blocks: Written, but for the channel scale.
         given_centres: The centres are read; otherwise they are the means, and written.
+        start: Tokens before it are coded already; what is written for them does not count.
+        state: What their codes leave the paths of values, uint32 ``[B, K, N, D]``; None for 0.
         threads: Threads at most; None for :func:`thread_count`. Results do not depend on it.
         variant: Index into :func:`variants`.
 
@@ -96,7 +100,7 @@ def encode(
 
     Source: docs/FORMAT.md, section 5.
     """
-    _codec_call("rotormlx_encode", rows, blocks, given_centres, threads, variant)
+    _codec_call("rotormlx_encode", rows, blocks, state, start, given_centres, threads, variant)
 
 
 def decode(blocks: Blocks, rows: Any, *, threads: int | None = None, variant: int = 0) -> None:
@@ -104,7 +108,7 @@ def decode(blocks: Blocks, rows: Any, *, threads: int | None = None, variant: in
 
     Source: docs/FORMAT.md, section 6.
     """
-    _codec_call("rotormlx_decode", rows, blocks, True, threads, variant)
+    _codec_call("rotormlx_decode", rows, blocks, None, 0, True, threads, variant)
 
 
 def attend(
@@ -167,13 +171,23 @@ def attend(
 
 
 def _codec_call(
-    function: str, rows: Any, blocks: Blocks, given_centres: bool, threads: int | None, variant: int
+    function: str,
+    rows: Any,
+    blocks: Blocks,
+    state: Any,
+    start: int,
+    given_centres: bool,
+    threads: int | None,
+    variant: int,
 ) -> None:
-    capsules = _described((rows, *blocks[1:]))
+    capsules = _described((rows, *blocks[1:], state))
+    *addresses, state_address = _addresses(capsules)
     call = struct.pack(
-        "=11q",
-        *_addresses(capsules),
+        "=13q",
+        *addresses,
         *_coding(blocks.codec),
+        state_address,
+        start,
         given_centres,
         threads or thread_count(),
         variant,

@@ -45,10 +45,12 @@ class CPUBackend(MLXBackend):
         codec: Codec,
         channel_scale: mx.array | None,
         centres: mx.array | None,
+        start: int,
+        state: mx.array | None,
     ) -> Packed:
         """Compress whole blocks; see :meth:`MLXBackend.encode`."""
-        if not _evaluated(x, channel_scale, centres):
-            return super()._encode(x, codec, channel_scale, centres)
+        if not _evaluated(x, channel_scale, centres, state):
+            return super()._encode(x, codec, channel_scale, centres, start, state)
         batch, heads, tokens, head_dim = x.shape
         front = (batch, heads, tokens // BLOCK)
         words = _room((*front, *codec.words_shape), mx.uint32)
@@ -58,7 +60,7 @@ class CPUBackend(MLXBackend):
         if codec.role == KEY and not given:
             means = _room((*front, head_dim), mx.float16)
         blocks = cpu_library.Blocks(codec, words, scales, means, channel_scale)
-        cpu_library.encode(x, blocks, given_centres=given)
+        cpu_library.encode(x, blocks, given_centres=given, start=start, state=state)
         return Packed(words, scales, means)
 
     def _decode(
