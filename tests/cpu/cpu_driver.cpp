@@ -118,6 +118,8 @@ void codec_call(const char* (*function)(const CodecCall*)) {
   call.rows = array_of(number());
   call.packed = packed();
   call.coding = coding();
+  call.state = array_of(number());
+  call.start = number();
   call.given_centres = number();
   call.threads = number();
   check(function(&call));

@@ -12,8 +12,18 @@ import numpy as np
 import pytest
 
 from rotormlx.codec import codebook, reference
-from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
+from rotormlx.codec.format import (
+    BLOCK,
+    KEY,
+    ROLES,
+    TRELLIS_BITS,
+    VALUE,
+    Codec,
+    Packed,
+    codec,
+)
 from rotormlx.codec.rotation import calibrated
+from rotormlx.codec.trellis import STATES
 from rotormlx.config import CALIBRATED, ROTATIONS, RotorConfig
 from rotormlx.kernels import cpu_library
 from tests.support.codec_cases import special_rows, tied_row
@@ -476,9 +486,9 @@ class Writer:
     def coding(self, b):
         return self.rotation(b.codec.rotation), b.codec.bits, b.codec.role == KEY
 
-    def codec_call(self, letter, x, blocks, given_centres):
-        places = [*map(self.array, (x, *blocks[1:])), *self.coding(blocks)]
-        self.numbers(ord(letter), *places, given_centres, 4)
+    def codec_call(self, letter, x, blocks, given_centres, state=None, start=0):
+        places = [*map(self.array, (x, *blocks[1:])), *self.coding(blocks), self.array(state)]
+        self.numbers(ord(letter), *places, start, given_centres, 4)
 
     def attend(
         self, queries, output, exact, blocks, lengths, *, sink, scale, mask, sink_logits, causal
@@ -515,6 +525,14 @@ def calls():
         for letter in "ED":
             nothing = empty_blocks(chosen, B, K, 0, scale)
             writer.codec_call(letter, np.zeros((B, K, 0, 24), np.float32), nothing, letter == "D")
+    for bits in TRELLIS_BITS:
+        chosen = codec(RotorConfig(bits, bits), 24, layer=0, role=VALUE)
+        x, state = rows((B, K, BLOCK, 24)), rows((B, K, 1, 24), 7).view(np.uint32) % STATES
+        blocks = [empty_blocks(chosen, B, K, 1, None) for _ in range(2)]
+        cpu_library.encode(x, blocks[0], given_centres=False, start=37, state=state)
+        writer.codec_call("E", x, blocks[1], False, state, 37)
+        place = next(i for i, a in enumerate(writer.arrays) if a is blocks[1].words)
+        results[place] = blocks[0].words
     attended = [
         *(Case((bits, bits), (24, 40), length=2, repeats=3) for bits in codebook.BITS),
         Case((3, 4), (40, 24), "dense", mask="bool", sink_logits=True),
