@@ -2,10 +2,10 @@
 
     python scripts/scales.py [--model DIRECTORY] [--gguf-file NAME] [--figure docs/scales.png]
 
-A model of transformers reads a text in chunks of 64 tokens, in float32. Before each chunk, all whole
-blocks behind 4 sink tokens are replaced by what they decode to, with each row's scale moved between
-least squares (exponent 0) and the unbiased one (1); format 2 has 1/2. Prints Markdown. docs/CODES.md
-explains the exponent and shows the results.
+A model of transformers reads a text in chunks of 64 tokens, in float32. Before each chunk, all
+whole blocks behind 4 sink tokens are replaced by what they decode to, with each row's scale moved
+between least squares (exponent 0) and the unbiased one (1); format 2 has 1/2. Prints Markdown.
+docs/CODES.md explains the exponent and shows the results.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -101,8 +102,6 @@ def scores(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(model: Any, ids: Tensor, path: Path, bits: int = 2) -> None:
     """Scores of packed keys less that of their centre, against the exact ones; two scales."""
-    import matplotlib.pyplot as plt
-
     query, keys = scores(model, ids)
     whole = (keys.shape[1] - SINK) // BLOCK * BLOCK
     keys = keys[None, :, SINK : SINK + whole]
@@ -136,8 +135,6 @@ def main(
     figure: Annotated[Path | None, typer.Option(help="Only draw the figure, there.")] = None,
 ) -> None:
     """Print the divergence for each pair of exponents."""
-    from transformers import AutoTokenizer
-
     directory, more = model or demo_model.fetch(), {"gguf_file": gguf_file} if gguf_file else {}
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **more).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory, **more)
