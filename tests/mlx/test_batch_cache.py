@@ -594,7 +594,7 @@ def test_a_batch_that_was_cut_to_its_tails_is_saved_and_goes_on(config, tmp_path
 
 
 BATCH_FAULTS = {
-    "version": (0, 2, "reads format version 1, but the saved cache has version 2"),
+    "version": (0, 1, "reads format version 2, but the saved cache has version 1"),
     "limit": (3, 1, "a limit with room for a block"),
     "counts": (4, mx.array([[300, 192, 64], [250, 128, 0]]), "counts that add up"),
     "counts-shape": (4, mx.zeros((2, 2), mx.int32), "three counts per row"),

@@ -646,8 +646,8 @@ def test_a_cache_of_another_model_is_refused_before_an_array_is_read(tmp_path, m
 
 # entry of layer 0, what it is changed to, part of the message
 STATES = {
-    "version": (0, 2, "format version 1, which this rotormlx reads"),
-    "version-true": (0, True, "format version 1"),
+    "version": (0, 1, "format version 2, which this rotormlx reads"),
+    "version-true": (0, True, "format version 2"),
     "config": (1, "{}", "a configuration in a RotorKVCache"),
     "config-nested": (1, "[" * 5000, "a configuration in a RotorKVCache"),
     "config-number": (1, "9" * 5000, "a configuration in a RotorKVCache"),

@@ -170,7 +170,7 @@ def text(string):
 
 
 DAMAGE = {
-    "version": ("0.0", lambda a: a + 1, "format version 1, .* has version 2"),
+    "version": ("0.0", lambda a: a + 1, "format version 2, .* has version 3"),
     "config": ("0.1", lambda a: text("{}"), "must have exactly the fields"),
     "other-config": ("1.1", lambda a: text(RotorConfig().to_json()), "one configuration for all"),
     "layer": ("1.2", lambda a: a * 0, "layer 1 at position 1, but it holds 'layer 0'"),
