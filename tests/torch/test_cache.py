@@ -280,13 +280,6 @@ def test_a_model_may_come_in_another_dtype_than_its_cache():
     assert torch.equal(state_of(layer)[5][:, :, 5:], keys.bfloat16())
 
 
-def test_a_calibrated_configuration_is_refused():
-    config = LlamaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=2)
-    config._attn_implementation = "rotormlx"
-    with pytest.raises(ValueError, match="without a calibration is required"):
-        rt.RotorCache(config, RotorConfig(channel_scale="calibrated"))
-
-
 def test_a_cache_is_a_list_of_layers():
     config = LlamaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=2)
     config._attn_implementation = "rotormlx"
