@@ -17,9 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rotormlx.codec import rotation
 from rotormlx.codec.format import KEY, ROLES
 from rotormlx.codec.layer_bits import allotted
 from rotormlx.codec.learned_rotors import learned_matrix, learned_size
+from rotormlx.codec.rotation import Rotation
 from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.report import Report
 from rotormlx.storage import tensor_file
@@ -114,7 +116,10 @@ class Calibration:
                 f"[calibration] Layer {layer} must be calibrated, but the calibration has "
                 f"{len(self._arrays)} other layers; calibrate this model: rotormlx calibrate MODEL."
             )
-        return self._arrays[layer]
+        pair = self._arrays[layer]
+        if self.transform != "scale" and layer not in self._rotations:
+            self._rotations[layer] = tuple(map(rotation.calibrated, pair))
+        return pair
 
     def check(self, report: Report) -> None:
         """Refuse a calibration without the layers and shapes of a model.
@@ -176,6 +181,11 @@ class Calibration:
         """What each layer takes."""
         keys, values = ({n: self._array(n, role) for n in self.layers} for role in ROLES)
         return {layer: (keys[layer], values[layer]) for layer in self.layers}
+
+    @cached_property
+    def _rotations(self) -> dict[int, tuple[Rotation, ...]]:
+        """Those in use: what backends derive from them, such as inverses, then outlives a cache."""
+        return {}
 
     def _array(self, layer: int, role: str) -> Float32s:
         array = self.numbers[f"{layer}.{role}"]

@@ -35,27 +35,34 @@ def weights(model: PreTrainedModel) -> Weights:
             "given; pass what from_pretrained returned."
         )
     # Vision and speech have layers too, and mlx-lm loads neither.
-    parameters = dict(model.get_decoder().named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    return Weights("torch", shapes, partial(_sample, parameters))
+    # Its state: quantized weights may be buffers.
+    state = model.get_decoder().state_dict()
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    return Weights("torch", shapes, partial(_sample, tensors))
 
 
 @torch.no_grad()
 def _sample(
-    parameters: dict[str, Tensor], places: Mapping[str, NDArray[np.int64]]
+    tensors: dict[str, Tensor], places: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, NDArray[np.generic]]:
-    numbers: dict[str, Tensor] = {}
-    for name, place in places.items():
-        whole = parameters[name]
-        if whole.is_meta:
-            raise ValueError(
-                f"[fingerprint] All weights must be in memory to tell the model, but {name} is on "
-                "the device meta; load the model without offloading."
-            )
-        index = torch.from_numpy(place).to(whole.device)
-        numbers[name] = whole[(index,) * whole.ndim] if whole.ndim else whole.reshape(1)
-    return {name: _widened(x).cpu().numpy() for name, x in numbers.items()}
+    return {name: _numbers(name, tensors[name], place) for name, place in places.items()}
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.is_floating_point() else x.long()
+def _numbers(name: str, whole: Tensor, place: NDArray[np.int64]) -> NDArray[np.generic]:
+    if whole.is_meta:
+        raise ValueError(
+            f"[fingerprint] All weights must be in memory to tell the model, but {name} is on the "
+            "device meta; load the model without offloading."
+        )
+    wide = torch.float32 if whole.is_floating_point() else torch.int64
+    try:
+        # One by one: small dtypes cannot be indexed by tensors.
+        numbers = [whole[(int(at),) * whole.ndim].to(wide) for at in place]
+        return torch.stack(numbers).cpu().numpy()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"[fingerprint] Weights must be tensors whose numbers can be read to tell the model, "
+            f"but {name} is a {type(whole).__name__} of {whole.dtype}; use the model without that "
+            "quantization."
+        ) from error

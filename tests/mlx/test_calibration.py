@@ -20,6 +20,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.measure import calibrate
 from rotormlx.mlx import calibration, fingerprint, hook, integration, learned
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.store import same_calibrated
 from rotormlx.storage import calibration as calibration_file
 from rotormlx.storage import tensor_file
 from rotormlx.storage.calibration import TRANSFORMS, Calibration
@@ -484,6 +485,8 @@ def test_a_saved_cache_outlives_other_calibrations(llama, made, tmp_path, first,
     loaded, _ = rotormlx.load_prompt_cache(path, llama)
     more = tiny.tokens(10, seed=5)
     assert mx.array_equal(llama(more, cache=loaded), llama(more, cache=caches))
+    for found, cache in zip(loaded, caches, strict=True):
+        assert same_calibrated(found.calibrated, cache.calibrated)
 
 
 def test_an_empty_cache_of_another_calibration_is_refused(llama, made, tmp_path):

@@ -200,8 +200,8 @@ def test_decoded_vectors_are_the_reference(path, transform):
 # ---- operators ----------------------------------------------------------------------------------
 
 
-def klt_layer():
-    made = of_layer("klt")
+def klt_layer(made=None):
+    made = made or of_layer("klt")
     return RotorLayer(made.configured(CONFIG), LAYER, arrays_of(made, LAYER))
 
 
@@ -251,6 +251,24 @@ def test_a_copy_of_a_cache_outlives_it():
     del twin
     gc.collect()
     assert used() is None
+
+
+def test_rotations_go_with_the_calibration_and_not_with_each_cache():
+    """What is derived from them is made once for all conversations."""
+    held = [of_layer("klt")]
+
+    def new():
+        layer = klt_layer(held[0])
+        add(layer, vectors(300))
+        return weakref.ref(layer.stores[0].codec.rotation)
+
+    first = new()
+    gc.collect()
+    assert first() is not None
+    assert new()() is first()
+    held.clear()
+    gc.collect()
+    assert first() is None
 
 
 # ---- models -------------------------------------------------------------------------------------

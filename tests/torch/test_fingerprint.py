@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from rotormlx.mlx import fingerprint as of_mlx
 from rotormlx.storage.fingerprint import Fingerprint, Weights, canonical_names
@@ -39,6 +40,25 @@ def test_both_hosts_agree_on_a_checkpoint(tmp_path, name, saved):
         model = by_mlx(directory)
         model.set_dtype(dtype)
         assert are_one(own, of_mlx.fingerprint(model))
+
+
+def test_of_a_model_with_vision_the_text_decoder_counts(tmp_path):
+    """mlx-lm loads no more of it; layers of both parts have the same names."""
+    text = {
+        **{"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    }
+    vision = {
+        **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3},
+        **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, vocab_size=257)
+    model = Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    own, other = of_torch.fingerprint(model), of_mlx.fingerprint(by_mlx(tmp_path))
+    assert own.digest == other.digest
+    assert "layers.1.self_attn.k_proj.weight" in own.weights
+    assert are_one(own, other)
 
 
 def test_another_checkpoint_is_another_model(tmp_path):
@@ -90,6 +110,19 @@ def test_an_adapter_makes_another_model(tmp_path):
     assert {name for name, _ in tree_flatten(model.parameters()) if "lora" in name}
     for base in (own, other):
         assert "only one of them has" in base.difference(adapted)
+
+
+def test_buffers_that_a_file_keeps_are_weights_too(tmp_path):
+    """Where others quantize, the packed weights are buffers. A float of 8 bits is read as well."""
+    model = by_torch(written(tmp_path))
+    layer = model.model.layers[0].mlp.up_proj
+    packed = layer.weight.data.to(torch.float8_e4m3fn)
+    del layer.weight
+    layer.register_buffer("weight", packed)
+    own = of_torch.fingerprint(model)
+    assert own.weights["layers.0.mlp.up_proj.weight"].sizes == (64, 96)
+    layer.weight = (packed.float() * 2).to(packed.dtype)
+    assert "up_proj.weight has other numbers" in own.difference(of_torch.fingerprint(model))
 
 
 # ---- what is compared ---------------------------------------------------------------------------
@@ -212,6 +245,21 @@ def test_weights_that_are_not_in_memory_are_named(tmp_path):
     model = by_torch(written(tmp_path))
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj.weight is on the device meta"):
+        of_torch.fingerprint(model)
+
+    class Unreadable(torch.Tensor):
+        """As a quantized one may be."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.__getitem__:
+                raise NotImplementedError
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    model = by_torch(tmp_path)
+    weight = model.model.layers[0].mlp.up_proj.weight.data.as_subclass(Unreadable)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight is a \w+ of torch.float32"):
         of_torch.fingerprint(model)
     with pytest.raises(ValueError, match="model of transformers is required, but a Linear"):
         of_torch.fingerprint(torch.nn.Linear(2, 2))

@@ -1,5 +1,6 @@
 """Caches in files: written by torch and read by MLX, and the other way round, bit for bit."""
 
+import itertools
 import json
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from tests.support.torch_models import CACHE, build, padded, tokens
 
 CONFIGS = [RotorConfig(), RotorConfig(3, 2, "rotor3", window=10)]
 IDS = ["default", "rotor3"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,6 +78,28 @@ def test_torch_to_mlx_and_back(tmp_path, config, dtype):
     again, facts = rt.load_prompt_cache(tmp_path / "b.safetensors", model)
     assert (facts["x"], again.rotor_config) == ("y", config)
     rt.save_prompt_cache(tmp_path / "c.safetensors", model, again, facts)
+    assert_same_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)), ids=str)
+def test_keys_and_values_of_different_dtypes_keep_theirs(tmp_path, dtypes):
+    model = model_of()
+    cache = rt.RotorCache(model.config, RotorConfig(window=10))
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        pair = (torch.from_numpy(rng.normal(size=(1, 2, 200, 32))).to(dtype) for dtype in dtypes)
+        handle, _ = cache.update(*pair, index)
+        handle.step.read(None)
+    rt.save_prompt_cache(tmp_path / "a.safetensors", model, cache)
+    caches, facts = mlx_cache.load_prompt_cache(
+        str(tmp_path / "a.safetensors"), return_metadata=True
+    )
+    mlx_cache.save_prompt_cache(str(tmp_path / "b.safetensors"), caches, facts)
+    assert_same_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    again, _ = rt.load_prompt_cache(tmp_path / "b.safetensors", model)
+    for layer in again.layers:
+        assert [store.exact.dtype for store in layer.stores] == list(dtypes)
+    rt.save_prompt_cache(tmp_path / "c.safetensors", model, again)
     assert_same_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
 
 
