@@ -31,7 +31,8 @@ class RotorConfig:
         channel_scale: ``"none"``, ``"prefill"`` (the root mean square of each channel over the
             first packed block, then frozen), ``"calibrated"`` (from a calibration file), or None
             for the default of the rotation: ``prefill`` for the one-stage rotations, ``none`` for
-            the others.
+            the others. With None and the default rotation, :func:`rotormlx.load` takes the
+            calibration that is kept for the model.
         sink: Tokens at the start of a sequence that stay exact (attention sinks).
         window: Most recent tokens that are always exact.
         seed: Selects the rotations; two caches agree only if their seeds do.

@@ -22,7 +22,7 @@ from rotormlx.codec.format import KEY, ROLES
 from rotormlx.codec.layer_bits import allotted
 from rotormlx.codec.learned_rotors import learned_matrix, learned_size
 from rotormlx.codec.rotation import Rotation
-from rotormlx.config import CALIBRATED, RotorConfig
+from rotormlx.config import CALIBRATED, ROTATIONS, RotorConfig
 from rotormlx.report import Report
 from rotormlx.storage import tensor_file
 from rotormlx.storage.fingerprint import MODEL, Fingerprint, Weights
@@ -57,10 +57,25 @@ class Calibration:
     tokens: int
 
     def configured(self, config: RotorConfig) -> RotorConfig:
-        """A configuration that uses this calibration and is otherwise the same."""
+        """A configuration that uses this calibration and is otherwise the same.
+
+        Raises:
+            ValueError: If the configuration asks for something else in its place.
+        """
         if self.transform == "scale":
-            return replace(config, channel_scale=CALIBRATED)
-        return replace(config, rotation=CALIBRATED, channel_scale=None)
+            made = replace(config, channel_scale=CALIBRATED)
+        else:
+            made = replace(config, rotation=CALIBRATED, channel_scale=None)
+        for field, asked, default, own in (
+            ("rotation", config.rotation, ROTATIONS[0], made.rotation),
+            ("channel_scale", config.channel_scale, None, made.used_channel_scale),
+        ):
+            if asked not in (default, own):
+                raise ValueError(
+                    f"[calibration] A calibration with the transform {self.transform} brings its "
+                    f"own {field}, but {field} {asked!r} was given; leave it out."
+                )
+        return made
 
     @property
     def has_losses(self) -> bool:
@@ -216,10 +231,15 @@ def calibrated(
     """
     if isinstance(given, (str, Path)):
         made = load(given, weights)
-    elif given is not None:
+    elif given is None:
+        made = required(weights, report.config)
+    elif isinstance(given, Calibration):
         made = given
     else:
-        made = required(weights, report.config)
+        raise ValueError(
+            f"[calibration] A calibration or its file is required, but a {type(given).__name__} "
+            "was given; rotormlx calibrate MODEL makes a file."
+        )
     report = replace(report, config=made.configured(report.config))
     made.check(report)
     if made is given:

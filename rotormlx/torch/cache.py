@@ -52,9 +52,11 @@ class RotorCache(Cache):
                 "rotormlx.torch.apply(model) first."
             )
         rotor_config = rotor_config or RotorConfig()
-        if rotor_config.is_calibrated and calibration is None:
+        is_made = isinstance(calibration, Calibration)
+        if not is_made and (rotor_config.is_calibrated or calibration is not None):
+            came = "none" if calibration is None else f"a {type(calibration).__name__}"
             raise ValueError(
-                "[RotorCache] A calibrated configuration needs its calibration, but none came; "
+                f"[RotorCache] A calibrated configuration needs its calibration, but {came} came; "
                 "pass calibration=rotormlx.torch.load_calibration(path, model)."
             )
         super().__init__(layers=compressed_layers(text, rotor_config, calibration))

@@ -502,6 +502,28 @@ def test_an_empty_cache_of_another_calibration_is_refused(llama, made, tmp_path)
             rotormlx.load_prompt_cache(path, llama)
 
 
+@pytest.mark.parametrize(
+    ("transform", "config", "says"),
+    [
+        ("klt", RotorConfig(rotation="dense"), "rotation 'dense' was given"),
+        ("rotors", RotorConfig(channel_scale="prefill"), "channel_scale 'prefill' was given"),
+        ("scale", RotorConfig(channel_scale="none"), "channel_scale 'none' was given"),
+        ("scale", RotorConfig(rotation="calibrated"), "A calibrated rotation holds the channel"),
+    ],
+)
+def test_what_a_calibration_would_replace_is_refused(llama, made, transform, config, says):
+    with pytest.raises(ValueError, match=says):
+        rotormlx.apply(llama, config, made[transform])
+    assert not hook.installed()
+
+
+def test_what_a_calibration_leaves_alone_is_taken(llama, made):
+    kept = rotormlx.apply(llama, RotorConfig(rotation="dense"), made["scale"]).config
+    assert kept == RotorConfig(rotation="dense", channel_scale="calibrated")
+    for same in (RotorConfig(channel_scale="none"), RotorConfig(rotation="calibrated")):
+        assert rotormlx.apply(llama, same, made["klt"]).config == RotorConfig(rotation="calibrated")
+
+
 def test_an_object_or_a_file_of_another_model_is_refused(llama, made, tmp_path):
     other = tiny.build("llama", seed=1)
     path = tmp_path / "c.safetensors"

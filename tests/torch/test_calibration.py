@@ -463,8 +463,17 @@ def test_a_calibrated_cache_without_its_calibration_says_what_to_do(models):
         ValueError, match=r"needs its calibration, but none came; .*load_calibration"
     ):
         rt.RotorCache(other.config, RotorConfig(rotation="calibrated"))
+    with pytest.raises(ValueError, match=r"needs its calibration, but a str came; .*load_calib"):
+        rt.RotorCache(other.config, CONFIG, "c.safetensors")
+    for apply, own in ((rotormlx.apply, model), (rt.apply, other)):
+        with pytest.raises(ValueError, match=r"or its file is required, but a dict was given"):
+            apply(own, CONFIG, {})
     with pytest.raises(ValueError, match=r"Layer 0 must be calibrated, but the calibration has 1"):
         rt.RotorCache(other.config, CONFIG, made_of(model, "scale", layers=(1,)))
+    with pytest.raises(ValueError, match=r"Layer 0 must be calibrated, but the calibration has 1"):
+        rt.RotorCache(
+            other.config, CONFIG, made_of(model, "scale", layers=(1,), losses=[(1.0, 1.0)])
+        )
     wrong = calibration("klt", fingerprint(model), heads=3, dims=(32, 32))
     with pytest.raises(ValueError, match=r"needs an array \(2, 32, 32\) for the keys of layer 0"):
         filled(other, calibration=wrong)

@@ -164,6 +164,15 @@ def test_norms_to_which_mlx_lm_adds_1_are_the_same(dtype):
     assert not are_one(own("mlx", 0), own("mlx", 1))
 
 
+def test_packed_words_are_not_rounded():
+    """As float32, one of these would be the other in bfloat16."""
+    words = np.full((8, 8), 0x3F800000, np.uint32)
+    own, other = (
+        fingerprint_of(layers__0__a=x, layers__0__b=floats(8, 8)) for x in (words, words + 1)
+    )
+    assert not are_one(own, other)
+
+
 def test_hosts_compare_what_both_name_in_every_layer():
     a, b, c = (floats(8, 8, seed=seed) for seed in range(3))
     own = fingerprint_of(layers__0__a=a, layers__1__a=b, layers__1__gate=c)
