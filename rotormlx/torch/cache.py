@@ -51,15 +51,8 @@ class RotorCache(Cache):
                 f'{used!r}; call model.set_attn_implementation("{attention.NAME}") or '
                 "rotormlx.torch.apply(model) first."
             )
-        rotor_config = rotor_config or RotorConfig()
-        is_made = isinstance(calibration, Calibration)
-        if not is_made and (rotor_config.is_calibrated or calibration is not None):
-            came = "none" if calibration is None else f"a {type(calibration).__name__}"
-            raise ValueError(
-                f"[RotorCache] A calibrated configuration needs its calibration, but {came} came; "
-                "pass calibration=rotormlx.torch.load_calibration(path, model)."
-            )
-        super().__init__(layers=compressed_layers(text, rotor_config, calibration))
+        make = layer_factory(rotor_config or RotorConfig(), calibration)
+        super().__init__(layers=compressed_layers(text, make))
 
     @property
     def rotor_config(self) -> RotorConfig | None:
@@ -95,14 +88,15 @@ class RotorCache(Cache):
         )
 
 
-def compressed_layers(
-    text: PreTrainedConfig, config: RotorConfig, calibration: Calibration | None = None
-) -> list[Any]:
+def compressed_layers(text: PreTrainedConfig, make: Callable[[int], RotorLayer]) -> list[Any]:
     """Empty layers for a model: compressed ones for full attention, transformers' own elsewhere.
 
+    Args:
+        text: The configuration of the text model.
+        make: Makes a compressed layer, by its index; see :func:`layer_factory`.
+
     Raises:
-        ValueError: If no layer can be compressed, one has a head_dim that the rotations lack, or
-            the calibration lacks one.
+        ValueError: If no layer can be compressed, or one has a head_dim that the rotations lack.
     """
     own = DynamicCache(config=text).layers
     # Exactly this class: what derives from it keeps more than keys and values.
@@ -121,16 +115,26 @@ def compressed_layers(
     for head_dim in layer_dims(text)[1:]:
         check_head_dim(head_dim)
     layers = enumerate(zip(own, grows, strict=True))
-    make = layer_factory(config, calibration)
     return [make(index) if grow else layer for index, (layer, grow) in layers]
 
 
 def layer_factory(
     config: RotorConfig, calibration: Calibration | None
 ) -> Callable[[int], RotorLayer]:
-    """What makes the compressed layer of a model, by its index."""
-    if calibration is None:
+    """What makes the compressed layer of a model, by its index.
+
+    Raises:
+        ValueError: If a calibrated configuration comes without a calibration; later, if that lacks
+            a layer.
+    """
+    if calibration is None and not config.is_calibrated:
         return partial(RotorLayer, config)
+    if not isinstance(calibration, Calibration):
+        came = "none" if calibration is None else f"a {type(calibration).__name__}"
+        raise ValueError(
+            f"[RotorCache] A calibrated configuration needs its calibration, but {came} came; "
+            "pass calibration=rotormlx.torch.load_calibration(path, model)."
+        )
     own = calibration.by_layer(calibration.configured(config))
 
     def make(layer: int) -> RotorLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     """
     config = config or RotorConfig()
     text = model.config.get_text_config(decoder=True)
-    layers = compressed_layers(text, config)
+    layers = compressed_layers(text, partial(RotorLayer, config))
     dims = layer_dims(text)
     dtype_bytes = model.dtype.itemsize
     reports = (_layer_report(i, layer, config, dims, dtype_bytes) for i, layer in enumerate(layers))
