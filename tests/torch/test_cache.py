@@ -209,6 +209,23 @@ def test_memory_is_what_the_format_says():
     assert layer.nbytes == exact + K * allocated * bits
 
 
+@pytest.mark.parametrize("kept", [300, 333, 140, 70, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cropped_with_its_window_and_read_again_is_as_if_no_more_had_come(name, kept):
+    """As docs/TORCH.md says; a crop alone leaves tokens packed that would be exact."""
+    config, pair = CONFIGS[name], vectors(500)
+    layer, fresh = RotorLayer(config, LAYER), RotorLayer(config, LAYER)
+    add(layer, *pair)
+    layer.crop(kept)
+    again = layer.rows[0].tokens_to_reread(config)
+    if again:
+        layer.crop(-again)
+        add(layer, *part(pair, kept - again, kept))
+    add(fresh, *part(pair, 0, kept))
+    for a, b in zip(state_of(layer), state_of(fresh), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 # ---- handles and refusals -----------------------------------------------------------------------
 
 
