@@ -31,6 +31,8 @@ _NAME = 200  # characters at most
 _HEAD = "lm_head."
 _LINE = re.compile(r"(\S{1,200}) ([0-9]{1,12}(?:x[0-9]{1,12}){0,7}) (i?)((?:[0-9a-f]{8}){1,4})")
 _IN_LAYER = re.compile(r"[A-Za-z_]+\.[0-9]+\..*")
+# Of a layer: its name, and that of a weight of all experts, which mlx-lm calls switch_mlp.
+_EXPERTS = re.compile(r"([A-Za-z_]+\.[0-9]+)\.(?:.*\.)?(?:experts|switch_mlp)\.(\w+?)(?:\.weight)?")
 _LAYER = re.compile(r"[A-Za-z_]+\.[0-9]+(?=\.)")
 
 Sizes = tuple[int, ...]
@@ -224,15 +226,17 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """The names that hosts share, and for each the host's own.
 
     ``model.language_model.layers.3.mlp.up_proj.weight`` is ``layers.3.mlp.up_proj.weight``; outside
-    of layers the last two parts count. Left out are the head, which no cache depends on, weights of
-    a list inside of a layer (single experts, which other hosts stack), and names that are not
-    unique.
+    of layers the last two parts count. Weights of all experts are ``layers.3.experts.down_proj``.
+    Left out are the head, which no cache depends on, weights of a list inside of a layer (single
+    experts, which other hosts stack), and names that are not unique.
     """
     chosen: dict[str, str] = {}
     twice = set()
     for own in names:
         inside = _IN_LAYER.search(own)
         name = inside[0] if inside else ".".join(own.split(".")[-2:])
+        if experts := _EXPERTS.fullmatch(name):
+            name = "{}.experts.{}".format(*experts.groups())
         is_listed = sum(part.isdecimal() for part in name.split(".")) > 1
         if len(name) > _NAME or is_listed or name.startswith(_HEAD):
             continue

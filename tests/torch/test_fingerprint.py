@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from rotormlx.mlx import fingerprint as of_mlx
 from rotormlx.storage.fingerprint import Fingerprint, Weights, canonical_names
@@ -40,6 +45,33 @@ def test_both_hosts_agree_on_a_checkpoint(tmp_path, name, saved):
         model = by_mlx(directory)
         model.set_dtype(dtype)
         assert are_one(own, of_mlx.fingerprint(model))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_experts_count_however_they_are_stacked(tmp_path, kind):
+    """By one host under another name, with gate and up in one weight or in two."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    experts = {
+        **{"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+    }
+    latent = {f"{name}_head_dim": 16 for name in ("qk_rope", "qk_nope", "v")}
+    config = AutoConfig.for_model(
+        **{"model_type": kind, "vocab_size": 257, "num_hidden_layers": 2},
+        **{"q_lora_rank": 16, "kv_lora_rank": 16, "shared_expert_intermediate_size": 32},
+        **(sizes | heads | experts | latent),
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    own, loaded = of_mlx.fingerprint(by_mlx(tmp_path)), by_torch(tmp_path)
+    assert are_one(own, of_torch.fingerprint(loaded))
+    down = next(p for name, p in loaded.named_parameters() if name.endswith("experts.down_proj"))
+    with torch.no_grad():
+        down[2] += 0.01
+    assert "layers.0.experts.down_proj has other numbers" in (
+        own.difference(of_torch.fingerprint(loaded))
+    )
 
 
 def test_of_a_model_with_vision_the_text_decoder_counts(tmp_path):
@@ -194,6 +226,9 @@ def test_names_that_hosts_share():
             "model.embed_tokens.weight",
             "lm_head.weight",
             "model.layers.0.mlp.experts.7.w1.weight",
+            "model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight",
+            "layers.1.experts.gate_up_proj",
+            "layers.1.mlp.shared_experts.up_proj.weight",
             "a.layers.5.b",
             "c.layers.5.b",
         ]
@@ -201,6 +236,9 @@ def test_names_that_hosts_share():
     assert sorted(names) == [
         "embed_tokens.weight",
         "h.0.attn.c_attn.weight",
+        "layers.0.experts.up_proj",
+        "layers.1.experts.gate_up_proj",
+        "layers.1.mlp.shared_experts.up_proj.weight",
         "layers.3.mlp.up_proj.weight",
     ]
 
