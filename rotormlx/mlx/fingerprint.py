@@ -16,7 +16,7 @@ from rotormlx.storage.fingerprint import Fingerprint, Weights
 
 
 def fingerprint(model: Module) -> Fingerprint:
-    """What tells a model's weights; reads them."""
+    """The fingerprint of a model; reads its weights."""
     return weights(model).fingerprint
 
 

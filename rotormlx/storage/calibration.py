@@ -39,7 +39,7 @@ Float32s = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the layers of one model need to be compressed as well as can be.
+    """Channel scales or matrices that suit the layers of one model.
 
     Args:
         transform: One of ``TRANSFORMS``.
@@ -121,7 +121,7 @@ class Calibration:
         return sum(a[0].size for a in first) // 2
 
     def of(self, layer: int) -> tuple[Float32s, Float32s]:
-        """What the cache of a layer takes for keys and for values, ``[K, D]`` or ``[K, D, D]``.
+        """Channel scales ``[K, D]`` or matrices ``[K, D, D]`` for keys and values of a layer.
 
         Raises:
             ValueError: If this layer was not calibrated.
@@ -193,7 +193,7 @@ class Calibration:
 
     @cached_property
     def _arrays(self) -> dict[int, tuple[Float32s, Float32s]]:
-        """What each layer takes."""
+        """For each layer, of keys and of values."""
         keys, values = ({n: self._array(n, role) for n in self.layers} for role in ROLES)
         return {layer: (keys[layer], values[layer]) for layer in self.layers}
 
@@ -216,7 +216,7 @@ class Calibration:
 def calibrated(
     report: Report, weights: Weights, given: Calibration | str | Path | None
 ) -> tuple[Report, Calibration]:
-    """What a model is calibrated with, and its report then.
+    """Find and check the calibration of a model.
 
     Args:
         report: Of the model, with the configuration that was asked for.
@@ -237,8 +237,8 @@ def calibrated(
         made = given
     else:
         raise ValueError(
-            f"[calibration] A calibration or its file is required, but a {type(given).__name__} "
-            "was given; rotormlx calibrate MODEL makes a file."
+            f"[calibration] calibration must be a Calibration or its file, but a "
+            f"{type(given).__name__} was given; rotormlx calibrate MODEL makes a file."
         )
     report = replace(report, config=made.configured(report.config))
     made.check(report)
@@ -347,7 +347,7 @@ class _Fault(NamedTuple):
 
 
 def _fault_of_facts(facts: dict[str, str]) -> _Fault | None:
-    """What is wrong with the texts of a file."""
+    """The first fault of the texts of a file."""
     if facts.get("version") != VERSION or facts.get("transform") not in TRANSFORMS:
         return _Fault(
             f"be a calibration of version {VERSION} with a transform of {', '.join(TRANSFORMS)}",
@@ -359,7 +359,7 @@ def _fault_of_facts(facts: dict[str, str]) -> _Fault | None:
 
 
 def _fault_of_numbers(numbers: dict[str, Float32s], transform: str) -> _Fault | None:
-    """What is wrong with the arrays of a file."""
+    """The first fault of the arrays of a file."""
     parts = ("", ".rotors") if transform == "rotors" else ("",)
     layers = {name.partition(".")[0] for name in numbers}
     wanted = {f"{layer}.{role}{part}" for layer in layers for role in ROLES for part in parts}

@@ -39,7 +39,7 @@ Sizes = tuple[int, ...]
 
 
 class Weight(NamedTuple):
-    """What a fingerprint keeps of a weight.
+    """The samples of one weight in a fingerprint.
 
     sizes: Its dimensions, the smallest first.
     is_integer: Whether its numbers are integers, of a quantized weight.
@@ -102,7 +102,7 @@ class Fingerprint:
         )
 
     def difference(self, other: Fingerprint) -> str | None:
-        """What tells two models apart, in words; None if they are one model, as far as it shows."""
+        """The first difference of two models, in words; None if they look like one model."""
         common = sorted(self.weights.keys() & other.weights.keys())
         for name in common:
             a, b = self.weights[name], other.weights[name]

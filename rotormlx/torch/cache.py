@@ -121,7 +121,7 @@ def compressed_layers(text: PreTrainedConfig, make: Callable[[int], RotorLayer])
 def layer_factory(
     config: RotorConfig, calibration: Calibration | None
 ) -> Callable[[int], RotorLayer]:
-    """What makes the compressed layer of a model, by its index.
+    """A function that makes a compressed layer of a model, by its index.
 
     Raises:
         ValueError: If a calibrated configuration comes without a calibration; later, if that lacks

@@ -31,6 +31,6 @@ def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
 
 @derived
 def arrays_of(made: Calibration, layer: int) -> Calibrated:
-    """What the caches of a layer take; all of them share it."""
+    """Channel scales or matrices for the caches of a layer, which all share them."""
     keys, values = made.of(layer)
     return torch.from_numpy(keys), torch.from_numpy(values)

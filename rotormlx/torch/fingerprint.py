@@ -15,7 +15,7 @@ from rotormlx.storage.fingerprint import Fingerprint, Weights
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """What tells a model's weights; reads them.
+    """The fingerprint of a model; reads its weights.
 
     Raises:
         ValueError: If a weight is not in memory.
@@ -31,8 +31,8 @@ def weights(model: PreTrainedModel) -> Weights:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"[fingerprint] A model of transformers is required, but a {type(model).__name__} was "
-            "given; pass what from_pretrained returned."
+            f"[fingerprint] model must be a model of transformers, but a {type(model).__name__} "
+            "was given; pass what from_pretrained returned."
         )
     # Vision and speech have layers too, and mlx-lm loads neither.
     # Its state: quantized weights may be buffers.

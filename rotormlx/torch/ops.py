@@ -218,7 +218,7 @@ def _facts(config: RotorConfig, role: str, rotation: Rotation | None) -> dict[st
 
 
 def _rotation_name(config: RotorConfig, rotation: Rotation | None) -> str:
-    """What tells a rotation to an operator: its name, or what stands for a calibrated one."""
+    """The text that an operator gets for a rotation: its name, or a reference to an object."""
     if config.rotation != CALIBRATED or rotation is None:
         return config.rotation
     return reference_to(rotation)

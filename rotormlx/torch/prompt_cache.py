@@ -178,8 +178,8 @@ class _Fit(NamedTuple):
             raise self._damaged(f"layer {index} at position {index}", f"layer {shape.layer}")
         if shape.limited:
             raise ValueError(
-                f"[prompt cache] A cache without a limit of its size is required, but {self.path} "
-                "was made with max_kv_size; use it with mlx-lm."
+                f"[prompt cache] {self.path} was made with max_kv_size, which torch caches do not "
+                "have; use it with mlx-lm."
             )
         layer = self.cache.layers[index]
         if isinstance(layer, DynamicSlidingWindowLayer) and shape.window != layer.sliding_window:

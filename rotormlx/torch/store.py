@@ -20,7 +20,7 @@ from rotormlx.torch.torch_ops import KVView
 
 # Rows that have the same lengths are handled together; a slice stands for all of them.
 Rows = slice | list[int]
-# What a calibration gives the keys and the values of a layer.
+# Channel scales or matrices of a calibration, for the keys and the values of a layer.
 Calibrated = tuple[Tensor, Tensor]
 
 

@@ -449,10 +449,10 @@ def test_arguments_in_another_order_are_refused(models, tmp_path):
     where = tmp_path / "a"
     with pytest.raises(ValueError, match=r"A RotorCache is required behind the model, but a dict"):
         rt.save_prompt_cache(where, cache, {"x": "y"})
-    with pytest.raises(ValueError, match=r"model of transformers is required, but a RotorCache"):
+    with pytest.raises(ValueError, match=r"must be a model of transformers, but a RotorCache"):
         rt.save_prompt_cache(where, cache, cache)
     rt.save_prompt_cache(where, other, cache)
-    with pytest.raises(ValueError, match=r"model of transformers is required, but a LlamaConfig"):
+    with pytest.raises(ValueError, match=r"must be a model of transformers, but a LlamaConfig"):
         rt.load_prompt_cache(tmp_path / "a.safetensors", other.config)
 
 
@@ -466,7 +466,7 @@ def test_a_calibrated_cache_without_its_calibration_says_what_to_do(models):
     with pytest.raises(ValueError, match=r"needs its calibration, but a str came; .*load_calib"):
         rt.RotorCache(other.config, CONFIG, "c.safetensors")
     for apply, own in ((rotormlx.apply, model), (rt.apply, other)):
-        with pytest.raises(ValueError, match=r"or its file is required, but a dict was given"):
+        with pytest.raises(ValueError, match=r"a Calibration or its file, but a dict was given"):
             apply(own, CONFIG, {})
     with pytest.raises(ValueError, match=r"Layer 0 must be calibrated, but the calibration has 1"):
         rt.RotorCache(other.config, CONFIG, made_of(model, "scale", layers=(1,)))

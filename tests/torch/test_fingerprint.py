@@ -308,5 +308,5 @@ def test_weights_that_are_not_in_memory_are_named(tmp_path):
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight)
     with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight is a \w+ of torch.float32"):
         of_torch.fingerprint(model)
-    with pytest.raises(ValueError, match="model of transformers is required, but a Linear"):
+    with pytest.raises(ValueError, match="must be a model of transformers, but a Linear"):
         of_torch.fingerprint(torch.nn.Linear(2, 2))
