@@ -279,10 +279,10 @@ def check_saved(path: str, asked: RotorConfig, given: dict[str, str], saved: Rep
         wanted, made = getattr(asked, field), getattr(saved.config, field)
         if field == "channel_scale":
             made = saved.config.used_channel_scale
-        elif field in ("key_bits", "value_bits") and not saved.has_mean:
-            made = "of each layer's own"
-        if wanted != made:
+        by_layer = field in ("key_bits", "value_bits") and not saved.has_mean
+        if by_layer or wanted != made:
+            kept = "bits by layer" if by_layer else f"{option} {made}"
             raise Refusal(
-                f"[prompt cache] {path} goes on with {option} {made}, as it was made, but {option} "
-                f"{wanted} was given; leave {option} out, or make the file again."
+                f"[prompt cache] {path} goes on with {kept}, as it was made, but {option} {wanted} "
+                f"was given; leave {option} out, or make the file again."
             )

@@ -385,6 +385,23 @@ def test_a_prompt_cache_goes_on_as_it_was_made(tmp_path, llama: str) -> None:
         assert f"{other} was given" in result.output
 
 
+def test_a_prompt_cache_goes_on_with_its_bits_by_layer(tmp_path, llama: str) -> None:
+    model, tokenizer = mlx_lm.load(llama)
+    integration.apply(model)
+    caches = [RotorKVCache(RotorConfig(bits), layer) for layer, bits in enumerate((3, 8))]
+    tiny.logits(model, mx.array([tokenizer.encode(LONG_PROMPT[:200])]), caches)
+    path = str(tmp_path / "c.safetensors")
+    save_prompt_cache(path, caches, {"model": llama, "tokenizer_config": "{}"})
+    integration.remove(model)
+    options = ["--prompt-cache-file", path, *SHORT]
+    assert (
+        "caches compressed, bits by layer, cascade, 5.125 bits" in run("generate", *options).stderr
+    )
+    result = run("generate", *options, "--key-bits", "3")
+    assert_refused(result, f"{path} goes on with bits by layer, as it was made, but --key-bits 3")
+    assert run("generate", *options, "--window", "64").exit_code == 0
+
+
 def test_a_model_may_be_named_by_any_path_to_its_folder(tmp_path, llama: str, monkeypatch) -> None:
     path = save_cache(tmp_path / "c.safetensors", llama, RotorConfig())
     (tmp_path / "link").symlink_to(llama)
