@@ -30,7 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from rotormlx.cli import outputs, prompts, rules, server_guard, serving, usage
 from rotormlx.cli.refusal import Refusal, refusing, sentence
-from rotormlx.config import CALIBRATED, RotorConfig
+from rotormlx.config import RotorConfig
 from rotormlx.measure import perplexity
 from rotormlx.mlx import backends, integration, prompt_cache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -377,15 +377,6 @@ def load_lazily(
                 f"{first.rstrip('.')}; check the path or the name."
             )
         raise Refusal(message) from error
-    used = integration.model_report(loaded[0]).config
-    if used.rotation == CALIBRATED != config.rotation and config != RotorConfig(
-        config.key_bits, config.value_bits, sink=config.sink, window=config.window
-    ):
-        raise Refusal(
-            f"[calibration] {calibration or 'The calibration of the model'} brings its own "
-            f"rotations, but --rotation {config.rotation} and --rotation-seed {config.seed} were "
-            "given; leave one of them out."
-        )
     return loaded
 
 

@@ -56,8 +56,12 @@ class Calibration:
     numbers: dict[str, Float32s]
     tokens: int
 
-    def configured(self, config: RotorConfig) -> RotorConfig:
+    def configured(self, config: RotorConfig, source: str | Path = "A calibration") -> RotorConfig:
         """A configuration that uses this calibration and is otherwise the same.
+
+        Args:
+            config: Bits, sink and window are kept, and the rotation if this has none.
+            source: What messages call the calibration.
 
         Raises:
             ValueError: If the configuration asks for something else in its place.
@@ -65,15 +69,17 @@ class Calibration:
         if self.transform == "scale":
             made = replace(config, channel_scale=CALIBRATED)
         else:
-            made = replace(config, rotation=CALIBRATED, channel_scale=None)
+            made = replace(config, rotation=CALIBRATED, channel_scale=None, seed=0)
         for field, asked, default, own in (
             ("rotation", config.rotation, ROTATIONS[0], made.rotation),
+            ("seed", config.seed, 0, made.seed),
             ("channel_scale", config.channel_scale, None, made.used_channel_scale),
         ):
             if asked not in (default, own):
                 raise ValueError(
-                    f"[calibration] A calibration with the transform {self.transform} brings its "
-                    f"own {field}, but {field} {asked!r} was given; leave it out."
+                    f"[calibration] {source} brings its own "
+                    f"{field if field != 'seed' else 'rotation'}, but {field} {asked!r} was given; "
+                    "leave one of them out."
                 )
         return made
 
@@ -240,7 +246,8 @@ def calibrated(
             f"[calibration] calibration must be a Calibration or its file, but a "
             f"{type(given).__name__} was given; rotormlx calibrate MODEL makes a file."
         )
-    report = replace(report, config=made.configured(report.config))
+    source = given if isinstance(given, (str, Path)) else f"The {made.transform} calibration"
+    report = replace(report, config=made.configured(report.config, source))
     made.check(report)
     if made is given:
         made.check_model(weights)

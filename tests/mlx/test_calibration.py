@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -506,6 +507,7 @@ def test_an_empty_cache_of_another_calibration_is_refused(llama, made, tmp_path)
     ("transform", "config", "says"),
     [
         ("klt", RotorConfig(rotation="dense"), "rotation 'dense' was given"),
+        ("klt", RotorConfig(seed=3), "brings its own rotation, but seed 3 was given"),
         ("rotors", RotorConfig(channel_scale="prefill"), "channel_scale 'prefill' was given"),
         ("scale", RotorConfig(channel_scale="none"), "channel_scale 'none' was given"),
         ("scale", RotorConfig(rotation="calibrated"), "A calibrated rotation holds the channel"),
@@ -518,8 +520,9 @@ def test_what_a_calibration_would_replace_is_refused(llama, made, transform, con
 
 
 def test_what_a_calibration_leaves_alone_is_taken(llama, made):
-    kept = rotormlx.apply(llama, RotorConfig(rotation="dense"), made["scale"]).config
-    assert kept == RotorConfig(rotation="dense", channel_scale="calibrated")
+    dense = RotorConfig(rotation="dense", seed=3)
+    kept = rotormlx.apply(llama, dense, made["scale"]).config
+    assert kept == replace(dense, channel_scale="calibrated")
     for same in (RotorConfig(channel_scale="none"), RotorConfig(rotation="calibrated")):
         assert rotormlx.apply(llama, same, made["klt"]).config == RotorConfig(rotation="calibrated")
 
