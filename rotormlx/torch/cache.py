@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -10,7 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from rotormlx.codec.rotation import check_head_dim
 from rotormlx.config import RotorConfig
+from rotormlx.storage.calibration import Calibration
 from rotormlx.torch import attention
+from rotormlx.torch.calibration import arrays_of
 from rotormlx.torch.layer import RotorLayer
 
 
@@ -25,13 +28,20 @@ class RotorCache(Cache):
         config: ``model.config``; its attention must be ``rotormlx``, see
             :func:`rotormlx.torch.apply`.
         rotor_config: How keys and values are compressed; the default configuration if None.
+        calibration: What :func:`rotormlx.torch.load_calibration` read for the model; the
+            configuration becomes a calibrated one then.
 
     Raises:
         ValueError: If the model's attention is another, nothing in the model can be compressed, or
-            the configuration is a calibrated one.
+            a calibrated configuration comes without a calibration.
     """
 
-    def __init__(self, config: PreTrainedConfig, rotor_config: RotorConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        rotor_config: RotorConfig | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         _check_model_config(config)
         text = config.get_text_config(decoder=True)
         used = getattr(text, "_attn_implementation", None)
@@ -41,13 +51,14 @@ class RotorCache(Cache):
                 f'{used!r}; call model.set_attn_implementation("{attention.NAME}") or '
                 "rotormlx.torch.apply(model) first."
             )
-        self.rotor_config = rotor_config or RotorConfig()
-        if self.rotor_config.is_calibrated:
-            raise ValueError(
-                "[RotorCache] A configuration without a calibration is required, but "
-                f"{self.rotor_config.to_json()} was given; calibrations are of MLX models."
-            )
-        super().__init__(layers=compressed_layers(text, self.rotor_config))
+        make = layer_factory(rotor_config or RotorConfig(), calibration)
+        super().__init__(layers=compressed_layers(text, make))
+
+    @property
+    def rotor_config(self) -> RotorConfig | None:
+        """The configuration of all compressed layers; None where they have bits of their own."""
+        configs = {layer.config for layer in self.rotor_layers}
+        return configs.pop() if len(configs) == 1 else None
 
     @property
     def rotor_layers(self) -> list[RotorLayer]:
@@ -77,8 +88,12 @@ class RotorCache(Cache):
         )
 
 
-def compressed_layers(text: PreTrainedConfig, config: RotorConfig) -> list[Any]:
+def compressed_layers(text: PreTrainedConfig, make: Callable[[int], RotorLayer]) -> list[Any]:
     """Empty layers for a model: compressed ones for full attention, transformers' own elsewhere.
+
+    Args:
+        text: The configuration of the text model.
+        make: Makes a compressed layer, by its index; see :func:`layer_factory`.
 
     Raises:
         ValueError: If no layer can be compressed, or one has a head_dim that the rotations lack.
@@ -100,7 +115,33 @@ def compressed_layers(text: PreTrainedConfig, config: RotorConfig) -> list[Any]:
     for head_dim in layer_dims(text)[1:]:
         check_head_dim(head_dim)
     layers = enumerate(zip(own, grows, strict=True))
-    return [RotorLayer(config, index) if grow else layer for index, (layer, grow) in layers]
+    return [make(index) if grow else layer for index, (layer, grow) in layers]
+
+
+def layer_factory(
+    config: RotorConfig, calibration: Calibration | None
+) -> Callable[[int], RotorLayer]:
+    """A function that makes a compressed layer of a model, by its index.
+
+    Raises:
+        ValueError: If a calibrated configuration comes without a calibration; later, if that lacks
+            a layer.
+    """
+    if calibration is None and not config.is_calibrated:
+        return partial(RotorLayer, config)
+    if not isinstance(calibration, Calibration):
+        came = "none" if calibration is None else f"a {type(calibration).__name__}"
+        raise ValueError(
+            f"[RotorCache] A calibrated configuration needs its calibration, but {came} came; "
+            "pass calibration=rotormlx.torch.load_calibration(path, model)."
+        )
+    own = calibration.by_layer(calibration.configured(config))
+
+    def make(layer: int) -> RotorLayer:
+        arrays = arrays_of(calibration, layer)  # refuses a layer that was not calibrated
+        return RotorLayer(own(layer), layer, arrays)
+
+    return make
 
 
 def layer_dims(text: PreTrainedConfig) -> tuple[int, int, int]:

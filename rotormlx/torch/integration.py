@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
@@ -9,9 +11,11 @@ from transformers import DynamicCache, PreTrainedModel
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport, Report
+from rotormlx.storage.calibration import Calibration, calibrated
 from rotormlx.torch import attention
 from rotormlx.torch.cache import RotorCache, compressed_layers, layer_dims
 from rotormlx.torch.exact import Name
+from rotormlx.torch.fingerprint import weights
 from rotormlx.torch.layer import RotorLayer
 
 # What transformers calls to make a cache for ``generate``; ours stands before it on the instance.
@@ -27,11 +31,19 @@ class CompressedCaches:
         model: The model.
         config: How keys and values are compressed.
         former: The attention that the model had.
+        calibration: Of a calibrated configuration, else None.
     """
 
-    def __init__(self, model: PreTrainedModel, config: RotorConfig, former: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: RotorConfig,
+        former: str,
+        calibration: Calibration | None,
+    ) -> None:
         self.config = config
         self.former = former
+        self.calibration = calibration
         self._own = getattr(type(model), _PREPARE).__get__(model)
         self._model_config = model.config
 
@@ -52,14 +64,18 @@ class CompressedCaches:
                 model_kwargs[name] = self._compressed(generation_config)
 
     def _compressed(self, generation_config: Any) -> RotorCache:
-        cache = RotorCache(self._model_config, self.config)
+        cache = RotorCache(self._model_config, self.config, self.calibration)
         # Sliding windows of an assistant must be able to go back; older versions cannot.
         if generation_config.is_assistant and hasattr(cache, "activate_past_recording"):
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
         return cache
 
 
-def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
+def apply(
+    model: PreTrainedModel,
+    config: RotorConfig | None = None,
+    calibration: Calibration | str | Path | None = None,
+) -> Report:
     """Make a model of transformers use compressed caches from now on.
 
     Its attention becomes ``rotormlx``, and ``generate`` makes a :class:`RotorCache` where it would
@@ -68,13 +84,16 @@ def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     Args:
         model: What ``from_pretrained`` returned.
         config: How keys and values are compressed; the default configuration if None.
+        calibration: A calibration of this model, or its file (of ``rotormlx calibrate``); the
+            configuration becomes a calibrated one then. A calibrated configuration without it takes
+            the calibration that is kept for the model.
 
     Returns:
         What is compressed, layer by layer, and what is left alone and why.
 
     Raises:
-        ValueError: If nothing in the model can be compressed, or its attention cannot be set;
-            nothing is changed then.
+        ValueError: If nothing in the model can be compressed, its attention cannot be set, or a
+            calibration is missing or of another model; nothing is changed then.
         RuntimeError: If the installed transformers makes its caches in another way.
     """
     config = config or RotorConfig()
@@ -88,7 +107,9 @@ def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
             f"[apply] transformers must have {type(model).__name__}.{_PREPARE}, but the installed "
             "one has not; pass a RotorCache(model.config) to generate yourself."
         )
-    made = report(model, config)
+    made, used = report(model, config), None
+    if calibration is not None or config.is_calibrated:
+        made, used = calibrated(made, weights(model), calibration)
     maker = vars(model).get(_PREPARE)
     former = maker.former if isinstance(maker, CompressedCaches) else _attention_of(model)
     model.set_attn_implementation(Name(attention.NAME, former))
@@ -97,7 +118,7 @@ def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
             f"[apply] {type(model).__name__} must let its attention be set, but does not; use the "
             "model without rotormlx."
         )
-    vars(model)[_PREPARE] = CompressedCaches(model, config, former)
+    vars(model)[_PREPARE] = CompressedCaches(model, made.config, former, used)
     return made
 
 
@@ -120,7 +141,7 @@ def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     """
     config = config or RotorConfig()
     text = model.config.get_text_config(decoder=True)
-    layers = compressed_layers(text, config)
+    layers = compressed_layers(text, partial(RotorLayer, config))
     dims = layer_dims(text)
     dtype_bytes = model.dtype.itemsize
     reports = (_layer_report(i, layer, config, dims, dtype_bytes) for i, layer in enumerate(layers))
@@ -134,7 +155,7 @@ def _layer_report(
     _, key_dim, value_dim = dims
     if isinstance(layer, RotorLayer):
         bits = [
-            codec(config, dim, layer=index, role=role).bits_per_value
+            codec(config.uncalibrated, dim, layer=index, role=role).bits_per_value
             for role, dim in ((KEY, key_dim), (VALUE, value_dim))
         ]
         return LayerReport(

@@ -317,11 +317,20 @@ def test_a_view_does_not_change_later():
 
 def test_rows_of_another_configuration_or_layer_are_refused():
     batch, _ = filled(RotorConfig(), (200, 70))
-    for other in (RotorKVCache(RotorConfig(3), 3), RotorKVCache(RotorConfig(), 4)):
-        with pytest.raises(ValueError, match="must share configuration, layer and max_kv_size"):
+    for other, says in (
+        (RotorKVCache(RotorConfig(3), 3), "share their key_bits, but it is 4 in one and 3 in"),
+        (RotorKVCache(RotorConfig(), 4), "share their layer, but it is 3 in one and 4 in another"),
+        (
+            RotorKVCache(RotorConfig(), 3, 400),
+            "share their max_kv_size, but it is None in one and 400",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
             RotorKVCache.merge([batch.extract(0), other])
-        with pytest.raises(ValueError, match="must share configuration, layer and max_kv_size"):
+        with pytest.raises(ValueError, match=says):
             batch.extend(RotorKVCache.merge([other]))
+    same = RotorKVCache(RotorConfig(channel_scale="none"), 3)
+    RotorKVCache.merge([batch.extract(0), same])
     strange = RotorKVCache(RotorConfig(), 3)
     strange.update_and_fetch(mx.zeros((1, 3, 5, D)), mx.zeros((1, 3, 5, DV)))
     with pytest.raises(ValueError, match="must have 2 KV heads and head_dim"):
