@@ -11,8 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from rotormlx.torch import ops
+from rotormlx.torch.dtypes import autocast_dtype
 from rotormlx.torch.exact import attend_tensors, check_options
-from rotormlx.torch.handle import KVHandle, autocast_dtype
+from rotormlx.torch.handle import KVHandle, untraced
 
 NAME = "rotormlx"
 
@@ -67,7 +68,7 @@ def attention_forward(
             **kwargs,
         )
     check_options(module, dropout, kwargs)
-    if not (isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.step is value.step):
+    if not (isinstance(key, KVHandle) and key.goes_with(value)):
         raise ValueError(
             "[RotorCache] Keys must come with the values of their own layer, but the model mixes "
             "them; use the model without rotormlx."
@@ -76,16 +77,31 @@ def attention_forward(
         is_causal = bool(getattr(module, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = kwargs.get("s_aux")
-    dtype = autocast_dtype(query.device) or value.dtype
+    return _attend(query, key, value.dtype, attention_mask, scale, is_causal, logits), None
+
+
+@untraced
+def _attend(
+    query: Tensor,
+    key: KVHandle,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    logits: Tensor | None,
+) -> Tensor:
+    """``[B, L, H, Dv]``, which refuses a gradient if one could be asked for."""
+    layer = key.step.layer
+    dtype = autocast_dtype(query.device) or dtype
     with torch.no_grad():
         output = _attend_compressed(
-            query.to(dtype).contiguous(), key, attention_mask, scale, is_causal, logits
+            query.to(dtype).contiguous(), key, mask, scale, is_causal, logits
         )
     output = output.transpose(1, 2).contiguous()
     sources = [x for x in (query, logits) if x is not None and x.requires_grad]
-    if torch.is_grad_enabled() and (sources or key.step.layer.requires_grad):
+    if torch.is_grad_enabled() and (sources or layer.requires_grad):
         output = _WithoutGradient.apply(output.requires_grad_())  # type: ignore[no-untyped-call]
-    return output, None
+    return output
 
 
 class _WithoutGradient(torch.autograd.Function):

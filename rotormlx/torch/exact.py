@@ -23,7 +23,7 @@ from rotormlx.torch.torch_ops import KVView
 
 _EAGER = "eager"
 # What would change the scores in a way that the operator does not know.
-_UNKNOWN = ("softcap", "position_bias")
+_UNKNOWN = ("softcap", "position_bias", "sinks", "indices", "block_indices")
 Eager = Callable[..., tuple[Tensor, Tensor | None]]
 
 

@@ -24,8 +24,8 @@ from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
-from rotormlx.torch.checks import FLOATS
-from rotormlx.torch.handle import ADVICE, KVHandle, autocast_dtype
+from rotormlx.torch.dtypes import FLOATS, autocast_dtype
+from rotormlx.torch.handle import ADVICE, KVHandle, untraced
 from rotormlx.torch.store import Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import KVView
 
@@ -114,6 +114,7 @@ class RotorLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    @untraced
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:

@@ -79,7 +79,7 @@ def test_every_question_is_decided(kinds, decided):
 @pytest.fixture(scope="module")
 def model():
     model = build("llama")
-    rt.apply(model, CONFIG)
+    model.set_attn_implementation("rotormlx")
     return model
 
 

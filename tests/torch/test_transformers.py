@@ -10,7 +10,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import rotormlx.torch as rt
 from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
-from rotormlx.torch import integration
 from rotormlx.torch.attention import left_padding, of_tokens
 from rotormlx.torch.layer import RotorLayer
 from tests.support.torch_models import CACHE, MODELS, build, padded, tokens
@@ -197,18 +196,6 @@ def test_apply_compresses_what_generate_makes_itself(llama):
     rt.remove(llama)
 
 
-def test_a_cache_of_another_name_is_no_silent_exact_one(llama, monkeypatch):
-    monkeypatch.setattr(integration, "_CACHE_NAMES", ("store",))
-    rt.apply(llama, K8V8)
-    try:
-        with pytest.raises(RuntimeError, match="must name its cache store, but"):
-            llama.generate(tokens(5), max_new_tokens=2)
-        out = llama.generate(tokens(5), max_new_tokens=2, use_cache=False)
-        assert out.shape == (1, 7)
-    finally:
-        rt.remove(llama)
-
-
 # ---- masks --------------------------------------------------------------------------------------
 
 
@@ -275,11 +262,7 @@ def test_models_that_cannot_be_compressed_are_refused():
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="head_dim must be a multiple of 8"):
         rt.apply(build("llama", head_dim=44))
-    capped = build("llama")
-    capped.config.attn_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="caps its attention scores"):
-        rt.apply(capped)
-    with pytest.raises(ValueError, match="A model of transformers is required, but a Linear"):
+    with pytest.raises(ValueError, match="that generates is required, but a Linear"):
         rt.apply(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"configuration is required first, but a RotorConfig"):
         rt.RotorCache(RotorConfig())
