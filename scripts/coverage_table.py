@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -87,18 +88,27 @@ def judge(
         # A token sees every token before it: after a flip in an early layer nothing can agree.
         first = int(np.argmax(flipped)) if flipped.any() else len(flipped)
         judged = slice(0, first)
-    size = np.linalg.norm(want, axis=1).clip(1e-9)
-    errors = np.linalg.norm(got - want, axis=1) / size
-    result.error = float(errors[judged].max(initial=0.0))
-    if not (np.isfinite(got).all() and result.error <= LARGEST_ERROR):
+    result.error = largest_error(want[judged], got[judged])
+    if not (np.isfinite(got).all() and is_close(want[judged], got[judged])):
         result.verdict = "differs"
+
+
+def largest_error(want: np.ndarray, got: np.ndarray) -> float:
+    """The largest error of logits ``[tokens, V]``, relative to their norm."""
+    size = np.linalg.norm(want, axis=1).clip(1e-9)
+    return float((np.linalg.norm(got - want, axis=1) / size).max(initial=0.0))
+
+
+def is_close(want: np.ndarray, got: np.ndarray) -> bool:
+    """Whether the codec's error explains the difference of logits ``[tokens, V]``."""
+    return largest_error(want, got) <= LARGEST_ERROR
 
 
 def table(head: str, results: list[Result], version: str) -> str:
     """The text of a table.
 
     Args:
-        head: What stands before it, with places for the version, the tokens and the counts.
+        head: What stands before it, with places for version, date, tokens and counts.
         results: One per line.
         version: Of the library.
     """
@@ -109,6 +119,7 @@ def table(head: str, results: list[Result], version: str) -> str:
     lines = [
         head.format(
             version=version,
+            date=datetime.now(UTC).date(),
             tokens=sum(STEPS),
             chunks=", ".join(map(str, STEPS)),
             total=len(results),

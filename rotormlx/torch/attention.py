@@ -18,12 +18,6 @@ from rotormlx.torch.handle import KVHandle, untraced
 NAME = "rotormlx"
 
 
-def register() -> None:
-    """Make the name known to transformers: attention, and the masks that it wants (as for sdpa)."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -67,17 +61,47 @@ def attention_forward(
             is_causal=is_causal,
             **kwargs,
         )
+    key = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = kwargs.get("s_aux")
+    return _attend(query, key, value.dtype, attention_mask, scale, logits), None
+
+
+def checked(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | KVHandle,
+    value: Tensor | KVHandle,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> KVHandle:
+    """The keys, if attention over them can do what is asked.
+
+    Raises:
+        ValueError: If not.
+    """
     check_options(module, dropout, kwargs)
     if not (isinstance(key, KVHandle) and key.goes_with(value)):
         raise ValueError(
             "[RotorCache] Keys must come with the values of their own layer, but the model mixes "
             "them; use the model without rotormlx."
         )
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = kwargs.get("s_aux")
-    return _attend(query, key, value.dtype, attention_mask, scale, is_causal, logits), None
+    if query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"[RotorCache] Queries must have the keys' head_dim {key.shape[-1]} and a multiple of "
+            f"their {key.shape[1]} heads, but have shape {tuple(query.shape)}; use the model "
+            "without rotormlx."
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and not causal and query.shape[2] > 1:
+        # Masks are left out where attention is causal; whether others see all keys, nobody says.
+        raise ValueError(
+            f"[RotorCache] Attention without a mask must be causal, but {type(module).__name__}'s "
+            "is not; use the model without rotormlx."
+        )
+    return key
 
 
 @untraced
@@ -87,16 +111,13 @@ def _attend(
     dtype: torch.dtype,
     mask: Tensor | None,
     scale: float,
-    is_causal: bool,
     logits: Tensor | None,
 ) -> Tensor:
     """``[B, L, H, Dv]``, which refuses a gradient if one could be asked for."""
     layer = key.step.layer
     dtype = autocast_dtype(query.device) or dtype
     with torch.no_grad():
-        output = _attend_compressed(
-            query.to(dtype).contiguous(), key, mask, scale, is_causal, logits
-        )
+        output = _attend_compressed(query.to(dtype).contiguous(), key, mask, scale, logits)
     output = output.transpose(1, 2).contiguous()
     sources = [x for x in (query, logits) if x is not None and x.requires_grad]
     if torch.is_grad_enabled() and (sources or layer.requires_grad):
@@ -124,13 +145,12 @@ def _attend_compressed(
     key: KVHandle,
     mask: Tensor | None,
     scale: float,
-    is_causal: bool,
     sink_logits: Tensor | None,
 ) -> Tensor:
     layer = key.step.layer
     padding = None if mask is None else left_padding(mask)
     view = key.step.read(padding)
-    causal = padding is not None or (mask is None and is_causal)
+    causal = padding is not None or mask is None
     if mask is not None and padding is None:
         mask = of_tokens(mask, view.padding)
     return ops.attend(
@@ -185,3 +205,8 @@ def of_tokens(mask: Tensor, padding: Sequence[int]) -> Tensor:
     index = (torch.arange(tokens, device=mask.device) + shift).clamp(max=tokens - 1)
     mask = mask.expand(len(padding), -1, -1, -1)
     return mask.gather(3, index[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
+
+
+# Known to transformers from now on; it wants the masks that sdpa wants.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

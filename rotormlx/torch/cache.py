@@ -143,6 +143,3 @@ def _nbytes(layer: Any) -> int:
         return layer.nbytes
     parts = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(part.nbytes for part in parts if part is not None)
-
-
-attention.register()

@@ -22,8 +22,8 @@ from rotormlx.torch.store import lengths_on
 from rotormlx.torch.torch_ops import KVView
 
 _EAGER = "eager"
-# What would change the scores in a way that the operator does not know.
-_UNKNOWN = ("softcap", "position_bias", "sinks", "indices", "block_indices")
+# Tensors that attention may get: what the operator takes, and what changes no score.
+_KNOWN = ("s_aux", "position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 Eager = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -153,8 +153,9 @@ def _additive(
 
 
 def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Refuse what the operator cannot do."""
-    asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    """Refuse what the operator cannot do; what it does not know might change the scores."""
+    asked = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN]
+    asked += ["softcap"] if kwargs.get("softcap") is not None else []
     asked += ["dropout"] if dropout else []
     asked += ["output_attentions"] if kwargs.get("output_attentions") else []
     if asked:

@@ -13,7 +13,7 @@ from rotormlx.codec.format import ROLES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ADVICE = (
-    "its attention must be rotormlx's and get keys and values untouched: call "
+    "its attention must be rotormlx's: call "
     'model.set_attn_implementation("rotormlx") or rotormlx.torch.apply(model) first'
 )
 # What Python would answer, or refuse in words of its own, for an object that does not say.
@@ -96,8 +96,8 @@ class KVHandle:
     def refuse(self, what: str) -> NoReturn:
         """Raise what every other use raises."""
         raise ValueError(
-            f"[RotorCache] The {self.role}s of layer {self.layer} are compressed, but "
-            f"the model uses {what} on them; {ADVICE}."
+            f"[RotorCache] The compressed {self.role}s of layer {self.layer} must reach attention "
+            f"untouched, but the model uses {what} on them; {ADVICE}."
         )
 
     def __getitem__(self, index: object) -> NoReturn:

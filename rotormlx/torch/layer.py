@@ -248,6 +248,11 @@ class RotorLayer(CacheLayerMixin):
     # ---- beyond the contract --------------------------------------------------------------------
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether there are new tokens that attention has not asked for."""
+        return self._step is not None
+
+    @property
     def tokens(self) -> list[int]:
         """Tokens of each row, padding not counted."""
         return [row.tokens for row in self.rows]

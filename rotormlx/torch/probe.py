@@ -1,8 +1,8 @@
 """A trial run of a model of transformers: what can be compressed, and does it reach attention?
 
 A few tokens go through the model itself, weights and hooks included, so that a quantized, patched
-or offloaded model is judged as it is; that takes as long as two tokens of text. Its attention
-pretends, and its cache hands out handles that keep a record of whatever is done with them.
+or offloaded model is judged as it is; that takes as long as two tokens of text. The cache is a
+compressed one; attention takes from it what it would read, and computes nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from rotormlx.codec.rotation import check_head_dim
+from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport
-from rotormlx.torch import onlookers
-from rotormlx.torch.cache import growing_layers, nothing_to_compress
+from rotormlx.torch.attention import checked
+from rotormlx.torch.cache import RotorCache, growing_layers, nothing_to_compress
+from rotormlx.torch.exact import check_options
+from rotormlx.torch.handle import KVHandle
 from rotormlx.torch.implementations import another_attention
-from rotormlx.torch.onlookers import ProbeCache, ProbeLayer, trial
+from rotormlx.torch.layer import RotorLayer
 
 # What transformers calls to make a cache for ``generate``.
 PREPARE = "_prepare_cache_for_generation"
@@ -34,6 +46,10 @@ PREPARE = "_prepare_cache_for_generation"
 CACHE_NAMES = ("cache", "past_key_values")
 # Prefill and decode: some models take another path for a single token.
 PROBE_TOKENS = (3, 1)
+# Whose ``generate`` takes keys and values out of the cache; a trial of ``forward`` does not see it.
+_READERS = ("WhisperGenerationMixin",)
+# The attention function that computes nothing.
+_PRETENDING = "rotormlx_probe"
 
 
 def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
@@ -49,24 +65,29 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
         follow those of self-attention.
 
     Raises:
-        ValueError: If nothing can be compressed, or the model cannot do without its own attention.
+        ValueError: If nothing can be compressed, or the model does with keys and values what a
+            compressed cache cannot do.
     """
+    if any(kind.__name__ in _READERS for kind in type(model).__mro__):
+        reason = "its generate must leave keys and values in the cache, but reads them"
+        raise _refusal(model, reason)
     caches = own_cache(model)
     own = self_attention(caches)
     if not (growing := growing_layers(own.layers)):
-        raise refusal(model, f"it must have {nothing_to_compress(own.layers)}")
-    layers = [ProbeLayer(i) if i in growing else layer for i, layer in enumerate(own.layers)]
-    tried: Cache = ProbeCache(layers=layers)
+        raise _refusal(model, f"it must have {nothing_to_compress(own.layers)}")
+    cache: Cache = RotorCache.in_place_of(own, growing, RotorConfig())
+    layers = cache.layers
     if isinstance(caches, EncoderDecoderCache):
-        tried = EncoderDecoderCache(tried, caches.cross_attention_cache)
-    with _prepared(model), trial() as refused:
+        cache = EncoderDecoderCache(cache, caches.cross_attention_cache)
+    with _prepared(model):
         for tokens in PROBE_TOKENS:
-            _step(model, tried, layers, tokens)
-    if refused:
-        raise refusal(model, refused[0])
-    if all(reasons := [layer.reason for layer in _probes(layers)]):
-        raise refusal(model, reasons[0])
+            _step(model, cache, tokens)
+    for index, layer in enumerate(layers):
+        if isinstance(layer, RotorLayer) and layer.is_waiting:
+            raise _refusal(model, f"layer {index} must use the attention function, but does not")
     reports = [_layer_report(index, layer) for index, layer in enumerate(layers)]
+    if not any(report.compressed for report in reports):
+        raise _refusal(model, reports[growing[0]].reason)
     if isinstance(caches, EncoderDecoderCache):
         reports += _cross_reports(len(reports), caches.cross_attention_cache)
     return tuple(reports)
@@ -82,7 +103,7 @@ def cache_name(model: PreTrainedModel) -> str:
     for name in CACHE_NAMES:
         if name in names:
             return name
-    raise refusal(model, f"its forward must take a cache named {' or '.join(CACHE_NAMES)}")
+    raise _refusal(model, f"its forward must take a cache named {' or '.join(CACHE_NAMES)}")
 
 
 def own_cache(model: PreTrainedModel) -> Any:
@@ -102,17 +123,16 @@ def own_cache(model: PreTrainedModel) -> Any:
     settings = copy.deepcopy(model.generation_config)
     settings.update(use_cache=True, cache_implementation=None, is_assistant=False)
     made: dict[str, Any] = {}
-    # What an encoder gives; its length decides nothing about a cache that grows.
     try:
         prepare(model, settings, made, GenerationMode.GREEDY_SEARCH, 1, sum(PROBE_TOKENS))
     except Exception as error:  # what is wrong with a configuration shows in any way
-        raise refusal(model, f"transformers must make its cache, but {brief(error)}") from error
+        raise _refusal(model, f"transformers must make its cache, but {brief(error)}") from error
     cache = made.get(name)
     own = self_attention(cache)
     if own is None:
-        raise refusal(model, "generate must make its cache, but makes none for this model")
+        raise _refusal(model, "generate must make its cache, but makes none for this model")
     if type(own) is not DynamicCache:
-        raise refusal(model, f"its cache must be a DynamicCache, but it is a {type(own).__name__}")
+        raise _refusal(model, f"its cache must be a DynamicCache, but is a {type(own).__name__}")
     return cache
 
 
@@ -121,8 +141,13 @@ def self_attention(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def refusal(model: PreTrainedModel, reason: str) -> ValueError:
-    """What apply says of a model that it cannot compress."""
+def brief(error: Exception) -> str:
+    """Kind and first sentence of an error."""
+    first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}"
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ValueError:
     return ValueError(
         f"[apply] {model.config.get_text_config(decoder=True).model_type} cannot be compressed: "
         f"{reason}; use the model without rotormlx."
@@ -142,7 +167,7 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with (
         _kept_modules(model),
-        another_attention(model, onlookers.NAME, cache_name(model)),
+        another_attention(model, _PRETENDING, cache_name(model)),
         torch.random.fork_rng(devices=cuda),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
@@ -174,21 +199,16 @@ def _kept_modules(model: PreTrainedModel) -> Iterator[None]:
                 buffer.copy_(copy_of_it)
 
 
-def _step(model: PreTrainedModel, cache: Cache, layers: list[Any], tokens: int) -> None:
+def _step(model: PreTrainedModel, cache: Cache, tokens: int) -> None:
     try:
         model(**_inputs(model, tokens), use_cache=True, **{cache_name(model): cache})
     except Exception as error:  # a model may do anything with what it gets, so anything may come
-        reasons = [layer.reason for layer in _probes(layers) if layer.reason]
-        before = f"{reasons[0]}, and then" if reasons else "it must run on a few tokens, but"
-        raise refusal(model, f"{before} {brief(error)}") from error
-    for layer in _probes(layers):
-        layer.end_step()
-        # A model that repeats layers appends copies of them; it will be given compressed ones.
-        layers[layer.layer].note(layer.reason)
-
-
-def _probes(layers: list[Any]) -> list[ProbeLayer]:
-    return [layer for layer in layers if isinstance(layer, ProbeLayer)]
+        label, _, message = str(error).partition("] ")
+        # What is required and what came; what to do is said by the refusal.
+        reason = message.partition(";")[0].rstrip(".")
+        if not label.startswith("[") or not reason:
+            reason = f"it must run on a few tokens, but {brief(error)}"
+        raise _refusal(model, reason[0].lower() + reason[1:]) from error
 
 
 def _inputs(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
@@ -232,33 +252,53 @@ def _encoder_width(model: PreTrainedModel) -> int:
     raise ValueError("the width of its encoder must be in the configuration, but is not")
 
 
+# ---- attention that pretends --------------------------------------------------------------------
+
+
+def _pretend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | KVHandle,
+    value: Tensor | KVHandle,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Zeros in the shape of attention's output, after a look at what it is asked."""
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
+        if kwargs.get("s_aux") is not None:
+            check_head_dim(value.shape[-1])
+            check_options(module, dropout, kwargs)
+    else:
+        keys = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+        keys.step.read(None)
+    batch, heads, tokens = query.shape[:3]
+    return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(_PRETENDING, _pretend)
+AttentionMaskInterface.register(_PRETENDING, sdpa_mask)
+
+
 # ---- what is said -------------------------------------------------------------------------------
 
 
-def brief(error: Exception) -> str:
-    """Kind and first sentence of an error."""
-    first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}"
-
-
 def _layer_report(index: int, layer: Any) -> LayerReport:
+    if isinstance(layer, RotorLayer):
+        if layer.stores is None:
+            reason = "no token of text went through it"
+            return LayerReport(index, DynamicLayer.__name__, False, reason)
+        keys, values = (store.exact for store in layer.stores)
+        shape, size = _dims(keys, values), keys.dtype.itemsize
+        return LayerReport(index, DynamicLayer.__name__, True, "", *shape, exact_bytes=size)
     name = type(layer).__name__
-    if isinstance(layer, ProbeLayer):
-        keys, values = layer.past or (torch.empty(0, 0, 0, 0),) * 2
-        shape = _dims(keys, values)
-        return LayerReport(
-            index,
-            DynamicLayer.__name__,
-            not layer.reason,
-            layer.reason,
-            *shape,
-            exact_bytes=keys.dtype.itemsize,
-        )
     pair = getattr(layer, "keys", None), getattr(layer, "values", None)
     is_full = all(isinstance(x, Tensor) and x.ndim == 4 for x in pair)
     shape = _dims(*pair) if is_full else (0, 0, 0)
     limit = getattr(layer, "sliding_window", None)
-    if isinstance(layer, DummyLayer):
+    if name == "DummyLayer":  # unknown to older versions of transformers
         return LayerReport(index, name, False, "it holds nothing of its own")
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         state = sum(x.nbytes for x in tree_leaves(_states(layer)) if isinstance(x, Tensor))

@@ -1,4 +1,4 @@
-"""Every causal model type of transformers as a tiny model with random weights.
+"""Every type of language model of transformers as a tiny model with random weights.
 
 A configuration is the type's own with small sizes: ``SIZES`` names what a setting becomes wherever
 it stands, ``torch_zoo.json`` what differs for one model type.
@@ -46,10 +46,13 @@ _NAMES: dict[Any, str] = {
     4: "num_hidden_layers num_layers n_layer n_layers num_attention_heads n_head n_heads num_heads "
     "num_experts num_local_experts n_routed_experts moe_num_experts encoder_attention_heads "
     "decoder_attention_heads swa_num_attention_heads linear_num_value_heads linear_num_heads "
-    "attention_heads num_encoder_attention_heads num_decoder_attention_heads index_n_heads",
+    "attention_heads num_encoder_attention_heads num_decoder_attention_heads index_n_heads "
+    "encoder_num_attention_heads decoder_num_attention_heads encoder_num_key_value_heads "
+    "decoder_num_key_value_heads",
     2: "num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok "
     "num_experts_per_token moe_topk moe_k linear_num_key_heads encoder_layers decoder_layers "
-    "num_encoder_layers num_decoder_layers depth",
+    "num_encoder_layers num_decoder_layers depth encoder_num_hidden_layers "
+    "decoder_num_hidden_layers",
     1: "n_group topk_group n_shared_experts num_shared_experts",
     2048: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions "
     "model_max_length context_length",

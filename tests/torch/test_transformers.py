@@ -249,7 +249,7 @@ def test_another_attention_is_refused_before_generating(llama):
 def test_another_attention_is_refused_later(rotor_llama, attention):
     cache = rt.RotorCache(rotor_llama.config)
     rotor_llama.set_attn_implementation(attention)
-    with pytest.raises(ValueError, match="keys of layer 0 are compressed, but the model uses"):
+    with pytest.raises(ValueError, match="keys of layer 0 must reach attention untouched"):
         rotor_llama(tokens(5), **{CACHE: cache})
     with pytest.raises(RuntimeError, match="never reached attention in layer 0"):
         rotor_llama(tokens(5), **{CACHE: cache})
@@ -278,6 +278,12 @@ def test_an_attention_that_asks_for_more_is_refused(rotor_llama):
         function(attention, *forward, softcap=30.0)
     with pytest.raises(ValueError, match="no dropout"):
         function(attention, *forward, dropout=0.1)
+    with pytest.raises(ValueError, match="no block_indices, but LlamaAttention asks"):
+        function(attention, *forward, block_indices=torch.ones(3))
+    with pytest.raises(ValueError, match="without a mask must be causal, but LlamaAttention's"):
+        function(attention, *forward, is_causal=False)
+    with pytest.raises(ValueError, match="the keys' head_dim 32 and a multiple of their 2 heads"):
+        function(attention, torch.ones(1, 3, 3, 32), keys, values, None)
     _, others = cache.update(torch.ones(1, 2, 3, 32), torch.ones(1, 2, 3, 32), 1)
     with pytest.raises(ValueError, match="Keys must come with the values of their own layer"):
         function(attention, forward[0], keys, others, None)
