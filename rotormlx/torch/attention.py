@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rotormlx.torch import ops
 from rotormlx.torch.dtypes import autocast_dtype
-from rotormlx.torch.exact import attend_tensors, check_options
+from rotormlx.torch.exact import attend_tensors, check_options, former_of
 from rotormlx.torch.handle import KVHandle, untraced
 
 NAME = "rotormlx"
@@ -61,10 +61,12 @@ def attention_forward(
             is_causal=is_causal,
             **kwargs,
         )
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
     key = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = kwargs.get("s_aux")
-    return _attend(query, key, value.dtype, attention_mask, scale, logits), None
+    return _attend(query, key, value.dtype, attention_mask, scale, is_causal, logits), None
 
 
 def checked(
@@ -74,7 +76,7 @@ def checked(
     value: Tensor | KVHandle,
     mask: Tensor | None,
     dropout: float,
-    is_causal: bool | None,
+    is_causal: bool,
     kwargs: dict[str, Any],
 ) -> KVHandle:
     """The keys, if attention over them can do what is asked.
@@ -94,12 +96,11 @@ def checked(
             f"their {key.shape[1]} heads, but have shape {tuple(query.shape)}; use the model "
             "without rotormlx."
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and not causal and query.shape[2] > 1:
-        # Masks are left out where attention is causal; whether others see all keys, nobody says.
+    if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":
+        # We leave out masks as sdpa does. Others do not, so with them this one would be causal.
         raise ValueError(
-            f"[RotorCache] Attention without a mask must be causal, but {type(module).__name__}'s "
-            "is not; use the model without rotormlx."
+            f"[RotorCache] Attention without a mask must be causal, or have been sdpa before, but "
+            f"{type(module).__name__}'s is not; use the model without rotormlx."
         )
     return key
 
@@ -111,13 +112,16 @@ def _attend(
     dtype: torch.dtype,
     mask: Tensor | None,
     scale: float,
+    is_causal: bool,
     logits: Tensor | None,
 ) -> Tensor:
     """``[B, L, H, Dv]``, which refuses a gradient if one could be asked for."""
     layer = key.step.layer
     dtype = autocast_dtype(query.device) or dtype
     with torch.no_grad():
-        output = _attend_compressed(query.to(dtype).contiguous(), key, mask, scale, logits)
+        output = _attend_compressed(
+            query.to(dtype).contiguous(), key, mask, scale, is_causal, logits
+        )
     output = output.transpose(1, 2).contiguous()
     sources = [x for x in (query, logits) if x is not None and x.requires_grad]
     if torch.is_grad_enabled() and (sources or layer.requires_grad):
@@ -145,12 +149,13 @@ def _attend_compressed(
     key: KVHandle,
     mask: Tensor | None,
     scale: float,
+    is_causal: bool,
     sink_logits: Tensor | None,
 ) -> Tensor:
     layer = key.step.layer
     padding = None if mask is None else left_padding(mask)
     view = key.step.read(padding)
-    causal = padding is not None or mask is None
+    causal = padding is not None or (mask is None and is_causal)
     if mask is not None and padding is None:
         mask = of_tokens(mask, view.padding)
     return ops.attend(

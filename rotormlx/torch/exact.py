@@ -69,7 +69,7 @@ def attend_tensors(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     eager = _eager_of(module) if trains else None
-    if eager is not None and (logits is not None or _former(module) == _EAGER):
+    if eager is not None and (logits is not None or former_of(module) == _EAGER):
         mask = _additive(module, query, key, mask, causal)
         return eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
     if logits is None:
@@ -117,7 +117,8 @@ def _attend(
     ).to(value.dtype)
 
 
-def _former(module: torch.nn.Module) -> str | None:
+def former_of(module: torch.nn.Module) -> str | None:
+    """The attention that ours replaced in a module, as far as its configuration knows."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return getattr(name, "former", None)
 

@@ -272,6 +272,8 @@ def _pretend(
             check_head_dim(value.shape[-1])
             check_options(module, dropout, kwargs)
     else:
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True))
         keys = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
         keys.step.read(None)
     batch, heads, tokens = query.shape[:3]

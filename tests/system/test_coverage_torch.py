@@ -12,6 +12,8 @@ from scripts import coverage_torch
 from scripts.coverage_table import VERDICTS, Result, verdicts
 from tests.support import torch_zoo
 
+pytestmark = pytest.mark.slow
+
 # A block is packed before the chunk of 9 and the last token, which read it.
 STEPS = (66, 9, 1)
 WORK = {
@@ -24,7 +26,7 @@ WORK = {
     "linear attention": ("qwen3_5", "lfm2_moe"),
     "state spaces": ("jamba", "nemotron_h"),
     "encoder-decoder": ("seq2seq/bart", "seq2seq/marian", "speech/canary"),
-    "images": ("image/llava", "image/qwen2_5_vl"),
+    "images": ("image/llava", "image/qwen2_5_vl", "image/paligemma"),
 }
 REFUSED = {
     "latent attention": ("deepseek_v3", "minicpm3"),
@@ -34,6 +36,7 @@ REFUSED = {
     "a generate that reads the cache": ("speech/whisper",),
     "position biases": ("seq2seq/t5",),
     "capped scores": ("gemma2",),
+    "no mask, and not causal": ("bigbird_pegasus",),
     "an attention that cannot be set": ("bloom",),
 }
 SAMPLE = [

@@ -245,6 +245,7 @@ def no_graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_graphs")
 def test_a_compiled_model_reads_the_same_bytes(llama):
     """Between its graphs; one graph of all is refused in a sentence."""
@@ -266,6 +267,7 @@ def test_a_compiled_model_reads_the_same_bytes(llama):
             one_graph(tokens(5), **{CACHE: rt.RotorCache(llama.config)})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_graphs")
 def test_a_model_that_was_compiled_in_place_is_tried_as_it_is(llama):
     ids = tokens(150)

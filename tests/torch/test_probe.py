@@ -29,7 +29,7 @@ REFUSED = {
     "diffllama": "torch.chunk on them",
     "doge": ".transpose on them",
     "jetmoe": ".repeat on them",
-    "bigbird_pegasus": "attention without a mask must be causal, but BigBird",
+    "bigbird_pegasus": "must be causal, or have been sdpa before, but BigBird",
     "minimax": "makes none for this model",
     "gemma2": "no softcap, but Gemma2Attention",
     "seq2seq/t5": "no position_bias, but T5Attention",
@@ -155,6 +155,34 @@ def cache_of(model, ids):
     cache = DynamicCache(config=model.config)
     model(ids, **{CACHE: cache})
     return cache
+
+
+def test_another_path_for_a_single_token_is_seen():
+    """As of kernels for decoding: a prompt goes through attention, the next token does not."""
+    model = build("llama")
+    first = layers_of(model)[0].self_attn
+    forward = first.forward
+
+    def decodes_itself(hidden_states, **kwargs):
+        if hidden_states.shape[1] > 1:
+            return forward(hidden_states=hidden_states, **kwargs)
+        states = hidden_states.new_zeros(1, 2, 1, 32)
+        kwargs[CACHE].update(states, states, 0)
+        return hidden_states, None
+
+    first.forward = decodes_itself
+    with pytest.raises(ValueError, match="layer 0 must use the attention function, but does not"):
+        rt.apply(model)
+
+
+def test_an_exact_layer_that_asks_for_too_much_is_seen():
+    """Attention-sink logits make it ours to compute, and it knows no capped scores."""
+    model = build("gpt-oss")
+    sliding = layers_of(model)[0].self_attn
+    forward = sliding.forward
+    sliding.forward = lambda *args, **kwargs: forward(*args, softcap=30.0, **kwargs)
+    with pytest.raises(ValueError, match="knows no softcap, but GptOssAttention asks for it"):
+        rt.apply(model)
 
 
 def test_a_layer_that_is_never_used_is_left_alone():
