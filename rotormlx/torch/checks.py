@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from rotormlx.codec.format import BLOCK, VALUE, Codec, Packed
+from rotormlx.torch.dtypes import FLOATS
 from rotormlx.torch.torch_ops import AttendCall
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def require_vectors(where: str, **tensors: Tensor) -> None:

@@ -24,8 +24,8 @@ from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
-from rotormlx.torch.checks import FLOATS
-from rotormlx.torch.handle import ADVICE, KVHandle, autocast_dtype
+from rotormlx.torch.dtypes import FLOATS, autocast_dtype
+from rotormlx.torch.handle import ADVICE, KVHandle, untraced
 from rotormlx.torch.store import Calibrated, Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import KVView
 
@@ -119,6 +119,7 @@ class RotorLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    @untraced
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:
@@ -250,6 +251,11 @@ class RotorLayer(CacheLayerMixin):
             )
 
     # ---- beyond the contract --------------------------------------------------------------------
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are new tokens that attention has not asked for."""
+        return self._step is not None
 
     @property
     def tokens(self) -> list[int]:

@@ -6,7 +6,7 @@ are ``RotorKVCache`` there; sliding windows are ``RotatingKVCache``, whose token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,12 +214,21 @@ class _Fit(NamedTuple):
 
 def _head_dims(text: PreTrainedConfig) -> set[int]:
     """What a vector of this model may have as dimensions."""
-    named = {v for k, v in text.to_dict().items() if k.endswith("head_dim") and type(v) is int}
+    named = set(_named_dims(text.to_dict()))
     heads, hidden = getattr(text, "num_attention_heads", 0), getattr(text, "hidden_size", 0)
     if heads and hidden:
         named.add(hidden // heads)
     # Where a part of a vector is turned by position, the parts have names, and not the whole.
     return named | {a + b for a in named for b in named if a != b}
+
+
+def _named_dims(settings: dict[Any, Any]) -> Iterator[int]:
+    """Also those of single layers."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _named_dims(value)
+        elif str(name).endswith("head_dim") and type(value) is int:
+            yield value
 
 
 def _fill(layer: RotorLayer, state: State, device: torch.device) -> None:

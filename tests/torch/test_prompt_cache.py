@@ -18,6 +18,7 @@ from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.storage.fingerprint import MODEL
 from rotormlx.torch.fingerprint import fingerprint
 from rotormlx.torch.prompt_cache import state_of
+from tests.support import torch_zoo
 from tests.support.torch_models import CACHE, build, padded, tokens
 
 CONFIGS = [RotorConfig(), RotorConfig(3, 2, "rotor3", window=10)]
@@ -58,6 +59,18 @@ def assert_same_file(a, b):
     for name, array in arrays.items():
         assert array.dtype == others[name].dtype, name
         assert torch.equal(array, others[name]), name
+
+
+def test_layers_may_have_a_head_dim_of_their_own(tmp_path):
+    model = torch_zoo.build("gemma4_text")
+    rt.apply(model)
+    cache = filled(model, RotorConfig(8, 8, window=10))
+    rt.save_prompt_cache(tmp_path / "a.safetensors", cache)
+    again, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config)
+    assert again.packed_tokens == 192
+    with torch.inference_mode():
+        found, expected = (model(tokens(1), **{CACHE: each}).logits for each in (again, cache))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
