@@ -64,25 +64,17 @@ class RotorCache(DynamicCache):
 
     @classmethod
     def in_place_of(
-        cls,
-        cache: DynamicCache,
-        indices: Iterable[int],
-        rotor_config: RotorConfig,
-        calibration: Calibration | None = None,
+        cls, cache: DynamicCache, indices: Iterable[int], make: Callable[[int], RotorLayer]
     ) -> RotorCache:
         """A cache with the layers of an empty one, of which some are replaced by compressed ones.
 
         Args:
             cache: As transformers made it.
             indices: Which layers are replaced.
-            rotor_config: How keys and values are compressed.
-            calibration: Of a calibrated configuration.
-
-        Raises:
-            ValueError: If a calibrated configuration comes without a calibration.
+            make: Makes a compressed layer, by its index; see :func:`layer_factory`.
         """
         made = cls.__new__(cls)
-        made._set(cache.layers, indices, layer_factory(rotor_config, calibration))
+        made._set(cache.layers, indices, make)
         return made
 
     def _set(

@@ -16,7 +16,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage.calibration import Calibration, calibrated
 from rotormlx.torch import attention
-from rotormlx.torch.cache import RotorCache, is_compressed
+from rotormlx.torch.cache import RotorCache, is_compressed, layer_factory
 from rotormlx.torch.fingerprint import weights
 from rotormlx.torch.implementations import Implementations, restore, set_attention, takes_cache
 from rotormlx.torch.probe import CACHE_NAMES, PREPARE, cache_name, own_cache, probe, self_attention
@@ -36,16 +36,16 @@ class CompressedCaches:
     Args:
         model: The model.
         report: What is compressed.
-        calibration: Of a calibrated configuration, else None.
         former: The attention functions that the model had.
+        calibration: Of a calibrated configuration, else None.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         report: Report,
-        calibration: Calibration | None,
         former: Implementations,
+        calibration: Calibration | None,
     ) -> None:
         self._model = model
         self._config = report.config
@@ -103,7 +103,8 @@ class CompressedCaches:
                 "version, or call rotormlx.torch.remove(model)."
             )
         indices = [index for index in self._compressed if index < len(own.layers)]
-        cache = RotorCache.in_place_of(own, indices, self._config, self._calibration)
+        make = layer_factory(self._config, self._calibration)
+        cache = RotorCache.in_place_of(own, indices, make)
         if isinstance(made, EncoderDecoderCache):
             return EncoderDecoderCache(cache, made.cross_attention_cache)
         return cache
@@ -206,7 +207,7 @@ def apply(
         made, used = calibrated(made, weights(model), calibration)
     remove(model)
     former = set_attention(model, attention.NAME, cache_name(model))
-    vars(model)[PREPARE] = CompressedCaches(model, made, used, former)
+    vars(model)[PREPARE] = CompressedCaches(model, made, former, used)
     return made
 
 

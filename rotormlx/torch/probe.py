@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
     own = self_attention(caches)
     if not (growing := growing_layers(own.layers)):
         raise _refusal(model, f"it must have {nothing_to_compress(own.layers)}")
-    cache: Cache = RotorCache.in_place_of(own, growing, RotorConfig())
+    cache: Cache = RotorCache.in_place_of(own, growing, partial(RotorLayer, RotorConfig()))
     layers = cache.layers
     if isinstance(caches, EncoderDecoderCache):
         cache = EncoderDecoderCache(cache, caches.cross_attention_cache)

@@ -144,7 +144,7 @@ def test_apply_again_replaces_and_a_refusal_changes_nothing(llama):
     assert str(rt.report(llama, K8V8)) == str(rt.apply(llama, K8V8))
     assert generate(llama, ids)[1].rotor_config == K8V8
     for wrong in (RotorConfig(channel_scale="calibrated"), RotorConfig(rotation="calibrated")):
-        with pytest.raises(ValueError, match="without a calibration is required"):
+        with pytest.raises(ValueError, match="calibration"):
             rt.apply(llama, wrong)
     assert generate(llama, ids)[1].rotor_config == K8V8
     rt.remove(llama)

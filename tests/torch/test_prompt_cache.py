@@ -65,8 +65,8 @@ def test_layers_may_have_a_head_dim_of_their_own(tmp_path):
     model = torch_zoo.build("gemma4_text")
     rt.apply(model)
     cache = filled(model, RotorConfig(8, 8, window=10))
-    rt.save_prompt_cache(tmp_path / "a.safetensors", cache)
-    again, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config)
+    rt.save_prompt_cache(tmp_path / "a.safetensors", model, cache)
+    again, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model)
     assert again.packed_tokens == 192
     with torch.inference_mode():
         found, expected = (model(tokens(1), **{CACHE: each}).logits for each in (again, cache))
