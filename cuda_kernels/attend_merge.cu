@@ -90,7 +90,8 @@ DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // sha
   }
   float* products = shares;  // no longer in use behind the barrier in multiply_rows
   if (all.packed_parts > 0) {
-    multiply_rows<VALUE_DIM, ROWS, THREADS / 32>(packed_sums, call.value_matrix, thread / 32, thread % 32, products);
+    const float* matrix = call.value_matrix + kv_head * call.value_matrix_stride;
+    multiply_rows<VALUE_DIM, ROWS, THREADS / 32>(packed_sums, matrix, thread / 32, thread % 32, products);
     __syncthreads();  // the products of the sums are there
   }
 

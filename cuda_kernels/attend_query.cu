@@ -29,7 +29,8 @@ DEVICE_FN void rotate_queries(const AttendParts& all, float* rows) {  // shared,
         [&](int r, int channel, float x) { rows[r * KEY_DIM + channel] = x; });
   });
   float* products = rows + QueryShape<KEY_DIM, ROWS, THREADS>::PRODUCTS;
-  multiply_rows<KEY_DIM, ROWS, THREADS / 32>(rows, call.key_matrix, thread / 32, thread % 32, products);
+  const float* matrix = call.key_matrix + kv_head * call.key_matrix_stride;
+  multiply_rows<KEY_DIM, ROWS, THREADS / 32>(rows, matrix, thread / 32, thread % 32, products);
   __syncthreads();  // the products of the rows are there
   for (int i = thread; i < ROWS * KEY_DIM; i += THREADS) {
     const int row = first_row + i / KEY_DIM, channel = i % KEY_DIM;

@@ -28,6 +28,9 @@ const T* pointer(const OptionalTensor& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
+// Of K, where every KV head has a matrix of its own, [K, D, D].
+int64_t matrix_stride(const Tensor& x) { return x.dim() == 3 ? x.stride(0) : 0; }
+
 template <int N>
 void copy_strides(int64_t (&to)[N], const Tensor& x) {
   for (int i = 0; i < N; ++i) to[i] = x.stride(i);
@@ -73,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const OptionalTensor&
   call.x = x.const_data_ptr();
   copy_strides(call.x_strides, x);
   call.coefficients = pointer<float>(coefficients);
+  call.coefficients_stride = matrix_stride(coefficients);
   call.channel_scale = pointer<float>(channel_scale);
   call.packed = packed_of(words, scales, is_key ? OptionalTensor(means) : std::nullopt);
   check("encode", rotormlx_encode(&call, stream_of(stream)));
@@ -93,6 +97,7 @@ Tensor decode(const Tensor& words, const Tensor& scales, const OptionalTensor& c
   call.blocks = int32_t(blocks);
   call.packed = packed_of(words, scales, centres);
   call.coefficients = pointer<float>(coefficients);
+  call.coefficients_stride = matrix_stride(coefficients);
   call.channel_scale = pointer<float>(channel_scale);
   call.out = out.mutable_data_ptr();
   check("decode", rotormlx_decode(&call, stream_of(stream)));
@@ -140,8 +145,10 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
   copy_strides(call.exact_keys_strides, key_exact);
   copy_strides(call.exact_values_strides, value_exact);
   call.key_matrix = pointer<float>(key_matrix);
+  call.key_matrix_stride = matrix_stride(key_matrix);
   call.key_channel_scale = pointer<float>(key_channel_scale);
   call.value_matrix = pointer<float>(value_matrix);
+  call.value_matrix_stride = matrix_stride(value_matrix);
   call.value_channel_scale = pointer<float>(value_channel_scale);
   call.mask_kind = int32_t(mask_kind);
   call.mask = pointer<void>(mask);

@@ -43,7 +43,7 @@ DEVICE_FN void decode_block(const rotormlx_decode_arguments& call) {
     }
   }
 
-  Codec::template unrotate<ROWS>(rows, call.coefficients, lane);
+  Codec::template unrotate<ROWS>(rows, call.coefficients + head * call.coefficients_stride, lane);
 
   const int64_t first_row = ((int64_t(batch) * call.kv_heads + head) * call.blocks + block) * BLOCK;
 #pragma unroll

@@ -93,7 +93,7 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
     }
   }
 
-  Codec::template rotate<ROWS>(rows, call.coefficients, lane);
+  Codec::template rotate<ROWS>(rows, call.coefficients + head * call.coefficients_stride, lane);
 
   __half* scales = static_cast<__half*>(packed.scales) + batch * packed.scales_strides[0] +
                    head * packed.scales_strides[1] + block * packed.scales_strides[2];

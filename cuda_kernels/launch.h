@@ -54,6 +54,7 @@ typedef struct {
   const float* coefficients;    // of the rotation, see coefficients of rotormlx/kernels/source.py
   const float* channel_scale;   // [K, D], or null
   rotormlx_packed packed;       // written
+  int64_t coefficients_stride;  // of K, where every KV head has a matrix of its own, [K, D, D]; else 0
 } rotormlx_encode_arguments;
 
 int rotormlx_encode(const rotormlx_encode_arguments* arguments, void* stream);
@@ -66,6 +67,7 @@ typedef struct {
   const float* coefficients;    // of the rotation back: coefficients(..., back=True)
   const float* channel_scale;   // [K, D], or null
   void* out;                    // dtype [B, K, 64 N, D], contiguous
+  int64_t coefficients_stride;  // as for encoding
 } rotormlx_decode_arguments;
 
 int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream);
@@ -114,6 +116,9 @@ typedef struct {
   // Of B, where the rows of the batch have channel scales of their own, [B, K, D]; else 0.
   int64_t key_channel_scale_stride;
   int64_t value_channel_scale_stride;
+  // Of K, where every KV head has a matrix of its own, [K, D, D]; else 0.
+  int64_t key_matrix_stride;
+  int64_t value_matrix_stride;
 } rotormlx_attend_arguments;
 
 // How a call is spread over thread blocks. rotormlx/kernels/cuda_plan.py computes it and says what each number means;

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rotormlx.mlx.cache.batch import BatchRotorKVCache
     from rotormlx.mlx.cache.single import RotorKVCache
     from rotormlx.mlx.cache.trim import trim_prompt_cache
-    from rotormlx.mlx.calibration import Calibration
     from rotormlx.mlx.integration import apply, load, make_prompt_cache, remove
     from rotormlx.mlx.prompt_cache import load_prompt_cache, save_prompt_cache
     from rotormlx.report import Report
+    from rotormlx.storage.calibration import Calibration
 
 __version__ = version("rotormlx")
 
@@ -33,7 +33,7 @@ _LAZY = {
     "BatchRotorKVCache": "rotormlx.mlx.cache.batch",
     "Report": "rotormlx.report",
     "RotorKVCache": "rotormlx.mlx.cache.single",
-    "Calibration": "rotormlx.mlx.calibration",
+    "Calibration": "rotormlx.storage.calibration",
     "apply": "rotormlx.mlx.integration",
     "calibrate": "rotormlx.measure.calibrate",
     "load": "rotormlx.mlx.integration",

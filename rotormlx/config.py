@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 
 BITS = (2, 3, 4, 8)
 ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")
@@ -16,9 +17,11 @@ CHANNEL_SCALES = ("none", "prefill", CALIBRATED)
 ONE_STAGE_ROTATIONS = ("rotor3", "iso4", "planar2", "identity")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RotorConfig:
     """How keys and values are compressed.
+
+    Two are equal if they compress alike: None for the channel scale is what it stands for.
 
     Args:
         key_bits: Bits of one key code: 2, 3, 4 or 8.
@@ -28,7 +31,8 @@ class RotorConfig:
         channel_scale: ``"none"``, ``"prefill"`` (the root mean square of each channel over the
             first packed block, then frozen), ``"calibrated"`` (from a calibration file), or None
             for the default of the rotation: ``prefill`` for the one-stage rotations, ``none`` for
-            the others.
+            the others. With None and the default rotation, :func:`rotormlx.load` takes the
+            calibration that is kept for the model.
         sink: Tokens at the start of a sequence that stay exact (attention sinks).
         window: Most recent tokens that are always exact.
         seed: Selects the rotations; two caches agree only if their seeds do.
@@ -66,6 +70,33 @@ class RotorConfig:
                     f"but {value!r} was given; leave it out for the default."
                 )
 
+    def __eq__(self, other: object) -> bool:
+        return self._meaning == other._meaning if isinstance(other, RotorConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._meaning)
+
+    @cached_property
+    def _meaning(self) -> tuple[object, ...]:
+        """The fields in their order, with the channel scale that is used."""
+        used = {"channel_scale": self.used_channel_scale}
+        return tuple(used.get(f.name, getattr(self, f.name)) for f in fields(self))
+
+    def difference(self, other: RotorConfig) -> tuple[str, object, object] | None:
+        """The first field in which two differ, and its value in each; None if they are equal."""
+        pairs = zip(self._meaning, other._meaning, strict=True)
+        for field, (own, its) in zip(fields(self), pairs, strict=True):
+            if own != its:
+                return field.name, own, its
+        return None
+
+    @property
+    def used_channel_scale(self) -> str:
+        """The channel scale, where None stands for the default of the rotation."""
+        if self.channel_scale is not None:
+            return self.channel_scale
+        return "prefill" if self.rotation in ONE_STAGE_ROTATIONS else "none"
+
     def code_bits(self, role: str) -> int:
         """Bits of one code of this role, ``"key"`` or ``"value"``."""
         return self.key_bits if role == "key" else self.value_bits
@@ -73,9 +104,7 @@ class RotorConfig:
     @property
     def scales_channels(self) -> bool:
         """Whether a channel scale is taken from the first packed block."""
-        if self.channel_scale is None:
-            return self.rotation in ONE_STAGE_ROTATIONS
-        return self.channel_scale == "prefill"
+        return self.used_channel_scale == "prefill"
 
     @property
     def is_calibrated(self) -> bool:
@@ -85,6 +114,13 @@ class RotorConfig:
     def calibrated_shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
         """What a calibrated configuration needs for a layer's keys or values: its shape."""
         return (heads, head_dim, head_dim) if self.rotation == CALIBRATED else (heads, head_dim)
+
+    def takes_calibration_of(self, other: RotorConfig) -> bool:
+        """Whether what a calibration gives another configuration is what this one needs."""
+        return self.is_calibrated and (self.rotation, self.used_channel_scale) == (
+            other.rotation,
+            other.used_channel_scale,
+        )
 
     @property
     def uncalibrated(self) -> RotorConfig:
@@ -113,10 +149,11 @@ class RotorConfig:
                 "the file is damaged: make it again."
             ) from error
         if not isinstance(values, dict) or set(values) != names:
+            wrong = sorted(names ^ set(values)) if isinstance(values, dict) else sorted(names)
             raise ValueError(
                 f"[RotorConfig] A configuration must have exactly the fields {sorted(names)}, "
-                f"but {text[:80]!r} was read; the file is damaged or of another version: "
-                "make it again."
+                f"but {wrong[0][:40]!a} is missing or unknown; the file is damaged or of another "
+                "version: make it again."
             )
         return cls(**values)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from rotormlx.codec.counts import Counts
@@ -95,13 +95,15 @@ class Report:
         config: How keys and values are compressed.
         model_type: mlx-lm's name of the architecture.
         layers: One entry a cache, in the model's order.
-        layers_differ: Whether layers have bits of their own; those of ``config`` are their mean.
+        layers_differ: Whether layers have bits of their own.
+        has_mean: Whether the bits of ``config`` are then their mean.
     """
 
     config: RotorConfig
     model_type: str
     layers: tuple[LayerReport, ...]
     layers_differ: bool = False
+    has_mean: bool = True
 
     def by_layer(self, config_of: Callable[[int], RotorConfig]) -> Report:
         """The same with bits of their own for the layers."""
@@ -115,6 +117,13 @@ class Report:
             return replace(layer, key_bits=key.bits_per_value, value_bits=value.bits_per_value)
 
         return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
+
+    def with_configs(self, own: Mapping[int, RotorConfig]) -> Report:
+        """The same for caches with these configurations, by the index of their layer."""
+        first = next(iter(own.values()), self.config)
+        differ = len(set(own.values())) > 1
+        made = replace(self, config=first).by_layer(own.__getitem__)
+        return replace(made, layers_differ=differ, has_mean=not differ)
 
     @property
     def bits_per_value(self) -> float:
@@ -141,10 +150,15 @@ class Report:
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
-            f"K{self.config.key_bits} V{self.config.value_bits} "
-            f"{'on average, by layer, ' if self.layers_differ else ''}{self._transform}, "
-            f"{self.bits_per_value:.3f} bits a value"
+            f"{self._bits}{self._transform}, {self.bits_per_value:.3f} bits a value"
         )
+
+    @property
+    def _bits(self) -> str:
+        if not self.has_mean:
+            return "bits by layer, "
+        average = "on average, by layer, " if self.layers_differ else ""
+        return f"K{self.config.key_bits} V{self.config.value_bits} {average}"
 
     @property
     def _transform(self) -> str:

@@ -19,7 +19,6 @@ import pkgutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,17 +34,15 @@ import rotormlx
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.probe import brief
 
-ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.coverage_table import CONFIG, ROOT, STEPS, Result, begin, judge, refused, table
+
 CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (ROOT / "tests" / "support" / "zoo.json").read_text()
 )
-# Everything but the latest tokens of an unfinished block is packed: little is read exactly.
-CONFIG = rotormlx.RotorConfig(8, 8, sink=0, window=0)
-STEPS = (130, 70, 40, 1, 1, 1)
 SMALLEST_VOCABULARY = 64
-# Share of the logits' norm. At 8 bits a key or value is off by 1 %; layers of random weights
-# amplify that up to fivefold.
-LARGEST_ERROR = 0.05
 
 
 HEAD = """# Models of mlx-lm
@@ -61,31 +58,6 @@ layer; the error is then of the tokens before the first of them.
 
 | model type | | caches compressed | error | other experts | left alone, or why not |
 |---|---|---|---|---|---|"""
-
-
-@dataclass
-class Result:
-    """What became of one model type.
-
-    Args:
-        model_type: mlx-lm's name.
-        verdict: ``works``, ``refused``, ``differs``, ``crashes`` or ``not run``.
-        note: Why, where there is something to say.
-        compressed: Caches that are compressed.
-        caches: Caches of the model.
-        left_alone: Kinds of caches left alone, with the reason.
-        error: Largest error of a token's logits, relative to their norm, before routing differs.
-        flips: Tokens whose experts differ from those of the float cache, and tokens.
-    """
-
-    model_type: str
-    verdict: str
-    note: str = ""
-    compressed: int = 0
-    caches: int = 0
-    left_alone: list[str] = field(default_factory=list)
-    error: float = 0.0
-    flips: tuple[int, int] | None = None
 
 
 def model_types() -> list[str]:
@@ -171,15 +143,9 @@ def examine(model_type: str, steps: Sequence[int] = STEPS) -> Result:
     except (Exception, SystemExit) as error:
         return Result(model_type, "not run", f"mlx-lm itself does not run it here: {brief(error)}")
     try:
-        report = rotormlx.apply(model, CONFIG)
+        result = begin(model_type, rotormlx.apply(model, CONFIG))
     except ValueError as error:
-        reason = str(error).partition("cannot be compressed: ")[2].partition("; use the")[0]
-        return Result(model_type, "refused", reason)
-    result = Result(model_type, "works", caches=len(report.layers))
-    result.compressed = sum(layer.compressed for layer in report.layers)
-    result.left_alone = sorted(
-        {f"{layer.cache}: {layer.reason}" for layer in report.layers if not layer.compressed}
-    )
+        return refused(model_type, error)
     try:
         caches = make_prompt_cache(model)
         got, routes = read(model, caches, steps)
@@ -193,43 +159,8 @@ def examine(model_type: str, steps: Sequence[int] = STEPS) -> Result:
     if len(packed) != result.compressed or any(c.packed_tokens != full for c in packed):
         result.verdict, result.note = "differs", "a cache that was to be packed is not"
         return result
-
-    judged = slice(None)
-    if want_routes:
-        pairs = zip(want_routes, routes, strict=True)
-        flipped = np.any([np.any(a != b, axis=1) for a, b in pairs], axis=0)
-        result.flips = (int(flipped.sum()), len(flipped))
-        # A token sees every token before it: after a flip in an early layer nothing can agree.
-        first = int(np.argmax(flipped)) if flipped.any() else len(flipped)
-        judged = slice(0, first)
-    size = np.linalg.norm(want, axis=1).clip(1e-9)
-    errors = np.linalg.norm(got - want, axis=1) / size
-    result.error = float(errors[judged].max(initial=0.0))
-    if not (np.isfinite(got).all() and result.error <= LARGEST_ERROR):
-        result.verdict = "differs"
+    judge(result, want, got, want_routes, routes)
     return result
-
-
-def table(results: list[Result]) -> str:
-    """docs/COVERAGE.md."""
-    count = {v: sum(r.verdict == v for r in results) for v in ("works", "refused", "not run")}
-    head = HEAD.format(
-        version=mlx_lm.__version__,
-        tokens=sum(STEPS),
-        chunks=", ".join(map(str, STEPS)),
-        works=count["works"],
-        refused=count["refused"],
-        not_run=count["not run"],
-        total=len(results),
-    )
-    lines = [head]
-    for r in results:
-        caches = f"{r.compressed} of {r.caches}" if r.caches else ""
-        error = f"{r.error:.4f}" if r.caches else ""
-        flips = f"{r.flips[0]} of {r.flips[1]} tokens" if r.flips and r.caches else ""
-        why = "; ".join([r.note] * bool(r.note) + r.left_alone).replace("|", "\\|")
-        lines.append(f"| {r.model_type} | {r.verdict} | {caches} | {error} | {flips} | {why} |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -241,9 +172,10 @@ def main() -> int:
     for model_type in chosen or model_types():
         results.append(examine(model_type))
         print(results[-1], file=sys.stderr, flush=True)
+    text = table(HEAD, results, mlx_lm.__version__)
     if not chosen:
-        (ROOT / "docs" / "COVERAGE.md").write_text(table(results), encoding="utf-8")
-    print(table(results).partition("\n\n| ")[0].splitlines()[-1])
+        (ROOT / "docs" / "COVERAGE.md").write_text(text, encoding="utf-8")
+    print(text.partition("\n\n| ")[0].splitlines()[-1])
     return int(any(r.verdict in ("crashes", "differs") for r in results))
 
 

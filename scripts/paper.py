@@ -72,7 +72,7 @@ def distortion(name: str, bits: int) -> float:
 
 
 def our_distortion(name: str, bits: int) -> float:
-    """The same with the least-squares scale of the packed format."""
+    """The same with the scale of the packed format, which keeps the norm."""
     errors = []
     for seed in range(SEEDS):
         x = unit_vectors(VECTORS, seed)

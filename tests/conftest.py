@@ -12,8 +12,9 @@ import mlx_lm
 import pytest
 
 from rotormlx.cli.demo_model import fetch
-from rotormlx.mlx import calibration, hook
+from rotormlx.mlx import hook
 from rotormlx.mlx.backends import available, choose
+from rotormlx.storage import calibration
 from tests.support import progress
 
 

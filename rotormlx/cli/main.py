@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from rotormlx import __version__
 from rotormlx.cli import measure, outputs, report_tables
-from rotormlx.cli.options import CalibrationFile, count, takes_config
+from rotormlx.cli.options import CalibrationFile, count, given_options, takes_config
 from rotormlx.cli.refusal import Refusal, RefusingGroup, refusing
 from rotormlx.config import RotorConfig
 
@@ -85,7 +85,7 @@ def _add_mlx_lm_command(name: str, does: str) -> None:
         config: RotorConfig,
         calibration: CalibrationFile = None,
     ) -> None:
-        _session().run(name, ctx.args, config, calibration)
+        _session().run(name, ctx.args, config, calibration, given_options(ctx))
 
 
 for _name, _does in MLX_LM_COMMANDS.items():

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from rotormlx.cli import outputs, prompts, rules, server_guard, serving, usage
 from rotormlx.cli.refusal import Refusal, refusing, sentence
-from rotormlx.config import CALIBRATED, RotorConfig
+from rotormlx.config import RotorConfig
 from rotormlx.measure import perplexity
 from rotormlx.mlx import backends, integration, prompt_cache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -45,7 +45,13 @@ _OURS = tuple(
 )
 
 
-def run(name: str, argv: list[str], config: RotorConfig, calibration: Path | None = None) -> None:
+def run(
+    name: str,
+    argv: list[str],
+    config: RotorConfig,
+    calibration: Path | None = None,
+    given_options: dict[str, str] | None = None,
+) -> None:
     """Run ``mlx_lm <name>`` with compressed caches.
 
     Args:
@@ -53,13 +59,14 @@ def run(name: str, argv: list[str], config: RotorConfig, calibration: Path | Non
         argv: Its options.
         config: How keys and values are compressed.
         calibration: A calibration file instead of the one that is kept for the model.
+        given_options: The options of ``config`` that the user gave: their names by field.
 
     Raises:
         Refusal: If the options, the model or a file cannot be used.
     """
     tool = tool_module(name)
     args, given = parse(parser_of(tool), name, argv)
-    session = Session(config, calibration)
+    session = Session(config, calibration, given_options)
     session.prepare(name, args, given)
     with ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", [f"mlx_lm {name}", *argv]))
@@ -121,11 +128,18 @@ class Session:
     Args:
         config: How keys and values are compressed.
         calibration: A calibration file instead of the one that is kept for a model.
+        given_options: The options of ``config`` that the user gave: their names by field.
     """
 
-    def __init__(self, config: RotorConfig, calibration: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: RotorConfig,
+        calibration: Path | None = None,
+        given_options: dict[str, str] | None = None,
+    ) -> None:
         self.config = config
         self.calibration = calibration
+        self._given_options = given_options or {}
         # Not the models themselves: a server drops one before it loads another.
         self._models: list[tuple[weakref.ref[Module], Report]] = []
         self._caches: dict[int, list[Any]] = {}  # the latest of each model, by the id of its report
@@ -199,21 +213,14 @@ class Session:
         is_first = not self._models
         if is_first and self._args is not None:
             prompts.check(self._command, self._args, self._given, loaded)
-        if is_first and self._file:  # not for a draft model
-            with refusing(ValueError):
-                caches, self._metadata = prompt_cache.read_prompt_cache(self._file, loaded[0])
-                converted = prompt_cache.adopt_prompt_cache(loaded[0], caches)
-            self._prompt_cache[:] = caches
-            if converted:
-                say(f"{converted} uncompressed layers of the prompt cache were compressed")
-            self._caches[id(integration.model_report(loaded[0]))] = self._prompt_cache
-        read_weights(loaded[0])
         report = integration.model_report(loaded[0])
+        if is_first and self._file:  # not for a draft model
+            report = self._read_prompt_cache(loaded[0])
+            self._caches[id(report)] = self._prompt_cache
+        read_weights(loaded[0])
         if is_first and self._file:
             with refusing(ValueError):
-                prompt_cache.check_fingerprint(
-                    self._file, self._metadata, loaded[0], report.model_type
-                )
+                prompt_cache.check_model(self._file, self._metadata, loaded[0])
         if self._command == "server":  # which drops one model for another
             self._models = [pair for pair in self._models if pair[0]() is not None]
             kept = {id(kept) for _, kept in self._models}
@@ -292,11 +299,32 @@ class Session:
                 f"has no {' and no '.join(sorted(missing))}; pass them to save_prompt_cache."
             )
         _check_tokenizer_config(path, self._metadata["tokenizer_config"])
-        if model is not None and model != self._metadata["model"]:
+        made_with = self._metadata["model"]
+        if model is not None and not rules.is_same_model(model, made_with):
             raise Refusal(
-                f"[prompt cache] {path} was made with {self._metadata['model']!a}, but --model "
-                f"{model} was given; give the same model or leave --model out."
+                f"[prompt cache] {path} was made with {made_with!a}, but --model {model} was "
+                "given; give the same model or leave --model out."
             )
+        if model is not None:
+            self._metadata["model"] = model  # mlx-lm compares the letters
+
+    def _read_prompt_cache(self, model: Any) -> Report:
+        """Read the caches of the file; returns the report of the model with them."""
+        with refusing(ValueError):
+            caches, self._metadata = prompt_cache.read_prompt_cache(self._file, model)
+            converted = prompt_cache.adopt_prompt_cache(self._file, model, caches)
+        own, report = integration.model_report(model), prompt_cache.report_of(model, caches)
+        if report is not own:
+            rules.check_saved(self._file, self.config, self._given_options, report)
+            if self.calibration is not None:
+                raise Refusal(
+                    f"[prompt cache] {self._file} goes on with what it was made with, but "
+                    f"--calibration {self.calibration} was given, which is another; leave it out."
+                )
+        self._prompt_cache[:] = caches
+        if converted:
+            say(f"{converted} uncompressed layers of the prompt cache were compressed")
+        return report
 
     def _load(self, path: str, **kwargs: Any) -> tuple[Any, ...]:
         return load_lazily(path, self.config, self.calibration, **kwargs)
@@ -349,15 +377,6 @@ def load_lazily(
                 f"{first.rstrip('.')}; check the path or the name."
             )
         raise Refusal(message) from error
-    used = integration.model_report(loaded[0]).config
-    if used.rotation == CALIBRATED != config.rotation and config != RotorConfig(
-        config.key_bits, config.value_bits, sink=config.sink, window=config.window
-    ):
-        raise Refusal(
-            f"[calibration] {calibration or 'The calibration of the model'} brings its own "
-            f"rotations, but --rotation {config.rotation} and --rotation-seed {config.seed} were "
-            "given; leave one of them out."
-        )
     return loaded
 
 

@@ -87,6 +87,16 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     return with_config
 
 
+def given_options(context: typer.Context) -> dict[str, str]:
+    """The options of :func:`takes_config` that the user gave, such as ``--key-bits``, by field."""
+    sources = {field: context.get_parameter_source(name) for field, (name, _, _) in _CONFIG.items()}
+    return {
+        field: f"--{_CONFIG[field][0].replace('_', '-')}"
+        for field, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
+
+
 def _replaced(config: RotorConfig) -> bool:
     """Whether a calibration would take the place of something that was asked for."""
     return config.channel_scale in ("none", "prefill")

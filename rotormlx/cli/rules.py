@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from rotormlx.cli.options import MOST
 from rotormlx.cli.refusal import Refusal, sentence
+from rotormlx.config import RotorConfig
+from rotormlx.report import Report
 
 
 class Range(NamedTuple):
@@ -149,6 +151,11 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
+def is_same_model(a: str, b: str) -> bool:
+    """Whether two names are of one repository, or two paths of one folder."""
+    return a == b or (Path(a).is_dir() and Path(a).resolve() == Path(b).resolve())
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether there is a folder; a path that the system does not take has none."""
     try:
@@ -257,3 +264,25 @@ def _check_address(host: str, port: int) -> None:
             f"[server] Nothing can be served at {host} on port {port}: {sentence(error)}; choose "
             "another --host or --port."
         ) from error
+
+
+def check_saved(path: str, asked: RotorConfig, given: dict[str, str], saved: Report) -> None:
+    """Refuse options that a saved cache contradicts: it goes on as it was made.
+
+    Args:
+        path: The file.
+        asked: The options.
+        given: Those of them that the user gave, which count: their names by field.
+        saved: What the file's caches are like.
+    """
+    for field, option in given.items():
+        wanted, made = getattr(asked, field), getattr(saved.config, field)
+        if field == "channel_scale":
+            made = saved.config.used_channel_scale
+        by_layer = field in ("key_bits", "value_bits") and not saved.has_mean
+        if by_layer or wanted != made:
+            kept = "bits by layer" if by_layer else f"{option} {made}"
+            raise Refusal(
+                f"[prompt cache] {path} goes on with {kept}, as it was made, but {option} {wanted} "
+                f"was given; leave {option} out, or make the file again."
+            )

@@ -115,6 +115,12 @@ class Rotation:
         """Whether every KV head has a matrix of its own."""
         return self.matrix.ndim == 3
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the matrix, in hexadecimal."""
+        shape = "x".join(map(str, self.matrix.shape)).encode()
+        return hashlib.sha256(shape + self.matrix.tobytes()).hexdigest()
+
 
 def check_head_dim(head_dim: int) -> None:
     """Refuse a head_dim that the rotations cannot do.
@@ -165,17 +171,39 @@ def calibrated(matrix: npt.ArrayLike) -> Rotation:
         matrix: ``[K, D, D]``, invertible, one a KV head.
     """
     frozen = _frozen(matrix)
-    key = frozen.shape, hashlib.sha256(frozen.tobytes()).digest()
-    # One object for one content: what backends derive from a rotation is kept for each object.
-    if (alive := _calibrated.get(key)) is not None:
-        return alive
     d = frozen.shape[-1]
     made = Rotation(CALIBRATED, d, (), frozen, d * d, 0, d * d)
-    return _calibrated.setdefault(key, made)
+    # One object for one content: what backends derive from a rotation is kept for each object.
+    return _calibrated.setdefault(made.digest, made)
 
 
-# Calibrated rotations go with the last cache that uses them.
-_calibrated: WeakValueDictionary[tuple[tuple[int, ...], bytes], Rotation] = WeakValueDictionary()
+def reference_to(chosen: Rotation) -> str:
+    """A text by which :func:`referred` gives a rotation back while it is in use somewhere."""
+    if chosen.name != CALIBRATED:
+        return chosen.name
+    _calibrated.setdefault(chosen.digest, chosen)  # a copy may have outlived the first
+    return f"{CALIBRATED}:{chosen.digest}"
+
+
+def referred(text: str) -> Rotation | None:
+    """The calibrated rotation that :func:`reference_to` names; None for another name.
+
+    Raises:
+        ValueError: If it is one that nobody uses any more.
+    """
+    name, _, digest = text.partition(":")
+    if name != CALIBRATED:
+        return None
+    if (alive := _calibrated.get(digest)) is None:
+        raise ValueError(
+            f"[rotation] A calibrated rotation must be given as an object that is in use, but "
+            f"{text[:30]!r} names none; pass one of rotormlx.codec.rotation.calibrated."
+        )
+    return alive
+
+
+# By digest. Calibrated rotations go with the last cache that uses them.
+_calibrated: WeakValueDictionary[str, Rotation] = WeakValueDictionary()
 
 
 # ---- the named rotations ------------------------------------------------------------------------

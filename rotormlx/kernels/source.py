@@ -182,15 +182,14 @@ def cuda_header(codec: Codec) -> str:
 def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
     """What ``rotate_rows``, or with ``back`` ``unrotate_rows``, reads.
 
-    The coefficients of all stages, or a matrix ``[D, D]`` that rows are multiplied by, or one for
-    each KV head, ``[K, D, D]``. At least 8
-    numbers, because MLX binds fewer to another address space.
+    The coefficients of all stages, or the matrix ``[D, D]`` that rows are multiplied by, or one for
+    each KV head, ``[K, D, D]``. At least 8 numbers, because MLX binds fewer to another address
+    space.
     """
     if rotation.stages:
-        flat = np.concatenate([stage.coefficients.ravel() for stage in rotation.stages])
+        numbers = np.concatenate([stage.coefficients.ravel() for stage in rotation.stages])
     elif rotation.name == "identity":
-        flat = np.zeros(8)
+        numbers = np.zeros(8)
     else:
-        matrix = rotation.inverse if back else rotation.matrix
-        flat = np.swapaxes(matrix, -1, -2).ravel()
-    return flat.astype(np.float32)
+        numbers = np.swapaxes(rotation.inverse if back else rotation.matrix, -1, -2)
+    return np.ascontiguousarray(numbers, np.float32)

@@ -37,10 +37,10 @@ from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.calibration import LOSS, TRANSFORMS, Calibration
-from rotormlx.mlx.fingerprint import fingerprint, structure
+from rotormlx.mlx.fingerprint import fingerprint
 from rotormlx.mlx.learned import fitted
 from rotormlx.mlx.probe import compress
+from rotormlx.storage.calibration import LOSS, TRANSFORMS, Calibration
 
 Floats = NDArray[np.float64]
 # Tokens that a calibration reads; more of them change little (docs/CALIBRATION.md).
@@ -104,7 +104,7 @@ def calibrate(
             for name, array in _transformed(transform, moment, seen_by, layer, role).items():
                 numbers[f"{layer}.{name}"] = array.astype(np.float32)
         tell(1)
-    made = Calibration(transform, fingerprint(model), structure(model), numbers, len(ids))
+    made = Calibration(transform, fingerprint(model), numbers, len(ids))
     if layers:
         for layer, pair in zip(made.layers, losses(model, ids, made.layers, tell), strict=True):
             for role, loss in zip(ROLES, pair, strict=True):

@@ -1,7 +1,7 @@
 """What the keys and the values of each layer lose by few bits, all else exact.
 
 Layers differ by a factor of a hundred in what their errors do to a text;
-:mod:`rotormlx.mlx.layer_bits` gives the bits to those that need them.
+:mod:`rotormlx.codec.layer_bits` gives the bits to those that need them.
 
 Source: docs/RESULTS.md, "Bits by layer".
 """

@@ -19,9 +19,9 @@ from rotormlx.config import BITS, ROTATIONS, RotorConfig
 from rotormlx.measure.baselines import GROUP, Affine, Kivi, SimulatedCache, Simulation, Turbo
 from rotormlx.mlx import calibration
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.calibration import TRANSFORMS
 from rotormlx.mlx.integration import cache_factory
 from rotormlx.mlx.probe import compress
+from rotormlx.storage.calibration import TRANSFORMS
 
 EXACT = "exact"
 FAMILIES = (*ROTATIONS, "affine", "kivi", "turboquant", "rotorquant")

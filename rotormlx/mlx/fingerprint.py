@@ -1,42 +1,44 @@
-"""A name for a model's weights, so that a file made with one model is not used with another."""
+"""The weights of an MLX model, as a fingerprint takes them."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
+from numpy.typing import NDArray
 
-# Numbers of each parameter that are read.
-_SAMPLE = 16
-
-
-def fingerprint(model: Module) -> str:
-    """A name for a model's weights: a digest of all shapes and of the first numbers of each."""
-    parameters = _parameters(model)
-    samples = {name: p.reshape(-1)[:_SAMPLE] for name, p in parameters.items()}
-    mx.eval(samples)
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        digest.update(_described(name, parameters[name]))
-        digest.update(np.array(mx.contiguous(samples[name]).view(mx.uint8)).tobytes())
-    return digest.hexdigest()
+from rotormlx.storage.fingerprint import Fingerprint, Weights
 
 
-def structure(model: Module) -> str:
-    """A name for the shapes of a model: unlike :func:`fingerprint` it reads no weight."""
-    parameters = _parameters(model)
-    described = (_described(name, parameters[name]) for name in sorted(parameters))
-    return hashlib.sha256(b"".join(described)).hexdigest()
+def fingerprint(model: Module) -> Fingerprint:
+    """The fingerprint of a model; reads its weights."""
+    return weights(model).fingerprint
 
 
-def _parameters(model: Module) -> dict[str, mx.array]:
+def weights(model: Module) -> Weights:
+    """The weights of a model, of which none is read yet."""
     tree: Any = model
-    return dict(tree_flatten(tree.parameters()))
+    parameters: dict[str, mx.array] = dict(tree_flatten(tree.parameters()))
+    shapes = {name: p.shape for name, p in parameters.items()}
+    return Weights("mlx", shapes, partial(_sample, parameters))
 
 
-def _described(name: str, parameter: mx.array) -> bytes:
-    return f"{name} {parameter.shape} {parameter.dtype}".encode()
+def _sample(
+    parameters: dict[str, mx.array], places: Mapping[str, NDArray[np.int64]]
+) -> dict[str, NDArray[np.generic]]:
+    numbers = {}
+    for name, place in places.items():
+        whole, index = parameters[name], mx.array(place)
+        numbers[name] = whole[(index,) * whole.ndim] if whole.ndim else whole.reshape(1)
+    mx.eval(numbers)
+    return {name: np.array(_widened(array)) for name, array in numbers.items()}
+
+
+def _widened(array: mx.array) -> mx.array:
+    is_floating = mx.issubdtype(array.dtype, mx.floating)
+    return array.astype(mx.float32 if is_floating else mx.uint32)

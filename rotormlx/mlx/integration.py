@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
 from rotormlx.mlx import hook
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.calibration import Calibration
+from rotormlx.mlx.calibration import arrays_of
+from rotormlx.mlx.fingerprint import weights
 from rotormlx.mlx.probe import compress, probe
 from rotormlx.report import Report
+from rotormlx.storage.calibration import Calibration, calibrated
 
 CacheMaker = Callable[[], list[Any]]
+# A calibration, or the file of one.
+GivenCalibration = Calibration | str | Path
 
 
 class CompressedCaches:
@@ -74,7 +78,7 @@ class CompressedCaches:
 
 
 def apply(
-    model: Module, config: RotorConfig | None = None, calibration: Calibration | None = None
+    model: Module, config: RotorConfig | None = None, calibration: GivenCalibration | None = None
 ) -> Report:
     """Make a model use compressed caches from now on.
 
@@ -84,22 +88,22 @@ def apply(
     Args:
         model: What ``mlx_lm.load`` returned first.
         config: How keys and values are compressed; the default configuration if None.
-        calibration: What :func:`rotormlx.calibrate` made of this model; the configuration becomes
-            a calibrated one then. A calibrated configuration without it takes the calibration that
-            is kept for the model.
+        calibration: What :func:`rotormlx.calibrate` made of this model, or its file; the
+            configuration becomes a calibrated one then. A calibrated configuration without it takes
+            the calibration that is kept for the model.
 
     Returns:
         What is compressed, layer by layer, and what is left alone and why.
 
     Raises:
         ValueError: If nothing in the model can be compressed, its attention does not go through
-            mlx-lm's, or a calibration is missing or does not fit; nothing is changed then.
+            mlx-lm's, or a calibration is missing or of another model; nothing is changed then.
         RuntimeError: If the installed mlx-lm is not one that rotormlx can extend.
     """
     config = config or RotorConfig()
     own = _own_attribute(model)
-    report, calibration = _probe(model, own, config, calibration)
-    model.make_cache = CompressedCaches(model, own, report.config, report, calibration)
+    report, made = _probe(model, own, config, calibration)
+    model.make_cache = CompressedCaches(model, own, report.config, report, made)
     return report
 
 
@@ -122,7 +126,7 @@ def remove(model: Module) -> None:
 def load(
     path_or_repo: str,
     config: RotorConfig | None = None,
-    calibration: str | Path | None = None,
+    calibration: GivenCalibration | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """Load a model and its tokenizer, with compressed caches.
@@ -133,7 +137,7 @@ def load(
     Args:
         path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
         config: How keys and values are compressed; the default configuration if None.
-        calibration: A calibration file to use instead of the one that is kept for the model.
+        calibration: A calibration or its file, instead of the one that is kept for the model.
         **kwargs: Everything else that ``mlx_lm.load`` takes.
 
     Returns:
@@ -148,13 +152,11 @@ def load(
     model = loaded[0]
     apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
     try:
-        kept = None
-        if calibration is not None:
-            kept = calibration_file.load(calibration, model)
-        elif config.rotation == ROTATIONS[0] and config.channel_scale is None:
-            kept = calibration_file.find(model)
-        if kept is not None or config.is_calibrated:
-            apply(model, config, kept)
+        is_open = config.rotation == ROTATIONS[0] and config.channel_scale is None
+        if calibration is None and is_open:
+            calibration = calibration_file.find(model)
+        if calibration is not None or config.is_calibrated:
+            apply(model, config, calibration)
     except BaseException:
         remove(model)
         raise
@@ -199,7 +201,7 @@ def cache_factory(
     """What makes the compressed cache of a layer, by its index."""
     if calibration is None:
         return lambda layer: RotorKVCache(config, layer, max_kv_size)
-    of, own = calibration.of, calibration.by_layer(config)
+    of, own = partial(arrays_of, calibration), calibration.by_layer(config)
     return lambda layer: RotorKVCache(own(layer), layer, max_kv_size, of(layer))
 
 
@@ -229,20 +231,16 @@ def _maker(model: Module) -> CompressedCaches | None:
 
 
 def _probe(
-    model: Module, own: CacheMaker | None, config: RotorConfig, calibration: Calibration | None
+    model: Module, own: CacheMaker | None, config: RotorConfig, given: GivenCalibration | None
 ) -> tuple[Report, Calibration | None]:
     """Probe a model and see to its calibration; it uses the hook from now on."""
     with hook.in_place():
         report = probe(model, _own_caches(model, own), config)
-        if calibration is None and config.is_calibrated:
-            calibration = calibration_file.required(model, config)
-        if calibration is not None:
-            report = replace(report, config=calibration.configured(config))
-            calibration.check(report)
-            if calibration.has_losses:
-                report = report.by_layer(calibration.by_layer(report.config))
+        made = None
+        if given is not None or config.is_calibrated:
+            report, made = calibrated(report, weights(model), given)
         hook.use(model)
-    return report, calibration
+    return report, made
 
 
 def _own_attribute(model: Module) -> CacheMaker | None:

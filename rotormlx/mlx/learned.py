@@ -12,44 +12,13 @@ from functools import cache
 import mlx.core as mx
 import mlx.optimizers
 import numpy as np
-from numpy.typing import NDArray
 
 from rotormlx.codec import algebra
-from rotormlx.codec.rotation import factors, rotation
+from rotormlx.codec.learned_rotors import basis, learned_size, learned_stages
+from rotormlx.codec.random_stream import Floats
 
-Floats = NDArray[np.float64]
 STEPS = 300
 RATE = 0.03
-# Coefficients of a block: a rotor has 4, a plane its angle. Fives and sevens are left as they are.
-_COEFFICIENTS = {4: 4, 3: 4, 2: 1}
-
-
-def learned_size(head_dim: int) -> int:
-    """Coefficients of a head: 448 at head_dim 128."""
-    return sum(head_dim // radix * n for radix, _, n in _stages(head_dim))
-
-
-def learned_matrix(
-    coefficients: NDArray[np.float32], scale: NDArray[np.float32], layer: int, role: str
-) -> Floats:
-    """The whole map: learned rotors, division by the scale, then the cascade that mixes.
-
-    Args:
-        coefficients: ``[K, n]``.
-        scale: ``[K, D]``, positive.
-        layer: Selects the cascade, of seed 0, with ``role``.
-        role: ``"key"`` or ``"value"``.
-
-    Returns:
-        ``[K, D, D]``.
-
-    Source: docs/FORMAT.md, section 10.
-    """
-    head_dim = scale.shape[-1]
-    mix = rotation("cascade", head_dim, layer=layer, role=role).matrix
-    rotation_matrix = np.array(_basis(mx.array(coefficients), head_dim), np.float64)
-    out: Floats = (mix / scale[:, None, :].astype(np.float64)) @ rotation_matrix
-    return out
 
 
 def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
@@ -87,24 +56,15 @@ def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
             best, kept = now, coefficients
         coefficients = optimizer.apply_gradients({"x": slope}, {"x": coefficients})["x"]
         mx.eval(coefficients)
-    return np.array(kept, np.float64), np.array(_basis(kept, head_dim), np.float64)
-
-
-def _stages(head_dim: int) -> list[tuple[int, int, int]]:
-    """Radix, stride and coefficients of a block of every stage that is learned."""
-    stages, stride = [], 1
-    for radix in factors(head_dim) or ():
-        if radix in _COEFFICIENTS:
-            stages.append((radix, stride, _COEFFICIENTS[radix]))
-        stride *= radix
-    return stages
+    found = np.array(kept)
+    return found.astype(np.float64), np.stack([basis(own, head_dim) for own in found])
 
 
 def _identity(head_dim: int) -> Floats:
     """The coefficients that turn nothing."""
     parts = [
         np.tile([1.0, 0.0, 0.0, 0.0] if n == 4 else [0.0], head_dim // radix)
-        for radix, _, n in _stages(head_dim)
+        for radix, _, n in learned_stages(head_dim)
     ]
     return np.concatenate(parts)
 
@@ -113,7 +73,7 @@ def _basis(coefficients: mx.array, head_dim: int) -> mx.array:
     """The orthogonal matrices, float32 ``[K, D, D]``, of coefficients ``[K, n]``."""
     heads, place = coefficients.shape[0], 0
     matrix = mx.broadcast_to(mx.eye(head_dim), (heads, head_dim, head_dim))
-    for radix, stride, n in _stages(head_dim):
+    for radix, stride, n in learned_stages(head_dim):
         groups = head_dim // radix
         own = coefficients[:, place : place + groups * n].reshape(heads, groups, n)
         place += groups * n

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,17 +16,16 @@ from rotormlx.mlx.cache.lists import compress_plain, leaves
 from rotormlx.mlx.cache.saved import DTYPE_NAMES
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.store import same_calibrated
-from rotormlx.mlx.fingerprint import fingerprint
+from rotormlx.mlx.fingerprint import fingerprint, weights
 from rotormlx.mlx.integration import model_report
 from rotormlx.mlx.probe import dims
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage import cache_file
+from rotormlx.storage import fingerprint as fingerprints
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
+from rotormlx.storage.fingerprint import MODEL
 from rotormlx.storage.tensor_file import Array
-
-# The entry of a file's metadata that tells which model's keys and values it holds.
-FINGERPRINT = "rotormlx_model"
 
 # What a file may name, besides CacheList: rotormlx/storage/cache_rules.py has a rule for each.
 _CLASSES: dict[str, Any] = {
@@ -38,7 +38,7 @@ _CLASSES: dict[str, Any] = {
 
 
 def save_prompt_cache(
-    path: str, model: Module, caches: list[Any], metadata: dict[str, str] | None = None
+    path: str | Path, model: Module, caches: list[Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Write caches to a file that only the same model takes back.
 
@@ -56,14 +56,17 @@ def save_prompt_cache(
         ValueError: If a cache holds what no file can hold, or ``path`` is no place for a file.
         OSError: If the disk is full, or the directory is read-only.
     """
-    kept = {**(metadata or {}), FINGERPRINT: fingerprint(model)}
+    kept = {**(metadata or {}), MODEL: fingerprint(model).text}
     classes = [type(cache).__name__ for cache in caches]
-    path = path if path.endswith(".safetensors") else f"{path}.safetensors"
-    cache_file.write(path, classes, [cache.state for cache in caches], kept, _tensor)
+    states = [cache.state for cache in caches]
+    cache_file.write(cache_file.with_suffix(path), classes, states, kept, _tensor)
 
 
-def load_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, str]]:
+def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
     """Read caches from a file for a compressed model; plain ones in it are compressed.
+
+    Compressed caches go on as the file says, with their own bits, rotation and calibration,
+    whatever :func:`rotormlx.apply` was given; so they stay readable when a model is calibrated.
 
     Nothing of the file is believed: its header, its classes, their configuration, shapes and
     counts, and the model are checked before an array is read, and no more memory is taken than the
@@ -78,28 +81,22 @@ def load_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, st
 
     Raises:
         ValueError: If the file is missing, damaged or of another format version, or belongs to
-            another model or configuration.
+            another model.
     """
     report = model_report(model)
     with cache_file.opened(path) as saved:
-        check_fingerprint(path, saved.metadata, model, report.model_type)
-        caches = _read(saved, model, report)
-    adopt_prompt_cache(model, caches)
+        check_model(path, saved.metadata, model)
+        caches = _read(path, saved, model, report)
+    adopt_prompt_cache(path, model, caches)
     return caches, saved.metadata
 
 
-def check_fingerprint(path: str, metadata: dict[str, str], model: Module, model_type: str) -> None:
+def check_model(path: str | Path, metadata: dict[str, str], model: Module) -> None:
     """Refuse a file whose caches other weights have filled; one that does not say is taken."""
-    saved = metadata.get(FINGERPRINT)
-    if saved is not None and saved != (own := fingerprint(model)):
-        raise ValueError(
-            f"[prompt cache] {path} must be of this {model_type} with fingerprint {own[:12]}, but "
-            f"other weights, with fingerprint {saved[:12]!a}, made it; use that model, or make it "
-            "again."
-        )
+    fingerprints.check_file(path, metadata, weights(model), model_report(model).model_type)
 
 
-def read_metadata(path: str) -> dict[str, str]:
+def read_metadata(path: str | Path) -> dict[str, str]:
     """Check the header of a file of caches, and read the texts in it.
 
     Raises:
@@ -109,17 +106,17 @@ def read_metadata(path: str) -> dict[str, str]:
         return saved.metadata
 
 
-def read_prompt_cache(path: str, model: Module) -> tuple[list[Any], dict[str, str]]:
+def read_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
     """As :func:`load_prompt_cache`, but plain caches stay so, and no weight of the model is read.
 
-    What is left to do is :func:`check_fingerprint` and :func:`adopt_prompt_cache`.
+    What is left to do is :func:`check_model` and :func:`adopt_prompt_cache`.
     """
     with cache_file.opened(path) as saved:
-        return _read(saved, model, model_report(model)), saved.metadata
+        return _read(path, saved, model, model_report(model)), saved.metadata
 
 
-def _read(saved: SavedCaches, model: Module, report: Report) -> list[Any]:
-    _check_model(report, model.make_cache(), saved.shapes)
+def _read(path: str | Path, saved: SavedCaches, model: Module, report: Report) -> list[Any]:
+    _Fit(path, report).check(model.make_cache(), saved.shapes)
     states = saved.read(_array)
     return [_restored(name, state) for name, state in zip(saved.classes, states, strict=True)]
 
@@ -151,10 +148,11 @@ def _array(array: Array, dtype: str) -> mx.array:
     return made.view(mx.bfloat16) if dtype == "BF16" else made
 
 
-def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
+def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
     """Check that caches fit a compressed model, and compress plain ones in place.
 
     Args:
+        path: Where they come from, for messages.
         model: A model that :func:`apply` was given.
         caches: What :func:`read_prompt_cache` returned.
 
@@ -162,28 +160,33 @@ def adopt_prompt_cache(model: Module, caches: list[Any]) -> int:
         How many plain caches were compressed.
 
     Raises:
-        ValueError: If they belong to another model or another configuration; ``caches`` is
-            unchanged then.
+        ValueError: If they belong to another model, or an empty one of them needs a calibration
+            that the model does not have; ``caches`` is unchanged then.
     """
-    report = model_report(model)
+    fit = _Fit(path, model_report(model))
     shapes = [(index, _shape(cache)) for index, _, cache in leaves(caches)]
     fresh = model.make_cache()
-    _check_model(report, fresh, shapes)
-    _check_calibration(report, fresh, caches)
+    fit.check(fresh, shapes)
+    fit.share_calibration(fresh, caches)
     return compress_plain(caches, (own for _, _, own in leaves(fresh)))
 
 
-def _check_calibration(report: Report, fresh: list[Any], caches: list[Any]) -> None:
-    """Refuse caches of another calibration than the model's; those that are empty take it."""
+def report_of(model: Module, caches: list[Any]) -> Report:
+    """The report of a model with these caches; its own if they are compressed as it does it."""
+    report = model_report(model)
     pairs = [
-        (own, cache)
-        for (_, _, own), (_, _, cache) in zip(leaves(fresh), leaves(caches), strict=True)
-        if isinstance(own, RotorKVCache) and isinstance(cache, RotorKVCache)
+        (layer.index, own, held)
+        for layer, (_, _, own), (_, _, held) in zip(
+            report.layers, leaves(model.make_cache()), leaves(caches), strict=True
+        )
+        if isinstance(own, RotorKVCache) and isinstance(held, RotorKVCache)
     ]
-    if not all(c.empty() or same_calibrated(own.calibrated, c.calibrated) for own, c in pairs):
-        raise _mismatch(report, "its own", "another one", "the calibration")
-    for own, cache in pairs:
-        cache.calibrated = own.calibrated
+    if all(
+        own.config == held.config and same_calibrated(own.calibrated, held.calibrated)
+        for _, own, held in pairs
+    ):
+        return report
+    return report.with_configs({index: held.config for index, _, held in pairs})
 
 
 def _shape(cache: Any) -> Shape:
@@ -195,45 +198,73 @@ def _shape(cache: Any) -> Shape:
     return Shape(name, window=window, dims=dims(cache) if name in _CLASSES else None)
 
 
-def _check_model(report: Report, wanted: list[Any], shapes: Sequence[tuple[int, Shape]]) -> None:
-    """Refuse caches of these shapes unless they are such as the model makes itself."""
-    expected = list(leaves(wanted))
-    if len(shapes) != len(expected):
-        raise _mismatch(report, f"{len(expected)} caches", f"{len(shapes)}")
-    for layer, (index, _, want), (place, shape) in zip(
-        report.layers, expected, shapes, strict=True
-    ):
-        if place != index:
-            raise _mismatch(report, f"layer {index} in its place", f"a cache of layer {place}")
-        _check_fits(report, layer, index, want, shape)
+class _Fit(NamedTuple):
+    """Whether caches are such as a model makes itself.
 
+    path: Where they come from.
+    report: Of the model.
+    """
 
-def _check_fits(report: Report, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
-    if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
-        if shape.config is not None and shape.config != want.config:
-            raise _mismatch(
-                report, want.config.to_json(), shape.config.to_json(), "the configuration"
+    path: str | Path
+    report: Report
+
+    def check(self, wanted: list[Any], shapes: Sequence[tuple[int, Shape]]) -> None:
+        """Refuse caches of these shapes unless they are like the wanted ones."""
+        expected = list(leaves(wanted))
+        if len(shapes) != len(expected):
+            raise self._mismatch(f"{len(expected)} caches", f"{len(shapes)}")
+        for layer, (index, _, want), (place, shape) in zip(
+            self.report.layers, expected, shapes, strict=True
+        ):
+            if place != index:
+                raise self._mismatch(f"layer {index} in its place", f"a cache of layer {place}")
+            self._check_layer(layer, index, want, shape)
+
+    def _check_layer(self, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
+        if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
+            if shape.layer != index:
+                raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
+        elif shape.name != (KVCache if layer.compressed else type(want)).__name__:
+            raise self._mismatch(f"{layer.cache} in layer {index}", shape.name)
+        elif shape.window is not None and shape.window != want.max_size:
+            raise self._mismatch(
+                f"a window of {want.max_size} tokens in layer {index}", str(shape.window)
             )
-        if shape.layer != index:
-            raise _mismatch(report, f"layer {index} at position {index}", f"layer {shape.layer}")
-    elif shape.name != (KVCache if layer.compressed else type(want)).__name__:
-        raise _mismatch(report, f"{layer.cache} in layer {index}", shape.name)
-    elif shape.window is not None and shape.window != want.max_size:
-        raise _mismatch(
-            report, f"a window of {want.max_size} tokens in layer {index}", str(shape.window)
-        )
-    came = shape.dims
-    if came is not None and came != (layer.kv_heads, layer.head_dim_k, layer.head_dim_v):
-        raise _mismatch(
-            report,
-            f"{layer.kv_heads} KV heads of {layer.head_dim_k} and {layer.head_dim_v} dimensions "
-            f"in layer {index}",
-            f"{came[0]} of {came[1]} and {came[2]}",
-        )
+        came = shape.dims
+        if came is not None and came != (layer.kv_heads, layer.head_dim_k, layer.head_dim_v):
+            raise self._mismatch(
+                f"{layer.kv_heads} KV heads of {layer.head_dim_k} and {layer.head_dim_v} "
+                f"dimensions in layer {index}",
+                f"{came[0]} of {came[1]} and {came[2]}",
+            )
 
+    def share_calibration(self, fresh: list[Any], caches: list[Any]) -> None:
+        """Give the model's calibration to caches that hold nothing and to those that have the same.
 
-def _mismatch(report: Report, wanted: str, came: str, what: str = "the model") -> ValueError:
-    return ValueError(
-        f"[prompt cache] {what.capitalize()} {report.model_type} requires {wanted}, but the prompt "
-        f"cache has {came}; use it with {what} that it was made with, or make it again."
-    )
+        A cache that holds tokens has what it was coded with.
+        """
+        pairs = [
+            (own, cache)
+            for (_, _, own), (_, _, cache) in zip(leaves(fresh), leaves(caches), strict=True)
+            if isinstance(own, RotorKVCache) and isinstance(cache, RotorKVCache)
+        ]
+        for own, cache in pairs:
+            lacks = cache.config.is_calibrated and cache.empty()
+            if lacks and not cache.config.takes_calibration_of(own.config):
+                raise ValueError(
+                    f"[prompt cache] {self.path} holds no tokens, so its calibration must come "
+                    f"from the model, but this {self.report.model_type} has another or none; "
+                    "apply that calibration first, or make the file again."
+                )
+        for own, cache in pairs:
+            if cache.config.takes_calibration_of(own.config) and (
+                cache.empty() or same_calibrated(own.calibrated, cache.calibrated)
+            ):
+                cache.calibrated = own.calibrated
+
+    def _mismatch(self, wanted: str, came: str) -> ValueError:
+        return ValueError(
+            f"[prompt cache] The model {self.report.model_type} requires {wanted}, but "
+            f"{self.path} has {came}; use it with the model that it was made with, or make it "
+            "again."
+        )

@@ -40,6 +40,11 @@ State = Any  # a list of states, or a leaf: an array, a number, a text, None
 # ---- writing ------------------------------------------------------------------------------------
 
 
+def with_suffix(path: str | Path) -> str:
+    """A path with the suffix that mlx-lm appends where it is missing."""
+    return f"{path}" if f"{path}".endswith(".safetensors") else f"{path}.safetensors"
+
+
 def write(
     path: str | Path,
     classes: Sequence[str],

@@ -20,12 +20,14 @@ from rotormlx.torch.torch_ops import KVView
 
 if TYPE_CHECKING:
     from rotormlx.torch.cache import RotorCache
+    from rotormlx.torch.calibration import load_calibration
     from rotormlx.torch.integration import apply, remove, report
     from rotormlx.torch.prompt_cache import load_prompt_cache, save_prompt_cache
 
 _LAZY = {
     "RotorCache": "rotormlx.torch.cache",
     "apply": "rotormlx.torch.integration",
+    "load_calibration": "rotormlx.torch.calibration",
     "load_prompt_cache": "rotormlx.torch.prompt_cache",
     "remove": "rotormlx.torch.integration",
     "report": "rotormlx.torch.integration",
@@ -39,6 +41,7 @@ __all__ = [
     "attend",
     "decode",
     "encode",
+    "load_calibration",
     "load_prompt_cache",
     "prefill_scale",
     "remove",

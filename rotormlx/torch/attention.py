@@ -11,16 +11,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from rotormlx.torch import ops
-from rotormlx.torch.exact import attend_tensors, check_options
-from rotormlx.torch.handle import KVHandle, autocast_dtype
+from rotormlx.torch.dtypes import autocast_dtype
+from rotormlx.torch.exact import attend_tensors, check_options, former_of
+from rotormlx.torch.handle import KVHandle, untraced
 
 NAME = "rotormlx"
-
-
-def register() -> None:
-    """Make the name known to transformers: attention, and the masks that it wants (as for sdpa)."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def attention_forward(
@@ -66,26 +61,72 @@ def attention_forward(
             is_causal=is_causal,
             **kwargs,
         )
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    key = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = kwargs.get("s_aux")
+    return _attend(query, key, value.dtype, attention_mask, scale, is_causal, logits), None
+
+
+def checked(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | KVHandle,
+    value: Tensor | KVHandle,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    kwargs: dict[str, Any],
+) -> KVHandle:
+    """The keys, if attention over them can do what is asked.
+
+    Raises:
+        ValueError: If not.
+    """
     check_options(module, dropout, kwargs)
-    if not (isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.step is value.step):
+    if not (isinstance(key, KVHandle) and key.goes_with(value)):
         raise ValueError(
             "[RotorCache] Keys must come with the values of their own layer, but the model mixes "
             "them; use the model without rotormlx."
         )
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = kwargs.get("s_aux")
-    dtype = autocast_dtype(query.device) or value.dtype
+    if query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"[RotorCache] Queries must have the keys' head_dim {key.shape[-1]} and a multiple of "
+            f"their {key.shape[1]} heads, but have shape {tuple(query.shape)}; use the model "
+            "without rotormlx."
+        )
+    if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":
+        # We leave out masks as sdpa does. Others do not, so with them this one would be causal.
+        raise ValueError(
+            f"[RotorCache] Attention without a mask must be causal, or have been sdpa before, but "
+            f"{type(module).__name__}'s is not; use the model without rotormlx."
+        )
+    return key
+
+
+@untraced
+def _attend(
+    query: Tensor,
+    key: KVHandle,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    logits: Tensor | None,
+) -> Tensor:
+    """``[B, L, H, Dv]``, which refuses a gradient if one could be asked for."""
+    layer = key.step.layer
+    dtype = autocast_dtype(query.device) or dtype
     with torch.no_grad():
         output = _attend_compressed(
-            query.to(dtype).contiguous(), key, attention_mask, scale, is_causal, logits
+            query.to(dtype).contiguous(), key, mask, scale, is_causal, logits
         )
     output = output.transpose(1, 2).contiguous()
     sources = [x for x in (query, logits) if x is not None and x.requires_grad]
-    if torch.is_grad_enabled() and (sources or key.step.layer.requires_grad):
+    if torch.is_grad_enabled() and (sources or layer.requires_grad):
         output = _WithoutGradient.apply(output.requires_grad_())  # type: ignore[no-untyped-call]
-    return output, None
+    return output
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -169,3 +210,8 @@ def of_tokens(mask: Tensor, padding: Sequence[int]) -> Tensor:
     index = (torch.arange(tokens, device=mask.device) + shift).clamp(max=tokens - 1)
     mask = mask.expand(len(padding), -1, -1, -1)
     return mask.gather(3, index[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
+
+
+# Known to transformers from now on; it wants the masks that sdpa wants.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

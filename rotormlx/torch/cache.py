@@ -2,52 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from rotormlx.codec.rotation import check_head_dim
 from rotormlx.config import RotorConfig
+from rotormlx.storage.calibration import Calibration
 from rotormlx.torch import attention
+from rotormlx.torch.calibration import arrays_of
+from rotormlx.torch.implementations import attention_of
 from rotormlx.torch.layer import RotorLayer
 
 
-class RotorCache(Cache):
+class RotorCache(DynamicCache):
     """Keys and values of a model, compressed where they grow with the text.
 
     Pass it as ``cache`` (``past_key_values`` before transformers 5.24) to ``model.generate`` or to
     the model. Layers with full attention are compressed; sliding windows, linear attention and
     other layers keep the caches that transformers gives them.
 
+    A configuration tells the kinds of layers only; :func:`rotormlx.torch.report` tries the model
+    itself. What attention over compressed keys cannot do raises at the first step.
+
     Args:
         config: ``model.config``; its attention must be ``rotormlx``, see
             :func:`rotormlx.torch.apply`.
         rotor_config: How keys and values are compressed; the default configuration if None.
+        calibration: What :func:`rotormlx.torch.load_calibration` read for the model; the
+            configuration becomes a calibrated one then.
 
     Raises:
         ValueError: If the model's attention is another, nothing in the model can be compressed, or
-            the configuration is a calibrated one.
+            a calibrated configuration comes without a calibration.
     """
 
-    def __init__(self, config: PreTrainedConfig, rotor_config: RotorConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        rotor_config: RotorConfig | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         _check_model_config(config)
-        text = config.get_text_config(decoder=True)
-        used = getattr(text, "_attn_implementation", None)
+        used = attention_of(config)
         if used != attention.NAME:
             raise ValueError(
                 f"[RotorCache] The model's attention must be {attention.NAME!r}, but it is "
                 f'{used!r}; call model.set_attn_implementation("{attention.NAME}") or '
                 "rotormlx.torch.apply(model) first."
             )
-        self.rotor_config = rotor_config or RotorConfig()
-        if self.rotor_config.is_calibrated:
+        text = config.get_text_config(decoder=True)
+        layers = DynamicCache(config=text).layers
+        if not (growing := growing_layers(layers)):
             raise ValueError(
-                "[RotorCache] A configuration without a calibration is required, but "
-                f"{self.rotor_config.to_json()} was given; calibrations are of MLX models."
+                f"[RotorCache] {text.model_type} must have {nothing_to_compress(layers)}; use "
+                "transformers' DynamicCache."
             )
-        super().__init__(layers=compressed_layers(text, self.rotor_config))
+        self._set(layers, growing, layer_factory(rotor_config or RotorConfig(), calibration))
+
+    @classmethod
+    def in_place_of(
+        cls, cache: DynamicCache, indices: Iterable[int], make: Callable[[int], RotorLayer]
+    ) -> RotorCache:
+        """A cache with the layers of an empty one, of which some are replaced by compressed ones.
+
+        Args:
+            cache: As transformers made it.
+            indices: Which layers are replaced.
+            make: Makes a compressed layer, by its index; see :func:`layer_factory`.
+        """
+        made = cls.__new__(cls)
+        made._set(cache.layers, indices, make)
+        return made
+
+    def _set(
+        self, layers: list[Any], indices: Iterable[int], make: Callable[[int], RotorLayer]
+    ) -> None:
+        compressed: dict[int, Any] = {index: make(index) for index in indices}
+        Cache.__init__(self, layers=[compressed.get(i, x) for i, x in enumerate(layers)])
+
+    @property
+    def rotor_config(self) -> RotorConfig | None:
+        """The configuration of all compressed layers; None where they have bits of their own."""
+        configs = {layer.config for layer in self.rotor_layers}
+        return configs.pop() if len(configs) == 1 else None
 
     @property
     def rotor_layers(self) -> list[RotorLayer]:
@@ -77,41 +117,47 @@ class RotorCache(Cache):
         )
 
 
-def compressed_layers(text: PreTrainedConfig, config: RotorConfig) -> list[Any]:
-    """Empty layers for a model: compressed ones for full attention, transformers' own elsewhere.
+def growing_layers(layers: list[Any]) -> list[int]:
+    """Indices of the layers that keep all tokens, and nothing but keys and values."""
+    # Exactly this class: what derives from it keeps more, or less.
+    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+def nothing_to_compress(layers: list[Any]) -> str:
+    """What is required of layers none of which grows, and what they are."""
+    has = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
+    return f"at least one layer with full attention to be compressed, but all it has is {has}"
+
+
+def is_compressed(cache: Any) -> bool:
+    """Whether a cache has compressed layers."""
+    return any(isinstance(layer, RotorLayer) for layer in getattr(cache, "layers", ()))
+
+
+def layer_factory(
+    config: RotorConfig, calibration: Calibration | None
+) -> Callable[[int], RotorLayer]:
+    """A function that makes a compressed layer of a model, by its index.
 
     Raises:
-        ValueError: If no layer can be compressed, or one has a head_dim that the rotations lack.
+        ValueError: If a calibrated configuration comes without a calibration; later, if that lacks
+            a layer.
     """
-    own = DynamicCache(config=text).layers
-    # Exactly this class: what derives from it keeps more than keys and values.
-    grows = [type(layer) is DynamicLayer for layer in own]
-    if not any(grows):
-        has = ", ".join(sorted({type(layer).__name__ for layer in own})) or "nothing"
+    if calibration is None and not config.is_calibrated:
+        return partial(RotorLayer, config)
+    if not isinstance(calibration, Calibration):
+        came = "none" if calibration is None else f"a {type(calibration).__name__}"
         raise ValueError(
-            f"[RotorCache] {text.model_type} must have at least one layer with full attention to "
-            f"be compressed, but all it has is {has}; use transformers' DynamicCache."
+            f"[RotorCache] A calibrated configuration needs its calibration, but {came} came; "
+            "pass calibration=rotormlx.torch.load_calibration(path, model)."
         )
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise ValueError(
-            f"[RotorCache] {text.model_type} caps its attention scores, which compressed attention "
-            "does not; use the model without rotormlx."
-        )
-    for head_dim in layer_dims(text)[1:]:
-        check_head_dim(head_dim)
-    layers = enumerate(zip(own, grows, strict=True))
-    return [RotorLayer(config, index) if grow else layer for index, (layer, grow) in layers]
+    own = calibration.by_layer(calibration.configured(config))
 
+    def make(layer: int) -> RotorLayer:
+        arrays = arrays_of(calibration, layer)  # refuses a layer that was not calibrated
+        return RotorLayer(own(layer), layer, arrays)
 
-def layer_dims(text: PreTrainedConfig) -> tuple[int, int, int]:
-    """KV heads, key dimension and value dimension that a model's configuration tells."""
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if getattr(text, "kv_lora_rank", None) is not None and hasattr(text, "qk_rope_head_dim"):
-        # Multi-head latent attention caches expanded heads in transformers.
-        return kv_heads, text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return kv_heads, head_dim, head_dim
+    return make
 
 
 def _check_model_config(config: object) -> None:
@@ -127,6 +173,3 @@ def _nbytes(layer: Any) -> int:
         return layer.nbytes
     parts = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(part.nbytes for part in parts if part is not None)
-
-
-attention.register()

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from rotormlx.codec.format import BLOCK, VALUE, Codec, Packed
+from rotormlx.torch.dtypes import FLOATS
 from rotormlx.torch.torch_ops import AttendCall
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def require_vectors(where: str, **tensors: Tensor) -> None:
@@ -90,6 +89,12 @@ def check_packed(
     if channel_scale is not None:
         name = f"{role} channel scale"
         _require(where, name, channel_scale, (front[1], head_dim), torch.float32)
+    rotation, has_heads = codec.rotation, words is not None or where == "encode"
+    if rotation.is_per_head and has_heads and len(rotation.matrix) != front[1]:
+        raise ValueError(
+            f"[{where}] A calibrated rotation must have one matrix per KV head, but the {role}s "
+            f"have {front[1]} heads and it has {len(rotation.matrix)}; use that of this layer."
+        )
     parts = {"words": words, "scales": scales, "centres": centres, "channel scale": channel_scale}
     _require_device(where, like, {f"the {role} {name}": part for name, part in parts.items()})
 

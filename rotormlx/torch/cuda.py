@@ -140,7 +140,7 @@ def _operators(keys: Codec, values: Codec, device: torch.device) -> Any:
     if max(keys.head_dim, values.head_dim) > MAX_HEAD_DIM or not _can_compile():
         return None
     configuration = Configuration(
-        keys.rotation.name,
+        _compiled_for(keys.rotation),
         keys.head_dim,
         values.head_dim,
         keys.bits,
@@ -155,7 +155,7 @@ def _operators(keys: Codec, values: Codec, device: torch.device) -> Any:
 
 def _operators_for(codec: Codec, device: torch.device) -> Any:
     """Operators that know a codec: of a library that is loaded already, else one of its own."""
-    facts = (codec.rotation.name, codec.head_dim, codec.bits)
+    facts = (_compiled_for(codec.rotation), codec.head_dim, codec.bits)
     for configuration, operators in _loaded.items():
         keys = (configuration.rotation, configuration.key_dim, configuration.key_bits)
         values = (configuration.rotation, configuration.value_dim, configuration.value_bits)
@@ -163,6 +163,11 @@ def _operators_for(codec: Codec, device: torch.device) -> Any:
         if configuration.arch == arch and facts == (keys if codec.role == KEY else values):
             return operators
     return _operators(codec, codec, device)
+
+
+def _compiled_for(rotation: Rotation) -> str:
+    """The rotation of a configuration: kernels for a matrix take one for each KV head as well."""
+    return "dense" if rotation.is_per_head else rotation.name
 
 
 @cache
@@ -229,5 +234,5 @@ def _coefficients(rotation: Rotation, back: bool, device: torch.device) -> Tenso
 
 @derived
 def _query_matrix(rotation: Rotation, device: torch.device) -> Tensor:
-    """float32 ``[D, D]``: a query times it is rotated."""
-    return torch_ops.inverse_matrix(rotation, device).T.contiguous()
+    """float32 ``[D, D]``, or one per KV head: a query times it is rotated."""
+    return torch_ops.inverse_matrix(rotation, device).mT.contiguous()

@@ -22,8 +22,8 @@ from rotormlx.torch.store import lengths_on
 from rotormlx.torch.torch_ops import KVView
 
 _EAGER = "eager"
-# What would change the scores in a way that the operator does not know.
-_UNKNOWN = ("softcap", "position_bias")
+# Tensors that attention may get: what the operator takes, and what changes no score.
+_KNOWN = ("s_aux", "position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 Eager = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -69,7 +69,7 @@ def attend_tensors(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     eager = _eager_of(module) if trains else None
-    if eager is not None and (logits is not None or _former(module) == _EAGER):
+    if eager is not None and (logits is not None or former_of(module) == _EAGER):
         mask = _additive(module, query, key, mask, causal)
         return eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
     if logits is None:
@@ -117,7 +117,8 @@ def _attend(
     ).to(value.dtype)
 
 
-def _former(module: torch.nn.Module) -> str | None:
+def former_of(module: torch.nn.Module) -> str | None:
+    """The attention that ours replaced in a module, as far as its configuration knows."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return getattr(name, "former", None)
 
@@ -153,8 +154,9 @@ def _additive(
 
 
 def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Refuse what the operator cannot do."""
-    asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    """Refuse what the operator cannot do; what it does not know might change the scores."""
+    asked = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN]
+    asked += ["softcap"] if kwargs.get("softcap") is not None else []
     asked += ["dropout"] if dropout else []
     asked += ["output_attentions"] if kwargs.get("output_attentions") else []
     if asked:

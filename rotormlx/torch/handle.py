@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from rotormlx.codec.format import ROLES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 ADVICE = (
-    "its attention must be rotormlx's and get keys and values untouched: call "
+    "its attention must be rotormlx's: call "
     'model.set_attn_implementation("rotormlx") or rotormlx.torch.apply(model) first'
 )
 # What Python would answer, or refuse in words of its own, for an object that does not say.
@@ -25,6 +28,19 @@ _REFUSED = (
     *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__round__"),
     *("__setitem__", "__delitem__", "__contains__", "__reversed__"),
 )
+
+
+def untraced(function: Function) -> Function:
+    """Make ``torch.compile`` call a function between its graphs, as it is.
+
+    Packing depends on how many tokens there are, so a graph of one step is not that of the next.
+    """
+    reason = (
+        "[RotorCache] Compressed attention runs between graphs, but one graph was asked for; "
+        "compile without fullgraph=True."
+    )
+    kept: Function = torch.compiler.disable(function, reason=reason)
+    return kept
 
 
 class KVHandle:
@@ -51,6 +67,14 @@ class KVHandle:
         self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
         self.shape = torch.Size(shape)
 
+    def goes_with(self, values: object) -> bool:
+        """Whether these are keys, and those the values of the same step."""
+        return (
+            isinstance(values, KVHandle)
+            and (self.role, values.role) == ROLES
+            and self.step is values.step
+        )
+
     def size(self, dim: int | None = None) -> torch.Size | int:
         """Like a tensor's."""
         return self.shape if dim is None else self.shape[dim]
@@ -72,8 +96,8 @@ class KVHandle:
     def refuse(self, what: str) -> NoReturn:
         """Raise what every other use raises."""
         raise ValueError(
-            f"[RotorCache] The {self.role}s of layer {self.layer} are compressed, but "
-            f"the model uses {what} on them; {ADVICE}."
+            f"[RotorCache] The compressed {self.role}s of layer {self.layer} must reach attention "
+            f"untouched, but the model uses {what} on them; {ADVICE}."
         )
 
     def __getitem__(self, index: object) -> NoReturn:
@@ -95,13 +119,6 @@ class KVHandle:
         leaves = tree_leaves((args, kwargs))
         handle = next(leaf for leaf in leaves if isinstance(leaf, cls))
         handle.refuse(f"torch.{getattr(function, '__name__', function)}")
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What torch's own attention would cast to here, or None outside of autocast."""
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def _refusing(name: str) -> Any:

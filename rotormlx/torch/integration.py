@@ -2,114 +2,226 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport, Report
+from rotormlx.storage.calibration import Calibration, calibrated
 from rotormlx.torch import attention
-from rotormlx.torch.cache import RotorCache, compressed_layers, layer_dims
-from rotormlx.torch.exact import Name
-from rotormlx.torch.layer import RotorLayer
+from rotormlx.torch.cache import RotorCache, is_compressed, layer_factory
+from rotormlx.torch.fingerprint import weights
+from rotormlx.torch.implementations import Implementations, restore, set_attention, takes_cache
+from rotormlx.torch.probe import CACHE_NAMES, PREPARE, cache_name, own_cache, probe, self_attention
 
-# What transformers calls to make a cache for ``generate``; ours stands before it on the instance.
-_PREPARE = "_prepare_cache_for_generation"
-# Where it puts the cache; the second is the name of versions before 5.24.
-_CACHE_NAMES = ("cache", "past_key_values")
+# Caches that ``generate`` makes when nothing is asked for.
+_PLAIN = (None, "dynamic")
+# In a model's settings, where older ones have it, ``generate`` takes this for None.
+_UNSET = "hybrid"
 
 
 class CompressedCaches:
-    """Stands before a model's ``_prepare_cache_for_generation`` and makes its cache compressed.
+    """Gives a model compressed caches where it, or ``generate``, would make exact ones.
+
+    Stands before the model's ``_prepare_cache_for_generation``, and before the ``forward`` of the
+    model and of the parts of it that take the same cache.
 
     Args:
         model: The model.
-        config: How keys and values are compressed.
-        former: The attention that the model had.
+        report: What is compressed.
+        former: The attention functions that the model had.
+        calibration: Of a calibrated configuration, else None.
     """
 
-    def __init__(self, model: PreTrainedModel, config: RotorConfig, former: str) -> None:
-        self.config = config
-        self.former = former
-        self._own = getattr(type(model), _PREPARE).__get__(model)
-        self._model_config = model.config
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        report: Report,
+        former: Implementations,
+        calibration: Calibration | None,
+    ) -> None:
+        self._model = model
+        self._config = report.config
+        self._calibration = calibration
+        self._compressed = [layer.index for layer in report.layers if layer.compressed]
+        self._former = former
+        self.cache_name = cache_name(model)
+        self._hooks = _hooks_before(model, self)
+
+    def remove(self) -> None:
+        """Give the model its own caches and attention back."""
+        for hook in self._hooks:
+            hook.remove()
+        restore(self._former)
 
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> None:
         """Let transformers prepare a cache; a compressed one takes the place of a plain one."""
-        before = {name: model_kwargs.get(name) for name in _CACHE_NAMES}
-        self._own(generation_config, model_kwargs, *rest, **named)
-        if generation_config.use_cache and not any(name in model_kwargs for name in _CACHE_NAMES):
-            raise RuntimeError(
-                f"[apply] transformers must name its cache {' or '.join(_CACHE_NAMES)}, but the "
-                "installed one does not, so nothing would be compressed; install another version, "
-                "or call rotormlx.torch.remove(model)."
-            )
-        for name, given in before.items():
-            if given is None and type(model_kwargs.get(name)) is DynamicCache:
-                model_kwargs[name] = self._compressed(generation_config)
+        given = model_kwargs.get(self.cache_name)
+        if given is not None:
+            self.check(given)
+        elif generation_config.use_cache:
+            _check_implementation(self._model, generation_config)
+        own = getattr(type(self._model), PREPARE)
+        own(self._model, generation_config, model_kwargs, *rest, **named)
+        if given is None and generation_config.use_cache:
+            made = model_kwargs.get(self.cache_name)
+            model_kwargs[self.cache_name] = self._in_place_of(made)
 
-    def _compressed(self, generation_config: Any) -> RotorCache:
-        cache = RotorCache(self._model_config, self.config)
-        # Sliding windows of an assistant must be able to go back; older versions cannot.
-        if generation_config.is_assistant and hasattr(cache, "activate_past_recording"):
-            cache.activate_past_recording()  # type: ignore[no-untyped-call]
+    def new(self) -> Cache:
+        """What a call without a cache gets."""
+        return self._in_place_of(own_cache(self._model))
+
+    def check(self, given: Any) -> None:
+        """Refuse a cache that is not compressed, or not of this kind of model."""
+        wanted = "RotorCache(model.config)"
+        inner = given
+        if self._model.config.is_encoder_decoder:
+            wanted = f"EncoderDecoderCache({wanted}, DynamicCache(config=model.config))"
+            inner = getattr(given, "self_attention_cache", None)
+        if not is_compressed(inner):
+            raise ValueError(
+                f"[apply] A cache for {type(self._model).__name__} must be compressed, but a "
+                f"{type(given).__name__} was given; leave it out, pass {wanted}, or call "
+                "rotormlx.torch.remove(model)."
+            )
+
+    def _in_place_of(self, made: Any) -> Cache:
+        own = self_attention(made)
+        if type(own) is not DynamicCache:
+            raise RuntimeError(
+                f"[apply] transformers must make a DynamicCache named {self.cache_name}, but it "
+                f"made a {type(made).__name__}, so nothing would be compressed; install another "
+                "version, or call rotormlx.torch.remove(model)."
+            )
+        indices = [index for index in self._compressed if index < len(own.layers)]
+        make = layer_factory(self._config, self._calibration)
+        cache = RotorCache.in_place_of(own, indices, make)
+        if isinstance(made, EncoderDecoderCache):
+            return EncoderDecoderCache(cache, made.cross_attention_cache)
         return cache
 
 
-def apply(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
+class _BeforeForward:
+    """Gives a call that would make its own cache a compressed one, and refuses an exact one.
+
+    Args:
+        caches: Makes and checks caches.
+        names: Parameters of the ``forward`` that is called.
+    """
+
+    def __init__(self, caches: CompressedCaches, names: list[str]) -> None:
+        self._caches = caches
+        self._names = names
+
+    def __call__(
+        self, part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What ``forward`` gets instead; None for what it was given."""
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        # By the older name too, which transformers translates later on.
+        given = [named[name] for name in CACHE_NAMES if named.get(name) is not None]
+        for cache in given:
+            self._caches.check(cache)
+        if given or not _caches_by_default(part, named.get("use_cache")):
+            return None
+        name = self._caches.cache_name
+        place = self._names.index(name)
+        if place < len(args):
+            return (*args[:place], self._caches.new(), *args[place + 1 :]), kwargs
+        return args, kwargs | {name: self._caches.new()}
+
+
+def _hooks_before(model: PreTrainedModel, caches: CompressedCaches) -> list[RemovableHandle]:
+    """Hooks on the model, and on the parts of it that take its cache and would make their own."""
+    text = model.config.get_text_config(decoder=True)
+    hooks = []
+    for part in model.modules():
+        if (
+            isinstance(part, PreTrainedModel)
+            and takes_cache(part, caches.cache_name)
+            and (part is model or part.config.get_text_config(decoder=True) is text)
+        ):
+            names = list(inspect.signature(type(part).forward).parameters)[1:]
+            before = _BeforeForward(caches, names)
+            hooks.append(part.register_forward_pre_hook(before, with_kwargs=True))
+    return hooks
+
+
+def _caches_by_default(part: PreTrainedModel, asked: bool | None) -> bool:
+    """Whether a part of a model that is given no cache makes one and uses it."""
+    if asked is None and not torch.is_grad_enabled():
+        # With gradients, a call that asks for nothing trains, and stays as it is.
+        asked = getattr(part.config.get_text_config(decoder=True), "use_cache", False)
+    return bool(asked)
+
+
+def _check_implementation(model: PreTrainedModel, generation_config: Any) -> None:
+    """Refuse to generate with a cache of another kind."""
+    asked = getattr(generation_config, "cache_implementation", None)
+    if asked not in _PLAIN:
+        raise ValueError(
+            f"[apply] {type(model).__name__} must generate with cache_implementation=None to be "
+            f"compressed, but {asked!r} is set; leave it out, set it to None in "
+            "model.generation_config, or call rotormlx.torch.remove(model)."
+        )
+
+
+def apply(
+    model: PreTrainedModel,
+    config: RotorConfig | None = None,
+    calibration: Calibration | str | Path | None = None,
+) -> Report:
     """Make a model of transformers use compressed caches from now on.
 
-    Its attention becomes ``rotormlx``, and ``generate`` makes a :class:`RotorCache` where it would
-    make a ``DynamicCache``. Applying again replaces the configuration.
+    The model is run on a few tokens to see what can be compressed. Then the attention of its text
+    part becomes ``rotormlx``, and it gets a :class:`RotorCache` where ``generate``, or a call
+    without a cache, would make a ``DynamicCache``; another cache is refused. Applying again
+    replaces the configuration.
 
     Args:
         model: What ``from_pretrained`` returned.
         config: How keys and values are compressed; the default configuration if None.
+        calibration: A calibration of this model, or its file (of ``rotormlx calibrate``); the
+            configuration becomes a calibrated one then. A calibrated configuration without it takes
+            the calibration that is kept for the model.
 
     Returns:
         What is compressed, layer by layer, and what is left alone and why.
 
     Raises:
-        ValueError: If nothing in the model can be compressed, or its attention cannot be set;
-            nothing is changed then.
+        ValueError: If nothing in the model can be compressed, its attention cannot be set, or a
+            calibration is missing or of another model; nothing is changed then.
         RuntimeError: If the installed transformers makes its caches in another way.
     """
-    config = config or RotorConfig()
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"[apply] A model of transformers is required, but a {type(model).__name__} was given; "
-            "pass what from_pretrained returned."
-        )
-    if not callable(getattr(type(model), _PREPARE, None)):
-        raise RuntimeError(
-            f"[apply] transformers must have {type(model).__name__}.{_PREPARE}, but the installed "
-            "one has not; pass a RotorCache(model.config) to generate yourself."
-        )
-    made = report(model, config)
-    maker = vars(model).get(_PREPARE)
-    former = maker.former if isinstance(maker, CompressedCaches) else _attention_of(model)
-    model.set_attn_implementation(Name(attention.NAME, former))
-    if _attention_of(model) != attention.NAME:
-        raise ValueError(
-            f"[apply] {type(model).__name__} must let its attention be set, but does not; use the "
-            "model without rotormlx."
-        )
-    vars(model)[_PREPARE] = CompressedCaches(model, config, former)
+    made, used = report(model, config), None
+    if calibration is not None or made.config.is_calibrated:
+        made, used = calibrated(made, weights(model), calibration)
+    remove(model)
+    former = set_attention(model, attention.NAME, cache_name(model))
+    vars(model)[PREPARE] = CompressedCaches(model, made, former, used)
     return made
 
 
 def remove(model: PreTrainedModel) -> None:
     """Give a model its own caches and attention back; without effect on one that has them."""
-    maker = vars(model).pop(_PREPARE, None)
-    if isinstance(maker, CompressedCaches):
-        model.set_attn_implementation(maker.former)
+    caches = vars(model).pop(PREPARE, None)
+    if isinstance(caches, CompressedCaches):
+        caches.remove()
 
 
 def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     """What would be compressed in a model, layer by layer, and what is left alone and why.
+
+    The model is run on a few tokens, and is as before afterwards.
 
     Args:
         model: What ``from_pretrained`` returned.
@@ -117,42 +229,31 @@ def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
 
     Raises:
         ValueError: If nothing can be compressed.
+        RuntimeError: If the installed transformers makes its caches in another way.
     """
     config = config or RotorConfig()
-    text = model.config.get_text_config(decoder=True)
-    layers = compressed_layers(text, config)
-    dims = layer_dims(text)
-    dtype_bytes = model.dtype.itemsize
-    reports = (_layer_report(i, layer, config, dims, dtype_bytes) for i, layer in enumerate(layers))
-    return Report(config, text.model_type, tuple(reports))
-
-
-def _layer_report(
-    index: int, layer: Any, config: RotorConfig, dims: tuple[int, int, int], dtype_bytes: int
-) -> LayerReport:
-    name = type(layer).__name__
-    _, key_dim, value_dim = dims
-    if isinstance(layer, RotorLayer):
-        bits = [
-            codec(config, dim, layer=index, role=role).bits_per_value
-            for role, dim in ((KEY, key_dim), (VALUE, value_dim))
-        ]
-        return LayerReport(
-            index,
-            "DynamicLayer",
-            True,
-            "",
-            *dims,
-            key_bits=bits[0],
-            value_bits=bits[1],
-            exact_bytes=dtype_bytes,
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise ValueError(
+            f"[apply] A model of transformers that generates is required, but a "
+            f"{type(model).__name__} was given; pass what "
+            "AutoModelForCausalLM.from_pretrained returned."
         )
-    limit = getattr(layer, "sliding_window", None)
-    if limit is not None:
-        reason = f"it never keeps more than {limit} tokens"
-        return LayerReport(index, name, False, reason, *dims, max_tokens=limit)
-    return LayerReport(index, name, False, "a kind of cache that rotormlx does not know")
+    if model.generation_config.use_cache is False:
+        raise ValueError(
+            f"[apply] {type(model).__name__} must generate with a cache to have it compressed, but "
+            "model.generation_config.use_cache is False; set it to True."
+        )
+    if model.generation_config.cache_implementation != _UNSET:
+        _check_implementation(model, model.generation_config)
+    layers = tuple(_with_bits(layer, config) for layer in probe(model))
+    return Report(config, model.config.get_text_config(decoder=True).model_type, layers)
 
 
-def _attention_of(model: PreTrainedModel) -> str:
-    return str(model.config.get_text_config(decoder=True)._attn_implementation)
+def _with_bits(layer: LayerReport, config: RotorConfig) -> LayerReport:
+    if not layer.compressed:
+        return layer
+    key, value = (
+        codec(config.uncalibrated, dim, layer=layer.index, role=role).bits_per_value
+        for role, dim in ((KEY, layer.head_dim_k), (VALUE, layer.head_dim_v))
+    )
+    return replace(layer, key_bits=key, value_bits=value)

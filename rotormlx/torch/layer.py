@@ -24,9 +24,9 @@ from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
-from rotormlx.torch.checks import FLOATS
-from rotormlx.torch.handle import ADVICE, KVHandle, autocast_dtype
-from rotormlx.torch.store import Store, groups, lengths_on, new_store
+from rotormlx.torch.dtypes import FLOATS, autocast_dtype
+from rotormlx.torch.handle import ADVICE, KVHandle, untraced
+from rotormlx.torch.store import Calibrated, Store, groups, lengths_on, new_store
 from rotormlx.torch.torch_ops import KVView
 
 
@@ -73,6 +73,8 @@ class RotorLayer(CacheLayerMixin):
     Args:
         config: How to compress.
         layer: Index of the layer in the model; selects its rotations.
+        calibrated: Of a calibrated configuration, for keys and values: the channel scales, float32
+            ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
 
     Source: docs/FORMAT.md, section 8.
     """
@@ -82,10 +84,13 @@ class RotorLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = True
 
-    def __init__(self, config: RotorConfig, layer: int) -> None:
+    def __init__(
+        self, config: RotorConfig, layer: int, calibrated: Calibrated | None = None
+    ) -> None:
         # Without the base's own, which sets keys and values.
         self.config = config
         self.layer = layer
+        self.calibrated = calibrated
         self.reset()
 
     def reset(self) -> None:
@@ -109,11 +114,12 @@ class RotorLayer(CacheLayerMixin):
         self.padding = [0] * self.batch_size
         self.rows = [Counts() for _ in range(self.batch_size)]
         self.stores = (
-            new_store(self.config, self.layer, KEY, key_states),
-            new_store(self.config, self.layer, VALUE, value_states),
+            new_store(self.config, self.layer, KEY, key_states, self.calibrated),
+            new_store(self.config, self.layer, VALUE, value_states, self.calibrated),
         )
         self.is_initialized = True
 
+    @untraced
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:
@@ -245,6 +251,11 @@ class RotorLayer(CacheLayerMixin):
             )
 
     # ---- beyond the contract --------------------------------------------------------------------
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are new tokens that attention has not asked for."""
+        return self._step is not None
 
     @property
     def tokens(self) -> list[int]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
-from rotormlx.config import RotorConfig
+from rotormlx.codec.rotation import Rotation, reference_to, referred
+from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.torch import checks, cuda, native, torch_ops
 from rotormlx.torch.torch_ops import AttendCall, KVView
 
@@ -40,7 +41,7 @@ torch.library.define(
     "Tensor? key_centres, Tensor? key_channel_scale, Tensor value_exact, Tensor? value_words, "
     "Tensor? value_scales, Tensor? value_channel_scale, Tensor? mask, Tensor? sink_logits, *, "
     "int key_bits, int value_bits, str rotation, int seed, int layer, int sink, float scale, "
-    "bool causal) -> Tensor",
+    "bool causal, str? value_rotation=None) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -53,6 +54,7 @@ def encode(
     role: str,
     channel_scale: Tensor | None = None,
     centres: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Packed:
     """Compress whole blocks of keys or values.
 
@@ -63,6 +65,8 @@ def encode(
         role: ``"key"`` (centred by block) or ``"value"``.
         channel_scale: float32 ``[K, D]``, positive; None for 1.
         centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
+        rotation: The one of a calibrated configuration, see
+            :func:`rotormlx.codec.rotation.calibrated`.
 
     Returns:
         Packed words (int32), scales and centres; docs/FORMAT.md gives each shape.
@@ -73,7 +77,7 @@ def encode(
     Source: docs/FORMAT.md, section 5.
     """
     words, scales, means = torch.ops.rotormlx.encode(
-        x, centres, channel_scale, role=role, layer=layer, **_facts(config, role)
+        x, centres, channel_scale, role=role, layer=layer, **_facts(config, role, rotation)
     )
     return Packed(words, scales, means if role == KEY else None)
 
@@ -87,6 +91,7 @@ def decode(
     role: str,
     channel_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """The vectors that packed blocks stand for.
 
@@ -98,6 +103,7 @@ def decode(
         role: ``"key"`` or ``"value"``.
         channel_scale: float32 ``[K, D]``, positive; None for 1.
         dtype: Of the vectors.
+        rotation: See :func:`encode`.
 
     Returns:
         ``[B, K, N * 64, D]``.
@@ -114,7 +120,7 @@ def decode(
         head_dim=head_dim,
         layer=layer,
         dtype=dtype,
-        **_facts(config, role),
+        **_facts(config, role, rotation),
     )
 
 
@@ -170,12 +176,13 @@ def attend(
         sink_logits,
         key_bits=config.key_bits,
         value_bits=config.value_bits,
-        rotation=config.rotation,
+        rotation=_rotation_name(config, keys.codec.rotation),
         seed=config.seed,
         layer=layer,
         sink=config.sink,
         scale=scale,
         causal=causal,
+        value_rotation=_rotation_name(config, values.codec.rotation),
     )
 
 
@@ -202,12 +209,19 @@ def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> T
     return torch_ops.prefill_scale(x, chosen)
 
 
-def _facts(config: RotorConfig, role: str) -> dict[str, Any]:
+def _facts(config: RotorConfig, role: str, rotation: Rotation | None) -> dict[str, Any]:
     return {
         "bits": config.code_bits(role),
-        "rotation": config.rotation,
+        "rotation": _rotation_name(config, rotation),
         "seed": config.seed,
     }
+
+
+def _rotation_name(config: RotorConfig, rotation: Rotation | None) -> str:
+    """The text that an operator gets for a rotation: its name, or a reference to an object."""
+    if config.rotation != CALIBRATED or rotation is None:
+        return config.rotation
+    return reference_to(rotation)
 
 
 # ---- what each device does ----------------------------------------------------------------------
@@ -287,9 +301,11 @@ def _attend_with(
         *,
         key_bits: int,
         value_bits: int,
+        rotation: str,
         sink: int,
         scale: float,
         causal: bool,
+        value_rotation: str | None = None,
         **coding: Any,
     ) -> Tensor:
         checks.require_no_gradient(
@@ -308,8 +324,14 @@ def _attend_with(
         checks.require_vectors(
             "attend", query=query, exact_keys=key_exact, exact_values=value_exact
         )
-        key_codec = _codec(key_exact.shape[-1], KEY, bits=key_bits, **coding)
-        value_codec = _codec(value_exact.shape[-1], VALUE, bits=value_bits, **coding)
+        key_codec = _codec(key_exact.shape[-1], KEY, bits=key_bits, rotation=rotation, **coding)
+        value_codec = _codec(
+            value_exact.shape[-1],
+            VALUE,
+            bits=value_bits,
+            rotation=value_rotation or rotation,
+            **coding,
+        )
         key_packed = _packed(key_words, key_scales, key_centres)
         value_packed = _packed(value_words, value_scales, None)
         keys = KVView(key_codec, key_exact, key_packed, key_channel_scale)
@@ -323,17 +345,24 @@ def _attend_with(
     return attend
 
 
-def _codec(head_dim: int, role: str, **coding: Any) -> Codec:
+def _codec(head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int) -> Codec:
+    if role not in ROLES:
+        raise ValueError(f"[codec] role must be 'key' or 'value', but {role!r} was given.")
+    if (calibrated := referred(rotation)) is not None:
+        if calibrated.head_dim != head_dim:
+            raise ValueError(
+                f"[codec] The {role}s must have the head_dim of their calibrated rotation, "
+                f"{calibrated.head_dim}, but it is {head_dim}; use that of this layer."
+            )
+        return Codec(role, bits, calibrated)  # not kept: its matrices go with their last cache
     # While shapes are traced, a dimension is no plain integer.
-    return _plain_codec(int(head_dim), role, **coding)
+    return _named_codec(int(head_dim), role, bits, rotation, seed, layer)
 
 
 @lru_cache(maxsize=1024)
-def _plain_codec(
-    head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int
+def _named_codec(
+    head_dim: int, role: str, bits: int, rotation: str, seed: int, layer: int
 ) -> Codec:
-    if role not in ROLES:
-        raise ValueError(f"[codec] role must be 'key' or 'value', but {role!r} was given.")
     return codec(RotorConfig(bits, bits, rotation, seed=seed), head_dim, layer=layer, role=role)
 
 

@@ -6,23 +6,26 @@ are ``RotorKVCache`` there; sliding windows are ``RotatingKVCache``, whose token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.storage import cache_file
 from rotormlx.storage.cache_fields import SINGLE, SavedCache
+from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
+from rotormlx.storage.fingerprint import MODEL, check_file
 from rotormlx.storage.tensor_file import Array
 from rotormlx.torch.cache import RotorCache
+from rotormlx.torch.fingerprint import fingerprint, weights
 from rotormlx.torch.layer import RotorLayer
 
 _SLIDING = "RotatingKVCache"
@@ -35,17 +38,22 @@ State = list[Any]
 
 
 def save_prompt_cache(
-    path: str | Path, cache: RotorCache, metadata: dict[str, str] | None = None
+    path: str | Path,
+    model: PreTrainedModel,
+    cache: RotorCache,
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a cache as mlx-lm's ``save_prompt_cache`` writes it.
+    """Write a cache to a file that only the same model takes back, here or in MLX.
 
-    The file appears whole or not at all: an interrupt, a full disk or a crash leaves what was there
-    before. It has a checksum.
+    The file is as mlx-lm's ``save_prompt_cache`` writes it, with a checksum and the model's
+    fingerprint. It appears whole or not at all: an interrupt, a full disk or a crash leaves what
+    was there before.
 
     Args:
-        path: A ``.safetensors`` file, written anew.
+        path: A ``.safetensors`` file; that suffix is appended where it is missing.
+        model: The model that filled the cache.
         cache: All batch rows must have the same length and no padding.
-        metadata: Strings to keep beside it.
+        metadata: Texts to keep with it.
 
     Raises:
         ValueError: If rows differ, or a layer is of a kind that the file cannot hold.
@@ -53,48 +61,53 @@ def save_prompt_cache(
 
     Source: docs/FORMAT.md, section 8.
     """
-    states = [_state_of(index, layer) for index, layer in enumerate(cache.layers)]
-    classes, arrays = [name for name, _ in states], [state for _, state in states]
-    cache_file.write(path, classes, arrays, metadata or {}, _tensor)
+    if not isinstance(cache, RotorCache):
+        raise ValueError(
+            f"[prompt cache] A RotorCache is required behind the model, but a "
+            f"{type(cache).__name__} was given; call save_prompt_cache(path, model, cache)."
+        )
+    kept = {**(metadata or {}), MODEL: fingerprint(model).text}
+    pairs = [_state_of(index, layer) for index, layer in enumerate(cache.layers)]
+    classes, states = [name for name, _ in pairs], [state for _, state in pairs]
+    cache_file.write(cache_file.with_suffix(path), classes, states, kept, _tensor)
 
 
 def load_prompt_cache(
-    path: str | Path,
-    config: PreTrainedConfig,
-    rotor_config: RotorConfig | None = None,
-    *,
-    device: torch.device | str = "cpu",
+    path: str | Path, model: PreTrainedModel, *, device: torch.device | str | None = None
 ) -> tuple[RotorCache, dict[str, str]]:
     """Read a cache that MLX or torch has saved.
 
+    It goes on as the file says, with its own bits, rotation and calibration, whatever
+    :func:`rotormlx.torch.apply` was given.
+
     Args:
         path: A ``.safetensors`` file.
-        config: ``model.config`` of the model that is to use the cache.
-        rotor_config: What the cache must have been made with; None takes what the file says.
-        device: Where the tensors go.
+        model: The model that is to go on with the cache; its attention must be ``rotormlx``.
+        device: Where the tensors go; the device of the model if None.
 
     Returns:
         The cache, and the metadata that was saved with it.
 
     Raises:
-        ValueError: If the file is no such cache, is damaged, of another format version, another
-            configuration, or does not fit the model.
+        ValueError: If the file is no such cache, is damaged, of another format version, or belongs
+            to another model.
 
     Source: docs/FORMAT.md, section 8.
     """
+    own = weights(model)
     with cache_file.opened(path) as saved:
-        shapes = [shape for _, shape in saved.shapes]
-        cache = RotorCache(config, _config_of(path, shapes, rotor_config))
-        _check_classes(path, saved.classes, cache)
-        for index, shape in saved.shapes:
-            _check_shape(index, shape, cache, config)
+        cache = RotorCache(model.config)
+        fit = _Fit(path, cache, model)
+        fit.check(saved)
+        check_file(path, saved.metadata, own, fit.text.model_type)
         states = saved.read(_array)
+    device = torch.device(model.device if device is None else device)
     for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
         if isinstance(layer, RotorLayer):
-            _fill(layer, state, torch.device(device))
+            _fill(layer, state, device)
         elif isinstance(layer, DynamicSlidingWindowLayer):
-            _fill_sliding(index, layer, state, torch.device(device))
-    _check_lengths(cache)
+            _fill_sliding(index, layer, state, fit, device)
+    fit.check_lengths()
     return cache, saved.metadata
 
 
@@ -125,72 +138,83 @@ def state_of(layer: RotorLayer) -> State:
     return list(SavedCache(layer.config, layer.layer, None, counts, stores).state)
 
 
-def _config_of(path: str | Path, shapes: list[Shape], wanted: RotorConfig | None) -> RotorConfig:
-    """The one configuration of a file."""
-    configs = {shape.config for shape in shapes if shape.name == SINGLE}
-    saved = next(iter(configs), None)
-    if saved is None:
-        raise ValueError(
-            f"[prompt cache] A cache with compressed layers is required, but {path} holds only "
-            f"{', '.join(sorted({shape.name for shape in shapes})) or 'nothing'}; make it with "
-            "rotormlx."
-        )
-    if saved.is_calibrated:
-        raise ValueError(
-            "[prompt cache] A cache without a calibration is required, but this one was made with "
-            "one; use it with mlx-lm."
-        )
-    if len(configs) > 1:
-        raise _damaged("one configuration for all layers", sorted(map(str, configs)))
-    if wanted not in (None, saved):
-        raise ValueError(
-            f"[prompt cache] The cache must have been made with {wanted.to_json()}, but {path} was "
-            f"made with {saved.to_json()}; leave rotor_config out, or make it again."
-        )
-    return saved
+class _Fit(NamedTuple):
+    """Whether a file fits a model.
 
+    path: The file.
+    cache: An empty cache of the model.
+    model: The model.
+    """
 
-def _check_classes(path: str | Path, classes: Sequence[str], cache: RotorCache) -> None:
-    """Refuse a file whose layers are of other kinds than the model's."""
-    if len(cache.layers) != len(classes):
-        raise ValueError(
-            f"[prompt cache] The model has {len(cache.layers)} layers, but the cache in {path} "
-            f"{len(classes)}; use it with the model that it was made with."
-        )
-    names: dict[type, str] = {RotorLayer: SINGLE, DynamicSlidingWindowLayer: _SLIDING}
-    for index, (layer, name) in enumerate(zip(cache.layers, classes, strict=True)):
-        if names.get(type(layer)) != name:
+    path: str | Path
+    cache: RotorCache
+    model: PreTrainedModel
+
+    @property
+    def text(self) -> PreTrainedConfig:
+        """The configuration of the text model."""
+        return self.model.config.get_text_config(decoder=True)
+
+    def check(self, saved: SavedCaches) -> None:
+        """Refuse a file whose layers are of other kinds or shapes than the model's."""
+        layers, classes = self.cache.layers, saved.classes
+        if len(layers) != len(classes):
+            raise self.misfit(f"{len(layers)} layers", f"{len(classes)}")
+        names: dict[type, str] = {RotorLayer: SINGLE, DynamicSlidingWindowLayer: _SLIDING}
+        for index, (layer, name) in enumerate(zip(layers, classes, strict=True)):
+            if names.get(type(layer)) != name:
+                raise self.misfit(f"a {type(layer).__name__} in layer {index}", f"a {name}")
+        for index, shape in saved.shapes:
+            self._check_shape(index, shape)
+
+    def check_lengths(self) -> None:
+        """Refuse layers of other lengths than the others'."""
+        lengths = {self.cache.get_seq_length(index) for index in range(len(self.cache.layers))}
+        if len(lengths) > 1:
+            raise self._damaged("one number of tokens in all layers", sorted(lengths))
+
+    def _check_shape(self, index: int, shape: Shape) -> None:
+        if shape.name == SINGLE and shape.layer != index:
+            raise self._damaged(f"layer {index} at position {index}", f"layer {shape.layer}")
+        if shape.limited:
             raise ValueError(
-                f"[prompt cache] Layer {index} of the model has a {type(layer).__name__}, but "
-                f"the cache in {path} has a {name} there; use it with the model that it was "
-                "made with."
+                f"[prompt cache] {self.path} was made with max_kv_size, which torch caches do not "
+                "have; use it with mlx-lm."
+            )
+        layer = self.cache.layers[index]
+        if isinstance(layer, DynamicSlidingWindowLayer) and shape.window != layer.sliding_window:
+            raise self.misfit(
+                f"a window of {layer.sliding_window} tokens in layer {index}", shape.window
+            )
+        head_dims = _head_dims(self.text)
+        if shape.dims is not None and not set(shape.dims[1:]) <= head_dims:
+            raise self.misfit(
+                f"vectors of {' or '.join(map(str, sorted(head_dims)))} dimensions in layer "
+                f"{index}",
+                f"{shape.dims[1]} and {shape.dims[2]}",
+            )
+        if shape.config is not None and shape.config.is_calibrated and shape.dims is None:
+            raise ValueError(
+                f"[prompt cache] {self.path} must hold tokens, whose calibration comes with them, "
+                "but it is empty; make a new RotorCache with the calibration."
             )
 
-
-def _check_shape(index: int, shape: Shape, cache: RotorCache, config: PreTrainedConfig) -> None:
-    """Refuse what does not fit a layer of the model."""
-    if shape.name == SINGLE and shape.layer != index:
-        raise _damaged(f"layer {index} at position {index}", f"layer {shape.layer}")
-    if shape.limited:
-        raise ValueError(
-            "[prompt cache] A cache without a limit of its size is required, but this one was made "
-            "with max_kv_size; use it with mlx-lm."
+    def misfit(self, required: str, came: object) -> ValueError:
+        return ValueError(
+            f"[prompt cache] The model {self.text.model_type} requires {required}, but {self.path} "
+            f"has {came}; use it with the model that it was made with, or make it again."
         )
-    layer = cache.layers[index]
-    if isinstance(layer, DynamicSlidingWindowLayer) and shape.window != layer.sliding_window:
-        raise _misfit(f"a window of {layer.sliding_window} tokens in layer {index}", shape.window)
-    if shape.dims is not None and not set(shape.dims[1:]) <= _head_dims(config):
-        raise _misfit(
-            f"vectors of {' or '.join(map(str, sorted(_head_dims(config))))} dimensions in layer "
-            f"{index}",
-            f"{shape.dims[1]} and {shape.dims[2]}",
+
+    def _damaged(self, required: str, came: object) -> ValueError:
+        return ValueError(
+            f"[prompt cache] {self.path} must hold {required}, but it holds {came!r}; it is "
+            "damaged: make it again."
         )
 
 
-def _head_dims(config: PreTrainedConfig) -> set[int]:
+def _head_dims(text: PreTrainedConfig) -> set[int]:
     """What a vector of this model may have as dimensions."""
-    text = config.get_text_config()
-    named = {v for k, v in text.to_dict().items() if k.endswith("head_dim") and type(v) is int}
+    named = set(_named_dims(text.to_dict()))
     heads, hidden = getattr(text, "num_attention_heads", 0), getattr(text, "hidden_size", 0)
     if heads and hidden:
         named.add(hidden // heads)
@@ -198,8 +222,20 @@ def _head_dims(config: PreTrainedConfig) -> set[int]:
     return named | {a + b for a in named for b in named if a != b}
 
 
+def _named_dims(settings: dict[Any, Any]) -> Iterator[int]:
+    """Also those of single layers."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _named_dims(value)
+        elif str(name).endswith("head_dim") and type(value) is int:
+            yield value
+
+
 def _fill(layer: RotorLayer, state: State, device: torch.device) -> None:
+    """Take what was saved, with the configuration that it was saved with."""
+    layer.config = RotorConfig.from_json(state[1])
     saved = SavedCache.named(state, layer.config)
+    layer.calibrated = saved.calibrated
     if not saved.counts.tokens:
         return  # an empty layer: of which batch, the next tokens tell
     # No row yet: buffers are as large as a window, which only the file tells.
@@ -224,11 +260,11 @@ def _sliding_state(layer: DynamicSlidingWindowLayer) -> State:
 
 
 def _fill_sliding(
-    index: int, layer: DynamicSlidingWindowLayer, state: State, device: torch.device
+    index: int, layer: DynamicSlidingWindowLayer, state: State, fit: _Fit, device: torch.device
 ) -> None:
     keys, values, offset, keep, window, place = state
     if keep:
-        raise _misfit(f"a window without kept tokens in layer {index}", f"{keep} kept tokens")
+        raise fit.misfit(f"a window without kept tokens in layer {index}", f"{keep} kept tokens")
     if keys is None:
         return
     ordered = (_in_order(x, offset, place) for x in (keys, values))
@@ -252,12 +288,6 @@ def _in_order(x: Tensor, offset: int, place: int) -> Tensor:
     return x[:, :, :place]
 
 
-def _check_lengths(cache: RotorCache) -> None:
-    lengths = {cache.get_seq_length(index) for index in range(len(cache.layers))}
-    if len(lengths) > 1:
-        raise _damaged("one number of tokens in all layers", sorted(lengths))
-
-
 # ---- the file -----------------------------------------------------------------------------------
 
 
@@ -277,17 +307,3 @@ def _array(array: Array, dtype: str) -> Tensor:
     if dtype == "BF16":
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _misfit(required: str, came: object) -> ValueError:
-    return ValueError(
-        f"[prompt cache] The model requires {required}, but the cache has {came}; use it with the "
-        "model that it was made with."
-    )
-
-
-def _damaged(required: str, came: object) -> ValueError:
-    return ValueError(
-        f"[prompt cache] A saved cache must hold {required}, but it holds {came!r}; "
-        "the file is damaged: make it again."
-    )

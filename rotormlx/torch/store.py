@@ -10,15 +10,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rotormlx.codec import rotation
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import BLOCK, Codec, Packed, codec
-from rotormlx.config import RotorConfig
+from rotormlx.codec.format import BLOCK, ROLES, Codec, Packed, codec
+from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.storage.cache_fields import SavedStore
 from rotormlx.torch import ops
 from rotormlx.torch.torch_ops import KVView
 
 # Rows that have the same lengths are handled together; a slice stands for all of them.
 Rows = slice | list[int]
+# Channel scales or matrices of a calibration, for the keys and the values of a layer.
+Calibrated = tuple[Tensor, Tensor]
 
 
 class Store:
@@ -31,16 +34,27 @@ class Store:
         codec: How the packed tokens are coded.
         config: Fixes sink and window.
         like: Gives batch, KV heads, dtype and device.
+        calibrated: Of a calibrated configuration, else None: the channel scale, float32 ``[K, D]``,
+            or the rotations, float32 ``[K, D, D]``, on the device.
     """
 
-    def __init__(self, codec: Codec, config: RotorConfig, layer: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        config: RotorConfig,
+        layer: int,
+        like: Tensor,
+        calibrated: Tensor | None = None,
+    ) -> None:
         self.codec = codec
         self.config = config
         self.layer = layer
         self.capacity = config.sink + config.window + BLOCK
         self.exact = zeros(like, (*like.shape[:2], self.capacity, codec.head_dim))
+        self.calibrated = calibrated
         self.packed: Packed | None = None
         self.channel_scale: Tensor | None = None
+        self.forget_packed()
 
     @property
     def view(self) -> KVView:
@@ -91,7 +105,8 @@ class Store:
 
     def forget_packed(self) -> None:
         """Nothing packed is left."""
-        self.packed = self.channel_scale = None
+        self.packed = None
+        self.channel_scale = None if self.config.rotation == CALIBRATED else self.calibrated
 
     def select(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order."""
@@ -105,7 +120,8 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
-        parts = [self.exact, self.channel_scale, *(self.packed or ())]
+        own_scale = self.channel_scale if self.calibrated is None else None
+        parts = [self.exact, own_scale, *(self.packed or ())]
         return sum(a.nbytes for a in parts if a is not None)
 
     def saved(self, counts: Counts) -> SavedStore:
@@ -113,7 +129,8 @@ class Store:
         packed = Packed(None, None, None)
         if self.packed is not None:
             packed = Packed(*(a if a is None else a[:, :, : counts.blocks] for a in self.packed))
-        return SavedStore(self.exact[:, :, : counts.exact], *packed, self.channel_scale)
+        scale = self.channel_scale if self.calibrated is None else self.calibrated
+        return SavedStore(self.exact[:, :, : counts.exact], *packed, scale)
 
     def fill(self, saved: SavedStore) -> None:
         """Take what :meth:`saved` gave, for an empty store; the arrays were checked."""
@@ -125,7 +142,7 @@ class Store:
             self.exact = torch.nn.functional.pad(exact, (0, 0, 0, room))
         if saved.words is not None:
             self.packed = Packed(*(a if a is None else a.to(device) for a in packed))
-        if saved.channel_scale is not None:
+        if saved.channel_scale is not None and self.calibrated is None:
             self.channel_scale = saved.channel_scale.to(device)
 
     def _encode(self, x: Tensor, centres: Tensor | None = None) -> Packed:
@@ -136,6 +153,7 @@ class Store:
             role=self.codec.role,
             channel_scale=self.channel_scale,
             centres=centres,
+            rotation=self.codec.rotation,
         )
 
     def _fill_up(self, rows: Rows, x: Tensor, block: int, filled: int) -> None:
@@ -198,10 +216,29 @@ def lengths_on(device: torch.device, rows: tuple[tuple[int, int], ...]) -> Tenso
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def new_store(config: RotorConfig, layer: int, role: str, like: Tensor) -> Store:
+def new_store(
+    config: RotorConfig, layer: int, role: str, like: Tensor, calibrated: Calibrated | None = None
+) -> Store:
     """An empty store for keys or values such as ``like``, ``[B, K, S, D]``.
 
     Raises:
-        ValueError: If head_dim is one that the rotations cannot do.
+        ValueError: If head_dim is one that the rotations cannot do, or what is calibrated is
+            missing or does not fit.
     """
-    return Store(codec(config, like.shape[-1], layer=layer, role=role), config, layer, like)
+    _, heads, _, head_dim = like.shape
+    if not config.is_calibrated:
+        return Store(codec(config, head_dim, layer=layer, role=role), config, layer, like)
+    wanted = config.calibrated_shape(heads, head_dim)
+    own = None if calibrated is None else calibrated[ROLES.index(role)]
+    if own is None or tuple(own.shape) != wanted:
+        have = "none" if own is None else f"{tuple(own.shape)}"
+        raise ValueError(
+            f"[RotorCache] A calibrated cache needs an array {wanted} for the {role}s of layer "
+            f"{layer}, but {have} came; use rotormlx.torch.apply(model, calibration=...), or "
+            "calibrate this model: rotormlx calibrate MODEL."
+        )
+    if config.rotation == CALIBRATED:
+        chosen = Codec(role, config.code_bits(role), rotation.calibrated(own.cpu().numpy()))
+    else:
+        chosen = codec(config, head_dim, layer=layer, role=role)
+    return Store(chosen, config, layer, like, own.to(like.device))

@@ -177,7 +177,9 @@ def decode(
     for start, stop in tiles(blocks, tile):
         words, scales = (a[:, :, start:stop] for a in packed[:2])
         level = in_natural_order(levels(words, codec), codec)
-        y = (level * scales.float()[..., None]) @ inverse_matrix(codec.rotation, words.device)
+        y = multiplied(
+            level * scales.float()[..., None], inverse_matrix(codec.rotation, words.device)
+        )
         if channel_scale is not None:
             y = y * channel_scale[:, None, None, :]
         if codec.role == KEY:
@@ -245,12 +247,21 @@ def rotate(y: Tensor, rotation: Rotation) -> Tensor:
     """Rotate rows ``[B, K, N, 64, D]``, float32."""
     if not rotation.stages:
         # One product a block: a matrix product of another shape may add up in another order.
-        matrix = float32(rotation.matrix, y.device)
-        blocks = [block @ matrix.T for block in y.reshape(-1, *y.shape[-2:])]
+        whole = matrix(rotation, y.device)
+        heads = whole.expand(y.shape[1], -1, -1)
+        blocks = [
+            block @ heads[index // y.shape[2] % len(heads)]
+            for index, block in enumerate(y.reshape(-1, *y.shape[-2:]))
+        ]
         return torch.stack(blocks).reshape(y.shape)
     for stage in rotation.stages:
         y = apply_stage(y, stage)
     return y
+
+
+def multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows ``[B, K, N, 64, D]`` times a matrix ``[D, D]``, or one per KV head, ``[K, D, D]``."""
+    return rows @ (matrix if matrix.ndim == 2 else matrix[:, None])
 
 
 def apply_stage(y: Tensor, stage: Stage) -> Tensor:
@@ -380,7 +391,7 @@ def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Sof
     if keys.packed is None or values.packed is None:
         return state
     scaled = q if keys.channel_scale is None else q * keys.channel_scale[:, None, :]
-    rotated = scaled @ inverse_matrix(keys.codec.rotation, device).T
+    rotated = scaled @ inverse_matrix(keys.codec.rotation, device).mT
     rotated = in_word_order(rotated, keys.codec)
 
     for start, stop in tiles(call.blocks, tile // BLOCK):
@@ -522,9 +533,15 @@ def boundaries(bits: int, device: torch.device) -> Tensor:
 
 
 @derived
+def matrix(rotation: Rotation, device: torch.device) -> Tensor:
+    """The transposed matrix, float32 ``[D, D]`` or one a KV head: rows times it are rotated."""
+    return float32(rotation.matrix, device).mT
+
+
+@derived
 def inverse_matrix(rotation: Rotation, device: torch.device) -> Tensor:
-    """The transposed inverse, float32 ``[D, D]``: rows times it are un-rotated."""
-    return float32(rotation.inverse.T, device)
+    """The transposed inverse, as :func:`matrix`: rows times it are un-rotated."""
+    return float32(np.swapaxes(rotation.inverse, -1, -2), device)
 
 
 @derived

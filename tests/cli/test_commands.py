@@ -2,6 +2,7 @@ import importlib
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,9 +17,10 @@ from typer.testing import CliRunner, Result
 
 from rotormlx.cli import demo, main, mlx_lm_commands
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import calibration, hook, integration
+from rotormlx.mlx import hook, integration
 from rotormlx.mlx.backends import describe
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.storage import calibration as calibration_file
 from tests.support import models as tiny
 
 # The attribute mlx_lm.generate is the function of that name.
@@ -368,12 +370,49 @@ def test_a_bad_prompt_cache_is_refused_before_a_model_is_loaded(
     assert path.read_bytes() == before
 
 
-def test_a_prompt_cache_of_another_configuration_is_refused(tmp_path, llama: str) -> None:
+def test_a_prompt_cache_goes_on_as_it_was_made(tmp_path, llama: str) -> None:
+    """Options that say the same are taken, others are refused and not dropped."""
     path = save_cache(tmp_path / "c.safetensors", llama, RotorConfig(key_bits=3))
-    result = run("generate", "--prompt-cache-file", str(path), *SHORT)
-    assert_refused(result, "[prompt cache] The configuration", '"key_bits": 3')
-    options = ["--prompt-cache-file", str(path), "--key-bits", "3"]
-    assert run("generate", *options, *SHORT).exit_code == 0
+    options = ["--prompt-cache-file", str(path), *SHORT]
+    for same in ([], ["--key-bits", "3"], ["--channel-scale", "none"]):
+        result = run("generate", *options, *same)
+        assert result.exit_code == 0, result.output
+        assert "K3 V4 cascade" in result.stderr
+    # 4 is the default, but the user asked for it.
+    for other, made in (("--key-bits 4", "3"), ("--channel-scale prefill", "none")):
+        result = run("generate", *options, *other.split())
+        assert_refused(result, f"[prompt cache] {path} goes on with {other.split()[0]} {made}")
+        assert f"{other} was given" in result.output
+
+
+def test_a_prompt_cache_goes_on_with_its_bits_by_layer(tmp_path, llama: str) -> None:
+    model, tokenizer = mlx_lm.load(llama)
+    integration.apply(model)
+    caches = [RotorKVCache(RotorConfig(bits), layer) for layer, bits in enumerate((3, 8))]
+    tiny.logits(model, mx.array([tokenizer.encode(LONG_PROMPT[:200])]), caches)
+    path = str(tmp_path / "c.safetensors")
+    save_prompt_cache(path, caches, {"model": llama, "tokenizer_config": "{}"})
+    integration.remove(model)
+    options = ["--prompt-cache-file", path, *SHORT]
+    assert (
+        "caches compressed, bits by layer, cascade, 5.125 bits" in run("generate", *options).stderr
+    )
+    result = run("generate", *options, "--key-bits", "3")
+    assert_refused(result, f"{path} goes on with bits by layer, as it was made, but --key-bits 3")
+    assert run("generate", *options, "--window", "64").exit_code == 0
+
+
+def test_a_model_may_be_named_by_any_path_to_its_folder(tmp_path, llama: str, monkeypatch) -> None:
+    path = save_cache(tmp_path / "c.safetensors", llama, RotorConfig())
+    (tmp_path / "link").symlink_to(llama)
+    shutil.copytree(llama, tmp_path / "other")
+    monkeypatch.chdir(Path(llama).parent)
+    options = ["--prompt-cache-file", str(path), *SHORT]
+    for same in (llama, f"./{Path(llama).name}/", str(tmp_path / "link")):
+        result = run("generate", *options, "--model", same)
+        assert result.exit_code == 0, result.output
+    result = run("generate", *options, "--model", str(tmp_path / "other"))
+    assert_refused(result, "[prompt cache]", f"{llama}", f"--model {tmp_path / 'other'} was given")
 
 
 @pytest.mark.parametrize("kind", [KVCache, lambda: RotatingKVCache(64)], ids=["fewer", "rotating"])
@@ -677,7 +716,7 @@ def text(tmp_path: Path) -> str:
 
 
 def test_calibrate_keeps_what_generate_then_uses(llama: str, text: str, monkeypatch, tmp_path):
-    monkeypatch.setattr(calibration, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(calibration_file, "cache_dir", lambda: tmp_path)
     result = run("calibrate", llama, "--text", text, "--tokens", "200")
     assert result.exit_code == 0, result.output
     assert "scale of 2 layers from 200 tokens, 64 numbers a KV head" in result.stdout
@@ -693,6 +732,31 @@ def test_calibrate_keeps_what_generate_then_uses(llama: str, text: str, monkeypa
         assert (f"K4 V4 {name}," in used.stderr) == ("none" not in name), used.stderr
     kept.write_bytes(kept.read_bytes()[:-1])
     assert_refused(run("generate", "--model", llama, *LONG, *QUIET), "[calibration]", str(kept))
+
+
+def test_a_prompt_cache_outlives_a_calibration(llama: str, text: str, monkeypatch, tmp_path):
+    monkeypatch.setattr(calibration_file, "cache_dir", lambda: tmp_path)
+    path, plain = (str(tmp_path / f"{name}.safetensors") for name in ("p", "none"))
+    prompt = ["--model", llama, "--prompt", LONG_PROMPT]
+    made = ["cache_prompt", *prompt, "--prompt-cache-file"]
+    assert run(*made, path).exit_code == 0
+    assert run(*made, plain, "--channel-scale", "none").exit_code == 0
+    before = [run("generate", "--prompt-cache-file", file, *SHORT) for file in (path, plain)]
+    assert run("calibrate", llama, "--text", text, "--tokens", "200").exit_code == 0
+    for file, first in zip((path, plain), before, strict=True):
+        for options in ([], ["--channel-scale", "none"]):
+            result = run("generate", "--prompt-cache-file", file, *SHORT, *options)
+            assert result.exit_code == 0, result.output
+            assert result.stdout.split("\n")[1] == first.stdout.split("\n")[1]
+            assert "K4 V4 cascade," in result.stderr
+    # A file made since has the calibration, and keeps it.
+    assert run(*made, path).exit_code == 0
+    (kept,) = tmp_path.rglob("*-scale.safetensors")
+    kept.unlink()
+    result = run("generate", "--prompt-cache-file", path, *SHORT)
+    assert "K4 V4 cascade with calibrated channel scales," in result.stderr
+    result = run("generate", "--prompt-cache-file", path, *SHORT, "--channel-scale", "none")
+    assert_refused(result, f"{path} goes on with --channel-scale calibrated", "none was given")
 
 
 def test_calibrate_writes_a_file_that_commands_take(llama: str, text: str, tmp_path):

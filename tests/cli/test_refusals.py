@@ -175,8 +175,10 @@ def test_what_a_model_cannot_take_is_refused_before_its_weights_are_read(
 def test_calibrated_rotations_and_a_rotation_of_ones_own_are_refused(llama: str) -> None:
     arguments = [*work("calibrate", llama), "klt.safetensors", "--transform", "klt"]
     assert run("calibrate", *arguments).exit_code == 0
-    result = run("info", llama, "--calibration", "klt.safetensors", "--rotation", "dense")
-    assert_refused(result, "klt.safetensors brings its own rotations")
+    options = ["--calibration", "klt.safetensors"]
+    for other, said in (("--rotation dense", "rotation 'dense'"), ("--rotation-seed 3", "seed 3")):
+        result = run("info", llama, *options, *other.split())
+        assert_refused(result, f"klt.safetensors brings its own rotation, but {said} was given")
 
 
 def test_two_texts_of_one_name_are_refused(llama: str) -> None:

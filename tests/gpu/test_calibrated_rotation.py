@@ -21,7 +21,7 @@ B, K, REPEATS, L, SINK, TAIL, N = 2, 3, 2, 5, 4, 17, 2
 DIMS = {KEY: 64, VALUE: 80}
 
 
-@pytest.fixture(params=["mlx", "cpu", "metal", "mlx_cuda"], scope="module")
+@pytest.fixture(params=["mlx", "cpu", "metal", "mlx_cuda", "cuda"], scope="module")
 def runner(request):
     name = request.param
     if name == "cpu" and cpu_library.missing():

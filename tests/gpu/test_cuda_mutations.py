@@ -62,7 +62,12 @@ CODEC_MUTATIONS = [
         "channel_factor = call.channel_scale[c];",
         encodes_blocks,
     ),
-    ("Codec::template rotate<ROWS>(rows, call.coefficients, lane);", "", encodes_blocks),
+    (
+        "Codec::template rotate<ROWS>(rows, call.coefficients + head * "
+        "call.coefficients_stride, lane);",
+        "",
+        encodes_blocks,
+    ),
     ("codes[token * CODE_STRIDE + c]", "codes[token * CODE_STRIDE + (c ^ 1)]", encodes_blocks),
     (
         "if (lane == 0) scales[token] = scale;",
@@ -105,7 +110,12 @@ CODEC_MUTATIONS = [
         "(Codec::IS_KEY ? token : c), BLOCK",
         of(decodes, role=VALUE, shape=SHAPE),
     ),
-    ("Codec::template unrotate<ROWS>(rows, call.coefficients, lane);", "", decodes_blocks),
+    (
+        "Codec::template unrotate<ROWS>(rows, call.coefficients + head * "
+        "call.coefficients_stride, lane);",
+        "",
+        decodes_blocks,
+    ),
     ("+ head) * call.blocks + block) * BLOCK;", "+ head) * call.blocks) * BLOCK;", decodes_blocks),
     (
         "call.channel_scale == nullptr ? 1.0f : call.channel_scale[head * D + c]",

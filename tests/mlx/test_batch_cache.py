@@ -317,11 +317,20 @@ def test_a_view_does_not_change_later():
 
 def test_rows_of_another_configuration_or_layer_are_refused():
     batch, _ = filled(RotorConfig(), (200, 70))
-    for other in (RotorKVCache(RotorConfig(3), 3), RotorKVCache(RotorConfig(), 4)):
-        with pytest.raises(ValueError, match="must share configuration, layer and max_kv_size"):
+    for other, says in (
+        (RotorKVCache(RotorConfig(3), 3), "share their key_bits, but it is 4 in one and 3 in"),
+        (RotorKVCache(RotorConfig(), 4), "share their layer, but it is 3 in one and 4 in another"),
+        (
+            RotorKVCache(RotorConfig(), 3, 400),
+            "share their max_kv_size, but it is None in one and 400",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
             RotorKVCache.merge([batch.extract(0), other])
-        with pytest.raises(ValueError, match="must share configuration, layer and max_kv_size"):
+        with pytest.raises(ValueError, match=says):
             batch.extend(RotorKVCache.merge([other]))
+    same = RotorKVCache(RotorConfig(channel_scale="none"), 3)
+    RotorKVCache.merge([batch.extract(0), same])
     strange = RotorKVCache(RotorConfig(), 3)
     strange.update_and_fetch(mx.zeros((1, 3, 5, D)), mx.zeros((1, 3, 5, DV)))
     with pytest.raises(ValueError, match="must have 2 KV heads and head_dim"):
@@ -594,7 +603,7 @@ def test_a_batch_that_was_cut_to_its_tails_is_saved_and_goes_on(config, tmp_path
 
 
 BATCH_FAULTS = {
-    "version": (0, 2, "reads format version 1, but the saved cache has version 2"),
+    "version": (0, 1, "reads format version 2, but the saved cache has version 1"),
     "limit": (3, 1, "a limit with room for a block"),
     "counts": (4, mx.array([[300, 192, 64], [250, 128, 0]]), "counts that add up"),
     "counts-shape": (4, mx.zeros((2, 2), mx.int32), "three counts per row"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,14 +15,17 @@ from mlx_lm.models.cache import KVCache, save_prompt_cache
 from mlx_lm.models.cache import make_prompt_cache as own_caches
 
 import rotormlx
-from rotormlx.codec import reference, rotation
+from rotormlx.codec import learned_rotors, reference, rotation
 from rotormlx.codec.format import BLOCK, ROLES, Codec, codec
 from rotormlx.config import RotorConfig
 from rotormlx.measure import calibrate
-from rotormlx.mlx import calibration, hook, integration, learned
+from rotormlx.mlx import calibration, fingerprint, hook, integration, learned
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.calibration import TRANSFORMS, Calibration
+from rotormlx.mlx.cache.store import same_calibrated
+from rotormlx.storage import calibration as calibration_file
 from rotormlx.storage import tensor_file
+from rotormlx.storage.calibration import TRANSFORMS, Calibration
+from rotormlx.storage.fingerprint import MODEL
 from tests.support import models as tiny
 
 TOKENS = 4 + 3 * BLOCK
@@ -113,7 +117,7 @@ def test_learned_rotors_come_between_the_scale_and_the_klt(figure):
     back = np.swapaxes(turned, 1, 2)
     assert np.allclose(turned @ back, np.eye(64), atol=1e-5)  # rotors of float32
     scale = calibrate.channel_scale(turned @ moment @ back, turned @ metric @ back)
-    matrix = learned.learned_matrix(coefficients, scale, 5, "key")
+    matrix = learned_rotors.learned_matrix(coefficients, scale, 5, "key")
     none, only, all_of_it = (
         loss(m, moment, metric).mean()
         for m in (
@@ -137,14 +141,14 @@ def test_learned_rotors_come_between_the_scale_and_the_klt(figure):
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
 def test_rotors_that_turn_nothing_are_the_identity(head_dim):
     coefficients = mx.array(learned._identity(head_dim)[None].astype(np.float32))
-    assert coefficients.shape == (1, learned.learned_size(head_dim))
+    assert coefficients.shape == (1, learned_rotors.learned_size(head_dim))
     assert np.array_equal(np.array(learned._basis(coefficients, head_dim))[0], np.eye(head_dim))
 
 
 @pytest.mark.parametrize("head_dim", [48, 64, 80])
 def test_any_rotors_are_orthogonal_and_mix_all_channels(head_dim):
     rng = np.random.default_rng(0)
-    coefficients = rng.normal(size=(2, learned.learned_size(head_dim))).astype(np.float32)
+    coefficients = rng.normal(size=(2, learned_rotors.learned_size(head_dim))).astype(np.float32)
     basis = np.array(learned._basis(mx.array(coefficients), head_dim), np.float64)
     assert np.allclose(basis @ np.swapaxes(basis, 1, 2), np.eye(head_dim), atol=1e-5)
     # Fives and sevens are not learned, so a channel then meets a fifth of the others.
@@ -156,7 +160,7 @@ def test_any_rotors_are_orthogonal_and_mix_all_channels(head_dim):
 def test_learned_rotors_are_stages_of_the_format(head_dim):
     """docs/FORMAT.md, section 10, by the stages of section 4."""
     rng = np.random.default_rng(0)
-    coefficients = rng.normal(size=learned.learned_size(head_dim)).astype(np.float32)
+    coefficients = rng.normal(size=learned_rotors.learned_size(head_dim)).astype(np.float32)
     columns, place, stride = np.eye(head_dim), 0, 1
     for radix in rotation.factors(head_dim):
         groups = head_dim // radix
@@ -180,7 +184,7 @@ def test_learned_rotors_are_stages_of_the_format(head_dim):
 
 
 def test_448_numbers_at_head_dim_128():
-    assert learned.learned_size(128) == 448
+    assert learned_rotors.learned_size(128) == 448
 
 
 # ---- what the text shows ------------------------------------------------------------------------
@@ -244,14 +248,14 @@ def test_a_file_gives_it_back(llama, made, transform, tmp_path):
     for layer in range(2):
         for a, b in zip(found.of(layer), made[transform].of(layer), strict=True):
             assert a.shape == ((2, 64) if transform == "scale" else (2, 64, 64))
-            assert mx.array_equal(a, b)
+            assert np.array_equal(a, b)
 
 
 def test_another_models_calibration_is_refused(made, tmp_path):
     path = tmp_path / "c.safetensors"
     made["scale"].save(path)
     with pytest.raises(
-        ValueError, match=r"^\[calibration\] .*with fingerprint .*calibrate this model"
+        ValueError, match=r"^\[calibration\] .*c\.safetensors must be of this model, but .*numbers"
     ):
         calibration.load(path, tiny.build("llama", seed=1))
 
@@ -274,10 +278,9 @@ def rewritten(path, made, facts=None, **changes):
     """A file with a right checksum and wrong content."""
     arrays = {k: v for k, v in (made.numbers | changes).items() if v is not None}
     known = {
-        "version": "1",
+        "version": "2",
         "transform": made.transform,
-        "model": made.model,
-        "structure": made.structure,
+        MODEL: made.model.text,
         "tokens": "200",
     }
     known |= facts or {}
@@ -291,10 +294,11 @@ ONES = np.ones((2, 64), np.float32)
 @pytest.mark.parametrize(
     ("transform", "facts", "changes", "says"),
     [
-        ("scale", {"version": "2"}, {}, "be a calibration of version 1"),
+        ("scale", {"version": "1"}, {}, "be a calibration of version 2"),
         ("scale", {"transform": "other"}, {}, "a transform of scale, rotors, klt"),
         ("scale", {"transform": "klt"}, {}, "of 3 dimensions"),
-        ("scale", {"model": None}, {}, "tell its model"),
+        ("scale", {MODEL: None}, {}, "tell its model"),
+        ("scale", {MODEL: "f" * 64}, {}, "tell its model"),
         ("scale", {"tokens": "-4"}, {}, "tell its tokens"),
         ("scale", {}, {"1.value": None}, "name its arrays by layer and role"),
         ("scale", {}, {"x.key": ONES, "x.value": ONES}, "name its arrays by layer and role"),
@@ -400,7 +404,7 @@ def test_packed_bytes_are_those_of_scale_and_matrix(llama, made, transform):
                 continue
             words, scales, centres, saved = arrays[5 * place + 1 : 5 * place + 5]
             given = made[transform].of(layer)[place]
-            assert mx.array_equal(saved, given)
+            assert np.array_equal(saved, given)
             chosen = codec(SMALL, 64, layer=layer, role=role)
             channel_scale = np.array(given)
             if transform != "scale":
@@ -455,7 +459,7 @@ def test_empty_caches_take_it_from_the_model(llama, made, tmp_path):
     rotormlx.save_prompt_cache(path, llama, rotormlx.make_prompt_cache(llama))
     loaded, _ = rotormlx.load_prompt_cache(path, llama)
     mx.eval(llama(tiny.tokens(200), cache=loaded))
-    assert mx.array_equal(loaded[1].state[9], made["scale"].of(1)[0])
+    assert np.array_equal(loaded[1].state[9], made["scale"].of(1)[0])
 
 
 def test_plain_caches_are_converted_with_it(llama, made, tmp_path):
@@ -466,18 +470,84 @@ def test_plain_caches_are_converted_with_it(llama, made, tmp_path):
     rotormlx.apply(llama, SMALL, made["klt"])
     loaded, _ = rotormlx.load_prompt_cache(path, llama)
     assert loaded[0].packed_tokens == 192
-    assert mx.array_equal(loaded[0].state[9], made["klt"].of(0)[0])
+    assert np.array_equal(loaded[0].state[9], made["klt"].of(0)[0])
 
 
-def test_caches_of_another_calibration_are_refused(llama, made, tmp_path):
+@pytest.mark.parametrize("later", [None, *TRANSFORMS], ids=str)
+@pytest.mark.parametrize("first", [None, *TRANSFORMS], ids=str)
+def test_a_saved_cache_outlives_other_calibrations(llama, made, tmp_path, first, later):
+    """It goes on with what it was coded with, whatever the model is given since."""
+    rotormlx.apply(llama, SMALL, made.get(first))
+    caches = rotormlx.make_prompt_cache(llama)
+    mx.eval(llama(tiny.tokens(100), cache=caches))
+    path = str(tmp_path / "p.safetensors")
+    rotormlx.save_prompt_cache(path, llama, caches)
+    rotormlx.apply(llama, RotorConfig(3, 3), made.get(later))
+    loaded, _ = rotormlx.load_prompt_cache(path, llama)
+    more = tiny.tokens(10, seed=5)
+    assert mx.array_equal(llama(more, cache=loaded), llama(more, cache=caches))
+    for found, cache in zip(loaded, caches, strict=True):
+        assert same_calibrated(found.calibrated, cache.calibrated)
+
+
+def test_an_empty_cache_of_another_calibration_is_refused(llama, made, tmp_path):
+    """It holds nothing that tells which one."""
+    path = str(tmp_path / "p.safetensors")
+    rotormlx.apply(llama, SMALL, made["klt"])
+    rotormlx.save_prompt_cache(path, llama, rotormlx.make_prompt_cache(llama))
+    for other in (None, made["scale"]):
+        rotormlx.apply(llama, SMALL, other)
+        with pytest.raises(
+            ValueError, match=r"p\.safetensors holds no tokens, so its calibration must come"
+        ):
+            rotormlx.load_prompt_cache(path, llama)
+
+
+@pytest.mark.parametrize(
+    ("transform", "config", "says"),
+    [
+        ("klt", RotorConfig(rotation="dense"), "rotation 'dense' was given"),
+        ("klt", RotorConfig(seed=3), "brings its own rotation, but seed 3 was given"),
+        ("rotors", RotorConfig(channel_scale="prefill"), "channel_scale 'prefill' was given"),
+        ("scale", RotorConfig(channel_scale="none"), "channel_scale 'none' was given"),
+        ("scale", RotorConfig(rotation="calibrated"), "A calibrated rotation holds the channel"),
+    ],
+)
+def test_what_a_calibration_would_replace_is_refused(llama, made, transform, config, says):
+    with pytest.raises(ValueError, match=says):
+        rotormlx.apply(llama, config, made[transform])
+    assert not hook.installed()
+
+
+def test_what_a_calibration_leaves_alone_is_taken(llama, made):
+    dense = RotorConfig(rotation="dense", seed=3)
+    kept = rotormlx.apply(llama, dense, made["scale"]).config
+    assert kept == replace(dense, channel_scale="calibrated")
+    for same in (RotorConfig(channel_scale="none"), RotorConfig(rotation="calibrated")):
+        assert rotormlx.apply(llama, same, made["klt"]).config == RotorConfig(rotation="calibrated")
+
+
+def test_an_object_or_a_file_of_another_model_is_refused(llama, made, tmp_path):
+    other = tiny.build("llama", seed=1)
+    path = tmp_path / "c.safetensors"
+    made["scale"].save(path)
+    for given, name in (
+        (made["scale"], "A calibration"),
+        (path, str(path)),
+        (str(path), str(path)),
+    ):
+        with pytest.raises(ValueError, match=rf"^\[calibration\] {name} must be of this model"):
+            rotormlx.apply(other, SMALL, given)
+        assert not hook.installed()
+        assert rotormlx.apply(llama, SMALL, given).config.channel_scale == "calibrated"
+        rotormlx.remove(llama)
+
+
+def test_rows_of_other_calibrations_are_refused(llama, made):
     rotormlx.apply(llama, SMALL, made["rotors"])
     caches = rotormlx.make_prompt_cache(llama)
     mx.eval(llama(tiny.tokens(20), cache=caches))
-    path = str(tmp_path / "p.safetensors")
-    rotormlx.save_prompt_cache(path, llama, caches)
     rotormlx.apply(llama, SMALL, made["klt"])
-    with pytest.raises(ValueError, match=r"^\[prompt cache\] The calibration .* requires its own"):
-        rotormlx.load_prompt_cache(path, llama)
     mixed = rotormlx.make_prompt_cache(llama)
     with pytest.raises(ValueError, match="must share their calibration"):
         RotorKVCache.merge([caches[0], mixed[0]])
@@ -502,7 +572,7 @@ def test_the_configuration_refuses_a_scale_beside_calibrated_rotations():
 @pytest.fixture
 def kept(llama, made, monkeypatch, tmp_path):
     """A calibration in the user's cache directory, and what ``mlx_lm.load`` gives."""
-    monkeypatch.setattr(calibration, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(calibration_file, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(mlx_lm, "load", lambda path, **options: (llama, Bytes()))
 
     def keep(transform):
@@ -564,7 +634,7 @@ def test_a_calibrated_configuration_needs_one(llama, kept):
 
 def test_models_of_other_shapes_read_no_weights(llama, kept, monkeypatch):
     kept("scale")
-    monkeypatch.setattr(calibration, "fingerprint", lambda model: pytest.fail("weights were read"))
+    monkeypatch.setattr(fingerprint, "_sample", lambda *_: pytest.fail("weights were read"))
     assert calibration.find(tiny.build("llama", num_hidden_layers=3)) is None
 
 
@@ -573,7 +643,7 @@ def test_a_quantized_model_is_another_model(llama, made, tmp_path):
     made["scale"].save(path)
     other = tiny.build("llama")
     nn.quantize(other, group_size=32, bits=4)
-    with pytest.raises(ValueError, match="fingerprint"):
+    with pytest.raises(ValueError, match="has other sizes or another quantization"):
         calibration.load(path, other)
 
 

@@ -33,6 +33,7 @@ from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
 from rotormlx.mlx.probe import compress
 from rotormlx.storage import cache_file, tensor_file
+from rotormlx.storage.fingerprint import MODEL
 from tests.support import models as tiny
 
 K8V8 = RotorConfig(key_bits=8, value_bits=8)
@@ -464,7 +465,7 @@ def test_a_saved_compressed_cache_continues_bit_for_bit(tmp_path) -> None:
     hook.remove()
     caches, metadata = prompt_cache.read_prompt_cache(path, model)
     assert metadata == {"model": "m"}
-    assert prompt_cache.adopt_prompt_cache(model, caches) == 0
+    assert prompt_cache.adopt_prompt_cache("c.safetensors", model, caches) == 0
     assert mx.array_equal(tiny.logits(model, tiny.tokens(70, seed=2), caches), want).item()
 
 
@@ -474,7 +475,7 @@ def test_a_plain_cache_is_compressed_in_place(tmp_path, model_type: str) -> None
     path = saved(tmp_path / "cache.safetensors", model, 300)
     report = integration.apply(model, COARSE)
     caches, _ = prompt_cache.read_prompt_cache(path, model)
-    converted = prompt_cache.adopt_prompt_cache(model, caches)
+    converted = prompt_cache.adopt_prompt_cache("c.safetensors", model, caches)
     assert converted == sum(layer.compressed for layer in report.layers)
     assert classes(caches) == COMPRESSED[model_type]
     rotors = [(i, c) for i, _, c in leaves(caches) if isinstance(c, RotorKVCache)]
@@ -497,23 +498,41 @@ def rotor_cache(config: RotorConfig, layers: tuple[int, ...] = (0, 1)) -> list:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: llama_cache(num_hidden_layers=3), "requires 2 caches, but the prompt cache has 3"),
+        (lambda: llama_cache(num_hidden_layers=3), "requires 2 caches, but c.safetensors has 3"),
         (lambda: llama_cache(head_dim=32), "of 64 and 64 dimensions in layer 0, but .* 32 and 32"),
-        (lambda: llama_cache(num_key_value_heads=4), "2 KV heads .* but the prompt cache has 4 of"),
+        (lambda: llama_cache(num_key_value_heads=4), "2 KV heads .* but c.safetensors has 4 of"),
         (lambda: [KVCache(), RotatingKVCache(8)], "KVCache in layer 1, but .* RotatingKVCache"),
         (lambda: [KVCache(), CacheList(KVCache(), KVCache())], "requires 2 caches, .* has 3"),
         (lambda: [c.to_quantized() for c in llama_cache()], "but .* QuantizedKVCache"),
-        (lambda: rotor_cache(COARSE), '"key_bits": 8.* but .*"key_bits": 2'),
         (lambda: rotor_cache(K8V8, (1, 0)), "layer 0 at position 0, but .* has layer 1"),
     ],
 )
-def test_a_cache_of_another_model_or_configuration_is_refused(make, reason: str) -> None:
+def test_a_cache_of_another_model_is_refused(make, reason: str) -> None:
     model, caches = tiny.build("llama"), make()
     integration.apply(model, K8V8)
     before = list(caches)
     with pytest.raises(ValueError, match=rf"^\[prompt cache\] .*{reason}.*\.$"):
-        prompt_cache.adopt_prompt_cache(model, caches)
+        prompt_cache.adopt_prompt_cache("c.safetensors", model, caches)
     assert all(cache is old for cache, old in zip(caches, before, strict=True))
+
+
+def test_a_cache_of_another_configuration_goes_on_with_its_own(tmp_path) -> None:
+    """Its bits stay, the report says so, and None for the channel scale is what it stands for."""
+    model = tiny.build("llama")
+    path = str(tmp_path / "c.safetensors")
+    integration.apply(model, RotorConfig(8, 3, channel_scale="none", window=10))
+    caches = fill(integration.make_prompt_cache(model), model, 150)
+    prompt_cache.save_prompt_cache(path, model, caches)
+    want = tiny.logits(model, tiny.tokens(70, seed=2), caches)
+    own = integration.apply(model, RotorConfig(2, 2, "rotor3"))
+    loaded, _ = prompt_cache.load_prompt_cache(path, model)
+    assert mx.array_equal(tiny.logits(model, tiny.tokens(70, seed=2), loaded), want).item()
+    said = prompt_cache.report_of(model, loaded)
+    assert "K8 V3 cascade" in said.summary
+    assert said.bits_per_value == pytest.approx(loaded[0].bits_per_value)
+    assert prompt_cache.report_of(model, integration.make_prompt_cache(model)) is own
+    own = integration.apply(model, RotorConfig(8, 3, window=10))
+    assert prompt_cache.report_of(model, loaded) is own
 
 
 def test_a_sliding_window_of_another_size_is_refused() -> None:
@@ -521,7 +540,7 @@ def test_a_sliding_window_of_another_size_is_refused() -> None:
     caches = make_prompt_cache(other)
     integration.apply(model)
     with pytest.raises(ValueError, match=r"a window of 32 tokens in layer 0, but .* has 16"):
-        prompt_cache.adopt_prompt_cache(model, caches)
+        prompt_cache.adopt_prompt_cache("c.safetensors", model, caches)
 
 
 def another_version(path) -> None:
@@ -609,7 +628,7 @@ def test_a_file_without_the_suffix_gets_it(tmp_path) -> None:
     model, _ = sealed_file(tmp_path / "cache")
     assert prompt_cache.load_prompt_cache(str(tmp_path / "cache.safetensors"), model)[1] == {
         "note": "kept",
-        prompt_cache.FINGERPRINT: fingerprint(model),
+        MODEL: fingerprint(model).text,
     }
 
 
@@ -646,8 +665,8 @@ def test_a_cache_of_another_model_is_refused_before_an_array_is_read(tmp_path, m
 
 # entry of layer 0, what it is changed to, part of the message
 STATES = {
-    "version": (0, 2, "format version 1, which this rotormlx reads"),
-    "version-true": (0, True, "format version 1"),
+    "version": (0, 1, "format version 2, which this rotormlx reads"),
+    "version-true": (0, True, "format version 2"),
     "config": (1, "{}", "a configuration in a RotorKVCache"),
     "config-nested": (1, "[" * 5000, "a configuration in a RotorKVCache"),
     "config-number": (1, "9" * 5000, "a configuration in a RotorKVCache"),
@@ -730,12 +749,14 @@ def test_other_weights_of_the_same_shape_are_refused(tmp_path) -> None:
     assert metadata["note"] == "kept"
     for ours, theirs in zip(loaded, caches, strict=True):
         assert mx.array_equal(ours.state[6], theirs.state[6])
-    with pytest.raises(ValueError, match=r"must be of this llama .* other weights"):
+    with pytest.raises(
+        ValueError, match=r"c\.safetensors must be of this llama, but other weights"
+    ):
         prompt_cache.load_prompt_cache(path, models[1])
     # One number of one matrix more or less.
     weight = models[1].layers[1].self_attn.k_proj.weight
     before = fingerprint(models[1])
-    models[1].layers[1].self_attn.k_proj.weight = weight + mx.zeros_like(weight).at[0, 3].add(1.0)
+    models[1].layers[1].self_attn.k_proj.weight = weight + mx.zeros_like(weight).at[0, 0].add(1.0)
     assert fingerprint(models[1]) != before
 
 
@@ -743,8 +764,8 @@ def test_what_a_file_says_is_fit_to_be_printed(tmp_path) -> None:
     model = tiny.build("llama")
     integration.apply(model)
     path = str(tmp_path / "c.safetensors")
-    save_prompt_cache(path, make_prompt_cache(model), {prompt_cache.FINGERPRINT: "\x1b[2J\u0663"})
-    with pytest.raises(ValueError, match="other weights") as error:
+    save_prompt_cache(path, make_prompt_cache(model), {MODEL: "\x1b[2J\u0663"})
+    with pytest.raises(ValueError, match="name its model") as error:
         prompt_cache.load_prompt_cache(path, model)
     assert str(error.value).isascii()
     assert str(error.value).isprintable()

@@ -36,6 +36,7 @@ class EncodeArguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("role", "dtype", "batch", "kv_heads", "blocks")),
         *(("given_centres", ctypes.c_int32), ("x", POINTER), ("x_strides", ctypes.c_int64 * 3)),
         *(("coefficients", POINTER), ("channel_scale", POINTER), ("packed", PackedArguments)),
+        ("coefficients_stride", ctypes.c_int64),
     ]
 
 
@@ -45,7 +46,7 @@ class DecodeArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("role", "dtype", "batch", "kv_heads", "blocks")),
         *(("packed", PackedArguments), ("coefficients", POINTER), ("channel_scale", POINTER)),
-        ("out", POINTER),
+        *(("out", POINTER), ("coefficients_stride", ctypes.c_int64)),
     ]
 
 
@@ -76,6 +77,7 @@ class AttendArguments(ctypes.Structure):
         *(("mask", POINTER), ("mask_strides", ctypes.c_int64 * 4)),
         *(("sink_logits", POINTER), ("out", POINTER), ("workspace", POINTER)),
         *((f"{role}_channel_scale_stride", ctypes.c_int64) for role in ("key", "value")),
+        *((f"{role}_matrix_stride", ctypes.c_int64) for role in ("key", "value")),
     ]
 
 
@@ -147,6 +149,10 @@ class Call:
         shape = () if channel_scale is None else channel_scale.shape
         return self.plain(name, channel_scale), shape[1] * shape[2] if len(shape) == 3 else 0
 
+    def matrix(self, name, numbers):
+        """A pointer to what a kernel reads of a rotation; its stride of K, if heads have theirs."""
+        return self.plain(name, numbers), numbers[0].size if numbers.ndim == 3 else 0
+
     def packed(self, name, packed):
         arguments = PackedArguments()
         if packed is None:
@@ -199,7 +205,8 @@ def encode(x, chosen, *, channel_scale=None, centres=None, made=None):
     a.role, a.dtype = ROLES.index(chosen.role), DTYPES[x.dtype]
     a.batch, a.kv_heads, a.blocks = blocks
     a.x, a.x_strides, _ = call.strided("x", x)
-    a.coefficients = call.plain("coefficients", coefficients(chosen.rotation))
+    table = coefficients(chosen.rotation)
+    a.coefficients, a.coefficients_stride = call.matrix("coefficients", table)
     a.channel_scale = call.plain("channel_scale", channel_scale)
     written = {
         "words": np.full((*blocks, *chosen.words_shape), 2**32 - 1, np.uint32),
@@ -228,7 +235,8 @@ def decode(packed, chosen, *, channel_scale=None, dtype=mx.float32, made=None):
     a.role, a.dtype = ROLES.index(chosen.role), DTYPES[dtype]
     a.batch, a.kv_heads, a.blocks = batch, heads, blocks
     a.packed = call.packed("packed", packed)
-    a.coefficients = call.plain("coefficients", coefficients(chosen.rotation, back=True))
+    table = coefficients(chosen.rotation, back=True)
+    a.coefficients, a.coefficients_stride = call.matrix("coefficients", table)
     a.channel_scale = call.plain("channel_scale", channel_scale)
     out = output((batch, heads, blocks * BLOCK, chosen.head_dim), dtype)
     a.out = call.plain("out", out, written=True)
@@ -291,8 +299,10 @@ def attend(asked, *, made=None, lengths=None):
         handle, steps, _ = call.strided(f"exact_{role}", view.exact)
         setattr(a, f"exact_{role}", handle)
         setattr(a, f"exact_{role}_strides", steps)
-    a.key_matrix = call.plain("key_matrix", inverse_matrix(keys.codec.rotation).T)
-    a.value_matrix = call.plain("value_matrix", inverse_matrix(values.codec.rotation))
+    back = to_numpy(inverse_matrix(keys.codec.rotation)).swapaxes(-1, -2)
+    a.key_matrix, a.key_matrix_stride = call.matrix("key_matrix", back)
+    back = to_numpy(inverse_matrix(values.codec.rotation))
+    a.value_matrix, a.value_matrix_stride = call.matrix("value_matrix", back)
     for role, view in (("key", keys), ("value", values)):
         name = f"{role}_channel_scale"
         handle, step = call.scale(name, view.channel_scale)

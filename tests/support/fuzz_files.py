@@ -24,6 +24,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache
 
 import rotormlx.torch
+from rotormlx.codec.learned_rotors import learned_size
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import calibration, integration, prompt_cache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
@@ -31,6 +32,8 @@ from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
 from rotormlx.storage import tensor_file
+from rotormlx.storage.calibration import TRANSFORMS, Calibration
+from rotormlx.storage.fingerprint import MODEL
 from tests.support import models as tiny_models
 from tests.support import torch_models
 from tests.support.memory import peak_bytes
@@ -110,17 +113,15 @@ def bases():
     for name, held in several.items():
         keep(name, "llama", lambda path: save_prompt_cache(str(path), held))  # noqa: B023
     model = model_of("llama")
-    for transform in calibration.TRANSFORMS:
+    for transform in TRANSFORMS:
         shape = (K, D, D) if transform == "klt" else (K, D)
         array = np.broadcast_to(np.eye(D) if transform == "klt" else 1, shape).astype(np.float32)
         numbers = {f"{i}.{role}": array for i in range(LAYERS) for role in ("key", "value")}
         if transform == "rotors":
-            size = calibration.learned_size(D)
+            size = learned_size(D)
             rotors = np.full((K, size), 0.5, np.float32)
             numbers |= {f"{name}.rotors": rotors for name in numbers}
-        made = calibration.Calibration(
-            transform, fingerprint(model), calibration.structure(model), numbers, 7
-        )
+        made = Calibration(transform, fingerprint(model), numbers, 7)
         keep(f"calibration-{transform}", "calibration", made.save)
     return found
 
@@ -139,7 +140,7 @@ def load(kind, path):
     taken = [_refused("[prompt cache] ", lambda: _evaluated(kind, path))]
     if kind == "llama":
         read = rotormlx.torch.load_prompt_cache
-        taken.append(_refused("[prompt cache] ", lambda: read(path, torch_model().config)))
+        taken.append(_refused("[prompt cache] ", lambda: read(path, torch_model())))
     return taken
 
 
@@ -450,9 +451,9 @@ def write_corpus(directory):
         if len(data) > 40_000:
             continue
         texts, tensors = taken_apart(data)
-        is_signed = kind == "calibration" or f"0.{prompt_cache.FINGERPRINT}" in texts
+        is_signed = kind == "calibration" or f"0.{MODEL}" in texts
         if is_signed and kind != "calibration":
-            del texts[f"0.{prompt_cache.FINGERPRINT}"]
+            del texts[f"0.{MODEL}"]
             data, is_signed = sealed(texts, tensors), False
         start = "of-these-weights" if is_signed else "batch" if name == "batch" else "valid"
         (directory / f"{start}-{name}.safetensors").write_bytes(data)

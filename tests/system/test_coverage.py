@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from rotormlx.mlx import hook
 from scripts import coverage
+from scripts.coverage_table import ROOT, VERDICTS, verdicts
 
 pytestmark = pytest.mark.slow
 
 # A block is packed before the chunk of 9 and the last token, which read it.
 STEPS = (66, 9, 1)
-# Models whose mlx-lm code needs a Metal GPU or a missing package are "not run".
-VERDICTS = ("works", "refused", "not run")
 
 
 @pytest.fixture(scope="module")
 def documented() -> dict[str, str]:
     """The verdicts of docs/COVERAGE.md."""
-    text = (Path(coverage.ROOT) / "docs" / "COVERAGE.md").read_text()
-    return dict(re.findall(r"^\| (\S+) \| ([a-z ]+) \|", text, re.MULTILINE))
+    return verdicts(ROOT / "docs" / "COVERAGE.md")
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +31,7 @@ def clean():
 @pytest.mark.parametrize("model_type", sorted(coverage.CONFIGS))
 def test_model(model_type: str, documented: dict[str, str]) -> None:
     result = coverage.examine(model_type, STEPS)
+    # Models whose mlx-lm code needs a Metal GPU or a missing package are "not run".
     assert result.verdict in VERDICTS, result
     assert result.verdict == documented[model_type], result
     if result.verdict == "works":
@@ -49,6 +45,6 @@ def test_model(model_type: str, documented: dict[str, str]) -> None:
 def test_most_models_work(documented: dict[str, str]) -> None:
     """And every one that mlx-lm has is in the table."""
     assert sorted(documented) == coverage.model_types()
-    verdicts = list(documented.values())
-    assert set(verdicts) <= set(VERDICTS)
-    assert verdicts.count("works") >= 67
+    found = list(documented.values())
+    assert set(found) <= set(VERDICTS)
+    assert found.count("works") >= 67

@@ -2,6 +2,8 @@
 
 import pytest
 
+import rotormlx.torch.cache  # noqa: F401  (makes the attention function known by its name)
+
 
 @pytest.fixture(autouse=True)
 def _on_one_thread(one_thread: None) -> None:

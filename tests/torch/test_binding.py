@@ -6,13 +6,15 @@ import ctypes
 import shutil
 import subprocess
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from rotormlx.codec.format import BLOCK, Packed, codec
+from rotormlx.codec.format import BLOCK, Codec, Packed, codec
+from rotormlx.codec.rotation import calibrated
 from rotormlx.config import RotorConfig
 from rotormlx.kernels.cuda_plan import Device, Shape, attend_plan
 from rotormlx.kernels.source import coefficients
@@ -154,7 +156,7 @@ def test_encode_fills_its_structure(kernels, role, dtype):
     assert is_array(a.x, a.x_strides, x)
     table = coefficients(chosen.rotation)
     assert np.array_equal(numbers_at(a.coefficients, table.shape), table)
-    assert a.channel_scale == scale.data_ptr()
+    assert (a.coefficients_stride, a.channel_scale) == (0, scale.data_ptr())
     assert packed.words.shape == (B, K, N, *chosen.words_shape)
     assert is_array(a.packed.words, a.packed.words_strides, packed.words)
     assert is_array(a.packed.scales, a.packed.scales_strides, packed.scales)
@@ -184,7 +186,7 @@ def test_decode_fills_its_structure(kernels):
     assert (a.role, a.dtype, a.batch, a.kv_heads, a.blocks) == (1, 1, B, K, N)
     assert is_array(a.packed.words, a.packed.words_strides, packed.words)
     assert is_array(a.packed.scales, a.packed.scales_strides, packed.scales)
-    assert (a.packed.centres, a.channel_scale) == (None, None)
+    assert (a.packed.centres, a.channel_scale, a.coefficients_stride) == (None, None, 0)
     assert np.array_equal(
         numbers_at(a.coefficients, (8,)), coefficients(chosen.rotation, back=True)[:8]
     )
@@ -233,6 +235,7 @@ def test_attend_fills_its_structure(kernels):
     ):
         # float32 of numbers up to 1.
         assert np.allclose(numbers_at(pointer, matrix.shape), matrix, rtol=0, atol=1e-6)
+    assert (a.key_matrix_stride, a.value_matrix_stride) == (0, 0)
     assert (a.mask_kind, a.mask) == (1, None)
     assert (out.shape, out.dtype) == ((B, H, L, 80), torch.bfloat16)
     assert a.out == out.data_ptr()
@@ -241,6 +244,40 @@ def test_attend_fills_its_structure(kernels):
     plan = AttendPlan.in_dll(kernels, "last_plan")
     numbers = tuple(getattr(plan, name) for name, _ in plan._fields_)
     assert numbers == attend_plan(shape, DEVICE).numbers
+
+
+def test_matrices_of_each_head_are_told_by_their_strides(kernels, monkeypatch):
+    rng = np.random.default_rng(0)
+    made = [
+        Codec(role, bits, calibrated(rng.normal(size=(K, d, d))))
+        for role, bits, d in (("key", 4, 64), ("value", 3, 80))
+    ]
+    query, lengths, *views = attend_inputs()
+    views = [view._replace(codec=chosen) for view, chosen in zip(views, made, strict=True)]
+    # They take the kernels of one matrix for all heads.
+    dense = replace(CHOSEN, rotation="dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_loaded", {dense: cuda._loaded[CHOSEN]})
+        for chosen in made:
+            cuda.encode(strided((B, K, N * BLOCK, chosen.head_dim)), chosen)
+            a = kept(kernels, "encode", EncodeArguments)
+            table = coefficients(chosen.rotation)
+            assert np.array_equal(numbers_at(a.coefficients, table.shape), table)
+            assert a.coefficients_stride == chosen.head_dim**2
+            cuda.decode(packed_like(chosen), chosen, dtype=torch.float16)
+            a = kept(kernels, "decode", DecodeArguments)
+            table = coefficients(chosen.rotation, back=True)
+            assert np.array_equal(numbers_at(a.coefficients, table.shape), table)
+            assert a.coefficients_stride == chosen.head_dim**2
+        cuda.attend(AttendCall(query, lengths, *views, **FACTS))
+        assert list(cuda._loaded) == [dense]
+    a = kept(kernels, "attend", AttendArguments)
+    assert (a.key_matrix_stride, a.value_matrix_stride) == (64**2, 80**2)
+    for pointer, matrix in (
+        (a.key_matrix, np.linalg.inv(made[0].rotation.matrix)),
+        (a.value_matrix, np.linalg.inv(made[1].rotation.matrix).swapaxes(1, 2)),
+    ):
+        assert np.allclose(numbers_at(pointer, matrix.shape), matrix, rtol=1e-6, atol=1e-6)
 
 
 def test_a_plan_is_for_the_device_of_the_tensors(monkeypatch):

@@ -209,6 +209,23 @@ def test_memory_is_what_the_format_says():
     assert layer.nbytes == exact + K * allocated * bits
 
 
+@pytest.mark.parametrize("kept", [300, 333, 140, 70, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cropped_with_its_window_and_read_again_is_as_if_no_more_had_come(name, kept):
+    """As docs/TORCH.md says; a crop alone leaves tokens packed that would be exact."""
+    config, pair = CONFIGS[name], vectors(500)
+    layer, fresh = RotorLayer(config, LAYER), RotorLayer(config, LAYER)
+    add(layer, *pair)
+    layer.crop(kept)
+    again = layer.rows[0].tokens_to_reread(config)
+    if again:
+        layer.crop(-again)
+        add(layer, *part(pair, kept - again, kept))
+    add(fresh, *part(pair, 0, kept))
+    for a, b in zip(state_of(layer), state_of(fresh), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 # ---- handles and refusals -----------------------------------------------------------------------
 
 
@@ -225,7 +242,7 @@ def test_a_handle_tells_its_shape_and_refuses_the_rest():
         lambda: torch.matmul(torch.ones(5, D), keys),
         lambda: torch.nn.functional.softmax(keys, dim=-1),
     ):
-        with pytest.raises(ValueError, match=r"keys of layer 2 are compressed, but the model uses"):
+        with pytest.raises(ValueError, match=r"keys of layer 2 must reach attention untouched"):
             use()
     assert not hasattr(keys, "__array__")
 
@@ -278,13 +295,6 @@ def test_a_model_may_come_in_another_dtype_than_its_cache():
     add(layer, keys.float(), values.float())
     assert state_of(layer)[5].dtype == torch.bfloat16
     assert torch.equal(state_of(layer)[5][:, :, 5:], keys.bfloat16())
-
-
-def test_a_calibrated_configuration_is_refused():
-    config = LlamaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=2)
-    config._attn_implementation = "rotormlx"
-    with pytest.raises(ValueError, match="without a calibration is required"):
-        rt.RotorCache(config, RotorConfig(channel_scale="calibrated"))
 
 
 def test_a_cache_is_a_list_of_layers():

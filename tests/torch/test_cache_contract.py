@@ -79,7 +79,7 @@ def test_every_question_is_decided(kinds, decided):
 @pytest.fixture(scope="module")
 def model():
     model = build("llama")
-    rt.apply(model, CONFIG)
+    model.set_attn_implementation("rotormlx")
     return model
 
 
@@ -281,7 +281,8 @@ def test_a_handle_refuses_every_use():
         lambda: key.float,
     ):
         with pytest.raises(
-            ValueError, match=r"layer 0 are compressed, but the model uses .*first\.$"
+            ValueError,
+            match=r"layer 0 must reach attention untouched, but the model uses .*first\.$",
         ):
             use()
     assert (key.dim(), key.numel(), len(key), key.requires_grad) == (4, 320, 1, False)

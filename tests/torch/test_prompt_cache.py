@@ -1,5 +1,6 @@
 """Caches in files: written by torch and read by MLX, and the other way round, bit for bit."""
 
+import itertools
 import json
 
 import mlx.core as mx
@@ -14,11 +15,15 @@ import rotormlx.torch as rt
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.storage.fingerprint import MODEL
+from rotormlx.torch.fingerprint import fingerprint
 from rotormlx.torch.prompt_cache import state_of
+from tests.support import torch_zoo
 from tests.support.torch_models import CACHE, build, padded, tokens
 
 CONFIGS = [RotorConfig(), RotorConfig(3, 2, "rotor3", window=10)]
 IDS = ["default", "rotor3"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,22 +61,58 @@ def assert_same_file(a, b):
         assert torch.equal(array, others[name]), name
 
 
+def test_layers_may_have_a_head_dim_of_their_own(tmp_path):
+    model = torch_zoo.build("gemma4_text")
+    rt.apply(model)
+    cache = filled(model, RotorConfig(8, 8, window=10))
+    rt.save_prompt_cache(tmp_path / "a.safetensors", model, cache)
+    again, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model)
+    assert again.packed_tokens == 192
+    with torch.inference_mode():
+        found, expected = (model(tokens(1), **{CACHE: each}).logits for each in (again, cache))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_torch_to_mlx_and_back(tmp_path, config, dtype):
     model = model_of()
-    rt.save_prompt_cache(tmp_path / "a.safetensors", filled(model, config, dtype=dtype), {"x": "y"})
+    rt.save_prompt_cache(
+        tmp_path / "a.safetensors", model, filled(model, config, dtype=dtype), {"x": "y"}
+    )
     caches, facts = mlx_cache.load_prompt_cache(
         str(tmp_path / "a.safetensors"), return_metadata=True
     )
-    assert facts == {"x": "y"}
+    assert facts == {"x": "y", MODEL: fingerprint(model).text}
     assert [type(cache) for cache in caches] == [RotorKVCache] * 2
     assert caches[1].packed_tokens >= 128
     mlx_cache.save_prompt_cache(str(tmp_path / "b.safetensors"), caches, facts)
     assert_same_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    again, facts = rt.load_prompt_cache(tmp_path / "b.safetensors", model.config)
-    assert (facts, again.rotor_config) == ({"x": "y"}, config)
-    rt.save_prompt_cache(tmp_path / "c.safetensors", again, facts)
+    again, facts = rt.load_prompt_cache(tmp_path / "b.safetensors", model)
+    assert (facts["x"], again.rotor_config) == ("y", config)
+    rt.save_prompt_cache(tmp_path / "c.safetensors", model, again, facts)
+    assert_same_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)), ids=str)
+def test_keys_and_values_of_different_dtypes_keep_theirs(tmp_path, dtypes):
+    model = model_of()
+    cache = rt.RotorCache(model.config, RotorConfig(window=10))
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        pair = (torch.from_numpy(rng.normal(size=(1, 2, 200, 32))).to(dtype) for dtype in dtypes)
+        handle, _ = cache.update(*pair, index)
+        handle.step.read(None)
+    rt.save_prompt_cache(tmp_path / "a.safetensors", model, cache)
+    caches, facts = mlx_cache.load_prompt_cache(
+        str(tmp_path / "a.safetensors"), return_metadata=True
+    )
+    mlx_cache.save_prompt_cache(str(tmp_path / "b.safetensors"), caches, facts)
+    assert_same_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    again, _ = rt.load_prompt_cache(tmp_path / "b.safetensors", model)
+    for layer in again.layers:
+        assert [store.exact.dtype for store in layer.stores] == list(dtypes)
+    rt.save_prompt_cache(tmp_path / "c.safetensors", model, again)
     assert_same_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
 
 
@@ -85,7 +126,7 @@ def test_a_conversation_goes_on_on_the_other_side(tmp_path, config):
         cache.update_and_fetch(*map(mx.array, first))
         cache.trim(50)
     mlx_cache.save_prompt_cache(str(tmp_path / "a.safetensors"), caches)
-    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model_of().config, config)
+    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model_of())
     for index, cache in enumerate(caches):
         cache.update_and_fetch(*map(mx.array, more))
         handle, _ = loaded.update(*map(torch.from_numpy, more), index)
@@ -103,7 +144,7 @@ def test_sliding_windows_go_to_mlx_and_back(tmp_path, count):
     model = model_of("gemma3")
     cache = filled(model, RotorConfig(window=10), count)
     path = str(tmp_path / "a.safetensors")
-    rt.save_prompt_cache(path, cache)
+    rt.save_prompt_cache(path, model, cache)
     caches = mlx_cache.load_prompt_cache(path)
     kinds = [type(c).__name__ for c in caches]
     assert kinds == ["RotatingKVCache", "RotorKVCache"] * 2
@@ -121,7 +162,7 @@ def test_sliding_windows_go_to_mlx_and_back(tmp_path, count):
         handle.step.read(None)
         caches[index].update_and_fetch(*map(mx.array, more))
     mlx_cache.save_prompt_cache(path, caches)
-    again, _ = rt.load_prompt_cache(path, model.config)
+    again, _ = rt.load_prompt_cache(path, model)
     for index in (0, 2):
         for name in ("keys", "values"):
             found, expected = (getattr(c.layers[index], name) for c in (again, cache))
@@ -135,8 +176,8 @@ def test_sliding_windows_go_to_mlx_and_back(tmp_path, count):
 def test_generation_goes_on_from_a_file(tmp_path):
     model, config = model_of(), RotorConfig(8, 8)
     ids = tokens(230)
-    rt.save_prompt_cache(tmp_path / "a.safetensors", filled(model, config, 200))
-    saved, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config, config)
+    rt.save_prompt_cache(tmp_path / "a.safetensors", model, filled(model, config, 200))
+    saved, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model)
     whole = filled(model, config, 200)
     found, expected = (model.generate(ids, **{CACHE: c}, max_new_tokens=10) for c in (saved, whole))
     assert torch.equal(found, expected)
@@ -144,9 +185,9 @@ def test_generation_goes_on_from_a_file(tmp_path):
 
 def test_an_empty_cache_is_saved(tmp_path):
     model = model_of("gemma3")
-    rt.save_prompt_cache(tmp_path / "a.safetensors", rt.RotorCache(model.config))
+    rt.save_prompt_cache(tmp_path / "a.safetensors", model, rt.RotorCache(model.config))
     assert mlx_cache.load_prompt_cache(str(tmp_path / "a.safetensors"))[1].empty()
-    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config)
+    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model)
     assert loaded.get_seq_length() == 0
     assert torch.equal(
         filled(model, RotorConfig()).layers[1].stores[0].exact,
@@ -161,7 +202,7 @@ def test_an_empty_cache_is_saved(tmp_path):
 def saved(tmp_path_factory):
     model = model_of()
     path = tmp_path_factory.mktemp("saved") / "a.safetensors"
-    rt.save_prompt_cache(path, filled(model, RotorConfig(window=10)))
+    rt.save_prompt_cache(path, model, filled(model, RotorConfig(window=10)))
     return model, path
 
 
@@ -170,9 +211,8 @@ def text(string):
 
 
 DAMAGE = {
-    "version": ("0.0", lambda a: a + 1, "format version 1, .* has version 2"),
+    "version": ("0.0", lambda a: a + 1, "format version 2, .* has version 3"),
     "config": ("0.1", lambda a: text("{}"), "must have exactly the fields"),
-    "other-config": ("1.1", lambda a: text(RotorConfig().to_json()), "one configuration for all"),
     "layer": ("1.2", lambda a: a * 0, "layer 1 at position 1, but it holds 'layer 0'"),
     "tokens": ("1.3", lambda a: a - 1, r"exact keys of dtype and shape"),
     "packed": ("1.4", lambda a: a - 64, r"exact keys of dtype and shape"),
@@ -193,42 +233,40 @@ def test_a_damaged_file_is_refused(saved, tmp_path, name):
     arrays[entry] = change(arrays[entry]).contiguous()
     save_file(arrays, tmp_path / "b.safetensors", facts)
     with pytest.raises(ValueError, match=message):
-        rt.load_prompt_cache(tmp_path / "b.safetensors", model.config)
+        rt.load_prompt_cache(tmp_path / "b.safetensors", model)
 
 
 def test_files_that_are_none_are_refused(saved, tmp_path):
     model, path = saved
     with pytest.raises(ValueError, match="An existing file is required"):
-        rt.load_prompt_cache(tmp_path / "none.safetensors", model.config)
+        rt.load_prompt_cache(tmp_path / "none.safetensors", model)
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="bytes of tensors, but it has"):
-        rt.load_prompt_cache(tmp_path / "cut.safetensors", model.config)
+        rt.load_prompt_cache(tmp_path / "cut.safetensors", model)
     save_file(load_file(path), tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="must be a file of save_prompt_cache"):
-        rt.load_prompt_cache(tmp_path / "bare.safetensors", model.config)
+        rt.load_prompt_cache(tmp_path / "bare.safetensors", model)
     mlx_cache.save_prompt_cache(str(tmp_path / "k.safetensors"), [mlx_cache.KVCache()])
-    with pytest.raises(
-        ValueError, match=r"compressed layers is required, but .* holds only KVCache"
-    ):
-        rt.load_prompt_cache(tmp_path / "k.safetensors", model.config)
+    with pytest.raises(ValueError, match=r"requires 2 layers, but .*k\.safetensors has 1"):
+        rt.load_prompt_cache(tmp_path / "k.safetensors", model)
 
 
 def test_caches_of_others_are_refused(saved, tmp_path):
     model, path = saved
-    with pytest.raises(ValueError, match=r"must have been made with .*; leave rotor_config out"):
-        rt.load_prompt_cache(path, model.config, RotorConfig())
-    with pytest.raises(ValueError, match=r"The model has 4 layers, but the cache in .* 2"):
-        rt.load_prompt_cache(path, model_of("gemma3").config)
+    with pytest.raises(ValueError, match=r"requires 4 layers, but .*a\.safetensors has 2"):
+        rt.load_prompt_cache(path, model_of("gemma3"))
     deeper = build("llama", num_hidden_layers=4)
     rt.apply(deeper)
-    rt.save_prompt_cache(tmp_path / "d.safetensors", filled(deeper, RotorConfig()))
-    with pytest.raises(ValueError, match="Layer 0 of the model has a DynamicSliding"):
-        rt.load_prompt_cache(tmp_path / "d.safetensors", model_of("gemma3").config)
+    rt.save_prompt_cache(tmp_path / "d.safetensors", deeper, filled(deeper, RotorConfig()))
+    with pytest.raises(ValueError, match="requires a DynamicSlidingWindowLayer in layer 0, but"):
+        rt.load_prompt_cache(tmp_path / "d.safetensors", model_of("gemma3"))
     mlx_cache.save_prompt_cache(
         str(tmp_path / "l.safetensors"), [RotorKVCache(max_size=400), RotorKVCache(layer=1)]
     )
-    with pytest.raises(ValueError, match="was made with max_kv_size; use it with mlx-lm"):
-        rt.load_prompt_cache(tmp_path / "l.safetensors", model.config)
+    with pytest.raises(
+        ValueError, match=r"l\.safetensors was made with max_kv_size, .* use it with"
+    ):
+        rt.load_prompt_cache(tmp_path / "l.safetensors", model)
 
 
 def test_rows_of_other_lengths_are_not_saved(tmp_path):
@@ -238,9 +276,9 @@ def test_rows_of_other_lengths_are_not_saved(tmp_path):
     with torch.inference_mode():
         model(**batch, **{CACHE: cache})
     with pytest.raises(ValueError, match=r"must have one length to be saved, but layer 0 has rows"):
-        rt.save_prompt_cache(tmp_path / "a.safetensors", cache)
+        rt.save_prompt_cache(tmp_path / "a.safetensors", model, cache)
     cache.batch_select_indices(torch.tensor([1]))
-    rt.save_prompt_cache(tmp_path / "a.safetensors", cache)
-    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model.config)
+    rt.save_prompt_cache(tmp_path / "a.safetensors", model, cache)
+    loaded, _ = rt.load_prompt_cache(tmp_path / "a.safetensors", model)
     assert loaded.get_seq_length() == 60
     assert json.loads(RotorConfig().to_json()) == json.loads(loaded.rotor_config.to_json())

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.utils import logging
 
+import rotormlx
 import rotormlx.torch as rt
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
@@ -27,10 +28,10 @@ FIRST, PREDICTIONS = 192, 512
 def model(smollm2_path):
     logging.disable_progress_bar()
     loaded = LlamaForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
-    report = rt.apply(loaded)
-    assert report.summary == (
+    assert rt.report(loaded).summary == (
         "llama: 30 of 30 caches compressed, K4 V4 cascade, 4.375 bits a value"
     )
+    loaded.set_attn_implementation("rotormlx")  # reads exact caches too, for comparison
     return loaded
 
 
@@ -76,6 +77,18 @@ def test_divergence_is_small(model, text, exact, figure):
     assert found.kl_mean <= 0.020
     # An exact path would give nothing.
     assert found.kl_mean > 1e-5
+
+
+def test_a_calibration_of_mlx_lowers_the_divergence(model, smollm2, text, exact, tmp_path, figure):
+    """Of channel scales, on other text; docs/CALIBRATION.md has what MLX gains."""
+    rotormlx.calibrate(*smollm2).save(tmp_path / "c.safetensors")
+    calibration = rt.load_calibration(tmp_path / "c.safetensors", model)
+    tokens, found = text[: FIRST + PREDICTIONS + 1], []
+    for given in (None, calibration):
+        cache = rt.RotorCache(model.config, calibration=given)
+        found.append(scoring.compare(exact, score(model, tokens, cache), start=FIRST).kl_mean)
+    figure(f"torch, a calibration of MLX: KL {found[0]:.5f} without, {found[1]:.5f} with it")
+    assert found[1] < 0.9 * found[0]
 
 
 def test_a_padded_batch_is_its_rows(model, text):

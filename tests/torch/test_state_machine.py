@@ -33,7 +33,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rotormlx.torch as rt
 from rotormlx.codec.format import BLOCK, ROLES, Packed, codec
@@ -54,10 +54,17 @@ from tests.support.sequences import (
 
 LAYERS = 6  # alive at once
 # A file holds all layers of a model; this one has a layer whose vectors may have these dimensions.
-MODEL = LlamaConfig(
-    num_hidden_layers=1, num_attention_heads=2, head_dim=DIMS[0], hidden_size=2 * DIMS[1]
+MODEL = LlamaForCausalLM(
+    LlamaConfig(
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=DIMS[0],
+        hidden_size=2 * DIMS[1],
+        vocab_size=8,
+        intermediate_size=8,
+        attn_implementation="rotormlx",
+    )
 )
-MODEL._attn_implementation = "rotormlx"
 
 
 class Rows:
@@ -274,12 +281,12 @@ class Layers(RuleBasedStateMachine):
             packed = [row.packed for row in model.rows]
             layer.batch_select_indices(torch.tensor([packed.index(max(packed))]))
             model.select([packed.index(max(packed))])
-        cache = rt.RotorCache(MODEL, self.config)
+        cache = rt.RotorCache(MODEL.config, self.config)
         if how == "file":
             cache.layers[0] = layer
             with tempfile.TemporaryDirectory() as directory:
                 path = Path(directory) / "cache.safetensors"
-                rt.save_prompt_cache(path, cache)
+                rt.save_prompt_cache(path, MODEL, cache)
                 cache, _ = rt.load_prompt_cache(path, MODEL)
         else:
             # Copies, as a file brings them.

@@ -115,7 +115,8 @@ _ENCODE_BODY = """
   call.x_strides[0] = call.kv_heads * head_tokens * CODEC::D;
   call.x_strides[1] = head_tokens * CODEC::D;
   call.x_strides[2] = CODEC::D;
-  call.coefficients = coefficients + int(blockIdx.y) % MATRICES * (CODEC::D * CODEC::D);
+  call.coefficients = coefficients;
+  call.coefficients_stride = MATRICES > 1 ? CODEC::D * CODEC::D : 0;
   call.channel_scale = SCALE;
   place_packed(call.packed, words, scales, CENTRES, call.kv_heads, call.blocks, BLOCK_WORDS,
                CODEC::D);
@@ -130,7 +131,8 @@ _DECODE_BODY = """
   call.blocks = numbers[3];
   place_packed(call.packed, words, scales, centres, call.kv_heads, call.blocks, BLOCK_WORDS,
                CODEC::D);
-  call.coefficients = coefficients + int(blockIdx.y) % MATRICES * (CODEC::D * CODEC::D);
+  call.coefficients = coefficients;
+  call.coefficients_stride = MATRICES > 1 ? CODEC::D * CODEC::D : 0;
   call.channel_scale = SCALE;
   call.out = out;
   decode_block<CODEC, THREADS>(call);
@@ -165,8 +167,8 @@ _QUERIES_TEXT = """
 """
 
 _QUERY_BODY = """
-  const int matrix = int(blockIdx.y) % call.kv_heads % MATRICES;
-  call.key_matrix = key_matrix + matrix * (KEY_DIM * KEY_DIM);
+  call.key_matrix = key_matrix;
+  call.key_matrix_stride = MATRICES > 1 ? KEY_DIM * KEY_DIM : 0;
   call.key_channel_scale = SCALE;
   call.key_channel_scale_stride = numbers[18];
   all.rotated = rotated;
@@ -197,8 +199,8 @@ _PARTS_BODY = """
 """
 
 _MERGE_BODY = """
-  const int matrix = int(blockIdx.y) % call.kv_heads % MATRICES;
-  call.value_matrix = unrotation + matrix * (VALUE_DIM * VALUE_DIM);
+  call.value_matrix = unrotation;
+  call.value_matrix_stride = MATRICES > 1 ? VALUE_DIM * VALUE_DIM : 0;
   call.value_channel_scale = SCALE;
   call.value_channel_scale_stride = numbers[19];
   call.sink_logits = SINK_LOGITS;

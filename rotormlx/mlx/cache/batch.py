@@ -347,15 +347,22 @@ def _longest(rows: Sequence[Row]) -> Counts:
 
 def _check_same(caches: Sequence[Any]) -> None:
     """Refuse caches that cannot be rows of one batch."""
-    kinds = {(cache.config.to_json(), cache.layer, cache.max_size) for cache in caches}
-    first = caches[0].calibrated
-    if not all(same_calibrated(first, cache.calibrated) for cache in caches):
-        raise ValueError(
-            "[BatchRotorKVCache] Rows of a batch must share their calibration, but two came; make "
-            "their caches anew."
-        )
-    if len(kinds) > 1:
-        raise ValueError(
-            "[BatchRotorKVCache] Rows of a batch must share configuration, layer and max_kv_size, "
-            f"but they have {sorted(map(str, kinds))}; make them alike."
-        )
+    first, *others = caches
+    for other in others:
+        if not same_calibrated(first.calibrated, other.calibrated):
+            raise ValueError(
+                "[BatchRotorKVCache] Rows of a batch must share their calibration, but two came; "
+                "make their caches anew."
+            )
+        differ = first.config.difference(other.config)
+        for name, own, its in (
+            ("layer", first.layer, other.layer),
+            ("max_kv_size", first.max_size, other.max_size),
+        ):
+            differ = differ or (None if own == its else (name, own, its))
+        if differ is not None:
+            name, own, its = differ
+            raise ValueError(
+                f"[BatchRotorKVCache] Rows of a batch must share their {name}, but it is {own} in "
+                f"one and {its} in another; make them alike."
+            )

@@ -1,0 +1,263 @@
+"""A text that tells a model's weights, so that a file made with one model is not used with another.
+
+mlx-lm and transformers load one checkpoint under different names, in different dtypes and layouts.
+So a fingerprint holds a few numbers per weight, from places that no change of axes moves. Two are
+compared where both have a weight of one name, and agree if the numbers of one are those of the
+other, rounded to its dtype.
+
+Source: docs/FORMAT.md, section 8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The entry of a file's metadata that tells which model it belongs to.
+MODEL = "rotormlx_model"
+HOSTS = ("mlx", "torch")
+_VERSION = 1
+_FIRST_LINE = f"rotormlx fingerprint {_VERSION} "
+_SAMPLES = 4  # numbers per weight: the text of 5,000 weights must fit into the header of a file
+_NAME = 200  # characters at most
+_HEAD = "lm_head."
+_LINE = re.compile(r"(\S{1,200}) ([0-9]{1,12}(?:x[0-9]{1,12}){0,7}) (i?)((?:[0-9a-f]{8}){1,4})")
+_IN_LAYER = re.compile(r"[A-Za-z_]+\.[0-9]+\..*")
+# Of a layer: its name, and that of a weight of all experts, which mlx-lm calls switch_mlp.
+_EXPERTS = re.compile(r"([A-Za-z_]+\.[0-9]+)\.(?:.*\.)?(?:experts|switch_mlp)\.(\w+?)(?:\.weight)?")
+_LAYER = re.compile(r"[A-Za-z_]+\.[0-9]+(?=\.)")
+
+Sizes = tuple[int, ...]
+
+
+class Weight(NamedTuple):
+    """The samples of one weight in a fingerprint.
+
+    sizes: Its dimensions, the smallest first.
+    is_integer: Whether its numbers are integers, of a quantized weight.
+    digits: The 32 bits of each sampled number, float32 or an integer, in hexadecimal.
+    """
+
+    sizes: Sizes
+    is_integer: bool
+    digits: str
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """The numbers of a floating weight."""
+        return np.frombuffer(bytes.fromhex(self.digits), ">f4").astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Samples of a model's weights.
+
+    Args:
+        host: One of ``HOSTS``: whose names the weights have.
+        weights: By canonical name, see :func:`canonical_names`.
+    """
+
+    host: str
+    weights: Mapping[str, Weight]
+
+    @property
+    def text(self) -> str:
+        """The form it has in a file."""
+        return "\n".join([_FIRST_LINE + self.host, *self._lines])
+
+    @property
+    def digest(self) -> str:
+        """A short name, the same for the same samples of the same names."""
+        return hashlib.sha256("\n".join(self._lines).encode()).hexdigest()[:16]
+
+    @property
+    def _lines(self) -> list[str]:
+        return [
+            f"{name} {'x'.join(map(str, weight.sizes))} {'i' * weight.is_integer}{weight.digits}"
+            for name, weight in sorted(self.weights.items())
+        ]
+
+    @classmethod
+    def from_text(cls, text: str) -> Fingerprint | None:
+        """Read what :attr:`text` gave; None if it is something else or of another version."""
+        first, *lines = text.split("\n")
+        host = first.removeprefix(_FIRST_LINE)
+        matches = [_LINE.fullmatch(line) for line in lines]
+        if first == host or host not in HOSTS or not all(matches):
+            return None
+        return cls(
+            host,
+            {
+                name: Weight(tuple(map(int, sizes.split("x"))), bool(integer), digits)
+                for name, sizes, integer, digits in (match.groups() for match in matches if match)
+            },
+        )
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """The first difference of two models, in words; None if they look like one model."""
+        common = sorted(self.weights.keys() & other.weights.keys())
+        for name in common:
+            a, b = self.weights[name], other.weights[name]
+            if (a.sizes, a.is_integer) != (b.sizes, b.is_integer):
+                return f"{name} has other sizes or another quantization"
+            if not _agree(a, b, self.host != other.host):
+                return f"{name} has other numbers"
+        for name in sorted(self.weights.keys() ^ other.weights.keys()):
+            # Between hosts names differ; but an adapter is one in each.
+            if self.host == other.host or "lora" in name.lower():
+                return f"only one of them has {name!a:.80}"
+        lacking = _layers(self.weights) | _layers(other.weights)
+        lacking -= _layers(name for name in common if len(self.weights[name].sizes) > 1)
+        if lacking or not common:
+            where = f"in {min(lacking)} " if lacking else ""
+            return (
+                f"{where}no weight has the same name in mlx-lm and transformers, so they cannot "
+                "be compared"
+            )
+        return None
+
+
+def check_file(
+    path: str | Path, metadata: Mapping[str, str], weights: Weights, model_type: str
+) -> None:
+    """Refuse a saved cache that other weights have filled; a file that does not say is taken.
+
+    Args:
+        path: The file.
+        metadata: Its texts.
+        weights: Of the model that is to go on with it.
+        model_type: What the model is called in messages.
+
+    Raises:
+        ValueError: If the file is of another model.
+    """
+    text = metadata.get(MODEL)
+    if text is None:
+        return
+    made_with = Fingerprint.from_text(text)
+    if made_with is None:
+        raise ValueError(
+            f"[prompt cache] {path} must name its model by a fingerprint of version {_VERSION}, "
+            f"but it has {text!a:.40}; make it again."
+        )
+    if (difference := made_with.difference(weights.fingerprint)) is not None:
+        raise ValueError(
+            f"[prompt cache] {path} must be of this {model_type}, but other weights made it "
+            f"({difference}); use that model, or make it again."
+        )
+
+
+def _agree(a: Weight, b: Weight, between_hosts: bool) -> bool:
+    """Whether two weights of the same sizes have the same numbers, whatever dtype they came in."""
+    if a.digits == b.digits:
+        return True
+    if a.is_integer or len(a.digits) != len(b.digits):
+        return False
+    # mlx-lm adds 1 to the norms of some models when it loads them.
+    shifts = (0, 1) if between_hosts and len(a.sizes) == 1 else (0,)
+    return any(
+        _is_rounded(x.values + shift, y.values) for shift in shifts for x, y in ((a, b), (b, a))
+    )
+
+
+def _is_rounded(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
+    """Whether some numbers are others in one of the dtypes of weights."""
+    with np.errstate(over="ignore"):
+        wide = x.astype(np.float32)
+        return any(np.array_equal(y, z) for z in (wide, wide.astype(np.float16), _bfloat16(wide)))
+
+
+def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rounded to bfloat16, ties to even."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """The layers that weights belong to, such as ``layers.3``."""
+    return {match[0] for name in names if (match := _LAYER.match(name))}
+
+
+# ---- of a model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model of which a fingerprint can be made.
+
+    Args:
+        host: One of ``HOSTS``.
+        shapes: Shape of each weight by the name that the host has for it.
+        sample: Gives, for names and the places along every axis of each, the numbers there: float32
+            of a floating weight, unsigned integers of another.
+    """
+
+    host: str
+    shapes: Mapping[str, Sizes]
+    sample: Callable[[Mapping[str, NDArray[np.int64]]], Mapping[str, NDArray[np.generic]]]
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint; reads the weights."""
+        names = canonical_names(name for name, shape in self.shapes.items() if 0 not in shape)
+        numbers = self.sample({own: places_of(self.shapes[own]) for own in names.values()})
+        weights = {name: _weight(self.shapes[own], numbers[own]) for name, own in names.items()}
+        return Fingerprint(self.host, weights)
+
+    def may_be(self, other: Fingerprint) -> bool:
+        """Whether the shapes are those of a fingerprint; reads no weight."""
+        names = canonical_names(self.shapes)
+        return _layers(names) == _layers(other.weights) and all(
+            _sizes(self.shapes[own]) == other.weights[name].sizes
+            for name, own in names.items()
+            if name in other.weights
+        )
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """The names that hosts share, and for each the host's own.
+
+    ``model.language_model.layers.3.mlp.up_proj.weight`` is ``layers.3.mlp.up_proj.weight``; outside
+    of layers the last two parts count. Weights of all experts are ``layers.3.experts.down_proj``.
+    Left out are the head, which no cache depends on, weights of a list inside of a layer (single
+    experts, which other hosts stack), and names that are not unique.
+    """
+    chosen: dict[str, str] = {}
+    twice = set()
+    for own in names:
+        inside = _IN_LAYER.search(own)
+        name = inside[0] if inside else ".".join(own.split(".")[-2:])
+        if experts := _EXPERTS.fullmatch(name):
+            name = "{}.experts.{}".format(*experts.groups())
+        is_listed = sum(part.isdecimal() for part in name.split(".")) > 1
+        if len(name) > _NAME or is_listed or name.startswith(_HEAD):
+            continue
+        if name in chosen:
+            twice.add(name)
+        chosen[name] = own
+    return {name: own for name, own in chosen.items() if name not in twice}
+
+
+def places_of(shape: Sizes) -> NDArray[np.int64]:
+    """Places of the diagonal: the same number is there however the axes are ordered."""
+    last = min(_sizes(shape)) - 1
+    return np.unique(np.arange(_SAMPLES) * last // (_SAMPLES - 1))
+
+
+def _sizes(shape: Sizes) -> Sizes:
+    """Dimensions that no order of the axes changes; a number alone has one."""
+    return tuple(sorted(shape)) or (1,)
+
+
+def _weight(shape: Sizes, numbers: NDArray[np.generic]) -> Weight:
+    is_integer = numbers.dtype != np.float32
+    bits = numbers.astype(np.uint32) if is_integer else numbers.view(np.uint32)
+    return Weight(_sizes(shape), is_integer, bits.astype(">u4").tobytes().hex())

@@ -1,0 +1,36 @@
+"""Calibrations for models of transformers: see :mod:`rotormlx.storage.calibration`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rotormlx.codec.derived import derived
+from rotormlx.storage import calibration
+from rotormlx.storage.calibration import Calibration
+from rotormlx.torch.fingerprint import weights
+from rotormlx.torch.store import Calibrated
+
+
+def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
+    """Read a file of ``rotormlx calibrate``, for :class:`rotormlx.torch.RotorCache`.
+
+    Args:
+        path: The file.
+        model: The model that it must be of.
+
+    Raises:
+        ValueError: If there is no such file, it is damaged, or it is of another model.
+
+    Source: docs/FORMAT.md, section 10.
+    """
+    return calibration.load(path, weights(model))
+
+
+@derived
+def arrays_of(made: Calibration, layer: int) -> Calibrated:
+    """Channel scales or matrices for the caches of a layer, which all share them."""
+    keys, values = made.of(layer)
+    return torch.from_numpy(keys), torch.from_numpy(values)

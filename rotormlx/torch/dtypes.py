@@ -1,0 +1,14 @@
+"""Which dtypes the companion takes, and what autocast makes of them."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch's own attention would cast to here, or None outside of autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -1,0 +1,330 @@
+"""A trial run of a model of transformers: what can be compressed, and does it reach attention?
+
+A few tokens go through the model itself, weights and hooks included, so that a quantized, patched
+or offloaded model is judged as it is; that takes as long as two tokens of text. The cache is a
+compressed one; attention takes from it what it would read, and computes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput
+
+from rotormlx.codec.rotation import check_head_dim
+from rotormlx.config import RotorConfig
+from rotormlx.report import LayerReport
+from rotormlx.torch.attention import checked
+from rotormlx.torch.cache import RotorCache, growing_layers, nothing_to_compress
+from rotormlx.torch.exact import check_options
+from rotormlx.torch.handle import KVHandle
+from rotormlx.torch.implementations import another_attention
+from rotormlx.torch.layer import RotorLayer
+
+# What transformers calls to make a cache for ``generate``.
+PREPARE = "_prepare_cache_for_generation"
+# What a model may call its cache; the second is the name of versions before 5.24.
+CACHE_NAMES = ("cache", "past_key_values")
+# Prefill and decode: some models take another path for a single token.
+PROBE_TOKENS = (3, 1)
+# Whose ``generate`` takes keys and values out of the cache; a trial of ``forward`` does not see it.
+_READERS = ("WhisperGenerationMixin",)
+# The attention function that computes nothing.
+_PRETENDING = "rotormlx_probe"
+
+
+def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
+    """Run the model on a few tokens and see, layer by layer, what can be compressed.
+
+    The model is as before afterwards.
+
+    Args:
+        model: What ``from_pretrained`` returned.
+
+    Returns:
+        One entry per cache, without bits, which a configuration gives; those of cross-attention
+        follow those of self-attention.
+
+    Raises:
+        ValueError: If nothing can be compressed, or the model does with keys and values what a
+            compressed cache cannot do.
+    """
+    if any(kind.__name__ in _READERS for kind in type(model).__mro__):
+        reason = "its generate must leave keys and values in the cache, but reads them"
+        raise _refusal(model, reason)
+    caches = own_cache(model)
+    own = self_attention(caches)
+    if not (growing := growing_layers(own.layers)):
+        raise _refusal(model, f"it must have {nothing_to_compress(own.layers)}")
+    cache: Cache = RotorCache.in_place_of(own, growing, partial(RotorLayer, RotorConfig()))
+    layers = cache.layers
+    if isinstance(caches, EncoderDecoderCache):
+        cache = EncoderDecoderCache(cache, caches.cross_attention_cache)
+    with _prepared(model):
+        for tokens in PROBE_TOKENS:
+            _step(model, cache, tokens)
+    for index, layer in enumerate(layers):
+        if isinstance(layer, RotorLayer) and layer.is_waiting:
+            raise _refusal(model, f"layer {index} must use the attention function, but does not")
+    reports = [_layer_report(index, layer) for index, layer in enumerate(layers)]
+    if not any(report.compressed for report in reports):
+        raise _refusal(model, reports[growing[0]].reason)
+    if isinstance(caches, EncoderDecoderCache):
+        reports += _cross_reports(len(reports), caches.cross_attention_cache)
+    return tuple(reports)
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What the model's ``forward`` calls its cache.
+
+    Raises:
+        ValueError: If it takes no cache.
+    """
+    names = inspect.signature(type(model).forward).parameters
+    for name in CACHE_NAMES:
+        if name in names:
+            return name
+    raise _refusal(model, f"its forward must take a cache named {' or '.join(CACHE_NAMES)}")
+
+
+def own_cache(model: PreTrainedModel) -> Any:
+    """An empty cache as ``generate`` makes it for this model.
+
+    Raises:
+        ValueError: If it makes none, or one that is no plain ``DynamicCache``.
+        RuntimeError: If the installed transformers makes its caches in another way.
+    """
+    name = cache_name(model)
+    prepare = getattr(type(model), PREPARE, None)
+    if not callable(prepare):
+        raise RuntimeError(
+            f"[apply] transformers must have {type(model).__name__}.{PREPARE}, but the installed "
+            "one has not; use the model without rotormlx."
+        )
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(use_cache=True, cache_implementation=None, is_assistant=False)
+    made: dict[str, Any] = {}
+    try:
+        prepare(model, settings, made, GenerationMode.GREEDY_SEARCH, 1, sum(PROBE_TOKENS))
+    except Exception as error:  # what is wrong with a configuration shows in any way
+        raise _refusal(model, f"transformers must make its cache, but {brief(error)}") from error
+    cache = made.get(name)
+    own = self_attention(cache)
+    if own is None:
+        raise _refusal(model, "generate must make its cache, but makes none for this model")
+    if type(own) is not DynamicCache:
+        raise _refusal(model, f"its cache must be a DynamicCache, but is a {type(own).__name__}")
+    return cache
+
+
+def self_attention(cache: Any) -> Any:
+    """The part of a model's cache that grows with the text."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def brief(error: Exception) -> str:
+    """Kind and first sentence of an error."""
+    first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}"
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(
+        f"[apply] {model.config.get_text_config(decoder=True).model_type} cannot be compressed: "
+        f"{reason}; use the model without rotormlx."
+    )
+
+
+# ---- a step -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, not compiled, with an attention that pretends; then as it was.
+
+    What a run may change comes back: attributes of modules, buffers, and the states of the random
+    number generators. Buffers that are weights are not copied.
+    """
+    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with (
+        _kept_modules(model),
+        another_attention(model, _PRETENDING, cache_name(model)),
+        torch.random.fork_rng(devices=cuda),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        model.eval()
+        yield
+
+
+@contextmanager
+def _kept_modules(model: PreTrainedModel) -> Iterator[None]:
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    copies = [
+        (buffer, buffer.clone())
+        for module, _, buffers in kept
+        for name, buffer in buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, copy_of_it in copies:
+                buffer.copy_(copy_of_it)
+
+
+def _step(model: PreTrainedModel, cache: Cache, tokens: int) -> None:
+    try:
+        model(**_inputs(model, tokens), use_cache=True, **{cache_name(model): cache})
+    except Exception as error:  # a model may do anything with what it gets, so anything may come
+        label, _, message = str(error).partition("] ")
+        # What is required and what came; what to do is said by the refusal.
+        reason = message.partition(";")[0].rstrip(".")
+        if not label.startswith("[") or not reason:
+            reason = f"it must run on a few tokens, but {brief(error)}"
+        raise _refusal(model, reason[0].lower() + reason[1:]) from error
+
+
+def _inputs(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
+    ids = torch.full((1, tokens), _plain_token(model), device=_device(model))
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    if model.main_input_name == "input_ids":
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    states = torch.zeros(1, 4, _encoder_width(model), dtype=model.dtype, device=ids.device)
+    encoded = BaseModelOutput(last_hidden_state=states)
+    encoded.attention_mask = None  # some models ask their encoder's output for it
+    return {"encoder_outputs": encoded, "decoder_input_ids": ids}
+
+
+def _plain_token(model: PreTrainedModel) -> int:
+    """A token that stands for nothing but itself."""
+    special: set[int] = set()
+
+    def collect(settings: dict[Any, Any]) -> None:
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                collect(value)
+            elif str(name).endswith(("token_id", "token_index")):
+                special.update(v for v in (value if isinstance(value, list) else [value]) if v)
+
+    collect(model.config.to_dict())
+    return next(token for token in range(3, 1000) if token not in special)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its inputs; weights that accelerate moves lie elsewhere."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
+def _encoder_width(model: PreTrainedModel) -> int:
+    config = model.config
+    for part in (getattr(config, "encoder", config), config.get_text_config(decoder=True)):
+        if (width := getattr(part, "hidden_size", None)) is not None:
+            return int(width)
+    raise ValueError("the width of its encoder must be in the configuration, but is not")
+
+
+# ---- attention that pretends --------------------------------------------------------------------
+
+
+def _pretend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | KVHandle,
+    value: Tensor | KVHandle,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Zeros in the shape of attention's output, after a look at what it is asked."""
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
+        if kwargs.get("s_aux") is not None:
+            check_head_dim(value.shape[-1])
+            check_options(module, dropout, kwargs)
+    else:
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True))
+        keys = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+        keys.step.read(None)
+    batch, heads, tokens = query.shape[:3]
+    return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(_PRETENDING, _pretend)
+AttentionMaskInterface.register(_PRETENDING, sdpa_mask)
+
+
+# ---- what is said -------------------------------------------------------------------------------
+
+
+def _layer_report(index: int, layer: Any) -> LayerReport:
+    if isinstance(layer, RotorLayer):
+        if layer.stores is None:
+            reason = "no token of text went through it"
+            return LayerReport(index, DynamicLayer.__name__, False, reason)
+        keys, values = (store.exact for store in layer.stores)
+        shape, size = _dims(keys, values), keys.dtype.itemsize
+        return LayerReport(index, DynamicLayer.__name__, True, "", *shape, exact_bytes=size)
+    name = type(layer).__name__
+    pair = getattr(layer, "keys", None), getattr(layer, "values", None)
+    is_full = all(isinstance(x, Tensor) and x.ndim == 4 for x in pair)
+    shape = _dims(*pair) if is_full else (0, 0, 0)
+    limit = getattr(layer, "sliding_window", None)
+    if name == "DummyLayer":  # unknown to older versions of transformers
+        return LayerReport(index, name, False, "it holds nothing of its own")
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        state = sum(x.nbytes for x in tree_leaves(_states(layer)) if isinstance(x, Tensor))
+        reason = "a state of constant size"
+        reason += " beside keys and values" if is_full else ", no keys and values"
+        return LayerReport(index, name, False, reason, *shape, max_tokens=limit, state_bytes=state)
+    if limit is not None:
+        reason = f"it never keeps more than {limit} tokens"
+        return LayerReport(index, name, False, reason, *shape, max_tokens=limit)
+    return LayerReport(index, name, False, "a kind of cache that rotormlx does not know", *shape)
+
+
+def _states(layer: Any) -> dict[str, Any]:
+    return {name: x for name, x in vars(layer).items() if "state" in name}
+
+
+def _dims(keys: Any, values: Any) -> tuple[int, int, int]:
+    return keys.shape[1], keys.shape[3], values.shape[3]
+
+
+def _cross_reports(first: int, cross: Cache) -> list[LayerReport]:
+    reason = "it holds what the encoder gave, which does not grow"
+    return [
+        LayerReport(first + i, f"{type(layer).__name__} of cross-attention", False, reason)
+        for i, layer in enumerate(cross.layers)
+    ]

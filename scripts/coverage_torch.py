@@ -1,0 +1,234 @@
+"""Which models of the installed transformers rotormlx compresses; writes docs/COVERAGE_TORCH.md.
+
+    python scripts/coverage_torch.py            # all of them, some minutes
+    python scripts/coverage_torch.py llama bart # these only, without writing
+
+Every type of language model gets a tiny configuration (tests/support/torch_zoo.py) and random
+weights. The same tokens go through the model's own caches and through compressed ones: a prefill,
+a chunk and single steps, most of them reading packed bytes; then ``generate`` writes a few tokens.
+What scripts/coverage.py says of routers holds here too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import transformers
+
+import rotormlx.torch
+from rotormlx.torch.cache import RotorCache
+from rotormlx.torch.probe import brief, cache_name, self_attention
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.coverage_table import (
+    CONFIG,
+    ROOT,
+    STEPS,
+    Result,
+    begin,
+    is_close,
+    judge,
+    refused,
+    table,
+)
+from tests.support import torch_zoo
+
+PATH = ROOT / "docs" / "COVERAGE_TORCH.md"
+# Enough for generate to read its own tokens from the cache.
+NEW_TOKENS = 4
+
+HEAD = """# Models of transformers
+
+Made on {date} by `python scripts/coverage_torch.py` from transformers {version}: every type of
+language model with a tiny configuration and random float32 weights, {tokens} tokens in chunks of
+{chunks}, K8 V8, no sink and no window, so that nearly everything is read from
+packed bytes. Then `generate` must work with compressed caches, and begin with the text of the exact
+ones; and after `remove`, all logits must be those from before, bit for bit. Names without a folder
+are the causal types; `seq2seq/`, `speech/` and `image/` are those that transformers lists for these
+tasks, and what such a model hears or sees is left out, or noise. *error* and *other experts* are as
+in [COVERAGE.md](COVERAGE.md). A model that transformers itself cannot run so is not run.
+
+{works} of {total} model types work, {refused} are refused with the reason, {not_run} were not run.
+
+| model type | | caches compressed | error | other experts | left alone, or why not |
+|---|---|---|---|---|---|"""
+
+
+@contextmanager
+def recorded_routing() -> Iterator[list[torch.Tensor]]:
+    """Collect every choice of a router: the largest few, or the largest, of a last axis."""
+    seen: list[torch.Tensor] = []
+
+    def recording(function: Any) -> Any:
+        def choose(x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            out = function(x, *rest, **named)
+            chosen = getattr(out, "indices", out)
+            if isinstance(chosen, torch.Tensor) and not chosen.is_floating_point():
+                seen.append(chosen.sort(dim=-1).values if chosen.ndim else chosen)
+            return out
+
+        return choose
+
+    with ExitStack() as stack:
+        for place in (torch, torch.Tensor):
+            for name in ("topk", "argmax", "max"):
+                recorded = recording(getattr(place, name))
+                stack.enter_context(patch.object(place, name, recorded))
+        yield seen
+
+
+@torch.no_grad()
+def read(model: Any, steps: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray], Any]:
+    """Logits ``[tokens, V]``, each router's choice for each token, and the cache at the end."""
+    ids = torch_zoo.tokens(sum(steps))
+    name, cache = cache_name(model), None
+    logits, routes, start = [], [], 0
+    for count in steps:
+        inputs = torch_zoo.inputs(model, ids[:, start : start + count])
+        with recorded_routing() as seen:
+            out = model(**inputs, use_cache=True, **{name: cache})
+        cache = getattr(out, name, None)
+        if cache is None:
+            raise ValueError("it gives no cache back")
+        logits.append(out.logits[0, -count:].float().numpy())
+        routes.append([choice for r in seen if (choice := by_token(r, count)) is not None])
+        start += count
+    return np.concatenate(logits), by_layer(routes), cache
+
+
+def by_token(chosen: torch.Tensor, count: int) -> np.ndarray | None:
+    """What a router chose for each token; None for other uses of the same functions."""
+    shape = chosen.shape
+    if len(shape) > 1 and shape[:-1].numel() == count:
+        return chosen.reshape(count, -1).numpy()
+    return chosen.reshape(count, 1).numpy() if len(shape) and shape.numel() == count else None
+
+
+def by_layer(routes: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Each router's choice for each token, if every step has asked the same routers."""
+    shapes = {tuple(r.shape[1] for r in step) for step in routes}
+    return [np.concatenate(r) for r in zip(*routes, strict=True)] if len(shapes) == 1 else []
+
+
+def generated(model: Any) -> tuple[np.ndarray, Any]:
+    """Logits of the first token that ``generate`` writes, ``[1, V]``, and the cache it uses."""
+    used = []
+
+    def look(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        used.append(kwargs.get(cache_name(model)))
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    given = torch_zoo.generate_inputs(model, torch_zoo.tokens(STEPS[0]))
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    try:
+        out = model.generate(
+            **given, **options, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+        )
+    finally:
+        hook.remove()
+    return out.logits[0].float().numpy(), used[-1]
+
+
+def examine(model_type: str, steps: Sequence[int] = STEPS) -> Result:
+    """Compare a model's logits with and without compression, over tokens in these chunks."""
+    if reason := torch_zoo.NOT_RUN.get(model_type):
+        return Result(model_type, "not run", reason)
+    try:
+        model = torch_zoo.build(model_type)
+    except Exception as error:
+        return Result(model_type, "not run", f"transformers does not build it here: {brief(error)}")
+    plain, failure = attempt(lambda: (*read(model, steps), *attempt(lambda: generated(model))))
+    not_run = Result(model_type, "not run", f"transformers does not run it here: {failure}")
+    try:
+        result = begin(model_type, rotormlx.torch.apply(model, CONFIG))
+    except ValueError as error:
+        # A model that fails on any tokens is no model that rotormlx refuses.
+        if failure and "must run on a few tokens" in str(error):
+            return not_run
+        return refused(model_type, error)
+    if failure:
+        return not_run
+    compare(model, result, plain, steps)
+    return result
+
+
+def compare(model: Any, result: Result, plain: tuple[Any, ...], steps: Sequence[int]) -> None:
+    """Read and generate with compressed caches, then with exact ones again.
+
+    Args:
+        model: Compressed; exact afterwards.
+        result: Gets what came of it.
+        plain: Logits, routes, cache, what ``generated`` gave, and why it gave nothing.
+        steps: Tokens in each chunk.
+    """
+    want, want_routes, _, want_generated, no_generation = plain
+    try:
+        got, routes, cache = read(model, steps)
+        caches = [(cache, sum(steps))]
+        if no_generation:
+            result.left_alone.append(f"generate itself fails: {no_generation}")
+        else:
+            first, cache = generated(model)
+            caches.append((cache, STEPS[0]))
+    except Exception as error:
+        result.verdict, result.note = "crashes", brief(error)
+        return
+    finally:
+        rotormlx.torch.remove(model)
+    judge(result, want, got, want_routes, routes)
+    if not all(is_packed(cache, tokens, result) for cache, tokens in caches):
+        result.verdict, result.note = "differs", "a cache that was to be packed is not"
+    if not (no_generation or want_routes or is_close(want_generated[0], first)):
+        result.verdict, result.note = "differs", "generate writes another text"
+    if not np.array_equal(read(model, steps)[0], want):
+        result.verdict, result.note = "differs", "remove does not give the model back"
+
+
+def is_packed(cache: Any, tokens: int, result: Result) -> bool:
+    """Whether as many layers as were promised hold what they can in packed blocks."""
+    cache = self_attention(cache)
+    layers = cache.rotor_layers if isinstance(cache, RotorCache) else []
+    full = tokens // 64 * 64
+    return len(layers) == result.compressed and all(x.packed_tokens >= full for x in layers)
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call returns, and what it raises, in short; one of them is empty."""
+    try:
+        return call(), ""
+    except Exception as error:
+        return None, brief(error)
+
+
+def main() -> int:
+    """Examine models; the exit status tells whether one crashes or differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model_types", nargs="*", help="all by default")
+    chosen = parser.parse_args().model_types
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # threads cost more than such small matrices
+    results = []
+    for model_type in chosen or torch_zoo.model_types():
+        results.append(examine(model_type))
+        print(results[-1], file=sys.stderr, flush=True)
+    text = table(HEAD, results, transformers.__version__)
+    if not chosen:
+        PATH.write_text(text, encoding="utf-8")
+    print(text.partition("\n\n| ")[0].splitlines()[-1])
+    return int(any(r.verdict in ("crashes", "differs") for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Configurations: which are equal, and what is said of those that are not."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rotormlx.config import ONE_STAGE_ROTATIONS, ROTATIONS, RotorConfig
+
+OTHERS = {
+    "key_bits": 3,
+    "value_bits": 8,
+    "rotation": "dense",
+    "channel_scale": "calibrated",
+    "sink": 5,
+    "window": 65,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("rotation", [*ROTATIONS, "calibrated"])
+def test_a_channel_scale_of_none_is_what_it_stands_for(rotation):
+    own = RotorConfig(rotation=rotation)
+    default = "prefill" if rotation in ONE_STAGE_ROTATIONS else "none"
+    same = RotorConfig(rotation=rotation, channel_scale=default)
+    assert own == same
+    assert len({own, same}) == 1
+    assert own.difference(same) is None
+    # As the user gave it: another rotation has another default.
+    assert own.channel_scale is None
+    assert json.loads(own.to_json())["channel_scale"] is None
+    assert RotorConfig.from_json(same.to_json()) == own
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_what_differs_is_named_with_both_values(field):
+    own = RotorConfig()
+    other = replace(own, **{field: OTHERS[field]})
+    before = "none" if field == "channel_scale" else getattr(own, field)
+    assert own != other
+    assert own.difference(other) == (field, before, OTHERS[field])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.pop("seed"), "but 'seed' is missing or unknown"),
+        (lambda c: c.update(bits=4), "but 'bits' is missing or unknown"),
+    ],
+)
+def test_a_text_with_other_fields_is_refused_by_its_field(change, says):
+    content = json.loads(RotorConfig().to_json())
+    change(content)
+    with pytest.raises(ValueError, match=says) as error:
+        RotorConfig.from_json(json.dumps(content))
+    assert "{" not in str(error.value)
