@@ -36,6 +36,7 @@ class EncodeArguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("role", "dtype", "batch", "kv_heads", "blocks")),
         *(("given_centres", ctypes.c_int32), ("x", POINTER), ("x_strides", ctypes.c_int64 * 3)),
         *(("coefficients", POINTER), ("channel_scale", POINTER), ("packed", PackedArguments)),
+        *(("start", ctypes.c_int32), ("state", POINTER)),
     ]
 
 
@@ -190,7 +191,7 @@ def output(shape, dtype):
     return full if dtype == mx.bfloat16 else full.view(to_numpy(mx.zeros(1, dtype)).dtype)
 
 
-def encode(x, chosen, *, channel_scale=None, centres=None, made=None):
+def encode(x, chosen, *, channel_scale=None, centres=None, start=0, state=None, made=None):
     """What ``rotormlx_encode`` gives, as numpy arrays; x is an MLX array."""
     made = made or module("codec", *both_roles(chosen))
     batch, heads, tokens, head_dim = x.shape
@@ -201,6 +202,7 @@ def encode(x, chosen, *, channel_scale=None, centres=None, made=None):
     a.x, a.x_strides, _ = call.strided("x", x)
     a.coefficients = call.plain("coefficients", coefficients(chosen.rotation))
     a.channel_scale = call.plain("channel_scale", channel_scale)
+    a.start, a.state = start, call.plain("state", state)
     written = {
         "words": np.full((*blocks, *chosen.words_shape), 2**32 - 1, np.uint32),
         "scales": np.full((*blocks, BLOCK), np.nan, np.float16),
