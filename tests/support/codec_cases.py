@@ -3,6 +3,9 @@
 The judge is the float64 reference; ``runner`` is one of tests/support/runners.py.
 """
 
+import itertools
+import math
+
 import mlx.core as mx
 import numpy as np
 
@@ -233,14 +236,34 @@ def check_ties(runner, bits):
         assert not codes[2 * i : 2 * i + 2, 3:].any()
 
 
+def tied_path_row(rng, bits):
+    """A row of 16 numbers, halves of what levels are multiples of, and of norm 4: so z is the row.
+
+    The first number lies between two levels of a subset, or far behind the last of them: those in
+    the rows around it decide which subset it gets.
+    """
+    m = (128 * codebook.trellis_levels(bits)[: 2**bits]).astype(int)
+    subsets = [np.concatenate([m[c::4], -m[3 - c :: 4]]) for c in range(4)]
+    between = [(a + b) // 2 for of_one in subsets for a, b in itertools.combinations(of_one, 2)]
+    while True:
+        first = rng.choice(between) if rng.random() < 0.3 else rng.choice([-400, 400])
+        row = [first, *np.rint(64 * rng.normal(size=12)).astype(int)]
+        rest = 16 * 128**2 - sum(int(x) ** 2 for x in row)
+        for a, b in itertools.product(range(300), repeat=2):
+            third = rest - a * a - b * b
+            if 0 <= third <= 300**2 and math.isqrt(third) ** 2 == third:
+                return np.array([*row, a, -b, math.isqrt(third)]) / 128
+
+
 def check_tied_paths(runner, bits, role):
     """Where every sum is exact and many are equal, the path is that of the reference."""
     chosen = made_codec("identity", 16, bits, role)
     rng = np.random.default_rng(4)
-    # Rows of norm 4, so that z are the numbers themselves, among rows of zeros.
     x = rng.choice([-1, 1], (2, 1, BLOCK, 16)).astype(np.float32)
-    x[:, :, 1::3] *= 2 * (np.arange(16) % 4 == 1)
-    x[:, :, 2::5] = 0
+    x[0, 0] = [tied_path_row(rng, bits) for _ in range(BLOCK)]
+    # Of norm 4 too.
+    x[1, :, 1::3] *= 2 * (np.arange(16) % 4 == 1)
+    x[1, :, 2::5] = 0
     centres = np.zeros((2, 1, 1, 16), np.float16) if role == KEY else None
     written = runner.encode(mx.array(x), chosen, centres=centres)
     assert np.array_equal(written.words, reference.encode(x, chosen, centres=centres).words)

@@ -66,9 +66,10 @@ class BackendRunner:
 
     def encode(self, x, chosen, *, scale=None, centres=None, start=0, state=None):
         """Packed rows as numpy arrays, of an MLX array and numpy arrays."""
-        given = {"channel_scale": scale, "centres": centres, "state": state}
-        given = {name: with_gaps(array) for name, array in given.items()}
-        return as_numpy(self.backend.encode(x, chosen, start=start, **given))
+        given = {"channel_scale": with_gaps(scale), "centres": with_gaps(centres), "start": start}
+        if state is not None:
+            given["state"] = with_gaps(np.repeat(state, 2, -1))[..., ::2]
+        return as_numpy(self.backend.encode(x, chosen, **given))
 
     def decode(self, packed, chosen, *, scale=None, dtype=mx.float32):
         """An MLX array, of numpy arrays."""

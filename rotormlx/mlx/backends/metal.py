@@ -170,14 +170,14 @@ def rotor3_quantize_dequantize(
 
 
 def encode_bytes(codec: Codec) -> int:
-    """Threadgroup memory of the kernel ``encode`` where it takes the means of keys.
+    """Threadgroup memory of the kernel ``encode`` where it takes means; elsewhere it is no more.
 
     A block of codes, and sums for its centre or, in the same place, the numbers of some sequences
     of a trellis: ``BlockEncoder`` of rotation.h and ``Slice`` of trellis.h.
     """
     codes = BLOCK * (codec.head_dim + 4)
-    sums = codec.head_dim * (THREADS // 32) if codec.role == KEY else 1
-    numbers = 1
+    sums = codec.head_dim * (THREADS // 32)
+    numbers = 0
     if codec.has_trellis:
         stride = codec.packed_axis_size + 1
         most = (THREADGROUP_BYTES - codes) // (4 * stride)
