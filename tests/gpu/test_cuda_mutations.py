@@ -41,7 +41,7 @@ CODEC_MUTATIONS = [
         for place in ("no numbers are in use", "the numbers are there", "the codes are there")
     ),
     ("u : uint(call.start), state", "u : 0u, state", check_filled_up_path),
-    ("* call.kv_heads + head) * call.blocks + block) * D;", "* 0) * D;", check_filled_up_path),
+    ("+ head) * call.blocks + block) * D;", ") * call.blocks + block) * D;", check_filled_up_path),
     (
         "Codec::IS_KEY ? 0u : uint(call.start)",
         "uint(call.start)",
@@ -194,7 +194,6 @@ TENSOR_MUTATIONS = [
     ("chosen_bytes(word << 4, word,", "chosen_bytes(word, word << 4,", {"bits": (4, 4)}),
     ("half == 0 ? 0x5140u : 0x7362u", "0x5140u", {}),
     ("Stored<BITS>::LEVELS == 16)", "false)", {}),
-    ("Stored<BITS>::LEVELS == 16)", "true)", {"bits": (2, 2)}),
     ("word & 0x77777777u", "word & 0x37777777u", {"bits": (4, 4)}),
     ("0x77777777u) >> (16 * half)", "0x77777777u)", {}),
     ("look_up<BITS>(indices.odd,", "look_up<BITS>(indices.even,", {"bits": (2, 2)}),
