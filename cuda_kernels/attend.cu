@@ -119,12 +119,20 @@ struct AttendPacked {
     }
   }
 
+  // How far before a load of a thread the words lie that come before it on the packed axis: those of the quad's lane
+  // before, or of its last lane in the load before, `loads_apart`.
+  static DEVICE_FN int way_back(int lane, int loads_apart) {
+    const int group = lane / 4, quad_lane = lane % 4;
+    const int there = quad_lane == 0 ? place_of_words(group, 3) - loads_apart : place_of_words(group, quad_lane - 1);
+    return place_of_words(group, quad_lane) - there;
+  }
+
   // sums[half][pair] += levels times factors, for the four lanes of the words that a load of this thread has: `load`
   // its first word rows, `factors` [TILES] operands of a step. Rows of the product: lane 0 of the four, then lane 1;
   // then 2 and 3.
   template <int BITS, int WORDS>
   static DEVICE_FN void add_products(
-      const uint4* load, int words_apart, int part, int word_lane, const ushort* table,
+      const uint4* load, int words_apart, int back, int part, int word_lane, const ushort* table,
       const uint4* factors, int factors_apart, float* sums) {  // sums: [2][TILES][4]
     uint words[WORDS][4];
 #pragma unroll
@@ -132,13 +140,18 @@ struct AttendPacked {
       const uint4 four = load[i * words_apart];
       words[i][0] = four.x, words[i][1] = four.y, words[i][2] = four.z, words[i][3] = four.w;
     }
+    uint before[4] = {0, 0, 0, 0};
+    if (Stored<BITS>::HAS_TRELLIS) {
+      const uint4 four = *(word_lane == 0 ? load : load - back);
+      if (word_lane > 0) before[0] = four.x, before[1] = four.y, before[2] = four.z, before[3] = four.w;
+    }
     uint levels[4][4];  // [lane of the words][pair]
 #pragma unroll
     for (int lane = 0; lane < 4; ++lane) {
       uint of_lane[WORDS];
 #pragma unroll
       for (int i = 0; i < WORDS; ++i) of_lane[i] = words[i][lane];
-      ChunkLevels<BITS>::make(of_lane, part, word_lane, table, levels[lane]);
+      ChunkLevels<BITS>::make(of_lane, before[lane], part, word_lane, table, levels[lane]);
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -282,6 +295,7 @@ struct AttendPacked {
 
     uint4* ring = shared + warp * (SLOTS * Shape::SLOT_LOADS * 32);  // [SLOTS][SLOT_LOADS][32]
     const int my_place = place_of_words(group, quad_lane);
+    const int key_way_back = way_back(lane, 2 * 32 * Keys::WORDS), value_way_back = way_back(lane, 32 * Values::WORDS);
     uint4* queries = shared + Shape::QUERIES;
     uint4* plain_queries = shared + Shape::PLAIN_QUERIES;
     float* factors = reinterpret_cast<float*>(shared + Shape::FACTORS);
@@ -356,8 +370,8 @@ struct AttendPacked {
         for (int h = 0; h < 2; ++h) {
           const int load = step / Keys::SHARE;
           add_products<KEY_BITS, Keys::WORDS>(
-              slot + (load * Keys::WORDS * 2 + h) * 32 + my_place, 2 * 32, step % Keys::SHARE, load * 4 + quad_lane,
-              table, queries + step * 32 + lane, Keys::STEPS * 32, scores + place(4 * h, 0, 0));
+              slot + (load * Keys::WORDS * 2 + h) * 32 + my_place, 2 * 32, key_way_back, step % Keys::SHARE,
+              load * 4 + quad_lane, table, queries + step * 32 + lane, Keys::STEPS * 32, scores + place(4 * h, 0, 0));
         }
       }
       __half scales[2][8];  // of keys and values, [half][token]
@@ -465,8 +479,8 @@ struct AttendPacked {
         for (int tile = 0; tile < VALUE_TILES; ++tile) {
           const int load = step / Values::SHARE;
           add_products<VALUE_BITS, Values::WORDS>(
-              slot + (tile * Values::LOADS + load) * Values::WORDS * 32 + my_place, 32, step % Values::SHARE,
-              load * 4 + quad_lane, table, operands, 1, sums + place(4 * tile, 0, 0));
+              slot + (tile * Values::LOADS + load) * Values::WORDS * 32 + my_place, 32, value_way_back,
+              step % Values::SHARE, load * 4 + quad_lane, table, operands, 1, sums + place(4 * tile, 0, 0));
         }
       }
       __syncwarp();  // no weights are in use, the values have been read

@@ -20,9 +20,9 @@ struct AttendPlain {
     QUERY = 0,                               // [KEY_DIM][ROWS]
     WEIGHTS = KEY_DIM * ROWS,                // [WARPS * BLOCK][ROWS]
     BY_WARP = WEIGHTS + WARPS * BLOCK * ROWS,  // [WARPS][ROWS]
-    KEY_LEVELS = BY_WARP + WARPS * ROWS,     // [2^KEY_BITS]
-    VALUE_LEVELS = KEY_LEVELS + (1 << KEY_BITS),
-    SHARED_BYTES = 4 * (VALUE_LEVELS + (1 << VALUE_BITS))
+    KEY_LEVELS = BY_WARP + WARPS * ROWS,     // all of Stored<KEY_BITS>
+    VALUE_LEVELS = KEY_LEVELS + Stored<KEY_BITS>::LEVELS,
+    SHARED_BYTES = 4 * (VALUE_LEVELS + Stored<VALUE_BITS>::LEVELS)
   };
   static_assert(VALUE_LANES <= THREADS, "a thread has two channels of the values");
   static_assert((GROUPS - 1) * VALUE_DIM <= WARPS * BLOCK, "the groups' sums must fit where the weights are");
@@ -49,23 +49,24 @@ struct AttendPlain {
       const uint* words, int row_stride, const float* levels, const float* factors, float* sums) {
     constexpr int CODES = Word<BITS>::codes;
     constexpr int WORD_ROWS = (AXIS + CODES - 1) / CODES;
-    uint first_signs = 0, second_signs = 0;
+    uint2 before = {0, 0}, high = {0, 0};
     for (int row = 0; row < WORD_ROWS; ++row) {
       const uint2 word = *reinterpret_cast<const uint2*>(words + row * row_stride);
       if (BITS == 3) {
-        // A word of the plane of signs serves two words of magnitudes.
-        const uint2 signs = *reinterpret_cast<const uint2*>(words + (WORD_ROWS + row / 2) * row_stride);
-        first_signs = row % 2 == 0 ? signs.x : first_signs >> CODES;
-        second_signs = row % 2 == 0 ? signs.y : second_signs >> CODES;
+        // A word of the second plane serves two words of the first.
+        if (row % 2 == 0) high = *reinterpret_cast<const uint2*>(words + (WORD_ROWS + row / 2) * row_stride);
+        else high.x >>= 2, high.y >>= 2;
       }
+      const Indices<uint> first = indices_of<BITS>(word.x, before.x, high.x);
+      const Indices<uint> second = indices_of<BITS>(word.y, before.y, high.y);
+      before = word;
 #pragma unroll
       for (int field = 0; field < CODES; ++field) {
         const int i = row * CODES + field;
         // Fields behind the last position mean nothing.
         if (AXIS % CODES == 0 || i < AXIS) {
           const float two[2] = {
-              levels[code_of_field<BITS>(word.x, first_signs, field)],
-              levels[code_of_field<BITS>(word.y, second_signs, field)]};
+              levels[index_of_field<BITS>(first, field)], levels[index_of_field<BITS>(second, field)]};
           add_products(factors + i * ROWS, two, sums);
         }
       }

@@ -59,7 +59,8 @@ void* stream_of(int64_t stream) { return reinterpret_cast<void*>(stream); }
 // x [B, K, 64 N, D] to words [B, K, N, rows, lanes], scales [B, K, N, 64], centres [B, K, N, D] or [B, K, N, 0].
 std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const OptionalTensor& centres,
                                           const OptionalTensor& channel_scale, const Tensor& coefficients,
-                                          int64_t role, int64_t rows, int64_t lanes, int64_t stream) {
+                                          int64_t start, const OptionalTensor& state, int64_t role, int64_t rows,
+                                          int64_t lanes, int64_t stream) {
   const int64_t batch = x.size(0), heads = x.size(1), blocks = x.size(2) / BLOCK;
   const bool is_key = role == ROTORMLX_KEY;
   Tensor words = x.new_empty({batch, heads, blocks, rows, lanes}, at::kInt);
@@ -79,6 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const OptionalTensor&
   call.coefficients_stride = matrix_stride(coefficients);
   call.channel_scale = pointer<float>(channel_scale);
   call.packed = packed_of(words, scales, is_key ? OptionalTensor(means) : std::nullopt);
+  call.start = int32_t(start);
+  call.state = pointer<uint32_t>(state);
   check("encode", rotormlx_encode(&call, stream_of(stream)));
   return {words, scales, means};
 }
@@ -169,8 +172,8 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
 
 TORCH_LIBRARY(ROTORMLX_NAMESPACE, library) {
   library.def(
-      "encode(Tensor x, Tensor? centres, Tensor? channel_scale, Tensor coefficients, int role, int rows, int lanes, "
-      "int stream) -> (Tensor, Tensor, Tensor)");
+      "encode(Tensor x, Tensor? centres, Tensor? channel_scale, Tensor coefficients, int start, Tensor? state, "
+      "int role, int rows, int lanes, int stream) -> (Tensor, Tensor, Tensor)");
   library.def(
       "decode(Tensor words, Tensor scales, Tensor? centres, Tensor? channel_scale, Tensor coefficients, int role, "
       "int head_dim, ScalarType dtype, int stream) -> Tensor");

@@ -35,9 +35,8 @@ DEVICE_FN void decode_block(const rotormlx_decode_arguments& call) {
       const int c = Channels::channel(lane, p);
       float number = 0.0f;
       if (Channels::exists(c)) {
-        const uint code = code_at<Codec::BITS, PACKED>(
-            words + (Codec::IS_KEY ? token : c), WORD_LANES, uint(Codec::IS_KEY ? c : token));
-        number = scale * level_of_code<Codec::BITS>(code);
+        number = scale * level_at<Codec::BITS, PACKED>(
+                             words + (Codec::IS_KEY ? token : c), WORD_LANES, uint(Codec::IS_KEY ? c : token));
       }
       rows[r * CHANNELS + p] = number;
     }

@@ -2,7 +2,8 @@
 //
 // One thread block a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from
 // the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte
-// each, then meet in shared memory, where every thread packs whole words.
+// each, then meet in shared memory, where every thread packs whole words. For trellis codes numbers meet there before,
+// slice by slice, and a thread finds the path of one sequence.
 //
 // Codec names bits, D, the rotation and the table of boundaries of keys or of values; see launch.cu. The grid is
 // N x K x B.
@@ -14,11 +15,11 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
   constexpr int WORKERS = THREADS / LANES;
   constexpr int ROWS = BLOCK / WORKERS;  // tokens of a lane: every WORKERS-th
   constexpr int WARPS = THREADS / 32;
-  // Four bytes more than a row, so that lanes that read the same channel of neighbouring tokens meet no
-  // bank of memory twice.
-  constexpr int CODE_STRIDE = D + 4;
+  using Encoder = BlockEncoder<Codec::BITS, Codec::IS_KEY != 0, D, LANES, HELD, BLOCK, THREADS, 48 * 1024>;
+  constexpr int CODE_STRIDE = Encoder::CODE_STRIDE, NUMBERS = Encoder::NUMBERS, SUMS = Codec::IS_KEY ? WARPS * D : 1;
   __shared__ uchar codes[BLOCK * CODE_STRIDE];  // [BLOCK, CODE_STRIDE]
-  __shared__ float sums[WARPS * D];             // [WARPS, D]
+  // Sums [WARPS, D], and later numbers of sequences, as bits.
+  __shared__ uint shared_numbers[SUMS > NUMBERS ? SUMS : NUMBERS];
 
   const int block = int(blockIdx.x), head = int(blockIdx.y), batch = int(blockIdx.z);
   const int thread = int(threadIdx.x);
@@ -65,7 +66,9 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
     for (int p = 0; p < CHANNELS; ++p) {
       for (int mask = LANES; mask < 32; mask *= 2) sum[p] += shuffle_xor(sum[p], ushort(mask));
       const int c = Channels::channel(lane, p);
-      if (worker % (32 / LANES) == 0 && Channels::exists(c)) sums[thread / 32 * D + c] = sum[p];
+      if (worker % (32 / LANES) == 0 && Channels::exists(c)) {
+        shared_numbers[thread / 32 * D + c] = bits_of_float(sum[p]);
+      }
     }
     __syncthreads();  // sums written
   }
@@ -78,7 +81,7 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
       float channel_factor = 1.0f;
       if (takes_means) {
         float mean = 0.0f;
-        for (int w = 0; w < WARPS; ++w) mean += sums[w * D + c];
+        for (int w = 0; w < WARPS; ++w) mean += float_of_bits(shared_numbers[w * D + c]);
         const __half rounded = __float2half_rn(fminf(fmaxf(mean, -65504.0f), 65504.0f));
         if (worker == 0) centres[c] = rounded;
         centre = __half2float(rounded);
@@ -97,20 +100,19 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
 
   __half* scales = static_cast<__half*>(packed.scales) + batch * packed.scales_strides[0] +
                    head * packed.scales_strides[1] + block * packed.scales_strides[2];
+  __half row_scales[ROWS];
+  if (Stored<Codec::BITS>::HAS_TRELLIS) {
+    const uint* state = call.state + ((int64_t(batch) * call.kv_heads + head) * call.blocks + block) * D;
+    Encoder::find_paths(
+        rows, row_scales, codes, shared_numbers, uint(thread), Codec::IS_KEY ? 0u : uint(call.start), state, 1);
+  } else {
+    Encoder::round(rows, row_scales, codes, uint(thread), Codec::boundaries());
+    __syncthreads();  // codes written
+  }
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const int token = worker + r * WORKERS;
-    uint code[CHANNELS];
-    const __half scale =
-        encode_row<Codec::BITS, D, LANES, HELD>(rows + r * CHANNELS, code, lane, Codec::boundaries());
-#pragma unroll
-    for (int p = 0; p < CHANNELS; ++p) {
-      const int c = Channels::channel(lane, p);
-      if (Channels::exists(c)) codes[token * CODE_STRIDE + c] = uchar(code[p]);
-    }
-    if (lane == 0) scales[token] = scale;
+    if (lane == 0) scales[worker + r * WORKERS] = row_scales[r];
   }
-  __syncthreads();  // codes written
 
   constexpr int PACKED = Codec::IS_KEY ? D : BLOCK;      // codes along the packed axis
   constexpr int WORD_LANES = Codec::IS_KEY ? BLOCK : D;  // words beside each other

@@ -47,17 +47,17 @@ __host__ __device__ constexpr uint half_magnitude(uint bits) {
   return half + (rest > 0x1000u || (rest == 0x1000u && half % 2 == 1) ? 1u : 0u);
 }
 
+// The level of an index (see Stored), of at most 16 levels.
 template <int BITS>
-__device__ constexpr uint half_level(uint code) {
-  const uint index = code & ((1u << (BITS - 1)) - 1u);
-  const uint bits = BITS == 2   ? MAGNITUDES_2[index % 2]
-                    : BITS == 3 ? MAGNITUDES_3[index % 4]
-                    : BITS == 4 ? MAGNITUDES_4[index % 8]
-                                : MAGNITUDES_8[index];
-  return half_magnitude(bits) | (code >> (BITS - 1) << 15);
+__device__ constexpr uint half_level(uint index) {
+  const uint half = Stored<BITS>::LEVELS / 2, magnitude = index % half;
+  const uint bits = BITS == 2   ? TRELLIS_MAGNITUDES_2[magnitude % 4]
+                    : BITS == 3 ? TRELLIS_MAGNITUDES_3[magnitude % 8]
+                                : MAGNITUDES_4[magnitude % 8];
+  return half_magnitude(bits) | (index / half << 15);
 }
 
-// Byte `byte` of the levels of codes `first` to `first` + 3.
+// Byte `byte` of the levels of indices `first` to `first` + 3.
 template <int BITS>
 __device__ constexpr uint level_bytes(uint first, uint byte) {
   uint bytes = 0;
@@ -73,69 +73,45 @@ DEVICE_FN void join_bytes(uint low, uint high, uint* pairs) {
   pairs[1] = chosen_bytes(low, high, 0x7362u);
 }
 
-// The levels of four codes from the nibbles of `selector`, of which the highest bit is 0: up to 8 levels.
+// The levels of four indices, the nibbles of the upper or lower half of `word`.
 template <int BITS>
-DEVICE_FN void look_up(uint selector, uint* pairs) {
-  constexpr uint LAST = BITS == 2 ? 0 : 4;  // at 2 bits there are no more than four
-  constexpr uint LOW_0 = level_bytes<BITS>(0, 0), LOW_1 = level_bytes<BITS>(LAST, 0);
-  constexpr uint HIGH_0 = level_bytes<BITS>(0, 1), HIGH_1 = level_bytes<BITS>(LAST, 1);
-  join_bytes(chosen_bytes(LOW_0, LOW_1, selector), chosen_bytes(HIGH_0, HIGH_1, selector), pairs);
+DEVICE_FN void look_up(uint word, int half, uint* pairs) {
+  constexpr uint LOW_0 = level_bytes<BITS>(0, 0), LOW_1 = level_bytes<BITS>(4, 0);
+  constexpr uint HIGH_0 = level_bytes<BITS>(0, 1), HIGH_1 = level_bytes<BITS>(4, 1);
+  const uint selector = (word & 0x77777777u) >> (16 * half);
+  uint high = chosen_bytes(HIGH_0, HIGH_1, selector);
+  if (Stored<BITS>::LEVELS == 16) {
+    // Eight magnitudes: each sign bit goes to the highest bit of a byte.
+    high ^= chosen_bytes(word << 4, word, half == 0 ? 0x5140u : 0x7362u) & 0x80808080u;
+  }
+  join_bytes(chosen_bytes(LOW_0, LOW_1, selector), high, pairs);
 }
 
-// The bits of a byte, the even ones at 0, 4, 8, 12 and each odd one behind its even one.
-DEVICE_FN uint spread(uint byte) {
-  const uint spaced = (byte | (byte << 4)) & 0x0f0fu;
-  return (spaced | (spaced << 2)) & 0x3333u;
-}
-
-// The 8 levels of a chunk, as four pairs of float16, in the order of Order<BITS>. `part` is the chunk's number among
-// those of the load, `place` the number of the load's lane among all (see Chunks); `table` holds the 256 levels of 8
-// bits.
+// The 8 levels of a chunk, as four pairs of float16, in the order of Order<BITS>. words: those of the load; `before`
+// the one before the first of them on the packed axis, of a trellis. `part` is the chunk's number among those of the
+// load, `place` the number of the load's lane among all (see Chunks); `table` holds the 256 levels of 8 bits.
 template <int BITS>
-struct ChunkLevels {};
+struct ChunkLevels {
+  static DEVICE_FN void make(const uint* words, uint before, int part, int place, const ushort*, uint* pairs) {
+    // Both chunks of the load come to these same lines.
+    const uint high = BITS == 3 ? words[1] >> (place % 2 * 2) : 0;
+    const Indices<uint> indices = indices_of<BITS>(words[0], before, high);
+    look_up<BITS>(indices.even, part, pairs);
+    look_up<BITS>(indices.odd, part, pairs + 2);
+  }
+};
 
 template <>
 struct ChunkLevels<4> {
-  static DEVICE_FN void make(const uint* words, int, int, const ushort*, uint* pairs) {
-    constexpr uint LOW_0 = level_bytes<4>(0, 0), LOW_1 = level_bytes<4>(4, 0);
-    constexpr uint HIGH_0 = level_bytes<4>(0, 1), HIGH_1 = level_bytes<4>(4, 1);
-    const uint word = words[0];
-    const uint shifted = word << 4;
-    const uint indices = word & 0x77777777u;
-    // Each sign bit goes to the highest bit of a byte.
-    const uint first_signs = chosen_bytes(shifted, word, 0x5140u) & 0x80808080u;
-    const uint last_signs = chosen_bytes(shifted, word, 0x7362u) & 0x80808080u;
-    join_bytes(
-        chosen_bytes(LOW_0, LOW_1, indices), chosen_bytes(HIGH_0, HIGH_1, indices) ^ first_signs,
-        pairs);
-    join_bytes(
-        chosen_bytes(LOW_0, LOW_1, indices >> 16),
-        chosen_bytes(HIGH_0, HIGH_1, indices >> 16) ^ last_signs, pairs + 2);
-  }
-};
-
-template <>
-struct ChunkLevels<2> {
-  static DEVICE_FN void make(const uint* words, int part, int, const ushort*, uint* pairs) {
-    const uint fields = words[0] >> (16 * part);
-    look_up<2>(fields & 0x3333u, pairs);
-    look_up<2>((fields >> 2) & 0x3333u, pairs + 2);
-  }
-};
-
-template <>
-struct ChunkLevels<3> {
-  static DEVICE_FN void make(const uint* words, int part, int place, const ushort*, uint* pairs) {
-    const uint fields = words[0] >> (16 * part);
-    const uint signs = spread((words[1] >> (16 * (place % 2) + 8 * part)) & 0xffu);
-    look_up<3>((fields & 0x3333u) | ((signs << 2) & 0x4444u), pairs);
-    look_up<3>(((fields >> 2) & 0x3333u) | ((signs << 1) & 0x4444u), pairs + 2);
+  static DEVICE_FN void make(const uint* words, uint, int, int, const ushort*, uint* pairs) {
+    look_up<4>(words[0], 0, pairs);
+    look_up<4>(words[0], 1, pairs + 2);
   }
 };
 
 template <>
 struct ChunkLevels<8> {
-  static DEVICE_FN void make(const uint* words, int, int, const ushort* table, uint* pairs) {
+  static DEVICE_FN void make(const uint* words, uint, int, int, const ushort* table, uint* pairs) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint codes = words[i / 2] >> (16 * (i % 2));

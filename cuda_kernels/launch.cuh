@@ -7,6 +7,7 @@
 constexpr int BLOCK = 64;
 
 #include "../shared_kernels/levels.h"
+#include "../shared_kernels/trellis.h"
 #include "../shared_kernels/rotation.h"
 
 #include "launch.h"

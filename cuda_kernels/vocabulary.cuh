@@ -27,6 +27,12 @@ DEVICE_FN __half half_of_bits(ushort bits) { return __ushort_as_half(bits); }
 DEVICE_FN float shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE_FN uint shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(~0u, x, mask); }
 
+// All threads of a thread block meet here, and see what the others wrote to shared memory.
+#define MEET() __syncthreads()
+
+// Before a loop whose arrays must lie in registers.
+#define UNROLL _Pragma("unroll")
+
 // Two floats as float16, the first in the low half.
 DEVICE_FN uint half_pair(float first, float second) {
   const __half2 pair = __floats2half2_rn(first, second);

@@ -40,29 +40,33 @@ template <int BITS, int AXIS, int ROWS, int WIDTH, typename Rows>
 METAL_FUNC void add_levels(
     const device uint* words,  // [rows of words, lanes]
     int64_t row_stride, int64_t first_lane, int64_t second_lane,
-    threadgroup const float* levels,  // [2^BITS]
+    threadgroup const float* levels,  // all of Stored<BITS>
     threadgroup const Rows* factors,  // [AXIS][ROWS / WIDTH]
     thread float* sums) {             // [2][ROWS]
   constexpr int CODES = Word<BITS>::codes;
   constexpr int WORD_ROWS = (AXIS + CODES - 1) / CODES;
-  uint first_signs = 0, second_signs = 0;
+  uint first_before = 0, second_before = 0, first_high = 0, second_high = 0;
   for (int row = 0; row < WORD_ROWS; ++row) {
     const device uint* word = words + row * row_stride;
-    const uint first = word[first_lane], second = word[second_lane];
+    const uint first_word = word[first_lane], second_word = word[second_lane];
     if (BITS == 3) {
-      // A word of the plane of signs serves two words of magnitudes.
-      const device uint* signs = words + (WORD_ROWS + row / 2) * row_stride;
-      first_signs = row % 2 == 0 ? signs[first_lane] : first_signs >> CODES;
-      second_signs = row % 2 == 0 ? signs[second_lane] : second_signs >> CODES;
+      // A word of the second plane serves two words of the first.
+      const device uint* high = words + (WORD_ROWS + row / 2) * row_stride;
+      first_high = row % 2 == 0 ? high[first_lane] : first_high >> 2;
+      second_high = row % 2 == 0 ? high[second_lane] : second_high >> 2;
     }
+    const Indices<uint> first = indices_of<BITS>(first_word, first_before, first_high);
+    const Indices<uint> second = indices_of<BITS>(second_word, second_before, second_high);
+    first_before = first_word;
+    second_before = second_word;
     for (int field = 0; field < CODES; ++field) {
       const int i = row * CODES + field;
       // Fields behind the last position mean nothing.
       if (AXIS % CODES == 0 || i < AXIS) {
         add_products<ROWS, WIDTH>(
             factors + i * (ROWS / WIDTH),
-            levels[code_of_field<BITS>(first, first_signs, field)],
-            levels[code_of_field<BITS>(second, second_signs, field)], sums);
+            levels[index_of_field<BITS>(first, uint(field))],
+            levels[index_of_field<BITS>(second, uint(field))], sums);
       }
     }
   }
@@ -109,8 +113,8 @@ using Rows = typename RowVector<WIDTH>::type;
 
 threadgroup Rows query[KEY_DIM * VECTORS];  // [KEY_DIM][ROWS]
 threadgroup Rows weights[STEP * VECTORS];   // [STEP][ROWS]
-threadgroup float key_levels[1 << KEY_BITS];
-threadgroup float value_levels[1 << VALUE_BITS];
+threadgroup float key_levels[Stored<KEY_BITS>::LEVELS];
+threadgroup float value_levels[Stored<VALUE_BITS>::LEVELS];
 threadgroup float by_simdgroup[SIMDGROUPS * ROWS];  // [SIMDGROUPS][ROWS]
 
 const int thread_index = int(thread_index_in_threadgroup);

@@ -37,8 +37,7 @@
       float number = 0.0f;
       if (Channels::exists(c)) {
         device const uint* first = block_words + (KEY ? token : c) * words_strides[4];
-        const uint code = code_at<BITS, PACKED>(first, words_strides[3], KEY ? c : token);
-        number = scale * level_of_code<BITS>(code);
+        number = scale * level_at<BITS, PACKED>(first, words_strides[3], KEY ? c : token);
       }
       rows[r * CHANNELS + p] = number;
     }

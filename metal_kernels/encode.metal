@@ -2,18 +2,21 @@
 //
 // One threadgroup a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from
 // the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte
-// each, then meet in threadgroup memory, where every thread packs whole words.
+// each, then meet in threadgroup memory, where every thread packs whole words. For trellis codes numbers meet there
+// before, slice by slice, and a thread finds the path of one sequence.
 //
 // Template arguments: T the dtype, BITS of a code, D head_dim, BLOCK tokens, THREADS, LANES and HELD (see
 // LaneRow), MATRICES (see coefficients), and KEY: a word packs channels of a token, else tokens of a channel.
 // BOUNDARIES is the table of the codebook. Macros say which buffers there are: CENTRE_MEANS the output `centres`,
-// CENTRES the input of that name, CHANNEL_SCALE the input `channel_scale`. B batch, K KV heads, N blocks, R rows of
+// CENTRES the input of that name, CHANNEL_SCALE the input `channel_scale`, STATE the inputs `start` and `state`. B batch, K KV heads, N blocks, R rows of
 // words.
 //
 // x              T       [B, K, N * BLOCK, D], any strides
 // coefficients   float   of the rotation; [MATRICES, D, D] where each KV head has its own, else MATRICES is 1
 // centres        half    [B, K, N, D], as an input with any strides
 // channel_scale  float   [K, D], any strides
+// start          int     tokens before it have codes already; trellis codes of values
+// state          uint    [B, K, N, D]: of the trellis behind those, any strides
 // words          uint    [B, K, N, R, BLOCK] for keys, [B, K, N, R, D] for values
 // scales         half    [B, K, N, BLOCK]
 
@@ -22,10 +25,17 @@
   constexpr uint CHANNELS = Channels::CHANNELS;
   constexpr uint WORKERS = THREADS / LANES;
   constexpr uint ROWS = BLOCK / WORKERS;  // tokens of a lane: every WORKERS-th
-  // Four bytes more than a row, so that lanes that read the same channel of neighbouring tokens meet no
-  // bank of memory twice.
-  constexpr uint CODE_STRIDE = D + 4;
+  using Encoder = BlockEncoder<BITS, KEY, D, LANES, HELD, BLOCK, THREADS, 32 * 1024>;
+  constexpr uint CODE_STRIDE = Encoder::CODE_STRIDE;
   threadgroup uchar codes[BLOCK * CODE_STRIDE];  // [BLOCK, CODE_STRIDE]
+#ifdef CENTRE_MEANS
+  constexpr uint SIMDGROUPS = THREADS / 32;
+  constexpr uint SUMS = SIMDGROUPS * D;
+#else
+  constexpr uint SUMS = 1;
+#endif
+  // Sums, and later numbers of sequences, as bits.
+  threadgroup uint shared[SUMS > Encoder::NUMBERS ? SUMS : uint(Encoder::NUMBERS)];
 
   const uint3 place = threadgroup_position_in_grid;  // (N, K, B)
   const uint worker = thread_position_in_threadgroup.x / LANES;
@@ -45,8 +55,6 @@
 
 #ifdef CENTRE_MEANS
   // Each lane sums its rows, each simdgroup its lanes of a channel, and everybody the simdgroups' sums.
-  constexpr uint SIMDGROUPS = THREADS / 32;
-  threadgroup float sums[SIMDGROUPS * D];  // [SIMDGROUPS, D]
   float sum[CHANNELS];
   for (uint p = 0; p < CHANNELS; ++p) sum[p] = 0.0f;
   for (uint r = 0; r < ROWS; ++r) {
@@ -62,7 +70,7 @@
     for (ushort mask = LANES; mask < 32; mask *= 2) sum[p] += shuffle_xor(sum[p], mask);
     const uint c = Channels::channel(lane, p);
     if (worker % (32 / LANES) == 0 && Channels::exists(c)) {
-      sums[simdgroup_index_in_threadgroup * D + c] = sum[p];
+      shared[simdgroup_index_in_threadgroup * D + c] = bits_of_float(sum[p]);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);  // sums written
@@ -75,7 +83,7 @@
       float channel_factor = 1.0f;
 #ifdef CENTRE_MEANS
       float mean = 0.0f;
-      for (uint s = 0; s < SIMDGROUPS; ++s) mean += sums[s * D + c];
+      for (uint s = 0; s < SIMDGROUPS; ++s) mean += float_of_bits(shared[s * D + c]);
       const half rounded = half(clamp(mean, -65504.0f, 65504.0f));
       if (worker == 0) centres[block * D + c] = rounded;
       centre = float(rounded);
@@ -96,23 +104,33 @@
 
   rotate_rows<LANES, ROWS>(rows, coefficients + place.y % MATRICES * (D * D), lane);
 
-  for (uint r = 0; r < ROWS; ++r) {
-    const uint token = worker + r * WORKERS;
-    uint code[CHANNELS];
-    const half scale =
-        encode_row<BITS, D, LANES, HELD>(rows + r * CHANNELS, code, lane, BOUNDARIES);
-    for (uint p = 0; p < CHANNELS; ++p) {
-      const uint c = Channels::channel(lane, p);
-      if (Channels::exists(c)) codes[token * CODE_STRIDE + c] = uchar(code[p]);
-    }
-    if (lane == 0) scales[block * BLOCK + token] = scale;
+  const uint thread_index = thread_position_in_threadgroup.x;
+  half row_scales[ROWS];
+  if (Stored<BITS>::HAS_TRELLIS) {
+#ifdef STATE
+    const uint first_token = uint(start);
+    device const uint* block_state = state + place.z * state_strides[0] + place.y * state_strides[1] +
+        place.x * state_strides[2];
+    const long state_stride = state_strides[3];
+#else
+    const uint first_token = 0;
+    device const uint* block_state = nullptr;
+    const long state_stride = 0;
+#endif
+    Encoder::find_paths(
+        rows, row_scales, codes, shared, thread_index, first_token, block_state, state_stride);
+  } else {
+    Encoder::round(rows, row_scales, codes, thread_index, BOUNDARIES);
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // codes written
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);  // codes written
+  for (uint r = 0; r < ROWS; ++r) {
+    if (lane == 0) scales[block * BLOCK + worker + r * WORKERS] = row_scales[r];
+  }
 
   constexpr uint PACKED = KEY ? D : BLOCK;      // codes along the packed axis
   constexpr uint WORD_LANES = KEY ? BLOCK : D;  // words beside each other
   constexpr uint WORD_ROWS = WordRows<BITS, PACKED>::ALL;
-  for (uint i = thread_position_in_threadgroup.x; i < WORD_ROWS * WORD_LANES; i += THREADS) {
+  for (uint i = thread_index; i < WORD_ROWS * WORD_LANES; i += THREADS) {
     const uint word_lane = i % WORD_LANES;
     threadgroup const uchar* first = codes + word_lane * (KEY ? CODE_STRIDE : 1);
     words[block * (WORD_ROWS * WORD_LANES) + i] =

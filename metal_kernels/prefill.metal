@@ -10,7 +10,7 @@ template <int BITS, int AXIS, int LANES, int THREADS>
 METAL_FUNC void decode_tile(
     const device uint* words,  // [rows of words, lanes] of one block
     int64_t row_stride, int64_t lane_stride, int first_row, int rows, int first_lane,
-    threadgroup const float* levels,  // [2^BITS]
+    threadgroup const float* levels,  // all of Stored<BITS>
     threadgroup float* tile,          // [rows * codes of a word, at most AXIS][LANES]
     int thread_index) {
   constexpr int CODES = Word<BITS>::codes;
@@ -18,15 +18,16 @@ METAL_FUNC void decode_tile(
   for (int i = thread_index; i < rows * LANES; i += THREADS) {
     const int row = first_row + i / LANES, lane = i % LANES;
     const device uint* at = words + (first_lane + lane) * lane_stride;
-    const uint word = at[row * row_stride];
-    uint signs = 0;
-    // A word of the plane of signs serves two words of magnitudes.
-    if (BITS == 3) signs = at[(WORD_ROWS + row / 2) * row_stride] >> (row % 2 * CODES);
+    uint before = 0, high = 0;
+    if (Stored<BITS>::HAS_TRELLIS && row > 0) before = at[(row - 1) * row_stride];
+    // A word of the second plane serves two words of the first.
+    if (BITS == 3) high = at[(WORD_ROWS + row / 2) * row_stride] >> (row % 2 * 2);
+    const Indices<uint> indices = indices_of<BITS>(at[row * row_stride], before, high);
     for (int field = 0; field < CODES; ++field) {
       const int position = i / LANES * CODES + field;
       // Fields behind the last position mean nothing.
       if (AXIS % CODES == 0 || position < AXIS) {
-        tile[position * LANES + lane] = levels[code_of_field<BITS>(word, signs, field)];
+        tile[position * LANES + lane] = levels[index_of_field<BITS>(indices, uint(field))];
       }
     }
   }
@@ -60,8 +61,8 @@ static_assert(BLOCK % TILE == 0 && TILE % 16 == 0, "a tile is whole words of one
 threadgroup float tile[TILE * LARGER_DIM];
 threadgroup float scores[SIMDGROUPS * 8 * TILE];  // [SIMDGROUPS][8][TILE], then the softmax weights
 threadgroup float shrinks[SIMDGROUPS * 64];       // a diagonal matrix for each simdgroup
-threadgroup float key_levels[1 << KEY_BITS];
-threadgroup float value_levels[1 << VALUE_BITS];
+threadgroup float key_levels[Stored<KEY_BITS>::LEVELS];
+threadgroup float value_levels[Stored<VALUE_BITS>::LEVELS];
 
 const int thread_index = int(thread_index_in_threadgroup);
 const int lane = int(thread_index_in_simdgroup);

@@ -18,3 +18,9 @@ DEVICE_FN half half_of_bits(ushort bits) { return as_type<half>(bits); }
 // What the lane whose number differs by the bits of `mask` brings; all lanes of a simdgroup meet here.
 DEVICE_FN float shuffle_xor(float x, ushort mask) { return simd_shuffle_xor(x, mask); }
 DEVICE_FN uint shuffle_xor(uint x, ushort mask) { return simd_shuffle_xor(x, mask); }
+
+// All threads of a threadgroup meet here, and see what the others wrote to threadgroup memory.
+#define MEET() threadgroup_barrier(mem_flags::mem_threadgroup)
+
+// Before a loop whose arrays must lie in registers.
+#define UNROLL _Pragma("clang loop unroll(full)")

@@ -1,5 +1,5 @@
-// The level that a code stands for, and the code that a field of a word holds (docs/FORMAT.md, sections 3
-// and 5). Written in the words of a platform's vocabulary.h, so that it stands once for all of them.
+// Codes that are nearest levels: of 4 and 8 bits, and at any width those of the published method (docs/FORMAT.md,
+// sections 3 and 5). Written in the words of a platform's vocabulary.h, so that it stands once for all of them.
 
 // Magnitudes as float32 bit patterns, ascending.
 CONSTANT uint MAGNITUDES_2[4] = {
@@ -58,13 +58,4 @@ template <int BITS>
 DEVICE_FN uint code_of_field(uint word, uint signs, uint field) {
   if (BITS == 3) return ((word >> (2 * field)) & 3u) | (((signs >> field) & 1u) << 2);
   return (word >> (BITS * field)) & ((1u << BITS) - 1u);
-}
-
-// All levels, `table[code]`, for the threads of a threadgroup to share: one conflict-free load then
-// gives a level with its sign. A barrier must follow.
-template <int BITS>
-DEVICE_FN void fill_levels(THREADGROUP float* table, uint thread_index, uint threads) {
-  for (uint code = thread_index; code < (1u << BITS); code += threads) {
-    table[code] = level_of_code<BITS>(code);
-  }
 }

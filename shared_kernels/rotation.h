@@ -1,5 +1,5 @@
-// Rotations, nearest levels, scales and words (docs/FORMAT.md, sections 3 to 6), once for every platform.
-// In front of this text stand a vocabulary header and levels.h.
+// Rotations, codes, scales and words (docs/FORMAT.md, sections 3 to 6), once for every platform.
+// In front of this text stand a vocabulary header, levels.h and trellis.h.
 //
 // D head_dim. LANES neighbouring lanes of a simdgroup share a row, each with some of its channels in registers (see
 // LaneRow); a lane has ROWS such rows at once, so that what is read for one serves all. BACK asks for the inverse.
@@ -263,45 +263,131 @@ DEVICE_FN uint nearest_code(float z, Table boundaries) {
   return z < 0.0f ? index | (1u << (BITS - 1)) : index;
 }
 
-// What is stored for the scale |w| / |l| of a row w with levels l: a NaN where the row is not finite or the scale too
-// large for float16.
+// |w| / sqrt(D) as float16. A row where that is 0, infinite or a NaN is special: it has no numbers.
+template <int D>
+DEVICE_FN half size_of_row(float norm) {
+  return half(norm / sqrt(float(D)));
+}
+
+// What is stored for the scale |w| / |l| of a row w with levels l.
+template <int D>
 DEVICE_FN half stored_scale(float norm, float level_level) {
-  const float scale = norm / sqrt(level_level);
-  return is_finite(scale) && scale < 65520.0f ? half(scale) : half_of_bits(0x7e00);
+  const float size = float(size_of_row<D>(norm)), scale = norm / sqrt(level_level);
+  if (size == 0.0f) return half(0.0f);
+  return is_finite(size) && scale < 65520.0f ? half(scale) : half_of_bits(0x7e00);
 }
 
-// Whether the codes of a row count: all are stored as 0 where its scale is zero or a NaN.
-DEVICE_FN bool has_codes(half scale) {
-  return float(scale) > 0.0f;
-}
-
-// Rounds a row to levels: code[p] of each channel of this lane, zero where the channel does not exist or codes do not
-// count, and the scale, which all lanes get.
-template <int BITS, int D, int LANES, int HELD, typename Table>
-DEVICE_FN half encode_row(
-    THREAD const float* row, THREAD uint* code, uint lane, Table boundaries) {
-  using Channels = LaneRow<D, LANES, HELD>;
+// Divides a row w by |w| / sqrt(D), a special one to zeros; |w|, which all lanes get.
+template <int D, int LANES, int HELD>
+DEVICE_FN float to_unit_variance(THREAD float* row) {
+  enum { CHANNELS = LaneRow<D, LANES, HELD>::CHANNELS };
   float square_sum = 0.0f;
-  for (uint p = 0; p < Channels::CHANNELS; ++p) square_sum = fma(row[p], row[p], square_sum);
-  square_sum = lane_sum<LANES>(square_sum);
+  for (uint p = 0; p < CHANNELS; ++p) square_sum = fma(row[p], row[p], square_sum);
+  const float norm = sqrt(lane_sum<LANES>(square_sum));
+  const float size = float(size_of_row<D>(norm)), factor = sqrt(float(D)) / norm;
+  const bool special = size == 0.0f || !is_finite(size);
+  for (uint p = 0; p < CHANNELS; ++p) row[p] = special ? 0.0f : row[p] * factor;
+  return norm;
+}
 
-  const float norm = sqrt(square_sum);
-  const float to_unit_variance = sqrt(float(D)) / norm;
+// Rounds a row to nearest levels: code[p] of each channel of this lane, zero where the channel does not exist, and the
+// scale, which all lanes get. The row's numbers become z.
+template <int BITS, int D, int LANES, int HELD, typename Table>
+DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, uint lane, Table boundaries) {
+  using Channels = LaneRow<D, LANES, HELD>;
+  const float norm = to_unit_variance<D, LANES, HELD>(row);
   float level_level = 0.0f;
   for (uint p = 0; p < Channels::CHANNELS; ++p) {
     code[p] = 0;
     if (Channels::exists(Channels::channel(lane, p))) {
-      code[p] = nearest_code<BITS>(row[p] * to_unit_variance, boundaries);
+      code[p] = nearest_code<BITS>(row[p], boundaries);
       const float level = level_of_code<BITS>(code[p]);
       level_level = fma(level, level, level_level);
     }
   }
-  const half scale = stored_scale(norm, lane_sum<LANES>(level_level));
-  if (!has_codes(scale)) {
-    for (uint p = 0; p < Channels::CHANNELS; ++p) code[p] = 0;
-  }
-  return scale;
+  return stored_scale<D>(norm, lane_sum<LANES>(level_level));
 }
+
+// The codes of a block of TOKENS rows, which THREADS threads have in registers, LANES a row. They meet as bytes in
+// `codes`, a row CODE_STRIDE apart, which holds codes of trellises in the low four bits. MEMORY bytes are there for
+// them and for `numbers`.
+template <int BITS, bool KEY, int D, int LANES, int HELD, int TOKENS, int THREADS, int MEMORY>
+struct BlockEncoder {
+  using Channels = LaneRow<D, LANES, HELD>;
+  enum {
+    CHANNELS = Channels::CHANNELS,
+    WORKERS = THREADS / LANES,
+    ROWS = TOKENS / WORKERS,  // of a lane: every WORKERS-th
+    // Four bytes more than a row, so that lanes that read the same channel of neighbouring tokens meet no bank of
+    // memory twice.
+    CODE_STRIDE = D + 4,
+    // Sequences, along the packed axis; they have the lanes of the words.
+    SEQUENCES = KEY ? TOKENS : D,
+    LENGTH = KEY ? D : TOKENS,
+    SEQUENCE_STEP = KEY ? CODE_STRIDE : 1,
+    POSITION_STEP = KEY ? 1 : CODE_STRIDE,
+    SLICE = Slice<LENGTH, MEMORY - TOKENS * CODE_STRIDE>::COUNT,
+    STRIDE = Slice<LENGTH, 0>::STRIDE,
+    NUMBERS = Stored<BITS>::HAS_TRELLIS ? SLICE * STRIDE : 1
+  };
+
+  // Codes that are nearest levels. A barrier must follow.
+  template <typename Table>
+  static DEVICE_FN void round(
+      THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, uint thread_index, Table boundaries) {
+    const uint worker = thread_index / LANES, lane = thread_index % LANES;
+    for (uint r = 0; r < ROWS; ++r) {
+      uint code[CHANNELS];
+      scales[r] = encode_row<BITS, D, LANES, HELD>(rows + r * CHANNELS, code, lane, boundaries);
+      for (uint p = 0; p < CHANNELS; ++p) {
+        const uint c = Channels::channel(lane, p);
+        if (Channels::exists(c)) codes[(worker + r * WORKERS) * CODE_STRIDE + c] = uchar(code[p]);
+      }
+    }
+  }
+
+  // Codes of trellises: a slice of the sequences meets in `numbers`, and a thread has each of them. `state`: what the
+  // positions before `start` leave to each sequence, `state_stride` apart, if there are any. No barrier need follow.
+  static DEVICE_FN void find_paths(
+      THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, THREADGROUP uint* numbers, uint thread_index,
+      uint start, GLOBAL const uint* state, long state_stride) {
+    const uint worker = thread_index / LANES, lane = thread_index % LANES;
+    float norms[ROWS];
+    for (uint r = 0; r < ROWS; ++r) norms[r] = to_unit_variance<D, LANES, HELD>(rows + r * CHANNELS);
+    for (uint first = 0; first < SEQUENCES; first += SLICE) {
+      MEET();  // no numbers are in use
+      for (uint r = 0; r < ROWS; ++r) {
+        for (uint p = 0; p < CHANNELS; ++p) {
+          const uint c = Channels::channel(lane, p), token = worker + r * WORKERS;
+          const uint sequence = KEY ? token : c, position = KEY ? c : token;
+          if (Channels::exists(c) && sequence >= first && sequence < first + SLICE) {
+            numbers[(sequence - first) * STRIDE + position] = bits_of_float(rows[r * CHANNELS + p]);
+          }
+        }
+      }
+      MEET();  // the numbers are there
+      const uint sequence = first + thread_index;
+      if (thread_index < SLICE && sequence < SEQUENCES) {
+        encode_sequence<BITS, LENGTH>(
+            numbers + thread_index * STRIDE, codes + sequence * SEQUENCE_STEP, POSITION_STEP, start,
+            start > 0 ? state[sequence * state_stride] : 0);
+      }
+    }
+    MEET();  // the codes are there
+    for (uint r = 0; r < ROWS; ++r) {
+      float level_level = 0.0f;
+      for (uint p = 0; p < CHANNELS; ++p) {
+        const uint c = Channels::channel(lane, p);
+        if (Channels::exists(c)) {
+          const uint index = codes[(worker + r * WORKERS) * CODE_STRIDE + c] >> 4;
+          const float level = stored_level<BITS>(index);
+          level_level = fma(level, level, level_level);
+        }
+      }
+      scales[r] = stored_scale<D>(norms[r], lane_sum<LANES>(level_level));
+    }
+  }
+};
 
 // ---- words ----------------------------------------------------------------------------------------
 
@@ -325,40 +411,35 @@ struct WordRows {
   };
 };
 
-// The bits SHIFT to SHIFT + FIELD - 1 of `codes[0]`, `codes[step]`, ..., of `count` codes at most, as one word.
-template <int FIELD, int SHIFT>
-DEVICE_FN uint packed_fields(THREADGROUP const uchar* codes, uint step, uint count) {
+// Row `row` of the words of one lane, whose COUNT codes lie `step` apart.
+template <int BITS, int COUNT>
+DEVICE_FN uint packed_word(THREADGROUP const uchar* codes, uint step, uint row) {
+  enum { FIELD = Planes<BITS>::FIRST, FIRST_ROWS = WordRows<BITS, COUNT>::FIRST };
   uint word = 0;
-  for (uint f = 0; f < 32 / FIELD && f < count; ++f) {
-    word |= ((uint(codes[f * step]) >> SHIFT) & ((1u << FIELD) - 1)) << (f * FIELD);
+  if (BITS == 3 && row >= FIRST_ROWS) {
+    // The high bits, in the order of docs/FORMAT.md.
+    const uint i = (row - FIRST_ROWS) * 32;
+    for (uint f = 0; f < 32 && i + f < COUNT; ++f) {
+      word |= ((uint(codes[(i + f) * step]) >> 2) & 1u) << (f % 16 / 2 * 4 + f / 16 * 2 + f % 2);
+    }
+    return word;
+  }
+  const uint i = row * (32 / FIELD);
+  for (uint f = 0; f < 32 / FIELD && i + f < COUNT; ++f) {
+    word |= (uint(codes[(i + f) * step]) & ((1u << FIELD) - 1)) << (f * FIELD);
   }
   return word;
 }
 
-// Row `row` of the words of one lane, whose COUNT codes lie `step` apart.
+// The level at position i of the packed axis of one lane, whose words lie `row_stride` apart; COUNT as above.
 template <int BITS, int COUNT>
-DEVICE_FN uint packed_word(THREADGROUP const uchar* codes, uint step, uint row) {
-  enum { FIRST = Planes<BITS>::FIRST, SECOND = Planes<BITS>::SECOND };
-  const uint first_rows = WordRows<BITS, COUNT>::FIRST;
-  if (SECOND == 0 || row < first_rows) {
-    const uint i = row * (32 / FIRST);
-    return packed_fields<FIRST, 0>(codes + i * step, step, COUNT - i);
-  }
-  // Without a second plane this line is never reached; the field then only has to be valid.
-  enum { FIELD = SECOND == 0 ? 1 : SECOND };
-  const uint i = (row - first_rows) * (32 / FIELD);
-  return packed_fields<FIELD, FIRST>(codes + i * step, step, COUNT - i);
-}
-
-// The code at position i of the packed axis of one lane, whose words lie `row_stride` apart; COUNT as above.
-template <int BITS, int COUNT>
-DEVICE_FN uint code_at(GLOBAL const uint* words, long row_stride, uint i) {
-  const uint word = words[i / Word<BITS>::codes * row_stride];
-  uint signs = 0;
+DEVICE_FN float level_at(GLOBAL const uint* words, long row_stride, uint i) {
+  const uint row = i / Word<BITS>::codes;
+  uint before = 0, high = 0;
+  if (Stored<BITS>::HAS_TRELLIS && row > 0) before = words[(row - 1) * row_stride];
   if (Planes<BITS>::SECOND > 0) {
-    // A word of signs serves the fields of two words of magnitudes.
-    const uint row = WordRows<BITS, COUNT>::FIRST + i / 32;
-    signs = words[row * row_stride] >> (i & Word<BITS>::codes);
+    high = words[(WordRows<BITS, COUNT>::FIRST + row / 2) * row_stride] >> (row % 2 * 2);
   }
-  return code_of_field<BITS>(word, signs, i % Word<BITS>::codes);
+  const Indices<uint> indices = indices_of<BITS>(words[row * row_stride], before, high);
+  return stored_level<BITS>(index_of_field<BITS>(indices, i % Word<BITS>::codes));
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from rotormlx.codec.format import BLOCK
+from rotormlx.codec.format import BLOCK, TRELLIS_BITS
 from rotormlx.kernels.parts import Parts, cut
 
 # Threads of a thread block of each kernel of attention.
@@ -150,7 +150,8 @@ def part_shared_bytes(
 ) -> int:
     """Of the kernel that does a part: ``AttendPlain``, and with operands ``AttendShape`` too."""
     rows = 8 * max(operands, 1)
-    plain = 4 * (rows * (key_dim + 4 * BLOCK + 4) + 2**key_bits + 2**value_bits)
+    levels = sum(2 ** (bits + (bits in TRELLIS_BITS)) for bits in (key_bits, value_bits))
+    plain = 4 * (rows * (key_dim + 4 * BLOCK + 4) + levels)
     if operands == 0:
         return plain
     key_loads, key_steps = _loads(key_bits, key_dim)

@@ -138,7 +138,13 @@ class AttendCall(NamedTuple):
 
 
 def encode(
-    x: Tensor, codec: Codec, *, channel_scale: Tensor | None = None, centres: Tensor | None = None
+    x: Tensor,
+    codec: Codec,
+    *,
+    channel_scale: Tensor | None = None,
+    centres: Tensor | None = None,
+    start: int = 0,
+    state: Tensor | None = None,
 ) -> Packed:
     """Compress whole blocks.
 
@@ -147,6 +153,10 @@ def encode(
         codec: Role, bits and rotation.
         channel_scale: float32 ``[K, D]``, positive; None for 1.
         centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
+        start: Tokens of the one block before it are coded already; what comes out for them does
+            not count.
+        state: What those leave to the trellis codes of values, int32 ``[B, K, N, D]``; see
+            :func:`rotormlx.codec.trellis.state_after`.
 
     Returns:
         Packed words, scales and centres; docs/FORMAT.md gives each shape.
@@ -157,9 +167,9 @@ def encode(
     x = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
     tile = max(1, TILE_VALUES // (batch * heads * BLOCK * head_dim))
     parts = []
-    for start, stop in tiles(x.shape[2], tile):
-        given = None if centres is None else centres[:, :, start:stop]
-        parts.append(encode_blocks(x[:, :, start:stop], codec, channel_scale, given))
+    for first, stop in tiles(x.shape[2], tile):
+        given = None if centres is None else centres[:, :, first:stop]
+        parts.append(encode_blocks(x[:, :, first:stop], codec, channel_scale, given))
     fields = zip(*parts, strict=True)
     return Packed(*(None if a[0] is None else torch.cat(a, dim=2) for a in fields))
 

@@ -14,7 +14,7 @@ from rotormlx.kernels import cpu_library
 from rotormlx.mlx.backends.cpu import CPUBackend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
-from tests.support.codec_cases import compare
+from tests.support.codec_cases import compare, unit_rows
 from tests.support.runners import RUNNERS, BackendRunner
 
 B, K, REPEATS, L, SINK, TAIL, N = 2, 3, 2, 5, 4, 17, 2
@@ -54,7 +54,7 @@ def test_encode_and_decode_are_the_reference(runner, role, bits):
     chosen, x = codec_of(role, bits), rows(role)
     found = runner.encode(mx.array(x), chosen)
     expected = reference.encode(x, chosen, centres=found.centres)
-    compare(found, expected, chosen)
+    compare(found, expected, chosen, unit_rows(x, chosen, centres=found.centres))
     decoded = np.array(runner.decode(found, chosen))
     wanted = reference.decode(found, chosen)
     # 1e-5 for sums in float32, the bound of docs/FORMAT.md.

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from rotormlx.codec.format import VALUE
+from rotormlx.codec.format import KEY, VALUE
 from tests.emulator import missing
 from tests.support.attend_cases import Case, problem, with_own_scales
 from tests.support.codec_cases import (
     check_centre_of_finite_rows,
+    check_filled_up_path,
     check_rotor3,
     decodes,
     encodes,
@@ -32,8 +33,19 @@ fills_up_blocks, finite_rows = of(fills_up, 3), of(check_centre_of_finite_rows, 
 
 CODEC_MUTATIONS = [
     *(
-        (f"__syncthreads();  // {place}", "", encodes_blocks)
+        (f"__syncthreads();  // {place}", "", of(encodes, bits=4, shape=SHAPE))
         for place in ("sums written", "codes written")
+    ),
+    *(
+        (f"MEET();  // {place}", "", encodes_blocks)
+        for place in ("no numbers are in use", "the numbers are there", "the codes are there")
+    ),
+    ("u : uint(call.start), state", "u : 0u, state", check_filled_up_path),
+    ("+ head) * call.blocks + block) * D;", ") * call.blocks + block) * D;", check_filled_up_path),
+    (
+        "Codec::IS_KEY ? 0u : uint(call.start)",
+        "uint(call.start)",
+        of(check_filled_up_path, role=KEY),
     ),
     ("batch * call.x_strides[0] +", "", encodes_blocks),
     ("int64_t(block) * BLOCK * call.x_strides[2];", "0;", encodes_blocks),
@@ -47,7 +59,7 @@ CODEC_MUTATIONS = [
     ("if (!lane_any<LANES>(broken))", "if (!broken)", finite_rows),
     ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes_blocks),
     ("mask = LANES; mask < 32", "mask = 2 * LANES; mask < 32", encodes_blocks),
-    ("sums[thread / 32 * D + c] = sum[p]", "sums[c] = sum[p]", encodes_blocks),
+    ("shared_numbers[thread / 32 * D + c] =", "shared_numbers[c] =", encodes_blocks),
     ("w < WARPS; ++w) mean", "w < WARPS - 1; ++w) mean", encodes_blocks),
     ("fminf(fmaxf(mean, -65504.0f), 65504.0f)", "mean", finite_rows),
     ("centre = __half2float(rounded)", "centre = 0.0f", encodes_blocks),
@@ -68,10 +80,14 @@ CODEC_MUTATIONS = [
         "",
         encodes_blocks,
     ),
-    ("codes[token * CODE_STRIDE + c]", "codes[token * CODE_STRIDE + (c ^ 1)]", encodes_blocks),
     (
-        "if (lane == 0) scales[token] = scale;",
-        "if (lane == 0 && token > 0) scales[token] = scale;",
+        "CODE_STRIDE + c] = uchar(code[p])",
+        "CODE_STRIDE + (c ^ 1)] = uchar(code[p])",
+        of(encodes, bits=4, shape=SHAPE),
+    ),
+    (
+        "if (lane == 0) scales[worker + r * WORKERS]",
+        "if (lane == 0 && r > 0) scales[worker + r * WORKERS]",
         encodes_blocks,
     ),
     (
@@ -185,34 +201,21 @@ TENSOR_MUTATIONS = [
     ("rest == 0x1000u && half % 2 == 1) ? 1u : 0u", "false) ? 1024u : 512u", {"bits": (4, 4)}),
     ("chosen_bytes(low, high, 0x5140u)", "chosen_bytes(low, high, 0x5041u)", {"bits": (4, 4)}),
     ("chosen_bytes(low, high, 0x7362u)", "chosen_bytes(low, high, 0x5140u)", {"bits": (2, 4)}),
-    (
-        "chosen_bytes(shifted, word, 0x5140u)",
-        "chosen_bytes(word, shifted, 0x5140u)",
-        {"bits": (4, 4)},
-    ),
-    (
-        "chosen_bytes(shifted, word, 0x7362u)",
-        "chosen_bytes(shifted, word, 0x5140u)",
-        {"bits": (4, 4)},
-    ),
-    (
-        "chosen_bytes(HIGH_0, HIGH_1, indices) ^ first_signs",
-        "chosen_bytes(HIGH_0, HIGH_1, indices)",
-        {"bits": (4, 4)},
-    ),
-    ("indices >> 16) ^ last_signs", "indices >> 16)", {"bits": (4, 4)}),
+    ("chosen_bytes(word << 4, word,", "chosen_bytes(word, word << 4,", {"bits": (4, 4)}),
+    ("half == 0 ? 0x5140u : 0x7362u", "0x5140u", {}),
+    ("Stored<BITS>::LEVELS == 16)", "false)", {}),
     ("word & 0x77777777u", "word & 0x37777777u", {"bits": (4, 4)}),
-    (
-        "look_up<2>(fields & 0x3333u, pairs)",
-        "look_up<2>(fields & 0x1333u, pairs)",
-        {"bits": (2, 2)},
-    ),
-    ("look_up<2>((fields >> 2) & 0x3333u", "look_up<2>(fields & 0x3333u", {"bits": (2, 2)}),
-    ("(signs << 2) & 0x4444u", "(signs << 2) & 0x0444u", {}),
-    ("(signs << 1) & 0x4444u", "(signs << 2) & 0x4444u", {}),
-    ("16 * (place % 2) + 8 * part", "8 * part", {}),
-    ("16 * (place % 2) + 8 * part", "16 * (place % 2)", {}),
-    ("(spaced | (spaced << 2)) & 0x3333u", "spaced & 0x3333u", {}),
+    ("0x77777777u) >> (16 * half)", "0x77777777u)", {}),
+    ("look_up<BITS>(indices.odd,", "look_up<BITS>(indices.even,", {"bits": (2, 2)}),
+    ("words[1] >> (place % 2 * 2)", "words[1]", {}),
+    ("% half;\n  const uint bits", "% (half / 2);\n  const uint bits", {"bits": (2, 3)}),
+    # The word before
+    ("word_lane == 0 ? load : load - back", "load", {}),
+    ("if (word_lane > 0) before[0]", "if (true) before[0]", {}),
+    ("place_of_words(group, 3) - loads_apart", "place_of_words(group, 3)", {}),
+    ("place_of_words(group, quad_lane - 1);", "place_of_words(group, quad_lane);", {}),
+    ("way_back(lane, 2 * 32 * Keys::WORDS)", "way_back(lane, 32 * Keys::WORDS)", {}),
+    ("of_lane, before[lane], part", "of_lane, before[0], part", {}),
     ("codes = words[i / 2] >> (16 * (i % 2))", "codes = words[i / 2]", {"bits": (8, 8)}),
     ("table[(codes >> 8) & 0xffu]", "table[codes & 0xffu]", {"bits": (8, 8)}),
     ("uint(code / 128) << 15", "0u", {"bits": (8, 4)}),
@@ -423,8 +426,10 @@ PLAIN_MUTATIONS = [
     ("__syncthreads();  // the groups' sums and the totals are there", "", {}),
     ("x * (call.scale * LOG2_E)", "x * call.scale", {}),
     ("row < WORD_ROWS; ++row", "row < WORD_ROWS - 1; ++row", {}),
-    ("signs.x : first_signs >> CODES", "signs.x : first_signs", {}),
-    ("signs.y : second_signs >> CODES", "signs.y : second_signs >> 15", {}),
+    ("high.x >>= 2, high.y >>= 2", "high.y >>= 2", {}),
+    ("high.x >>= 2, high.y >>= 2", "high.x >>= 2", {}),
+    ("before = word;", "before.x = word.x;", {}),
+    ("before = word;", "before.y = word.y;", {}),
     ("words + 2 * lane, BLOCK", "words + lane / 2 * 2, BLOCK", {}),
     ("key_scale[0], about_centre[row])", "1.0f, about_centre[row])", {}),
     ("key_scale[1], about_centre[row])", "key_scale[1], 0.0f)", {}),

@@ -11,18 +11,21 @@ import numpy as np
 import pytest
 
 from rotormlx.codec import codebook, reference
-from rotormlx.codec.format import BLOCK, KEY, ROLES
+from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS
 from rotormlx.config import ROTATIONS
 from tests import emulator
 from tests.support import vectors as shared_vectors
 from tests.support.codec_cases import (
     DTYPES,
     HEAD_DIMS,
+    check_any_words,
     check_centre_of_finite_rows,
     check_decode,
     check_encode,
+    check_filled_up_path,
     check_rotor3,
     check_special_rows,
+    check_tied_paths,
     check_ties,
     fills_up,
     made_codec,
@@ -214,6 +217,24 @@ def test_a_block_is_filled_up_with_the_centre_it_has(runner, bits):
     fills_up(runner, bits)
 
 
+@pytest.mark.parametrize("start", [1, 2, 21, 63])
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("runner", "bits"),
+    on(("metal", [(2,), (3,)]), ("cuda", [(2,), (3,)]), ("mlx_cuda", [(3,)])),
+    indirect=["runner"],
+)
+def test_a_path_goes_on_behind_tokens_that_are_kept(runner, bits, role, start):
+    check_filled_up_path(runner, 80, bits, role, start)
+
+
+@metal_and_cuda
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_any_words_are_decoded(runner, bits, role):
+    check_any_words(runner, 80, bits, role)
+
+
 # ---- special rows -------------------------------------------------------------------------------
 
 
@@ -232,9 +253,16 @@ def test_centre_counts_finite_rows(runner, bits):
 
 
 @metal_and_cuda
-@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_ties_and_zeros(runner, bits):
     check_ties(runner, bits)
+
+
+@metal_and_cuda
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_equal_paths(runner, bits, role):
+    check_tied_paths(runner, bits, role)
 
 
 # ---- the published method -----------------------------------------------------------------------

@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from rotormlx.codec.format import VALUE
+from rotormlx.codec.format import KEY, VALUE
 from rotormlx.kernels import source
 from tests import emulator
 from tests.support.attend_cases import Case, Launch, problem
 from tests.support.codec_cases import (
+    check_any_words,
     check_centre_of_finite_rows,
+    check_filled_up_path,
     check_rotor3,
     check_special_rows,
+    check_tied_paths,
     check_ties,
     decodes,
     encodes,
@@ -36,8 +39,11 @@ def barrier_mutations():
     """Each barrier deleted; each for no memory."""
     for place in ("sums written", "codes written"):
         barrier = f"threadgroup_barrier(mem_flags::mem_threadgroup);  // {place}"
-        yield barrier, "", encodes
-        yield barrier, "threadgroup_barrier(mem_flags::mem_none);", encodes
+        yield barrier, "", of(encodes, bits=4)
+        yield barrier, "threadgroup_barrier(mem_flags::mem_none);", of(encodes, bits=4)
+    for place in ("no numbers are in use", "the numbers are there", "the codes are there"):
+        yield f"MEET();  // {place}", "", encodes
+        yield f"MEET();  // {place}", "threadgroup_barrier(mem_flags::mem_none);", encodes
 
 
 # Longer than a function should be: it is a table.
@@ -87,14 +93,14 @@ def bound_mutations():
             dense,
         ),
         (
-            "p < Channels::CHANNELS; ++p) square_sum",
-            "p < Channels::CHANNELS - 1; ++p) square_sum",
+            "p < CHANNELS; ++p) square_sum",
+            "p < CHANNELS - 1; ++p) square_sum",
             encodes,
         ),
         (
             "p < Channels::CHANNELS; ++p) {\n    code",
             "p < Channels::CHANNELS - 1; ++p) {\n    code",
-            encodes,
+            of(encodes, bits=4),
         ),
         ("p < CHANNELS; ++p) broken", "p < CHANNELS - 1; ++p) broken", check_centre_of_finite_rows),
         ("p < CHANNELS; ++p) sum[p] = fma", "p < CHANNELS - 1; ++p) sum[p] = fma", encodes),
@@ -122,15 +128,22 @@ def bound_mutations():
         ("r < ROWS; ++r) {\n    bool broken", "r < ROWS - 1; ++r) {\n    bool broken", encodes),
         ("r < ROWS; ++r) {\n        rows", "r < ROWS - 1; ++r) {\n        rows", encodes),
         (
-            "r < ROWS; ++r) {\n    const uint token",
-            "r < ROWS - 1; ++r) {\n    const uint token",
-            encodes,
+            "r < ROWS; ++r) {\n      uint code",
+            "r < ROWS - 1; ++r) {\n      uint code",
+            of(encodes, bits=4),
         ),
         (
-            "r < ROWS; ++r) {\n    const uint token",
-            "r < ROWS + 1; ++r) {\n    const uint token",
+            "r < ROWS; ++r) {\n      uint code",
+            "r < ROWS + 1; ++r) {\n      uint code",
+            of(encodes, bits=4),
+        ),
+        (
+            "r < ROWS; ++r) {\n      float level_level",
+            "r < ROWS - 1; ++r) {\n      float level_level",
             encodes,
         ),
+        ("r < ROWS; ++r) norms", "r < ROWS - 1; ++r) norms", encodes),
+        ("r < ROWS; ++r) {\n    if (lane", "r < ROWS - 1; ++r) {\n    if (lane", encodes),
         (
             "r < ROWS; ++r) {\n    const uint token",
             "r < ROWS - 1; ++r) {\n    const uint token",
@@ -151,11 +164,14 @@ def bound_mutations():
         ("if (lane == 0) scales", "if (true) scales", encodes),
         ("i < WORD_ROWS * WORD_LANES", "i < WORD_ROWS * WORD_LANES - 1", encodes),
         ("i < WORD_ROWS * WORD_LANES", "i < WORD_ROWS * WORD_LANES + 1", encodes),
-        ("f < 32 / FIELD && f < count", "f < 32 / FIELD - 1 && f < count", encodes),
-        ("f < 32 / FIELD && f < count", "f < 32 / FIELD", encodes),
-        ("f < 32 / FIELD && f < count", "f < 32 / FIELD && f < count - 1", encodes),
-        ("row < first_rows", "row < first_rows - 1", encodes),
-        ("row < first_rows", "row < first_rows + 1", encodes),
+        ("f < 32 / FIELD && i + f < COUNT", "f < 32 / FIELD - 1 && i + f < COUNT", encodes),
+        ("f < 32 / FIELD && i + f < COUNT", "f < 32 / FIELD", of(encodes, head_dim=40)),
+        ("f < 32 / FIELD && i + f < COUNT", "f < 32 / FIELD && i + f < COUNT - 1", encodes),
+        ("f < 32 && i + f < COUNT", "f < 31 && i + f < COUNT", encodes),
+        ("f < 32 && i + f < COUNT", "f < 32", encodes),
+        ("f < 32 && i + f < COUNT", "f < 32 && i + f < COUNT - 1", encodes),
+        ("row >= FIRST_ROWS", "row >= FIRST_ROWS - 1", encodes),
+        ("row >= FIRST_ROWS", "row > FIRST_ROWS", encodes),
         ("mask = LANES / 2; mask > 0", "mask = LANES / 2; mask > 1", encodes),
         ("mask = LANES / 2; mask > 0", "mask = LANES / 4; mask > 0", encodes),
         ("mask = LANES / 2; mask > 0", "mask = LANES / 4; mask > 0", check_centre_of_finite_rows),
@@ -222,8 +238,8 @@ def scale_mutations():
         ("(rows[r * CHANNELS + p] - centre)", "rows[r * CHANNELS + p]", encodes),
         ("centre = float(rounded)", "centre = mean", of(encodes, bits=8)),
         ("clamp(mean, -65504.0f, 65504.0f)", "mean", check_centre_of_finite_rows),
-        ("row[p] * to_unit_variance", "row[p]", encodes),
-        ("row[p] * to_unit_variance", "row[p]", check_rotor3),
+        ("row[p] * factor", "row[p]", encodes),
+        ("row[p] * factor", "row[p]", check_rotor3),
         ("sqrt(float(D)) / norm", "1.0f / norm", encodes),
         ("norm / sqrt(level_level)", "norm / level_level", encodes),
         ("norm / sqrt(level_level)", "norm", encodes),
@@ -251,34 +267,117 @@ def rule_mutations():
     return [
         ("size >= boundaries", "size > boundaries", of(check_ties, 4)),
         ("z < 0.0f ?", "z <= 0.0f ?", of(check_ties, 4)),
-        ("z < 0.0f ?", "z > 0.0f ?", encodes),
-        ("step = 1u << (BITS - 2)", "step = 1u << (BITS - 3)", encodes),
-        ("is_finite(scale) && scale < 65520.0f ?", "scale < 65520.0f || true ?", special),
+        ("z < 0.0f ?", "z > 0.0f ?", of(encodes, bits=4)),
+        ("step = 1u << (BITS - 2)", "step = 1u << (BITS - 3)", of(encodes, bits=4)),
+        ("is_finite(size) && scale < 65520.0f ?", "true ?", special),
+        ("size == 0.0f) return", "false) return", special),
+        ("return half(norm / sqrt(float(D)));", "return half(norm);", special),
+        ("special ? 0.0f : row", "row", of(check_special_rows, 3, VALUE)),
         ("scale < 65520.0f", "true", special),
         ("scale < 65520.0f", "scale < 65504.0f", special),
-        ("if (!has_codes(scale))", "if (false)", special),
-        ("> 0.0f;\n}", ">= 0.0f;\n}", special),
-        ("> 0.0f;\n}", "> 1e-6f;\n}", special),
         (
             "if (Channels::exists(Channels::channel(lane, p)))",
             "if (true)",
-            of(encodes, "rotor3", 80),
+            of(encodes, "rotor3", 80, 4),
         ),
         ("if (!lane_any<LANES>(broken))", "if (true)", check_centre_of_finite_rows),
         ("if (!lane_any<LANES>(broken))", "if (!broken)", check_centre_of_finite_rows),
         ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes),
-        ("packed_fields<FIELD, FIRST>", "packed_fields<FIELD, 0>", encodes),
-        ("(row - first_rows) *", "row *", encodes),
+        (">> 2) & 1u) <<", ">> 1) & 1u) <<", encodes),
+        ("f % 16 / 2 * 4 + f / 16 * 2 + f % 2", "f", encodes),
+        ("(row - FIRST_ROWS) *", "row *", encodes),
         ("<< (f * FIELD)", "<< f", encodes),
-        (" >> (i & Word<BITS>::codes)", "", decodes),
-        ("WordRows<BITS, COUNT>::FIRST + i / 32", "i / 32", decodes),
+        ("* row_stride] >> (row % 2 * 2)", "* row_stride]", decodes),
+        ("WordRows<BITS, COUNT>::FIRST + row / 2", "row / 2", decodes),
     ]
+
+
+def trellis_mutations():
+    """Words to indices; the path that is found, and its way into the codes."""
+    two, three = of(check_any_words, bits=2), of(check_any_words, bits=3)
+    filled, tied = check_filled_up_path, of(check_tied_paths, 3, VALUE)
+    of_values = of(encodes, role=VALUE)
+    yield "row > 0) before = words", "row > 1) before = words", three
+    for old, new in (
+        ("path << 4", "path << 2"),
+        ("last >> 28", "last >> 26"),
+        ("(last >> 30)", "0u"),
+        ("path << 6", "path << 4"),
+        ("(last >> 26)", "0u"),
+        ("path ^ ((path << 2)", "((path << 2)"),
+        ("(first ^ sign)", "first"),
+        ("(second ^ sign)", "second"),
+        ("(low >> 2) & 0x33333333u", "(low >> 2) & 0x33333331u"),
+        ("(field % 2 == 0 ? word.even : word.odd)", "word.even"),
+        ("field / 2 * 4", "field / 2 * 2"),
+    ):
+        yield old, new, two
+        yield old, new, three
+    yield "((word & 0x22222222u) << 1)", "0u", two
+    yield "((word & 0x88888888u) >> 1)", "0u", two
+    yield "((word & 0x22222222u) << 2)", "0u", three
+    yield "((high & 0x11111111u) << 2)", "0u", three
+    yield "(word & 0x88888888u) | (", "(", three
+    yield "((high & 0x22222222u) << 1)", "0u", three
+    yield "return TRELLIS_MAGNITUDES_2[index]", "return TRELLIS_MAGNITUDES_2[index ^ 1u]", two
+    yield "return TRELLIS_MAGNITUDES_3[index]", "return TRELLIS_MAGNITUDES_3[index ^ 1u]", three
+    for old, new in (
+        ("c ^ (3u * sign)", "c"),
+        ("+ 4u * high;", ";"),
+        ("cost[c ^ 2u]", "cost[c]"),
+        ("sums[t / 2 + 4]", "sums[t / 2]"),
+        ("sign | (high << 1)", "high | (sign << 1)"),
+        ("member << (8 + 2 * c)", "member << 8"),
+        ("(choices >> (subset * 2u + 8u))", "(choices >> 8u)"),
+        ("(second < first ? Bits{} + (1u << t) : Bits{})", "Bits{}"),
+        ("next[t] = second < first ? second : first", "next[t] = first"),
+        ("Number{} + 1e30f", "Number{}"),
+        ("entering_subset(state) ^ (far << 1)", "entering_subset(state)"),
+        ("(state >> 1) | (far << 2)", "state >> 1"),
+        ("return code | (index << 4)", "return code | (code << 4)"),
+        ("(subset ^ (sign * 3u))", "subset"),
+        ("state = sums[t] < least", "state = sums[t] < sums[0]"),
+        ("numbers[i] = extend_path", "extend_path"),
+        ("codes[(i - 1) * step]", "codes[i - 1]"),
+    ):
+        yield old, new, of_values
+    for old, new in (
+        ("distance < cost[c] ? Bits{}", "distance <= cost[c] ? Bits{}"),
+        ("(second < first ? Bits{}", "(second <= first ? Bits{}"),
+    ):
+        yield old, new, tied
+    of_rows = of(check_tied_paths, 3, KEY)
+    yield "sums[t] < least ? Bits{}", "sums[t] <= least ? Bits{}", of_rows
+    for old, new in (
+        ("state == t ?", "t == 0 ?"),
+        ("uint i = start; i < LENGTH", "uint i = 0; i < LENGTH"),
+        ("i < start; ++i) codes", "i + 1 < start; ++i) codes"),
+        ("start > 0 ? state[", "start > 64 ? state["),
+        ("state[sequence * state_stride]", "state[sequence]"),
+        ("state + place.z * state_strides[0]", "state"),
+        ("place.y * state_strides[1]", "0"),
+        ("first_token = uint(start)", "first_token = uint(start) - 1"),
+    ):
+        yield old, new, filled
+    for old, new in (
+        ("sequence >= first &&", ""),
+        ("sequence < first + SLICE", "sequence <= first + SLICE"),
+        ("sequence < first + SLICE", "sequence + 1 < first + SLICE"),
+        ("thread_index < SLICE &&", ""),
+        ("thread_index < SLICE &&", "thread_index + 1 < SLICE &&"),
+        ("&& sequence < SEQUENCES", ""),
+        ("first += SLICE", "first += 2 * SLICE"),
+        ("numbers + thread_index * STRIDE", "numbers"),
+        ("MOST >= 64 ? 64", "MOST >= 64 ? 128"),
+    ):
+        yield old, new, of_values
 
 
 def of_the_codec():
     """Changes of every place where the old text stands: kernels repeat some of it."""
     groups = (
         *(barrier_mutations, bound_mutations, stage_mutations, scale_mutations, rule_mutations),
+        trellis_mutations,
     )
     for group in groups:
         for old, new, check in group():
@@ -304,13 +403,17 @@ PREFILL = replace(DECODE, length=17)
 # Text that several kernels have in common, changed in all of them at once.
 EVERY = [
     # Codes and levels
-    ("code < (1u << BITS)", "code < (1u << BITS) - 1u", {}),
-    ("^ (negative << 31)", "", {}),
-    ("(1u << (BITS - 1)) - 1u", "(1u << (BITS - 2)) - 1u", {"bits": (4, 4)}),
+    ("index < Stored<BITS>::LEVELS", "index < Stored<BITS>::LEVELS - 1u", {}),
+    (
+        "stored_magnitude_bits<BITS>(magnitude) ^ (negative << 31)",
+        "stored_magnitude_bits<BITS>(magnitude)",
+        {},
+    ),
+    ("LEVELS / 2 - 1u", "LEVELS / 4 - 1u", {"bits": (4, 4)}),
     ("return MAGNITUDES_4[index]", "return MAGNITUDES_4[index ^ 1u]", {"bits": (4, 3)}),
     ("(word >> (BITS * field))", "(word >> (BITS * (field ^ 1u)))", {"bits": (4, 3)}),
-    ("((signs >> field) & 1u) << 2", "((signs >> (field ^ 1u)) & 1u) << 2", {}),
-    ("(word >> (2 * field)) & 3u", "(word >> (2 * field)) & 1u", {}),
+    ("field / 2 * 4", "field / 2 * 2", {}),
+    ("(path << 6) | (last >> 26)", "(path << 6)", {}),
     # Masks
     ("length + place ? score", "length + place + 1 ? score", {}),
     ("position <= tokens - length", "position < tokens - length", {}),
@@ -384,8 +487,10 @@ ATTEND = [
     ("field < CODES", "field < CODES - 1", {}),
     ("AXIS % CODES == 0 || i < AXIS", "true", {"dims": (24, 64)}),
     ("(AXIS + CODES - 1) / CODES", "AXIS / CODES", {"dims": (24, 64)}),
-    ("signs[first_lane] : first_signs >> CODES", "signs[first_lane] : first_signs", {}),
-    ("signs[second_lane] : second_signs >> CODES", "signs[second_lane] : second_signs >> 15", {}),
+    ("high[first_lane] : first_high >> 2", "high[first_lane] : first_high", {}),
+    ("high[second_lane] : second_high >> 2", "high[second_lane] : second_high >> 1", {}),
+    ("first_before = first_word;", "", {}),
+    ("second_before = second_word;", "second_before = first_word;", {}),
     ("(lane + LANES) * key_words_strides[4]", "(lane + LANES - 1) * key_words_strides[4]", {}),
     ("(channel + VALUE_LANES) * value_words_strides[4]", "channel * value_words_strides[4]", {}),
     ("min(block_start + lane, stop - 1)", "block_start + lane", {"tail": 17}),
@@ -419,7 +524,8 @@ PREFILL_ONLY = [
     ("i < rows * LANES", "i < rows * LANES + 1", {}),
     ("field < CODES", "field < CODES - 1", {}),
     ("AXIS % CODES == 0 || position < AXIS", "true", {"dims": (24, 16)}),
-    (">> (row % 2 * CODES)", "", {}),
+    (">> (row % 2 * 2)", "", {}),
+    ("row > 0) before = at", "row > first_row) before = at", {}),
     ("token < tokens ?", "token <= tokens ?", {}),
     ("i < TILE * DIM", "i < TILE * DIM - 1", {}),
     ("i < TILE * DIM", "i < TILE * DIM + 1", {}),

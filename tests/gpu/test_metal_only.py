@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rotormlx.codec import codebook, reference
-from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
+from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS, VALUE
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import ROTATIONS
 from rotormlx.kernels import cpu_library, source
@@ -48,18 +48,19 @@ def runner():
 def test_head_dims_at_the_limits(runner, head_dim, role):
     """16 is the least; at 336 threadgroup memory is full; 360 takes the inherited path."""
     chosen = made_codec("cascade", head_dim, 3, role)
-    assert (metal.encode_bytes(head_dim) > metal.THREADGROUP_BYTES) == (head_dim == 360)
+    assert (metal.encode_bytes(chosen) > metal.THREADGROUP_BYTES) == (head_dim == 360)
     expected = check_encode(runner, mx.array(rows((1, 1, BLOCK, head_dim))), chosen)
     check_decode(runner, expected, chosen)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("head_dim", [64, 80, 256, 336])
 @emulated
-def test_threadgroup_memory_is_what_the_launch_expects(head_dim):
-    launched = []
+def test_threadgroup_memory_is_what_the_launch_expects(head_dim, bits):
+    launched, chosen = [], made_codec("cascade", head_dim, bits, KEY)
     with METAL.recorded(lambda kernel, launch: launched.append(kernel)):
-        METAL.encode(mx.zeros((1, 1, BLOCK, head_dim)), made_codec("cascade", head_dim, 3, KEY))
-    assert launched[0].report.threadgroup_bytes == metal.encode_bytes(head_dim)
+        METAL.encode(mx.zeros((1, 1, BLOCK, head_dim)), chosen)
+    assert launched[0].report.threadgroup_bytes == metal.encode_bytes(chosen)
 
 
 def test_decode_of_the_largest_head_dim_fits(runner):
@@ -219,13 +220,17 @@ def test_lint_accepts_attention(case):
 
 
 def test_levels_are_the_codebook():
-    text = source.read("shared_kernels/levels.h")
-    for bits in codebook.BITS:
+    tables = [("levels", "", bits, codebook.magnitudes(bits)) for bits in codebook.BITS]
+    for bits in TRELLIS_BITS:
+        tables.append(("trellis", "TRELLIS_", bits, codebook.trellis_levels(bits)[: 2**bits]))
+    for file, prefix, bits, magnitudes in tables:
         (table,) = re.findall(
-            rf"MAGNITUDES_{bits}\[{2 ** (bits - 1)}\] = {{(.*?)}};", text, re.DOTALL
+            rf"\b{prefix}MAGNITUDES_{bits}\[{len(magnitudes)}\] = {{(.*?)}};",
+            source.read(f"shared_kernels/{file}.h"),
+            re.DOTALL,
         )
         patterns = [int(word.strip().rstrip("u"), 16) for word in table.split(",")]
-        assert patterns == codebook.magnitudes(bits).view(np.uint32).tolist()
+        assert patterns == magnitudes.view(np.uint32).tolist()
 
 
 def test_missing_text_is_named():

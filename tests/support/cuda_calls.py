@@ -37,6 +37,7 @@ class EncodeArguments(ctypes.Structure):
         *(("given_centres", ctypes.c_int32), ("x", POINTER), ("x_strides", ctypes.c_int64 * 3)),
         *(("coefficients", POINTER), ("channel_scale", POINTER), ("packed", PackedArguments)),
         ("coefficients_stride", ctypes.c_int64),
+        *(("start", ctypes.c_int32), ("state", POINTER)),
     ]
 
 
@@ -196,7 +197,7 @@ def output(shape, dtype):
     return full if dtype == mx.bfloat16 else full.view(to_numpy(mx.zeros(1, dtype)).dtype)
 
 
-def encode(x, chosen, *, channel_scale=None, centres=None, made=None):
+def encode(x, chosen, *, channel_scale=None, centres=None, start=0, state=None, made=None):
     """What ``rotormlx_encode`` gives, as numpy arrays; x is an MLX array."""
     made = made or module("codec", *both_roles(chosen))
     batch, heads, tokens, head_dim = x.shape
@@ -208,6 +209,7 @@ def encode(x, chosen, *, channel_scale=None, centres=None, made=None):
     table = coefficients(chosen.rotation)
     a.coefficients, a.coefficients_stride = call.matrix("coefficients", table)
     a.channel_scale = call.plain("channel_scale", channel_scale)
+    a.start, a.state = start, call.plain("state", state)
     written = {
         "words": np.full((*blocks, *chosen.words_shape), 2**32 - 1, np.uint32),
         "scales": np.full((*blocks, BLOCK), np.nan, np.float16),

@@ -160,8 +160,13 @@ def test_encode_fills_its_structure(kernels, role, dtype):
     assert packed.words.shape == (B, K, N, *chosen.words_shape)
     assert is_array(a.packed.words, a.packed.words_strides, packed.words)
     assert is_array(a.packed.scales, a.packed.scales_strides, packed.scales)
+    assert (a.start, a.state) == (0, None)
     if role == "value":
         assert packed.centres is a.packed.centres is None
+        state = torch.zeros(B, K, N, 80, dtype=torch.int32)
+        cuda.encode(x, chosen, start=21, state=state)
+        a = kept(kernels, "encode", EncodeArguments)
+        assert (a.start, a.state) == (21, state.data_ptr())
         return
     assert is_array(a.packed.centres, a.packed.centres_strides, packed.centres)
     centres = torch.rand(B, K, N, 64).half()

@@ -54,10 +54,12 @@ class MLXCUDABackend(MLXBackend):
         codec: Codec,
         channel_scale: mx.array | None,
         centres: mx.array | None,
+        start: int,
+        state: mx.array | None,
     ) -> Packed:
         """Compress whole blocks in one kernel; see :meth:`MLXBackend.encode`."""
         if codec.head_dim > MAX_HEAD_DIM:
-            return super()._encode(x, codec, channel_scale, centres)
+            return super()._encode(x, codec, channel_scale, centres, start, state)
         batch, heads, tokens, head_dim = x.shape
         check_grid("encode", batch, heads)
         blocks = (batch, heads, tokens // BLOCK)
@@ -65,6 +67,8 @@ class MLXCUDABackend(MLXBackend):
         if takes_means := codec.role == KEY and centres is None:
             outputs.append(((*blocks, head_dim), mx.float16))
         given = codec.role == KEY and not takes_means
+        if codec.role == KEY or state is None:
+            state = _nothing(mx.uint32)
         text, has_scale = cuda_text.text_of(codec), channel_scale is not None
         made = cuda_text.codec_kernel("encode", text, has_scale, takes_means)(
             inputs=[
@@ -72,7 +76,8 @@ class MLXCUDABackend(MLXBackend):
                 _coefficients(codec.rotation),
                 _or_nothing(channel_scale, mx.float32),
                 _or_nothing(centres if given else None, mx.float16),
-                _kept((_DTYPES[x.dtype], *blocks, int(given)), mx.int32),
+                state,
+                _kept((_DTYPES[x.dtype], *blocks, int(given), start), mx.int32),
             ],
             grid=(CODEC_THREADS * blocks[2], heads, batch),
             threadgroup=(CODEC_THREADS, 1, 1),

@@ -61,7 +61,7 @@ def header_of(*texts: str) -> str:
 
 def codec_header(*texts: str) -> str:
     """The same with levels and rotations."""
-    shared = (read(f"shared_kernels/{name}.h") for name in ("levels", "rotation"))
+    shared = (read(f"shared_kernels/{name}.h") for name in ("levels", "trellis", "rotation"))
     return header_of(*shared, *texts)
 
 
@@ -118,6 +118,8 @@ _ENCODE_BODY = """
   call.coefficients = coefficients;
   call.coefficients_stride = MATRICES > 1 ? CODEC::D * CODEC::D : 0;
   call.channel_scale = SCALE;
+  call.start = numbers[5];
+  call.state = state;
   place_packed(call.packed, words, scales, CENTRES, call.kv_heads, call.blocks, BLOCK_WORDS,
                CODEC::D);
   encode_block<CODEC, THREADS>(call);
@@ -236,7 +238,7 @@ def codec_kernel(name: str, text: CodecText, has_scale: bool, takes_means: bool)
     )
     inputs, outputs = {
         "encode": (
-            ["input", "coefficients", "channel_scale", "given_centres", "numbers"],
+            ["input", "coefficients", "channel_scale", "given_centres", "state", "numbers"],
             ["words", "scales", *(["centres"] if takes_means else [])],
         ),
         "decode": (

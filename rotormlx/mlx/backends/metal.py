@@ -59,14 +59,16 @@ class MetalBackend(MLXBackend):
         codec: Codec,
         channel_scale: mx.array | None,
         centres: mx.array | None,
+        start: int,
+        state: mx.array | None,
     ) -> Packed:
         """Compress whole blocks in one kernel; see :meth:`MLXBackend.encode`.
 
         A head_dim above 336 takes the inherited path: its block of codes exceeds the threadgroup
         memory.
         """
-        if encode_bytes(codec.head_dim) > THREADGROUP_BYTES:
-            return super()._encode(x, codec, channel_scale, centres)
+        if encode_bytes(codec) > THREADGROUP_BYTES:
+            return super()._encode(x, codec, channel_scale, centres, start, state)
         batch, heads, tokens, _ = x.shape
         blocks = (batch, heads, tokens // BLOCK)
         outputs = {
@@ -79,11 +81,18 @@ class MetalBackend(MLXBackend):
         elif centres is None:
             outputs["centres"] = ((*blocks, codec.head_dim), mx.float16)
             macros = ("CENTRE_MEANS",)
+        inputs: dict[str, Any] = {"x": x, "coefficients": _coefficients(codec.rotation)}
+        if not (start and codec.role == VALUE and codec.has_trellis):
+            state = None
+        else:
+            inputs["start"] = start
+            if state is None:
+                state = mx.zeros((*blocks, codec.head_dim), mx.uint32)
         made = _launch(
             "encode",
             codec,
-            inputs={"x": x, "coefficients": _coefficients(codec.rotation)},
-            optional_inputs={"centres": centres, "channel_scale": channel_scale},
+            inputs=inputs,
+            optional_inputs={"centres": centres, "channel_scale": channel_scale, "state": state},
             outputs=outputs,
             macros=macros,
             dtype=x.dtype,
@@ -160,9 +169,20 @@ def rotor3_quantize_dequantize(
     return out
 
 
-def encode_bytes(head_dim: int) -> int:
-    """Threadgroup memory of the kernel ``encode``: a block of codes, and sums for its centre."""
-    return BLOCK * (head_dim + 4) + 4 * head_dim * (THREADS // 32)
+def encode_bytes(codec: Codec) -> int:
+    """Threadgroup memory of the kernel ``encode`` where it takes means; elsewhere it is no more.
+
+    A block of codes, and sums for its centre or, in the same place, the numbers of some sequences
+    of a trellis: ``BlockEncoder`` of rotation.h and ``Slice`` of trellis.h.
+    """
+    codes = BLOCK * (codec.head_dim + 4)
+    sums = codec.head_dim * (THREADS // 32)
+    numbers = 0
+    if codec.has_trellis:
+        stride = codec.packed_axis_size + 1
+        most = (THREADGROUP_BYTES - codes) // (4 * stride)
+        numbers = stride * next((count for count in (64, 32, 16) if count <= most), 8)
+    return codes + 4 * max(sums, numbers)
 
 
 @derived
@@ -174,7 +194,7 @@ def _launch(
     name: str,
     codec: Codec,
     *,
-    inputs: dict[str, mx.array],
+    inputs: dict[str, Any],
     optional_inputs: dict[str, mx.array | None],
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
     macros: tuple[str, ...],
@@ -236,8 +256,7 @@ def _codec_text(
     return metal_text(
         name,
         "".join(f"#define {macro}\n" for macro in macros),
-        read("shared_kernels/levels.h"),
-        read("shared_kernels/rotation.h"),
+        *(read(f"shared_kernels/{part}.h") for part in ("levels", "trellis", "rotation")),
         boundaries_text(bits),
         rotation_text(rotation),
     )

@@ -184,7 +184,8 @@ def _mask_of_kernel(call: AttendCall) -> mx.array:
 
 @cache
 def _parts_kernel(name: str) -> Kernel:
-    text = metal_text(name, read("shared_kernels/levels.h"), read("metal_kernels/scores.h"))
+    files = ("shared_kernels/levels.h", "shared_kernels/trellis.h", "metal_kernels/scores.h")
+    text = metal_text(name, *map(read, files))
     return FirstCallKernel(
         f"rotormlx_{name}",
         mx.fast.metal_kernel,

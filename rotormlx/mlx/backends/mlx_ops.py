@@ -63,6 +63,8 @@ class MLXBackend:
         *,
         channel_scale: mx.array | None = None,
         centres: mx.array | None = None,
+        start: int = 0,
+        state: mx.array | None = None,
     ) -> Packed:
         """Compress whole blocks.
 
@@ -71,6 +73,10 @@ class MLXBackend:
             codec: Role, bits and rotation.
             channel_scale: float32 ``[K, D]``, positive; None for 1.
             centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
+            start: Tokens of the one block before it are coded already; what comes out for them does
+                not count.
+            state: What those leave to the trellis codes of values, uint32 ``[B, K, N, D]``; see
+                :func:`rotormlx.codec.trellis.state_after`.
 
         Returns:
             Packed words, scales and centres; docs/FORMAT.md gives each shape.
@@ -89,7 +95,7 @@ class MLXBackend:
             words = mx.zeros((*front, *codec.words_shape), mx.uint32)
             scales = mx.zeros((*front, BLOCK), mx.float16)
             return Packed(words, scales, centres if codec.role == KEY else None)
-        return self._encode(x, codec, channel_scale, centres)
+        return self._encode(x, codec, channel_scale, centres, start, state)
 
     def _encode(
         self,
@@ -97,17 +103,19 @@ class MLXBackend:
         codec: Codec,
         channel_scale: mx.array | None,
         centres: mx.array | None,
+        start: int,
+        state: mx.array | None,
     ) -> Packed:
         """What :meth:`encode` does with rows that were checked, at least one block of them."""
         batch, heads, tokens, head_dim = x.shape
         x = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
         tile = max(1, TILE_VALUES // (batch * heads * BLOCK * head_dim))
         done: list[Packed] = []
-        for start, stop in tiles(x.shape[2], tile):
-            part = x[:, :, start:stop]
+        for first, stop in tiles(x.shape[2], tile):
+            part = x[:, :, first:stop]
             if done:
                 part = after(done[-1].words, part)
-            given = None if centres is None else centres[:, :, start:stop]
+            given = None if centres is None else centres[:, :, first:stop]
             done.append(encode_blocks(part, codec, channel_scale, given))
         fields = (list(parts) for parts in zip(*done, strict=True))
         return Packed(*(None if a[0] is None else mx.concatenate(a, axis=2) for a in fields))

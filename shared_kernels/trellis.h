@@ -1,0 +1,196 @@
+// Trellis codes, which are the codes of 2 and 3 bits of a cache, and how the words of any width are read (docs/FORMAT.md,
+// sections 3 and 5). Behind levels.h.
+//
+// Number and Bits are float and uint, or vectors of them: then every lane has a sequence, or a word, of its own.
+
+// Magnitudes as float32 bit patterns, ascending.
+CONSTANT uint TRELLIS_MAGNITUDES_2[4] = {
+    0x3E400000u, 0x3F1C0000u, 0x3F8A0000u, 0x3FEE0000u
+};
+CONSTANT uint TRELLIS_MAGNITUDES_3[8] = {
+    0x3DE00000u, 0x3E980000u, 0x3F080000u, 0x3F400000u, 0x3F820000u, 0x3FAC0000u, 0x3FE40000u, 0x401E0000u
+};
+
+// A stored code comes down to an index into LEVELS levels, of which the upper half is the lower, negated: at 4 and 8
+// bits that is the code itself, at 2 and 3 bits it has one bit more.
+template <int BITS>
+struct Stored {
+  enum { HAS_TRELLIS = BITS < 4 ? 1 : 0, INDEX_BITS = BITS < 4 ? BITS + 1 : BITS, LEVELS = 1 << INDEX_BITS };
+};
+
+template <int BITS>
+DEVICE_FN uint stored_magnitude_bits(uint index) {
+  if (BITS == 2) return TRELLIS_MAGNITUDES_2[index];
+  if (BITS == 3) return TRELLIS_MAGNITUDES_3[index];
+  return magnitude_bits<BITS>(index);
+}
+
+// The level of an index below LEVELS.
+template <int BITS>
+DEVICE_FN float stored_level(uint index) {
+  const uint negative = index >> (Stored<BITS>::INDEX_BITS - 1);
+  const uint magnitude = index & (Stored<BITS>::LEVELS / 2 - 1u);
+  return float_of_bits(stored_magnitude_bits<BITS>(magnitude) ^ (negative << 31));
+}
+
+// All levels, `table[index]`, for the threads of a threadgroup to share: one conflict-free load then gives a level with
+// its sign. A barrier must follow.
+template <int BITS>
+DEVICE_FN void fill_levels(THREADGROUP float* table, uint thread_index, uint threads) {
+  for (uint index = thread_index; index < Stored<BITS>::LEVELS; index += threads) {
+    table[index] = stored_level<BITS>(index);
+  }
+}
+
+// ---- words to indices -----------------------------------------------------------------------------
+
+// The codes of a word as indices of levels: those at even places of a trellis in eight fields of 4 bits, and those at
+// odd places; other codes as they are, in `even`.
+template <typename Bits>
+struct Indices {
+  Bits even, odd;
+};
+
+// `before` is the word before it in the same lane, 0 for the first; `high` the word of the second plane that serves it
+// (3 bits), shifted to the right by two for the second of its two words.
+template <int BITS, typename Bits>
+DEVICE_FN Indices<Bits> indices_of(Bits word, Bits before, Bits high) {
+  Indices<Bits> made;
+  made.even = made.odd = word;
+  if (Stored<BITS>::HAS_TRELLIS) {
+    const Bits path = word & 0x55555555u, last = before & 0x55555555u;
+    const Bits sign = (word >> 1) & 0x55555555u;
+    // The two bits of the subset: the path two places back, and of here, one and three back the sum modulo 2.
+    const Bits first = (path << 4) | (last >> 28);
+    const Bits second = path ^ ((path << 2) | (last >> 30)) ^ ((path << 6) | (last >> 26));
+    const Bits low = (first ^ sign) | ((second ^ sign) << 1);
+    made.even = low & 0x33333333u;
+    made.odd = (low >> 2) & 0x33333333u;
+    if (BITS == 2) {
+      made.even = made.even | ((word & 0x22222222u) << 1);
+      made.odd = made.odd | ((word & 0x88888888u) >> 1);
+    } else {
+      made.even = made.even | ((word & 0x22222222u) << 2) | ((high & 0x11111111u) << 2);
+      made.odd = made.odd | (word & 0x88888888u) | ((high & 0x22222222u) << 1);
+    }
+  }
+  return made;
+}
+
+// The index of the code in field `field` of the word.
+template <int BITS>
+DEVICE_FN uint index_of_field(Indices<uint> word, uint field) {
+  if (!Stored<BITS>::HAS_TRELLIS) return code_of_field<BITS>(word.even, 0, field);
+  return ((field % 2 == 0 ? word.even : word.odd) >> (field / 2 * 4)) & (Stored<BITS>::LEVELS - 1u);
+}
+
+// ---- the path with the least squared error --------------------------------------------------------
+//
+// A state is the last three path bits, the latest lowest. State t is reached from t / 2 and from t / 2 + 4, through
+// the subset c of entering_subset and through c ^ 2. What a step decides is kept as `choices`: bit t says that state t
+// comes from t / 2 + 4, and the bits 8 + 2 c and 9 + 2 c which member of subset c is the nearest (sign, then high bit).
+
+enum { TRELLIS_STATES = 8 };
+
+template <typename Bits>
+DEVICE_FN Bits entering_subset(Bits state) {
+  return ((state >> 2) & 1u) | (((state ^ (state >> 1)) & 1u) << 1);
+}
+
+// The sums of all states where a path begins in `state`.
+template <typename Number, typename Bits>
+DEVICE_FN void begin_path(Bits state, THREAD Number* sums) {  // sums: [TRELLIS_STATES]
+  UNROLL
+  for (uint t = 0; t < TRELLIS_STATES; ++t) sums[t] = state == t ? Number{} : Number{} + 1e30f;
+}
+
+// One position further: the sums behind it, and the choices. Every step is rounded; nothing here can be contracted.
+template <int BITS, typename Bits, typename Number>
+DEVICE_FN Bits extend_path(Number z, THREAD Number* sums) {  // sums: [TRELLIS_STATES]
+  Number cost[4];
+  Bits choices = Bits{};
+  UNROLL
+  for (uint c = 0; c < 4; ++c) {
+    Bits member = Bits{};
+    // In the order (sign, high bit) = (0, 0), (0, 1), (1, 0), (1, 1); the first of the least wins.
+    UNROLL
+    for (uint m = 0; m < (1u << (BITS - 1)); ++m) {
+      const uint sign = m >> (BITS - 2), high = BITS == 3 ? m & 1u : 0u;
+      const uint magnitude = (c ^ (3u * sign)) + 4u * high;
+      const float level = stored_level<BITS>(magnitude | (sign << BITS));
+      const Number distance = (z - level) * (z - level);
+      if (m == 0) {
+        cost[c] = distance;
+      } else {
+        member = distance < cost[c] ? Bits{} + (sign | (high << 1)) : member;
+        cost[c] = distance < cost[c] ? distance : cost[c];
+      }
+    }
+    choices = choices | (member << (8 + 2 * c));
+  }
+  Number next[TRELLIS_STATES];
+  UNROLL
+  for (uint t = 0; t < TRELLIS_STATES; ++t) {
+    const uint c = entering_subset(t);
+    const Number first = sums[t / 2] + cost[c], second = sums[t / 2 + 4] + cost[c ^ 2u];
+    choices = choices | (second < first ? Bits{} + (1u << t) : Bits{});
+    next[t] = second < first ? second : first;
+  }
+  UNROLL
+  for (uint t = 0; t < TRELLIS_STATES; ++t) sums[t] = next[t];
+  return choices;
+}
+
+// The state in which the cheapest path ends.
+template <typename Bits, typename Number>
+DEVICE_FN Bits end_of_path(THREAD const Number* sums) {  // sums: [TRELLIS_STATES]
+  Bits state = Bits{};
+  Number least = sums[0];
+  UNROLL
+  for (uint t = 1; t < TRELLIS_STATES; ++t) {
+    state = sums[t] < least ? Bits{} + t : state;
+    least = sums[t] < least ? sums[t] : least;
+  }
+  return state;
+}
+
+// What a byte holds of the position that led to `state`: the stored code, and from bit 4 on the index of its level.
+// The state becomes the one before it.
+template <int BITS, typename Bits>
+DEVICE_FN Bits step_back(Bits choices, THREAD Bits& state) {
+  const Bits far = (choices >> state) & 1u;
+  const Bits subset = entering_subset(state) ^ (far << 1);
+  const Bits member = (choices >> (subset * 2u + 8u)) & 3u;
+  const Bits sign = member & 1u, high = member >> 1;
+  const Bits code = (state & 1u) | (member << 1);
+  const Bits index = ((subset ^ (sign * 3u)) + (high << 2)) | (sign << BITS);
+  state = (state >> 1) | (far << 2);
+  return code | (index << 4);
+}
+
+// How many sequences of LENGTH numbers a threadgroup codes at once: as many as fit into BYTES, at most 64.
+template <int LENGTH, int BYTES>
+struct Slice {
+  enum {
+    STRIDE = LENGTH + 1,  // odd, so that lanes at the same position of neighbouring sequences meet no bank twice
+    MOST = BYTES / 4 / STRIDE,
+    COUNT = MOST >= 64 ? 64 : MOST >= 32 ? 32 : MOST >= 16 ? 16 : 8
+  };
+};
+
+// The codes of one sequence from position `start` on, by one thread. numbers: z as bits, [LENGTH]; they are replaced
+// by the choices. codes: bytes as of step_back, `step` apart; those before `start` become 0.
+template <int BITS, int LENGTH>
+DEVICE_FN void encode_sequence(
+    THREADGROUP uint* numbers, THREADGROUP uchar* codes, uint step, uint start, uint state) {
+  float sums[TRELLIS_STATES];
+  begin_path(state, sums);
+  for (uint i = start; i < LENGTH; ++i) {
+    numbers[i] = extend_path<BITS, uint>(float_of_bits(numbers[i]), sums);
+  }
+  uint at = end_of_path<uint>(sums);
+  for (uint i = LENGTH; i > start; --i) {
+    codes[(i - 1) * step] = uchar(step_back<BITS>(numbers[i - 1], at));
+  }
+  for (uint i = 0; i < start; ++i) codes[i * step] = 0;
+}
