@@ -44,13 +44,21 @@ def subset(state: int, path: int) -> int:
     return (state >> 1 & 1) + 2 * ((path ^ state ^ state >> 2) & 1)
 
 
-def level_codes(codes: Codes, bits: int) -> Codes:
+def level_codes(codes: Codes, bits: int, *, start: int = 0, state: npt.ArrayLike = 0) -> Codes:
     """Sign and magnitude of stored codes ``[..., A, lanes]`` of 2 or 3 bits, A the packed axis.
+
+    Args:
+        codes: What :func:`encode` gives.
+        bits: 2 or 3.
+        start: As :func:`encode` takes it; so many come out without a meaning.
+        state: Likewise.
 
     Returns:
         Indices into :func:`rotormlx.codec.codebook.trellis_levels`: the sign is the top bit.
     """
     path = codes & 1
+    for back in range(1, min(MEMORY, start) + 1):
+        path[..., start - back, :] = np.asarray(state, np.uint32) >> (back - 1) & 1
     before = [np.zeros_like(path) for _ in range(MEMORY)]
     for back, earlier in enumerate(before, 1):
         earlier[..., back:, :] = path[..., :-back, :]
