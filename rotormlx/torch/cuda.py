@@ -32,12 +32,20 @@ _loaded: dict[Configuration, Any] = {}
 
 
 def encode(
-    x: Tensor, codec: Codec, *, channel_scale: Tensor | None = None, centres: Tensor | None = None
+    x: Tensor,
+    codec: Codec,
+    *,
+    channel_scale: Tensor | None = None,
+    centres: Tensor | None = None,
+    start: int = 0,
+    state: Tensor | None = None,
 ) -> Packed:
     """As :func:`rotormlx.torch.torch_ops.encode`."""
     operators = _operators_for(codec, x.device)
     if operators is None:
-        return torch_ops.encode(x, codec, channel_scale=channel_scale, centres=centres)
+        return torch_ops.encode(
+            x, codec, channel_scale=channel_scale, centres=centres, start=start, state=state
+        )
     check_grid("encode", *x.shape[:2])
     with _on(x.device):
         packed = operators.encode(

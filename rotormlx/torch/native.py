@@ -16,11 +16,19 @@ from rotormlx.torch.torch_ops import AttendCall
 
 
 def encode(
-    x: Tensor, codec: Codec, *, channel_scale: Tensor | None = None, centres: Tensor | None = None
+    x: Tensor,
+    codec: Codec,
+    *,
+    channel_scale: Tensor | None = None,
+    centres: Tensor | None = None,
+    start: int = 0,
+    state: Tensor | None = None,
 ) -> Packed:
     """As :func:`rotormlx.torch.torch_ops.encode`."""
     if cpu_library.missing() is not None:
-        return torch_ops.encode(x, codec, channel_scale=channel_scale, centres=centres)
+        return torch_ops.encode(
+            x, codec, channel_scale=channel_scale, centres=centres, start=start, state=state
+        )
     front = (*x.shape[:2], x.shape[2] // BLOCK)
     words = x.new_empty((*front, *codec.words_shape), dtype=torch.int32)
     scales = x.new_empty((*front, BLOCK), dtype=torch.float16)

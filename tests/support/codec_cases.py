@@ -6,9 +6,10 @@ The judge is the float64 reference; ``runner`` is one of tests/support/runners.p
 import mlx.core as mx
 import numpy as np
 
-from rotormlx.codec import codebook, reference
+from rotormlx.codec import codebook, reference, trellis
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed, codec
 from rotormlx.config import RotorConfig
+from tests.support.bounds import rotated, unit_variance
 
 DTYPES = {"f16": mx.float16, "bf16": mx.bfloat16, "f32": mx.float32}
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -43,11 +44,33 @@ def scale_of_channels(chosen, heads):
     return np.exp(rng.normal(size=(heads, chosen.head_dim))).astype(np.float32)
 
 
-def compare(written, expected, chosen):
-    """Packed rows are the reference's, but for codes within float32 errors of a boundary."""
+def unit_rows(x, chosen, *, scale=None, centres=None):
+    """z of rows ``[B, K, N * 64, D]``, float64 ``[B, K, N, 64, D]``; of special rows zeros."""
+    z, norm = unit_variance(rotated(x, chosen, centres, scale))
+    with np.errstate(over="ignore", invalid="ignore"):
+        size = (norm / np.sqrt(chosen.head_dim)).astype(np.float16)
+    return np.where((size > 0) & (size < np.inf), z, 0)
+
+
+def squared_error(z, level, chosen):
+    """What a path costs: the sum over the packed axis."""
+    return np.square(z - level).sum(-1 if chosen.role == KEY else -2)
+
+
+def compare(written, expected, chosen, z):
+    """Packed rows are the reference's, but for codes of which float32 leaves a doubt.
+
+    Those are next to a boundary; or a path whose squared error is within rounding the least.
+    """
     codes, wanted = (reference.unpack(p.words, chosen) for p in (written, expected))
-    # 2 errors of 1e-6 against a density of boundaries of at most 128 / 4 per unit: 1e-4 of all.
-    assert (codes != wanted).sum() <= max(1, 1e-4 * codes.size)
+    if chosen.has_trellis:
+        cost, least = (
+            squared_error(z, reference.levels(c, chosen), chosen) for c in (codes, wanted)
+        )
+        assert (cost <= least + 1e-5 * (1 + least)).all()
+    else:
+        # 2 errors of 1e-6 against a density of boundaries of at most 128 / 4 per unit: 1e-4 of all.
+        assert (codes != wanted).sum() <= max(1, 1e-4 * codes.size)
     # All words, bits behind the last position among them, hold nothing but these codes.
     assert np.array_equal(reference.pack(codes, chosen), written.words)
     same = (codes == wanted).all(-1)
@@ -66,8 +89,9 @@ def check_encode(runner, x, chosen, *, scale=None, centres=None):
         means = reference.block_means(float64(x).reshape(*x.shape[:2], -1, BLOCK, x.shape[-1]))
         # One unit in the last place: a mean may lie next to a tie.
         assert np.allclose(centres, means, rtol=2**-10, atol=0)
-    expected = reference.encode(float64(x), chosen, channel_scale=scale, centres=centres)
-    compare(written, expected, chosen)
+    given = {"channel_scale": scale, "centres": centres}
+    expected = reference.encode(float64(x), chosen, **given)
+    compare(written, expected, chosen, unit_rows(float64(x), chosen, scale=scale, centres=centres))
     return expected
 
 
@@ -99,32 +123,44 @@ def check_rotor3(runner, head_dim=80, bits=3, dtype="f32"):
     made = runner.rotor3(x, chosen, seed=2, layer=5)
     block = np.zeros((1, 1, BLOCK, head_dim))
     block[0, 0, :count] = float64(x)
-    with np.errstate(invalid="ignore"):
-        expected = reference.decode(reference.encode(block, chosen), chosen)[0, 0, :count]
-    check_numbers(made, expected, dtype, float32=2e-6)
+    with np.errstate(all="ignore"):
+        check_numbers(made, published(block, chosen)[:count], dtype, float32=2e-6)
+
+
+def published(block, chosen):
+    """What the published method makes of the rows of one block: nearest levels at every width."""
+    level = codebook.levels(chosen.bits)[
+        reference.nearest(unit_rows(block, chosen)[0, 0, 0], chosen.bits)
+    ]
+    norm = reference.rotate(block, chosen)[1][0, 0]
+    scale = (norm / np.linalg.norm(level, axis=-1, keepdims=True)).astype(np.float16)
+    scale = np.where(np.isfinite(scale), scale, np.nan)
+    return (scale * level) @ chosen.rotation.inverse.T
 
 
 # ---- special rows -------------------------------------------------------------------------------
 
 
 def special_rows(bits):
-    """Rows of 16 channels, with the scale that each must get: a number, or None to compute it."""
-    level = codebook.levels(bits)
-    unit = level[reference.nearest(np.ones(1), bits)][0]
-    tiny = np.float32(1e-40)
+    """Rows of 16 channels, named, for the ends of what a size and a scale can be."""
+    unit = codebook.levels(bits)[reference.nearest(np.ones(1), bits)][0]
     return {
-        "zero": (np.zeros(16), 0.0),
-        "subnormal": (np.full(16, tiny), 0.0),
-        "below float16": (np.full(16, unit * 2.0**-26), 0.0),
-        "least of float16": (np.full(16, unit * 2.0**-24), 2.0**-24),
-        "largest of float16": (np.full(16, unit * 65510), 65504.0),
-        "above float16": (np.full(16, unit * 65530), np.nan),
-        "huge": (np.full(16, 1e30), np.nan),
-        "huge that cancels": (np.array([1e30, -1e30] * 8), np.nan),
-        "nan": (np.array([np.nan] + [1.0] * 15), np.nan),
-        "inf": (np.array([1.0] * 15 + [np.inf]), np.nan),
-        "both infinities": (np.array([np.inf] + [-np.inf] * 15), np.nan),
-        "one": (np.ones(16), 1 / unit),
+        "zero": np.zeros(16),
+        "subnormal": np.full(16, 1e-40),
+        "below float16": np.full(16, 2.0**-26),
+        "a scale without a size": np.full(16, 2.0**-25 * 0.98),
+        "least of float16": np.full(16, 2.0**-24),
+        "largest scale": np.full(16, unit * 65510),
+        "scale above float16": np.full(16, unit * 65530),
+        "largest size": np.full(16, 65510),
+        "size above float16": np.full(16, 65530),
+        "large": np.full(16, 3e4),
+        "huge": np.full(16, 1e30),
+        "huge that cancels": np.array([1e30, -1e30] * 8),
+        "nan": np.array([np.nan] + [1.0] * 15),
+        "inf": np.array([1.0] * 15 + [np.inf]),
+        "both infinities": np.array([np.inf] + [-np.inf] * 15),
+        "one": np.ones(16),
     }
 
 
@@ -133,21 +169,28 @@ def check_special_rows(runner, bits, role):
     special = special_rows(bits)
     chosen = made_codec("identity", 16, bits, role)
     x = rows((1, 1, BLOCK, 16))
-    for i, (row, _) in enumerate(special.values()):
-        x[0, 0, 5 * i] = row
+    places = range(0, 4 * len(special), 4)
+    x[0, 0, places] = np.array(list(special.values()), np.float32)
     centres = np.zeros((1, 1, 1, 16), np.float16) if role == KEY else None
     written = runner.encode(mx.array(x), chosen, centres=centres)
-    codes = reference.unpack(written.words, chosen)[0, 0, 0]
-    for i, (kind, (_, scale)) in enumerate(special.items()):
-        stored = written.scales[0, 0, 0, 5 * i]
-        assert np.array_equal(stored, np.float16(scale), equal_nan=True), kind
-        # Rows whose codes count are constant and positive.
-        code = reference.nearest(np.ones(1), bits) if np.isfinite(scale) and scale > 0 else 0
-        assert (codes[5 * i] == code).all(), kind
-    others = [t for t in range(BLOCK) if t % 5 or t // 5 >= len(special)]
     with np.errstate(invalid="ignore"):
         expected = reference.encode(x, chosen, centres=centres)
-    assert np.array_equal(written.scales[0, 0, 0, others], expected.scales[0, 0, 0, others])
+        compare(written, expected, chosen, unit_rows(x, chosen, centres=centres))
+
+    codes = reference.unpack(written.words, chosen)
+    length = np.linalg.norm(reference.levels(codes, chosen), axis=-1)[0, 0, 0]
+    for place, (kind, row) in zip(places, special.items(), strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = np.linalg.norm(row.astype(np.float64))
+            size, scale = np.float16(norm / 4), np.float16(norm / length[place])
+        if not (np.isfinite(size) and np.isfinite(scale)):
+            scale = np.nan
+        stored = written.scales[0, 0, 0, place]
+        # One unit in the last place of float16.
+        wanted = 0 if size == 0 else scale
+        assert np.allclose(stored, wanted, rtol=2**-10, atol=0, equal_nan=True), kind
+        if not chosen.has_trellis and not 0 < size < np.inf:
+            assert not codes[0, 0, 0, place].any(), kind
     check_decode(runner, written, chosen)
 
 
@@ -188,6 +231,55 @@ def check_ties(runner, bits):
         assert codes[2 * i, 0] == i + 1
         assert codes[2 * i + 1, 0] == sign + i + 1
         assert not codes[2 * i : 2 * i + 2, 3:].any()
+
+
+def check_tied_paths(runner, bits, role):
+    """Where every sum is exact and many are equal, the path is that of the reference."""
+    chosen = made_codec("identity", 16, bits, role)
+    rng = np.random.default_rng(4)
+    # Rows of norm 4, so that z are the numbers themselves, among rows of zeros.
+    x = rng.choice([-1, 1], (2, 1, BLOCK, 16)).astype(np.float32)
+    x[:, :, 1::3] *= 2 * (np.arange(16) % 4 == 1)
+    x[:, :, 2::5] = 0
+    centres = np.zeros((2, 1, 1, 16), np.float16) if role == KEY else None
+    written = runner.encode(mx.array(x), chosen, centres=centres)
+    assert np.array_equal(written.words, reference.encode(x, chosen, centres=centres).words)
+
+
+def check_filled_up_path(runner, head_dim=80, bits=3, role=VALUE, start=21):
+    """Behind tokens that have codes already, values go on from their state; keys do not care."""
+    chosen = made_codec("cascade", head_dim, bits, role)
+    x = rows((2, 2, BLOCK, head_dim), seed=8)
+    before = reference.encode(x, chosen)
+    x[:, :, :start] = 0
+    state = np.array(trellis.state_after(before.words, start), np.uint32)
+    given = {"centres": before.centres, "start": start}
+    written = runner.encode(mx.array(x), chosen, **given, state=state if role == VALUE else None)
+    expected = reference.encode(x, chosen, **given, state=state)
+    if role == VALUE:
+        assert not reference.unpack(written.words, chosen)[..., :start, :].any()
+
+    # What counts is the block that both are parts of.
+    kept = chosen.kept_bits(start)
+    found, wanted = (
+        reference.levels(reference.unpack(p.words & ~kept | before.words & kept, chosen), chosen)
+        for p in (written, expected)
+    )
+    counts = np.arange(BLOCK)[:, None] >= start
+    z = unit_rows(x, chosen, centres=before.centres)
+    cost, least = (squared_error(z * counts, level * counts, chosen) for level in (found, wanted))
+    assert (cost <= least + 1e-5 * (1 + least)).all()
+    norm = np.linalg.norm(rotated(x, chosen, before.centres, None), axis=-1)
+    scales = norm / np.linalg.norm(found, axis=-1)
+    assert np.allclose(written.scales[..., start:], scales[..., start:], rtol=2**-10, atol=0)
+
+
+def check_any_words(runner, head_dim=80, bits=3, role=VALUE):
+    """Words that no encoder would write are decoded as the format says."""
+    chosen = made_codec("cascade", head_dim, bits, role)
+    packed = reference.encode(rows((1, 2, BLOCK, head_dim)), chosen)
+    words = np.random.default_rng(6).integers(0, 2**32, packed.words.shape, np.uint32)
+    check_decode(runner, packed._replace(words=words), chosen)
 
 
 # ---- small calls, for mutations -----------------------------------------------------------------

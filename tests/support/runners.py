@@ -64,10 +64,11 @@ class BackendRunner:
         """Why nothing can run here, or None."""
         return None if self.on_device else emulator.missing()
 
-    def encode(self, x, chosen, *, scale=None, centres=None):
+    def encode(self, x, chosen, *, scale=None, centres=None, start=0, state=None):
         """Packed rows as numpy arrays, of an MLX array and numpy arrays."""
-        given = {"channel_scale": with_gaps(scale), "centres": with_gaps(centres)}
-        return as_numpy(self.backend.encode(x, chosen, **given))
+        given = {"channel_scale": scale, "centres": centres, "state": state}
+        given = {name: with_gaps(array) for name, array in given.items()}
+        return as_numpy(self.backend.encode(x, chosen, start=start, **given))
 
     def decode(self, packed, chosen, *, scale=None, dtype=mx.float32):
         """An MLX array, of numpy arrays."""
@@ -214,10 +215,11 @@ class CUDARunner:
         finally:
             self._changes = ()
 
-    def encode(self, x, chosen, *, scale=None, centres=None):
+    def encode(self, x, chosen, *, scale=None, centres=None, start=0, state=None):
         """As of the other runners."""
         made = self._codec_module(chosen)
-        return cuda_calls.encode(x, chosen, channel_scale=scale, centres=centres, made=made)
+        path = {"start": start, "state": state}
+        return cuda_calls.encode(x, chosen, channel_scale=scale, centres=centres, **path, made=made)
 
     def decode(self, packed, chosen, *, scale=None, dtype=mx.float32):
         """As of the other runners."""

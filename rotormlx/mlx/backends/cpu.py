@@ -45,10 +45,12 @@ class CPUBackend(MLXBackend):
         codec: Codec,
         channel_scale: mx.array | None,
         centres: mx.array | None,
+        start: int,
+        state: mx.array | None,
     ) -> Packed:
         """Compress whole blocks; see :meth:`MLXBackend.encode`."""
         if not _evaluated(x, channel_scale, centres):
-            return super()._encode(x, codec, channel_scale, centres)
+            return super()._encode(x, codec, channel_scale, centres, start, state)
         batch, heads, tokens, head_dim = x.shape
         front = (batch, heads, tokens // BLOCK)
         words = _room((*front, *codec.words_shape), mx.uint32)
