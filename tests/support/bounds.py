@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from rotormlx.codec import codebook, reference
+from rotormlx.codec import codebook, reference, trellis
 from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, VALUE, Codec, Packed
 
 # Float32 sums: the bound of docs/FORMAT.md, section 9.
@@ -144,11 +144,18 @@ def attention_error(values: np.ndarray, score_error: float, value_error: float) 
 
 
 def check_encoded(
-    x: Any, found: Packed, codec: Codec, channel_scale: Any = None, centres: Any = None
+    x: Any,
+    found: Packed,
+    codec: Codec,
+    channel_scale: Any = None,
+    centres: Any = None,
+    cuts: tuple[int, ...] = (),
+    tokens: int = BLOCK,
 ) -> None:
     """Words, scales and centres are what docs/FORMAT.md, section 5 makes of these rows.
 
-    ``x`` is float64 ``[B, K, N * 64, D]``.
+    ``x`` is float64 ``[B, K, N * 64, D]``. A block that was trimmed was coded anew from each of
+    ``cuts`` on, and ``tokens`` of it count.
     Where float32 sums leave a doubt (next to a boundary or to a rounding tie, or which of two paths
     is the cheaper) both are right.
     """
@@ -188,14 +195,23 @@ def check_encoded(
     right = (low <= scales) & (scales <= high) & (scales < np.inf) & ~is_zero & ~is_large
     right |= np.isnan(scales) & (may_be_large | np.isinf(high))
     right |= (scales == 0) & may_be_zero
-    assert right.all()
+    assert right[..., :tokens].all()
 
     # Where float32 leaves a doubt whether a row is special, its scale says so.
     special = (may_be_zero & (scales == 0)) | (may_be_large & np.isnan(scales))
     z = np.where(special[..., None], 0, z)
     if codec.has_trellis:
-        z, level = (a if codec.role == VALUE else np.swapaxes(a, -1, -2) for a in (z, level))
-        check_path(z, level, codec.bits)
+        if codec.role == KEY:
+            z, level = (np.swapaxes(a, -1, -2)[..., :tokens] for a in (z, level))
+            check_path(z, level, codec.bits)
+            return
+        cuts = tuple(sorted({0, *cuts, tokens}))
+        # What came behind a cut is forgotten, but not to which state it led.
+        states = [0, *(trellis.state_after(found.words, cut) for cut in cuts[1:])]
+        for i in range(len(cuts) - 1):
+            part = (..., slice(cuts[i], cuts[i + 1]), slice(None))
+            end = states[i + 1].astype(int) if cuts[i + 1] < BLOCK else None
+            check_path(z[part], level[part], codec.bits, states[i], end)
         return
     size, doubt = np.abs(z), FLOAT32_DOUBT * (1 + np.abs(z))
     half = 2 ** (codec.bits - 1)
@@ -204,8 +220,9 @@ def check_encoded(
         reference.nearest(np.maximum(size - doubt, 0), codec.bits),
         reference.nearest(size + doubt, codec.bits),
     )
-    assert ((near[0] <= index) & (index <= near[1])).all()
-    assert ((negative == (z < 0)) | ((size <= doubt) & ~special[..., None])).all()
+    near_enough = (near[0] <= index) & (index <= near[1])
+    near_enough &= (negative == (z < 0)) | ((size <= doubt) & ~special[..., None])
+    assert near_enough[..., :tokens, :].all()
 
 
 def check_path(
@@ -234,27 +251,19 @@ def path_sums(z: np.ndarray, bits: int, state: Any = 0) -> np.ndarray:
     In float64, by the definition of the code (docs/FORMAT.md, section 5).
     """
     m = codebook.trellis_levels(bits).astype(np.float64)[: 2**bits]
+    far = np.square(z[..., None] - m), np.square(z[..., None] + m)
+    # Subset c holds the magnitudes c, c + 4, ... and, negated, 3 - c, 7 - c, ...
+    costs = np.stack(
+        [np.minimum(far[0][..., c::4].min(-1), far[1][..., 3 - c :: 4].min(-1)) for c in range(4)],
+        -1,
+    )
+    p, p1, p2 = (np.arange(8)[:, None] >> back & 1 for back in range(3))
+    p3 = np.arange(2)
+    before, subset = p1 + 2 * p2 + 4 * p3, p2 + 2 * (p ^ p1 ^ p3)
     sums = np.where(np.arange(8) == np.asarray(state)[..., None], 0.0, np.inf)
     sums = np.broadcast_to(sums, (*z.shape[:-2], z.shape[-1], 8))
     for i in range(z.shape[-2]):
-        # From -m to m: by the subsets 3 2 1 0, twice at 3 bits.
-        distance = np.square(z[..., i, :, None] - m), np.square(z[..., i, :, None] + m)
-        cost = [
-            np.minimum(distance[0][..., c::4].min(-1), distance[1][..., 3 - c :: 4].min(-1))
-            for c in range(4)
-        ]
-        new = []
-        for t in range(8):
-            p, p1, p2 = t & 1, t >> 1 & 1, t >> 2
-            new.append(
-                np.minimum(
-                    *(
-                        sums[..., p1 + 2 * p2 + 4 * p3] + cost[p2 + 2 * (p ^ p1 ^ p3)]
-                        for p3 in (0, 1)
-                    )
-                )
-            )
-        sums = np.stack(new, -1)
+        sums = (sums[..., before] + costs[..., i, :, :][..., subset]).min(-1)
     return sums
 
 
