@@ -51,14 +51,11 @@ def encode(
         size = (norm / root).astype(np.float16)
         z = np.where((size > 0) & (size < np.inf), rotated * (root / norm), 0)
     if codec.has_trellis:
-        along = z if codec.role == VALUE else np.swapaxes(z, -1, -2)
-        codes = trellis.encode(
-            along, codec.bits, start=start if codec.role == VALUE else 0, state=state
-        )
-        codes = codes if codec.role == VALUE else np.swapaxes(codes, -1, -2)
+        begun = (start, state) if codec.role == VALUE else (0, 0)
+        codes, level = _path(z, codec, *begun)
     else:
         codes = nearest(z, codec.bits)
-    level = levels(codes, codec)
+        level = levels(codes, codec)
     with np.errstate(over="ignore", invalid="ignore"):
         scales = (norm[..., 0] / np.sqrt((level * level).sum(-1))).astype(np.float16)
     size = size[..., 0]
@@ -175,15 +172,25 @@ def levels(codes: npt.NDArray[np.uint32], codec: Codec) -> Floats:
     if not codec.has_trellis:
         return codebook.levels(codec.bits).astype(np.float64)[codes]
     table = codebook.trellis_levels(codec.bits).astype(np.float64)
-    if codec.role == VALUE:
-        return table[trellis.level_codes(codes, codec.bits)]
-    return np.swapaxes(table[trellis.level_codes(np.swapaxes(codes, -1, -2), codec.bits)], -1, -2)
+    return _packed_axis_first(
+        table[trellis.level_codes(_packed_axis_first(codes, codec), codec.bits)], codec
+    )
+
+
+def _path(
+    z: Floats, codec: Codec, start: int, state: npt.ArrayLike
+) -> tuple[npt.NDArray[np.uint32], Floats]:
+    """Trellis codes of ``[..., 64, D]``, and their levels."""
+    bits = codec.bits
+    codes = trellis.encode(_packed_axis_first(z, codec), bits, start=start, state=state)
+    index = trellis.level_codes(codes, bits, start=start, state=state)
+    level = codebook.trellis_levels(bits).astype(np.float64)[index]
+    return _packed_axis_first(codes, codec), _packed_axis_first(level, codec)
 
 
 def pack(codes: npt.NDArray[np.uint32], codec: Codec) -> npt.NDArray[np.uint32]:
     """Words ``[..., rows, lanes]`` from codes ``[..., 64, D]``."""
-    # [..., packed axis, lanes]
-    codes = np.swapaxes(codes, -1, -2) if codec.role == KEY else codes
+    codes = _packed_axis_first(codes, codec)
     words = np.zeros((*codes.shape[:-2], *codec.words_shape), np.uint32)
     first_row = 0
     for plane, rows in zip(codec.planes, codec.plane_rows, strict=True):
@@ -206,7 +213,12 @@ def unpack(words: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.uint32]:
             bits = words[..., first_row + row, :] >> np.uint32(plane.bit_of(field))
             codes[..., i, :] |= (bits & np.uint32(2**plane.bits - 1)) << np.uint32(plane.shift)
         first_row += rows
-    return np.swapaxes(codes, -1, -2) if codec.role == KEY else codes
+    return _packed_axis_first(codes, codec)
+
+
+def _packed_axis_first(a: npt.NDArray[Any], codec: Codec) -> npt.NDArray[Any]:
+    """``[..., packed axis, lanes]`` of ``[..., 64, D]``, or the other way round."""
+    return np.swapaxes(a, -1, -2) if codec.role == KEY else a
 
 
 def _blocks(x: npt.ArrayLike) -> Floats:

@@ -44,13 +44,21 @@ def subset(state: int, path: int) -> int:
     return (state >> 1 & 1) + 2 * ((path ^ state ^ state >> 2) & 1)
 
 
-def level_codes(codes: Codes, bits: int) -> Codes:
+def level_codes(codes: Codes, bits: int, *, start: int = 0, state: npt.ArrayLike = 0) -> Codes:
     """Sign and magnitude of stored codes ``[..., A, lanes]`` of 2 or 3 bits, A the packed axis.
+
+    Args:
+        codes: What :func:`encode` gives.
+        bits: 2 or 3.
+        start: As :func:`encode` takes it; so many come out without a meaning.
+        state: Likewise.
 
     Returns:
         Indices into :func:`rotormlx.codec.codebook.trellis_levels`: the sign is the top bit.
     """
     path = codes & 1
+    for back in range(1, min(MEMORY, start) + 1):
+        path[..., start - back, :] = np.asarray(state, np.uint32) >> (back - 1) & 1
     before = [np.zeros_like(path) for _ in range(MEMORY)]
     for back, earlier in enumerate(before, 1):
         earlier[..., back:, :] = path[..., :-back, :]
@@ -85,7 +93,7 @@ def encode_with_margins(
     """
     z = np.asarray(z)
     levels = codebook.trellis_levels(bits).astype(z.dtype)
-    members, rest_of = _members(bits)
+    level_codes_of, rest_of = members(bits)
     ends = np.arange(STATES)
     before = np.stack([ends >> 1, ends >> 1 | STATES >> 1], -1)  # [8, 2]
     through = np.vectorize(subset)(before, ends[:, None] & 1)
@@ -95,7 +103,9 @@ def encode_with_margins(
     sums = np.broadcast_to(sums, (*shape, STATES))
     distances, costs = [], []
     for i in range(start, length):
-        distances.append(np.square(z[..., i, :, None, None] - levels[members]))  # [..., 4, free]
+        distances.append(
+            np.square(z[..., i, :, None, None] - levels[level_codes_of])
+        )  # [..., 4, free]
         cheapest = distances[-1].min(-1)
         costs.append(sums[..., before] + cheapest[..., through])  # [..., 8, 2]
         sums = costs[-1].min(-1)
@@ -115,8 +125,8 @@ def encode_with_margins(
     return codes, margins
 
 
-def _members(bits: int) -> tuple[Codes, Codes]:
-    """The level codes of each subset, ``[4, 2**(bits - 1)]``, as they are tried, and s + 2 h."""
+def members(bits: int) -> tuple[Codes, Codes]:
+    """The level codes of each subset, ``[4, 2**(bits - 1)]``, as they are tried; and s + 2 h."""
     rest = np.arange(2 ** (bits - 1), dtype=np.uint32)
     rest = rest[np.argsort(rest & 1, kind="stable")]  # (s, h) = (0, 0), (0, 1), (1, 0), (1, 1)
     sign, high = rest & 1, rest >> 1

@@ -99,6 +99,24 @@ def check_packed(
     _require_device(where, like, {f"the {role} {name}": part for name, part in parts.items()})
 
 
+def check_path(x: Tensor, codec: Codec, start: int, state: Tensor | None) -> None:
+    """Refuse a start that is not within a block, or a state that does not fit its rows."""
+    if not 0 <= start < BLOCK:
+        raise ValueError(
+            f"[encode] start must be a number of tokens from 0 to {BLOCK - 1}, but it is {start}."
+        )
+    if state is None:
+        return
+    if codec.role != VALUE or not codec.has_trellis:
+        raise ValueError(
+            "[encode] Only values of 2 or 3 bits go on from a state, but one came with "
+            f"{codec.role}s of {codec.bits} bits; leave it out."
+        )
+    shape = (*x.shape[:2], x.shape[2] // BLOCK, codec.head_dim)
+    _require("encode", "state", state, shape, torch.int32)
+    _require_device("encode", x, {"the state": state})
+
+
 def check_call(call: AttendCall) -> None:
     """Refuse a call of attention whose parts do not fit together."""
     _check_query(call.query, call.lengths, call.keys.exact, call.values.exact)

@@ -25,8 +25,9 @@ from rotormlx.torch.torch_ops import AttendCall, KVView
 
 torch.library.define(
     "rotormlx::encode",
-    "(Tensor x, Tensor? centres, Tensor? channel_scale, *, str role, int bits, str rotation, "
-    "int seed, int layer) -> (Tensor words, Tensor scales, Tensor centres)",
+    "(Tensor x, Tensor? centres, Tensor? channel_scale, Tensor? state=None, *, str role, int bits, "
+    "str rotation, int seed, int layer, int start=0) -> "
+    "(Tensor words, Tensor scales, Tensor centres)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -55,6 +56,8 @@ def encode(
     channel_scale: Tensor | None = None,
     centres: Tensor | None = None,
     rotation: Rotation | None = None,
+    start: int = 0,
+    state: Tensor | None = None,
 ) -> Packed:
     """Compress whole blocks of keys or values.
 
@@ -67,6 +70,10 @@ def encode(
         centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
         rotation: The one of a calibrated configuration, see
             :func:`rotormlx.codec.rotation.calibrated`.
+        start: Tokens of the one block before it are coded already; what comes out for them does
+            not count.
+        state: What those leave to the trellis codes of values, int32 ``[B, K, N, D]``; see
+            :func:`rotormlx.codec.trellis.state_after`.
 
     Returns:
         Packed words (int32), scales and centres; docs/FORMAT.md gives each shape.
@@ -77,7 +84,14 @@ def encode(
     Source: docs/FORMAT.md, section 5.
     """
     words, scales, means = torch.ops.rotormlx.encode(
-        x, centres, channel_scale, role=role, layer=layer, **_facts(config, role, rotation)
+        x,
+        centres,
+        channel_scale,
+        state,
+        role=role,
+        layer=layer,
+        start=start,
+        **_facts(config, role, rotation),
     )
     return Packed(words, scales, means if role == KEY else None)
 
@@ -232,15 +246,25 @@ Encode = Callable[..., Packed]
 
 def _encode_with(implementation: Encode) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def encode(
-        x: Tensor, centres: Tensor | None, channel_scale: Tensor | None, *, role: str, **coding: Any
+        x: Tensor,
+        centres: Tensor | None,
+        channel_scale: Tensor | None,
+        state: Tensor | None = None,
+        *,
+        role: str,
+        start: int = 0,
+        **coding: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         checks.require_no_gradient("encode", x=x, centres=centres, channel_scale=channel_scale)
         checks.require_vectors("encode", **{f"{role}s": x})
         chosen = _codec(x.shape[-1], role, **coding)
         checks.check_rows(x, chosen)
         checks.check_packed("encode", x, chosen, Packed(None, None, centres), channel_scale)
+        checks.check_path(x, chosen, start, state)
         run = implementation if x.numel() else _fake_encode
-        packed = run(x, chosen, channel_scale=channel_scale, centres=centres)
+        packed = run(
+            x, chosen, channel_scale=channel_scale, centres=centres, start=start, state=state
+        )
         if role == VALUE:
             means = packed.scales.new_empty((*packed.scales.shape[:3], 0))
         else:

@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rotormlx.codec import rotation
+from rotormlx.codec import rotation, trellis
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import BLOCK, ROLES, Codec, Packed, codec
+from rotormlx.codec.format import BLOCK, ROLES, VALUE, Codec, Packed, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.storage.cache_fields import SavedStore
 from rotormlx.torch import ops
@@ -145,7 +145,9 @@ class Store:
         if saved.channel_scale is not None and self.calibrated is None:
             self.channel_scale = saved.channel_scale.to(device)
 
-    def _encode(self, x: Tensor, centres: Tensor | None = None) -> Packed:
+    def _encode(
+        self, x: Tensor, centres: Tensor | None = None, start: int = 0, state: Tensor | None = None
+    ) -> Packed:
         return ops.encode(
             x,
             self.config,
@@ -154,15 +156,19 @@ class Store:
             channel_scale=self.channel_scale,
             centres=centres,
             rotation=self.codec.rotation,
+            start=start,
+            state=state,
         )
 
     def _fill_up(self, rows: Rows, x: Tensor, block: int, filled: int) -> None:
-        """Complete a block, which counts ``filled`` tokens, with its own centre."""
+        """Complete a block, which counts ``filled`` tokens: its centre and its paths go on."""
         if self.packed is None:
             raise ValueError("[RotorCache] There is no packed block to fill up.")
         last = Packed(*(None if a is None else a[rows, :, block : block + 1] for a in self.packed))
         x = torch.nn.functional.pad(x, (0, 0, filled, 0))
-        new = self._encode(x, last.centres)
+        has_state = self.codec.has_trellis and self.codec.role == VALUE
+        state = trellis.state_after(last.words, filled) if has_state else None
+        new = self._encode(x, last.centres, filled, state)
         kept = torch.from_numpy(self.codec.kept_bits(filled).view("int32")).to(x.device)
         words = (last.words & kept) | (new.words & ~kept)
         is_kept = torch.arange(BLOCK, device=x.device) < filled

@@ -23,9 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotormlx.codec import codebook
+from rotormlx.codec import codebook, trellis_ops
 from rotormlx.codec.derived import derived
-from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec.format import (
+    BLOCK,
+    KEY,
+    LARGEST_FLOAT16,
+    PLANES,
+    TRELLIS_BITS,
+    Codec,
+    Packed,
+)
 from rotormlx.codec.random_stream import Floats
 from rotormlx.codec.rotation import Rotation, Stage
 
@@ -169,7 +177,8 @@ def encode(
     parts = []
     for first, stop in tiles(x.shape[2], tile):
         given = None if centres is None else centres[:, :, first:stop]
-        parts.append(encode_blocks(x[:, :, first:stop], codec, channel_scale, given))
+        path = start, None if state is None else state[:, :, first:stop]
+        parts.append(encode_blocks(x[:, :, first:stop], codec, channel_scale, given, path))
     fields = zip(*parts, strict=True)
     return Packed(*(None if a[0] is None else torch.cat(a, dim=2) for a in fields))
 
@@ -220,9 +229,16 @@ def prefill_scale(x: Tensor, codec: Codec) -> Tensor:
 
 
 def encode_blocks(
-    x: Tensor, codec: Codec, channel_scale: Tensor | None, centres: Tensor | None
+    x: Tensor,
+    codec: Codec,
+    channel_scale: Tensor | None,
+    centres: Tensor | None,
+    path: tuple[int, Tensor | None],
 ) -> Packed:
-    """Compress blocks ``[B, K, N, 64, D]``; see :func:`encode`."""
+    """Compress blocks ``[B, K, N, 64, D]``; see :func:`encode`.
+
+    ``path`` is ``start`` and ``state`` of that.
+    """
     y = x.float()
     if codec.role == KEY:
         if centres is None:
@@ -234,16 +250,42 @@ def encode_blocks(
     rotated = rotate(y, codec.rotation)
     norm = square_root(sum_in_order(rotated * rotated, -1))
     # Of two tensors: torch divides a number by a tensor in two roundings.
-    z = rotated * (torch.full_like(norm, math.sqrt(codec.head_dim)) / norm)
-    limits = boundaries(codec.bits, x.device)
+    root = torch.full_like(norm, math.sqrt(codec.head_dim))
+    size = (norm / root).half()
+    is_special = (size == 0) | ~torch.isfinite(size)
+    z = torch.where(is_special, 0.0, rotated * (root / norm))
+    codes, level = path_codes(z, codec, *path) if codec.has_trellis else nearest_codes(z, codec)
+    scales = (norm / square_root(sum_in_order(level * level, -1))).half()
+    scales = torch.where(size == 0, 0.0, scales)
+    scales = torch.where(torch.isfinite(size) & torch.isfinite(scales), scales, math.nan)
+    return Packed(pack(codes, codec), scales[..., 0], centres)
+
+
+def nearest_codes(z: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """Codes of the nearest levels, and those."""
+    limits = boundaries(codec.bits, z.device)
     # Right of a boundary: a tie goes to the larger magnitude.
     index = torch.bucketize(z.abs(), limits, right=True, out_int32=True)
     codes = index | ((z < 0).int() << (codec.bits - 1))
-    level = level_table(codec.bits, x.device)[codes]
-    scales = (norm / square_root(sum_in_order(level * level, -1))).half()
-    scales = torch.where(torch.isfinite(scales), scales, math.nan)
-    codes = torch.where(torch.isnan(scales) | (scales == 0), 0, codes)
-    return Packed(pack(codes, codec), scales[..., 0], centres)
+    return codes, level_table(codec.bits, z.device)[codes]
+
+
+def path_codes(z: Tensor, codec: Codec, start: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Trellis codes of ``[B, K, N, 64, D]``, and their levels; see :func:`encode`."""
+    if codec.role == KEY:
+        start, state = 0, None
+    # The packed axis first, the lanes of all blocks side by side.
+    axis = -1 if codec.role == KEY else -2
+    sequences = z.movedim(axis, 0)
+    shape = sequences.shape
+    sequences = sequences[start:].reshape(shape[0] - start, -1)
+    begun = sequences.new_zeros(sequences.shape[1:], dtype=torch.int32)
+    begun = begun if state is None else state.reshape(-1)
+    found = trellis_ops.cheapest_path(torch, sequences, begun, codec.bits)
+    level = level_table(codec.bits, z.device)[found.index]
+    coded = (torch.nn.functional.pad(a, (0, 0, start, 0)) for a in (found.codes, level))
+    codes, level = (a.reshape(shape).movedim(0, axis) for a in coded)
+    return codes, level
 
 
 def block_means(x: Tensor) -> Tensor:
@@ -322,7 +364,7 @@ def pack(codes: Tensor, codec: Codec) -> Tensor:
         fields = fields.unflatten(-2, (rows, plane.a_word))
         words = fields[..., 0, :].clone()
         for i in range(1, plane.a_word):
-            words |= fields[..., i, :] << (i * plane.bits)
+            words |= fields[..., i, :] << plane.bit_of(i)
         planes.append(words)
     return torch.cat(planes, dim=-2)
 
@@ -335,22 +377,26 @@ def levels(words: Tensor, codec: Codec) -> Tensor:
     """
     first, rows = codec.planes[0], codec.plane_rows[0]
     shifts = torch.arange(0, 32, first.bits, dtype=torch.int32, device=words.device)
-    codes = (words[..., None, :rows, :] >> shifts[:, None, None]) & (2**first.bits - 1)
+    shifts = shifts[:, None, None]
+    plane = words[..., None, :rows, :]
+    codes = (plane >> shifts) & (2**first.bits - 1)
+    if codec.has_trellis:
+        before = torch.nn.functional.pad(plane[..., :-1, :], (0, 0, 1, 0))
+        low = (trellis_ops.low_magnitudes(plane, before) >> shifts) & 3
+        codes = low | (codes >> 1 << codec.bits)
     if len(codec.planes) > 1:
-        codes = codes | (sign_plane(words, codec) << first.bits)
+        codes = codes | (high_bits(words, codec) << 2)
     return level_table(codec.bits, words.device)[codes].flatten(-3, -2)
 
 
-def sign_plane(words: Tensor, codec: Codec) -> Tensor:
-    """Sign bits of 3-bit codes in the word order of magnitudes, ``[..., 16, rows, lanes]``."""
-    magnitude, sign = codec.planes
+def high_bits(words: Tensor, codec: Codec) -> Tensor:
+    """High bits of 3-bit codes in the word order of the low ones, ``[..., 16, rows, lanes]``."""
+    low, high = codec.planes
     rows = codec.plane_rows[0]
-    a_sign_word = sign.a_word // magnitude.a_word
-    signs = words[..., rows:, :].repeat_interleave(a_sign_word, dim=-2)[..., :rows, :]
-    row = torch.arange(rows, dtype=torch.int32, device=words.device)
-    field = torch.arange(magnitude.a_word, dtype=torch.int32, device=words.device)
-    shifts = field[:, None] + row % a_sign_word * magnitude.a_word
-    return (signs[..., None, :, :] >> shifts[..., None]) & 1
+    a_high_word = high.a_word // low.a_word
+    planes = words[..., rows:, :].repeat_interleave(a_high_word, dim=-2)[..., :rows, :]
+    shifts = high_shifts(rows, words.device)
+    return (planes[..., None, :, :] >> shifts[..., None]) & 1
 
 
 def in_word_order(a: Tensor, codec: Codec) -> Tensor:
@@ -532,8 +578,21 @@ def side_by_side(words: Tensor) -> Tensor:
 
 @cache
 def level_table(bits: int, device: torch.device) -> Tensor:
-    """The level of every code, float32 ``[2**bits]``."""
-    return torch.from_numpy(codebook.levels(bits)).to(device)
+    """The level of every code, float32: of a trellis ``[2**(bits + 1)]``, else ``[2**bits]``."""
+    levels = codebook.trellis_levels if bits in TRELLIS_BITS else codebook.levels
+    return torch.from_numpy(levels(bits)).to(device)
+
+
+@cache
+def high_shifts(rows: int, device: torch.device) -> Tensor:
+    """Where the high bit of a field of a row lies in its word, int32 ``[16, rows]``."""
+    low, high = PLANES[3]
+    a_high_word = high.a_word // low.a_word
+    shifts = [
+        [high.bit_of(row % a_high_word * low.a_word + field) for row in range(rows)]
+        for field in range(low.a_word)
+    ]
+    return torch.tensor(shifts, dtype=torch.int32, device=device)
 
 
 @cache

@@ -28,6 +28,7 @@ BLOCK = 64
 ROLES = ("key", "value")  # the number of a role is its place (1)
 ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")  # too (4.3)
 BITS = (2, 3, 4, 8)
+TRELLIS_BITS = (2, 3)
 
 
 # ---------------------------------------------------------------------------- the generator (4.1)
@@ -232,35 +233,51 @@ def rotation_matrix(name, D, seed, layer, role):
 # ---------------------------------------------------------------------------- packing (3)
 
 
-def pack(codes, bits):
-    """Words [R, lanes] of codes [A, lanes]: the packed axis is the first."""
+def packed_axis_first(a, role):
+    """[A, lanes] of a block [64, D], and back: the packed axis is the channel for keys."""
+    return a.T if role == "key" else a
+
+
+def pack(codes, bits, role):
+    """Words [R, lanes] of codes [64, D]."""
+    codes = packed_axis_first(codes, role)
     if bits == 3:
         return np.concatenate([pack_plane(codes & 3, 2), pack_plane(codes >> 2, 1)])
     return pack_plane(codes, bits)
+
+
+def place(i, bits):
+    """The word and its lowest bit that position i of the packed axis has in a plane."""
+    if bits == 1:
+        return i // 32, 4 * (i % 16 // 2) + 2 * (i // 16 % 2) + i % 2
+    return i // (32 // bits), bits * (i % (32 // bits))
 
 
 def pack_plane(codes, bits):
     A, lanes = codes.shape
     words = np.zeros((-(-A * bits // 32), lanes), np.uint32)
     for i in range(A):
-        word, place = divmod(i, 32 // bits)
-        words[word] |= codes[i].astype(np.uint32) << np.uint32(bits * place)
+        word, bit = place(i, bits)
+        words[word] |= codes[i].astype(np.uint32) << np.uint32(bit)
     return words
 
 
-def unpack(words, bits, A):
-    """Codes [A, lanes] of words [R, lanes]."""
+def unpack(words, bits, role, D):
+    """Codes [64, D] of words [R, lanes]."""
+    A = D if role == "key" else BLOCK
     if bits == 3:
-        magnitudes = -(-A // 16)
-        return unpack_plane(words[:magnitudes], 2, A) | unpack_plane(words[magnitudes:], 1, A) << 2
-    return unpack_plane(words, bits, A)
+        low = -(-A // 16)
+        codes = unpack_plane(words[:low], 2, A) | unpack_plane(words[low:], 1, A) << 2
+    else:
+        codes = unpack_plane(words, bits, A)
+    return packed_axis_first(codes, role)
 
 
 def unpack_plane(words, bits, A):
     codes = np.zeros((A, words.shape[1]), np.uint8)
     for i in range(A):
-        word, place = divmod(i, 32 // bits)
-        codes[i] = words[word] >> np.uint32(bits * place) & np.uint32(2**bits - 1)
+        word, bit = place(i, bits)
+        codes[i] = words[word] >> np.uint32(bit) & np.uint32(2**bits - 1)
     return codes
 
 
@@ -275,6 +292,8 @@ def codebook(bits):
         rows = [row for row in rows if row.startswith("    ")]
     else:
         rows = [row for row in rows if row.startswith(f"| {bits} |")]
+    if bits in TRELLIS_BITS:
+        return np.array(rows[0].split("|")[2].split(), np.float32) / 64
     return hex_words(" ".join(rows), np.float32)
 
 
@@ -284,15 +303,68 @@ def boundaries(bits):
 
 
 def nearest_level(z, bits):
-    """Step 4: the codes of z. The index is the number of boundaries t <= |z|."""
+    """4 and 8 bits: the codes of z. The index is the number of boundaries t <= |z|."""
     index = np.searchsorted(boundaries(bits), np.abs(z), side="right")
     return ((z < 0) * 2 ** (bits - 1) + index).astype(np.uint8)
 
 
-def levels(codes, bits):
-    """The numbers that codes stand for."""
-    magnitude = codebook(bits).astype(np.float64)[codes & (2 ** (bits - 1) - 1)]
-    return np.where(codes >> (bits - 1), -magnitude, magnitude)
+def level(c, s, h, bits):
+    """2 and 3 bits: the level of a code of subset c."""
+    magnitude = codebook(bits).astype(np.float64)[(c ^ 3 * s) + 4 * h]
+    return np.where(s, -magnitude, magnitude)
+
+
+def subset(p, p1, p2, p3):
+    """The subset c of a code with the path bit p, and with p1, p2, p3 in the codes before it."""
+    return p2 + 2 * (p ^ p1 ^ p3)
+
+
+def cheapest_path(z, bits, start=0, state=0):
+    """2 and 3 bits: the codes of z along its first axis, [A, lanes].
+
+    The codes before ``start`` are there already, come out as 0, and leave the state, [lanes].
+    """
+    A, lanes = z.shape
+    rests = [(s, h) for s in (0, 1) for h in range(bits - 1)]
+    sums = np.where(np.arange(8)[:, None] == state, 0.0, np.inf) * np.ones(lanes)
+    rest, comes_from = np.zeros((2, A, 8, lanes), int)
+    for i in range(start, A):
+        errors = [[(z[i] - level(c, s, h, bits)) ** 2 for s, h in rests] for c in range(4)]
+        cost = np.min(errors, axis=1)
+        least = np.array([2 * s + 4 * h for s, h in rests])[np.argmin(errors, axis=1)]
+        sums_before, sums = sums, np.zeros((8, lanes))
+        for t in range(8):
+            befores = (t // 2, t // 2 + 4)
+            c = [subset(t % 2, u & 1, u >> 1 & 1, u >> 2) for u in befores]
+            two = [sums_before[u] + cost[c[j]] for j, u in enumerate(befores)]
+            wins = two[1] < two[0]
+            sums[t] = np.where(wins, two[1], two[0])
+            rest[i, t] = np.where(wins, least[c[1]], least[c[0]])
+            comes_from[i, t] = np.where(wins, *reversed(befores))
+    codes, state, lane = np.zeros((A, lanes), np.uint8), sums.argmin(axis=0), np.arange(lanes)
+    for i in reversed(range(start, A)):
+        codes[i] = state % 2 + rest[i, state, lane]
+        state = comes_from[i, state, lane]
+    return codes
+
+
+def state_behind(codes):
+    """The state behind the last position of codes [A, lanes]."""
+    state = np.zeros(codes.shape[1], int)
+    for code in codes:
+        state = state << 1 & 7 | code & 1
+    return state
+
+
+def levels(codes, bits, role):
+    """The numbers that codes [64, D] stand for."""
+    if bits not in TRELLIS_BITS:
+        magnitude = codebook(bits).astype(np.float64)[codes & (2 ** (bits - 1) - 1)]
+        return np.where(codes >> (bits - 1), -magnitude, magnitude)
+    codes = packed_axis_first(codes, role)
+    p = np.concatenate([np.zeros((3, codes.shape[1]), np.uint8), codes & 1])
+    c = subset(p[3:], p[2:-1], p[1:-2], p[:-3])
+    return packed_axis_first(level(c, codes >> 1 & 1, codes >> 2, bits), role)
 
 
 def centre(x):
@@ -309,26 +381,43 @@ def prefill(x):
 
 
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
-def encode(x, C, bits, mu=0.0, c=1.0):
-    """Steps 2 to 6: codes and scales of a block of rows."""
+def encode(x, C, bits, role, mu=0.0, c=1.0, kept=None):
+    """Steps 2 to 5: codes and scales of a block of rows.
+
+    ``kept`` are the codes of the first rows, where a block is filled up (8).
+    """
     D = x.shape[1]
     w = (x - np.float64(mu)) / np.float64(c) @ C.T
     n = np.sqrt(np.sum(w * w, axis=1, keepdims=True))
-    z = np.sqrt(D) * w / n  # a row of zeros becomes NaN, which step 6 replaces
-    codes = nearest_level(z, bits)
-    l = levels(codes, bits)  # noqa: E741
-    scales = (n[:, 0] / np.sqrt(np.sum(l * l, axis=1))).astype(np.float16)
-    scales[~np.isfinite(scales)] = np.nan
-    codes[np.isnan(scales) | (scales == 0)] = 0
-    return codes, scales
+    r = (n / np.sqrt(D)).astype(np.float16)
+    special = (r == 0) | ~np.isfinite(r)
+    z = np.where(special, 0, np.sqrt(D) * w / n)
+    codes = code_numbers(z, bits, role, kept)
+    l = levels(codes, bits, role)  # noqa: E741
+    scales = (n / np.sqrt(np.sum(l * l, axis=1, keepdims=True))).astype(np.float16)
+    scales[r == 0] = 0
+    scales[~np.isfinite(r) | ~np.isfinite(scales)] = np.nan
+    return codes, scales[:, 0]
+
+
+def code_numbers(z, bits, role, kept=None):
+    """Step 4: the codes of z; the first rows have those that are kept."""
+    kept = np.zeros((0, z.shape[1]), np.uint8) if kept is None else kept
+    if bits not in TRELLIS_BITS:
+        codes = nearest_level(z, bits)
+    elif role == "key":
+        codes = cheapest_path(z.T, bits).T
+    else:
+        codes = cheapest_path(z, bits, len(kept), state_behind(kept))
+    return np.concatenate([kept, codes[len(kept) :]])
 
 
 # ---------------------------------------------------------------------------- decoding (6, 7)
 
 
-def decode(codes, scales, C, bits, mu=0.0, c=1.0):
+def decode(codes, scales, C, bits, role, mu=0.0, c=1.0):
     """The rows that codes and scales stand for. C^-1 is C^T: row by row, times C from the right."""
-    return mu + c * ((scales.astype(np.float64)[:, None] * levels(codes, bits)) @ C)
+    return mu + c * ((scales.astype(np.float64)[:, None] * levels(codes, bits, role)) @ C)
 
 
 def attention(queries, key, value, sink):
@@ -404,10 +493,7 @@ def head(vector, role, b, k):
 def unpack_head(vector, role, bits, b, k):
     """Codes [N, 64, D] and scales [N, 64]."""
     words = vector.arrays[f"{role}.words.{bits}"][b, k]
-    if role == "key":
-        codes = [unpack(block, bits, vector.head_dim).T for block in words]
-    else:
-        codes = [unpack(block, bits, BLOCK) for block in words]
+    codes = [unpack(block, bits, role, vector.head_dim) for block in words]
     return np.array(codes), vector.arrays[f"{role}.scales.{bits}"][b, k]
 
 
@@ -461,8 +547,8 @@ def test_vector_encoding(vector, role, bits):
     for b, k in vector.heads:
         h = head(vector, role, b, k)
         for n in range(vector.blocks):
-            codes, s = encode(h.x[n], h.C, bits, h.mu[n], h.c)
-            assert_same_bits(pack(codes.T if role == "key" else codes, bits), words[b, k, n])
+            codes, s = encode(h.x[n], h.C, bits, role, h.mu[n], h.c)
+            assert_same_bits(pack(codes, bits, role), words[b, k, n])
             assert_same_bits(s, scales[b, k, n])
 
 
@@ -478,7 +564,7 @@ def test_vector_decoding(vector, role, bits):
         h = head(vector, role, b, k)
         codes, scales = unpack_head(vector, role, bits, b, k)
         np.testing.assert_array_equal(codes[0, :first], stored_codes[b, k])
-        decoded[b, k] = decode(codes[0], scales[0], h.C, bits, h.mu[0], h.c)[:first]
+        decoded[b, k] = decode(codes[0], scales[0], h.C, bits, role, h.mu[0], h.c)[:first]
     assert_close(decoded, stored)
 
 
@@ -494,7 +580,7 @@ def test_vector_output(vector, bits):
         for role in ROLES:
             side = head(vector, role, b, k)
             codes, scales = unpack_head(vector, role, bits, b, k)
-            side.l = levels(codes, bits).reshape(-1, vector.head_dim)[:packed]
+            side.l = np.concatenate([levels(block, bits, role) for block in codes])[:packed]
             side.scale = scales.reshape(-1)[:packed].astype(np.float64)
             side.mu = np.repeat(side.mu, BLOCK, axis=0)[:packed]
             sides.append(side)
@@ -567,7 +653,7 @@ def test_vector_metadata(vector):
     assert vector.format_version == int(version) == int(table("Versions")[-1][0])
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_codebook(bits):
     """The codebooks are the Lloyd-Max quantizers of N(0, 1), to the last bit of every magnitude.
 
@@ -648,14 +734,27 @@ def test_worked_rotation(row):
     np.testing.assert_allclose(row.C @ row.y, np.array(written.split(), float), rtol=0, atol=5.1e-7)
 
 
+def test_worked_path(row):
+    ((bits, subsets, numbers),) = worked(
+        r"At (\d) bits the codes are [\d ]+, of the subsets ([\d ]+)\. Their levels\n"
+        r"are, in 64ths, ([-\d ]+):"
+    )
+    codes, _ = encode(row.x, row.C, int(bits), "key", row.mu)
+    found = levels(codes, int(bits), "key")[row.token]
+    np.testing.assert_array_equal(64 * found, np.array(numbers.split(), int))
+    s, h = codes[row.token] >> 1 & 1, codes[row.token] >> 2
+    c = np.array(subsets.split(), int)
+    np.testing.assert_array_equal(level(c, s, h, int(bits)), found)
+
+
 @pytest.mark.parametrize("bits", [4, 3])
 def test_worked_words(row, bits):
     text = section("10. A worked row")
     text = text.split(f"At {bits} bits the codes are ")[1].split("\nAt ")[0]
     written = [int(code) for code in re.match(r"[\d ]+", text)[0].split()]
-    codes, scales = encode(row.x, row.C, bits, row.mu)
+    codes, scales = encode(row.x, row.C, bits, "key", row.mu)
     np.testing.assert_array_equal(codes[row.token], written)
-    words = [(r, row.token, word) for r, word in enumerate(pack(codes.T, bits)[:, row.token])]
+    words = [(r, row.token, word) for r, word in enumerate(pack(codes, bits, "key")[:, row.token])]
     assert set(re.findall(r"lie in lane (\d+)", text)) <= {str(row.token)}
     places = re.findall(r"words\[(\d+)\]\[(\d+)\] = ([0-9A-F]{8})", text)
     assert [(int(r), int(lane), int(word, 16)) for r, lane, word in places] == words
@@ -667,24 +766,43 @@ def test_worked_words(row, bits):
 def test_worked_decoding(row):
     ((written, bits),) = worked(r"The first four coordinates decode to (.*) at (\d) bits")
     bits = int(bits)
-    codes, scales = encode(row.x, row.C, bits, row.mu)
-    codes = unpack(pack(codes.T, bits), bits, row.D).T
-    decoded = decode(codes, scales, row.C, bits, row.mu)[row.token]
+    codes, scales = encode(row.x, row.C, bits, "key", row.mu)
+    codes = unpack(pack(codes, bits, "key"), bits, "key", row.D)
+    decoded = decode(codes, scales, row.C, bits, "key", row.mu)[row.token]
     assert ", ".join(f"{number:.6f}" for number in decoded[:4]) == written
 
 
 # ---------------------------------------------------------------------------- special cases (5)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_nearest_level(bits):
     """Every level is its own nearest; a tie goes to the larger magnitude, either zero to code 0."""
     codes = np.arange(2**bits, dtype=np.uint8)
-    assert_same_bits(nearest_level(levels(codes, bits), bits), codes)
+    assert_same_bits(nearest_level(levels(codes, bits, "value"), bits), codes)
     ties = boundaries(bits).astype(np.float64)
     assert_same_bits(nearest_level(ties, bits), codes[1 : 2 ** (bits - 1)])
     assert_same_bits(nearest_level(-ties, bits), codes[2 ** (bits - 1) + 1 :])
     assert not nearest_level(np.array([0.0, -0.0]), bits).any()
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_any_codes_are_a_path(bits, role):
+    """Its levels are numbers that it costs nothing to code, so they are coded by it."""
+    codes = np.random.default_rng(2).integers(0, 2**bits, (BLOCK, 24), dtype=np.uint8)
+    assert_same_bits(code_numbers(levels(codes, bits, role), bits, role), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_scale_beyond_float16(bits):
+    """A row that is not special, but whose levels are so short that its scale is a NaN."""
+    x = np.ones((BLOCK, 16))
+    x[9] = 65504
+    codes, scales = encode(x, np.eye(16), bits, "key")
+    assert np.isnan(scales[9])
+    assert np.isfinite(np.delete(scales, 9)).all()
+    assert_same_bits(codes[9], codes[8])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -697,25 +815,25 @@ def test_special_rows(bits, bad):
     broken[9, 3] = bad
     assert_same_bits(centre(broken), centre(x))
     C = rotation_matrix("cascade", 16, 0, 0, "value")
-    codes, scales = encode(x, C, bits)
+    codes, scales = encode(x, C, bits, "value")
     assert scales[9] == 0
-    assert not codes[9].any()
-    assert not decode(codes, scales, C, bits)[9].any()
-    broken_codes, broken_scales = encode(broken, C, bits)
-    assert np.isnan(decode(broken_codes, broken_scales, C, bits)[9]).all()
+    assert not decode(codes, scales, C, bits, "value")[9].any()
+    broken_codes, broken_scales = encode(broken, C, bits, "value")
+    assert np.isnan(decode(broken_codes, broken_scales, C, bits, "value")[9]).all()
     assert_same_bits(broken_codes, codes)
     assert_same_bits(np.delete(broken_scales, 9), np.delete(scales, 9))
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_too_large(bits):
-    """A centre is clipped to float16; a scale above it is stored as NaN, with codes of 0."""
+    """A centre is clipped to float16; a row that is too large for float16 is special."""
     x = np.zeros((BLOCK, 16))
+    zeros, _ = encode(x, np.eye(16), bits, "value")
     x[9, 3] = -1e9
     assert_same_bits(centre(x), np.where(np.arange(16) == 3, -65504, 0).astype(np.float16))
-    codes, scales = encode(x, rotation_matrix("cascade", 16, 0, 0, "value"), bits)
+    codes, scales = encode(x, rotation_matrix("cascade", 16, 0, 0, "value"), bits, "value")
     assert np.isnan(scales[9])
-    assert not codes.any()
+    assert_same_bits(codes, zeros)
 
 
 # ============================================================================ tests: the package
@@ -731,3 +849,45 @@ def test_package_rotation(name, head_dim):
     C = rotation_matrix(name, head_dim, **at)
     np.testing.assert_allclose(C @ C.T, np.eye(head_dim), rtol=0, atol=1e-12)
     np.testing.assert_allclose(rotation(name, head_dim, **at).matrix, C, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 17, 63])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("role", ROLES)
+def test_package_fills_up_a_block(role, bits, kept):
+    """No vector was ever trimmed: where rows are kept, the package goes on as the page does (8)."""
+    from rotormlx.codec import reference, trellis
+    from rotormlx.codec.format import codec
+    from rotormlx.config import RotorConfig
+
+    chosen = codec(RotorConfig(bits, bits), 16, layer=0, role=role)
+    C = rotation_matrix("cascade", 16, 0, 0, role)
+    rng = np.random.default_rng(kept)
+    before, x = rng.standard_normal((2, BLOCK, 16))
+    mu = centre(before) if role == "key" else np.zeros(16)
+    first, _ = encode(before, C, bits, role, mu)
+    expected, scales = encode(x, C, bits, role, mu, kept=first[:kept])
+
+    words = pack(first, bits, role)
+    packed = reference.encode(
+        x[None, None],
+        chosen,
+        centres=mu[None, None, None],
+        start=kept,
+        state=trellis.state_after(words, kept) if bits in TRELLIS_BITS and role == "value" else 0,
+    )
+    mask = chosen.kept_bits(kept)
+    filled = words & mask | packed.words[0, 0, 0] & ~mask
+    assert_same_bits(filled, pack(expected, bits, role))
+    assert_same_bits(packed.scales[0, 0, 0, kept:], scales[kept:])
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_package_ties(bits):
+    """The vectors have no ties. Here sums are exact, and many of them equal."""
+    from rotormlx.codec import trellis
+
+    z = np.random.default_rng(4).integers(-16, 17, (BLOCK, 400)) / 8
+    codes = cheapest_path(z, bits)
+    assert_same_bits(trellis.encode(z, bits).astype(np.uint8), codes)
+    assert_same_bits(trellis.encode(z.astype(np.float32), bits).astype(np.uint8), codes)

@@ -1,13 +1,16 @@
 """The reference codec against the words of docs/FORMAT.md."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
-from rotormlx.codec import codebook, reference
-from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, codec
+from rotormlx.codec import codebook, reference, trellis
+from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS, VALUE, codec
 from rotormlx.config import RotorConfig
 
 SPECIAL_ROWS = (0, 7, 31, 63)
+NEAREST_BITS = tuple(bits for bits in codebook.BITS if bits not in TRELLIS_BITS)
 
 
 def make_codec(role, bits, head_dim=80, rotation="cascade"):
@@ -15,15 +18,15 @@ def make_codec(role, bits, head_dim=80, rotation="cascade"):
 
 
 def bit_address(role, bits, token, channel, head_dim):
-    """Section 5: where bit ``b`` of a code lies, as (row, lane, bit) for each b."""
+    """Section 3: where bit ``b`` of a code lies, as (row, lane, bit) for each b."""
     i, lane = (channel, token) if role == KEY else (token, channel)
     axis = head_dim if role == KEY else BLOCK
     if bits != 3:
         first = i * bits
         return [(b // 32, lane, b % 32) for b in range(first, first + bits)]
     rows = -(-2 * axis // 32)
-    magnitude = [(b // 32, lane, b % 32) for b in (2 * i, 2 * i + 1)]
-    return [*magnitude, (rows + i // 32, lane, i % 32)]
+    low = [(b // 32, lane, b % 32) for b in (2 * i, 2 * i + 1)]
+    return [*low, (rows + i // 32, lane, 4 * (i % 16 // 2) + 2 * (i // 16 % 2) + i % 2)]
 
 
 @pytest.mark.parametrize("bits", codebook.BITS)
@@ -60,11 +63,11 @@ def test_bits_per_value_are_true():
     """4 bits at D = 128: a key block is 64*128/2 + 128 + 256 bytes, a value block lacks the 256."""
     key, value = make_codec(KEY, 4, 128), make_codec(VALUE, 4, 128)
     assert (key.bits_per_value, value.bits_per_value) == (4.375, 4.125)
-    # 3 bits, D = 80, keys: the sign plane fills 2.5 words and takes 3.
+    # 3 bits, D = 80, keys: the plane of high bits fills 2.5 words and takes 3.
     assert make_codec(KEY, 3, 80).bits_per_value == 8 * ((5 + 3) * 64 * 4 + 128 + 160) / (64 * 80)
 
 
-@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("bits", NEAREST_BITS)
 def test_nearest_level_is_nearest(bits):
     z = np.random.default_rng(0).normal(size=4000) * 2
     levels = codebook.levels(bits).astype(np.float64)
@@ -74,7 +77,7 @@ def test_nearest_level_is_nearest(bits):
     assert np.all(np.abs(z - chosen) <= best + 1e-6)
 
 
-@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("bits", NEAREST_BITS)
 def test_ties_go_to_the_larger_magnitude(bits):
     limits = codebook.boundaries(bits).astype(np.float64)
     sign = 1 << (bits - 1)
@@ -134,6 +137,164 @@ def test_prefill_scale_is_the_rms(role):
         assert scale[1, 5] == pytest.approx(whole / 64, rel=1e-3), "a constant channel has a floor"
 
 
+# ---- trellis codes ------------------------------------------------------------------------------
+
+
+def all_paths(length, state=0):
+    """Every path from a state: path bits ``[2^length, length]`` and the three before them."""
+    paths = np.array(list(product((0, 1), repeat=length)))
+    before = np.array([state >> 2 & 1, state >> 1 & 1, state & 1])
+    return paths, np.concatenate([np.tile(before, (len(paths), 1)), paths], axis=1)
+
+
+def subset_levels(bits):
+    """The levels of each subset, ``[4, members]``, and the bits s and h of their codes."""
+    m = codebook.trellis_levels(bits).astype(np.float64)[: 2**bits]
+    rests = [(s, h) for s in (0, 1) for h in range(bits - 1)]
+    level = [[(1 - 2 * s) * m[(c ^ 3 * s) + 4 * h] for s, h in rests] for c in range(4)]
+    return np.array(level), np.array([2 * s + 4 * h for s, h in rests])
+
+
+def cheapest(z, bits, state=0):
+    """The codes of ``z [length]`` by trying every path, and each member of every subset.
+
+    Of equal sums the one whose last state has the lowest number, then the one with the older path
+    bits 0, from the end to the front: so docs/FORMAT.md breaks ties step by step.
+
+    Returns:
+        Codes, and the sum of every path, ascending.
+    """
+    level, rest = subset_levels(bits)
+    error = (z[:, None, None] - level) ** 2  # [length, 4, members]
+    paths, p = all_paths(len(z), state)
+    c = p[:, 1:-2] + 2 * (p[:, 3:] ^ p[:, 2:-1] ^ p[:, :-3])
+    at = np.arange(len(z))
+    # In order: sums of float64 are those of the encoder then, and equal where it finds them equal.
+    sums = np.add.accumulate(error.min(-1)[at, c], axis=1)[:, -1]
+    last = p[:, -1] + 2 * p[:, -2] + 4 * p[:, -3]
+    best = min(range(len(paths)), key=lambda k: (sums[k], last[k], *p[k, :-3][::-1]))
+    return paths[best] + rest[error.argmin(-1)[at, c[best]]], np.sort(sums)
+
+
+def halfway(bits, length, lanes, rng):
+    """Numbers halfway between the levels of two paths: their sums are exact, and equal."""
+    codes = rng.integers(0, 2**bits, (length, lanes), dtype=np.uint32)
+    other = codes.copy()
+    # The other path leaves and comes back, or goes elsewhere at the end.
+    other[rng.integers(0, length, lanes), np.arange(lanes)] ^= 1
+    table = codebook.trellis_levels(bits).astype(np.float64)
+    level = table[trellis.level_codes(codes, bits)]
+    index = trellis.level_codes(other & 1, bits)
+    choices = subset_levels(bits)[0][index % 4 ^ 3 * (index >> bits)]
+    near = np.abs(choices - level[..., None]).argmin(-1, keepdims=True)
+    return (level + np.take_along_axis(choices, near, -1)[..., 0]) / 2
+
+
+@pytest.mark.parametrize("state", [0, 1, 2, 5, 7])
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_the_path_is_the_cheapest_of_all(bits, state):
+    length, lanes = 9, 40
+    z = np.random.default_rng(state).normal(size=(length, lanes))
+    behind = np.concatenate([np.zeros((4, lanes)), z])
+    started = trellis.encode(behind, bits, start=4, state=np.full(lanes, state))
+    assert not started[:4].any()
+    for lane in range(lanes):
+        assert started[4:, lane].tolist() == cheapest(z[:, lane], bits, state)[0].tolist()
+    if state == 0:
+        assert np.array_equal(trellis.encode(z, bits), started[4:])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_of_equal_paths_the_page_says_which(bits, dtype):
+    z = halfway(bits, 9, 200, np.random.default_rng(8))
+    codes = trellis.encode(z.astype(dtype), bits)
+    tied = 0
+    for lane in range(z.shape[1]):
+        expected, sums = cheapest(z[:, lane], bits)
+        assert codes[:, lane].tolist() == expected.tolist()
+        tied += sums[0] == sums[1]
+    assert tied > 50
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_of_equal_levels_of_a_subset_the_page_says_which(bits):
+    """One number after another that lies halfway between neighbours in a subset."""
+    level, rest = subset_levels(bits)
+    rng = np.random.default_rng(9)
+    codes = rng.integers(0, 2**bits, (9, 400), dtype=np.uint32)
+    index = trellis.level_codes(codes, bits)
+    z = codebook.trellis_levels(bits).astype(np.float64)[index]
+    c = (index % 4 ^ 3 * (index >> bits))[4]
+    ascending = np.sort(level, axis=-1)[c]
+    at = rng.integers(0, level.shape[1] - 1, 400)
+    z[4] = (
+        np.take_along_axis(ascending, at[:, None], 1)
+        + np.take_along_axis(ascending, at[:, None] + 1, 1)
+    )[:, 0] / 2
+    found = trellis.encode(z, bits)
+    tied = np.flatnonzero((found & 1 == codes & 1).all(0))
+    assert len(tied) > 50
+    for lane in tied:
+        error = np.abs(z[4, lane] - level[c[lane]])
+        assert np.sum(error == error.min()) == 2
+        assert found[4, lane] >> 1 == rest[error.argmin()] >> 1
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_margins_are_what_the_next_path_costs_more(bits):
+    z = np.random.default_rng(3).normal(size=(9, 20))
+    _, margins = trellis.encode_with_margins(z, bits)
+    for lane in range(20):
+        best, second = np.sort(cheapest(z[:, lane], bits)[1])[:2]
+        # Another path, or another level on the same one.
+        assert margins[:, lane].min() <= second - best + 1e-12
+        assert margins[:, lane].min() > 0
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 16, 18, 63])
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_a_path_goes_on_where_kept_codes_end(bits, kept):
+    """As if every path but the kept one had been forbidden for the tokens that keep their codes."""
+    chosen = make_codec(VALUE, bits, 16)
+    rng = np.random.default_rng(kept)
+    old, new = rng.normal(size=(2, 1, 2, BLOCK, 16))
+    packed = reference.encode(old, chosen)
+    state = trellis.state_after(packed.words, kept)
+    begun = reference.encode(new, chosen, start=kept, state=state)
+    mask = chosen.kept_bits(kept)
+    words = packed.words & mask | begun.words & ~mask
+
+    # Numbers that are levels of the kept path force most channels onto it.
+    codes = reference.unpack(packed.words, chosen)
+    z = reference.levels(codes, chosen)
+    rotated, norm = reference.rotate(new.reshape(z.shape), chosen)
+    z[..., kept:, :] = (rotated * 4 / norm)[..., kept:, :]
+    forced = trellis.encode(z, bits)
+    same = (forced == codes)[..., :kept, :].all(-2)
+    assert same.mean() > 0.2
+    found = reference.unpack(words, chosen)
+    assert np.array_equal(found[..., :kept, :], codes[..., :kept, :])
+    assert np.array_equal(np.swapaxes(found, -1, -2)[same], np.swapaxes(forced, -1, -2)[same])
+    decoded = reference.decode(packed._replace(words=words, scales=begun.scales), chosen)
+    length = np.linalg.norm(decoded, axis=-1) / np.linalg.norm(new, axis=-1)
+    assert np.abs(length[..., kept:] - 1).max() <= 2.0**-11 + 1e-6
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_negated_numbers_have_negated_levels(bits):
+    """Each subset negated is another. So is each path, from the state whose bits are the others."""
+    z = np.random.default_rng(7).normal(size=(BLOCK, 50))
+    table = codebook.trellis_levels(bits)
+
+    def coded(z, state):
+        codes = trellis.encode(z, bits, start=3, state=np.full(50, state))
+        return table[trellis.level_codes(codes, bits, start=3, state=state)][3:]
+
+    for state in range(trellis.STATES):
+        assert np.array_equal(coded(-z, trellis.STATES - 1 - state), -coded(z, state))
+
+
 # ---- special rows -------------------------------------------------------------------------------
 
 
@@ -143,7 +304,8 @@ def special(kind, head_dim=80):
         case "zero":
             return np.zeros(head_dim)
         case "subnormal":
-            return row * 1e-10  # its scale is below the smallest float16
+            # Too small for float16, while the norm by the levels of a row of zeros is not.
+            return row * 2e-8 * np.sqrt(head_dim) / np.linalg.norm(row)
         case "nan":
             row[3] = np.nan
         case "inf":
@@ -155,27 +317,33 @@ def special(kind, head_dim=80):
 
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("kind", ["zero", "subnormal", "nan", "inf", "huge"])
-def test_special_value_rows(kind, bits):
-    chosen = make_codec(VALUE, bits)
+@pytest.mark.parametrize("role", ROLES)
+def test_special_rows(role, kind, bits):
+    """Whatever a special row holds, its numbers z count as zeros, so no path knows of it."""
+    chosen = make_codec(role, bits)
+    centres = np.zeros((1, 1, 1, 80)) if role == KEY else None
     x = np.random.default_rng(6).normal(size=(1, 1, BLOCK, 80))
-    plain = reference.encode(x, chosen)
+    x[0, 0, SPECIAL_ROWS, :] = 0
+    zeroed = reference.encode(x, chosen, centres=centres)
     x[0, 0, SPECIAL_ROWS, :] = special(kind)
-    packed = reference.encode(x, chosen)
+    packed = reference.encode(x, chosen, centres=centres)
 
-    codes = reference.unpack(packed.words, chosen)[0, 0, 0]
     scales = packed.scales[0, 0, 0]
     decoded = reference.decode(packed, chosen)[0, 0]
     rows = np.isin(np.arange(BLOCK), SPECIAL_ROWS)
-    assert not codes[rows].any()
     if kind in ("zero", "subnormal"):
         assert not scales[rows].any()
         assert not decoded[rows].any()
     else:
         assert np.isnan(scales[rows]).all()
         assert np.isnan(decoded[rows]).all()
-    # The other rows know nothing of it.
-    assert np.array_equal(codes[~rows], reference.unpack(plain.words, chosen)[0, 0, 0][~rows])
-    assert np.array_equal(scales[~rows], plain.scales[0, 0, 0][~rows])
+    assert np.array_equal(packed.words, zeroed.words)
+    assert np.array_equal(scales[~rows], zeroed.scales[0, 0, 0][~rows])
+    assert np.isfinite(scales[~rows]).all()
+    # Zeros have codes of zero, where no other row shares in them.
+    codes = reference.unpack(packed.words, chosen)[0, 0, 0]
+    assert codes[~rows].any()
+    assert not codes[rows].any() or (role == VALUE and chosen.has_trellis)
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])

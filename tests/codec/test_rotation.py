@@ -1,10 +1,12 @@
 """The rotations: orthogonal, deterministic, evenly distributed, and good at what they are for."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
-from rotormlx.codec import reference
-from rotormlx.codec.format import codec
+from rotormlx.codec import codebook, reference, trellis
+from rotormlx.codec.format import BLOCK, TRELLIS_BITS, codec
 from rotormlx.codec.random_stream import Sphere, Stream
 from rotormlx.codec.rotation import check_head_dim, rotation
 from rotormlx.config import ROTATIONS, RotorConfig
@@ -141,8 +143,25 @@ def distortion(x, name, bits, *, seed=0):
     return ((decoded - x) ** 2).sum() / (x**2).sum()
 
 
+def coordinates(d, bits):
+    """A coordinate of the unit sphere times sqrt d, its level, and how often both come together."""
+    if bits not in TRELLIS_BITS:
+        z = np.linspace(-np.sqrt(d), np.sqrt(d), 1_000_001)
+        density = np.maximum(1 - z * z / d, 0) ** ((d - 3) / 2)
+        level = codebook.levels(bits).astype(np.float64)[reference.nearest(z, bits)]
+        return z, level, density / density.sum()
+    # Paths of values run along tokens: of each of their rows one coordinate is enough.
+    rng = np.random.default_rng(3)
+    z = rng.normal(size=(BLOCK, 8000))
+    z *= np.sqrt(d / (z * z + rng.chisquare(d - 1, z.shape)))
+    z /= np.sqrt(np.mean(z * z))  # 1 on the sphere; a sample's deviation would count fortyfold
+    table = codebook.trellis_levels(bits).astype(np.float64)
+    return z, table[trellis.level_codes(trellis.encode(z, bits), bits)], 1 / z.size
+
+
+@cache
 def sphere_distortion(d, bits):
-    """Distortion of the code on the unit sphere, from the density of one coordinate.
+    """Distortion of the code on the unit sphere, from one coordinate.
 
     With z the coordinate times sqrt d, c its level, a = E[cz], b = E[cc]: 1 - a²/b is the squared
     distance of the vector from the nearest multiple of its code where that is the same multiple,
@@ -150,10 +169,7 @@ def sphere_distortion(d, bits):
     much is the squared sine of the angle between both, and a code as long as the vector is off by
     2 - 2 cos.
     """
-    z = np.linspace(-np.sqrt(d), np.sqrt(d), 1_000_001)
-    density = np.maximum(1 - z * z / d, 0) ** ((d - 3) / 2)
-    density /= density.sum()
-    level = reference.codebook.levels(bits).astype(np.float64)[reference.nearest(z, bits)]
+    z, level, density = coordinates(d, bits)
     a, b = (density * level * z).sum(), (density * level**2).sum()
     residual = level * (z - level * a / b)
     variance = (density * residual**2).sum() - (density * residual).sum() ** 2

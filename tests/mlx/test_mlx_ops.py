@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from rotormlx.codec import codebook, reference
-from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
+from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS, VALUE, Packed, codec
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend, choose, describe, mlx_ops
 from rotormlx.mlx.cache.view import KVView
+from tests.support import codec_cases
+from tests.support.bounds import check_encoded
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -32,6 +34,18 @@ def as_numpy(packed):
     return Packed(*(None if a is None else np.array(a) for a in packed))
 
 
+class Runner:
+    """The backend under test, as tests/support/codec_cases.py calls it."""
+
+    def encode(self, x, chosen, *, scale=None, centres=None, start=0, state=None):
+        given = {"channel_scale": scale, "centres": centres, "state": state}
+        given = {name: to_mlx(array) for name, array in given.items()}
+        return as_numpy(backend().encode(x, chosen, start=start, **given))
+
+
+RUNNER = Runner()
+
+
 def float64(a):
     return np.array(a.astype(mx.float32)).astype(np.float64)
 
@@ -45,23 +59,14 @@ def float64(a):
 @pytest.mark.parametrize("name", ROTATIONS)
 @pytest.mark.parametrize("head_dim", [64, 80, 112, 192])
 def test_encode_is_the_reference(head_dim, name, role, bits):
-    """Codes differ only where a coordinate lies within float32 errors of a boundary."""
+    """Other codes are right only where float32 leaves a doubt."""
     config = RotorConfig(bits, bits, name)
     chosen = codec(config, head_dim, layer=3, role=role)
     x = rows((B, K, 2 * BLOCK, head_dim))
     scale = reference.prefill_scale(x[:1, :, :BLOCK], chosen) if config.scales_channels else None
-    expected = reference.encode(x, chosen, channel_scale=scale)
-    scale = None if scale is None else mx.array(scale)
-    found = as_numpy(backend().encode(mx.array(x), chosen, channel_scale=scale))
-
-    codes, wanted = (reference.unpack(p.words, chosen) for p in (found, expected))
-    # 2 errors of 1e-6 against a density of boundaries of at most 128 / 4 a unit: 1e-4 of all.
-    assert (codes != wanted).mean() < 1e-4
-    # One unit in the last place of float16, where the codes are the same.
-    same = (codes == wanted).all(-1)
-    assert np.allclose(found.scales[same], expected.scales[same], rtol=2**-10, atol=0)
-    if role == KEY:
-        assert np.allclose(found.centres, expected.centres, rtol=2**-10, atol=0)
+    given = None if scale is None else mx.array(scale)
+    found = as_numpy(backend().encode(mx.array(x), chosen, channel_scale=given))
+    check_encoded(x.astype(np.float64), found, chosen, scale)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -95,7 +100,7 @@ def test_special_rows_are_the_reference(role, kind, bits):
     broken = np.isnan(expected.scales)
     assert np.array_equal(np.isnan(found.scales), broken)
     assert np.array_equal(found.scales == 0, expected.scales == 0)
-    assert not reference.unpack(found.words, chosen)[broken | (found.scales == 0)].any()
+    check_encoded(x.astype(np.float64), found, chosen)
     decoded = np.array(backend().decode(Packed(*map(to_mlx, found)), chosen))
     flat = broken.reshape(1, 2, BLOCK)
     assert np.isnan(decoded[flat]).all()
@@ -134,10 +139,24 @@ def test_prefill_scale_is_the_reference(role):
 
 @pytest.mark.parametrize("bits", codebook.BITS)
 def test_levels_are_the_codebook(bits):
-    codes = mx.arange(2**bits, dtype=mx.uint32)
-    index, negative = codes & (2 ** (bits - 1) - 1), codes >> (bits - 1)
-    found = np.array(mlx_ops.signed_magnitudes(index, negative, bits))
-    assert np.abs(found - codebook.levels(bits)).max() <= 3e-8
+    levels = (codebook.trellis_levels if bits in TRELLIS_BITS else codebook.levels)(bits)
+    codes, half = mx.arange(len(levels), dtype=mx.uint32), len(levels) // 2
+    found = np.array(mlx_ops.signed_magnitudes(codes % half, codes // half, bits))
+    # One rounding of the largest of 8 levels.
+    assert np.abs(found - levels).max() <= 1.2e-7
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+@pytest.mark.parametrize("role", ROLES)
+def test_of_equal_paths_the_page_says_which(role, bits):
+    codec_cases.check_tied_paths(RUNNER, bits, role)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 16, 17, 63])
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+@pytest.mark.parametrize("role", ROLES)
+def test_paths_go_on_from_a_state(role, bits, start):
+    codec_cases.check_filled_up_path(RUNNER, 80, bits, role, start)
 
 
 # ---- attention ----------------------------------------------------------------------------------

@@ -1,26 +1,32 @@
 """How far compressed rows, and attention over them, may be off; and rows of every kind.
 
 A row y (centred, divided by the channel scale) is coded as ``s l``: w = C y with n = ||w||,
-z = sqrt(D) w / n, l the levels nearest to z, s = n / ||l|| the scale. ``s l`` is as long as w, so
+z = sqrt(D) w / n, l the levels of its codes, s = n / ||l|| the scale. ``s l`` is as long as w, so
 with a the angle between l and w
 
     ||w - s l|| = 2 n sin(a / 2).
 
-No level has another sign than its coordinate, so a is at most a right angle, and
-n sin(a), the distance of w from the line of l, is at most its distance from ``(n / sqrt(D)) l``:
-
-    n sin(a) <= E = (n / sqrt(D)) ||z - l||,
-
-where ||z - l|| needs only z and the codebook. Rounding s to float16 adds ``t l`` with
-|t| <= max(2^-11 s, 2^-25); ||s l|| = n, and no level exceeds the largest, M. C is orthogonal, so
-the decoded row, divided by the channel scale again, is no farther from y than
+Rounding s to float16 adds ``t l`` with |t| <= max(2^-11 s, 2^-25); ||s l|| = n, and no level
+exceeds the largest, M. C is orthogonal, so the decoded row, divided by the channel scale again, is
+no farther from y than
 
     2 n sin(a / 2) + max(2^-11 n, 2^-25 M sqrt(D)).
 
-For no row is E more than n e, e = min(1, sqrt(h^2 + max(0, 1 - M / sqrt(D))^2)), h the largest
-distance of a number within [-M, M] from its level: beyond M the excess is |z| - M, its square is
-convex in z^2 and 0 at 0, so its sum over channels with sum z^2 = D is largest where one channel has
-all of it. So for no row is the first term more than n sqrt(2 - 2 sqrt(1 - e^2)), sqrt(2) n at most.
+How large a can be: let g(t) be the largest squared distance that a number whose square is t has
+from the nearest of the levels that it may choose from. At 4 and 8 bits those are all. In a trellis,
+both branches that leave a state together have every second level, so a path that always takes the
+nearer one is no farther from any number than the worse of both halves; and the path that is written
+costs no more in sum. The z_i^2 add up to D, so for every f
+
+    sum g(z_i^2) <= D e^2,   e^2 = f + max over t <= D of (g(t) - f t).
+
+With the best f, ||z - l|| <= e sqrt(D): for each row by itself, but for the 64 rows of a block
+together where a path runs along the tokens. With ||l|| = q sqrt(D) that is
+
+    cos(a) >= (1 + q^2 - e^2) / (2 q),
+
+which is least at q = sqrt(1 - e^2), but q is at least the smallest magnitude of a level. So of no
+row by itself is the first term more than n sqrt(2 - 2 c), c that least.
 
 Attention: if every score is off by at most d, the softmax moves by at most tanh(d / 2) in total
 variation (a group of weight a whose scores rise by d while the others fall by d moves by
@@ -36,16 +42,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from rotormlx.codec import codebook, reference
-from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec import codebook, reference, trellis
+from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, VALUE, Codec, Packed
 
 # Float32 sums: the bound of docs/FORMAT.md, section 9.
 FLOAT32_DOUBT = 1e-5
+AROUND_1 = (1 - FLOAT32_DOUBT, 1 + FLOAT32_DOUBT)
 
 
 def examples(count: int, **more: Any) -> settings:
@@ -68,17 +76,31 @@ def examples(count: int, **more: Any) -> settings:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def largest_distance(bits: int) -> tuple[float, float]:
-    """h and M: the largest distance from a level within the codebook, and the largest level."""
-    m = codebook.magnitudes(bits).astype(np.float64)
-    return max(m[0], np.diff(m).max() / 2), m[-1]
+def signed_levels(codec: Codec) -> np.ndarray:
+    """All levels that a code of some position can have, ascending, float64."""
+    bits = codec.bits
+    levels = codebook.trellis_levels(bits) if codec.has_trellis else codebook.levels(bits)
+    return np.sort(levels.astype(np.float64))
 
 
-def worst_row_error(bits: int, head_dim: int) -> float:
-    """The largest error of any row with n = 1, before its scale is rounded."""
-    h, most = largest_distance(bits)
-    sine = min(1.0, np.hypot(h, max(0.0, 1 - most / np.sqrt(head_dim))))
-    return float(np.sqrt(2 - 2 * np.sqrt(1 - sine**2)))
+@cache
+def worst_distance(codec: Codec) -> float:
+    """e: no ||z - l|| is larger than e sqrt(D), of the rows together that share a path."""
+    levels, dim = signed_levels(codec), codec.head_dim
+    halves = (levels[::2], levels[1::2]) if codec.has_trellis else (levels,)
+    size = np.linspace(0, np.sqrt(dim), 20_001)
+    z = np.concatenate([size, -size])
+    far = np.max([np.abs(z[:, None] - half).min(1) for half in halves], axis=0)
+    g = np.square(far).reshape(2, -1).max(0)
+    f = np.square(np.linspace(0, 1, 201))[:, None]
+    return float(np.sqrt(np.min(f[:, 0] + np.max(g - f * np.square(size), axis=1))))
+
+
+def worst_row_error(codec: Codec) -> float:
+    """The largest error of any row with n = 1 that has a path by itself; its scale not rounded."""
+    square = worst_distance(codec) ** 2
+    q = max(np.abs(signed_levels(codec)).min(), np.sqrt(max(0.0, 1 - square)))
+    return float(np.sqrt(2 - (1 + q * q - square) / q))
 
 
 def rotated(x: Any, codec: Codec, centres: Any, channel_scale: Any) -> np.ndarray:
@@ -103,15 +125,15 @@ def unit_variance(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return z, n
 
 
-def row_error(w: np.ndarray, bits: int) -> np.ndarray:
-    """The largest error of each row in real arithmetic, ``[...]``."""
-    dim = w.shape[-1]
+def row_error(w: np.ndarray, words: np.ndarray, codec: Codec) -> np.ndarray:
+    """The largest error of each row by its codes, in real arithmetic, ``[...]``."""
     z, n = unit_variance(w)
-    level = codebook.levels(bits).astype(np.float64)[reference.nearest(z, bits)]
+    level = reference.levels(reference.unpack(words, codec), codec)
     size = np.linalg.norm(level, axis=-1, keepdims=True)
-    error = n[..., 0] * np.linalg.norm(z / np.sqrt(dim) - level / size, axis=-1)
+    root = np.sqrt(codec.head_dim)
+    error = n[..., 0] * np.linalg.norm(z / root - level / size, axis=-1)
     error = np.where(n[..., 0] > 0, error, 0)
-    rounding = np.maximum(2.0**-11 * n[..., 0], 2.0**-25 * largest_distance(bits)[1] * np.sqrt(dim))
+    rounding = np.maximum(2.0**-11 * n[..., 0], 2.0**-25 * signed_levels(codec)[-1] * root)
     return error + rounding
 
 
@@ -122,13 +144,20 @@ def attention_error(values: np.ndarray, score_error: float, value_error: float) 
 
 
 def check_encoded(
-    x: Any, found: Packed, codec: Codec, channel_scale: Any = None, centres: Any = None
+    x: Any,
+    found: Packed,
+    codec: Codec,
+    channel_scale: Any = None,
+    centres: Any = None,
+    cuts: tuple[int, ...] = (),
+    tokens: int = BLOCK,
 ) -> None:
     """Words, scales and centres are what docs/FORMAT.md, section 5 makes of these rows.
 
-    ``x`` is float64 ``[B, K, N * 64, D]``.
-    Where float32 sums leave a doubt (next to a boundary or to a rounding tie) both neighbours are
-    right.
+    ``x`` is float64 ``[B, K, N * 64, D]``. A block that was trimmed was coded anew from each of
+    ``cuts`` on, and ``tokens`` of it count.
+    Where float32 sums leave a doubt (next to a boundary or to a rounding tie, or which of two paths
+    is the cheaper) both are right.
     """
     blocks = x.reshape(*x.shape[:2], -1, BLOCK, x.shape[-1])
     finite = np.isfinite(blocks).all(-1, keepdims=True)
@@ -156,21 +185,34 @@ def check_encoded(
         channel_scale,
     )
     z, n = unit_variance(w)
-
-    counts = ~(np.isnan(scales) | (scales == 0))
-    assert not codes[~counts].any()
-    # A row without a number for its scale has the codes it would have had.
-    used = np.where(counts[..., None], codes, reference.nearest(z, codec.bits))
-    level = codebook.levels(codec.bits).astype(np.float64)[used]
-    square = (level * level).sum(-1)
-    scale = n[..., 0] / np.sqrt(square)
-    doubt = FLOAT32_DOUBT * n[..., 0] / np.sqrt(square)
-    low, high = _float16(scale - doubt), _float16(scale + doubt)
+    n = n[..., 0]
     broken = ~finite[..., 0]
-    assert np.isnan(scales[broken]).all()
-    assert (np.isnan(scales) | broken | ((low <= scales) & (scales <= high))).all()
-    assert (~np.isnan(scales) | broken | np.isinf(high)).all()
+    r_low, r_high = (_float16(n * side / np.sqrt(codec.head_dim)) for side in AROUND_1)
+    is_zero, may_be_zero = (~broken & (r == 0) for r in (r_high, r_low))
+    is_large, may_be_large = (broken | (r == np.inf) for r in (r_low, r_high))
+    level = reference.levels(codes, codec)
+    low, high = (_float16(n * side / np.linalg.norm(level, axis=-1)) for side in AROUND_1)
+    right = (low <= scales) & (scales <= high) & (scales < np.inf) & ~is_zero & ~is_large
+    right |= np.isnan(scales) & (may_be_large | np.isinf(high))
+    right |= (scales == 0) & may_be_zero
+    assert right[..., :tokens].all()
 
+    # Where float32 leaves a doubt whether a row is special, its scale says so.
+    special = (may_be_zero & (scales == 0)) | (may_be_large & np.isnan(scales))
+    z = np.where(special[..., None], 0, z)
+    if codec.has_trellis:
+        if codec.role == KEY:
+            z, level = (np.swapaxes(a, -1, -2)[..., :tokens] for a in (z, level))
+            check_path(z, level, codec.bits)
+            return
+        cuts = tuple(sorted({0, *cuts, tokens}))
+        # What came behind a cut is forgotten, but not to which state it led.
+        states = [0, *(trellis.state_after(found.words, cut) for cut in cuts[1:])]
+        for i in range(len(cuts) - 1):
+            part = (..., slice(cuts[i], cuts[i + 1]), slice(None))
+            end = states[i + 1].astype(int) if cuts[i + 1] < BLOCK else None
+            check_path(z[part], level[part], codec.bits, states[i], end)
+        return
     size, doubt = np.abs(z), FLOAT32_DOUBT * (1 + np.abs(z))
     half = 2 ** (codec.bits - 1)
     index, negative = codes % half, codes >= half
@@ -178,8 +220,51 @@ def check_encoded(
         reference.nearest(np.maximum(size - doubt, 0), codec.bits),
         reference.nearest(size + doubt, codec.bits),
     )
-    assert (((near[0] <= index) & (index <= near[1])) | ~counts[..., None]).all()
-    assert ((negative == (z < 0)) | (size <= doubt) | ~counts[..., None]).all()
+    near_enough = (near[0] <= index) & (index <= near[1])
+    near_enough &= (negative == (z < 0)) | ((size <= doubt) & ~special[..., None])
+    assert near_enough[..., :tokens, :].all()
+
+
+def check_path(
+    z: np.ndarray, level: np.ndarray, bits: int, state: Any = 0, end: np.ndarray | None = None
+) -> None:
+    """Levels ``[..., A, lanes]`` are those of the cheapest path that begins behind ``state``.
+
+    Of all paths, or of those that end in the states ``end [..., lanes]``.
+
+    An encoder finds the cheapest path of numbers that are float32's. Where they are off by d, a
+    level moves the square by at most 2 d times itself, so the path found costs no more than the
+    best by 2 ||d|| ||level - level of the best||; and both are no farther apart than their
+    distances from z together. Sums of A squares are off by A roundings.
+    """
+    sums = path_sums(z, bits, state)
+    best = sums.min(-1) if end is None else np.take_along_axis(sums, end[..., None], -1)[..., 0]
+    cost = np.square(z - level).sum(-2)
+    doubt = np.linalg.norm(FLOAT32_DOUBT * (1 + np.abs(z)), axis=-2)
+    doubt = 2 * doubt * (np.sqrt(cost) + np.sqrt(best)) + z.shape[-2] * 2.0**-24 * (cost + best)
+    assert (cost <= best + doubt).all()
+
+
+def path_sums(z: np.ndarray, bits: int, state: Any = 0) -> np.ndarray:
+    """What the cheapest path to each last state costs, ``[..., lanes, 8]`` of ``[..., A, lanes]``.
+
+    In float64, by the definition of the code (docs/FORMAT.md, section 5).
+    """
+    m = codebook.trellis_levels(bits).astype(np.float64)[: 2**bits]
+    far = np.square(z[..., None] - m), np.square(z[..., None] + m)
+    # Subset c holds the magnitudes c, c + 4, ... and, negated, 3 - c, 7 - c, ...
+    costs = np.stack(
+        [np.minimum(far[0][..., c::4].min(-1), far[1][..., 3 - c :: 4].min(-1)) for c in range(4)],
+        -1,
+    )
+    p, p1, p2 = (np.arange(8)[:, None] >> back & 1 for back in range(3))
+    p3 = np.arange(2)
+    before, subset = p1 + 2 * p2 + 4 * p3, p2 + 2 * (p ^ p1 ^ p3)
+    sums = np.where(np.arange(8) == np.asarray(state)[..., None], 0.0, np.inf)
+    sums = np.broadcast_to(sums, (*z.shape[:-2], z.shape[-1], 8))
+    for i in range(z.shape[-2]):
+        sums = (sums[..., before] + costs[..., i, :, :][..., subset]).min(-1)
+    return sums
 
 
 def check_decoded(
@@ -206,17 +291,30 @@ def check_decoded(
     assert (np.abs(decoded - expected) <= doubt)[~broken].all()
 
     w = rotated(np.where(broken[..., None], 0, x), codec, packed.centres, channel_scale)
-    _, n = unit_variance(w)
-    bound = row_error(w, codec.bits)
-    assert (
-        bound <= (worst_row_error(codec.bits, codec.head_dim) + 2.0**-10) * n[..., 0] + 2.0**-18
-    ).all()
+    z, n = unit_variance(w)
+    bound = row_error(w, packed.words, codec)
+    if codec.has_trellis and codec.role == VALUE:
+        _check_paths_of_values(z, packed, codec)
+    else:
+        worst = (worst_row_error(codec) + 2.0**-10) * n[..., 0] + 2.0**-18
+        assert (bound <= worst)[~broken.reshape(bound.shape)].all()
     bound = bound.reshape(decoded.shape[:3])
     error = np.linalg.norm((decoded - np.where(broken[..., None], decoded, x)) / factor, axis=-1)
     float32 = np.linalg.norm(doubt / factor, axis=-1) + FLOAT32_DOUBT * n.reshape(decoded.shape[:3])
     assert (error <= bound + float32)[~broken].all()
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.nanmax(np.where(broken | (bound == 0), 0, error / bound), initial=0.0))
+
+
+def _check_paths_of_values(z: np.ndarray, packed: Packed, codec: Codec) -> None:
+    """Rows of values share their paths, so the bound holds for the rows of a block together."""
+    # Special rows are coded as zeros.
+    counts = np.isfinite(packed.scales) & (packed.scales > 0)
+    distance = np.where(counts[..., None], z, 0) - reference.levels(
+        reference.unpack(packed.words, codec), codec
+    )
+    mean = np.square(distance).sum(-1).mean(-1) / codec.head_dim
+    assert (mean <= worst_distance(codec) ** 2 + 2.0**-10).all()
 
 
 def _float16(x: np.ndarray) -> np.ndarray:

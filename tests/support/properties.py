@@ -511,7 +511,7 @@ def row_errors(sequence, x):
     if sequence.packed is None:
         return 0.0
     w = rotated(x, sequence.codec, sequence.packed.centres, sequence.scale)
-    return float(row_error(w, sequence.codec.bits).max())
+    return float(row_error(w, sequence.packed.words, sequence.codec).max())
 
 
 def check_hidden_row(case, role, packed, place, implementations):

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from rotormlx.codec import codebook
+from rotormlx.codec import codebook, trellis_ops
 from rotormlx.codec.derived import derived
-from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec.format import BLOCK, KEY, LARGEST_FLOAT16, TRELLIS_BITS, Codec, Packed
 from rotormlx.codec.rotation import Rotation, Stage
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.cache.view import KVView
@@ -116,7 +116,8 @@ class MLXBackend:
             if done:
                 part = after(done[-1].words, part)
             given = None if centres is None else centres[:, :, first:stop]
-            done.append(encode_blocks(part, codec, channel_scale, given))
+            path = start, None if state is None else state[:, :, first:stop]
+            done.append(encode_blocks(part, codec, channel_scale, given, path))
         fields = (list(parts) for parts in zip(*done, strict=True))
         return Packed(*(None if a[0] is None else mx.concatenate(a, axis=2) for a in fields))
 
@@ -351,9 +352,16 @@ def tiles(tokens: int, tile: int) -> Iterator[tuple[int, int]]:
 
 
 def encode_blocks(
-    x: mx.array, codec: Codec, channel_scale: mx.array | None, centres: mx.array | None
+    x: mx.array,
+    codec: Codec,
+    channel_scale: mx.array | None,
+    centres: mx.array | None,
+    path: tuple[int, mx.array | None] = (0, None),
 ) -> Packed:
-    """Compress blocks ``[B, K, N, 64, D]``; see :meth:`MLXBackend.encode`."""
+    """Compress blocks ``[B, K, N, 64, D]``; see :meth:`MLXBackend.encode`.
+
+    ``path`` is ``start`` and ``state`` of that.
+    """
     y = x.astype(mx.float32)
     if codec.role == KEY:
         if centres is None:
@@ -364,17 +372,43 @@ def encode_blocks(
 
     rotated = rotate(y, codec.rotation)
     norm = mx.sqrt(sum_in_order(rotated * rotated, -1))
-    z = rotated * (math.sqrt(codec.head_dim) / norm)
-    index = nearest_magnitude(mx.abs(z), codec.bits)
-    negative = (z < 0).astype(mx.uint32)
-    codes = index | (negative << (codec.bits - 1))
-    level = levels_of_codes(codes, codec.bits)
+    root = math.sqrt(codec.head_dim)
+    size = (norm / root).astype(mx.float16)
+    is_special = (size == 0) | ~mx.isfinite(size)
+    z = mx.where(is_special, mx.array(0.0), rotated * (root / norm))
+    codes, level = path_codes(z, codec, *path) if codec.has_trellis else nearest_codes(z, codec)
     scales = (norm / mx.sqrt(sum_in_order(level * level, -1))).astype(mx.float16)
+    scales = mx.where(size == 0, mx.array(0, mx.float16), scales)
     # The NaN of the format; MLX's own is another, a signalling one.
     nan = mx.array(0x7E00, mx.uint16).view(mx.float16)
-    scales = mx.where(mx.isfinite(scales), scales, nan)
-    codes = mx.where(mx.isnan(scales) | (scales == 0), mx.array(0, mx.uint32), codes)
+    scales = mx.where(mx.isfinite(size) & mx.isfinite(scales), scales, nan)
     return Packed(pack(codes, codec), scales[..., 0], centres)
+
+
+def nearest_codes(z: mx.array, codec: Codec) -> tuple[mx.array, mx.array]:
+    """Codes of the nearest levels, and those."""
+    index = nearest_magnitude(mx.abs(z), codec.bits)
+    codes = index | ((z < 0).astype(mx.uint32) << (codec.bits - 1))
+    return codes, levels_of_codes(codes, codec.bits)
+
+
+def path_codes(
+    z: mx.array, codec: Codec, start: int, state: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Trellis codes of ``[B, K, N, 64, D]``, and their levels; see :meth:`MLXBackend.encode`."""
+    if codec.role == KEY:
+        start, state = 0, None
+    # The packed axis first, the lanes of all blocks side by side.
+    axis = -1 if codec.role == KEY else -2
+    sequences = mx.moveaxis(z, axis, 0)
+    shape = sequences.shape
+    sequences = sequences[start:].reshape(shape[0] - start, -1)
+    begun = mx.zeros(sequences.shape[1:], mx.uint32) if state is None else state.reshape(-1)
+    found = trellis_ops.cheapest_path(mx, sequences, begun, codec.bits)
+    level = mx.array(codebook.trellis_levels(codec.bits))[found.index]
+    coded = (mx.pad(a, [(start, 0), (0, 0)]) for a in (found.codes, level))
+    codes, level = (mx.moveaxis(a.reshape(shape), 0, axis) for a in coded)
+    return codes, level
 
 
 def block_means(x: mx.array) -> mx.array:
@@ -467,7 +501,7 @@ def pack(codes: mx.array, codec: Codec) -> mx.array:
         if missing:
             fields = mx.pad(fields, [(0, 0)] * (codes.ndim - 2) + [(0, missing), (0, 0)])
         fields = fields.reshape(*codes.shape[:-2], rows, plane.a_word, lanes)
-        shifts = mx.arange(0, 32, plane.bits, dtype=mx.uint32)[:, None]
+        shifts = mx.array([plane.bit_of(i) for i in range(plane.a_word)], mx.uint32)[:, None]
         planes.append(mx.sum(fields << shifts, axis=-2))
     return mx.concatenate(planes, axis=-2)
 
@@ -480,24 +514,30 @@ def levels(words: mx.array, codec: Codec) -> mx.array:
     """
     first, rows = codec.planes[0], codec.plane_rows[0]
     shifts = mx.arange(0, 32, first.bits, dtype=mx.uint32)[:, None, None]
-    codes = (words[..., None, :rows, :] >> shifts) & (2**first.bits - 1)
-    if len(codec.planes) == 1:
+    plane = words[..., None, :rows, :]
+    codes = (plane >> shifts) & (2**first.bits - 1)
+    if not codec.has_trellis:
         negative = codes >> (codec.bits - 1)
         index = codes & (2 ** (codec.bits - 1) - 1)
-    else:
-        index, negative = codes, sign_plane(words, codec)
-    return flat_fields(signed_magnitudes(index, negative, codec.bits))
+        return flat_fields(signed_magnitudes(index, negative, codec.bits))
+    before = mx.pad(plane[..., :-1, :], [(0, 0)] * (plane.ndim - 2) + [(1, 0), (0, 0)])
+    index = (trellis_ops.low_magnitudes(plane, before) >> shifts) & 3
+    if len(codec.planes) > 1:
+        index = index | (high_bits(words, codec) << 2)
+    return flat_fields(signed_magnitudes(index, codes >> 1, codec.bits))
 
 
-def sign_plane(words: mx.array, codec: Codec) -> mx.array:
-    """Sign bits of 3-bit codes in the word order of magnitudes, ``[..., 16, rows, lanes]``."""
-    magnitude, sign = codec.planes
+def high_bits(words: mx.array, codec: Codec) -> mx.array:
+    """High bits of 3-bit codes in the word order of the low ones, ``[..., 16, rows, lanes]``."""
+    low, high = codec.planes
     rows = codec.plane_rows[0]
-    a_sign_word = sign.a_word // magnitude.a_word
-    signs = mx.repeat(words[..., rows:, :], a_sign_word, axis=-2)[..., :rows, :]
-    first_bit = mx.array(np.arange(rows) % a_sign_word * magnitude.a_word, mx.uint32)
-    shifts = mx.arange(magnitude.a_word, dtype=mx.uint32)[:, None] + first_bit
-    return (signs[..., None, :, :] >> shifts[..., None]) & 1
+    a_high_word = high.a_word // low.a_word
+    planes = mx.repeat(words[..., rows:, :], a_high_word, axis=-2)[..., :rows, :]
+    shifts = [
+        [high.bit_of(row % a_high_word * low.a_word + field) for row in range(rows)]
+        for field in range(low.a_word)
+    ]
+    return (planes[..., None, :, :] >> mx.array(shifts, mx.uint32)[..., None]) & 1
 
 
 def signed_magnitudes(index: mx.array, negative: mx.array, bits: int) -> mx.array:
@@ -564,7 +604,9 @@ def stage_columns(stage: Stage) -> tuple[mx.array, ...]:
 @cache
 def magnitude_polynomial(bits: int) -> tuple[float, tuple[float, ...]]:
     """An offset and coefficients, highest first: magnitude i is the polynomial at i - offset."""
-    sizes = codebook.magnitudes(bits).astype(np.float64)
+    is_trellis = bits in TRELLIS_BITS
+    sizes = codebook.trellis_levels(bits)[: 2**bits] if is_trellis else codebook.magnitudes(bits)
+    sizes = sizes.astype(np.float64)
     offset = (len(sizes) - 1) / 2
     t = np.arange(len(sizes)) - offset
     return offset, tuple(np.linalg.solve(np.vander(t), sizes).tolist())

@@ -12,7 +12,7 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
-from rotormlx.codec import limits, rotation
+from rotormlx.codec import limits, rotation, trellis
 from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Codec, Packed, codec
 from rotormlx.config import CALIBRATED, RotorConfig
@@ -261,7 +261,15 @@ def encode(
     if last is None:
         return backend().encode(x, codec, channel_scale=channel_scale)
     rows = mx.pad(x, [(0, 0), (0, 0), (filled, 0), (0, 0)])
-    new = backend().encode(rows, codec, channel_scale=channel_scale, centres=last.centres)
+    has_state = codec.has_trellis and codec.role == VALUE
+    new = backend().encode(
+        rows,
+        codec,
+        channel_scale=channel_scale,
+        centres=last.centres,
+        start=filled,
+        state=trellis.state_after(last.words, filled) if has_state else None,
+    )
     kept = mx.array(codec.kept_bits(filled))
     words = (last.words & kept) | (new.words & ~kept)
     scales = mx.where(mx.arange(BLOCK) < filled, last.scales, new.scales)
