@@ -352,7 +352,7 @@ def trellis_mutations():
         ("state == t ?", "t == 0 ?"),
         ("uint i = start; i < LENGTH", "uint i = 0; i < LENGTH"),
         ("i < start; ++i) codes", "i + 1 < start; ++i) codes"),
-        ("start > 0 ? state[", "start > 64 ? state["),
+        ("state != nullptr ? state[", "false ? state["),
         ("state[sequence * state_stride]", "state[sequence]"),
         ("state + place.z * state_strides[0]", "state"),
         ("place.y * state_strides[1]", "0"),
