@@ -102,9 +102,13 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
                    head * packed.scales_strides[1] + block * packed.scales_strides[2];
   __half row_scales[ROWS];
   if (Stored<Codec::BITS>::HAS_TRELLIS) {
-    const uint* state = call.state + ((int64_t(batch) * call.kv_heads + head) * call.blocks + block) * D;
-    Encoder::find_paths(
-        rows, row_scales, codes, shared_numbers, uint(thread), Codec::IS_KEY ? 0u : uint(call.start), state, 1);
+    // A token of keys has a path of its own.
+    const uint start = Codec::IS_KEY ? 0 : call.start;
+    const uint* state = nullptr;
+    if (start > 0 && call.state != nullptr) {
+      state = call.state + ((int64_t(batch) * call.kv_heads + head) * call.blocks + block) * D;
+    }
+    Encoder::find_paths(rows, row_scales, codes, shared_numbers, uint(thread), start, state, 1);
   } else {
     Encoder::round(rows, row_scales, codes, uint(thread), Codec::boundaries());
     __syncthreads();  // codes written

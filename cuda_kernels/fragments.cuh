@@ -51,8 +51,8 @@ __host__ __device__ constexpr uint half_magnitude(uint bits) {
 template <int BITS>
 __device__ constexpr uint half_level(uint index) {
   const uint half = Stored<BITS>::LEVELS / 2, magnitude = index % half;
-  const uint bits = BITS == 2   ? TRELLIS_MAGNITUDES_2[magnitude % 4]
-                    : BITS == 3 ? TRELLIS_MAGNITUDES_3[magnitude % 8]
+  const uint bits = BITS == 2   ? MAGNITUDES_2[magnitude % 4]
+                    : BITS == 3 ? MAGNITUDES_3[magnitude % 8]
                                 : MAGNITUDES_4[magnitude % 8];
   return half_magnitude(bits) | (index / half << 15);
 }

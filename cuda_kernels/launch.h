@@ -56,7 +56,7 @@ typedef struct {
   rotormlx_packed packed;       // written
   int64_t coefficients_stride;  // of K, where every KV head has a matrix of its own, [K, D, D]; else 0
   int32_t start;                // values of 2 and 3 bits: tokens before it have codes already, 0 where none has
-  const uint32_t* state;        // of the trellis behind those, [B, K, N, D]; read where start is not 0
+  const uint32_t* state;        // of the trellis behind those, [B, K, N, D], or null for 0; where start is not 0
 } rotormlx_encode_arguments;
 
 int rotormlx_encode(const rotormlx_encode_arguments* arguments, void* stream);

@@ -1,5 +1,5 @@
-// Codes that are nearest levels: of 4 and 8 bits, and at any width those of the published method (docs/FORMAT.md,
-// sections 3 and 5). Written in the words of a platform's vocabulary.h, so that it stands once for all of them.
+// Codebooks, and codes that are nearest levels (docs/FORMAT.md, sections 3 and 5). Written in the words of a platform's
+// vocabulary.h, so that it stands once for all of them.
 
 // Magnitudes as float32 bit patterns, ascending.
 CONSTANT uint MAGNITUDES_2[4] = {
@@ -30,6 +30,14 @@ CONSTANT uint MAGNITUDES_8[128] = {
     0x404E9FBFu, 0x40551C3Du, 0x405C6BACu, 0x4064D66Fu, 0x406ED39Fu, 0x407B3DA6u, 0x4085F897u, 0x4093502Au
 };
 
+// Those of the published method, whose codes are nearest levels at every width.
+CONSTANT uint PUBLISHED_MAGNITUDES_2[2] = {
+    0x3EE7D2C9u, 0x3FC1555Du
+};
+CONSTANT uint PUBLISHED_MAGNITUDES_3[4] = {
+    0x3E7AF9F8u, 0x3F418990u, 0x3FAC0538u, 0x4009B97Au
+};
+
 // A code of 3 bits lies in two planes, of 2 bits and of 1 bit; a word of the first plane counts.
 template <int BITS>
 struct Word {
@@ -44,12 +52,19 @@ DEVICE_FN uint magnitude_bits(uint index) {
   return MAGNITUDES_8[index];
 }
 
-// The top bit of a code is the sign, the others are the index of the magnitude.
+template <int BITS>
+DEVICE_FN uint nearest_magnitude_bits(uint index) {
+  if (BITS == 2) return PUBLISHED_MAGNITUDES_2[index];
+  if (BITS == 3) return PUBLISHED_MAGNITUDES_3[index];
+  return magnitude_bits<BITS>(index);
+}
+
+// The level of a code that is a nearest one: its top bit is the sign, the others are the index of the magnitude.
 template <int BITS>
 DEVICE_FN float level_of_code(uint code) {
   const uint negative = code >> (BITS - 1);
   const uint index = code & ((1u << (BITS - 1)) - 1u);
-  return float_of_bits(magnitude_bits<BITS>(index) ^ (negative << 31));
+  return float_of_bits(nearest_magnitude_bits<BITS>(index) ^ (negative << 31));
 }
 
 // The code in field `field` of a word. At 3 bits `signs` is shifted so that its lowest bit belongs to

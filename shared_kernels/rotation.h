@@ -347,7 +347,7 @@ struct BlockEncoder {
   }
 
   // Codes of trellises: a slice of the sequences meets in `numbers`, and a thread has each of them. `state`: what the
-  // positions before `start` leave to each sequence, `state_stride` apart, if there are any. No barrier need follow.
+  // positions before `start` leave to each sequence, `state_stride` apart, or null for 0. No barrier need follow.
   static DEVICE_FN void find_paths(
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, THREADGROUP uint* numbers, uint thread_index,
       uint start, GLOBAL const uint* state, long state_stride) {
@@ -370,7 +370,7 @@ struct BlockEncoder {
       if (thread_index < SLICE && sequence < SEQUENCES) {
         encode_sequence<BITS, LENGTH>(
             numbers + thread_index * STRIDE, codes + sequence * SEQUENCE_STEP, POSITION_STEP, start,
-            start > 0 ? state[sequence * state_stride] : 0);
+            state != nullptr ? state[sequence * state_stride] : 0);
       }
     }
     MEET();  // the codes are there

@@ -3,14 +3,6 @@
 //
 // Number and Bits are float and uint, or vectors of them: then every lane has a sequence, or a word, of its own.
 
-// Magnitudes as float32 bit patterns, ascending.
-CONSTANT uint TRELLIS_MAGNITUDES_2[4] = {
-    0x3E400000u, 0x3F1C0000u, 0x3F8A0000u, 0x3FEE0000u
-};
-CONSTANT uint TRELLIS_MAGNITUDES_3[8] = {
-    0x3DE00000u, 0x3E980000u, 0x3F080000u, 0x3F400000u, 0x3F820000u, 0x3FAC0000u, 0x3FE40000u, 0x401E0000u
-};
-
 // A stored code comes down to an index into LEVELS levels, of which the upper half is the lower, negated: at 4 and 8
 // bits that is the code itself, at 2 and 3 bits it has one bit more.
 template <int BITS>
@@ -18,19 +10,12 @@ struct Stored {
   enum { HAS_TRELLIS = BITS < 4 ? 1 : 0, INDEX_BITS = BITS < 4 ? BITS + 1 : BITS, LEVELS = 1 << INDEX_BITS };
 };
 
-template <int BITS>
-DEVICE_FN uint stored_magnitude_bits(uint index) {
-  if (BITS == 2) return TRELLIS_MAGNITUDES_2[index];
-  if (BITS == 3) return TRELLIS_MAGNITUDES_3[index];
-  return magnitude_bits<BITS>(index);
-}
-
 // The level of an index below LEVELS.
 template <int BITS>
 DEVICE_FN float stored_level(uint index) {
   const uint negative = index >> (Stored<BITS>::INDEX_BITS - 1);
   const uint magnitude = index & (Stored<BITS>::LEVELS / 2 - 1u);
-  return float_of_bits(stored_magnitude_bits<BITS>(magnitude) ^ (negative << 31));
+  return float_of_bits(magnitude_bits<BITS>(magnitude) ^ (negative << 31));
 }
 
 // All levels, `table[index]`, for the threads of a threadgroup to share: one conflict-free load then gives a level with

@@ -26,7 +26,12 @@ from rotormlx.codec.rotation import calibrated
 from rotormlx.codec.trellis import STATES
 from rotormlx.config import CALIBRATED, ROTATIONS, RotorConfig
 from rotormlx.kernels import cpu_library
-from tests.support.codec_cases import special_rows, tied_row
+from tests.support.codec_cases import (
+    check_special_block,
+    special_block,
+    tied_paths,
+    tied_row,
+)
 
 ROOT = Path(__file__).parents[2]
 needs_library = pytest.mark.skipif(
@@ -224,17 +229,7 @@ def test_variants_write_the_same_bytes(head_dim, name, role, bits):
 def test_special_rows(bits, variant):
     """Rows that are zero, subnormal, not finite, or at either end of float16."""
     chosen = codec(RotorConfig(bits, bits, "identity"), 16, layer=0, role=VALUE)
-    special = special_rows(bits)
-    x = rows((1, 1, BLOCK, 16))
-    x[0, 0, : len(special)] = [row for row, _ in special.values()]
-    found = encoded(x, chosen, variant=variant)
-    codes = reference.unpack(found.words, chosen)[0, 0, 0]
-    for i, (kind, (_, scale)) in enumerate(special.items()):
-        stored = found.scales[0, 0, 0, i]
-        assert stored.view(np.uint16) == np.float16(scale).view(np.uint16), kind
-        # Rows whose codes count are constant and positive.
-        code = reference.nearest(np.ones(1), bits) if scale > 0 else 0
-        assert (codes[i] == code).all(), kind
+    check_special_block(encoded(special_block(bits), chosen, variant=variant), chosen)
 
 
 @needs_library
@@ -255,7 +250,7 @@ def test_centre_counts_finite_rows(variant):
 
 @needs_library
 @pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=VARIANTS)
-@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_ties_go_to_the_larger_magnitude(bits, variant):
     chosen = codec(RotorConfig(bits, bits, "identity"), 16, layer=0, role=VALUE)
     count = min(len(codebook.boundaries(bits)), 30)
@@ -267,6 +262,18 @@ def test_ties_go_to_the_larger_magnitude(bits, variant):
     assert np.array_equal(codes[:count, 0], larger)
     assert np.array_equal(codes[32 : 32 + count, 0], larger | 1 << (bits - 1))
     assert not codes[:, 3:].any()  # either zero
+
+
+@needs_library
+@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=VARIANTS)
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_equal_paths(bits, role, variant):
+    """Where every sum is exact and many are equal, the path is that of the reference."""
+    chosen, x = codec(RotorConfig(bits, bits, "identity"), 16, layer=0, role=role), tied_paths(bits)
+    found = encoded(x, chosen, variant=variant)
+    expected = reference.encode(x, chosen, centres=found.centres)
+    assert np.array_equal(found.words, expected.words)
 
 
 @needs_library

@@ -12,9 +12,9 @@ from tests.support.cuda_calls import KERNELS
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-# Registers of a thread at head_dim 128 and up to 4 bits; none is spilled. A multiprocessor has 65,536:
-# with 128 threads in a block, 168 let three blocks of attend run at once, and 255 two. Blocks of
-# 256 threads: 128 let two run, 80 three.
+# Registers of a thread at head_dim 128 and up to 4 bits; none is spilled. A multiprocessor has
+# 65,536: with 128 threads in a block, 168 let three blocks of attend run at once, and 255 two.
+# Blocks of 256 threads: 128 let two run, 80 three.
 BUDGETS = {
     "attend<1>": 168,
     "attend<2>": 255,

@@ -40,11 +40,12 @@ CODEC_MUTATIONS = [
         (f"MEET();  // {place}", "", encodes_blocks)
         for place in ("no numbers are in use", "the numbers are there", "the codes are there")
     ),
-    ("u : uint(call.start), state", "u : 0u, state", check_filled_up_path),
+    ("IS_KEY ? 0 : call.start", "IS_KEY ? 0 : 0", check_filled_up_path),
+    ("call.state != nullptr) {", "true) {", of(check_filled_up_path, has_state=False)),
     ("+ head) * call.blocks + block) * D;", ") * call.blocks + block) * D;", check_filled_up_path),
     (
-        "Codec::IS_KEY ? 0u : uint(call.start)",
-        "uint(call.start)",
+        "Codec::IS_KEY ? 0 : call.start",
+        "call.start",
         of(check_filled_up_path, role=KEY),
     ),
     ("batch * call.x_strides[0] +", "", encodes_blocks),

@@ -228,6 +228,11 @@ def test_a_path_goes_on_behind_tokens_that_are_kept(runner, bits, role, start):
     check_filled_up_path(runner, 80, bits, role, start)
 
 
+@pytest.mark.parametrize("runner", ["metal", "cuda", "mlx_cuda"], indirect=True)
+def test_without_a_state_a_path_begins_at_zero(runner):
+    check_filled_up_path(runner, has_state=False)
+
+
 @metal_and_cuda
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("bits", codebook.BITS)

@@ -319,8 +319,8 @@ def trellis_mutations():
     yield "((high & 0x11111111u) << 2)", "0u", three
     yield "(word & 0x88888888u) | (", "(", three
     yield "((high & 0x22222222u) << 1)", "0u", three
-    yield "return TRELLIS_MAGNITUDES_2[index]", "return TRELLIS_MAGNITUDES_2[index ^ 1u]", two
-    yield "return TRELLIS_MAGNITUDES_3[index]", "return TRELLIS_MAGNITUDES_3[index ^ 1u]", three
+    yield "return MAGNITUDES_2[index]", "return MAGNITUDES_2[index ^ 1u]", two
+    yield "return MAGNITUDES_3[index]", "return MAGNITUDES_3[index ^ 1u]", three
     for old, new in (
         ("c ^ (3u * sign)", "c"),
         ("+ 4u * high;", ";"),
@@ -352,7 +352,7 @@ def trellis_mutations():
         ("state == t ?", "t == 0 ?"),
         ("uint i = start; i < LENGTH", "uint i = 0; i < LENGTH"),
         ("i < start; ++i) codes", "i + 1 < start; ++i) codes"),
-        ("start > 0 ? state[", "start > 64 ? state["),
+        ("state != nullptr ? state[", "false ? state["),
         ("state[sequence * state_stride]", "state[sequence]"),
         ("state + place.z * state_strides[0]", "state"),
         ("place.y * state_strides[1]", "0"),
@@ -405,8 +405,8 @@ EVERY = [
     # Codes and levels
     ("index < Stored<BITS>::LEVELS", "index < Stored<BITS>::LEVELS - 1u", {}),
     (
-        "stored_magnitude_bits<BITS>(magnitude) ^ (negative << 31)",
-        "stored_magnitude_bits<BITS>(magnitude)",
+        "magnitude_bits<BITS>(magnitude) ^ (negative << 31)",
+        "magnitude_bits<BITS>(magnitude)",
         {},
     ),
     ("LEVELS / 2 - 1u", "LEVELS / 4 - 1u", {"bits": (4, 4)}),

@@ -220,15 +220,13 @@ def test_lint_accepts_attention(case):
 
 
 def test_levels_are_the_codebook():
-    tables = [("levels", "", bits, codebook.magnitudes(bits)) for bits in codebook.BITS]
-    for bits in TRELLIS_BITS:
-        tables.append(("trellis", "TRELLIS_", bits, codebook.trellis_levels(bits)[: 2**bits]))
-    for file, prefix, bits, magnitudes in tables:
-        (table,) = re.findall(
-            rf"\b{prefix}MAGNITUDES_{bits}\[{len(magnitudes)}\] = {{(.*?)}};",
-            source.read(f"shared_kernels/{file}.h"),
-            re.DOTALL,
-        )
+    text = source.read("shared_kernels/levels.h")
+    of_nearest = {bits: codebook.magnitudes(bits) for bits in codebook.BITS}
+    of_trellis = {bits: codebook.trellis_levels(bits)[: 2**bits] for bits in TRELLIS_BITS}
+    tables = {f"MAGNITUDES_{bits}": m for bits, m in (of_nearest | of_trellis).items()}
+    tables |= {f"PUBLISHED_MAGNITUDES_{bits}": of_nearest[bits] for bits in TRELLIS_BITS}
+    for name, magnitudes in tables.items():
+        (table,) = re.findall(rf"\b{name}\[{len(magnitudes)}\] = {{(.*?)}};", text, re.DOTALL)
         patterns = [int(word.strip().rstrip("u"), 16) for word in table.split(",")]
         assert patterns == magnitudes.view(np.uint32).tolist()
 

@@ -167,22 +167,34 @@ def special_rows(bits):
     }
 
 
+def special_block(bits):
+    """These rows among others, float32 ``[1, 1, 64, 16]``: every fourth is one of them."""
+    x = rows((1, 1, BLOCK, 16))
+    special = np.array(list(special_rows(bits).values()), np.float32)
+    x[0, 0, : 4 * len(special) : 4] = special
+    return x
+
+
 def check_special_rows(runner, bits, role):
     """Each special row has the scale and the codes that it must get, and others are as ever."""
-    special = special_rows(bits)
-    chosen = made_codec("identity", 16, bits, role)
-    x = rows((1, 1, BLOCK, 16))
-    places = range(0, 4 * len(special), 4)
-    x[0, 0, places] = np.array(list(special.values()), np.float32)
+    chosen, x = made_codec("identity", 16, bits, role), special_block(bits)
     centres = np.zeros((1, 1, 1, 16), np.float16) if role == KEY else None
     written = runner.encode(mx.array(x), chosen, centres=centres)
+    check_special_block(written, chosen, centres=centres)
+    check_decode(runner, written, chosen)
+
+
+def check_special_block(written, chosen, *, centres=None):
+    """What an encoder without a rotation made of :func:`special_block`."""
+    x = special_block(chosen.bits)
     with np.errstate(invalid="ignore"):
         expected = reference.encode(x, chosen, centres=centres)
         compare(written, expected, chosen, unit_rows(x, chosen, centres=centres))
 
     codes = reference.unpack(written.words, chosen)
     length = np.linalg.norm(reference.levels(codes, chosen), axis=-1)[0, 0, 0]
-    for place, (kind, row) in zip(places, special.items(), strict=True):
+    for i, (kind, row) in enumerate(special_rows(chosen.bits).items()):
+        place = 4 * i
         with np.errstate(over="ignore", invalid="ignore"):
             norm = np.linalg.norm(row.astype(np.float64))
             size, scale = np.float16(norm / 4), np.float16(norm / length[place])
@@ -194,7 +206,6 @@ def check_special_rows(runner, bits, role):
         assert np.allclose(stored, wanted, rtol=2**-10, atol=0, equal_nan=True), kind
         if not chosen.has_trellis and not 0 < size < np.inf:
             assert not codes[0, 0, 0, place].any(), kind
-    check_decode(runner, written, chosen)
 
 
 def check_centre_of_finite_rows(runner, bits=4):
@@ -255,35 +266,44 @@ def tied_path_row(rng, bits):
                 return np.array([*row, a, -b, math.isqrt(third)]) / 128
 
 
-def check_tied_paths(runner, bits, role):
-    """Where every sum is exact and many are equal, the path is that of the reference."""
-    chosen = made_codec("identity", 16, bits, role)
+def tied_paths(bits):
+    """Rows ``[2, 1, 64, 16]`` for which every sum of a path is exact, and many are equal."""
     rng = np.random.default_rng(4)
     x = rng.choice([-1, 1], (2, 1, BLOCK, 16)).astype(np.float32)
     x[0, 0] = [tied_path_row(rng, bits) for _ in range(BLOCK)]
     # Of norm 4 too.
     x[1, :, 1::3] *= 2 * (np.arange(16) % 4 == 1)
     x[1, :, 2::5] = 0
+    return x
+
+
+def check_tied_paths(runner, bits, role):
+    """Where every sum is exact and many are equal, the path is that of the reference."""
+    chosen, x = made_codec("identity", 16, bits, role), tied_paths(bits)
     centres = np.zeros((2, 1, 1, 16), np.float16) if role == KEY else None
     written = runner.encode(mx.array(x), chosen, centres=centres)
     assert np.array_equal(written.words, reference.encode(x, chosen, centres=centres).words)
 
 
-def check_filled_up_path(runner, head_dim=80, bits=3, role=VALUE, start=21):
-    """Behind tokens that have codes already, values go on from their state; keys do not care."""
+def check_filled_up_path(runner, head_dim=80, bits=3, role=VALUE, start=21, *, has_state=True):
+    """Behind tokens that have codes already, values go on from their state; keys do not care.
+
+    Without a state they go on from state 0, which is that of codes of 0.
+    """
     chosen = made_codec("cascade", head_dim, bits, role)
     x = rows((2, 2, BLOCK, head_dim), seed=8)
     before = reference.encode(x, chosen)
     x[:, :, :start] = 0
     state = np.array(trellis.state_after(before.words, start), np.uint32)
     given = {"centres": before.centres, "start": start}
-    written = runner.encode(mx.array(x), chosen, **given, state=state if role == VALUE else None)
-    expected = reference.encode(x, chosen, **given, state=state)
+    has_state = has_state and role == VALUE
+    written = runner.encode(mx.array(x), chosen, **given, state=state if has_state else None)
+    expected = reference.encode(x, chosen, **given, state=state if has_state else 0)
     if role == VALUE:
         assert not reference.unpack(written.words, chosen)[..., :start, :].any()
 
     # What counts is the block that both are parts of.
-    kept = chosen.kept_bits(start)
+    kept = chosen.kept_bits(start) if has_state else np.uint32(0)
     found, wanted = (
         reference.levels(reference.unpack(p.words & ~kept | before.words & kept, chosen), chosen)
         for p in (written, expected)

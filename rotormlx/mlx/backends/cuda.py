@@ -67,16 +67,14 @@ class MLXCUDABackend(MLXBackend):
         if takes_means := codec.role == KEY and centres is None:
             outputs.append(((*blocks, head_dim), mx.float16))
         given = codec.role == KEY and not takes_means
-        if codec.role == KEY or state is None:
-            state = _nothing(mx.uint32)
         text, has_scale = cuda_text.text_of(codec), channel_scale is not None
-        made = cuda_text.codec_kernel("encode", text, has_scale, takes_means)(
+        made = cuda_text.codec_kernel("encode", text, has_scale, takes_means, state is not None)(
             inputs=[
                 x,
                 _coefficients(codec.rotation),
                 _or_nothing(channel_scale, mx.float32),
                 _or_nothing(centres if given else None, mx.float16),
-                state,
+                _or_nothing(state, mx.uint32),
                 _kept((_DTYPES[x.dtype], *blocks, int(given), start), mx.int32),
             ],
             grid=(CODEC_THREADS * blocks[2], heads, batch),
@@ -95,7 +93,7 @@ class MLXCUDABackend(MLXBackend):
         batch, heads, blocks = packed.scales.shape[:3]
         check_grid("decode", batch, heads)
         text, has_scale = cuda_text.text_of(codec), channel_scale is not None
-        (out,) = cuda_text.codec_kernel("decode", text, has_scale, False)(
+        (out,) = cuda_text.codec_kernel("decode", text, has_scale)(
             inputs=[
                 packed.words,
                 packed.scales,

@@ -119,7 +119,7 @@ _ENCODE_BODY = """
   call.coefficients_stride = MATRICES > 1 ? CODEC::D * CODEC::D : 0;
   call.channel_scale = SCALE;
   call.start = numbers[5];
-  call.state = state;
+  call.state = STATE;
   place_packed(call.packed, words, scales, CENTRES, call.kv_heads, call.blocks, BLOCK_WORDS,
                CODEC::D);
   encode_block<CODEC, THREADS>(call);
@@ -222,7 +222,9 @@ def _filled(body: str, **words: object) -> str:
 
 
 @cache
-def codec_kernel(name: str, text: CodecText, has_scale: bool, takes_means: bool) -> Kernel:
+def codec_kernel(
+    name: str, text: CodecText, has_scale: bool, takes_means: bool = False, has_state: bool = False
+) -> Kernel:
     """The kernel ``encode`` or ``decode``."""
     is_key = text.role == KEY
     lanes = BLOCK if is_key else text.head_dim
@@ -233,6 +235,7 @@ def codec_kernel(name: str, text: CodecText, has_scale: bool, takes_means: bool)
         MATRICES=text.matrices,
         SCALE="channel_scale" if has_scale else "nullptr",
         CENTRES="centres" if takes_means else "given_centres",
+        STATE="state" if has_state else "nullptr",
         BLOCK_WORDS=text.rows * lanes,
         THREADS=CODEC_THREADS,
     )
@@ -248,7 +251,7 @@ def codec_kernel(name: str, text: CodecText, has_scale: bool, takes_means: bool)
     }[name]
     facts = (*(name, text.role, text.bits, text.head_dim), text.rotation, text.matrices)
     return _kernel(
-        "_".join(map(str, (*facts, has_scale, takes_means))),
+        "_".join(map(str, (*facts, has_scale, takes_means, has_state))),
         inputs,
         outputs,
         body,
