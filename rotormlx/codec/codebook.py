@@ -177,6 +177,8 @@ _TRELLIS_64THS = {
     2: (12, 39, 69, 119),
     3: (7, 19, 34, 48, 65, 86, 114, 158),
 }
+# Their mean squared error on N(0, 1), measured on long sequences.
+TRELLIS_ERRORS = {2: 0.0868, 3: 0.0237}
 
 
 def trellis_levels(bits: int) -> npt.NDArray[np.float32]:

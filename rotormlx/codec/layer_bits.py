@@ -50,7 +50,9 @@ def allotted(loss: Floats, sizes: Floats, mean: float) -> NDArray[np.int64]:
 
 @cache
 def squared_error(bits: int) -> float:
-    """Of the codebook, on normal numbers of variance 1."""
+    """Mean squared error of a code, on normal numbers of variance 1."""
+    if bits in codebook.TRELLIS_ERRORS:
+        return codebook.TRELLIS_ERRORS[bits]
     grid = (np.arange(200_000) + 0.5) / 25_000  # 0 to 8
     weight = np.exp(-np.square(grid) / 2)
     index = np.searchsorted(codebook.boundaries(bits), grid, side="right")

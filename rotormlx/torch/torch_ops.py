@@ -37,8 +37,8 @@ from rotormlx.codec.format import (
 from rotormlx.codec.random_stream import Floats
 from rotormlx.codec.rotation import Rotation, Stage
 
-# Values that are encoded at once: about ten float32 tensors of them are alive, 20 MiB.
-TILE_VALUES = 2**19
+# Values that are encoded at once: at 3 bits about fifty float32 tensors of them are alive, 50 MiB.
+TILE_VALUES = 2**18
 # Scores held at once, over all query heads: 16 MiB in float32.
 TILE_SCORES = 2**22
 TILE_TOKENS = 2048

@@ -13,8 +13,6 @@ from rotormlx.codec.random_stream import Stream
 # Distortion of the optimal quantizer of N(0, 1). Max (1960) gives 0.1175, 0.03454 and 0.009497;
 # the last is 0.009501 when computed with 40 digits.
 KNOWN_DISTORTION = {2: 0.117482, 3: 0.0345478, 4: 0.00950101, 8: 4.11851e-05}
-# Of the trellis codes, on long sequences: measured with trained levels before they were rounded.
-TRELLIS_DISTORTION = {2: 0.0868, 3: 0.0237}
 
 
 def density(x):
@@ -151,4 +149,4 @@ def test_trellis_distortion_is_the_known_one(bits):
     index, sign = coded(z, bits)
     distortion = np.mean((z - sign * codebook.trellis_levels(bits)[index]) ** 2)
     # 100,000 numbers: one standard error is 0.4 %.
-    assert distortion == pytest.approx(TRELLIS_DISTORTION[bits], rel=0.015)
+    assert distortion == pytest.approx(codebook.TRELLIS_ERRORS[bits], rel=0.015)

@@ -26,7 +26,7 @@ from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.dtypes import FLOATS
 
-# Values that are encoded at once: about thirty float32 arrays of them are alive, 16 MiB.
+# Values that are encoded at once: at 3 bits about fifty float32 arrays of them are alive, 25 MiB.
 TILE_VALUES = 2**17
 # Scores held at once, over all query heads: 16 MiB in float32.
 TILE_SCORES = 2**22
