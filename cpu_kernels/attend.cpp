@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "rows.h"
-#include "trellis.h"
 
 namespace {
 
@@ -60,7 +59,7 @@ struct Reader {
 template <int BITS>
 struct TrellisReader {
   enum { RUNS = 2 };
-  using Row = Spread<Words>;
+  using Row = Indices<Words>;
   Levels<BITS> levels;
   INLINE Row next(const Source& s, int64_t row, int64_t lane, Words& before) const {
     const uint32_t* words = (const uint32_t*)s.data + row * s.pitch + lane;
@@ -73,7 +72,7 @@ struct TrellisReader {
     }
     const Words word = load(words), last = before;
     before = word;
-    return spread<BITS>(word, last, high);
+    return indices_of<BITS>(word, last, high);
   }
   INLINE Words run(const Row& row, int odd) const { return odd ? row.odd : row.even; }
   INLINE Floats number(const Source&, int64_t, int64_t, Words run, int i) const { return levels.level(run, i); }

@@ -5,7 +5,7 @@
 // the operations of mlx_ops.py, come to the same bits.
 
 #include "rows.h"
-#include "trellis.h"
+#include "paths.h"
 
 namespace {
 
@@ -280,14 +280,14 @@ void scaled_levels(const Blocks& blocks, int64_t b, int64_t k, int64_t n, float*
     for (int64_t first = 0, row = 0; first < axis; first += A_WORD, ++row) {
       const uint32_t word = words[row * row_stride + lane * stride];
       const uint32_t high = BITS == 3 ? high_words[row / 2 * row_stride + lane * stride] >> row % 2 * 2 : 0u;
-      const Spread<uint32_t> spread_word = spread<BITS, uint32_t>(word, before, high);
+      const Indices<uint32_t> indices = indices_of<BITS>(word, before, high);
       before = word;
       for (int64_t i = first; i < first + A_WORD && i < axis; ++i) {
         const int64_t c = blocks.is_key ? i : lane, t = blocks.is_key ? lane : i;
         const int f = (int)(i - first);
         float level;
         if constexpr (BITS < 4) {
-          const uint32_t half = f % 2 ? spread_word.odd : spread_word.even;
+          const uint32_t half = f % 2 ? indices.odd : indices.even;
           level = float_of_bits(Levels<BITS>::TABLE.bits[half >> 4 * (f / 2) & 15u]);
         } else {
           level = level_of_code<BITS>(word >> BITS * f & ((1u << BITS) - 1u));

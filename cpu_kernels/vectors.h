@@ -27,11 +27,6 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 namespace {
 

@@ -1,15 +1,22 @@
-// The words in which shared_kernels/levels.h is written, for the CPU.
+// The words in which shared_kernels/{levels,trellis}.h are written, for the CPU.
 #pragma once
 
 #include <cstdint>
 
 #define DEVICE_FN static constexpr
+#define THREAD
 #define THREADGROUP
 #define CONSTANT static constexpr
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace {
 
 using uint = std::uint32_t;
+using uchar = std::uint8_t;
 
 inline float float_of_bits(std::uint32_t bits) {
   float x;
@@ -24,5 +31,6 @@ inline std::uint32_t bits_of_float(float x) {
 }
 
 #include "levels.h"
+#include "trellis.h"
 
 }  // namespace
