@@ -276,7 +276,7 @@ TENSOR_MUTATIONS = [
     ("__syncthreads();  // the factors are there", "", {}),
     ("__syncthreads();  // the queries and the table are there", "", {}),
     # Centres
-    ("if (n % 16 == 0)", "if (n == 0)", {"blocks": 70}),
+    ("if (n % 16 == 0)", "if (n == 0)", {"blocks": 210}),
     (
         "min(first_block + (group + 8 * half) * WARPS, last_block)",
         "first_block + (group + 8 * half) * WARPS",

@@ -53,6 +53,7 @@ LAYER_QUESTIONS = {
 # What every object has, and what says how a class is made.
 _COMMON = {*dir(object), "__weakref__", "__dict__", "__annotations__", "__abstractmethods__"}
 _COMMON |= {"__module__", "__init__", "__init_subclass__", "__slots__", "__static_attributes__"}
+_COMMON.add("__slotnames__")  # there once an object was copied
 
 
 def questions(*kinds):
