@@ -39,26 +39,11 @@ INLINE void fetch_ahead(const uint32_t* p, int64_t ahead, int64_t lane) {
   if (lane % 16 == 0) __builtin_prefetch((const char*)((uintptr_t)p + (uintptr_t)ahead));
 }
 
-// The numbers of a word come in one run, or in two: those of even and of odd index. `look` takes what `next` gave for a
-// row of words, rows in order, and which run; `number` takes that and a place in the run.
+// The numbers of a word come in one run, or, of a trellis, in two: those of even and of odd index. `next` takes a row of
+// words, rows in order, and gives what `run` takes; `number` takes a run and a place in it.
 template <int BITS>
 struct Reader {
-  enum { RUNS = 1 };
-  struct Row {
-    Words word;
-  };
-  Levels<BITS> levels;
-  INLINE Row next(const Source& s, int64_t row, int64_t lane, Words&) const {
-    const uint32_t* words = (const uint32_t*)s.data + row * s.pitch + lane;
-    fetch_ahead(words, s.ahead, lane);
-    return {load(words)};
-  }
-  INLINE Words run(const Row& row, int) const { return row.word; }
-  INLINE Floats number(const Source&, int64_t, int64_t, Words run, int i) const { return levels.level(run, i); }
-};
-template <int BITS>
-struct TrellisReader {
-  enum { RUNS = 2 };
+  enum { RUNS = Stored<BITS>::HAS_TRELLIS ? 2 : 1 };
   using Row = Indices<Words>;
   Levels<BITS> levels;
   INLINE Row next(const Source& s, int64_t row, int64_t lane, Words& before) const {
@@ -77,10 +62,6 @@ struct TrellisReader {
   INLINE Words run(const Row& row, int odd) const { return odd ? row.odd : row.even; }
   INLINE Floats number(const Source&, int64_t, int64_t, Words run, int i) const { return levels.level(run, i); }
 };
-template <>
-struct Reader<2> : TrellisReader<2> {};
-template <>
-struct Reader<3> : TrellisReader<3> {};
 template <>
 struct Reader<EXACT> {
   enum { RUNS = 1 };

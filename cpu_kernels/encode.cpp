@@ -168,9 +168,9 @@ void paths(const Codec& codec, const uint32_t* state, int64_t pitch, float* z, u
       cheapest_path<BITS>(rows + c, pitch, codec.start, BLOCK, load(from), codes + c, rows + c, taken);
     }
     to_columns(rows, pitch, dim, z);
-    __builtin_memcpy(squares, z, sizeof(float) * dim * BLOCK);
   }
-  for (int64_t i = 0; i < dim * BLOCK; i += LANES) store(squares + i, load(squares + i) * load(squares + i));
+  const float* levels = codec.blocks.is_key ? squares : z;
+  for (int64_t i = 0; i < dim * BLOCK; i += LANES) store(squares + i, load(levels + i) * load(levels + i));
 }
 
 // w [dim][64] to words and scales; `spare` and `codes` have room for [64][pitch] and [pitch][64].
@@ -284,14 +284,7 @@ void scaled_levels(const Blocks& blocks, int64_t b, int64_t k, int64_t n, float*
       before = word;
       for (int64_t i = first; i < first + A_WORD && i < axis; ++i) {
         const int64_t c = blocks.is_key ? i : lane, t = blocks.is_key ? lane : i;
-        const int f = (int)(i - first);
-        float level;
-        if constexpr (BITS < 4) {
-          const uint32_t half = f % 2 ? indices.odd : indices.even;
-          level = float_of_bits(Levels<BITS>::TABLE.bits[half >> 4 * (f / 2) & 15u]);
-        } else {
-          level = level_of_code<BITS>(word >> BITS * f & ((1u << BITS) - 1u));
-        }
+        const float level = stored_level<BITS>(index_of_field<BITS>(indices, (uint)(i - first)));
         x[c * BLOCK + t] = level * float_of_half(scales[t * blocks.scales.strides[3]]);
       }
     }

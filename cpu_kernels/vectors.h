@@ -223,25 +223,24 @@ INLINE Floats of_128(const float* table, Words index) {
 
 // ---- levels ----------------------------------------------------------------------------------------
 
-// The levels of a codebook as bit patterns: of sign-and-magnitude codes, which are one bit longer than what is stored
-// where that is a trellis code. Codes of 3 bits lie in fields of 4.
+// The levels of indices (see Stored) as bit patterns; at 8 bits the magnitudes alone. Eight levels are there twice: an
+// index of 3 bits lies in a field of 4.
 template <int BITS>
 struct LevelTable {
-  enum { CODE_BITS = BITS < 4 ? BITS + 1 : BITS, SIZE = BITS == 8 ? 128 : 16 };
+  enum { HALF = Stored<BITS>::LEVELS / 2, SIZE = BITS == 8 ? 128 : 16 };
   alignas(64) uint32_t bits[SIZE] = {};
   constexpr LevelTable() {
     for (uint32_t i = 0; i < SIZE; ++i) {
-      const uint32_t negative = i >> (CODE_BITS - 1) & 1u;
-      bits[i] = magnitude_bits<BITS>(i & ((1u << (CODE_BITS - 1)) - 1u)) ^ (negative << 31);
+      bits[i] = magnitude_bits<BITS>(i % HALF) ^ (i / HALF % 2u << 31);
     }
   }
 };
 
-// `level` takes the code in field `field` of words.
+// `level` takes the index in field `field` of words.
 template <int BITS>
 struct Levels {
   static constexpr LevelTable<BITS> TABLE{};
-  enum { CODE_BITS = LevelTable<BITS>::CODE_BITS, FIELD = BITS == 8 ? 8 : 4 };
+  enum { LEVELS = Stored<BITS>::LEVELS, FIELD = BITS == 8 ? 8 : 4 };
 
   INLINE Floats level(Words word, int field) const {
     const Words code = word >> (unsigned)(FIELD * field);
@@ -251,7 +250,7 @@ struct Levels {
 #elif defined(__AVX2__) && LANES == 8
     // A table of 8: at 4 bits of magnitudes, without their signs.
     const Floats x = (Floats)_mm256_permutevar8x32_ps(_mm256_load_ps(numbers()), (__m256i)code);
-    if (CODE_BITS == 3) return x;
+    if (LEVELS == 8) return x;
     const Words sign = field == 7 ? word : word << (unsigned)(28 - 4 * field);
     return floats_of(bits_of(x) ^ (sign & 0x80000000u));
 #elif defined(__ARM_NEON) && LANES == 4
@@ -271,7 +270,7 @@ struct Levels {
   INLINE Floats by_bytes(Words code) const {
     const uint8x16_t index = (uint8x16_t)(code * 0x04040404u + 0x03020100u);
     const uint8_t* bytes = (const uint8_t*)TABLE.bits;
-    if (CODE_BITS == 3) return (Floats)vqtbl2q_u8(vld1q_u8_x2(bytes), index);
+    if (LEVELS == 8) return (Floats)vqtbl2q_u8(vld1q_u8_x2(bytes), index);
     return (Floats)vqtbl4q_u8(vld1q_u8_x4(bytes), index);
   }
 #endif

@@ -153,7 +153,7 @@ def is_file(path: str | Path) -> bool:
 
 def is_same_model(a: str, b: str) -> bool:
     """Whether two names are of one repository, or two paths of one folder."""
-    return a == b or (Path(a).is_dir() and Path(a).resolve() == Path(b).resolve())
+    return a == b or (is_folder(a) and is_folder(b) and Path(a).resolve() == Path(b).resolve())
 
 
 def is_folder(path: str | Path) -> bool:

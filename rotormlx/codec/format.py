@@ -118,6 +118,11 @@ class Codec:
         return self.bits in TRELLIS_BITS
 
     @property
+    def has_state(self) -> bool:
+        """Whether a path runs over tokens, so that it goes on where a block is filled up."""
+        return self.has_trellis and self.role == VALUE
+
+    @property
     def planes(self) -> tuple[Plane, ...]:
         """How a code is split over words."""
         return PLANES[self.bits]

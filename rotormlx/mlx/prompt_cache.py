@@ -263,8 +263,4 @@ class _Fit(NamedTuple):
                 cache.calibrated = own.calibrated
 
     def _mismatch(self, wanted: str, came: str) -> ValueError:
-        return ValueError(
-            f"[prompt cache] The model {self.report.model_type} requires {wanted}, but "
-            f"{self.path} has {came}; use it with the model that it was made with, or make it "
-            "again."
-        )
+        return cache_file.misfit(self.path, self.report.model_type, wanted, came)

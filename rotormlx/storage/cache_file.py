@@ -40,6 +40,14 @@ State = Any  # a list of states, or a leaf: an array, a number, a text, None
 # ---- writing ------------------------------------------------------------------------------------
 
 
+def misfit(path: str | Path, model_type: str, required: str, came: object) -> ValueError:
+    """A refusal of a file that is not of this model."""
+    return ValueError(
+        f"[prompt cache] The model {model_type} requires {required}, but {path} has {came}; use it "
+        "with the model that it was made with, or make it again."
+    )
+
+
 def with_suffix(path: str | Path) -> str:
     """A path with the suffix that mlx-lm appends where it is missing."""
     return f"{path}" if f"{path}".endswith(".safetensors") else f"{path}.safetensors"

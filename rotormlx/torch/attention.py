@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rotormlx.torch import ops
 from rotormlx.torch.dtypes import autocast_dtype
-from rotormlx.torch.exact import attend_tensors, check_options, former_of
+from rotormlx.torch.exact import attend_tensors, causality, check_options, former_of
 from rotormlx.torch.handle import KVHandle, untraced
 
 NAME = "rotormlx"
@@ -61,8 +61,7 @@ def attention_forward(
             is_causal=is_causal,
             **kwargs,
         )
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
+    is_causal = causality(module, is_causal)
     key = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = kwargs.get("s_aux")

@@ -107,7 +107,7 @@ def check_path(x: Tensor, codec: Codec, start: int, state: Tensor | None) -> Non
         )
     if state is None:
         return
-    if codec.role != VALUE or not codec.has_trellis:
+    if not codec.has_state:
         raise ValueError(
             "[encode] Only values of 2 or 3 bits go on from a state, but one came with "
             f"{codec.role}s of {codec.bits} bits; leave it out."

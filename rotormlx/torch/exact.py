@@ -66,7 +66,7 @@ def attend_tensors(
     trains = module.training or (
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     )
-    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    causal = causality(module, is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     eager = _eager_of(module) if trains else None
     if eager is not None and (logits is not None or former_of(module) == _EAGER):
@@ -115,6 +115,11 @@ def _attend(
         mask=mask,
         sink_logits=logits,
     ).to(value.dtype)
+
+
+def causality(module: torch.nn.Module, asked: bool | None) -> bool:
+    """Whether attention is causal: as it is asked for, or else as its module is."""
+    return bool(getattr(module, "is_causal", True)) if asked is None else asked
 
 
 def former_of(module: torch.nn.Module) -> str | None:

@@ -48,8 +48,7 @@ class CompressedCaches:
         calibration: Calibration | None,
     ) -> None:
         self._model = model
-        self._config = report.config
-        self._calibration = calibration
+        self._make = layer_factory(report.config, calibration)
         self._compressed = [layer.index for layer in report.layers if layer.compressed]
         self._former = former
         self.cache_name = cache_name(model)
@@ -103,8 +102,7 @@ class CompressedCaches:
                 "version, or call rotormlx.torch.remove(model)."
             )
         indices = [index for index in self._compressed if index < len(own.layers)]
-        make = layer_factory(self._config, self._calibration)
-        cache = RotorCache.in_place_of(own, indices, make)
+        cache = RotorCache.in_place_of(own, indices, self._make)
         if isinstance(made, EncoderDecoderCache):
             return EncoderDecoderCache(cache, made.cross_attention_cache)
         return cache

@@ -36,7 +36,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport
 from rotormlx.torch.attention import checked
 from rotormlx.torch.cache import RotorCache, growing_layers, nothing_to_compress
-from rotormlx.torch.exact import check_options
+from rotormlx.torch.exact import causality, check_options
 from rotormlx.torch.handle import KVHandle
 from rotormlx.torch.implementations import another_attention
 from rotormlx.torch.layer import RotorLayer
@@ -273,9 +273,8 @@ def _pretend(
             check_head_dim(value.shape[-1])
             check_options(module, dropout, kwargs)
     else:
-        if is_causal is None:
-            is_causal = bool(getattr(module, "is_causal", True))
-        keys = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+        causal = causality(module, is_causal)
+        keys = checked(module, query, key, value, attention_mask, dropout, causal, kwargs)
         keys.step.read(None)
     batch, heads, tokens = query.shape[:3]
     return query.new_zeros(batch, tokens, heads, value.shape[-1]), None

@@ -200,10 +200,8 @@ class _Fit(NamedTuple):
             )
 
     def misfit(self, required: str, came: object) -> ValueError:
-        return ValueError(
-            f"[prompt cache] The model {self.text.model_type} requires {required}, but {self.path} "
-            f"has {came}; use it with the model that it was made with, or make it again."
-        )
+        """A refusal of the file."""
+        return cache_file.misfit(self.path, self.text.model_type, required, came)
 
     def _damaged(self, required: str, came: object) -> ValueError:
         return ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotormlx.codec import rotation, trellis
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import BLOCK, ROLES, VALUE, Codec, Packed, codec
+from rotormlx.codec.format import BLOCK, ROLES, Codec, Packed, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.storage.cache_fields import SavedStore
 from rotormlx.torch import ops
@@ -166,8 +166,7 @@ class Store:
             raise ValueError("[RotorCache] There is no packed block to fill up.")
         last = Packed(*(None if a is None else a[rows, :, block : block + 1] for a in self.packed))
         x = torch.nn.functional.pad(x, (0, 0, filled, 0))
-        has_state = self.codec.has_trellis and self.codec.role == VALUE
-        state = trellis.state_after(last.words, filled) if has_state else None
+        state = trellis.state_after(last.words, filled) if self.codec.has_state else None
         new = self._encode(x, last.centres, filled, state)
         kept = torch.from_numpy(self.codec.kept_bits(filled).view("int32")).to(x.device)
         words = (last.words & kept) | (new.words & ~kept)

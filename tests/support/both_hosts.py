@@ -1,4 +1,4 @@
-"""One tiny checkpoint, loaded by transformers and by mlx-lm."""
+"""One tiny checkpoint, loaded by transformers and by mlx-lm, and what both save."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ from tests.support.torch_models import build
 
 # mlx-lm's Qwen2 has no head_dim of its own.
 CHANGES: dict[str, dict[str, Any]] = {"qwen2": {"head_dim": 16}}
+
+
+def assert_same_state(found: Any, expected: Any) -> None:
+    """Every entry that a torch layer and an MLX cache would save, bit for bit."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.numpy().tobytes() == np.array(b).tobytes()
+            assert tuple(a.shape) == b.shape
+        else:
+            assert a == b
 
 
 def written(

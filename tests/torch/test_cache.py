@@ -16,6 +16,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.torch.layer import RotorLayer
 from rotormlx.torch.prompt_cache import state_of
+from tests.support.both_hosts import assert_same_state
 
 K, D, DV, LAYER = 3, 64, 80, 2
 CONFIGS = {
@@ -49,18 +50,6 @@ def to_mlx(pair):
     return tuple(mx.array(x.numpy()) for x in pair)
 
 
-def assert_same_state(layer, cache):
-    """Every entry, bit for bit, of what each would save."""
-    found, expected = state_of(layer), cache.state
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        if isinstance(a, torch.Tensor):
-            assert a.numpy().tobytes() == np.array(b).tobytes()
-            assert tuple(a.shape) == b.shape
-        else:
-            assert a == b
-
-
 # Chunks of tokens that come, and negative numbers that go.
 CHANGES = st.lists(st.integers(-150, 250).filter(bool), min_size=1, max_size=6)
 
@@ -82,7 +71,7 @@ def test_bytes_are_those_of_the_mlx_cache(changes, name):
             cache.trim(-change)
         assert layer.length == cache.offset
         assert layer.packed_tokens == cache.packed_tokens
-    assert_same_state(layer, cache)
+    assert_same_state(state_of(layer), cache.state)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -98,7 +87,7 @@ def test_a_block_is_filled_up_with_its_own_centre(name):
             cache.trim(160)
             assert layer.packed_tokens % BLOCK
     assert layer.packed_tokens == cache.packed_tokens >= 256
-    assert_same_state(layer, cache)
+    assert_same_state(state_of(layer), cache.state)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

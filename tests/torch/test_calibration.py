@@ -26,7 +26,7 @@ from rotormlx.torch.layer import RotorLayer
 from rotormlx.torch.prompt_cache import state_of
 from rotormlx.torch.torch_ops import KVView
 from tests.support import codec_cases
-from tests.support.both_hosts import by_mlx, by_torch, calibration, written
+from tests.support.both_hosts import assert_same_state, by_mlx, by_torch, calibration, written
 from tests.support.torch_models import CACHE, tokens
 
 K, D, DV, LAYER = 3, 64, 80, 1
@@ -78,17 +78,6 @@ def vectors(tokens, seed=0):
 def add(layer, pair):
     handle, _ = layer.update(*map(torch.from_numpy, pair))
     return handle.step.read(None)
-
-
-def assert_same_state(found, expected):
-    """Every entry, bit for bit, of what each would save."""
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        if isinstance(a, torch.Tensor):
-            assert a.numpy().tobytes() == np.array(b).tobytes()
-            assert tuple(a.shape) == b.shape
-        else:
-            assert a == b
 
 
 # ---- bytes --------------------------------------------------------------------------------------

@@ -82,12 +82,12 @@ class MetalBackend(MLXBackend):
             outputs["centres"] = ((*blocks, codec.head_dim), mx.float16)
             macros = ("CENTRE_MEANS",)
         inputs: dict[str, Any] = {"x": x, "coefficients": _coefficients(codec.rotation)}
-        if not (start and codec.role == VALUE and codec.has_trellis):
-            state = None
-        else:
+        if start and codec.has_state:
             inputs["start"] = start
             if state is None:
                 state = mx.zeros((*blocks, codec.head_dim), mx.uint32)
+        else:
+            state = None
         made = _launch(
             "encode",
             codec,

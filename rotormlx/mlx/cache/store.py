@@ -261,14 +261,13 @@ def encode(
     if last is None:
         return backend().encode(x, codec, channel_scale=channel_scale)
     rows = mx.pad(x, [(0, 0), (0, 0), (filled, 0), (0, 0)])
-    has_state = codec.has_trellis and codec.role == VALUE
     new = backend().encode(
         rows,
         codec,
         channel_scale=channel_scale,
         centres=last.centres,
         start=filled,
-        state=trellis.state_after(last.words, filled) if has_state else None,
+        state=trellis.state_after(last.words, filled) if codec.has_state else None,
     )
     kept = mx.array(codec.kept_bits(filled))
     words = (last.words & kept) | (new.words & ~kept)
