@@ -66,11 +66,3 @@ DEVICE_FN float level_of_code(uint code) {
   const uint index = code & ((1u << (BITS - 1)) - 1u);
   return float_of_bits(nearest_magnitude_bits<BITS>(index) ^ (negative << 31));
 }
-
-// The code in field `field` of a word. At 3 bits `signs` is shifted so that its lowest bit belongs to
-// the first field of `word`; otherwise it does not count.
-template <int BITS>
-DEVICE_FN uint code_of_field(uint word, uint signs, uint field) {
-  if (BITS == 3) return ((word >> (2 * field)) & 3u) | (((signs >> field) & 1u) << 2);
-  return (word >> (BITS * field)) & ((1u << BITS) - 1u);
-}

@@ -65,7 +65,7 @@ DEVICE_FN Indices<Bits> indices_of(Bits word, Bits before, Bits high) {
 // The index of the code in field `field` of the word.
 template <int BITS>
 DEVICE_FN uint index_of_field(Indices<uint> word, uint field) {
-  if (!Stored<BITS>::HAS_TRELLIS) return code_of_field<BITS>(word.even, 0, field);
+  if (!Stored<BITS>::HAS_TRELLIS) return (word.even >> (BITS * field)) & (Stored<BITS>::LEVELS - 1u);
   return ((field % 2 == 0 ? word.even : word.odd) >> (field / 2 * 4)) & (Stored<BITS>::LEVELS - 1u);
 }
 

@@ -166,7 +166,7 @@ def test_a_changed_codec_is_caught(runner, mutation):
 
 # ---- attention ----------------------------------------------------------------------------------
 
-# Several tiles of query rows, warps with one and two blocks, planes of signs, tokens behind the
+# Several tiles of query rows, warps with one and two blocks, second planes, tokens behind the
 # last.
 TENSOR = Case(
     bits=(3, 3), dims=(80, 80), batch=2, kv_heads=2, length=9, blocks=6, mask="causal", dtype="f16"

@@ -392,7 +392,7 @@ def test_a_changed_codec_is_caught(runner, mutation):
 
 # ---- attention ----------------------------------------------------------------------------------
 
-# Several tiles of query rows, parts, steps and blocks; planes of signs; lanes without a token.
+# Several tiles of query rows, parts, steps and blocks; second planes; lanes without a token.
 DECODE = Case(
     bits=(3, 3), dims=(64, 64), kv_heads=2, length=4, blocks=5, launch=Launch((2, 2)), mask="causal"
 )
@@ -411,7 +411,7 @@ EVERY = [
     ),
     ("LEVELS / 2 - 1u", "LEVELS / 4 - 1u", {"bits": (4, 4)}),
     ("return MAGNITUDES_4[index]", "return MAGNITUDES_4[index ^ 1u]", {"bits": (4, 3)}),
-    ("(word >> (BITS * field))", "(word >> (BITS * (field ^ 1u)))", {"bits": (4, 3)}),
+    ("(word.even >> (BITS * field))", "(word.even >> (BITS * (field ^ 1u)))", {"bits": (4, 3)}),
     ("field / 2 * 4", "field / 2 * 2", {}),
     ("(path << 6) | (last >> 26)", "(path << 6)", {}),
     # Masks
