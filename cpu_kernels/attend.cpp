@@ -226,6 +226,7 @@ void prepare(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
   const int64_t dim = a.keys.head_dim, rows = a.rows_of(chunk), pitch = a.key_pitch;
   const int64_t offset = (head * a.rows + at.first_row) * pitch;
   float *plain = a.plain + offset, *by_word = a.by_word + offset, *by_four = a.by_four + offset;
+  float* noise = a.noise + head * a.rows + at.first_row;
   float* x = scratch;                // [dim][LANES]
   float* spare = x + dim * LANES;    // [dim][LANES]
   float* rotated = spare + dim * LANES;  // [MAX_ROWS][pitch]
@@ -250,9 +251,12 @@ void prepare(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
         }
       }
       rotate(*a.keys.rotation, at.kv_head, Direction::query, x, spare, LANES, 1);
+      Floats squares = {};
       for (int64_t c = 0; c < dim; ++c) {
+        squares += load(x + c * LANES) * load(x + c * LANES);
         for (int64_t r = 0; r < count; ++r) rotated[(first + r) * pitch + c] = x[c * LANES + r];
       }
+      for (int64_t r = 0; r < count; ++r) noise[tile.first + first + r] = score_noise(a.keys.bits) * squares[r];
     }
     const int64_t step = a_word(a.keys.bits);
     interleave(rotated, tile.rows, pitch, rounded_up(dim, step), step, by_word + tile.first * pitch);
@@ -310,11 +314,11 @@ void hide(const Attend& a, const Place& at, const Sequence& sequence, const Bloc
   }
 }
 
-// Take a block into the softmax of a tile of rows. `q` are its rows as they are, `weights` as add() reads them;
-// `sums` [rows][value_pitch]. `s` and `p` have room for [MAX_ROWS][64].
+// Take a block into the softmax of a tile of rows. `q` are its rows as they are, `weights` as add() reads them, `noise`
+// theirs; `sums` [rows][value_pitch]. `s` and `p` have room for [MAX_ROWS][64].
 void attend_block(
     const Attend& a, const Place& at, const Sequence& sequence, const BlockView& block, Tile tile, const float* q,
-    const float* weights, float* tops, float* totals, float* sums, float* s, float* p) {
+    const float* weights, const float* noise, float* tops, float* totals, float* sums, float* s, float* p) {
   int64_t seen = 0;
   for (int64_t r = 0; r < tile.rows; ++r) seen += seen_by(a, sequence, block, at.first_row + tile.first + r);
   if (seen == 0) return;
@@ -331,7 +335,8 @@ void attend_block(
       }
       const float offset = sum_of_lanes(about_centre);
       for (int64_t t = 0; t < BLOCK; t += LANES) {
-        store(row + t, load(row + t) * load(block.key_scales + t) + offset);
+        const Floats scale = load(block.key_scales + t);
+        store(row + t, (load(row + t) - noise[r] * scale) * scale + offset);
       }
     }
     hide(a, at, sequence, block, at.first_row + tile.first + r, row);
@@ -401,6 +406,7 @@ void attend_part(const Attend& a, int64_t head, int64_t chunk, int64_t part, flo
   const int64_t stop = count < first + blocks * BLOCK ? count : first + blocks * BLOCK;
   const int64_t queries = (head * a.rows + at.first_row) * a.key_pitch;
   const float* weights = (exact ? a.by_four : a.by_word) + queries;
+  const float* noise = a.noise + head * a.rows + at.first_row;
 
   float* key_tile = scratch;                                // exact [key_dim][64]
   float* value_tile = key_tile + a.key_pitch * BLOCK;       // exact [64][value_pitch]
@@ -457,8 +463,8 @@ void attend_part(const Attend& a, int64_t head, int64_t chunk, int64_t part, flo
       const Tile tile = tile_of(rows, i);
       const int64_t offset = tile.first * a.key_pitch;
       attend_block(
-          a, at, sequence, block, tile, a.plain + queries + offset, weights + offset, tops + tile.first,
-          totals + tile.first, sums + tile.first * a.value_pitch, s, p);
+          a, at, sequence, block, tile, a.plain + queries + offset, weights + offset, noise + tile.first,
+          tops + tile.first, totals + tile.first, sums + tile.first * a.value_pitch, s, p);
     }
   }
 }

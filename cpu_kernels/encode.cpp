@@ -123,9 +123,9 @@ int64_t first_rows(const Blocks& blocks) {
   return (axis * PLANE_BITS<BITS> + 31) / 32;
 }
 
-// Nearest levels of z [dim][64]: codes, and the squares of what they stand for.
+// Nearest levels of z [dim][64]: codes, and z times what they stand for.
 template <int BITS>
-void nearest(const float* z, int64_t size, uint32_t* codes, float* squares) {
+void nearest(const float* z, int64_t size, uint32_t* codes, float* products) {
   const Levels<BITS> levels;
   float boundaries[BITS == 8 ? 128 : 8] = {};
   for (int i = 0; i < (1 << (BITS - 1)) - 1; ++i) {
@@ -134,9 +134,8 @@ void nearest(const float* z, int64_t size, uint32_t* codes, float* squares) {
   }
   for (int64_t i = 0; i < size; i += LANES) {
     const Words code = nearest_codes<BITS>(load(z + i), boundaries);
-    const Floats level = levels.level(code, 0);
     store(codes + i, code);
-    store(squares + i, level * level);
+    store(products + i, load(z + i) * levels.level(code, 0));
   }
 }
 
@@ -149,28 +148,26 @@ void to_rows(const float* columns, int64_t pitch, int64_t dim, float* rows) {
   for (int64_t c = 0; c < dim; c += LANES) transpose(columns + c * BLOCK, BLOCK, BLOCK, rows + c, pitch);
 }
 
-// The cheapest paths of z [dim][64], which is spent: codes [axis][its pitch] and the squares of what they stand for,
-// [dim][64]. `taken` has room for the decisions of the longest path.
+// The cheapest paths of z [dim][64]: codes [axis][its pitch], and z times what they stand for, [dim][64]. That comes
+// instead of z for values, where `spare` [64][pitch] is used up, and into `spare` for keys. `taken` has room for the
+// decisions of the longest path.
 template <int BITS>
-void paths(const Codec& codec, const uint32_t* state, int64_t pitch, float* z, uint32_t* codes, float* squares,
+void paths(const Codec& codec, const uint32_t* state, int64_t pitch, float* z, float* spare, uint32_t* codes,
            uint32_t* taken) {
   const int64_t dim = codec.blocks.head_dim;
   if (codec.blocks.is_key) {
     for (int64_t t = 0; t < BLOCK; t += LANES) {
-      cheapest_path<BITS>(z + t, BLOCK, 0, dim, Words{}, codes + t, squares + t, taken);
+      cheapest_path<BITS>(z + t, BLOCK, 0, dim, Words{}, codes + t, spare + t, taken);
     }
-  } else {
-    float* rows = squares;
-    to_rows(z, pitch, dim, rows);
-    for (int64_t c = 0; c < dim; c += LANES) {
-      uint32_t from[LANES] = {};
-      for (int64_t i = 0; state && i < LANES && c + i < dim; ++i) from[i] = state[(c + i) * codec.state.strides[3]];
-      cheapest_path<BITS>(rows + c, pitch, codec.start, BLOCK, load(from), codes + c, rows + c, taken);
-    }
-    to_columns(rows, pitch, dim, z);
+    return;
   }
-  const float* levels = codec.blocks.is_key ? squares : z;
-  for (int64_t i = 0; i < dim * BLOCK; i += LANES) store(squares + i, load(levels + i) * load(levels + i));
+  to_rows(z, pitch, dim, spare);
+  for (int64_t c = 0; c < dim; c += LANES) {
+    uint32_t from[LANES] = {};
+    for (int64_t i = 0; state && i < LANES && c + i < dim; ++i) from[i] = state[(c + i) * codec.state.strides[3]];
+    cheapest_path<BITS>(spare + c, pitch, codec.start, BLOCK, load(from), codes + c, spare + c, taken);
+  }
+  to_columns(spare, pitch, dim, z);
 }
 
 // w [dim][64] to words and scales; `spare` and `codes` have room for [64][pitch] and [pitch][64].
@@ -197,13 +194,18 @@ void quantize(const Codec& codec, const uint32_t* state, int64_t pitch, float* w
 
   const bool along_rows = BITS < 4 && !blocks.is_key;  // how codes lie
   if constexpr (BITS < 4) {
-    paths<BITS>(codec, state, pitch, w, codes, spare, taken);
+    paths<BITS>(codec, state, pitch, w, spare, codes, taken);
   } else {
     nearest<BITS>(w, size, codes, spare);
   }
-  fold(spare, dim);
+  float* products = along_rows ? w : spare;
+  fold(products, dim);
+  const float least = 0.5f * (float)dim;
+  const double shrink = blocks.is_key ? 1.0 : value_shrink(BITS);
+  const float stretch = (float)(shrink * __builtin_sqrt((double)dim));
   for (int64_t t = 0; t < BLOCK; ++t) {
-    uint16_t scale = sizes[t] == 0u ? 0u : half_of_float(norm[t] / __builtin_sqrtf(spare[t]));
+    const float along = products[t] > least ? products[t] : least;
+    uint16_t scale = sizes[t] == 0u ? 0u : half_of_float(norm[t] * stretch / along);
     if ((sizes[t] & 0x7c00u) == 0x7c00u || (scale & 0x7c00u) == 0x7c00u) scale = 0x7e00u;
     scales[t] = scale;
   }

@@ -241,7 +241,7 @@ void attend_call(const AttendCall& call) {
   const int64_t floats = in_lines(kernels.scratch(a)), chunk_tasks = heads * a.chunks;
   const int64_t threads = threads_of(call.threads, std::max(tasks, chunk_tasks));
   const int64_t chunk_threads = few(query_floats) ? 1 : threads;
-  const int64_t shared = in_lines(3 * query_floats + task_rows * (2 + a.value_pitch));
+  const int64_t shared = in_lines(3 * query_floats + task_rows * (2 + a.value_pitch) + heads * a.rows);
   float* memory = workspace.floats(shared + threads * floats);
   float* scratch = memory + shared;
   for (float** p : {&a.plain, &a.by_word, &a.by_four}) {
@@ -251,6 +251,7 @@ void attend_call(const AttendCall& call) {
   a.sums = memory;
   a.tops = a.sums + task_rows * a.value_pitch;
   a.totals = a.tops + task_rows;
+  a.noise = a.totals + task_rows;
 
   run_tasks(chunk_tasks, chunk_threads, [&](int64_t i, int64_t place) {
     kernels.prepare(a, i / a.chunks, i % a.chunks, scratch + place * floats);

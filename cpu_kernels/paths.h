@@ -5,11 +5,11 @@
 
 namespace {
 
-// Of z[i * pitch], i = start to length - 1, from `state`: codes as they are stored and what they stand for, both as z
-// lies, and before `start` zeros. `choices` has room for `length` vectors.
+// Of z[i * pitch], i = start to length - 1, from `state`: codes as they are stored, and z times what they stand for,
+// both as z lies, and before `start` zeros. `choices` has room for `length` vectors.
 template <int BITS>
 void cheapest_path(
-    const float* z, int64_t pitch, int64_t start, int64_t length, Words state, uint32_t* codes, float* levels,
+    const float* z, int64_t pitch, int64_t start, int64_t length, Words state, uint32_t* codes, float* products,
     uint32_t* choices) {
   const Levels<BITS> table;
   Floats sums[TRELLIS_STATES];
@@ -21,11 +21,11 @@ void cheapest_path(
   for (int64_t i = length; i-- > start;) {
     const Words found = step_back<BITS>(load(choices + i * LANES), at);
     store(codes + i * pitch, found & 15u);
-    store(levels + i * pitch, table.level(found >> 4, 0));
+    store(products + i * pitch, load(z + i * pitch) * table.level(found >> 4, 0));
   }
   for (int64_t i = 0; i < start; ++i) {
     store(codes + i * pitch, Words{});
-    store(levels + i * pitch, Floats{});
+    store(products + i * pitch, Floats{});
   }
 }
 

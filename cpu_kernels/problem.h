@@ -118,6 +118,7 @@ struct Attend {
   int64_t packed_parts, packed_part_blocks, exact_parts, exact_part_blocks;
   int64_t key_pitch, value_pitch;  // floats kept a row, D with room for whole words and vectors
   float *plain, *by_word, *by_four;  // queries [B K G, key_pitch]: as they are; rotated and as they are, for add()
+  float* noise;                      // [B K G]: half the variance of a row's packed scores, for a scale of 1
   float *tops, *totals, *sums;       // [tasks, chunk_rows], and [tasks, chunk_rows, value_pitch]
 
   int64_t parts() const { return packed_parts + exact_parts; }

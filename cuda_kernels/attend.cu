@@ -28,8 +28,8 @@ struct AttendShape {
     RING = 0,
     QUERIES = WARPS * SLOTS * SLOT_LOADS * 32,
     PLAIN_QUERIES = QUERIES + TILES * Keys::STEPS * 32,
-    FACTORS = PLAIN_QUERIES + TILES * PLAIN_STEPS * 32,  // [2][ROWS] float
-    WEIGHTS = FACTORS + 2 * ROWS * 4 / 16,               // [WARPS][ROWS][BLOCK] half
+    FACTORS = PLAIN_QUERIES + TILES * PLAIN_STEPS * 32,  // [3][ROWS] float
+    WEIGHTS = FACTORS + 3 * ROWS * 4 / 16,               // [WARPS][ROWS][BLOCK] half
     CENTRES = WEIGHTS + WARPS * ROWS * BLOCK * 2 / 16,   // [WARPS][16][ROWS] float
     TABLE = CENTRES + WARPS * 16 * ROWS * 4 / 16,        // [256] half, for codes of 8 bits
     ALL = TABLE + (KEY_BITS == 8 || VALUE_BITS == 8 ? 32 : 0),
@@ -223,7 +223,20 @@ struct AttendPacked {
     }
   }
 
-  // Puts both forms of the query into operands, and their factors into [2][ROWS].
+  // Half the variance that codes bring into the scores of each row, for a scale of 1; rows as for load_factors.
+  template <typename RowAt>
+  static DEVICE_FN void measure_noise(const RowAt& row_at, float scale, float* noise, int warp, int lane) {
+#pragma unroll
+    for (int i = 0; i < ROWS / WARPS; ++i) {
+      const float* row = row_at(warp + WARPS * i);
+      float square_sum = 0.0f;
+      for (int c = lane; c < KEY_DIM; c += 32) square_sum = fmaf(scale * row[c], scale * row[c], square_sum);
+      for (int mask = 16; mask > 0; mask /= 2) square_sum += shuffle_xor(square_sum, mask);
+      if (lane == 0) noise[warp + WARPS * i] = score_noise(KEY_BITS) * LOG2_E * square_sum;
+    }
+  }
+
+  // Puts both forms of the query into operands, and their factors and the noise into [3][ROWS].
   static DEVICE_FN void load_queries(
       const AttendParts& all, const Part& p, uint4* queries, uint4* plain_queries, float* factors,
       int warp, int lane) {
@@ -236,6 +249,7 @@ struct AttendPacked {
       const auto plain = [&](int row) { return q + query_at(call, p.batch, p.kv_head, last(row)); };
       load_factors(rotated, factors, warp, lane);
       load_factors(plain, factors + ROWS, warp, lane);
+      measure_noise(rotated, call.scale, factors + 2 * ROWS, warp, lane);
       __syncthreads();  // the factors are there
       load_operands<Keys::STEPS, Order<KEY_BITS>>(
           rotated, [&](int step) { return Keys::chunk(step, lane % 4); }, factors, queries, warp, lane);
@@ -328,7 +342,7 @@ struct AttendPacked {
     __syncthreads();  // the queries and the table are there
 
     // Query rows 8 tile + 2 quad_lane + r are this thread's, of scores and of the output.
-    float tops[TILES][2], totals[TILES][2], row_factors[TILES][2];
+    float tops[TILES][2], totals[TILES][2], row_factors[TILES][2], noise[TILES][2];
     float sums[VALUE_TILES * 4 * TILES * 2];  // see place()
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -337,6 +351,7 @@ struct AttendPacked {
         tops[tile][r] = HIDDEN;
         totals[tile][r] = 0.0f;
         row_factors[tile][r] = factors[8 * tile + 2 * quad_lane + r] * call.scale * LOG2_E;
+        noise[tile][r] = factors[2 * ROWS + 8 * tile + 2 * quad_lane + r];
       }
     }
 #pragma unroll
@@ -393,7 +408,8 @@ struct AttendPacked {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             float& score = scores[place(i, tile, r)];
-            score = fmaf(score, __half2float(scales[0][i]) * row_factors[tile][r], about_centre);
+            const float scale = __half2float(scales[0][i]);
+            score = fmaf(fmaf(score, row_factors[tile][r], -noise[tile][r] * scale), scale, about_centre);
           }
         }
       }

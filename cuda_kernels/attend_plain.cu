@@ -116,6 +116,8 @@ struct AttendPlain {
       totals[row] = sums[row] = sums[ROWS + row] = 0.0f;
     }
     __syncthreads();  // the query and the levels are there
+    float noise[ROWS];
+    if (!EXACT) measure_noise(query, lane, noise);
 
     for (int step = p.start; step < p.stop; step += STEP) {
       float scores[HELD * ROWS];  // [HELD][ROWS]
@@ -125,7 +127,7 @@ struct AttendPlain {
       const int run_start = step + warp * RUN;
       if (run_start < p.stop) {
         if (EXACT) add_exact_keys(call, p, run_start + lane, query, scores);
-        else add_packed_keys(call, p, run_start / BLOCK, lane, key_levels, query, scores, value_scale);
+        else add_packed_keys(call, p, run_start / BLOCK, lane, key_levels, query, noise, scores, value_scale);
       }
 
 #pragma unroll
@@ -213,6 +215,20 @@ struct AttendPlain {
     }
   }
 
+  // Half the variance that codes bring into the scores of each row, for a scale of 1. Query and scores are multiplied by
+  // log2(e), so their square is once too often.
+  static DEVICE_FN void measure_noise(const float* query, int lane, float* noise) {
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      noise[row] = 0.0f;
+      for (int i = lane; i < KEY_DIM; i += LANES) {
+        noise[row] = fmaf(query[i * ROWS + row], query[i * ROWS + row], noise[row]);
+      }
+      for (int mask = 16; mask > 0; mask /= 2) noise[row] += shuffle_xor(noise[row], mask);
+      noise[row] *= score_noise(KEY_BITS) / LOG2_E;
+    }
+  }
+
   // scores += <q, k> of token `index`; lanes behind the last token read it again.
   static DEVICE_FN void add_exact_keys(
       const rotormlx_attend_arguments& call, const Part& p, int index, const float* query, float* scores) {
@@ -240,7 +256,7 @@ struct AttendPlain {
   // values.
   static DEVICE_FN void add_packed_keys(
       const rotormlx_attend_arguments& call, const Part& p, int block, int lane, const float* levels,
-      const float* query, float* scores, float* value_scale) {
+      const float* query, const float* noise, float* scores, float* value_scale) {
     const rotormlx_packed& keys = call.keys;
     const rotormlx_packed& values = call.values;
     const uint* words = keys.words + p.batch * keys.words_strides[0] +
@@ -276,8 +292,11 @@ struct AttendPlain {
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       for (int mask = 16; mask > 0; mask /= 2) about_centre[row] += shuffle_xor(about_centre[row], mask);
-      scores[row] = fmaf(scores[row], key_scale[0], about_centre[row]);
-      scores[ROWS + row] = fmaf(scores[ROWS + row], key_scale[1], about_centre[row]);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const float score = fmaf(-noise[row], key_scale[t], scores[t * ROWS + row]);
+        scores[t * ROWS + row] = fmaf(score, key_scale[t], about_centre[row]);
+      }
     }
   }
 

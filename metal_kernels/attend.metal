@@ -171,6 +171,16 @@ for (int row = 0; row < ROWS; ++row) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);  // the query and the levels are there
 
+float noise[ROWS];
+for (int row = 0; row < ROWS; ++row) {
+  float square_sum = 0.0f;
+  for (int i = lane; i < KEY_DIM; i += LANES) {
+    const float x = query_numbers[i * ROWS + row];
+    square_sum = fma(x, x, square_sum);
+  }
+  noise[row] = score_noise(KEY_BITS) * simd_sum(square_sum);
+}
+
 for (int step = start; step < stop; step += STEP) {
   const int block_start = step + simdgroup * BLOCK;
   const int block = block_start / BLOCK;
@@ -209,7 +219,8 @@ for (int step = start; step < stop; step += STEP) {
       value_scale[t] = float(
           head_value_scales[block * value_scales_strides[2] + token * value_scales_strides[3]]);
       for (int row = 0; row < ROWS; ++row) {
-        scores[t * ROWS + row] = fma(scores[t * ROWS + row], key_scale, about_centre[row]);
+        const float score = fma(-noise[row], key_scale, scores[t * ROWS + row]);
+        scores[t * ROWS + row] = fma(score, key_scale, about_centre[row]);
       }
     }
   }

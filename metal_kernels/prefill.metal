@@ -118,9 +118,15 @@ threadgroup float* my_shrinks = shrinks + simdgroup * 64;
 for (int i = lane; i < 64; i += LANES) my_shrinks[i] = 0.0f;
 const int my_row = lane / ROW_LANES;
 const int query_row = min(first_row + my_row, group_rows - 1);
-float top = HIDDEN, total = 0.0f, about_centre = 0.0f;
+float top = HIDDEN, total = 0.0f, about_centre = 0.0f, noise = 0.0f;
 simdgroup_matrix<float, 8, 8> sums[VALUE_DIM / 8];
 for (int c = 0; c < VALUE_DIM / 8; ++c) sums[c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+for (int i = lane % ROW_LANES; i < KEY_DIM; i += ROW_LANES) {
+  const float x = query_rows[my_row * KEY_DIM + i];
+  noise = fma(x, x, noise);
+}
+for (ushort m = 1; m < ROW_LANES; m *= 2) noise += simd_shuffle_xor(noise, m);
+noise *= score_noise(KEY_BITS);
 threadgroup_barrier(mem_flags::mem_threadgroup);  // the levels are there
 
 for (int first = start; first < stop; first += TILE) {
@@ -174,7 +180,7 @@ for (int first = start; first < stop; first += TILE) {
                                                       (in_block + token) * key_scales_strides[3]]);
         value_scale[i] = float(head_value_scales[block * value_scales_strides[2] +
                                                  (in_block + token) * value_scales_strides[3]]);
-        score = fma(score, key_scale, about_centre);
+        score = fma(fma(-noise, key_scale, score), key_scale, about_centre);
       }
       score = masked<MASK>(
           score, mask, mask_strides, batch, kv_head, group_rows, query_row, length, position,

@@ -70,6 +70,7 @@ def make(case: Case) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     rng = np.random.default_rng([CASES.index(case)])
     arrays: dict[str, np.ndarray] = {}
     exact: dict[str, np.ndarray] = {}
+    coded: dict[tuple[str, int], tuple[Packed, Codec, np.ndarray | None]] = {}
     decoded: dict[tuple[str, int], np.ndarray] = {}
     batch, heads, head_dim = case.batch, case.kv_heads, case.head_dim
 
@@ -88,6 +89,7 @@ def make(case: Case) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             arrays |= {f"{role}.channel_scale": scale}
         for bits, chosen in zip(codebook.BITS, codecs, strict=True):
             packed = reference.encode(x, chosen, channel_scale=scale)
+            coded[role, bits] = packed, chosen, scale
             decoded[role, bits] = reference.decode(packed, chosen, channel_scale=scale)
             codes = reference.unpack(packed.words, chosen)[:, :, 0, :SHOWN_TOKENS]
             shown = decoded[role, bits][:, :, :SHOWN_TOKENS].astype(np.float32)
@@ -109,7 +111,12 @@ def make(case: Case) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             )
             for r in ROLES
         )
-        output = reference.attend(query, keys, values, scale=head_dim**-0.5, mask="causal")
+        factor = head_dim**-0.5
+        packed, chosen, scale = coded[KEY, bits]
+        noise = reference.score_noise(query, packed, chosen, scale=factor, channel_scale=scale)
+        around = ((0, 0), (0, 0), (0, 0), (SINK, TAIL))
+        noise = np.pad(noise[..., :-MISSING], around)
+        output = reference.attend(query, keys, values, scale=factor, noise=noise, mask="causal")
         arrays[f"output.{bits}"] = output.astype(np.float32)
 
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -167,7 +174,7 @@ def _too_close(x: np.ndarray, codecs: list[Codec], scale: np.ndarray | None) -> 
         z = rotated * np.sqrt(chosen.head_dim) / norm
         margin = _path_margin if chosen.has_trellis else _boundary_distance
         bad |= (margin(z, chosen) < BOUNDARY_MARGIN).any(-1)
-        bad |= _tie_distance(packed, norm, chosen) < TIE_MARGIN
+        bad |= _tie_distance(packed, z, norm, chosen) < TIE_MARGIN
     return bad
 
 
@@ -187,10 +194,11 @@ def _path_margin(z: np.ndarray, chosen: Codec) -> np.ndarray:
     return np.swapaxes(margins, -1, -2) if chosen.role == KEY else margins
 
 
-def _tie_distance(packed: Packed, norm: np.ndarray, chosen: Codec) -> np.ndarray:
+def _tie_distance(packed: Packed, z: np.ndarray, norm: np.ndarray, chosen: Codec) -> np.ndarray:
     """How far each scale was from being rounded the other way, in units of the last place."""
     level = reference.levels(reference.unpack(packed.words, chosen), chosen)
-    scale = norm[..., 0] / np.sqrt((level * level).sum(-1))
+    along = np.maximum((level * z).sum(-1), chosen.head_dim / 2)
+    scale = chosen.shrink * norm[..., 0] * np.sqrt(chosen.head_dim) / along
     error = np.abs(scale - packed.scales.astype(np.float64))
     return 0.5 - error / np.spacing(packed.scales).astype(np.float64)
 

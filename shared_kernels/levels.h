@@ -44,6 +44,16 @@ struct Word {
   enum { codes = BITS == 3 ? 16 : 32 / BITS };
 };
 
+// Half the variance that the codes of a key bring into its score, for a scale and a query of norm 1.
+DEVICE_FN float score_noise(int bits) {
+  return bits == 2 ? 0.0396f : bits == 3 ? 0.0116f : bits == 4 ? 0.0047f : 0.00002f;
+}
+
+// How long a value decodes to, in place of its unbiased length.
+DEVICE_FN float value_shrink(int bits) {
+  return (bits == 2 ? 501.0f : bits == 3 ? 509.0f : bits == 4 ? 511.0f : 512.0f) / 512.0f;
+}
+
 template <int BITS>
 DEVICE_FN uint magnitude_bits(uint index) {
   if (BITS == 2) return MAGNITUDES_2[index];

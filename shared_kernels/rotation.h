@@ -269,10 +269,12 @@ DEVICE_FN half size_of_row(float norm) {
   return half(norm / sqrt(float(D)));
 }
 
-// What is stored for the scale |w| / |l| of a row w with levels l.
+// What is stored for the scale shrink <w, w> / <l, w> of a row w with levels l; `along` is <l, z>, and counts as D / 2 at
+// least, so that a scale is at most twice |w| / sqrt(D).
 template <int D>
-DEVICE_FN half stored_scale(float norm, float level_level) {
-  const float size = float(size_of_row<D>(norm)), scale = norm / sqrt(level_level);
+DEVICE_FN half stored_scale(float norm, float along, float shrink) {
+  const float size = float(size_of_row<D>(norm)), least = 0.5f * float(D);
+  const float scale = norm * (shrink * sqrt(float(D))) / (along > least ? along : least);
   if (size == 0.0f) return half(0.0f);
   return is_finite(size) && scale < 65520.0f ? half(scale) : half_of_bits(0x7e00);
 }
@@ -293,19 +295,18 @@ DEVICE_FN float to_unit_variance(THREAD float* row) {
 // Rounds a row to nearest levels: code[p] of each channel of this lane, zero where the channel does not exist, and the
 // scale, which all lanes get. The row's numbers become z.
 template <int BITS, int D, int LANES, int HELD, typename Table>
-DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, uint lane, Table boundaries) {
+DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, uint lane, Table boundaries, float shrink) {
   using Channels = LaneRow<D, LANES, HELD>;
   const float norm = to_unit_variance<D, LANES, HELD>(row);
-  float level_level = 0.0f;
+  float along = 0.0f;
   for (uint p = 0; p < Channels::CHANNELS; ++p) {
     code[p] = 0;
     if (Channels::exists(Channels::channel(lane, p))) {
       code[p] = nearest_code<BITS>(row[p], boundaries);
-      const float level = level_of_code<BITS>(code[p]);
-      level_level = fma(level, level, level_level);
+      along = fma(level_of_code<BITS>(code[p]), row[p], along);
     }
   }
-  return stored_scale<D>(norm, lane_sum<LANES>(level_level));
+  return stored_scale<D>(norm, lane_sum<LANES>(along), shrink);
 }
 
 // The codes of a block of TOKENS rows, which THREADS threads have in registers, LANES a row. They meet as bytes in
@@ -338,7 +339,8 @@ struct BlockEncoder {
     const uint worker = thread_index / LANES, lane = thread_index % LANES;
     for (uint r = 0; r < ROWS; ++r) {
       uint code[CHANNELS];
-      scales[r] = encode_row<BITS, D, LANES, HELD>(rows + r * CHANNELS, code, lane, boundaries);
+      scales[r] = encode_row<BITS, D, LANES, HELD>(
+          rows + r * CHANNELS, code, lane, boundaries, KEY ? 1.0f : value_shrink(BITS));
       for (uint p = 0; p < CHANNELS; ++p) {
         const uint c = Channels::channel(lane, p);
         if (Channels::exists(c)) codes[(worker + r * WORKERS) * CODE_STRIDE + c] = uchar(code[p]);
@@ -375,16 +377,15 @@ struct BlockEncoder {
     }
     MEET();  // the codes are there
     for (uint r = 0; r < ROWS; ++r) {
-      float level_level = 0.0f;
+      float along = 0.0f;
       for (uint p = 0; p < CHANNELS; ++p) {
         const uint c = Channels::channel(lane, p);
         if (Channels::exists(c)) {
           const uint index = codes[(worker + r * WORKERS) * CODE_STRIDE + c] >> 4;
-          const float level = stored_level<BITS>(index);
-          level_level = fma(level, level, level_level);
+          along = fma(stored_level<BITS>(index), rows[r * CHANNELS + p], along);
         }
       }
-      scales[r] = stored_scale<D>(norms[r], lane_sum<LANES>(level_level));
+      scales[r] = stored_scale<D>(norms[r], lane_sum<LANES>(along), KEY ? 1.0f : value_shrink(BITS));
     }
   }
 };

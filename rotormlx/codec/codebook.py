@@ -180,6 +180,13 @@ _TRELLIS_64THS = {
 # Their mean squared error on N(0, 1), measured on long sequences.
 TRELLIS_ERRORS = {2: 0.0868, 3: 0.0237}
 
+# By bits: half the variance that the codes of a key bring into its score, for a scale and a query
+# of norm 1. It is d (1 - d) / 2, d the mean squared error on N(0, 1).
+SCORE_NOISE = {2: 0.0396, 3: 0.0116, 4: 0.0047, 8: 0.00002}
+
+# By bits: how long a value decodes to, in place of its unbiased length. It is 1 - d / 4, in 512ths.
+VALUE_SHRINK = {2: 501 / 512, 3: 509 / 512, 4: 511 / 512, 8: 1.0}
+
 
 def trellis_levels(bits: int) -> npt.NDArray[np.float32]:
     """The levels of a trellis code, float32 ``[2**(bits + 1)]``.

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rotormlx.codec import codebook
 from rotormlx.codec.rotation import KEY, ROLES, VALUE, Rotation, rotation
 from rotormlx.config import RotorConfig
 
@@ -121,6 +122,11 @@ class Codec:
     def has_state(self) -> bool:
         """Whether a path runs over tokens, so that it goes on where a block is filled up."""
         return self.has_trellis and self.role == VALUE
+
+    @property
+    def shrink(self) -> float:
+        """The factor of scales: below 1 for values."""
+        return 1.0 if self.role == KEY else codebook.VALUE_SHRINK[self.bits]
 
     @property
     def planes(self) -> tuple[Plane, ...]:

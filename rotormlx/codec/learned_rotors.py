@@ -3,7 +3,7 @@
 :mod:`rotormlx.mlx.learned` finds the coefficients. What every host makes of them is computed here,
 in float64 and in a fixed order, so that all of them code with the same matrices.
 
-Source: docs/FORMAT.md, section 10.
+Source: docs/FORMAT.md, section 11.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def learned_matrix(
     Returns:
         ``[K, D, D]``.
 
-    Source: docs/FORMAT.md, section 10.
+    Source: docs/FORMAT.md, section 11.
     """
     head_dim = scale.shape[-1]
     mix = rotation("cascade", head_dim, layer=layer, role=role).stages

@@ -57,7 +57,8 @@ def encode(
         codes = nearest(z, codec.bits)
         level = levels(codes, codec)
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = (norm[..., 0] / np.sqrt((level * level).sum(-1))).astype(np.float16)
+        along = np.maximum((level * z).sum(-1), codec.head_dim / 2)
+        scales = (codec.shrink * norm[..., 0] * root / along).astype(np.float16)
     size = size[..., 0]
     scales = np.where(size == 0, np.float16(0), scales)
     scales = np.where(np.isfinite(size) & np.isfinite(scales), scales, np.float16(np.nan))
@@ -75,12 +76,42 @@ def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None 
     return y.reshape(batch, heads, blocks * BLOCK, codec.head_dim)
 
 
+def score_noise(
+    queries: npt.ArrayLike,
+    packed: Packed,
+    codec: Codec,
+    *,
+    scale: float,
+    channel_scale: npt.ArrayLike | None = None,
+) -> Floats:
+    """Half the variance that the codes of packed keys bring into the scores.
+
+    Args:
+        queries: ``[B, H, L, D]``.
+        packed: Keys, N blocks.
+        codec: How they are coded.
+        scale: Factor of the scores.
+        channel_scale: Positive, ``[K, D]``; None for 1.
+
+    Returns:
+        float64 ``[B, H, L, N * 64]``.
+    """
+    q = np.asarray(queries, np.float64)
+    batch, kv_heads, blocks, _ = np.shape(packed.scales)
+    rows = q.reshape(batch, kv_heads, 1, -1, codec.head_dim) * _scale_rows(channel_scale)
+    rotated = _multiplied(rows, np.swapaxes(codec.rotation.inverse, -1, -2))
+    square = np.square(np.asarray(packed.scales, np.float64)).reshape(batch, kv_heads, 1, -1)
+    noise = codebook.SCORE_NOISE[codec.bits] * scale**2 * np.square(rotated).sum(-1)
+    return (noise[:, :, 0, :, None] * square).reshape(*q.shape[:3], blocks * BLOCK)
+
+
 def attend(
     queries: npt.ArrayLike,
     keys: npt.ArrayLike,
     values: npt.ArrayLike,
     *,
     scale: float,
+    noise: npt.ArrayLike = 0,
     mask: npt.NDArray[Any] | str | None = None,
     sink_logits: npt.ArrayLike | None = None,
 ) -> Floats:
@@ -91,6 +122,8 @@ def attend(
         keys: ``[B, K, S, D]``; head h reads KV head ``h * K // H``.
         values: ``[B, K, S, Dv]``.
         scale: Factor of the scores.
+        noise: Taken off the scores, ``[B, H, L, S]``: :func:`score_noise` of packed tokens, 0 of
+            exact ones.
         mask: None, ``"causal"`` (the last query sees every token), boolean (True: visible) or
             additive, broadcastable to ``[B, H, L, S]``.
         sink_logits: Attention-sink logits ``[H]``: a score in the softmax without a value.
@@ -102,7 +135,7 @@ def attend(
     repeats = q.shape[1] // max(np.shape(keys)[1], 1)
     k = np.repeat(np.asarray(keys, np.float64), repeats, axis=1)
     v = np.repeat(np.asarray(values, np.float64), repeats, axis=1)
-    scores = scale * (q @ np.swapaxes(k, -1, -2))
+    scores = scale * (q @ np.swapaxes(k, -1, -2)) - noise
     if isinstance(mask, str):
         length, tokens = scores.shape[-2:]
         mask = np.asarray(np.arange(tokens) <= np.arange(length)[:, None] + tokens - length)

@@ -12,7 +12,7 @@ geometric mean of the two matrices, and any rotation may follow. Three transform
 
 For values, whose errors reach the output as they are, Q is 1.
 
-Source: docs/FORMAT.md, section 10; docs/CALIBRATION.md has what each of them is worth.
+Source: docs/FORMAT.md, section 11; docs/CALIBRATION.md has what each of them is worth.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 :mod:`rotormlx.measure.calibrate` makes one from a short text; caches of every host take it.
 
-Source: docs/FORMAT.md, section 10; docs/CALIBRATION.md.
+Source: docs/FORMAT.md, section 11; docs/CALIBRATION.md.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Calibration:
             ValueError: If ``path`` is no place for a file.
             OSError: If it cannot be written.
 
-        Source: docs/FORMAT.md, section 10.
+        Source: docs/FORMAT.md, section 11.
         """
         facts = {
             "version": VERSION,
@@ -262,7 +262,7 @@ def load(path: str | Path, weights: Weights) -> Calibration:
     Raises:
         ValueError: If there is no such file, it is damaged, or it is of another model.
 
-    Source: docs/FORMAT.md, section 10.
+    Source: docs/FORMAT.md, section 11.
     """
     made = _read(path)
     made.check_model(weights, path)

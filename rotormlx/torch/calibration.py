@@ -24,7 +24,7 @@ def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
     Raises:
         ValueError: If there is no such file, it is damaged, or it is of another model.
 
-    Source: docs/FORMAT.md, section 10.
+    Source: docs/FORMAT.md, section 11.
     """
     return calibration.load(path, weights(model))
 

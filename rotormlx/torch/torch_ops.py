@@ -255,7 +255,8 @@ def encode_blocks(
     is_special = (size == 0) | ~torch.isfinite(size)
     z = torch.where(is_special, 0.0, rotated * (root / norm))
     codes, level = path_codes(z, codec, *path) if codec.has_trellis else nearest_codes(z, codec)
-    scales = (norm / square_root(sum_in_order(level * level, -1))).half()
+    along = sum_in_order(level * z, -1).clamp(min=codec.head_dim / 2)
+    scales = (norm * (codec.shrink * math.sqrt(codec.head_dim)) / along).half()
     scales = torch.where(size == 0, 0.0, scales)
     scales = torch.where(torch.isfinite(size) & torch.isfinite(scales), scales, math.nan)
     return Packed(pack(codes, codec), scales[..., 0], centres)
@@ -448,13 +449,15 @@ def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Sof
         return state
     scaled = q if keys.channel_scale is None else q * keys.channel_scale[:, None, :]
     rotated = scaled @ inverse_matrix(keys.codec.rotation, device).mT
+    noise = codebook.SCORE_NOISE[keys.codec.bits] * rotated.square().sum(-1, keepdim=True)
     rotated = in_word_order(rotated, keys.codec)
 
     for start, stop in tiles(call.blocks, tile // BLOCK):
         words, scales, centres = (a[:, :, start:stop] for a in keys.packed)
+        scales = scales.float()[..., None, :]
         # [B, K, N, G, 64]
         scores = rotated[:, :, None] @ levels(words, keys.codec)
-        scores = scores * scales.float()[..., None, :]
+        scores = (scores - noise[:, :, None] * scales) * scales
         about_centres = q @ centres.float().transpose(-1, -2)
         scores = scores + about_centres.transpose(-1, -2)[..., None]
         scores = scores.transpose(2, 3).flatten(3)

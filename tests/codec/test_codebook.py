@@ -97,6 +97,14 @@ def test_levels_are_sign_and_magnitude(bits):
 
 
 @pytest.mark.parametrize("bits", codebook.BITS)
+def test_noise_and_shrink_follow_from_the_distortion(bits):
+    d = codebook.TRELLIS_ERRORS.get(bits, KNOWN_DISTORTION[bits])
+    digits = {2: 4, 3: 4, 4: 4, 8: 5}[bits]
+    assert codebook.SCORE_NOISE[bits] == round(d * (1 - d) / 2, digits)
+    assert codebook.VALUE_SHRINK[bits] == round(512 * (1 - d / 4)) / 512
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
 def test_boundaries_are_halfway(bits):
     sizes = codebook.magnitudes(bits).astype(np.float64)
     assert np.array_equal(

@@ -394,7 +394,9 @@ def encode(x, C, bits, role, mu=0.0, c=1.0, kept=None):
     z = np.where(special, 0, np.sqrt(D) * w / n)
     codes = code_numbers(z, bits, role, kept)
     l = levels(codes, bits, role)  # noqa: E741
-    scales = (n / np.sqrt(np.sum(l * l, axis=1, keepdims=True))).astype(np.float16)
+    along = np.sum(l * z, axis=1, keepdims=True)
+    t = 1 if role == "key" else VALUE_SHRINK[bits]
+    scales = (t * n * np.sqrt(D) / np.maximum(along, D / 2)).astype(np.float16)
     scales[r == 0] = 0
     scales[~np.isfinite(r) | ~np.isfinite(scales)] = np.nan
     return codes, scales[:, 0]
@@ -420,18 +422,21 @@ def decode(codes, scales, C, bits, role, mu=0.0, c=1.0):
     return mu + c * ((scales.astype(np.float64)[:, None] * levels(codes, bits, role)) @ C)
 
 
-def attention(queries, key, value, sink):
+def attention(queries, key, value, sink, bits):
     """Causal attention (7) of queries [L, D], the last of which sees all tokens.
 
-    key and value have the packed tokens as levels l [P, D], scale [P], mu of the block of each
-    token [P, D] (keys), the rotation C, the channel scale c, and the exact rows [E, D].
+    bits are those of the keys. key and value have the packed tokens as levels l [P, D], scale [P],
+    mu of the block of each token [P, D] (keys), the rotation C, the channel scale c, and the exact
+    rows [E, D].
     """
     a = queries.shape[1] ** -0.5
     packed = len(key.scale)
     tokens = packed + len(key.exact)
     outputs = []
     for at, q in enumerate(queries, start=tokens - len(queries)):
-        packed_scores = a * (key.scale * (key.l @ (key.C @ (key.c * q))) + key.mu @ q)
+        turned = key.C @ (key.c * q)
+        noise = SCORE_NOISE[bits] * (a * np.linalg.norm(turned) * key.scale) ** 2
+        packed_scores = a * (key.scale * (key.l @ turned) + key.mu @ q) - noise
         exact_scores = a * (key.exact @ q)
         scores = np.concatenate([exact_scores[:sink], packed_scores, exact_scores[sink:]])
         scores[at + 1 :] = -np.inf
@@ -457,11 +462,21 @@ def table(title):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
+def row_of_bits(name):
+    """A row of a table by bits."""
+    ((row,),) = [re.findall(rf"^ *\| {name} \|(.*)\|$", PAGE, re.M)]
+    return row.split("|")
+
+
 def hex_words(text, dtype):
     """The floats whose bit patterns stand in a text."""
     size = np.dtype(dtype).itemsize
     words = re.findall(rf"\b[0-9A-F]{{{2 * size}}}\b", text)
     return np.array([int(word, 16) for word in words], f"u{size}").view(dtype)
+
+
+VALUE_SHRINK = {b: int(t) / 512 for b, t in zip(BITS, row_of_bits("512 t"), strict=True)}
+SCORE_NOISE = dict(zip(BITS, map(float, row_of_bits("g")), strict=True))
 
 
 # ============================================================================ tests: vectors (9)
@@ -584,7 +599,7 @@ def test_vector_output(vector, bits):
             side.scale = scales.reshape(-1)[:packed].astype(np.float64)
             side.mu = np.repeat(side.mu, BLOCK, axis=0)[:packed]
             sides.append(side)
-        output[b, h] = attention(query[b, h], *sides, vector.sink)
+        output[b, h] = attention(query[b, h], *sides, vector.sink, bits)
     assert_close(output, vector.arrays[f"output.{bits}"])
 
 

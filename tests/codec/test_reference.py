@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rotormlx.codec import codebook, reference, trellis
-from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS, VALUE, codec
+from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS, VALUE, Codec, codec
+from rotormlx.codec.rotation import calibrated
 from rotormlx.config import RotorConfig
 
 SPECIAL_ROWS = (0, 7, 31, 63)
@@ -88,12 +89,68 @@ def test_ties_go_to_the_larger_magnitude(bits):
 
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("rotation", ["cascade", "rotor3", "dense"])
-def test_a_decoded_row_has_the_norm_of_the_row(bits, rotation):
-    chosen = make_codec(VALUE, bits, rotation=rotation)
+def test_a_decoded_row_has_no_bias(bits, rotation):
+    """Its inner product with the row is that of the row with itself; of values a bit less."""
     x = np.random.default_rng(1).normal(size=(1, 2, BLOCK, 80))
-    decoded = reference.decode(reference.encode(x, chosen), chosen)
-    ratio = np.linalg.norm(decoded, axis=-1) / np.linalg.norm(x, axis=-1)
-    assert np.abs(ratio - 1).max() <= 2.0**-11 + 1e-6  # the scale is rounded to float16
+    for role in ROLES:
+        chosen = make_codec(role, bits, rotation=rotation)
+        packed, centre = reference.encode(x, chosen), 0.0
+        if role == KEY:
+            centre = np.repeat(packed.centres.astype(np.float64), BLOCK, axis=2)
+        coded, row = reference.decode(packed, chosen) - centre, x - centre
+        ratio = (coded * row).sum(-1) / np.square(row).sum(-1) / chosen.shrink
+        assert np.abs(ratio - 1).max() <= 2.0**-11 + 1e-6  # the scale is rounded to float16
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_no_scale_is_more_than_twice_the_size_of_its_row(bits):
+    """A single large number meets its largest level badly."""
+    chosen = codec(RotorConfig(bits, bits, "identity"), 1024, layer=0, role=VALUE)
+    x = np.zeros((1, 1, BLOCK, 1024))
+    x[..., 7] = 3.0
+    scales = reference.encode(x, chosen).scales
+    assert (scales == np.float16(chosen.shrink * 2 * 3.0 / 32)).all()
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_scores_less_their_noise_weigh_what_they_should(bits):
+    """The softmax takes powers of e, whose mean must be right."""
+    chosen = make_codec(KEY, bits)
+    rng = np.random.default_rng(4)
+    k, q = rng.normal(size=(1, 2, 40 * BLOCK, 80)), rng.normal(size=(1, 4, 30, 80))
+    packed = reference.encode(k, chosen)
+    scale = 2.0 * 80**-0.5
+    noise = reference.score_noise(q, packed, chosen, scale=scale)
+    exact, coded = (
+        scale * q @ np.repeat(x, 2, axis=1).swapaxes(-1, -2)
+        for x in (k, reference.decode(packed, chosen))
+    )
+    # 300,000 pairs, of which the keys repeat for 60 queries.
+    found, uncorrected = (np.exp(x - exact).mean() for x in (coded - noise, coded))
+    assert found == pytest.approx(1, abs=0.12 * noise.mean() + 2e-5)
+    assert uncorrected > 1 + 0.8 * noise.mean()
+    # Half the variance of normal noise.
+    assert noise.mean() == pytest.approx(np.square(coded - exact).mean() / 2, rel=0.08)
+
+
+def test_noise_follows_the_channel_scale_and_the_rotation():
+    """It is the square of the query as the levels meet it, whatever lies between them."""
+    plain = make_codec(KEY, 3, rotation="identity")
+    scale = np.linspace(0.5, 2, 2 * 80).reshape(2, 80)
+    turned = codec(RotorConfig(3, 3), 80, layer=1, role=KEY)
+    rng = np.random.default_rng(3)
+    packed = reference.encode(rng.normal(size=(1, 2, BLOCK, 80)), plain)
+    q = rng.normal(size=(1, 4, 3, 80))
+    expected = reference.score_noise(q * np.repeat(scale, 2, 0)[:, None], packed, plain, scale=0.1)
+    for chosen in (plain, turned):  # an orthogonal rotation keeps the norm
+        found = reference.score_noise(q, packed, chosen, scale=0.1, channel_scale=scale)
+        assert np.allclose(found, expected, rtol=1e-9)
+    matrix = rng.normal(size=(2, 80, 80))
+    learned = Codec(KEY, 3, calibrated(matrix))
+    inverse = np.linalg.inv(matrix)
+    by_hand = np.stack([q[:, h] @ inverse[h // 2] for h in range(4)], axis=1)
+    expected = reference.score_noise(by_hand, packed, plain, scale=0.1)
+    assert np.allclose(reference.score_noise(q, packed, learned, scale=0.1), expected, rtol=1e-6)
 
 
 def test_centre_takes_a_constant_away():
@@ -277,8 +334,8 @@ def test_a_path_goes_on_where_kept_codes_end(bits, kept):
     assert np.array_equal(found[..., :kept, :], codes[..., :kept, :])
     assert np.array_equal(np.swapaxes(found, -1, -2)[same], np.swapaxes(forced, -1, -2)[same])
     decoded = reference.decode(packed._replace(words=words, scales=begun.scales), chosen)
-    length = np.linalg.norm(decoded, axis=-1) / np.linalg.norm(new, axis=-1)
-    assert np.abs(length[..., kept:] - 1).max() <= 2.0**-11 + 1e-6
+    ratio = (decoded * new).sum(-1) / np.square(new).sum(-1)
+    assert np.abs(ratio[..., kept:] / chosen.shrink - 1).max() <= 2.0**-11 + 1e-6
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)

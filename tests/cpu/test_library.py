@@ -26,7 +26,9 @@ from rotormlx.codec.rotation import calibrated
 from rotormlx.codec.trellis import STATES
 from rotormlx.config import CALIBRATED, ROTATIONS, RotorConfig
 from rotormlx.kernels import cpu_library
+from tests.support import noise
 from tests.support.codec_cases import (
+    badly_met_rows,
     check_special_block,
     special_block,
     tied_paths,
@@ -178,17 +180,34 @@ class Problem:
                 shape = (*self.queries.shape[:3], mask.shape[-1])
                 mask = np.broadcast_to(mask, shape)[b : b + 1, ..., :tokens]
             keys, values = (vectors[b][None] for vectors in self.vectors)
+            row = self.queries[b : b + 1]
             outputs.append(
                 reference.attend(
-                    self.queries[b : b + 1],
+                    row,
                     keys,
                     values,
                     scale=self.scale,
+                    noise=self.noise(b, row),
                     mask=mask,
                     sink_logits=self.sink_logits,
                 )
             )
         return np.concatenate(outputs)
+
+    def noise(self, b, row):
+        packed_tokens, tokens = self.case.lengths[b]
+        keys = self.blocks[0]
+        own = (keys.words, keys.scales, keys.centres)
+        return noise.of_sequence(
+            row,
+            Packed(*(a[b : b + 1] for a in own)),
+            keys.codec,
+            scale=self.scale,
+            channel_scale=keys.channel_scale,
+            sink=min(SINK, tokens - packed_tokens),
+            packed_tokens=packed_tokens,
+            tokens=tokens,
+        )
 
 
 # Sums are in float32; the result is rounded once to the dtype.
@@ -229,7 +248,20 @@ def test_variants_write_the_same_bytes(head_dim, name, role, bits):
 def test_special_rows(bits, variant):
     """Rows that are zero, subnormal, not finite, or at either end of float16."""
     chosen = codec(RotorConfig(bits, bits, "identity"), 16, layer=0, role=VALUE)
-    check_special_block(encoded(special_block(bits), chosen, variant=variant), chosen)
+    check_special_block(encoded(special_block(chosen), chosen, variant=variant), chosen)
+
+
+@needs_library
+@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=VARIANTS)
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_badly_met_rows(bits, variant):
+    """Their scale is twice their size at most."""
+    chosen = codec(RotorConfig(bits, bits, "identity"), 80, layer=0, role=VALUE)
+    found, expected = (
+        encoded(badly_met_rows(), chosen, variant=variant),
+        reference.encode(badly_met_rows(), chosen),
+    )
+    assert np.array_equal(found.scales, expected.scales)
 
 
 @needs_library

@@ -14,6 +14,7 @@ from rotormlx.kernels import cpu_library
 from rotormlx.mlx.backends.cpu import CPUBackend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
+from tests.support import noise
 from tests.support.codec_cases import compare, unit_rows
 from tests.support.runners import RUNNERS, BackendRunner
 
@@ -98,7 +99,8 @@ def test_attend_is_the_reference(runner, length):
         parts = exact[:, :, :SINK], reference.decode(packed, chosen), exact[:, :, SINK:]
         vectors.append(np.concatenate(parts, axis=2))
     found = np.array(runner.attend(mx.array(queries), *views, scale=0.05, mask="causal"))
-    wanted = reference.attend(queries, *vectors, scale=0.05, mask="causal")
+    taken = noise.of_view(queries, views[0], 0.05)
+    wanted = reference.attend(queries, *vectors, scale=0.05, noise=taken, mask="causal")
     # Sums in float32 of some hundred terms, and exponentials of scores of about 10.
     assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
 

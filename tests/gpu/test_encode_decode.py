@@ -19,6 +19,7 @@ from tests.support.codec_cases import (
     DTYPES,
     HEAD_DIMS,
     check_any_words,
+    check_badly_met_rows,
     check_centre_of_finite_rows,
     check_decode,
     check_encode,
@@ -248,6 +249,13 @@ def test_any_words_are_decoded(runner, bits, role):
 @pytest.mark.parametrize("bits", codebook.BITS)
 def test_special_rows(runner, bits, role):
     check_special_rows(runner, bits, role)
+
+
+@pytest.mark.parametrize(
+    ("runner", "bits"), on(("metal", [(4,)]), ("cuda", [(3,)])), indirect=["runner"]
+)
+def test_badly_met_rows(runner, bits):
+    check_badly_met_rows(runner, bits)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tests import emulator
 from tests.support.attend_cases import Case, Launch, problem
 from tests.support.codec_cases import (
     check_any_words,
+    check_badly_met_rows,
     check_centre_of_finite_rows,
     check_filled_up_path,
     check_rotor3,
@@ -138,8 +139,8 @@ def bound_mutations():
             of(encodes, bits=4),
         ),
         (
-            "r < ROWS; ++r) {\n      float level_level",
-            "r < ROWS - 1; ++r) {\n      float level_level",
+            "r < ROWS; ++r) {\n      float along",
+            "r < ROWS - 1; ++r) {\n      float along",
             encodes,
         ),
         ("r < ROWS; ++r) norms", "r < ROWS - 1; ++r) norms", encodes),
@@ -241,8 +242,11 @@ def scale_mutations():
         ("row[p] * factor", "row[p]", encodes),
         ("row[p] * factor", "row[p]", check_rotor3),
         ("sqrt(float(D)) / norm", "1.0f / norm", encodes),
-        ("norm / sqrt(level_level)", "norm / level_level", encodes),
-        ("norm / sqrt(level_level)", "norm", encodes),
+        ("(along > least ? along : least)", "along", check_badly_met_rows),
+        ("(along > least ? along : least)", "least", encodes),
+        ("norm * (shrink * sqrt(float(D)))", "norm * shrink", encodes),
+        ("norm * (shrink * sqrt(float(D)))", "norm * sqrt(float(D))", of(encodes, role=VALUE)),
+        ("? 1.0f : value_shrink(BITS)", "? value_shrink(BITS) : 1.0f", of(encodes, bits=4)),
         ("number = scale * level", "number = level", decodes),
         ("row[p] = scale * level", "row[p] = level", check_rotor3),
         (
@@ -438,6 +442,7 @@ BOTH = [
     ),
     # Scales and centres
     ("key_scale, about_centre", "1.0f, about_centre", {}),
+    ("score_noise(KEY_BITS)", "0.0f", {}),
     ("float(head_centres[", "0.0f * float(head_centres[", {}),
     # Positions and lengths
     ("? sink + index", "? index", {"mask": "bool"}),
@@ -495,6 +500,8 @@ ATTEND = [
     ("(channel + VALUE_LANES) * value_words_strides[4]", "channel * value_words_strides[4]", {}),
     ("min(block_start + lane, stop - 1)", "block_start + lane", {"tail": 17}),
     ("i < KEY_DIM; i += LANES", "i < KEY_DIM - 1; i += LANES", {}),
+    ("simd_sum(square_sum)", "square_sum", {}),
+    ("fma(-noise[row], key_scale,", "fma(-noise[row], 1.0f,", {}),
     ("about_centre[row] = simd_sum(about_centre[row])", "about_centre[row] *= 32.0f", {}),
     ("weight == 0.0f ? 0.0f : weight * value_scale[t]", "weight * value_scale[t]", {}),
     ("weight == 0.0f ? 0.0f : weight * value_scale[t]", "weight", {}),
@@ -543,6 +550,8 @@ PREFILL_ONLY = [
     ("about_centre = 0.0f;\n    for", "for", {}),
     ("i < KEY_DIM; i += ROW_LANES", "i < KEY_DIM - 1; i += ROW_LANES", {}),
     ("about_centre += simd_shuffle_xor(about_centre, m)", "about_centre *= 2.0f", {}),
+    ("noise += simd_shuffle_xor(noise, m)", "", {}),
+    ("fma(-noise, key_scale, score)", "fma(-noise, 1.0f, score)", {}),
     ("new_top = max(new_top, simd_shuffle_xor(new_top, m))", "", {}),
     ("total *= shrink;", "", {}),
     ("total += weight;", "total = weight;", {}),

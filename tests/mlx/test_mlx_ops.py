@@ -12,7 +12,7 @@ from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend, choose, describe, mlx_ops
 from rotormlx.mlx.cache.view import KVView
-from tests.support import codec_cases
+from tests.support import codec_cases, noise
 from tests.support.bounds import check_encoded
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -106,6 +106,12 @@ def test_special_rows_are_the_reference(role, kind, bits):
     flat = broken.reshape(1, 2, BLOCK)
     assert np.isnan(decoded[flat]).all()
     assert np.isfinite(decoded[~flat]).all()
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+@pytest.mark.parametrize("role", ROLES)
+def test_badly_met_rows(role, bits):
+    codec_cases.check_badly_met_rows(RUNNER, bits, role)
 
 
 def to_mlx(a):
@@ -216,7 +222,8 @@ def check(
     q = queries(dims[0], length, dtype_)
     mask = masks(views[0].tokens, length)[mask_name]
     arguments = {"scale": dims[0] ** -0.5, "sink_logits": sink_logits}
-    expected = reference.attend(float64(q), keys, values, mask=mask, **arguments)
+    taken = noise.of_view(float64(q), views[0], arguments["scale"])
+    expected = reference.attend(float64(q), keys, values, noise=taken, mask=mask, **arguments)
     given = mask if mask is None or isinstance(mask, str) else mx.array(mask)
     arguments["sink_logits"] = to_mlx(sink_logits)
     found = attend_view(q, *views, mask=given, **arguments)
@@ -268,7 +275,8 @@ def test_attend_ignores_whatever_stands_behind_the_last_token():
         scales[:, :, -1, BLOCK - 13 :] = np.nan
         spoiled.append(replace(view, packed=view.packed._replace(scales=mx.array(scales))))
     q = queries(64, L, mx.float32)
-    expected = reference.attend(float64(q), keys, values, scale=0.1)
+    taken = noise.of_view(float64(q), views[0], 0.1)
+    expected = reference.attend(float64(q), keys, values, scale=0.1, noise=taken)
     found = np.array(attend_view(q, *spoiled, scale=0.1))
     # As in check().
     assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()

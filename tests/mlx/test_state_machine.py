@@ -274,24 +274,26 @@ class Caches(RuleBasedStateMachine):
             assert not any(row.tokens for row in rows)
             return
         views = cache.keys_and_values()
-        decoded = [self.check_view(view, place, rows) for place, view in enumerate(views)]
+        held = [self.held(view, place) for place, view in enumerate(views)]
         if not is_batch:
             self.check_bytes(cache, rows[0])
         if all(row.tokens for row in rows):
             found = attend_view(mx.array(queries(len(rows))), *views, scale=0.25)
-            check_attention(np.array(found), *decoded, scale=0.25)
+            check_attention(np.array(found), held, rows, scale=0.25)
+        else:
+            for place, of_role in enumerate(held):
+                check_held(of_role, place, rows)
 
-    def check_view(self, view, place, rows):
-        """What a view holds; what it stands for, by row."""
+    def held(self, view, place):
         packed = view.packed
-        held = Held(
+        return Held(
             codec(self.config, DIMS[place], layer=3, role=ROLES[place]),
+            self.config.sink,
             np.array(view.exact.astype(mx.float32)),
             None if packed is None else Packed(*(a if a is None else np.array(a) for a in packed)),
             None if view.channel_scale is None else np.array(view.channel_scale),
             view.lengths,
         )
-        return check_held(held, place, rows)
 
     def check_bytes(self, cache, row):
         room = self.config.sink + self.config.window + BLOCK

@@ -17,6 +17,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
+from tests.support import noise
 from tests.support import vectors as shared_vectors
 from tests.support.codec_cases import DTYPES, as_numpy, float64, rows
 
@@ -216,7 +217,12 @@ def problem(case):
     mask = make_mask(case)
     logits = np.linspace(-3, 6, case.heads).astype(np.float32) if case.sink_logits else None
     expected = reference.attend(
-        float64(q), *vectors, scale=case.scale, mask=mask, sink_logits=logits
+        float64(q),
+        *vectors,
+        scale=case.scale,
+        noise=noise.of_view(float64(q), plain[0], case.scale),
+        mask=mask,
+        sink_logits=logits,
     )
     if isinstance(mask, np.ndarray):
         mask = mx.array(mask if mask.dtype == np.bool_ else mask.astype(np.float32))
@@ -252,17 +258,21 @@ def vectors_of_row(view, row):
     return np.concatenate([exact[:, :sink], decoded, exact[:, sink:]], 1)
 
 
+def attend_row(queries, views, row, **options):
+    """The right output of one batch row, ``[1, H, L, Dv]``."""
+    q, keys = float64(queries[row : row + 1]), views[0]
+    return reference.attend(
+        q,
+        *(vectors_of_row(view, row)[None] for view in views),
+        noise=noise.of_row(q, keys, row, options["scale"]),
+        **options,
+    )
+
+
 def posed_by_row(made, views, tolerance):
     """The problem of other views, of which each batch row is judged by itself."""
     options = {"scale": made.case.scale, "mask": made.options["mask"]}
-    expected = [
-        reference.attend(
-            float64(made.queries[row : row + 1]),
-            *(vectors_of_row(view, row)[None] for view in views),
-            **options,
-        )
-        for row in range(made.case.batch)
-    ]
+    expected = [attend_row(made.queries, views, row, **options) for row in range(made.case.batch)]
     return Problem(
         made.case, made.queries, tuple(views), None, options, np.concatenate(expected), tolerance
     )
@@ -301,14 +311,14 @@ def with_factors(case, query, value):
     values = replace(values, packed=values.packed._replace(scales=scales))
     scale = case.scale / query
     queries = made.queries * query
-    vectors = [
-        np.stack([vectors_of_row(v, row) for row in range(case.batch)]) for v in (keys, values)
-    ]
-    expected = reference.attend(float64(queries), *vectors, scale=scale, mask="causal")
+    views = keys, values
+    vectors = [np.stack([vectors_of_row(v, row) for row in range(case.batch)]) for v in views]
+    options = {"scale": scale, "mask": "causal"}
+    rows = [attend_row(queries, views, row, **options) for row in range(case.batch)]
+    expected = np.concatenate(rows)
     # One rounding of the output to the dtype, doubled as elsewhere.
     tolerance = 2 * ROUNDING[case.dtype] * np.abs(expected).max()
-    options = {"scale": scale, "mask": "causal"}
-    return Problem(case, queries, (keys, values), vectors, options, expected, tolerance)
+    return Problem(case, queries, views, vectors, options, expected, tolerance)
 
 
 @functools.cache

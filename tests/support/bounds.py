@@ -1,18 +1,18 @@
 """How far compressed rows, and attention over them, may be off; and rows of every kind.
 
 A row y (centred, divided by the channel scale) is coded as ``s l``: w = C y with n = ||w||,
-z = sqrt(D) w / n, l the levels of its codes, s = n / ||l|| the scale. ``s l`` is as long as w, so
-with a the angle between l and w
+z = sqrt(D) w / n, l the levels of its codes, s = t n sqrt(D) / max(<l, z>, D / 2) the scale, with
+t = 1 for keys. With p = <l, z> / D, q = ||l|| / sqrt(D) and m = max(p, 1/2),
 
-    ||w - s l|| = 2 n sin(a / 2).
+    ||w - s l||^2 = n^2 (1 - 2 t p / m + (t q / m)^2).
 
-Rounding s to float16 adds ``t l`` with |t| <= max(2^-11 s, 2^-25); ||s l|| = n, and no level
-exceeds the largest, M. C is orthogonal, so the decoded row, divided by the channel scale again, is
-no farther from y than
+Rounding s to float16 adds ``u l`` with |u| <= max(2^-11 s, 2^-25), and no level exceeds the
+largest, M. C is orthogonal, so the decoded row, divided by the channel scale again, is no farther
+from y than the root of that plus
 
-    2 n sin(a / 2) + max(2^-11 n, 2^-25 M sqrt(D)).
+    max(2^-11 ||s l||, 2^-25 M sqrt(D)).
 
-How large a can be: let g(t) be the largest squared distance that a number whose square is t has
+How large it can be: let g(t) be the largest squared distance that a number whose square is t has
 from the nearest of the levels that it may choose from. At 4 and 8 bits those are all. In a trellis,
 both branches that leave a state together have every second level, so a path that always takes the
 nearer one is no farther from any number than the worse of both halves; and the path that is written
@@ -21,12 +21,14 @@ costs no more in sum. The z_i^2 add up to D, so for every f
     sum g(z_i^2) <= D e^2,   e^2 = f + max over t <= D of (g(t) - f t).
 
 With the best f, ||z - l|| <= e sqrt(D): for each row by itself, but for the 64 rows of a block
-together where a path runs along the tokens. With ||l|| = q sqrt(D) that is
+together where a path runs along the tokens. So 1 + q^2 - 2 p <= e^2. With that in place of q^2, and
+p >= 1/2, the square above is at most n^2 (2 / p - (1 - e^2) / p^2 - 1), which is largest at
+p = 1 - e^2, or at p = 1/2 if that is more; with p < 1/2 it is less than there. So of no row by
+itself is the error, before rounding, more than
 
-    cos(a) >= (1 + q^2 - e^2) / (2 q),
+    n e / sqrt(1 - e^2) if e^2 <= 1/2,   n sqrt(4 e^2 - 1) otherwise.
 
-which is least at q = sqrt(1 - e^2), but q is at least the smallest magnitude of a level. So of no
-row by itself is the first term more than n sqrt(2 - 2 c), c that least.
+With t < 1 the square is a convex function of t between n^2 at 0 and that, squared, at 1.
 
 Attention: if every score is off by at most d, the softmax moves by at most tanh(d / 2) in total
 variation (a group of weight a whose scores rise by d while the others fall by d moves by
@@ -35,7 +37,8 @@ at most
 
     tanh(d / 2) diameter(values) + the largest error of a value,
 
-and d = scale ||c q|| (the largest error of a key, divided by the channel scale c).
+and d = scale ||c q|| (the largest error of a key, divided by the channel scale c) plus what is
+taken off a score for the noise of its codes.
 """
 
 from __future__ import annotations
@@ -99,8 +102,8 @@ def worst_distance(codec: Codec) -> float:
 def worst_row_error(codec: Codec) -> float:
     """The largest error of any row with n = 1 that has a path by itself; its scale not rounded."""
     square = worst_distance(codec) ** 2
-    q = max(np.abs(signed_levels(codec)).min(), np.sqrt(max(0.0, 1 - square)))
-    return float(np.sqrt(2 - (1 + q * q - square) / q))
+    unbiased = square / (1 - square) if square <= 0.5 else 4 * square - 1
+    return float(np.sqrt(1 - codec.shrink + codec.shrink * unbiased))
 
 
 def rotated(x: Any, codec: Codec, centres: Any, channel_scale: Any) -> np.ndarray:
@@ -125,16 +128,22 @@ def unit_variance(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return z, n
 
 
+def unit_scale(z: np.ndarray, level: np.ndarray, codec: Codec) -> np.ndarray:
+    """The scale, not rounded, of rows of norm 1 with these z and levels ``[..., D]``."""
+    along = np.maximum((level * z).sum(-1), codec.head_dim / 2)
+    return codec.shrink * np.sqrt(codec.head_dim) / along
+
+
 def row_error(w: np.ndarray, words: np.ndarray, codec: Codec) -> np.ndarray:
     """The largest error of each row by its codes, in real arithmetic, ``[...]``."""
     z, n = unit_variance(w)
     level = reference.levels(reference.unpack(words, codec), codec)
-    size = np.linalg.norm(level, axis=-1, keepdims=True)
     root = np.sqrt(codec.head_dim)
-    error = n[..., 0] * np.linalg.norm(z / root - level / size, axis=-1)
-    error = np.where(n[..., 0] > 0, error, 0)
-    rounding = np.maximum(2.0**-11 * n[..., 0], 2.0**-25 * signed_levels(codec)[-1] * root)
-    return error + rounding
+    coded = level * unit_scale(z, level, codec)[..., None]
+    error = np.linalg.norm(z / root - coded, axis=-1)
+    size = np.linalg.norm(coded, axis=-1)
+    rounding = np.maximum(2.0**-11 * n[..., 0] * size, 2.0**-25 * signed_levels(codec)[-1] * root)
+    return np.where(n[..., 0] > 0, n[..., 0] * error, 0) + rounding
 
 
 def attention_error(values: np.ndarray, score_error: float, value_error: float) -> float:
@@ -191,7 +200,7 @@ def check_encoded(
     is_zero, may_be_zero = (~broken & (r == 0) for r in (r_high, r_low))
     is_large, may_be_large = (broken | (r == np.inf) for r in (r_low, r_high))
     level = reference.levels(codes, codec)
-    low, high = (_float16(n * side / np.linalg.norm(level, axis=-1)) for side in AROUND_1)
+    low, high = (_float16(n * unit_scale(z, level, codec) * side) for side in AROUND_1)
     right = (low <= scales) & (scales <= high) & (scales < np.inf) & ~is_zero & ~is_large
     right |= np.isnan(scales) & (may_be_large | np.isinf(high))
     right |= (scales == 0) & may_be_zero

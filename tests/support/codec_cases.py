@@ -12,7 +12,7 @@ import numpy as np
 from rotormlx.codec import codebook, reference, trellis
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed, codec
 from rotormlx.config import RotorConfig
-from tests.support.bounds import rotated, unit_variance
+from tests.support.bounds import rotated, unit_scale, unit_variance
 
 DTYPES = {"f16": mx.float16, "bf16": mx.bfloat16, "f32": mx.float32}
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -132,11 +132,11 @@ def check_rotor3(runner, head_dim=80, bits=3, dtype="f32"):
 
 def published(block, chosen):
     """What the published method makes of the rows of one block: nearest levels at every width."""
-    level = codebook.levels(chosen.bits)[
-        reference.nearest(unit_rows(block, chosen)[0, 0, 0], chosen.bits)
-    ]
+    z = unit_rows(block, chosen)[0, 0, 0]
+    level = codebook.levels(chosen.bits)[reference.nearest(z, chosen.bits)]
     norm = reference.rotate(block, chosen)[1][0, 0]
-    scale = (norm / np.linalg.norm(level, axis=-1, keepdims=True)).astype(np.float16)
+    along = np.maximum((level * z).sum(-1, keepdims=True), chosen.head_dim / 2)
+    scale = (norm * np.sqrt(chosen.head_dim) / along).astype(np.float16)
     scale = np.where(np.isfinite(scale), scale, np.nan)
     return (scale * level) @ chosen.rotation.inverse.T
 
@@ -144,9 +144,10 @@ def published(block, chosen):
 # ---- special rows -------------------------------------------------------------------------------
 
 
-def special_rows(bits):
+def special_rows(chosen):
     """Rows of 16 channels, named, for the ends of what a size and a scale can be."""
-    unit = codebook.levels(bits)[reference.nearest(np.ones(1), bits)][0]
+    level = codebook.levels(chosen.bits)[reference.nearest(np.ones(1), chosen.bits)][0]
+    unit = level / chosen.shrink
     return {
         "zero": np.zeros(16),
         "subnormal": np.full(16, 1e-40),
@@ -167,17 +168,18 @@ def special_rows(bits):
     }
 
 
-def special_block(bits):
+def special_block(chosen):
     """These rows among others, float32 ``[1, 1, 64, 16]``: every fourth is one of them."""
     x = rows((1, 1, BLOCK, 16))
-    special = np.array(list(special_rows(bits).values()), np.float32)
+    special = np.array(list(special_rows(chosen).values()), np.float32)
     x[0, 0, : 4 * len(special) : 4] = special
     return x
 
 
 def check_special_rows(runner, bits, role):
     """Each special row has the scale and the codes that it must get, and others are as ever."""
-    chosen, x = made_codec("identity", 16, bits, role), special_block(bits)
+    chosen = made_codec("identity", 16, bits, role)
+    x = special_block(chosen)
     centres = np.zeros((1, 1, 1, 16), np.float16) if role == KEY else None
     written = runner.encode(mx.array(x), chosen, centres=centres)
     check_special_block(written, chosen, centres=centres)
@@ -186,18 +188,19 @@ def check_special_rows(runner, bits, role):
 
 def check_special_block(written, chosen, *, centres=None):
     """What an encoder without a rotation made of :func:`special_block`."""
-    x = special_block(chosen.bits)
+    x = special_block(chosen)
     with np.errstate(invalid="ignore"):
         expected = reference.encode(x, chosen, centres=centres)
-        compare(written, expected, chosen, unit_rows(x, chosen, centres=centres))
+        z = unit_rows(x, chosen, centres=centres)
+        compare(written, expected, chosen, z)
 
     codes = reference.unpack(written.words, chosen)
-    length = np.linalg.norm(reference.levels(codes, chosen), axis=-1)[0, 0, 0]
-    for i, (kind, row) in enumerate(special_rows(chosen.bits).items()):
+    of_norm_1 = unit_scale(z, reference.levels(codes, chosen), chosen)[0, 0, 0]
+    for i, (kind, row) in enumerate(special_rows(chosen).items()):
         place = 4 * i
         with np.errstate(over="ignore", invalid="ignore"):
             norm = np.linalg.norm(row.astype(np.float64))
-            size, scale = np.float16(norm / 4), np.float16(norm / length[place])
+            size, scale = np.float16(norm / 4), np.float16(norm * of_norm_1[place])
         if not (np.isfinite(size) and np.isfinite(scale)):
             scale = np.nan
         stored = written.scales[0, 0, 0, place]
@@ -206,6 +209,19 @@ def check_special_block(written, chosen, *, centres=None):
         assert np.allclose(stored, wanted, rtol=2**-10, atol=0, equal_nan=True), kind
         if not chosen.has_trellis and not 0 < size < np.inf:
             assert not codes[0, 0, 0, place].any(), kind
+
+
+def badly_met_rows(head_dim=80):
+    """Rows whose largest number no level comes near, float32 ``[1, 1, 64, D]``."""
+    return np.eye(BLOCK, head_dim, dtype=np.float32)[None, None] * 3
+
+
+def check_badly_met_rows(runner, bits=4, role=VALUE):
+    """Their scale is twice their size; but 8 bits have a level that is near enough."""
+    chosen, x = made_codec("identity", 80, bits, role), badly_met_rows()
+    centres = np.zeros((1, 1, 1, 80), np.float16) if role == KEY else None
+    expected = check_encode(runner, mx.array(x), chosen, centres=centres)
+    assert bits == 8 or (expected.scales == np.float16(chosen.shrink * 6 * 80**-0.5)).all()
 
 
 def check_centre_of_finite_rows(runner, bits=4):
@@ -313,7 +329,7 @@ def check_filled_up_path(runner, head_dim=80, bits=3, role=VALUE, start=21, *, h
     cost, least = (squared_error(z * counts, level * counts, chosen) for level in (found, wanted))
     assert (cost <= least + 1e-5 * (1 + least)).all()
     norm = np.linalg.norm(rotated(x, chosen, before.centres, None), axis=-1)
-    scales = norm / np.linalg.norm(found, axis=-1)
+    scales = norm * unit_scale(z, found, chosen)
     assert np.allclose(written.scales[..., start:], scales[..., start:], rtol=2**-10, atol=0)
 
 

@@ -18,6 +18,7 @@ from rotormlx.mlx import backends
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.torch import native, torch_ops
+from tests.support import noise
 from tests.support.bounds import (
     KINDS,
     WIDE_KINDS,
@@ -310,6 +311,20 @@ class Sequence:
         """Decoded blocks, float64 ``[B, K, tokens, D]``."""
         return reference.decode(self.packed, self.codec, channel_scale=self.scale)
 
+    def noise(self, b, q, scale):
+        """What is taken off the scores of queries ``[1, H, L, D]`` of a batch row."""
+        packed_tokens, tokens = self.lengths[b]
+        return noise.of_sequence(
+            q,
+            Packed(*(None if a is None else a[b : b + 1] for a in self.packed or (None,) * 3)),
+            self.codec,
+            scale=scale,
+            channel_scale=self.scale,
+            sink=self.sink,
+            packed_tokens=packed_tokens,
+            tokens=tokens,
+        )
+
     def rotated_size(self, b, x):
         """The largest norm that a row of x ``[K, S, D]`` or a centre has while attending."""
         factor = 1.0 if self.scale is None else self.scale.astype(np.float64)[:, None]
@@ -497,8 +512,11 @@ def check_attention(case, implementations, rounding=0.0):
     relative, absolute = ROUNDING[case.dtype]
     for b in range(len(case.sizes)):
         keys, values = (s.of_row(b, m) for s, m in zip(sequences, middles, strict=True))
-        own = case.mask_of(mask, b)
-        expected = reference.attend(q[b : b + 1], keys[None], values[None], mask=own, **given)[0]
+        own, row = case.mask_of(mask, b), q[b : b + 1]
+        taken = sequences[0].noise(b, row, case.scale)
+        expected = reference.attend(row, keys[None], values[None], noise=taken, mask=own, **given)[
+            0
+        ]
         tolerance = sums_error(case, sequences, b, q, (keys, values), rounding)
         tolerance += relative * np.abs(expected).max() + absolute
         for name, out in found.items():

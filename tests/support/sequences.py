@@ -13,6 +13,7 @@ import numpy as np
 
 from rotormlx.codec import reference
 from rotormlx.codec.format import BLOCK, Codec, Packed
+from tests.support import noise
 from tests.support.bounds import check_encoded
 
 K, REPEATS, DIMS = 2, 2, (16, 24)
@@ -95,6 +96,7 @@ class Held(NamedTuple):
     """The keys or the values that a cache holds, in numpy.
 
     codec: What its blocks must be coded with.
+    sink: Exact tokens before the packed ones.
     exact: Sink and tail, float32 ``[B, K, capacity, D]``.
     packed: Blocks, ``[B, K, N, ...]``, or None.
     channel_scale: ``[K, D]``, ``[B, K, D]``, or None.
@@ -102,10 +104,26 @@ class Held(NamedTuple):
     """
 
     codec: Codec
+    sink: int
     exact: np.ndarray
     packed: Packed | None
     channel_scale: np.ndarray | None
     lengths: list[tuple[int, int]]
+
+    def noise(self, b, q, scale):
+        """What is taken off the scores of queries ``[1, H, L, D]`` of batch row b."""
+        packed_tokens, tokens = self.lengths[b]
+        own = self.channel_scale
+        return noise.of_sequence(
+            q,
+            Packed(*(None if a is None else a[b : b + 1] for a in self.packed or (None,) * 3)),
+            self.codec,
+            scale=scale,
+            channel_scale=own[b] if own is not None and own.ndim == 3 else own,
+            sink=self.sink,
+            packed_tokens=packed_tokens,
+            tokens=tokens,
+        )
 
 
 def check_held(held, place, rows):
@@ -172,10 +190,13 @@ def queries(batch):
     return rng.normal(size=(batch, K * REPEATS, 1, DIMS[0])).astype(np.float32)
 
 
-def check_attention(found, keys, values, scale):
-    """Attention of :func:`queries` is that over keys and values as :func:`check_held` has them."""
-    q = queries(len(keys))
-    for b, pair in enumerate(zip(keys, values, strict=True)):
-        wanted = reference.attend(q[b : b + 1], *(x[None] for x in pair), scale=scale)
+def check_attention(found, held, rows, scale):
+    """Attention of :func:`queries` is that over held keys and values, which :func:`check_held`."""
+    decoded = [check_held(of_role, place, rows) for place, of_role in enumerate(held)]
+    q = queries(len(rows))
+    for b, pair in enumerate(zip(*decoded, strict=True)):
+        row = q[b : b + 1]
+        given = {"scale": scale, "noise": held[0].noise(b, row, scale)}
+        wanted = reference.attend(row, *(x[None] for x in pair), **given)
         # Sums in float32 of up to 420 terms about 2 in size.
         assert np.allclose(found[b], wanted[0], atol=1e-4)

@@ -24,7 +24,7 @@ from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.torch import native, torch_ops
 from tests.emulator import missing
-from tests.support import cuda_calls
+from tests.support import cuda_calls, noise
 from tests.support.bounds import check_encoded
 
 pytestmark = pytest.mark.slow
@@ -104,7 +104,7 @@ def check_sampled_blocks(cache, rng):
     tail = cache.counts.exact - CONFIG.sink
     visible[:, : CONFIG.sink] = visible[:, cache.size() - tail :] = True
     sink, end = original(0, CONFIG.sink), original(cache.offset - tail, cache.offset)
-    decoded = {role: [] for role in ROLES}
+    decoded, key_blocks = {role: [] for role in ROLES}, []
     for slot in slots:
         first = CONFIG.sink + numbers[slot] * BLOCK
         visible[:, CONFIG.sink + slot * BLOCK :][:, :BLOCK] = True
@@ -115,12 +115,25 @@ def check_sampled_blocks(cache, rng):
             )
             check_encoded(tokens.astype(np.float64), held, store.codec, centres=held.centres)
             decoded[role].append(reference.decode(held, store.codec))
+            if role == KEY:
+                key_blocks.append(held)
     keys = np.concatenate([sink[0], *decoded[KEY], end[0]], axis=2)
     values = np.concatenate([sink[1], *decoded[VALUE], end[1]], axis=2)
     queries = rng.normal(size=(1, H, 1, D)).astype(np.float32)
     views = cache.keys_and_values()
     found = attend_view(mx.array(queries), *views, scale=0.3, mask=mx.array(visible))
-    expected = reference.attend(queries, keys, values, scale=0.3)
+    seen = Packed(*(np.concatenate(parts, axis=2) for parts in zip(*key_blocks, strict=True)))
+    taken = noise.of_sequence(
+        queries,
+        seen,
+        cache._keys.codec,
+        scale=0.3,
+        channel_scale=None,
+        sink=CONFIG.sink,
+        packed_tokens=len(slots) * BLOCK,
+        tokens=keys.shape[2],
+    )
+    expected = reference.attend(queries, keys, values, scale=0.3, noise=taken)
     # docs/FORMAT.md, section 9: float32 sums.
     assert np.abs(np.array(found) - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -279,6 +292,8 @@ def test_cuda_kernels_read_words_beyond_2_to_31(dtype):
     for role, c in zip(("keys", "values"), codecs, strict=True):
         made = reference.encode(rng.normal(size=(2, 1, BLOCK, 32)), c)
         vectors.append(reference.decode(made, c))
+        if role == "keys":
+            key_blocks = made
         size = made.words[0].size
         words = zeros(apart + size, np.uint32)
         words[:size], words[apart:] = made.words[0].ravel(), made.words[1].ravel()
@@ -304,7 +319,9 @@ def test_cuda_kernels_read_words_beyond_2_to_31(dtype):
     a.workspace = call.plain("workspace", np.full(count, np.nan, np.float32), written=True)
     module.call("rotormlx_attend", a, call.buffers, plan=plan)
     found = np.array(cuda_calls.from_numpy(out, dtype).astype(mx.float32))
-    expected = reference.attend(np.array(q.astype(mx.float32)), *vectors, scale=0.2)
+    rounded = np.array(q.astype(mx.float32))
+    taken = reference.score_noise(rounded, key_blocks, codecs[0], scale=0.2)
+    expected = reference.attend(rounded, *vectors, scale=0.2, noise=taken)
     # Two roundings to float16 or float32 of queries, weights and output.
     assert np.abs(found - expected).max() <= {mx.float16: 4e-3, mx.float32: 1e-5}[dtype]
 
@@ -342,7 +359,8 @@ def test_mlx_buffers_beyond_2_to_31_bytes(monkeypatch):
         decoded.append(reference.decode(made, c))
     assert views[0].packed.words[:last].nbytes > 2**31
     queries = rng.normal(size=(batch, 1, 1, 1024)).astype(np.float32)
-    expected = reference.attend(queries[last:], *decoded, scale=0.05)
+    taken = noise.of_row(queries[last:], views[0], last, 0.05)
+    expected = reference.attend(queries[last:], *decoded, scale=0.05, noise=taken)
     for name in available():
         monkeypatch.setenv("ROTORMLX_BACKEND", name)
         found = np.array(attend_view(mx.array(queries), *views, scale=0.05))

@@ -106,6 +106,7 @@ def test_attention_is_off_by_no_more_than_the_codes_imply(case):
         own = case.mask_of(mask, b)
         expected = reference.attend(q[b : b + 1], keys[None], values[None], mask=own, **given)[0]
         score = case.scale * query_norm(case, sequences[0], q[b]) * worst[0]
+        score += sequences[0].noise(b, q[b : b + 1], case.scale).max()
         largest = 1.0 if sequences[1].scale is None else float(sequences[1].scale.max())
         bound = attention_error(values.reshape(-1, values.shape[-1]), score, largest * worst[1])
         bound += sums_error(case, sequences, b, q, (keys, values))

@@ -12,7 +12,7 @@ import torch
 import rotormlx
 import rotormlx.torch as rt
 from rotormlx.codec import reference, rotation
-from rotormlx.codec.format import BLOCK, ROLES, Codec, Packed, codec
+from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import calibration as mlx_calibration
 from rotormlx.mlx import hook
@@ -25,7 +25,7 @@ from rotormlx.torch.fingerprint import weights
 from rotormlx.torch.layer import RotorLayer
 from rotormlx.torch.prompt_cache import state_of
 from rotormlx.torch.torch_ops import KVView
-from tests.support import codec_cases
+from tests.support import codec_cases, noise
 from tests.support.both_hosts import assert_same_state, by_mlx, by_torch, calibration, written
 from tests.support.torch_models import CACHE, tokens
 
@@ -161,9 +161,20 @@ def test_attention_is_the_reference(path, transform):
         chosen, scale = reference_codec(made, role)
         held = numpy_of(side.packed, packed // BLOCK)
         decoded = reference.decode(held, chosen, channel_scale=scale)
+        if role == KEY:
+            taken = noise.of_sequence(
+                query,
+                held,
+                chosen,
+                scale=0.05,
+                channel_scale=scale,
+                sink=4,
+                packed_tokens=packed,
+                tokens=count,
+            )
         exact = side.exact[:, :, : count - packed].double().numpy()
         whole.append(np.concatenate([exact[:, :, :4], decoded, exact[:, :, 4:]], axis=2))
-    wanted = reference.attend(query, *whole, scale=0.05, mask="causal")
+    wanted = reference.attend(query, *whole, scale=0.05, noise=taken, mask="causal")
     # Sums in float32 of some hundred terms, and exponentials of scores of about 10.
     assert np.abs(found.numpy() - wanted).max() <= 2e-5 * np.abs(wanted).max()
 

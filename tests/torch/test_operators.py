@@ -11,13 +11,15 @@ from torch.library import opcheck
 
 import rotormlx.torch as rt
 from rotormlx.codec import codebook, reference, trellis
-from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS, Packed, codec
+from rotormlx.codec.format import BLOCK, KEY, ROLES, TRELLIS_BITS, VALUE, Packed, codec
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.kernels import cpu_library
 from rotormlx.torch import torch_ops
 from rotormlx.torch.torch_ops import KVView
 from scripts.make_vectors import CASES, DIRECTORY
+from tests.support import noise
 from tests.support.bounds import check_encoded
+from tests.support.codec_cases import badly_met_rows
 
 B, K, REPEATS, L, SINK, TAIL, LAYER = 2, 3, 2, 5, 4, 70, 1
 H = K * REPEATS
@@ -332,6 +334,21 @@ def make_sources(config, head_dims, dtype, lengths=LENGTHS):
     return sources, vectors
 
 
+def noise_of_row(query, keys, lengths, b, scale, sink=SINK):
+    """What is taken off the scores of one batch row."""
+    packed_tokens, tokens = lengths[b]
+    return noise.of_sequence(
+        float64(query[b : b + 1]),
+        Packed(*(a[b : b + 1] for a in numpy_of(keys.packed))),
+        keys.codec,
+        scale=scale,
+        channel_scale=keys.channel_scale,
+        sink=min(sink, tokens - packed_tokens),
+        packed_tokens=packed_tokens,
+        tokens=tokens,
+    )
+
+
 def masks(tokens, length):
     rng = np.random.default_rng(10)
     seen, columns = np.arange(length)[:, None] + tokens - length, np.arange(tokens)
@@ -376,6 +393,7 @@ def check(config, head_dims, name, dtype="f32", length=L, logits=None, lengths=L
             vectors[0][b],
             vectors[1][b],
             scale=head_dims[0] ** -0.5,
+            noise=noise_of_row(query, sources[0], lengths, b, head_dims[0] ** -0.5),
             mask="causal" if name == "causal" else None if part is None else part.numpy(),
             sink_logits=logits,
         )
@@ -383,6 +401,15 @@ def check(config, head_dims, name, dtype="f32", length=L, logits=None, lengths=L
         error = {"f32": 2e-6, "f16": 2**-10, "bf16": 2**-7}
         error = error[next(k for k, v in DTYPES.items() if v == dtype)]
         assert np.abs(float64(found[b]) - expected[0]).max() <= error * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", codebook.BITS)
+def test_badly_met_rows(path, bits):
+    """Their scale is twice their size at most."""
+    config, x = RotorConfig(bits, bits, "identity", channel_scale="none"), badly_met_rows()
+    found = rt.encode(torch.from_numpy(x), config, layer=0, role=VALUE)
+    expected = reference.encode(x, codec(config, 80, layer=0, role=VALUE))
+    assert np.array_equal(found.scales.numpy(), expected.scales)
 
 
 @pytest.mark.parametrize("name", masks(100, 5))
@@ -463,7 +490,12 @@ def test_attend_without_exact_tokens(path):
         scale=0.1,
     )
     for b in range(B):
-        expected = reference.attend(float64(query[b : b + 1]), *(v[b] for v in vectors), scale=0.1)
+        expected = reference.attend(
+            float64(query[b : b + 1]),
+            *(v[b] for v in vectors),
+            scale=0.1,
+            noise=noise_of_row(query, sources[0], lengths, b, 0.1, sink=0),
+        )
         # Sums are in float32.
         assert np.abs(float64(found[b]) - expected[0]).max() <= 2e-6 * np.abs(expected).max()
 

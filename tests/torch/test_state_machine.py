@@ -309,7 +309,8 @@ class Layers(RuleBasedStateMachine):
             packed = Packed(words.view(np.uint32), scales, centres)
         scale = None if scale is None else scale.numpy()
         lengths = [tuple(pair) for pair in lengths]
-        return Held(chosen, source.exact.float().numpy(), packed, scale, lengths)
+        exact = source.exact.float().numpy()
+        return Held(chosen, self.config.sink, exact, packed, scale, lengths)
 
     def view(self, layer):
         """Lengths and sources, as attention reads them."""
@@ -329,14 +330,14 @@ class Layers(RuleBasedStateMachine):
         assert layer.batch_size == len(tokens)
         assert layer.packed_tokens == min(packed)
         lengths, *sources = self.view(layer)
-        decoded = [
-            check_held(self.held(place, source, lengths.tolist()), place, model.rows)
-            for place, source in enumerate(sources)
-        ]
+        held = [self.held(place, source, lengths.tolist()) for place, source in enumerate(sources)]
         self.check_bytes(layer, tokens, packed)
         if all(tokens):
             found = self.attend(lengths, *sources).float().numpy()
-            check_attention(found, *decoded, scale=0.25)
+            check_attention(found, held, model.rows, scale=0.25)
+        else:
+            for place, of_role in enumerate(held):
+                check_held(of_role, place, model.rows)
 
     def check_bytes(self, layer, tokens, packed):
         blocks, total = -(-max(packed) // BLOCK), 0

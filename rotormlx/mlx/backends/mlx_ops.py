@@ -248,14 +248,17 @@ def attend_packed(
     """
     if keys.packed is None or values.packed is None:
         raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
-    rotated = in_word_order(rotated_queries(q, keys), keys.codec)
+    rotated = rotated_queries(q, keys)
+    noise = codebook.SCORE_NOISE[keys.codec.bits] * mx.sum(rotated * rotated, -1, keepdims=True)
+    rotated = in_word_order(rotated, keys.codec)
 
     for start, stop in tiles(keys.packed_tokens, tile):
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         words, scales, centres = (a[:, :, blocks] for a in keys.packed)
+        scales = scales.astype(mx.float32)[..., None, :]
         # [B, K, N, G, 64]
         scores = rotated[:, :, None] @ levels(after(state.output, words), keys.codec)
-        scores = scores * scales.astype(mx.float32)[..., None, :]
+        scores = (scores - noise[:, :, None] * scales) * scales
         about_centres = q @ mx.swapaxes(centres.astype(mx.float32), -1, -2)
         scores = scores + mx.swapaxes(about_centres, -1, -2)[..., None]
         scores = hide(scores, masks, keys.sink + start, keys.sink + stop)
@@ -377,7 +380,8 @@ def encode_blocks(
     is_special = (size == 0) | ~mx.isfinite(size)
     z = mx.where(is_special, mx.array(0.0), rotated * (root / norm))
     codes, level = path_codes(z, codec, *path) if codec.has_trellis else nearest_codes(z, codec)
-    scales = (norm / mx.sqrt(sum_in_order(level * level, -1))).astype(mx.float16)
+    along = mx.maximum(sum_in_order(level * z, -1), codec.head_dim / 2)
+    scales = (norm * (codec.shrink * root) / along).astype(mx.float16)
     scales = mx.where(size == 0, mx.array(0, mx.float16), scales)
     # The NaN of the format; MLX's own is another, a signalling one.
     nan = mx.array(0x7E00, mx.uint16).view(mx.float16)
