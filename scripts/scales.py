@@ -1,15 +1,17 @@
-"""How the scale of a row decides the divergence.
+"""How the scale of a row, and the noise taken off scores, decide the divergence.
 
     python scripts/scales.py [--model DIRECTORY] [--gguf-file NAME] [--figure docs/scales.png]
 
 A model of transformers reads a text in chunks of 64 tokens, in float32. Before each chunk, all
 whole blocks behind 4 sink tokens are replaced by what they decode to, with each row's scale moved
-between least squares (exponent 0) and the unbiased one (1); format 2 has 1/2. Prints Markdown.
-docs/CODES.md explains the exponent and shows the results.
+between least squares (exponent 0) and the one without bias (1), and scores of packed keys may have
+the noise of the codes taken off. Format 2 is (1, 0.75, noise). Prints Markdown. docs/CODES.md
+explains it and shows the results.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +22,11 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotormlx.cli import demo_model
+from rotormlx.codec import codebook
 from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
 from rotormlx.config import RotorConfig
 from rotormlx.measure.quality_run import mean_interval
@@ -30,16 +34,25 @@ from rotormlx.measure.text import default_text
 from rotormlx.torch import torch_ops
 
 SINK, FIRST = 4, 192
-# Exponents of keys and of values.
-EXPONENTS = ((0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0))
+# Exponents of keys and of values, and whether noise is taken off scores.
+CHOICES = (
+    (0.0, 0.0, False),
+    (0.5, 0.5, False),
+    (1.0, 1.0, False),
+    (0.5, 0.5, True),
+    (0.75, 0.75, True),
+    (1.0, 0.5, True),
+    (1.0, 0.75, True),
+    (1.0, 1.0, True),
+)
 FIGURE_LAYER = 10
 
 
-def coded(x: Tensor, bits: int, layer: int, role: str, exponent: float) -> Tensor:
-    """Whole blocks ``[B, K, N * 64, D]`` as they decode with this scale.
+def coded(x: Tensor, bits: int, layer: int, role: str, exponent: float) -> tuple[Tensor, Tensor]:
+    """Whole blocks ``[B, K, N * 64, D]`` as they decode, and their scales ``[B, K, N * 64]``.
 
-    The stored scale makes a decoded row as long as the row. With a the angle between both, least
-    squares wants cos(a) times that, and an inner product without bias 1 / cos(a).
+    With a the angle between a row and its levels, least squares makes the decoded row cos(a) times
+    as long as the row, and an inner product without bias 1 / cos(a) times.
     """
     made = codec(RotorConfig(bits, bits), x.shape[-1], layer=layer, role=role)
     packed = torch_ops.encode(x, made)
@@ -47,36 +60,81 @@ def coded(x: Tensor, bits: int, layer: int, role: str, exponent: float) -> Tenso
     centre: Tensor | float = 0.0
     if packed.centres is not None:
         centre = packed.centres.float().repeat_interleave(BLOCK, 2)
-    cosine = torch.cosine_similarity(x - centre, decoded - centre, dim=-1)[..., None]
-    return centre + (decoded - centre) * cosine.clip(min=1e-3) ** (1 - 2 * exponent)
+    row, stored = x - centre, decoded - centre
+    cosine = torch.cosine_similarity(row, stored, dim=-1).clip(min=1e-3)
+    longer = row.norm(dim=-1) / stored.norm(dim=-1) * cosine ** (1 - 2 * exponent)
+    return centre + stored * longer[..., None], packed.scales.flatten(2).float() * longer
 
 
 class CodedLayer(DynamicLayer):
-    """A cache layer of transformers whose whole blocks are coded before new tokens come."""
+    """A cache layer of transformers whose whole blocks are coded before new tokens come.
 
-    def __init__(self, layer: int, bits: int, exponents: tuple[float, float]) -> None:
+    Args:
+        layer: Its index.
+        bits: Bits of keys and of values; 0 for exact ones.
+        choice: One of ``CHOICES``.
+    """
+
+    def __init__(self, layer: int, bits: int, choice: tuple[float, float, bool]) -> None:
         super().__init__()
-        self.layer, self.bits, self.exponents, self.done = layer, bits, exponents, SINK
+        self.layer, self.bits, self.choice, self.done = layer, bits, choice, SINK
+        # Half the variance of each token's score for a scaled query of norm 1, [B, K, S].
+        self.noise: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **options: Any) -> Any:
         """As transformers calls it."""
         whole = (self.get_seq_length() - self.done) // BLOCK * BLOCK
         if whole > 0 and self.bits:
             part = slice(self.done, self.done + whole)
-            for role, x, exponent in zip(
-                (KEY, VALUE), (self.keys, self.values), self.exponents, strict=True
-            ):
-                x[..., part, :] = coded(x[..., part, :], self.bits, self.layer, role, exponent)
+            decoded, scales = coded(
+                self.keys[..., part, :], self.bits, self.layer, KEY, self.choice[0]
+            )
+            self.keys[..., part, :] = decoded
+            self.values[..., part, :], _ = coded(
+                self.values[..., part, :], self.bits, self.layer, VALUE, self.choice[1]
+            )
+            if self.choice[2] and self.noise is not None:
+                self.noise[..., part] = codebook.SCORE_NOISE[self.bits] * scales.square()
             self.done += whole
+        none = key_states.new_zeros(key_states.shape[:3])
+        self.noise = none if self.noise is None else torch.cat([self.noise, none], -1)
         return super().update(key_states, value_states, *more, **options)
 
 
+def attend(
+    layers: list[CodedLayer],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    **rest: Any,
+) -> Any:
+    """Attention of transformers, with the noise of each token taken off its score."""
+    noise = layers[module.layer_idx].noise
+    length, tokens = query.shape[2], key.shape[2]
+    if mask is None:
+        hidden = torch.ones(length, tokens, dtype=torch.bool).triu(tokens - length + 1)
+        mask = torch.zeros(1, 1, length, tokens).masked_fill(hidden, -torch.inf)
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    if noise is not None:
+        repeats = query.shape[1] // key.shape[1]
+        square = (query * rest["scaling"]).square().sum(-1, keepdim=True)
+        mask = mask - square * noise.repeat_interleave(repeats, 1)[:, :, None]
+    rest["is_causal"] = False
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **rest)
+
+
 @torch.inference_mode()
-def log_probabilities(model: Any, ids: Tensor, bits: int, exponents: Any = (0, 0)) -> Tensor:
+def log_probabilities(model: Any, ids: Tensor, bits: int, choice: Any = CHOICES[0]) -> Tensor:
     """Of what follows each token from ``FIRST`` on, ``[N, V]``; exact with 0 bits."""
     cache = DynamicCache()
-    layers = model.config.get_text_config().num_hidden_layers
-    cache.layers = [CodedLayer(layer, bits, exponents) for layer in range(layers)]
+    count = model.config.get_text_config().num_hidden_layers
+    cache.layers = layers = [CodedLayer(layer, bits, choice) for layer in range(count)]
+    ALL_ATTENTION_FUNCTIONS.register("scales", partial(attend, layers))
+    ALL_MASK_ATTENTION_FUNCTIONS.register("scales", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("scales")
     rows = [
         model(ids[:, start : start + BLOCK], past_key_values=cache).logits[0]
         for start in range(0, ids.shape[1] - 1, BLOCK)
@@ -94,9 +152,9 @@ def scores(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, *more, **options)
 
     ALL_ATTENTION_FUNCTIONS.register("scales", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("scales", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation("scales")
     model(ids, use_cache=False)
-    model.set_attn_implementation("sdpa")
     return found[FIGURE_LAYER]
 
 
@@ -111,9 +169,9 @@ def draw(model: Any, ids: Tensor, path: Path, bits: int = 2) -> None:
     chosen = torch.randperm(len(exact), generator=torch.Generator().manual_seed(0))[:3000]
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True, layout="constrained")
     for axis, exponent, title in zip(
-        axes, (0.0, 0.5), ("format 1: least squares", "format 2: norm kept"), strict=True
+        axes, (0.0, 1.0), ("format 1: least squares", "format 2: without bias"), strict=True
     ):
-        decoded = coded(keys, bits, FIGURE_LAYER, KEY, exponent)
+        decoded, _ = coded(keys, bits, FIGURE_LAYER, KEY, exponent)
         found = (query @ (decoded - centre)[0].mT).flatten()
         slope = float((found * exact).sum() / (exact * exact).sum())
         print(f"{title}: slope {slope:.3f}")
@@ -134,7 +192,7 @@ def main(
     bits: Annotated[list[int] | None, typer.Option(help="Bits of keys and values.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Only draw the figure, there.")] = None,
 ) -> None:
-    """Print the divergence for each pair of exponents."""
+    """Print the divergence for each choice."""
     directory, more = model or demo_model.fetch(), {"gguf_file": gguf_file} if gguf_file else {}
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **more).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory, **more)
@@ -143,16 +201,18 @@ def main(
         draw(loaded, ids, figure)
         return
     exact = log_probabilities(loaded, ids, 0)
-    print("| bits | keys | values | KL | 95 % | 99.9th | top-1 |\n" + "|---" * 7 + "|")
+    names = "bits | keys | values | noise off | KL | 95 % | median | 99.9 % | top-1"
+    print(f"| {names} |\n" + "|---" * 9 + "|")
     for width in bits or (2, 3, 4, 8):
-        for pair in EXPONENTS:
-            found = log_probabilities(loaded, ids, width, pair)
+        for choice in CHOICES:
+            found = log_probabilities(loaded, ids, width, choice)
             kl = (exact.exp() * (exact - found)).sum(-1).double().numpy()
             low, high = mean_interval(kl)
             same = float((exact.argmax(-1) == found.argmax(-1)).double().mean())
             print(
-                f"| {width} | {pair[0]:g} | {pair[1]:g} | {kl.mean():.5f} | {low:.5f} to "
-                f"{high:.5f} | {np.quantile(kl, 0.999):.3f} | {same:.1%} |",
+                f"| {width} | {choice[0]:g} | {choice[1]:g} | {'yes' if choice[2] else 'no'} | "
+                f"{kl.mean():.5f} | {low:.5f} to {high:.5f} | {np.median(kl):.5f} | "
+                f"{np.quantile(kl, 0.999):.3f} | {same:.1%} |",
                 flush=True,
             )
 
