@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 BITS = (2, 3, 4, 8)
 ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")
 # Not generated from a seed but read from a calibration file, for each layer and KV head.
 CALIBRATED = "calibrated"
 CHANNEL_SCALES = ("none", "prefill", CALIBRATED)
+
+# Bits of keys and of values, by names that are easy to remember; README.md has what each costs.
+QUALITIES = {"high": (4, 4), "balanced": (3, 3), "small": (2, 2)}
 
 # One stage mixes at most four channels, so an outlier channel stays one: these rotations need a
 # channel scale to be usable (docs/RESULTS.md).
@@ -69,6 +73,21 @@ class RotorConfig:
                     f"[RotorConfig] {name} must be an integer from 0 to {limit - 1}, "
                     f"but {value!r} was given; leave it out for the default."
                 )
+
+    @classmethod
+    def of_quality(cls, quality: str, **more: Any) -> RotorConfig:
+        """The configuration of a name: ``"high"``, ``"balanced"`` or ``"small"``.
+
+        Args:
+            quality: Selects the bits: 4, 3 or 2 for keys and values.
+            **more: Other fields.
+
+        Raises:
+            ValueError: If there is no such name, or a field is out of range.
+        """
+        _require_choice("quality", quality, tuple(QUALITIES))
+        key_bits, value_bits = QUALITIES[quality]
+        return cls(**{"key_bits": key_bits, "value_bits": value_bits, **more})
 
     def __eq__(self, other: object) -> bool:
         return self._meaning == other._meaning if isinstance(other, RotorConfig) else NotImplemented

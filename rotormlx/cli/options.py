@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rotormlx.cli.refusal import Refusal, refusing
-from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, ROTATIONS, RotorConfig
+from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, QUALITIES, ROTATIONS, RotorConfig
 
 MOST = 2**31 - 1  # of anything that is counted
 PANEL = "Options of rotormlx"
@@ -24,8 +24,12 @@ def _choices(choices: tuple[object, ...]) -> str:
 
 # By field of RotorConfig: the name of the parameter, its type and its help.
 _CONFIG: dict[str, tuple[str, Any, str]] = {
-    "key_bits": ("key_bits", int, f"Bits of a key: {_choices(BITS)}."),
-    "value_bits": ("value_bits", int, f"Bits of a value: {_choices(BITS)}."),
+    "key_bits": ("key_bits", int | None, f"Bits of a key: {_choices(BITS)}; or by --quality."),
+    "value_bits": (
+        "value_bits",
+        int | None,
+        f"Bits of a value: {_choices(BITS)}; or by --quality.",
+    ),
     "rotation": ("rotation", str, f"{_choices((*ROTATIONS, CALIBRATED))}."),
     "channel_scale": (
         "channel_scale",
@@ -37,6 +41,9 @@ _CONFIG: dict[str, tuple[str, Any, str]] = {
     # mlx-lm's commands have a seed of their own.
     "seed": ("rotation_seed", int, "Selects the rotations."),
 }
+
+# Fields that --quality sets where they are not given.
+_BITS = ("key_bits", "value_bits")
 
 CalibrationFile = Annotated[
     Path | None,
@@ -58,8 +65,10 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def with_config(**given: Any) -> None:
         fields = {field: given.pop(name) for field, (name, _, _) in _CONFIG.items()}
+        bits = {field: fields.pop(field) for field in _BITS}
+        asked = {field: count for field, count in bits.items() if count is not None}
         with refusing(ValueError):
-            config = RotorConfig(**fields)
+            config = RotorConfig.of_quality(given.pop("quality"), **fields, **asked)
         if config.seed and config.rotation in ("identity", CALIBRATED):
             raise Refusal(
                 f"[RotorConfig] --rotation-seed {config.seed} has no effect with --rotation "
@@ -77,7 +86,7 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         if parameter.name == "config":
-            parameters += [_parameter(field) for field in _CONFIG]
+            parameters += [_QUALITY, *(_parameter(field) for field in _CONFIG)]
         else:
             parameters.append(parameter)
     with_config.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -88,13 +97,22 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_options(context: typer.Context) -> dict[str, str]:
-    """The options of :func:`takes_config` that the user gave, such as ``--key-bits``, by field."""
-    sources = {field: context.get_parameter_source(name) for field, (name, _, _) in _CONFIG.items()}
-    return {
-        field: f"--{_CONFIG[field][0].replace('_', '-')}"
-        for field, source in sources.items()
-        if source is not None and source.name == "COMMANDLINE"
+    """The options that the user gave, such as ``--key-bits``, by the field of the configuration."""
+    options = {
+        field: option_of(field) for field in _CONFIG if _is_given(context, _CONFIG[field][0])
     }
+    of_quality = _BITS if _is_given(context, "quality") else ()
+    return {**dict.fromkeys(of_quality, "--quality"), **options}
+
+
+def option_of(field: str) -> str:
+    """The option that sets a field of a configuration, such as ``--key-bits``."""
+    return f"--{_CONFIG[field][0].replace('_', '-')}"
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _replaced(config: RotorConfig) -> bool:
@@ -104,10 +122,19 @@ def _replaced(config: RotorConfig) -> bool:
 
 def _parameter(field: str) -> inspect.Parameter:
     name, kind, text = _CONFIG[field]
+    return _option(name, kind, text, None if field in _BITS else getattr(DEFAULT, field))
+
+
+def _option(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
     option = typer.Option(help=text, rich_help_panel=PANEL)
     return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=getattr(DEFAULT, field),
-        annotation=Annotated[kind, option],
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
+
+
+_QUALITY = _option(
+    "quality",
+    str,
+    ", ".join(f"{name} ({key} bits)" for name, (key, _) in QUALITIES.items()) + ".",
+    next(iter(QUALITIES)),
+)

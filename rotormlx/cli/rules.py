@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rotormlx.cli.options import MOST
+from rotormlx.cli.options import MOST, option_of
 from rotormlx.cli.refusal import Refusal, sentence
 from rotormlx.config import RotorConfig
 from rotormlx.report import Report
@@ -281,8 +281,10 @@ def check_saved(path: str, asked: RotorConfig, given: dict[str, str], saved: Rep
             made = saved.config.used_channel_scale
         by_layer = field in ("key_bits", "value_bits") and not saved.has_mean
         if by_layer or wanted != made:
-            kept = "bits by layer" if by_layer else f"{option} {made}"
+            own = option_of(field)
+            kept = "bits by layer" if by_layer else f"{own} {made}"
+            meant = f"{own} {wanted}" if option == own else f"{option}, {own} {wanted},"
             raise Refusal(
-                f"[prompt cache] {path} goes on with {kept}, as it was made, but {option} {wanted} "
+                f"[prompt cache] {path} goes on with {kept}, as it was made, but {meant} "
                 f"was given; leave {option} out, or make the file again."
             )

@@ -135,7 +135,7 @@ def attend(
     repeats = q.shape[1] // max(np.shape(keys)[1], 1)
     k = np.repeat(np.asarray(keys, np.float64), repeats, axis=1)
     v = np.repeat(np.asarray(values, np.float64), repeats, axis=1)
-    scores = scale * (q @ np.swapaxes(k, -1, -2)) - noise
+    scores = scale * (q @ np.swapaxes(k, -1, -2)) - np.asarray(noise, np.float64)
     if isinstance(mask, str):
         length, tokens = scores.shape[-2:]
         mask = np.asarray(np.arange(tokens) <= np.arange(length)[:, None] + tokens - length)

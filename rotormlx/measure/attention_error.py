@@ -107,7 +107,8 @@ def layer_error(exact: Attended, cache: Any) -> LayerError:
             mx.array(exact.keys[None, :, part]), mx.array(exact.values[None, :, part])
         )
     keys, values = (_float32(x[0]) for x in cache_contents.decoded(cache))
-    truth, scores = _scores(exact, exact.keys), _scores(exact, keys)
+    noise = cache_contents.score_noise(cache, exact.queries[None], exact.scale)[0]
+    truth, scores = _scores(exact, exact.keys), _scores(exact, keys) - noise.astype(np.float32)
     visible = np.isfinite(truth)
     best = truth.argmax(-1)[..., None]
     # Tokens with a higher score than the one that should be highest.

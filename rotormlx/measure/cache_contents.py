@@ -9,7 +9,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from numpy.typing import NDArray
 
+from rotormlx.codec import reference
+from rotormlx.codec.format import Packed
 from rotormlx.measure.baselines import SimulatedCache
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.lists import leaves
@@ -28,6 +31,21 @@ def decoded(cache: Any) -> tuple[mx.array, mx.array]:
 
         return back(*keys), back(*values)
     return _of_view(keys), _of_view(values)
+
+
+def score_noise(cache: Any, queries: NDArray[np.float32], scale: float) -> NDArray[np.float64]:
+    """What attention takes off the scores ``[B, H, L, S]`` of queries ``[B, H, L, D]``.
+
+    Zero for tokens that are exact, and in every cache but our own.
+    """
+    keys, _ = cache.keys_and_values()
+    if not isinstance(keys, KVView) or keys.packed is None or not keys.packed_tokens:
+        return np.zeros((1, 1, 1, 1))
+    packed = Packed(*(None if a is None else np.array(a) for a in keys.packed))
+    own = None if keys.channel_scale is None else np.array(keys.channel_scale)
+    found = reference.score_noise(queries, packed, keys.codec, scale=scale, channel_scale=own)
+    around = (keys.sink, keys.exact_tokens - keys.sink)
+    return np.pad(found[..., : keys.packed_tokens], [(0, 0)] * 3 + [around])
 
 
 def bits_per_value(caches: Sequence[Any]) -> float:

@@ -90,6 +90,8 @@ def test_generate_gives_the_text_of_mlx_lm(llama: str) -> None:
         # head_dim 64. Keys: code, 16 / 64 scale, 16 / 64 centre. Values: code, 16 / 64 scale.
         ([], "K4 V4 cascade", (4.5 + 4.25) / 2),
         (["--key-bits", "3", "--value-bits=2", "--rotation", "dense"], "K3 V2 dense", 2.875),
+        (["--quality", "balanced"], "K3 V3 cascade", 3.375),
+        (["--quality", "small", "--key-bits", "4"], "K4 V2 cascade", 3.375),
     ],
 )
 def test_generate_says_what_it_compressed(llama: str, options, name: str, bits: float) -> None:
@@ -232,6 +234,7 @@ def test_generate_help_has_all_options() -> None:
         (["--quantized-kv-start", "0"], "--quantized-kv-start 0"),
         (["--rotation", "spiral"], "rotation must be one of cascade, rotor3"),
         (["--key-bits", "5"], "key_bits must be one of 2, 3, 4, 8"),
+        (["--quality", "best"], "quality must be one of high, balanced, small, but 'best'"),
         (["--value-bits", "16"], "value_bits must be one of 2, 3, 4, 8"),
         (["--channel-scale", "all"], "channel_scale must be one of none, prefill"),
         (["--window", "-1"], "window must be an integer from 0"),
@@ -383,6 +386,13 @@ def test_a_prompt_cache_goes_on_as_it_was_made(tmp_path, llama: str) -> None:
         result = run("generate", *options, *other.split())
         assert_refused(result, f"[prompt cache] {path} goes on with {other.split()[0]} {made}")
         assert f"{other} was given" in result.output
+    result = run("generate", *options, "--quality", "small")
+    assert_refused(
+        result, "goes on with --key-bits 3, as it was made, but --quality, --key-bits 2,"
+    )
+    assert "leave --quality out" in result.output
+    fits = ["--quality", "high", "--key-bits", "3"]
+    assert "K3 V4 cascade" in run("generate", *options, *fits).stderr
 
 
 def test_a_prompt_cache_goes_on_with_its_bits_by_layer(tmp_path, llama: str) -> None:

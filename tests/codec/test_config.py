@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rotormlx.config import ONE_STAGE_ROTATIONS, ROTATIONS, RotorConfig
+from rotormlx.config import ONE_STAGE_ROTATIONS, QUALITIES, ROTATIONS, RotorConfig
 
 OTHERS = {
     "key_bits": 3,
@@ -54,3 +54,18 @@ def test_a_text_with_other_fields_is_refused_by_its_field(change, says):
     with pytest.raises(ValueError, match=says) as error:
         RotorConfig.from_json(json.dumps(content))
     assert "{" not in str(error.value)
+
+
+@pytest.mark.parametrize(("quality", "bits"), [("high", 4), ("balanced", 3), ("small", 2)])
+def test_a_quality_is_a_name_for_bits(quality, bits):
+    assert RotorConfig.of_quality(quality, sink=9) == RotorConfig(bits, bits, sink=9)
+    assert RotorConfig.of_quality(quality, key_bits=8) == RotorConfig(8, bits)
+
+
+def test_the_default_is_the_first_quality():
+    assert RotorConfig.of_quality(next(iter(QUALITIES))) == RotorConfig()
+
+
+def test_an_unknown_quality_is_refused():
+    with pytest.raises(ValueError, match="quality must be one of high, balanced, small, but 'no'"):
+        RotorConfig.of_quality("no")

@@ -11,9 +11,11 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from rotormlx.codec import reference
-from rotormlx.measure import attention_error, schemes, scoring
+from rotormlx.measure import attention_error, cache_contents, schemes, scoring
 from rotormlx.measure.attention_error import Attended, layer_error
 from rotormlx.mlx import hook
+from rotormlx.mlx.attention import attend_view
+from rotormlx.mlx.cache.view import KVView
 from tests.support import models as tiny_models
 
 H, K, L, S, D = 6, 2, 5, 150, 40
@@ -97,6 +99,24 @@ def test_exact_cache_loses_nothing() -> None:
     assert (error.key_error, error.value_error, error.top1, error.top5) == (0, 0, 1, 1)
     assert error.cosine == pytest.approx(1, abs=1e-6)
     assert error.score_cosine == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["k2v3", "rotor3-k3v2:bare", "turboquant-k4v4", "kivi-k2v2"])
+def test_output_is_what_attention_gives(name: str) -> None:
+    exact, cache = layer(), schemes.scheme(name).make(4)
+    error = layer_error(exact, cache)
+    views = cache.keys_and_values()
+    if isinstance(views[0], KVView):
+        q = mx.array(exact.queries[None])
+        found = np.array(attend_view(q, *views, scale=exact.scale, mask="causal"))
+    else:
+        arrays = (np.array(x.astype(mx.float32)) for x in cache_contents.decoded(cache))
+        given = {"scale": exact.scale, "mask": "causal"}
+        found = reference.attend(exact.queries[None], *arrays, **given)
+    arrays = (exact.queries[None], exact.keys[None], exact.values[None])
+    truth = reference.attend(*arrays, scale=exact.scale, mask="causal")
+    sizes = np.linalg.norm(found, axis=-1) * np.linalg.norm(truth, axis=-1)
+    assert error.cosine == pytest.approx(((found * truth).sum(-1) / sizes).mean(), abs=1e-5)
 
 
 def test_more_bits_lose_less() -> None:
