@@ -161,7 +161,7 @@ def part_shared_bytes(
     operand_steps = key_steps + -(-key_dim // 32)
     # In units of 16 bytes.
     units = 128 * slots * slot + 32 * operands * operand_steps
-    units += rows // 2 + 4 * rows * BLOCK // 8 + 16 * rows
+    units += 3 * rows // 4 + 4 * rows * BLOCK // 8 + 16 * rows
     units += 32 if 8 in (key_bits, value_bits) else 0
     return max(16 * units, 16 * rows * (2 + value_dim), plain)
 
