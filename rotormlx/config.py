@@ -16,10 +16,6 @@ CHANNEL_SCALES = ("none", "prefill", CALIBRATED)
 # Bits of keys and of values, by names that are easy to remember; README.md has what each costs.
 QUALITIES = {"high": (4, 4), "balanced": (3, 3), "small": (2, 2)}
 
-# One stage mixes at most four channels, so an outlier channel stays one: these rotations need a
-# channel scale to be usable (docs/RESULTS.md).
-ONE_STAGE_ROTATIONS = ("rotor3", "iso4", "planar2", "identity")
-
 
 @dataclass(frozen=True, eq=False)
 class RotorConfig:
@@ -32,11 +28,11 @@ class RotorConfig:
         value_bits: Bits of one value code: 2, 3, 4 or 8.
         rotation: One of ``cascade``, ``rotor3``, ``iso4``, ``planar2``, ``hadamard``, ``dense``,
             ``identity``; or ``calibrated``, a matrix for each KV head from a calibration file.
-        channel_scale: ``"none"``, ``"prefill"`` (the root mean square of each channel over the
-            first packed block, then frozen), ``"calibrated"`` (from a calibration file), or None
-            for the default of the rotation: ``prefill`` for the one-stage rotations, ``none`` for
-            the others. With None and the default rotation, :func:`rotormlx.load` takes the
-            calibration that is kept for the model.
+        channel_scale: ``"none"``, ``"prefill"`` (the root of the root mean square of each channel
+            over the first packed block, then frozen), ``"calibrated"`` (from a calibration file),
+            or None for ``prefill``, and ``none`` with a calibrated rotation. With None and the
+            default rotation, :func:`rotormlx.load` takes the calibration that is kept for the
+            model.
         sink: Tokens at the start of a sequence that stay exact (attention sinks).
         window: Most recent tokens that are always exact.
         seed: Selects the rotations; two caches agree only if their seeds do.
@@ -114,7 +110,7 @@ class RotorConfig:
         """The channel scale, where None stands for the default of the rotation."""
         if self.channel_scale is not None:
             return self.channel_scale
-        return "prefill" if self.rotation in ONE_STAGE_ROTATIONS else "none"
+        return "none" if self.rotation == CALIBRATED else "prefill"
 
     def code_bits(self, role: str) -> int:
         """Bits of one code of this role, ``"key"`` or ``"value"``."""

@@ -174,16 +174,18 @@ def prefill_scale(x: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.float32]:
         codec: Role of the block.
 
     Returns:
-        float32 ``[K, D]``: root mean squares over the tokens (of centred keys), at least 1/64 of
-        the root mean square of the whole block; 1 where the block is zero or not finite.
+        float32 ``[K, D]``: roots of the root mean squares over the tokens (of centred keys), each
+        at least 1/64 of that of the whole block and relative to it; 1 where the block is zero or
+        not finite.
     """
     blocks = _blocks(x)[0, :, 0]
     if codec.role == KEY:
         blocks = blocks - block_means(blocks).astype(np.float64)[:, None, :]
     square = (blocks * blocks).mean(1)
-    floor = square.mean(-1, keepdims=True) / 64**2
-    rms = np.sqrt(np.maximum(square, floor))
-    return np.where(np.isfinite(rms) & (rms > 0), rms, 1).astype(np.float32)
+    whole = square.mean(-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.maximum(square / whole, 64.0**-2) ** 0.25
+    return np.where(np.isfinite(scale) & (whole > 0), scale, 1).astype(np.float32)
 
 
 def rotate(y: Floats, codec: Codec) -> tuple[Floats, Floats]:

@@ -223,9 +223,9 @@ def prefill_scale(x: Tensor, codec: Codec) -> Tensor:
     if codec.role == KEY:
         block = block - block_means(block).float()[:, None, :]
     square = sum_in_order(block * block, -2)[:, 0] / BLOCK
-    floor = sum_in_order(square, -1) / (codec.head_dim * 64**2)
-    rms = square_root(torch.maximum(square, floor))
-    return torch.where(torch.isfinite(rms) & (rms > 0), rms, 1.0)
+    whole = sum_in_order(square, -1) / codec.head_dim
+    scale = square_root(square_root((square / whole).clamp(min=64.0**-2)))
+    return torch.where(torch.isfinite(scale) & (whole > 0), scale, 1.0)
 
 
 def encode_blocks(

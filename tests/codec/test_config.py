@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rotormlx.config import ONE_STAGE_ROTATIONS, QUALITIES, ROTATIONS, RotorConfig
+from rotormlx.config import QUALITIES, ROTATIONS, RotorConfig
 
 OTHERS = {
     "key_bits": 3,
@@ -21,7 +21,7 @@ OTHERS = {
 @pytest.mark.parametrize("rotation", [*ROTATIONS, "calibrated"])
 def test_a_channel_scale_of_none_is_what_it_stands_for(rotation):
     own = RotorConfig(rotation=rotation)
-    default = "prefill" if rotation in ONE_STAGE_ROTATIONS else "none"
+    default = "none" if rotation == "calibrated" else "prefill"
     same = RotorConfig(rotation=rotation, channel_scale=default)
     assert own == same
     assert len({own, same}) == 1
@@ -36,7 +36,7 @@ def test_a_channel_scale_of_none_is_what_it_stands_for(rotation):
 def test_what_differs_is_named_with_both_values(field):
     own = RotorConfig()
     other = replace(own, **{field: OTHERS[field]})
-    before = "none" if field == "channel_scale" else getattr(own, field)
+    before = "prefill" if field == "channel_scale" else getattr(own, field)
     assert own != other
     assert own.difference(other) == (field, before, OTHERS[field])
 

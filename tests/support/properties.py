@@ -287,9 +287,10 @@ def prefill_scales(x, role):
             y = x - centre.clip(-65504, 65504).astype(np.float16).astype(np.float64)[:, None]
         with np.errstate(invalid="ignore"):
             square = np.square(y).mean(1)
-        floor = square.mean(-1, keepdims=True) / 64**2
-        usable = np.isfinite(square).all(-1, keepdims=True) & (floor > 0)
-        found.append(np.where(usable, np.sqrt(np.maximum(square, floor)), 1))
+        whole = square.mean(-1, keepdims=True)
+        usable = np.isfinite(square).all(-1, keepdims=True) & (whole > 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append(np.where(usable, np.maximum(square / whole, 64.0**-2) ** 0.25, 1))
     return np.array(found)
 
 

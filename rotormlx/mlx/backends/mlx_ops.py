@@ -137,9 +137,9 @@ class MLXBackend:
         if codec.role == KEY:
             block = block - block_means(block).astype(mx.float32)[:, None, :]
         square = sum_in_order(block * block, -2)[:, 0] / BLOCK
-        floor = sum_in_order(square, -1) / (codec.head_dim * 64**2)
-        rms = mx.sqrt(mx.maximum(square, floor))
-        return mx.where(mx.isfinite(rms) & (rms > 0), rms, mx.array(1.0))
+        whole = sum_in_order(square, -1) / codec.head_dim
+        scale = mx.sqrt(mx.sqrt(mx.maximum(square / whole, 64.0**-2)))
+        return mx.where(mx.isfinite(scale) & (whole > 0), scale, mx.array(1.0))
 
     def decode(
         self,
