@@ -124,12 +124,16 @@ def row(model: Any, ids: Tensor, exact: Tensor, chosen: Scheme) -> str:
 
 
 def default_schemes() -> Iterator[str]:
-    """All families at 2, 3 and 4 bits, with 4 sink tokens and no window."""
-    for bits in (2, 3, 4):
-        for family in FAMILIES:
-            for more in ("", *OPTIONS.get(family, ())):
-                yield f"{family}k{bits}v{bits}:window=0{more}"
-    yield "nvfp4-k4v4:window=0"
+    """All families at 2, 3 and 4 bits, and KVarN's preset k4v2; 4 sink tokens and no window."""
+    for bits, families in (("k2v2", FAMILIES), ("k3v3", FAMILIES), ("k4v2", ("", "kvarn-"))):
+        yield from _named(bits, families)
+    yield from _named("k4v4", (*FAMILIES, "nvfp4-"))
+
+
+def _named(bits: str, families: tuple[str, ...]) -> Iterator[str]:
+    for family in families:
+        for more in ("", *OPTIONS.get(family, ())):
+            yield f"{family}{bits}:window=0{more}"
 
 
 def read(names: list[str]) -> list[Scheme]:

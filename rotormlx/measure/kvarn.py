@@ -35,7 +35,8 @@ class KVarN:
     The authors' default group is 128; 64 is their finer one, and as long as our block. Where the
     sources differ, the rival has the better choice: 16 turns (the default of their function; their
     presets in vLLM take 8), and float32 vectors in and out (theirs are float16). Their exact sink
-    of 128 tokens is left out, since all schemes share one rule of sink and window.
+    of 128 tokens is left out, since all schemes share one rule of sink and window. Bits are without
+    the padding of their tiles.
 
     Args:
         key_bits: Bits of a key code.
