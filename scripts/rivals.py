@@ -124,9 +124,12 @@ def row(model: Any, ids: Tensor, exact: Tensor, chosen: Scheme) -> str:
 
 
 def default_schemes() -> Iterator[str]:
-    """All families at 2, 3 and 4 bits, and KVarN's preset k4v2; 4 sink tokens and no window."""
-    for bits, families in (("k2v2", FAMILIES), ("k3v3", FAMILIES), ("k4v2", ("", "kvarn-"))):
-        yield from _named(bits, families)
+    """All families at 2, 3 and 4 bits, and more bits in the keys; 4 sink tokens and no window."""
+    yield from _named("k2v2", FAMILIES)
+    yield from _named("k3v3", FAMILIES)
+    # KVarN's own preset is k4v2.
+    yield from _named("k4v2", ("", "kvarn-"))
+    yield from _named("k4v3", ("", "kvarn-"))
     yield from _named("k4v4", (*FAMILIES, "nvfp4-"))
 
 
