@@ -38,7 +38,14 @@ from rotormlx.torch.cache import growing_layers
 from rotormlx.torch.probe import cache_name
 
 FAMILIES = ("", "kvarn-", "kivi-", "turboquant-", "exl3-", "rotorquant-")
-OPTIONS = {"kvarn-": (",group=128",), "turboquant-": (",qjl",), "exl3-": (",compander",)}
+OPTIONS = {
+    "": (",scale=prefill",),
+    "kvarn-": (",group=128",),
+    "turboquant-": (",qjl",),
+    "exl3-": (",compander",),
+}
+# The best at equal bits; KVarN's own preset is k4v2.
+UNEQUAL, BEST = ("k3v2", "k4v2", "k4v3"), ("", "kvarn-", "kivi-")
 COLUMNS = ("scheme", "bits a value", "exact tokens", "KL", "95 %", "median", "99.9th", "top-1")
 
 
@@ -125,12 +132,11 @@ def row(model: Any, ids: Tensor, exact: Tensor, chosen: Scheme) -> str:
 
 def default_schemes() -> Iterator[str]:
     """All families at 2, 3 and 4 bits, and more bits in the keys; 4 sink tokens and no window."""
-    yield from _named("k2v2", FAMILIES)
-    yield from _named("k3v3", FAMILIES)
-    # KVarN's own preset is k4v2.
-    yield from _named("k4v2", ("", "kvarn-"))
-    yield from _named("k4v3", ("", "kvarn-"))
-    yield from _named("k4v4", (*FAMILIES, "nvfp4-"))
+    for bits in ("k2v2", "k3v3", "k4v4"):
+        yield from _named(bits, FAMILIES)
+    yield from _named("k4v4", ("nvfp4-",))
+    for bits in UNEQUAL:
+        yield from _named(bits, BEST)
 
 
 def _named(bits: str, families: tuple[str, ...]) -> Iterator[str]:

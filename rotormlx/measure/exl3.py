@@ -30,8 +30,8 @@ class Exl3:
     Args:
         key_bits: Bits of a key code.
         value_bits: Bits of a value code.
-        compander: Whether levels are moved by the cubic; off by default, as in exllamav3. It is
-            better at 2 and 3 bits, and a little worse above.
+        compander: Whether levels are moved by the cubic; off by default, as in exllamav3. Normal
+            numbers come out nearer with it at 2 and 3 bits, and a little farther above.
     """
 
     key_bits: int
