@@ -38,10 +38,10 @@ Schemes = Annotated[
     str,
     typer.Option(
         help="Schemes, separated by spaces: exact, or [FAMILY-]kBITSvBITS[:OPTION,...]. Families: "
-        "the rotations, affine (mlx-lm's own), kivi, turboquant, rotorquant. Options: sink=N, "
-        "window=N, seed=N, scale=NAME, calibrated=TRANSFORM, layers (bits of their own, as "
-        "calibrate --layers has measured them), bare (no sink and window), "
-        "qjl, centred."
+        "the rotations, affine (mlx-lm's own), kivi, turboquant, rotorquant, kvarn, exl3, nvfp4. "
+        "Options: sink=N, window=N, seed=N, scale=NAME, calibrated=TRANSFORM, layers (bits of "
+        "their own, as calibrate --layers has measured them), bare (no sink and window), "
+        "qjl, centred, group=N (of kvarn), compander (of exl3)."
     ),
 ]
 Dtype = Annotated[

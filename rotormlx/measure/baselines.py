@@ -28,8 +28,12 @@ FLOAT16_BITS = 16
 class Simulation(Protocol):
     """A published codec: what comes back, and what it would take."""
 
+    @property
+    def block(self) -> int:
+        """Tokens that are coded together."""
+
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
-        """What the codec gives back for whole blocks ``[B, K, N * 64, D]``."""
+        """What the codec gives back for whole blocks ``[B, K, N * block, D]``."""
 
     def bits_per_value(self, head_dim: int, role: str) -> float:
         """True bits a value, scales and offsets included."""
@@ -48,6 +52,8 @@ class Kivi:
 
     key_bits: int
     value_bits: int
+
+    block = BLOCK
 
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
         """See :class:`Simulation`."""
@@ -76,6 +82,8 @@ class Affine:
 
     key_bits: int
     value_bits: int
+
+    block = BLOCK
 
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
         """See :class:`Simulation`."""
@@ -118,6 +126,8 @@ class Turbo:
     centred: bool = False
     seed: int = 0
 
+    block = BLOCK
+
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
         """See :class:`Simulation`."""
         centre = np.float32(0)
@@ -147,8 +157,8 @@ class Turbo:
         if sketched:
             residual = unit - coded
             size = np.linalg.norm(residual, axis=-1, keepdims=True)
-            coded = coded + _as_float16(size) * sketch(residual, self.seed, layer)
-        out: Array = _as_float16(norm) * coded
+            coded = coded + as_float16(size) * sketch(residual, self.seed, layer)
+        out: Array = as_float16(norm) * coded
         return out
 
 
@@ -176,7 +186,8 @@ class SimulatedCache:
         self._arrays = keys, values
         self.offset = keys.shape[2]
         start = self.sink + self.packed_tokens
-        count = max(0, self.offset - start - self.window) // BLOCK * BLOCK
+        block = self.codec.block
+        count = max(0, self.offset - start - self.window) // block * block
         if count:
             self._arrays = (
                 self._coded(keys, KEY, start, count),
@@ -254,13 +265,14 @@ def sketch(residual: Array, seed: int, layer: int) -> Array:
 
 
 def _affine(x: Array, bits: int, *, axis: int) -> Array:
-    low = _as_float16(x.min(axis, keepdims=True))
-    step = _as_float16((x.max(axis, keepdims=True) - low) / (2**bits - 1))
+    low = as_float16(x.min(axis, keepdims=True))
+    step = as_float16((x.max(axis, keepdims=True) - low) / (2**bits - 1))
     codes = np.round((x - low) / np.where(step == 0, 1, step)).clip(0, 2**bits - 1)
     return codes * step + low
 
 
-def _as_float16(x: Array) -> Array:
+def as_float16(x: Array) -> Array:
+    """float32 with what float16 keeps."""
     return x.astype(np.float16).astype(np.float32)
 
 

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from numpy.typing import NDArray
 
 from rotormlx.codec import reference
-from rotormlx.codec.format import Packed
+from rotormlx.codec.format import BLOCK, Packed
 from rotormlx.measure.baselines import SimulatedCache
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.lists import leaves
@@ -56,6 +56,17 @@ def bits_per_value(caches: Sequence[Any]) -> float:
 def used_bytes(caches: Sequence[Any]) -> int:
     """Bytes of the tokens that caches hold, without room for growth."""
     return sum(_used(cache) for _, _, cache in leaves(caches))
+
+
+def exact_tokens(cache: Any) -> tuple[int, int]:
+    """First and latest tokens that a cache never packs: its sink and its window."""
+    rule = getattr(cache, "config", cache)
+    return getattr(rule, "sink", 0), getattr(rule, "window", 0)
+
+
+def block_tokens(cache: Any) -> int:
+    """Tokens that a cache packs together."""
+    return cache.codec.block if isinstance(cache, SimulatedCache) else BLOCK
 
 
 def compressed(caches: Sequence[Any]) -> Iterator[tuple[int, Any]]:

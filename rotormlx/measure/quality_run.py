@@ -36,6 +36,8 @@ class Row:
     Args:
         scheme: Its name.
         bits_per_value: True bits of a compressed value.
+        sink: First tokens that are never packed.
+        window: Latest tokens that are never packed.
         cache_bytes: Bytes of the cache after the last text, without room for growth.
         packed_tokens: Tokens of it that are packed, in the layer with the fewest.
         ppl: Perplexity of the predictions compared.
@@ -58,6 +60,8 @@ class Row:
 
     scheme: str
     bits_per_value: float
+    sink: int
+    window: int
     cache_bytes: int
     packed_tokens: int
     ppl: float
@@ -251,6 +255,7 @@ class _SchemeResult:
     common: int
     layers: tuple[attention_error.LayerError, ...]
     bits_per_value: float
+    exact_tokens: tuple[int, int]
     cache_bytes: int
     packed_tokens: int
     seconds: float
@@ -281,9 +286,8 @@ def first_packed(schemes: Sequence[Scheme]) -> int:
     needs = []
     for chosen in schemes:
         cache = chosen.make(0)
-        rule = getattr(cache, "config", cache)
-        exact = getattr(rule, "sink", 0) + getattr(rule, "window", 0)
-        needs.append(-(-(exact + CHUNK) // CHUNK) * CHUNK)
+        unpacked = sum(cache_contents.exact_tokens(cache))
+        needs.append(-(-(unpacked + cache_contents.block_tokens(cache)) // CHUNK) * CHUNK)
     return max(needs)
 
 
@@ -365,6 +369,7 @@ def _measured(
         cache_contents.bits_per_value(
             [cache for _, cache in cache_contents.compressed(reading.caches)]
         ),
+        cache_contents.exact_tokens(chosen.make(layers[0].layer)),
         cache_contents.used_bytes(reading.caches),
         scoring.packed_of(reading.caches),
         reading.seconds,
@@ -398,9 +403,12 @@ def _row(
     )
     summary = differences.quality
     longest = np.stack([result.differences.kl for result in results]).mean(0)
+    sink, window = results[-1].exact_tokens
     return Row(
         scheme=name,
         bits_per_value=results[-1].bits_per_value,
+        sink=sink,
+        window=window,
         cache_bytes=results[-1].cache_bytes,
         packed_tokens=results[-1].packed_tokens,
         ppl=summary.ppl,

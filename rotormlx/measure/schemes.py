@@ -2,8 +2,8 @@
 
 A scheme is a name such as ``k4v4``, ``rotor3-k4v3``, ``affine-k8v8`` or ``kivi-k4v4:bare``: a
 family, the bits of keys and values, and options. Rotations are rotormlx's own caches and ``affine``
-is mlx-lm's; the other families are simulated (:mod:`rotormlx.measure.baselines`). ``bare`` takes
-sink and window away, which is how those codecs were published.
+is mlx-lm's; the other families are simulated (``RIVALS``). ``bare`` takes sink and window away,
+which is how most of those codecs were published.
 """
 
 from __future__ import annotations
@@ -11,30 +11,59 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from rotormlx.config import BITS, ROTATIONS, RotorConfig
 from rotormlx.measure.baselines import GROUP, Affine, Kivi, SimulatedCache, Simulation, Turbo
+from rotormlx.measure.exl3 import Exl3
+from rotormlx.measure.kvarn import KVarN
+from rotormlx.measure.nvfp4 import Nvfp4
 from rotormlx.mlx import calibration
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.integration import cache_factory
 from rotormlx.mlx.probe import compress
 from rotormlx.storage.calibration import TRANSFORMS
 
+
+@dataclass(frozen=True)
+class Rival:
+    """A family of simulated codecs.
+
+    Args:
+        make: The codec, from the bits of keys and values, and options.
+        bits: The bits that it has.
+        options: Options besides sink, window and bare.
+    """
+
+    make: Callable[..., Simulation]
+    bits: tuple[int, ...]
+    options: tuple[str, ...] = ()
+
+
 EXACT = "exact"
-FAMILIES = (*ROTATIONS, "affine", "kivi", "turboquant", "rotorquant")
+_TURBO = ("seed", "qjl", "centred")
+RIVALS = {
+    "kivi": Rival(Kivi, tuple(range(1, 9))),
+    "turboquant": Rival(partial(Turbo, rotation="dense"), BITS, _TURBO),
+    "rotorquant": Rival(partial(Turbo, rotation="rotor3"), BITS, _TURBO),
+    "kvarn": Rival(KVarN, (2, 3, 4), ("group",)),
+    "exl3": Rival(Exl3, tuple(range(2, 9)), ("compander",)),
+    "nvfp4": Rival(lambda key_bits, value_bits: Nvfp4(), (4,)),
+}
+FAMILIES = (*ROTATIONS, "affine", *RIVALS)
 # mx.quantize has these.
 AFFINE_BITS = (2, 3, 4, 6, 8)
 _NAME = re.compile(r"(?:([a-z]+\d?)-)?k(\d)v(\d)(?::(.+))?")
 GRAMMAR = (
     "[FAMILY-]kBITSvBITS[:OPTION,...] with a family of "
     f"{', '.join(FAMILIES)} and options sink=N, window=N, seed=N, scale=NAME, "
-    "calibrated=TRANSFORM, layers, bare, qjl, centred"
+    "calibrated=TRANSFORM, layers, bare, qjl, centred, group=N, compander"
 )
-_NUMBERS = ("sink", "window", "seed")
-_FLAGS = ("bare", "qjl", "centred", "layers")
+_NUMBERS = ("sink", "window", "seed", "group")
+_FLAGS = ("bare", "qjl", "centred", "layers", "compander")
 
 
 @dataclass(frozen=True)
@@ -176,20 +205,16 @@ def _baseline(name: str, family: str, bits: tuple[int, int], options: dict[str, 
                 )
             return Scheme(name, lambda layer: QuantizedKVCache(GROUP, bits[0]))
         codec: Simulation = Affine(*bits)
-    elif family == "kivi":
-        _allow(name, options, ("sink", "window"))
-        _check_bits(name, bits, tuple(range(1, 9)))
-        codec = Kivi(*bits)
     else:
-        _allow(name, options, ("sink", "window", "seed", "qjl", "centred"))
-        _check_bits(name, bits, (2, 3, 4) if options.get("qjl") else BITS)
-        codec = Turbo(*bits, "dense" if family == "turboquant" else "rotor3", **options)
+        rival = RIVALS[family]
+        _allow(name, options, ("sink", "window", *rival.options))
+        _check_bits(name, bits, (2, 3, 4) if options.get("qjl") else rival.bits)
+        codec = rival.make(*bits, **options)
     rule = {"sink": 4 if sink is None else sink, "window": 64 if window is None else window}
     return Scheme(name, lambda layer: SimulatedCache(codec, layer, **rule))
 
 
 def _check_bits(name: str, bits: tuple[int, int], choices: tuple[int, ...]) -> None:
     if not set(bits) <= set(choices):
-        raise ValueError(
-            f"[scheme] Bits must be of {', '.join(map(str, choices))} here, but {name!r} was given."
-        )
+        wanted = f"{'of ' if choices[1:] else ''}{', '.join(map(str, choices))}"
+        raise ValueError(f"[scheme] Bits must be {wanted} here, but {name!r} was given.")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from rotormlx.cli import measure
 from rotormlx.codec import codebook, reference
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import RotorConfig
 from rotormlx.measure import cache_contents, schemes
 from rotormlx.measure.baselines import Affine, Kivi, SimulatedCache, Turbo
+from rotormlx.measure.exl3 import Exl3
+from rotormlx.measure.kvarn import KVarN
+from rotormlx.measure.nvfp4 import Nvfp4
 from rotormlx.measure.schemes import scheme
 from rotormlx.mlx.cache.single import RotorKVCache
 from tests.support import models as tiny_models
@@ -26,6 +30,8 @@ X = RNG.normal(size=(B, K, S, D)).astype(np.float32)
 
 class Ours:
     """The codec of a rotormlx cache as a simulated one, by the float64 reference."""
+
+    block = 64
 
     def __init__(self, config: RotorConfig) -> None:
         self.config = config
@@ -40,6 +46,8 @@ class Ours:
 
 class Nothing:
     """A codec that keeps nothing."""
+
+    block = 64
 
     def decoded(self, x: Any, *, layer: int, role: str) -> Any:
         return np.zeros_like(x)
@@ -87,6 +95,11 @@ def test_scheme_of_a_rotation(name: str, config: RotorConfig) -> None:
         ("turboquant-k4v3", Turbo(4, 3, "dense"), (4, 64)),
         ("turboquant-k4v4:bare,qjl", Turbo(4, 4, "dense", qjl=True), (0, 0)),
         ("rotorquant-k3v3:centred,seed=2", Turbo(3, 3, "rotor3", centred=True, seed=2), (4, 64)),
+        ("kvarn-k3v2", KVarN(3, 2, 64), (4, 64)),
+        ("kvarn-k4v2:group=128,window=0", KVarN(4, 2, 128), (4, 0)),
+        ("exl3-k2v8:bare", Exl3(2, 8), (0, 0)),
+        ("exl3-k5v3:compander", Exl3(5, 3, True), (4, 64)),
+        ("nvfp4-k4v4:sink=1", Nvfp4(), (1, 64)),
     ],
 )
 def test_scheme_of_a_rival(name: str, simulated: Any, rule: tuple[int, int]) -> None:
@@ -115,6 +128,13 @@ def test_scheme_of_mlx_lm() -> None:
         ("affine-k8v4", "equal bits"),
         ("affine-k5v5", "Bits must be of 2, 3, 4, 6, 8"),
         ("turboquant-k8v8:qjl", "Bits must be of 2, 3, 4"),
+        ("kvarn-k5v4", "Bits must be of 2, 3, 4 here, but 'kvarn-k5v4' was given"),
+        ("kvarn-k4v4:group=96", "group must be of 64, 128 tokens, but 96 was given"),
+        ("kvarn-k4v4:seed=1", "has seed; leave it out"),
+        ("exl3-k1v4", "Bits must be of 2, 3, 4, 5, 6, 7, 8"),
+        ("exl3-k4v4:group=64", "has group; leave it out"),
+        ("nvfp4-k3v3", "Bits must be 4 here, but 'nvfp4-k3v3' was given"),
+        ("nvfp4-k4v4:compander", "has compander; leave it out"),
         ("k4v4:scale=best", "channel_scale must be one of"),
     ],
 )
@@ -135,6 +155,15 @@ def test_scheme_refuses(name: str, message: str) -> None:
 )
 def test_all_packed(name: str, packed: str) -> None:
     assert schemes.all_packed(name) == packed
+
+
+def test_grammar_and_help_name_every_family_and_option() -> None:
+    with pytest.raises(ValueError, match="A scheme must be") as refused:
+        scheme("zigzag-k4v4")
+    [option] = get_args(measure.Schemes)[1:]
+    for word in (*schemes.RIVALS, *schemes._FLAGS, *(f"{n}=N" for n in schemes._NUMBERS)):
+        assert word in str(refused.value)
+        assert word in option.help
 
 
 def test_scheme_leaves_other_caches_alone() -> None:

@@ -70,6 +70,8 @@ class Recalling:
 class Forgetting:
     """A codec that loses the tokens of one part of a text."""
 
+    block = 64
+
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last, self.seen = first, last, 0
 

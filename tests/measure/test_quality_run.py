@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -165,7 +166,15 @@ def test_run_refuses_a_dtype(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("k4v4", 192), ("k4v4:bare", 64), ("affine-k4v4", 64), ("kivi-k4v4:window=128,sink=0", 192)],
+    [
+        ("k4v4", 192),
+        ("k4v4:bare", 64),
+        ("affine-k4v4", 64),
+        ("kivi-k4v4:window=128,sink=0", 192),
+        ("kvarn-k4v4:bare", 64),
+        ("kvarn-k4v4:bare,group=128", 128),
+        ("kvarn-k4v4:window=0,group=128", 192),
+    ],
 )
 def test_first_packed(name: str, first: int) -> None:
     assert quality_run.first_packed([schemes.scheme(name)]) == first
@@ -230,8 +239,8 @@ def test_page_needs_nothing_else(result: quality_run.Result) -> None:
         texts = {text.strip() for text in ElementTree.fromstring(svg).itertext()}
         assert set(SCHEMES) <= texts
     for row in result.rows:
-        cells = f"<tr><td>{row.scheme}</td><td>{row.bits_per_value:.3f}</td><td>{row.kl:.4f}</td>"
-        assert cells in page
+        cells = row.scheme, f"{row.bits_per_value:.3f}", f"{row.sink} + {row.window}"
+        assert f"<tr><td>{'</td><td>'.join((*cells, f'{row.kl:.4f}'))}</td>" in page
 
 
 @pytest.mark.slow
@@ -255,7 +264,7 @@ def test_plots_show_the_numbers(result: quality_run.Result) -> None:
         assert {name for name in before if before[name] != after[name]} == {title}
 
 
-@pytest.mark.parametrize(("width", "last"), [(40, "bits a value"), (80, "PPL"), (120, None)])
+@pytest.mark.parametrize(("width", "last"), [(40, "bits a value"), (80, "top-1"), (120, None)])
 def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
     result: quality_run.Result, width: int, last: str | None
 ) -> None:
@@ -272,6 +281,26 @@ def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         wanted = [quality_report.COLUMNS[name](row) for name in names[:count]]
         assert cells == [row.scheme, *wanted]
+
+
+@pytest.mark.parametrize(
+    ("form", "top"), [("terminal", "┏"), ("markdown", "|"), ("html", "<table")]
+)
+def test_every_table_says_which_tokens_stay_exact(
+    result: quality_run.Result, form: str, top: str
+) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(quality_report.table(result, 120))
+    made = {
+        "terminal": console.export_text(),
+        "markdown": quality_report.markdown(result),
+        "html": unescape(quality_report.html(result)),
+    }
+    above, table = made[form].split(top, 1)
+    assert quality_report.EXACT_TOKENS in " ".join(above.split())
+    for name, rule in zip(SCHEMES, ("4 + 64", "0 + 0", "4 + 64", "0 + 0", "0 + 0"), strict=True):
+        row = re.compile(rf"(?<![-\w]){re.escape(name)}\W.*\D{re.escape(rule)}\D")
+        assert any(map(row.search, table.splitlines()))
 
 
 def test_markdown_has_every_number(result: quality_run.Result) -> None:

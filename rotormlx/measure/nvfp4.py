@@ -1,0 +1,74 @@
+"""NVFP4, simulated: 4-bit floats, an 8-bit float for 16 of them, a float32 for all.
+
+Source: NVIDIA's NVFP4 format, as vLLM and TensorRT-LLM keep a cache in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rotormlx.codec.format import BLOCK
+from rotormlx.measure.baselines import Array
+
+GROUP = 16
+BITS, SCALE_BITS = 4, 8
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A small float: sign, exponent, mantissa; no infinity.
+
+    Args:
+        mantissa_bits: Bits behind the point.
+        least_exponent: Of a normal number; below it steps are equal.
+        largest: The largest number; what is larger becomes it.
+    """
+
+    mantissa_bits: int
+    least_exponent: int
+    largest: float
+
+    def nearest(self, x: Array) -> Array:
+        """The nearest numbers, ties to the even mantissa."""
+        exponent = np.maximum(np.frexp(x)[1] - 1, self.least_exponent)
+        step = np.ldexp(np.float32(1), exponent - self.mantissa_bits)
+        out: Array = (np.rint(x / step) * step).clip(-self.largest, self.largest)
+        return out
+
+
+E2M1 = FloatFormat(1, 0, 6.0)
+E4M3 = FloatFormat(3, -6, 448.0)
+
+
+@dataclass(frozen=True)
+class Nvfp4:
+    """NVFP4: 16 channels of a token share a scale that makes the largest of them 6.
+
+    Codes are e2m1, scales of 16 are e4m3, and a float32 scale of the whole tensor brings the
+    largest scale to 448. That one is calibrated or loaded in practice; here every call has its own,
+    which is the rival's best case, and its 32 bits count as none.
+    """
+
+    block = BLOCK
+
+    def decoded(self, x: Array, *, layer: int, role: str) -> Array:
+        """See :class:`rotormlx.measure.baselines.Simulation`."""
+        if x.shape[-1] % GROUP:
+            raise ValueError(
+                f"[scheme] nvfp4 needs a head_dim that is a multiple of {GROUP}, but this model's "
+                f"is {x.shape[-1]}; leave nvfp4 out."
+            )
+        groups = x.reshape(*x.shape[:-1], -1, GROUP)
+        largest = np.abs(groups).max(-1, keepdims=True)
+        tensor_scale = np.float32(largest.max() / (E2M1.largest * E4M3.largest)) or np.float32(1)
+        scale = E4M3.nearest(largest / E2M1.largest / tensor_scale) * tensor_scale
+        divisor: Any = np.where(scale == 0, np.float32(1), scale)
+        out: Array = (E2M1.nearest(groups / divisor) * scale).reshape(x.shape)
+        return out
+
+    def bits_per_value(self, head_dim: int, role: str) -> float:
+        """See :class:`rotormlx.measure.baselines.Simulation`."""
+        return BITS + SCALE_BITS / GROUP
