@@ -9,7 +9,7 @@ from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 
-FLOAT16_BYTES = 2
+FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class LayerReport:
             return self.float_bytes(tokens)
         packed = packed_tokens(tokens, config)
         exact = (tokens - packed) * self.values_per_token * self.exact_bytes
-        return exact + round(packed * self.packed_bits_per_token / 8)
+        scale = self.values_per_token * FLOAT32_BYTES if packed and config.scales_channels else 0
+        return exact + round(packed * self.packed_bits_per_token / 8) + scale
 
     def __str__(self) -> str:
         if not self.compressed:

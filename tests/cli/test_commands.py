@@ -113,7 +113,7 @@ def test_generate_says_what_it_compressed(llama: str, options, name: str, bits: 
     # mlx-lm computes a token ahead of the last one it prints.
     assert tokens - 1 <= int(match[1]) <= tokens + 1
     # 2 layers, 2 KV heads; the exact part is float32 in this model.
-    used = 2 * 2 * 128 * (192 * bits / 8 + (int(match[1]) - 192) * 4)
+    used = 2 * 2 * 128 * (192 * bits / 8 + (int(match[1]) - 192) * 4 + 4)  # and a channel scale
     plain = 2 * 2 * 128 * int(match[1]) * 2
     assert (match[2], match[3]) == (f"{used / 1e6:.2f}", f"{plain / 1e6:.2f}")
     assert float(match[4]) == pytest.approx(plain / used, abs=0.01)
@@ -377,12 +377,12 @@ def test_a_prompt_cache_goes_on_as_it_was_made(tmp_path, llama: str) -> None:
     """Options that say the same are taken, others are refused and not dropped."""
     path = save_cache(tmp_path / "c.safetensors", llama, RotorConfig(key_bits=3))
     options = ["--prompt-cache-file", str(path), *SHORT]
-    for same in ([], ["--key-bits", "3"], ["--channel-scale", "none"]):
+    for same in ([], ["--key-bits", "3"], ["--channel-scale", "prefill"]):
         result = run("generate", *options, *same)
         assert result.exit_code == 0, result.output
         assert "K3 V4 cascade" in result.stderr
     # 4 is the default, but the user asked for it.
-    for other, made in (("--key-bits 4", "3"), ("--channel-scale prefill", "none")):
+    for other, made in (("--key-bits 4", "3"), ("--channel-scale none", "prefill")):
         result = run("generate", *options, *other.split())
         assert_refused(result, f"[prompt cache] {path} goes on with {other.split()[0]} {made}")
         assert f"{other} was given" in result.output
@@ -753,8 +753,9 @@ def test_a_prompt_cache_outlives_a_calibration(llama: str, text: str, monkeypatc
     assert run(*made, plain, "--channel-scale", "none").exit_code == 0
     before = [run("generate", "--prompt-cache-file", file, *SHORT) for file in (path, plain)]
     assert run("calibrate", llama, "--text", text, "--tokens", "200").exit_code == 0
-    for file, first in zip((path, plain), before, strict=True):
-        for options in ([], ["--channel-scale", "none"]):
+    scales = ("prefill", "none")
+    for file, first, scale in zip((path, plain), before, scales, strict=True):
+        for options in ([], ["--channel-scale", scale]):
             result = run("generate", "--prompt-cache-file", file, *SHORT, *options)
             assert result.exit_code == 0, result.output
             assert result.stdout.split("\n")[1] == first.stdout.split("\n")[1]

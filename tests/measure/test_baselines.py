@@ -301,7 +301,7 @@ def test_true_bits(simulated: Any, key: float, value: float) -> None:
 @pytest.mark.parametrize("chunk", [1, 37, 500])
 def test_simulated_cache_is_our_cache_with_our_codec(sink: int, window: int, chunk: int) -> None:
     """Sink, blocks and window are those of the real cache, whatever the chunks."""
-    config = RotorConfig(3, 4, sink=sink, window=window)
+    config = RotorConfig(3, 4, channel_scale="none", sink=sink, window=window)
     rng = np.random.default_rng(6)
     keys = rng.normal(size=(1, 2, 331, 48)).astype(np.float32)
     values = rng.normal(size=(1, 2, 331, 80)).astype(np.float32)

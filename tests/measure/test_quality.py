@@ -306,10 +306,11 @@ def test_demo_rows(tmp_path: Path) -> None:
     assert exact.cache_bytes == values * context * 4
     assert affine.cache_bytes == values * context * 5 / 8
     for row, bits in ((rotor4, 4.375), (rotor3, 3.375)):
-        assert row.cache_bytes == values * (packed * bits / 8 + (context - packed) * 4)
+        # 4 bytes per channel for its scale.
+        assert row.cache_bytes == values * (packed * bits / 8 + (context - packed) * 4 + 4)
 
     # 8,192 tokens: 128 of them are exact.
-    ratios = [32 * 8192 / (8064 * bits + 128 * 32) for bits in (4.375, 3.375)]
+    ratios = [32 * 8192 / (8064 * bits + 128 * 32 + 32) for bits in (4.375, 3.375)]
     assert [row.long_context_ratio for row in rows] == pytest.approx([1, 32 / 5, *ratios])
 
     assert exact.quality is None

@@ -329,7 +329,7 @@ def test_rows_of_another_configuration_or_layer_are_refused():
             RotorKVCache.merge([batch.extract(0), other])
         with pytest.raises(ValueError, match=says):
             batch.extend(RotorKVCache.merge([other]))
-    same = RotorKVCache(RotorConfig(channel_scale="none"), 3)
+    same = RotorKVCache(RotorConfig(channel_scale="prefill"), 3)
     RotorKVCache.merge([batch.extract(0), same])
     strange = RotorKVCache(RotorConfig(), 3)
     strange.update_and_fetch(mx.zeros((1, 3, 5, D)), mx.zeros((1, 3, 5, DV)))

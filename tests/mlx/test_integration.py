@@ -520,7 +520,7 @@ def test_a_cache_of_another_configuration_goes_on_with_its_own(tmp_path) -> None
     """Its bits stay, the report says so, and None for the channel scale is what it stands for."""
     model = tiny.build("llama")
     path = str(tmp_path / "c.safetensors")
-    integration.apply(model, RotorConfig(8, 3, channel_scale="none", window=10))
+    integration.apply(model, RotorConfig(8, 3, channel_scale="prefill", window=10))
     caches = fill(integration.make_prompt_cache(model), model, 150)
     prompt_cache.save_prompt_cache(path, model, caches)
     want = tiny.logits(model, tiny.tokens(70, seed=2), caches)
@@ -683,7 +683,7 @@ STATES = {
     "words-dtype": (6, mx.zeros((1, 2, 1, 8, 64), mx.int32), "key words of dtype and shape"),
     "scales": (7, mx.zeros((1, 2, 2, 64), mx.float16), "key scales of dtype and shape"),
     "centres": (8, None, "key centres of dtype and shape"),
-    "channel-scale": (9, mx.ones((2, 64)), "key channel scale of dtype and shape None"),
+    "channel-scale": (9, mx.ones((2, 63)), "key channel scale of dtype and shape"),
     "values": (10, mx.zeros((1, 4, 86, 64)), "value words of dtype and shape"),
     "value-centres": (13, mx.zeros((1, 2, 1, 64), mx.float16), "value centres of dtype and shape"),
     "one-more": (15, 0, "entries in a RotorKVCache"),

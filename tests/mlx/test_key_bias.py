@@ -72,6 +72,8 @@ def test_without_centres_it_would_cost_everything(monkeypatch):
     encode = store.backend().encode
 
     class Uncentred:
+        prefill_scale = staticmethod(store.backend().prefill_scale)
+
         @staticmethod
         def encode(x, codec, *, channel_scale=None, centres=None):
             if codec.role == "key":

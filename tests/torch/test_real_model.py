@@ -84,8 +84,9 @@ def test_a_calibration_of_mlx_lowers_the_divergence(model, smollm2, text, exact,
     rotormlx.calibrate(*smollm2).save(tmp_path / "c.safetensors")
     calibration = rt.load_calibration(tmp_path / "c.safetensors", model)
     tokens, found = text[: FIRST + PREDICTIONS + 1], []
-    for given in (None, calibration):
-        cache = rt.RotorCache(model.config, calibration=given)
+    plain = RotorConfig(channel_scale="none")
+    for given in ((plain, None), (None, calibration)):
+        cache = rt.RotorCache(model.config, given[0], calibration=given[1])
         found.append(scoring.compare(exact, score(model, tokens, cache), start=FIRST).kl_mean)
     figure(f"torch, a calibration of MLX: KL {found[0]:.5f} without, {found[1]:.5f} with it")
     assert found[1] < 0.9 * found[0]
