@@ -1,9 +1,9 @@
 """Faster attention over exact keys for measurements on a CPU.
 
-MLX's CPU build reads 4,096 tokens of SmolLM2 in chunks of 64 at a few tokens a second, nearly all of
-it in attention. So while a model is measured on a CPU, chunks attend with numpy's BLAS, in float32
-whatever the dtype, as MLX does on a GPU; the result goes back in the dtype it would have had. Calls
-of few queries, such as decoding, stay with MLX.
+MLX's CPU build spends nearly all of a long text in attention. So while a model is measured on a
+CPU, chunks attend with numpy's BLAS, in float32 whatever the dtype, as MLX does on a GPU; the
+result goes back in the dtype it would have had. Calls of few queries, such as decoding, stay with
+MLX.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mlx_lm.models import base
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Codes = tuple[mx.array, mx.array, mx.array]
 
 # Queries from which numpy is faster than MLX.
 FEWEST = 8
@@ -47,28 +48,35 @@ def numpy_attention() -> Iterator[None]:
     ) -> mx.array:
         if q.shape[2] < FEWEST or not (isinstance(mask, mx.array) or mask in (None, "causal")):
             return fast(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
-        shown = np.array(mask) if isinstance(mask, mx.array) and mask.dtype == mx.bool_ else mask
-        if isinstance(shown, mx.array):
-            shown = _float32(shown)
-        vectors = (_float32(x) for x in (q, k, v))
-        out = attended(*vectors, scale, shown, None if sinks is None else _float32(sinks))
+        wide: NDArray[Any] | str | None = None if isinstance(mask, mx.array) else mask
+        if isinstance(mask, mx.array):
+            wide = np.array(mask) if mask.dtype == mx.bool_ else _float32(mask)
+        out = attended(
+            _float32(q),
+            _float32(k),
+            _float32(v),
+            scale,
+            mask=wide,
+            sinks=None if sinks is None else _float32(sinks),
+        )
         return mx.array(out).astype(mx.result_type(q, k, v))
 
     def attend_codes(
         queries: mx.array,
-        q_keys: tuple[mx.array, ...],
-        q_values: tuple[mx.array, ...],
+        q_keys: Codes,
+        q_values: Codes,
         scale: float,
-        mask: mx.array | str | None,
+        mask: Any,
         group_size: int = 64,
         bits: int = 8,
     ) -> mx.array:
         if queries.shape[2] < FEWEST:
             return over_codes(queries, q_keys, q_values, scale, mask, group_size, bits)
-        keys, values = (
-            mx.dequantize(*codes, group_size=group_size, bits=bits) for codes in (q_keys, q_values)
-        )
-        return attend(queries, keys, values, scale=scale, mask=mask)
+
+        def vectors(words: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+            return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+
+        return attend(queries, vectors(*q_keys), vectors(*q_values), scale=scale, mask=mask)
 
     with ExitStack() as stack:
         if mx.default_device() == mx.Device(mx.cpu):
@@ -102,17 +110,13 @@ def attended(
     """
     batch, heads, length, _ = q.shape
     groups, tokens = k.shape[1:3]
-    rows = (np.float32(scale) * q).reshape(batch, groups, -1, q.shape[-1])
+    rows: Array = (np.float32(scale) * q).reshape(batch, groups, -1, q.shape[-1])
     scores: Array = (rows @ k.swapaxes(-1, -2)).reshape(batch, heads, length, tokens)
-    if isinstance(mask, str):
-        mask = np.arange(tokens) <= np.arange(length)[:, None] + tokens - length
-    if mask is not None and mask.dtype == np.bool_:
-        scores = np.where(mask, scores, np.float32(-np.inf))
-    elif mask is not None:
-        scores += mask
+    if mask is not None:
+        scores += _added(mask, length, tokens)
     highest = scores.max(-1, keepdims=True)
     if sinks is not None:
-        highest = np.maximum(highest, sinks[:, None, None])
+        np.maximum(highest, sinks[:, None, None], out=highest)
     scores -= highest
     np.exp(scores, out=scores)
     total = scores.sum(-1, keepdims=True)
@@ -120,6 +124,15 @@ def attended(
         total += np.exp(sinks[:, None, None] - highest)
     out: Array = (scores.reshape(batch, groups, -1, tokens) @ v).reshape(*q.shape[:3], -1)
     return out / total
+
+
+def _added(mask: NDArray[Any] | str, length: int, tokens: int) -> NDArray[Any]:
+    """What a mask adds to scores ``[..., L, S]``."""
+    if isinstance(mask, str):
+        mask = np.arange(tokens) <= np.arange(length)[:, None] + tokens - length
+    if mask.dtype != np.bool_:
+        return mask
+    return np.where(mask, np.float32(0), np.float32(-np.inf))
 
 
 def _float32(x: mx.array) -> Array:

@@ -53,11 +53,6 @@ def wilson(hits: int, trials: int) -> Interval:
     return float(bounds.low), float(bounds.high)
 
 
-def quantile(values: NDArray[np.float64], level: float) -> float:
-    """The quantile that is one of the values: the smallest with a share of ``level`` up to it."""
-    return float(np.quantile(values, level, method="inverted_cdf"))
-
-
 def quantile_intervals(
     values: NDArray[np.float64], levels: Sequence[float], seed: int = 0
 ) -> list[Interval]:

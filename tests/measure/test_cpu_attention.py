@@ -21,9 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 def arrays(dtype: mx.Dtype, length: int = L) -> list[mx.array]:
     shapes = [(B, H, length, D), (B, K, S, D), (B, K, S, D)]
-    return [
-        mx.random.normal(s, key=mx.random.key(i)).astype(dtype) for i, s in enumerate(shapes)
-    ]
+    return [mx.random.normal(s, key=mx.random.key(i)).astype(dtype) for i, s in enumerate(shapes)]
 
 
 def masks() -> dict[str, Any]:
@@ -56,7 +54,9 @@ def test_attention_is_mlx_attention(mask: str, sinks: bool, dtype: mx.Dtype) -> 
         name: x.astype(mx.float32) if isinstance(x, mx.array) and x.dtype == dtype else x
         for name, x in options.items()
     }
-    wanted = mx.fast.scaled_dot_product_attention(*(x.astype(mx.float32) for x in (q, k, v)), **wide)
+    wanted = mx.fast.scaled_dot_product_attention(
+        *(x.astype(mx.float32) for x in (q, k, v)), **wide
+    )
     mx.eval(wanted)
     with numpy_attention():
         found = mx.fast.scaled_dot_product_attention(q, k, v, **options)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rotormlx.measure import intervals
+from rotormlx.measure.scoring import quantile
 
 
 def test_interval_of_independent_numbers_is_the_normal_one() -> None:
@@ -30,7 +31,7 @@ def test_interval_of_a_quantile_of_independent_numbers(level: float, count: int)
     values = np.random.default_rng(2).exponential(size=count)
     [(low, high)] = intervals.quantile_intervals(values, [level])
     deviation = 1.96 * np.sqrt(count * level * (1 - level))
-    ranks = np.searchsorted(np.sort(values), [low, intervals.quantile(values, level), high])
+    ranks = np.searchsorted(np.sort(values), [low, quantile(values, level), high])
     # The deviation of a bound from 4,000 resamples of clumped draws is well below a quarter.
     assert ranks[1] - ranks[0] == pytest.approx(deviation, rel=0.25)
     assert ranks[2] - ranks[1] == pytest.approx(deviation, rel=0.25)
@@ -48,7 +49,7 @@ def test_intervals_of_several_quantiles_are_in_order() -> None:
     values = np.random.default_rng(4).exponential(size=1000)
     found = intervals.quantile_intervals(values, [0.5, 0.99, 0.999])
     for level, (low, high) in zip([0.5, 0.99, 0.999], found, strict=True):
-        assert low <= intervals.quantile(values, level) <= high
+        assert low <= quantile(values, level) <= high
         assert {low, high} <= set(values)
     # One value lies above the 99.9 % of 1,000, so the interval ends at the largest.
     assert found[2][1] == values.max()
@@ -56,7 +57,7 @@ def test_intervals_of_several_quantiles_are_in_order() -> None:
 
 @pytest.mark.parametrize(("level", "wanted"), [(0.5, 2), (0.51, 3), (0.75, 3), (0.999, 9)])
 def test_quantile_is_one_of_the_values(level: float, wanted: float) -> None:
-    assert intervals.quantile(np.array([9.0, 1, 2, 3]), level) == wanted
+    assert quantile(np.array([9.0, 1, 2, 3]), level) == wanted
 
 
 def test_share_of_alike_answers_is_not_certain() -> None:
