@@ -69,6 +69,12 @@ def quality(
     sampled: Annotated[int, count("Tokens of each sampled continuation.", 0)] = 64,
     seeds: Annotated[int, count("Sampled continuations of each text.", 0)] = 4,
     temperature: Annotated[float, typer.Option(help="Of the sampled continuations.")] = 0.8,
+    tasks: Annotated[
+        int,
+        count(
+            "Questions of each generated task, such as 100; each scheme takes a minute or more.", 0
+        ),
+    ] = 0,
     dtype: Dtype = None,
     all_packed: Annotated[
         bool, typer.Option("--all-packed", help="No sink and no window in any scheme.")
@@ -82,7 +88,7 @@ def quality(
     """
     grammar, run, report = _module("schemes"), _module("quality_run"), _module("quality_report")
     kept = _Kept("quality", output or Path(), report.files, _quality_table)
-    where = ("[quality]", "[scheme]", "[assert_packed]", "[RotorConfig]", "[smollm2]")
+    where = ("[quality]", "[scheme]", "[needle]", "[RotorConfig]", "[smollm2]")
     with refusing(ValueError, RuntimeError, where=where), kept:
         names = [grammar.all_packed(n) if all_packed else n for n in schemes.split()]
         list(map(grammar.scheme, names))  # refuses before a model is loaded
@@ -98,6 +104,7 @@ def quality(
                 texts=texts,
                 tokens=tokens,
                 written=written,
+                items=tasks,
                 dtype=dtype,
                 output=output or Path(),
                 progress=progress,
@@ -110,6 +117,9 @@ def _quality_table(result: Any) -> None:
     report, console = _module("quality_report"), wide_console()
     console.print(report.table(result, console.width))
     console.print(report.LEGEND, highlight=False)
+    if result.exact_tasks:
+        console.print(report.task_table(result))
+        console.print(report.TASK_LEGEND, highlight=False)
 
 
 def needle(
@@ -122,12 +132,12 @@ def needle(
     trials: Annotated[int, count("Least trials of each kind and scheme.")] = 200,
     needles: Annotated[int, count("Most needles in one text.")] = 20,
     kinds: Annotated[
-        str, typer.Option(help="Kinds of needle, separated by commas: fact, copy.")
-    ] = "fact,copy",
+        str, typer.Option(help="Kinds of task, separated by commas: fact, copy, chain.")
+    ] = "fact,copy,chain",
     seed: Annotated[int, count("Selects texts and answers.", 0)] = 0,
     output: Output = None,
 ) -> None:
-    """Hide needles in long texts and ask for them through each scheme."""
+    """Ask for facts, copies and chains of sums behind long texts through each scheme."""
     module, grammar = _module("needle"), _module("schemes")
     kept = _Kept("needle", output, _files("needle", module), _table(module))
     where = ("[needle]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]")

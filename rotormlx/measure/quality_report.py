@@ -20,6 +20,7 @@ from rich.table import Table
 from rotormlx.measure.free_running import Settings
 from rotormlx.measure.intervals import Interval
 from rotormlx.measure.quality_run import Result, Row
+from rotormlx.measure.schemes import EXACT
 from rotormlx.report import megabytes
 
 # What the columns of the tables hold.
@@ -59,6 +60,13 @@ LEGEND = (
     "attended, or among five; means over layers, each layer by itself. bits a value: of the "
     "compressed part, scales and centres included."
 )
+TASK_LEGEND = (
+    "Share of questions whose every token is right, with Wilson's interval at 95 %; the answers "
+    "lie in texts of 1,024 tokens, in packed bytes. fact: a number by its name. copy: how a run of "
+    "random tokens goes on. chain: two sums, one behind the other, after examples. Against exact: "
+    "questions lost and gained against the exact cache, with the p of McNemar's exact test, "
+    "two-sided and not corrected for the number of comparisons."
+)
 # A terminal of 120 characters has room for these.
 _PRINTED = (
     *("bits a value", "KL", "KL, 95 %", "median", "99.9 %", "top-1", "top-1, 95 %"),
@@ -84,6 +92,31 @@ def table(result: Result, width: int) -> Table:
     for row in zip(*shown, strict=True):
         out.add_row(*row)
     return out
+
+
+def task_table(result: Result) -> Table:
+    """The generated tasks, for a terminal."""
+    header, rows = task_cells(result)
+    out = Table(title="Generated tasks that were solved")
+    for name in header:
+        out.add_column(name)
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def task_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the exact cache, then a scheme a row; two columns a kind of task."""
+    header = ["scheme"]
+    for score in result.exact_tasks:
+        header += [f"{score.kind}, of {score.trials}", f"{score.kind}, against exact"]
+    rows = [[EXACT, *(cell for score in result.exact_tasks for cell in (str(score), ""))]]
+    rows += [
+        [row.scheme, *(cell for score in row.tasks for cell in (str(score), score.against_exact))]
+        for row in result.rows
+        if row.tasks
+    ]
+    return header, rows
 
 
 def heading(result: Result) -> str:
@@ -119,8 +152,16 @@ def markdown(result: Result) -> str:
     lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for row in result.rows:
         lines.append([f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())])
-    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{heading(result)}.\n\n{body}\n\n{setting(result)}\n\n{LEGEND}\n"
+    parts = [f"{heading(result)}.", _piped(lines), setting(result), LEGEND]
+    if result.exact_tasks:
+        header, rows = task_cells(result)
+        named = [[f"`{name}`", *cells] for name, *cells in rows]
+        parts += [_piped([header, ["---"] * len(header), *named]), TASK_LEGEND]
+    return "\n\n".join(parts) + "\n"
+
+
+def _piped(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def html(result: Result) -> str:
@@ -136,6 +177,8 @@ def html(result: Result) -> str:
         legend=LEGEND,
         columns=list(COLUMNS),
         rows=rows,
+        tasks=task_cells(result) if result.exact_tasks else None,
+        task_legend=TASK_LEGEND,
         plots=plots(result),
     )
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from rich.progress import Progress, TaskID
 
-from rotormlx.measure import attention_error, intervals, reading, scoring, unfinished
+from rotormlx.measure import attention_error, intervals, reading, scoring, tasks, unfinished
 from rotormlx.measure.cpu_attention import numpy_attention
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.free_running import Settings
+from rotormlx.measure.haystack import KINDS, Haystack, texts_for
 from rotormlx.measure.intervals import Interval
+from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.reading import Coded, Exact, Text
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.measure.scoring import CHUNK, Differences
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import backends, hook
+from rotormlx.mlx import hook
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Row:
         sampled_median: Their median; None if nothing was sampled.
         sampled_never: Share of them that never differ.
         sampled_never_interval: Wilson interval of it at 95 %.
+        tasks: Generated tasks that were solved; empty if none were given.
         cosine: Cosine of attention outputs, the mean over layers.
         attention_top1: Share of queries whose most attended token stays that.
         attention_top5: Share whose most attended token stays among the five most attended.
@@ -85,6 +85,7 @@ class Row:
     sampled_median: float | None
     sampled_never: float | None
     sampled_never_interval: Interval | None
+    tasks: tuple[tasks.Score, ...]
     cosine: float
     attention_top1: float
     attention_top5: float
@@ -111,6 +112,7 @@ class Result:
         dtype: What the model computed in, and its exact tokens were kept in.
         exact_ppl: Perplexity through the exact cache.
         exact_bytes: Bytes of the exact cache.
+        exact_tasks: Generated tasks solved through the exact cache.
         rows: One a scheme.
     """
 
@@ -127,6 +129,7 @@ class Result:
     dtype: str
     exact_ppl: float
     exact_bytes: int
+    exact_tasks: tuple[tasks.Score, ...]
     rows: tuple[Row, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,6 +147,7 @@ def run(
     texts: dict[str, str] | None = None,
     tokens: int = 1216,
     written: Settings | None = None,
+    items: int = 0,
     dtype: str | None = None,
     output: Path | None = None,
     progress: Progress | None = None,
@@ -163,6 +167,7 @@ def run(
         texts: Texts by name; prose of CPython's documentation if None.
         tokens: Tokens of each text to read.
         written: What to write behind each text; as :class:`Settings` says if None.
+        items: Questions of each generated task, see :mod:`rotormlx.measure.haystack`; 0 for none.
         dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         output: A folder in which to keep what is measured until all is; a temporary one if None.
             Each text takes 4 bytes a token and entry of the vocabulary there.
@@ -183,7 +188,9 @@ def run(
         name: _encode(tokenizer, name, text, tokens, start)
         for name, text in (texts or {"pydoc_data.topics": default_text()}).items()
     }
+    stacks = _stacks(tokenizer, schemes, items)
     done: list[_Done] = []
+    solved: list[tasks.Solved] = []  # of the exact cache first
     with (
         unfinished.folder(output, "quality") as folder,
         hook.in_place(),
@@ -196,7 +203,8 @@ def run(
             Text(name, own, start, written, folder / unfinished.digest(ids=own, **setting))
             for name, own in ids.items()
         ]
-        unfinished.only(folder, [text.folder.name for text in read])
+        place = folder / unfinished.digest(tasks=stacks, **setting)
+        unfinished.only(folder, [place.name, *(text.folder.name for text in read)])
         known = [[reading.found_coded(model, text, each) for each in schemes] for text in read]
         missing = sum(found.count(None) + (None in found) for found in known)
         task = progress.add_task("", total=missing * read[0].steps)
@@ -217,7 +225,8 @@ def run(
                 dtype=done[0].exact.dtype,
                 exact_ppl=float(np.exp(-likelihoods.mean())),
                 exact_bytes=done[-1].exact.cache_bytes,
-                rows=_rows(schemes, done, written),
+                exact_tasks=tasks.scores(solved[0], solved[0]) if solved else (),
+                rows=_rows(schemes, done, written, solved),
             )
 
         for text, found in zip(read, known, strict=True):
@@ -225,27 +234,12 @@ def run(
                 # What a later text has only in part would tear its rows apart.
                 if keep is not None and (len(done) == 1 or len(done[-1].coded) == len(schemes)):
                     keep(result())
+        if stacks:
+            for answers in _solve(model, stacks, schemes, place, progress):
+                solved.append(answers)
+                if keep is not None and len(solved) > 1:
+                    keep(result())
         return result()
-
-
-def machine() -> str:
-    """The processor, and what MLX computes on."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            models = [
-                line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-            ]
-        name = f"{models[0]}, {len(models)} cores" if models else name
-    except OSError:  # not Linux
-        pass
-    return f"{name}, MLX on {mx.default_device()}, backend {backends.backend().name}"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that a measurement depends on."""
-    packages = ("rotormlx", "mlx", "mlx-lm", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 # ---- one text -----------------------------------------------------------------------------------
@@ -275,6 +269,21 @@ def _encode(tokenizer: Any, name: str, text: str, tokens: int, start: int) -> tu
     return tuple(ids)
 
 
+def _stacks(tokenizer: Any, schemes: Sequence[Scheme], items: int) -> list[Haystack]:
+    """The texts of the generated tasks."""
+    if not items:
+        return []
+    for chosen in schemes:
+        sink, window = _rule(chosen)
+        if sink > tasks.MOST_SINK or window > tasks.MOST_WINDOW:
+            raise ValueError(
+                f"[quality] Tasks need a sink up to {tasks.MOST_SINK} and a window up to "
+                f"{tasks.MOST_WINDOW}, so that answers lie in packed bytes, but {chosen.name} "
+                "came; leave the scheme or --tasks out."
+            )
+    return texts_for(tokenizer, KINDS, (tasks.LENGTH,), items, tasks.QUESTIONS)
+
+
 def _setting(model: Any, written: Settings) -> dict[str, Any]:
     """What a number depends on, besides its text and its scheme."""
     return {
@@ -290,11 +299,15 @@ def first_packed(schemes: Sequence[Scheme]) -> int:
     """The first prediction, in whole chunks, for which every scheme reads packed tokens."""
     needs = []
     for chosen in schemes:
-        cache = chosen.make(0)
-        rule = getattr(cache, "config", cache)
-        exact = getattr(rule, "sink", 0) + getattr(rule, "window", 0)
-        needs.append(-(-(exact + CHUNK) // CHUNK) * CHUNK)
+        needs.append(-(-(sum(_rule(chosen)) + CHUNK) // CHUNK) * CHUNK)
     return max(needs)
+
+
+def _rule(chosen: Scheme) -> tuple[int, int]:
+    """Sink and window of a scheme."""
+    cache = chosen.make(0)
+    rule = getattr(cache, "config", cache)
+    return getattr(rule, "sink", 0), getattr(rule, "window", 0)
 
 
 def _of_text(
@@ -321,19 +334,46 @@ def _of_text(
     reading.drop_distributions(text)
 
 
+def _solve(
+    model: Any,
+    stacks: Sequence[Haystack],
+    schemes: Sequence[Scheme],
+    place: Path,
+    progress: Progress,
+) -> Iterator[tasks.Solved]:
+    """The answers through the exact cache and then through each scheme."""
+    questions = sum(len(stack.questions) for stack in stacks)
+    task = progress.add_task("", total=(1 + len(schemes)) * questions)
+    for chosen in (scheme(EXACT), *schemes):
+        progress.update(task, description=f"tasks: {chosen.name}")
+        yield tasks.solved(model, stacks, chosen, place, lambda: progress.advance(task))
+
+
 # ---- all texts ----------------------------------------------------------------------------------
 
 
-def _rows(schemes: Sequence[Scheme], texts: Sequence[_Done], written: Settings) -> tuple[Row, ...]:
+def _rows(
+    schemes: Sequence[Scheme],
+    texts: Sequence[_Done],
+    written: Settings,
+    solved: Sequence[tasks.Solved],
+) -> tuple[Row, ...]:
     joined = [
         Differences.joined([text.coded[index].differences for text in texts])
         for index in range(len(texts[0].coded))
     ]
+    answered = [tasks.scores(solved[0], own) for own in solved[1:]]
+    answered += [()] * (len(joined) - len(answered))  # not all are done, perhaps
     return tuple(
-        _row(chosen.name, differences, joined[0], [text.coded[index] for text in texts], written)
-        for index, (chosen, differences) in enumerate(
-            zip(schemes, joined, strict=False)
-        )  # not all are done, perhaps
+        _row(
+            chosen.name,
+            differences,
+            joined[0],
+            [text.coded[index] for text in texts],
+            written,
+            answered[index],
+        )
+        for index, (chosen, differences) in enumerate(zip(schemes, joined, strict=False))
     )
 
 
@@ -343,6 +383,7 @@ def _row(
     first: Differences,
     texts: Sequence[Coded],
     written: Settings,
+    answered: tuple[tasks.Score, ...],
 ) -> Row:
     layers = tuple(
         _mean_error([text.layers[i] for text in texts]) for i in range(len(texts[0].layers))
@@ -375,6 +416,7 @@ def _row(
         sampled_median=float(np.median(parted)) if parted else None,
         sampled_never=never / len(parted) if parted else None,
         sampled_never_interval=intervals.wilson(never, len(parted)) if parted else None,
+        tasks=answered,
         cosine=float(np.mean([layer.cosine for layer in layers])),
         attention_top1=float(np.mean([layer.top1 for layer in layers])),
         attention_top5=float(np.mean([layer.top5 for layer in layers])),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
 from rotormlx.measure import attention_error, cache_contents, free_running, scoring, unfinished
@@ -141,16 +141,17 @@ def _keep_distributions(
     """Write every log-probability ``[S - 1, V]`` to a file; gives those of the tokens that came."""
     text.folder.mkdir(exist_ok=True)
     likelihoods = np.empty(len(text.targets))
-    file: Any = None
-    for start, rows, _ in scoring.chunks(model, text.ids, caches):
-        if file is None:
-            shape = (len(text.targets), rows.shape[1])
-            file = open_memmap(_distributions(text), "w+", np.float32, shape)
-        part = slice(start, start + len(rows))
-        file[part] = rows
-        likelihoods[part] = rows[np.arange(len(rows)), text.targets[part]]
-        advance(len(rows))
-    file.flush()
+    # Not mapped into memory: a full disk would end the process without a word.
+    with _distributions(text).open("wb") as file:
+        for start, rows, _ in scoring.chunks(model, text.ids, caches):
+            if start == 0:
+                shape = (len(text.targets), rows.shape[1])
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                write_array_header_1_0(file, header)
+            file.write(rows.astype("<f4").tobytes())
+            part = slice(start, start + len(rows))
+            likelihoods[part] = rows[np.arange(len(rows)), text.targets[part]]
+            advance(len(rows))
     return likelihoods[text.start :]
 
 

@@ -38,20 +38,27 @@ def folder(output: Path | None, name: str) -> Iterator[Path]:
     Args:
         output: Where the results go; None for a temporary folder, from which nothing is resumed.
         name: Of the command.
+
+    Raises:
+        RuntimeError: If a file cannot be written.
     """
     if output is None:
         with tempfile.TemporaryDirectory() as made:
             yield Path(made)
         return
     kept = output / f"{name}-unfinished"
-    kept.mkdir(parents=True, exist_ok=True)
     try:
+        kept.mkdir(parents=True, exist_ok=True)
         yield kept
-    except BaseException:
-        if not any(kept.iterdir()):
+        shutil.rmtree(kept)
+    except OSError as error:
+        raise RuntimeError(
+            f"[{name}] What was measured so far must be written to {kept}, but the system says: "
+            f"{error.strerror}; make room, or name another folder with --output."
+        ) from error
+    finally:
+        if kept.is_dir() and not any(kept.iterdir()):
             kept.rmdir()
-        raise
-    shutil.rmtree(kept)
 
 
 def only(kept: Path, names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from typer.testing import CliRunner, Result
 
 from rotormlx.cli import batching, main, mlx_lm_commands, server_guard, serving
-from rotormlx.measure import bench, needle, quality_run, scoring
+from rotormlx.measure import bench, free_running, needle, quality_run
 from rotormlx.mlx import hook, integration
 from tests.support import models as tiny
 
@@ -74,7 +74,8 @@ def work(command: str, model: str) -> list[str]:
     return {
         "batch": ["prompts.txt", "--model", model, "--max-tokens", "2", "--output"],
         "quality": [
-            model, *scheme, "--text", "text.txt", "--tokens", "200", "--greedy", "1", "--output",
+            model, *scheme, "--text", "text.txt", "--tokens", "200", "--greedy", "1", "--sampled",
+            "1", "--output",
         ],
         "needle": [
             model, *scheme, "--kinds", "copy", "--lengths", "512", "--trials", "2", "--needles",
@@ -286,7 +287,7 @@ def test_ctrl_c_in_batch_keeps_the_answers_that_are_known(llama: str, monkeypatc
 @pytest.mark.parametrize(
     ("command", "owner", "name", "calls"),
     [
-        ("quality", scoring, "greedy", 2),  # the exact cache and one scheme are through
+        ("quality", free_running, "continuations", 2),  # the exact cache and one scheme are through
         ("needle", needle, "search", 3),  # all schemes of the first of two texts
         ("bench", bench, "turn", 3),  # two turns to warm up and one that counts
     ],

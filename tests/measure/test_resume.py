@@ -81,7 +81,7 @@ def kill(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
     ("name", "calls", "after"),
     [
         # In the exact reading, behind it, in the first scheme, in the second.
-        ("open_memmap", 0, ["exact", *SCHEMES]),
+        ("write_array_header_1_0", 0, ["exact", *SCHEMES]),
         ("_keep_layers", 0, ["exact", *SCHEMES]),
         ("coded", 0, SCHEMES),
         ("_compared", 1, SCHEMES[1:]),
@@ -195,3 +195,16 @@ def test_a_refused_run_leaves_nothing(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="A dtype must be"):
         run(model, tmp_path, dtype="int4")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_sentence(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reading, "write_array_header_1_0", full)
+    with pytest.raises(
+        RuntimeError, match=r"quality-unfinished, .*: No space left on device; make"
+    ):
+        run(model, tmp_path)
