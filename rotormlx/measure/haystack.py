@@ -3,7 +3,7 @@
 Two kinds of needle in prose. A **fact** is a sentence ("The secret number of Oslo is 4829.") that a
 question behind the text asks for: recall of a value by its key. A **copy** is a run of 17 random
 tokens, said three times on end: given the first 16 again, the model has to go on with the last.
-The third kind is a **chain** of two sums ("Q: 2 + 8 - 3", "A: 2 + 8 = 10, 10 - 3 = 7") behind a
+The third kind is a **chain** of two sums ("Q: 2 + 5 - 3", "A: 2 + 5 = 7, 7 - 3 = 4") behind a
 text of such chains, worked out: the model learns from them what to write.
 """
 
@@ -151,33 +151,28 @@ def _chains(tokenizer: Any, length: int, questions: int, rng: np.random.Generato
             f"[needle] A text of chains must have at least {START + END + ROOM['chain']} tokens, "
             f"but {length} came; take longer texts."
         )
-    seen: set[str] = set()
-
-    def chain() -> tuple[str, str]:
-        while True:
-            asked, answer = _chain(rng)
-            if asked not in seen:
-                seen.add(asked)
-                return asked, answer
-
+    asked: dict[str, str] = {}
+    while len(asked) < questions:
+        asked |= [_chain(rng)]
     made = []
-    for _ in range(questions):
-        asked, answer = chain()
-        whole = _ids(tokenizer, asked + answer)
-        start = common_start(_ids(tokenizer, asked), whole)
+    for question, answer in asked.items():
+        whole = _ids(tokenizer, question + answer)
+        start = common_start(_ids(tokenizer, question), whole)
         made.append(Question(START, length - END, tuple(whole[:-1]), tuple(whole[start:])))
     tokens: list[int] = []
     while len(tokens) < length:
-        tokens += _ids(tokenizer, "".join(chain()))
+        question, answer = _chain(rng)
+        if question not in asked:
+            tokens += _ids(tokenizer, question + answer)
     return Haystack("chain", tuple(tokens[-length:]), tuple(made))
 
 
 def _chain(rng: np.random.Generator) -> tuple[str, str]:
-    """A sum of three digits, and how it is done step by step."""
-    value = int(rng.integers(10))
+    """A sum of three numbers up to 5, and how it is done step by step."""
+    value = int(rng.integers(6))
     asked, steps = str(value), []
     for _ in range(CHAIN_STEPS):
-        change = int(rng.integers(1, 10))
+        change = int(rng.integers(1, 6))
         sign = "-" if change <= value and rng.random() < 0.5 else "+"
         result = value - change if sign == "-" else value + change
         steps.append(f"{value} {sign} {change} = {result}")

@@ -198,6 +198,7 @@ def run(
         numpy_attention(),
         scoring.computing_in(model, dtype),
     ):
+        _try(model, next(iter(ids.values())), schemes)
         setting = _setting(model, written)
         read = [
             Text(name, own, start, written, folder / unfinished.digest(ids=own, **setting))
@@ -267,6 +268,22 @@ def _encode(tokenizer: Any, name: str, text: str, tokens: int, start: int) -> tu
             "give a longer one with --text, or a smaller --tokens."
         )
     return tuple(ids)
+
+
+def _try(model: Any, ids: Sequence[int], schemes: Sequence[Scheme]) -> None:
+    """Refuse a scheme that this model cannot have before the work, not in the middle of it."""
+    for chosen in schemes:
+        try:
+            scoring.score(model, ids[:2], chosen.caches(model))
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # of mlx-lm, and of models that attend by themselves
+            why = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"[quality] Every scheme must work with this model, but {chosen.name} gave: {why}; "
+                "leave it out of --schemes."
+            ) from error
 
 
 def _stacks(tokenizer: Any, schemes: Sequence[Scheme], items: int) -> list[Haystack]:

@@ -31,13 +31,6 @@ NEEDLES = ("fact", "copy")
 VECTORS = np.random.default_rng(2).normal(size=(257, D)).astype(np.float32)
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
-
-
 class Recalling:
     """Goes on with what came after the same tokens before, as far as its cache remembers them.
 
@@ -93,7 +86,7 @@ def forgetting(first: int, last: int, **rule: int) -> Scheme:
 
 
 def stack(kind: str, length: int = 1200, needles: int = 8, seed: int = 0) -> haystack.Haystack:
-    return haystack.haystack(Bytes(), kind, length, needles, seed=seed)
+    return haystack.haystack(tiny_models.Bytes(), kind, length, needles, seed=seed)
 
 
 # ---- texts --------------------------------------------------------------------------------------
@@ -363,7 +356,7 @@ def test_a_run_computes_in_float32_on_a_cpu_and_leaves_the_model_as_it_was(
         seen.clear()
         monkeypatch.setattr(mx, "default_device", lambda device=device: device)
         with pytest.raises(KeyboardInterrupt):
-            needle.run(model, Bytes(), [], model_name="", command="", needles=1)
+            needle.run(model, tiny_models.Bytes(), [], model_name="", command="", needles=1)
         assert seen == {dtype}
         after = tree_flatten(model.parameters())
         assert [name for name, _ in after] == [name for name, _ in before]

@@ -35,13 +35,6 @@ WRITTEN = Settings(greedy=5, sampled=4, seeds=3)
 NOTHING = Settings(greedy=0, sampled=0)
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_models.build("llama", seed=3)
@@ -50,7 +43,13 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def result(model: Any) -> quality_run.Result:
     return quality_run.run(
-        model, Bytes(), SCHEMES, model_name="tiny", command="x", tokens=TOKENS, written=WRITTEN
+        model,
+        tiny_models.Bytes(),
+        SCHEMES,
+        model_name="tiny",
+        command="x",
+        tokens=TOKENS,
+        written=WRITTEN,
     )
 
 
@@ -64,7 +63,7 @@ def read(model: Any, name: str, ids: list[int]) -> tuple[scoring.Scores, list[An
 
 
 def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> None:
-    ids = Bytes().encode(default_text())[:TOKENS]
+    ids = tiny_models.Bytes().encode(default_text())[:TOKENS]
     exact, exact_caches = read(model, "exact", ids)
     assert [row.scheme for row in result.rows] == SCHEMES
     assert (result.start, result.predictions) == (192, TOKENS - 1 - 192)
@@ -105,9 +104,9 @@ def test_several_texts_are_pooled(model: Any) -> None:
     text = default_text()
     halves = {"a": text[:1000], "b": text[1000:2000]}
     options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "written": NOTHING}
-    both = quality_run.run(model, Bytes(), ["k4v4"], texts=halves, **options)
+    both = quality_run.run(model, tiny_models.Bytes(), ["k4v4"], texts=halves, **options)
     single = [
-        quality_run.run(model, Bytes(), ["k4v4"], texts={name: part}, **options)
+        quality_run.run(model, tiny_models.Bytes(), ["k4v4"], texts={name: part}, **options)
         for name, part in halves.items()
     ]
     assert both.predictions == 2 * single[0].predictions
@@ -122,7 +121,7 @@ def test_run_computes_in_another_dtype_and_leaves_the_model_as_it_was() -> None:
     before = tree_flatten(model.parameters())
     options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "written": NOTHING}
     own, wide = (
-        quality_run.run(model, Bytes(), ["k4v4"], dtype=dtype, **options)
+        quality_run.run(model, tiny_models.Bytes(), ["k4v4"], dtype=dtype, **options)
         for dtype in (None, "float32")
     )
     assert (own.dtype, wide.dtype) == ("bfloat16", "float32")
@@ -144,7 +143,13 @@ def test_run_refuses_a_cache_that_packs_nothing(
     monkeypatch.setattr(schemes.Scheme, "caches", lambda self, model: make_prompt_cache(model))
     with pytest.raises(RuntimeError, match="one through k4v4 read 0"):
         quality_run.run(
-            model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, written=NOTHING
+            model,
+            tiny_models.Bytes(),
+            ["k4v4"],
+            model_name="",
+            command="",
+            tokens=270,
+            written=NOTHING,
         )
 
 
@@ -154,7 +159,13 @@ def test_run_refuses_predictions_that_read_nothing_packed(
     monkeypatch.setattr(quality_run, "first_packed", lambda schemes: 128)
     with pytest.raises(RuntimeError, match="one through k4v4 read 0; start later"):
         quality_run.run(
-            model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, written=NOTHING
+            model,
+            tiny_models.Bytes(),
+            ["k4v4"],
+            model_name="",
+            command="",
+            tokens=270,
+            written=NOTHING,
         )
 
 
@@ -170,12 +181,14 @@ def test_run_refuses_predictions_that_read_nothing_packed(
 )
 def test_run_refuses(model: Any, names: list[str], tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        quality_run.run(model, Bytes(), names, model_name="", command="", tokens=tokens)
+        quality_run.run(model, tiny_models.Bytes(), names, model_name="", command="", tokens=tokens)
 
 
 def test_run_refuses_a_dtype(model: Any) -> None:
     with pytest.raises(ValueError, match=r"A dtype must be .* but 'int4' was given"):
-        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", dtype="int4")
+        quality_run.run(
+            model, tiny_models.Bytes(), ["k4v4"], model_name="", command="", dtype="int4"
+        )
 
 
 @pytest.mark.parametrize(
@@ -326,3 +339,95 @@ def test_commands_refuse(argv: list[str], message: str) -> None:
     done = CliRunner().invoke(main.app, argv)
     assert done.exit_code == 2
     assert f"rotormlx: {message}" in done.output or message in done.output
+
+
+# ---- other models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers"),
+    # With logits of a sink in every layer, every other a sliding window; and windows alone.
+    [("gpt_oss", [1]), ("gemma3_text", [1, 3])],
+)
+def test_models_with_sinks_and_sliding_windows(model_type: str, layers: list[int]) -> None:
+    """What is measured are the layers that see the whole text; more bits lose less."""
+    model = tiny_models.build(model_type, seed=3)
+    if model_type == "gpt_oss":
+        for layer in model.layers:
+            assert layer.self_attn.sinks.shape == (4,)
+            layer.self_attn.sinks = mx.array([1.0, 3.0, -2.0, 0.5])
+    names = ["k8v8", "k4v4", "k2v2", "kivi-k2v2"]
+    options: dict[str, Any] = {"model_name": "tiny", "command": "x", "tokens": TOKENS}
+    found = quality_run.run(model, tiny_models.Bytes(), names, written=WRITTEN, **options)
+    ids = tiny_models.Bytes().encode(default_text())[:TOKENS]
+    exact, _ = read(model, "exact", ids)
+    assert found.exact_ppl == pytest.approx(exact.perplexity(192), rel=1e-5)
+    for row in found.rows:
+        scores, _ = read(model, row.scheme, ids)
+        compared = scoring.compare(exact, scores, start=192)
+        # numpy multiplies in another order than MLX: 1e-6 of logits.
+        assert row.kl == pytest.approx(compared.kl_mean, rel=0.02, abs=5e-7)
+        assert [error.layer for error in row.layers] == layers
+        assert len(row.sampled_tokens) == WRITTEN.seeds
+    eight, four, two, _ = (row.kl for row in found.rows)
+    assert eight < four / 4 < two / 16
+
+
+def test_sinks_change_what_is_measured() -> None:
+    """A sink that takes all attention leaves nothing for a cache to lose."""
+    model = tiny_models.build("gpt_oss", seed=3)
+    divergence = []
+    for sink in (0.0, 30.0):
+        for layer in model.layers:
+            layer.self_attn.sinks = mx.full((4,), sink)
+        options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 270}
+        found = quality_run.run(model, tiny_models.Bytes(), ["k2v2"], written=NOTHING, **options)
+        divergence.append(found.rows[0].kl)
+    assert divergence[0] > 1e-5
+    assert divergence[1] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "why"),
+    [
+        ("gpt_oss", "affine-k4v4", "Quantized SDPA does not support attention sinks"),
+        ("gemma3_text", "affine-k4v4", "divisible"),
+        ("gemma2", "k3v3", "incompatible function arguments"),  # it has its own attention
+    ],
+)
+def test_a_scheme_that_a_model_cannot_have_is_refused_before_the_work(
+    model_type: str, name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_run.reading, "exact", lambda *a, **k: pytest.fail("read"))
+    size = {"head_dim": 64} if model_type == "gpt_oss" else {}
+    model = tiny_models.build(model_type, seed=3, **size)
+    with pytest.raises(ValueError, match=rf"\[quality\] .* but {name} gave: .*{why}.*; leave it"):
+        quality_run.run(model, tiny_models.Bytes(), [name], model_name="", command="", tokens=270)
+
+
+def test_sampled_continuations_are_counted_up_to_the_first_difference(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [[9, 9, 9, 9, 9], [1, 2, 3, 4], [5, 6, 7, 8], [5, 5, 5, 5]]
+    other = [[9, 9, 9, 9, 8], [1, 2, 3, 4], [5, 6, 0, 8], [0, 5, 5, 5]]
+    both = iter([answers, other])
+    monkeypatch.setattr(
+        quality_run.reading.free_running, "continuations", lambda *_, **__: next(both)
+    )
+    options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 270}
+    [row] = quality_run.run(model, tiny_models.Bytes(), ["k4v4"], written=WRITTEN, **options).rows
+    assert (row.greedy_tokens, row.sampled_tokens, row.sampled_median) == (4, (4, 2, 0), 2)
+    assert row.sampled_never == pytest.approx(1 / 3)
+    # Wilson: k = 1, n = 3.
+    assert row.sampled_never_interval == pytest.approx((0.0615, 0.7923), abs=1e-4)
+    cells = {name: quality_report.COLUMNS[name](row) for name in quality_report.COLUMNS}
+    assert (cells["sampled"], cells["never differ"], cells["never, 95 %"]) == (
+        "2", "33%", "6% to 79%",
+    )  # fmt: skip
+
+
+def test_an_interval_that_ends_at_the_largest_says_or_more(result: quality_run.Result) -> None:
+    row = replace(result.rows[0], kl_p999_interval=(0.1, 0.25), kl_max=0.25)
+    cells = quality_report.COLUMNS["99.9 %, 95 %"]
+    assert cells(row) == "0.100 or more"
+    assert cells(replace(row, kl_max=0.26)) == "0.100 to 0.250"
