@@ -13,7 +13,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from rotormlx.cli import outputs
 from rotormlx.cli.options import count
@@ -83,8 +90,7 @@ def quality(
 ) -> None:
     """Measure what schemes cost in quality; writes JSON, Markdown and one HTML page.
 
-    A run that was ended early goes on where it was if the same command is given again. Until it is
-    done, quality-unfinished in the output folder takes 4 bytes per token and vocabulary entry.
+    Given again after an interrupt, the command goes on where it was.
     """
     grammar, run, report = _module("schemes"), _module("quality_run"), _module("quality_report")
     kept = _Kept("quality", output or Path(), report.files, _quality_table)
@@ -96,6 +102,12 @@ def quality(
         texts = None if text is None else _read_all(text)
         console, path, loaded = _load(model)
         with _progress(console) as progress:
+
+            def keep(result: Any) -> None:
+                kept.keep(result)
+                if not console.is_terminal:  # a log has no bar
+                    typer.echo(_step(result, progress), err=True)
+
             result = run.run(
                 *loaded,
                 names,
@@ -108,9 +120,20 @@ def quality(
                 dtype=dtype,
                 output=output or Path(),
                 progress=progress,
-                keep=kept.keep,
+                keep=keep,
             )
         kept.finish(result)
+
+
+def _step(result: Any, progress: Progress) -> str:
+    """What a log says when a scheme is done."""
+    task = progress.tasks[-1]
+    seconds = round(task.time_remaining or 0)
+    row = result.rows[-1]
+    return (
+        f"quality: {task.description}: {task.percentage:.0f} % done, {seconds // 60} min "
+        f"{seconds % 60} s left; KL of {row.scheme} so far {row.kl:.4f}"
+    )
 
 
 def _quality_table(result: Any) -> None:
@@ -419,6 +442,11 @@ def _table(module: Any) -> Callable[[Any], None]:
 
 
 def _progress(console: Console) -> Progress:
-    bar, left = BarColumn(), TimeRemainingColumn()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, left)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar, left = (BarColumn(), TaskProgressColumn()), TimeRemainingColumn()
+    return Progress(
+        *(SpinnerColumn(), TextColumn("{task.description}"), *bar, left),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=300,  # a chunk of a long text takes seconds
+    )

@@ -25,6 +25,7 @@ from rotormlx.measure.needle import Pairs, Share, Trial
 from rotormlx.measure.schemes import Scheme
 from rotormlx.measure.text import default_text
 from tests.support import models as tiny_models
+from tests.support.models import Bytes
 
 D = 64
 NEEDLES = ("fact", "copy")
@@ -86,7 +87,7 @@ def forgetting(first: int, last: int, **rule: int) -> Scheme:
 
 
 def stack(kind: str, length: int = 1200, needles: int = 8, seed: int = 0) -> haystack.Haystack:
-    return haystack.haystack(tiny_models.Bytes(), kind, length, needles, seed=seed)
+    return haystack.haystack(Bytes(), kind, length, needles, seed=seed)
 
 
 # ---- texts --------------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ def test_a_run_computes_in_float32_on_a_cpu_and_leaves_the_model_as_it_was(
         seen.clear()
         monkeypatch.setattr(mx, "default_device", lambda device=device: device)
         with pytest.raises(KeyboardInterrupt):
-            needle.run(model, tiny_models.Bytes(), [], model_name="", command="", needles=1)
+            needle.run(model, Bytes(), [], model_name="", command="", needles=1)
         assert seen == {dtype}
         after = tree_flatten(model.parameters())
         assert [name for name, _ in after] == [name for name, _ in before]

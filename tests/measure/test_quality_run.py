@@ -28,6 +28,7 @@ from rotormlx.measure.free_running import Settings
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from tests.support import models as tiny_models
+from tests.support.models import Bytes
 
 SCHEMES = ["k4v4", "k2v2:bare", "kivi-k4v4", "turboquant-k4v4:bare", "affine-k8v8"]
 TOKENS = 321
@@ -44,7 +45,7 @@ def model() -> Any:
 def result(model: Any) -> quality_run.Result:
     return quality_run.run(
         model,
-        tiny_models.Bytes(),
+        Bytes(),
         SCHEMES,
         model_name="tiny",
         command="x",
@@ -63,7 +64,7 @@ def read(model: Any, name: str, ids: list[int]) -> tuple[scoring.Scores, list[An
 
 
 def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> None:
-    ids = tiny_models.Bytes().encode(default_text())[:TOKENS]
+    ids = Bytes().encode(default_text())[:TOKENS]
     exact, exact_caches = read(model, "exact", ids)
     assert [row.scheme for row in result.rows] == SCHEMES
     assert (result.start, result.predictions) == (192, TOKENS - 1 - 192)
@@ -104,9 +105,9 @@ def test_several_texts_are_pooled(model: Any) -> None:
     text = default_text()
     halves = {"a": text[:1000], "b": text[1000:2000]}
     options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "written": NOTHING}
-    both = quality_run.run(model, tiny_models.Bytes(), ["k4v4"], texts=halves, **options)
+    both = quality_run.run(model, Bytes(), ["k4v4"], texts=halves, **options)
     single = [
-        quality_run.run(model, tiny_models.Bytes(), ["k4v4"], texts={name: part}, **options)
+        quality_run.run(model, Bytes(), ["k4v4"], texts={name: part}, **options)
         for name, part in halves.items()
     ]
     assert both.predictions == 2 * single[0].predictions
@@ -121,7 +122,7 @@ def test_run_computes_in_another_dtype_and_leaves_the_model_as_it_was() -> None:
     before = tree_flatten(model.parameters())
     options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "written": NOTHING}
     own, wide = (
-        quality_run.run(model, tiny_models.Bytes(), ["k4v4"], dtype=dtype, **options)
+        quality_run.run(model, Bytes(), ["k4v4"], dtype=dtype, **options)
         for dtype in (None, "float32")
     )
     assert (own.dtype, wide.dtype) == ("bfloat16", "float32")
@@ -144,7 +145,7 @@ def test_run_refuses_a_cache_that_packs_nothing(
     with pytest.raises(RuntimeError, match="one through k4v4 read 0"):
         quality_run.run(
             model,
-            tiny_models.Bytes(),
+            Bytes(),
             ["k4v4"],
             model_name="",
             command="",
@@ -160,7 +161,7 @@ def test_run_refuses_predictions_that_read_nothing_packed(
     with pytest.raises(RuntimeError, match="one through k4v4 read 0; start later"):
         quality_run.run(
             model,
-            tiny_models.Bytes(),
+            Bytes(),
             ["k4v4"],
             model_name="",
             command="",
@@ -181,14 +182,12 @@ def test_run_refuses_predictions_that_read_nothing_packed(
 )
 def test_run_refuses(model: Any, names: list[str], tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        quality_run.run(model, tiny_models.Bytes(), names, model_name="", command="", tokens=tokens)
+        quality_run.run(model, Bytes(), names, model_name="", command="", tokens=tokens)
 
 
 def test_run_refuses_a_dtype(model: Any) -> None:
     with pytest.raises(ValueError, match=r"A dtype must be .* but 'int4' was given"):
-        quality_run.run(
-            model, tiny_models.Bytes(), ["k4v4"], model_name="", command="", dtype="int4"
-        )
+        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", dtype="int4")
 
 
 @pytest.mark.parametrize(
@@ -358,8 +357,8 @@ def test_models_with_sinks_and_sliding_windows(model_type: str, layers: list[int
             layer.self_attn.sinks = mx.array([1.0, 3.0, -2.0, 0.5])
     names = ["k8v8", "k4v4", "k2v2", "kivi-k2v2"]
     options: dict[str, Any] = {"model_name": "tiny", "command": "x", "tokens": TOKENS}
-    found = quality_run.run(model, tiny_models.Bytes(), names, written=WRITTEN, **options)
-    ids = tiny_models.Bytes().encode(default_text())[:TOKENS]
+    found = quality_run.run(model, Bytes(), names, written=WRITTEN, **options)
+    ids = Bytes().encode(default_text())[:TOKENS]
     exact, _ = read(model, "exact", ids)
     assert found.exact_ppl == pytest.approx(exact.perplexity(192), rel=1e-5)
     for row in found.rows:
@@ -381,7 +380,7 @@ def test_sinks_change_what_is_measured() -> None:
         for layer in model.layers:
             layer.self_attn.sinks = mx.full((4,), sink)
         options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 270}
-        found = quality_run.run(model, tiny_models.Bytes(), ["k2v2"], written=NOTHING, **options)
+        found = quality_run.run(model, Bytes(), ["k2v2"], written=NOTHING, **options)
         divergence.append(found.rows[0].kl)
     assert divergence[0] > 1e-5
     assert divergence[1] < 1e-9
@@ -402,7 +401,7 @@ def test_a_scheme_that_a_model_cannot_have_is_refused_before_the_work(
     size = {"head_dim": 64} if model_type == "gpt_oss" else {}
     model = tiny_models.build(model_type, seed=3, **size)
     with pytest.raises(ValueError, match=rf"\[quality\] .* but {name} gave: .*{why}.*; leave it"):
-        quality_run.run(model, tiny_models.Bytes(), [name], model_name="", command="", tokens=270)
+        quality_run.run(model, Bytes(), [name], model_name="", command="", tokens=270)
 
 
 def test_sampled_continuations_are_counted_up_to_the_first_difference(
@@ -415,7 +414,7 @@ def test_sampled_continuations_are_counted_up_to_the_first_difference(
         quality_run.reading.free_running, "continuations", lambda *_, **__: next(both)
     )
     options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 270}
-    [row] = quality_run.run(model, tiny_models.Bytes(), ["k4v4"], written=WRITTEN, **options).rows
+    [row] = quality_run.run(model, Bytes(), ["k4v4"], written=WRITTEN, **options).rows
     assert (row.greedy_tokens, row.sampled_tokens, row.sampled_median) == (4, (4, 2, 0), 2)
     assert row.sampled_never == pytest.approx(1 / 3)
     # Wilson: k = 1, n = 3.

@@ -12,6 +12,7 @@ from rotormlx.measure import quality_run, reading, unfinished
 from rotormlx.measure.free_running import Settings
 from rotormlx.measure.text import default_text
 from tests.support import models as tiny_models
+from tests.support.models import Bytes
 
 SCHEMES = ["k4v4", "k2v2", "kivi-k4v4"]
 WRITTEN = Settings(greedy=3, sampled=3, seeds=2)
@@ -35,7 +36,7 @@ def run(model: Any, output: Path | None, **changes: Any) -> quality_run.Result:
         "model_name": "tiny", "command": "x", "tokens": 270, "written": WRITTEN, "texts": texts(1),
     }  # fmt: skip
     names = changes.pop("names", SCHEMES)
-    return quality_run.run(model, tiny_models.Bytes(), names, output=output, **options | changes)
+    return quality_run.run(model, Bytes(), names, output=output, **options | changes)
 
 
 def numbers(result: quality_run.Result) -> list[dict[str, Any]]:

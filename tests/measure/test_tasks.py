@@ -16,6 +16,7 @@ from rotormlx.measure import haystack, needle, quality_report, quality_run, sche
 from rotormlx.measure.free_running import Settings
 from rotormlx.mlx import hook
 from tests.support import models as tiny_models
+from tests.support.models import Bytes
 
 NOTHING = Settings(greedy=0, sampled=0)
 
@@ -52,7 +53,7 @@ class Calculating:
 
 
 def chains(questions: int = 6, seed: int = 0) -> haystack.Haystack:
-    return haystack.haystack(tiny_models.Bytes(), "chain", 700, questions, seed=seed)
+    return haystack.haystack(Bytes(), "chain", 700, questions, seed=seed)
 
 
 # ---- chains -------------------------------------------------------------------------------------
@@ -99,11 +100,11 @@ def test_every_token_of_a_chain_counts_its_end_too(end: bytes, solved: bool) -> 
 
 def test_texts_of_chains_need_room() -> None:
     with pytest.raises(ValueError, match="at least 225 tokens, but 224 came"):
-        haystack.haystack(tiny_models.Bytes(), "chain", 224, 3, seed=0)
+        haystack.haystack(Bytes(), "chain", 224, 3, seed=0)
 
 
 def test_texts_hold_as_many_questions_as_were_asked_for() -> None:
-    made = haystack.texts_for(tiny_models.Bytes(), ("chain",), (300, 400), 21, 5)
+    made = haystack.texts_for(Bytes(), ("chain",), (300, 400), 21, 5)
     # 11 of each length in texts of 5 at most.
     assert [(len(s.tokens), len(s.questions)) for s in made] == [(300, 5)] * 3 + [(400, 5)] * 3
     assert len({stack.tokens for stack in made}) == 6
@@ -136,7 +137,7 @@ def run(**changes: Any) -> quality_run.Result:
         "model_name": "tiny", "command": "x", "tokens": 270, "written": NOTHING, "items": 3,
     }  # fmt: skip
     model = tiny_models.build("llama", seed=3)
-    return quality_run.run(model, tiny_models.Bytes(), ["k4v4", "k2v2"], **options | changes)
+    return quality_run.run(model, Bytes(), ["k4v4", "k2v2"], **options | changes)
 
 
 @pytest.mark.usefixtures("few")
@@ -199,12 +200,12 @@ def test_tasks_refuse_answers_that_would_be_exact() -> None:
     options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 400, "items": 3}
     for name in ("k4v4:window=145", "kivi-k4v4:sink=17"):
         with pytest.raises(ValueError, match=f"window up to 144, .* but {name} came"):
-            quality_run.run(model, tiny_models.Bytes(), [name], **options)
+            quality_run.run(model, Bytes(), [name], **options)
 
 
 def test_the_rule_of_packed_answers_is_the_one_that_search_holds() -> None:
     """A scheme at the limit of what is allowed packs every needle."""
-    made = haystack.haystack(tiny_models.Bytes(), "copy", 1000, 8, seed=0)
+    made = haystack.haystack(Bytes(), "copy", 1000, 8, seed=0)
     chosen = schemes.scheme(f"k4v4:sink={tasks.MOST_SINK},window={tasks.MOST_WINDOW}")
     model = tiny_models.build("llama", seed=3)
     with hook.in_place():
