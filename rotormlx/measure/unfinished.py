@@ -88,11 +88,8 @@ def of_scheme(chosen: Scheme, model: Any) -> str:
     """Digest of a scheme, with the calibration that it uses."""
     made = None if chosen.transform is None else calibration.find(model, chosen.transform)
     numbers = {} if made is None else made.numbers
-    return digest(
-        name=chosen.name,
-        config=repr(chosen.config),
-        numbers=[(name, array.tobytes()) for name, array in sorted(numbers.items())],
-    )
+    held = [(name, array.tobytes()) for name, array in sorted(numbers.items())]
+    return digest(name=chosen.name, numbers=held)
 
 
 def of_package() -> str:

@@ -48,6 +48,19 @@ def test_continuations_are_what_the_model_without_cache_would_write(model: Any) 
     assert len({tuple(own[:5]) for own in written}) == 3
 
 
+def test_every_continuation_begins_where_the_text_ends(model: Any) -> None:
+    """What one has written is not there for the next."""
+    offsets: list[int] = []
+
+    def watched(tokens: mx.array, cache: Any) -> mx.array:
+        offsets.append(cache[0].offset)
+        return model(tokens, cache=cache)
+
+    settings = Settings(greedy=3, sampled=2, seeds=2)
+    free_running.continuations(watched, TOKENS[-1], filled(model), settings)
+    assert offsets == [100, 101] * 2 + [100, 101, 102]
+
+
 def test_samples_have_the_probabilities_of_the_temperature() -> None:
     logits = mx.array([0.0, 1.0, -1.0, 0.5])
     drawn = [free_running.sampler(seed, 0.5)(logits, 3) for seed in range(4000)]
