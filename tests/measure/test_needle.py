@@ -312,7 +312,7 @@ def test_pairs_are_of_the_same_needles() -> None:
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_models.save(tmp_path / "model", "llama")
     argv = ["needle", path, "--schemes", "k2v2", "--lengths", "400,600", "--trials", "5"]
-    argv += ["--needles", "3", "--output", str(tmp_path / "out")]
+    argv += ["--needles", "3", "--kinds", "fact,copy", "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["rotormlx", *argv])
     done = CliRunner().invoke(main.app, argv)
     assert done.exit_code == 0, done.output
