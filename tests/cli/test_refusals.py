@@ -305,6 +305,22 @@ def test_ctrl_c_keeps_what_was_measured(
     assert Path(f"out/{command}.md").is_file()
 
 
+def test_quality_goes_on_after_ctrl_c(llama: str, monkeypatch) -> None:
+    """The same command reads neither the exact cache nor the first scheme again."""
+    arguments = [*work("quality", llama), "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(free_running, "continuations", after(2, free_running.continuations))
+        assert_interrupted(run("quality", *arguments))
+    assert Path("out/quality-unfinished").is_dir()
+    # What writes behind a text is called once for each cache that is read.
+    monkeypatch.setattr(free_running, "continuations", after(1, free_running.continuations))
+    result = run("quality", *arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert sorted(os.listdir("out")) == ["quality.html", "quality.json", "quality.md"]
+    rows = json.loads(Path("out/quality.json").read_text())["rows"]
+    assert [row["scheme"] for row in rows] == ["k4v4", "k3v3"]
+
+
 @pytest.mark.parametrize("command", ["quality", "needle", "bench"])
 def test_results_are_in_the_file_before_the_work_is_done(command, llama: str, monkeypatch) -> None:
     """What a crash would leave: the file of the latest step."""

@@ -301,6 +301,7 @@ def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = tmp_path / "text.txt"
     text.write_text(default_text()[:2000])
     argv = ["quality", path, "--schemes", "k4v4 kivi-k4v4", "--tokens", "270", "--greedy", "3"]
+    argv += ["--sampled", "4", "--seeds", "2", "--temperature", "0.5"]
     argv += [
         "--dtype",
         "bfloat16",
@@ -318,6 +319,10 @@ def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["texts"] == ["text.txt"]
     assert found["start"] == 64
     assert found["dtype"] == "bfloat16"
+    assert found["written"] == {"greedy": 3, "sampled": 4, "seeds": 2, "temperature": 0.5}
+    # A log has no bar: a line a scheme.
+    said = re.findall(r"quality: text.txt: (\S+): (\d+) % done, \d+ min \d+ s left", done.stderr)
+    assert said == [("k4v4:bare", "67"), ("kivi-k4v4:bare", "100")]
     assert found["model"] == "model"
     assert found["command"].startswith(f"rotormlx quality {path} --schemes 'k4v4 kivi-k4v4'")
     assert (tmp_path / "out" / "quality.md").read_text().count("\n| `k") == 2
