@@ -3,7 +3,7 @@
 Two kinds of needle in prose. A **fact** is a sentence ("The secret number of Oslo is 4829.") that a
 question behind the text asks for: recall of a value by its key. A **copy** is a run of 17 random
 tokens, said three times on end: given the first 16 again, the model has to go on with the last.
-The third kind is a **chain** of two sums ("Q: 2 + 5 - 3", "A: 2 + 5 = 7, 7 - 3 = 4") behind a
+The third kind is a **chain** of two sums ("Q: 2 + 5 + 3", "A: 2 + 5 = 7, 7 + 3 = 10") behind a
 text of such chains, worked out: the model learns from them what to write.
 """
 
@@ -172,11 +172,9 @@ def _chain(rng: np.random.Generator) -> tuple[str, str]:
     value = int(rng.integers(6))
     asked, steps = str(value), []
     for _ in range(CHAIN_STEPS):
-        change = int(rng.integers(1, 6))
-        sign = "-" if change <= value and rng.random() < 0.5 else "+"
-        result = value - change if sign == "-" else value + change
-        steps.append(f"{value} {sign} {change} = {result}")
-        asked, value = f"{asked} {sign} {change}", result
+        more = int(rng.integers(1, 6))
+        steps.append(f"{value} + {more} = {value + more}")
+        asked, value = f"{asked} + {more}", value + more
     return f"Q: {asked}\nA: ", f"{', '.join(steps)}\n"
 
 
