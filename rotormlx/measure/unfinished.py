@@ -79,7 +79,7 @@ def of_model(model: Any) -> str:
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, weight in sorted(parameters.items()):
         found.update(f"{name} {weight.dtype} {weight.shape}".encode())
-        raw = weight.astype(mx.float32) if weight.dtype == mx.bfloat16 else weight
+        raw = weight.view(mx.uint16) if weight.dtype == mx.bfloat16 else weight
         found.update(np.ascontiguousarray(np.array(raw)).tobytes())
     return found.hexdigest()
 

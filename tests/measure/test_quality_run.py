@@ -22,7 +22,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import cache_contents, quality_report, quality_run, schemes, scoring
+from rotormlx.measure import (
+    attention_error,
+    cache_contents,
+    quality_report,
+    quality_run,
+    reading,
+    schemes,
+    scoring,
+)
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.free_running import Settings
 from rotormlx.measure.text import default_text
@@ -91,6 +99,23 @@ def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> N
         assert np.mean(row.kl_by_position) == pytest.approx(row.kl)
         assert [error.layer for error in row.layers] == [0, 1]
         assert row.cosine == pytest.approx(np.mean([error.cosine for error in row.layers]))
+
+
+def test_every_quantile_has_its_own_interval() -> None:
+    kl = np.random.default_rng(6).exponential(size=8000)
+    found = scoring.Differences(kl, kl < 5, -kl)
+    layer = attention_error.LayerError(0, *[0.5] * 6)
+    text = reading.Coded(found, [0], (layer,), 4.0, 1, 1, 1.0)
+    row = quality_run._row("x", found, found, [text], NOTHING, ())
+    # Of the exponential distribution, -ln(1 - level), within some deviations of 8,000 draws.
+    for value, (low, high), level in (
+        (row.kl_median, row.kl_median_interval, 0.5),
+        (row.kl_p99, row.kl_p99_interval, 0.99),
+        (row.kl_p999, row.kl_p999_interval, 0.999),
+    ):
+        assert low < value < high < row.kl_max
+        assert low < -np.log(1 - level) < high
+    assert row.top1_interval[0] < np.mean(kl < 5) < row.top1_interval[1] < 1
 
 
 def test_first_scheme_is_what_others_are_compared_with(result: quality_run.Result) -> None:
