@@ -248,11 +248,10 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
         for length in dict.fromkeys(trial.length for trial in result.trials):
             columns[f"{kind}, {length} tokens"] = {"kind": kind, "length": length}
     for kind in kinds:
-        for part in range(DEPTHS):
-            wanted: dict[str, object] = {"kind": kind, "part": part}
-            if result.share(**wanted).trials:
-                label = f"{kind}, depth {100 * part // DEPTHS}-{100 * (part + 1) // DEPTHS} %"
-                columns[label] = wanted
+        parts = [p for p in range(DEPTHS) if result.share(kind=kind, part=p).trials]
+        for part in parts if len(parts) > 1 else ():
+            label = f"{kind}, depth {100 * part // DEPTHS}-{100 * (part + 1) // DEPTHS} %"
+            columns[label] = {"kind": kind, "part": part}
     rows = [
         [name, *(str(result.share(scheme=name, **wanted)) for wanted in columns.values())]
         for name in result.schemes

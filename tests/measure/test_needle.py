@@ -282,6 +282,16 @@ def test_shares_are_of_the_trials_asked_for() -> None:
     assert [row[header.index("fact, against b")] for row in rows] == ["-0 +4, p = 0.12", ""]
 
 
+def test_what_lies_in_one_part_of_a_text_has_no_columns_of_parts() -> None:
+    trials = tuple(Trial("a", kind, 10, depth, True) for kind, depth in (
+        ("chain", 0.1), ("chain", 0.1), ("fact", 0.1), ("fact", 0.5),
+    ))  # fmt: skip
+    header, _ = needle.cells(needle.Result("", "", "", "", {}, trials))
+    assert [name for name in header if "depth" in name] == [
+        "fact, depth 0-20 %", "fact, depth 40-60 %",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("lost", "gained", "p"),
     # Twice the sum of C(n, i) / 2^n for i up to the smaller of the two, at most 1.
