@@ -19,7 +19,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.measure import schemes, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.intervals import mean_interval
-from rotormlx.measure.quality_run import first_packed
+from rotormlx.measure.quality_plan import first_packed
 from rotormlx.measure.scoring import CHUNK, Scores
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook

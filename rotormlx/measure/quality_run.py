@@ -15,9 +15,16 @@ from rotormlx.measure import attention_error, intervals, reading, scoring, tasks
 from rotormlx.measure.cpu_attention import numpy_attention
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.free_running import Settings
-from rotormlx.measure.haystack import KINDS, Haystack, texts_for
+from rotormlx.measure.haystack import Haystack
 from rotormlx.measure.intervals import Interval
 from rotormlx.measure.machine import machine, versions
+from rotormlx.measure.quality_plan import (
+    encoded,
+    first_packed,
+    setting_of,
+    stacks_for,
+    try_out,
+)
 from rotormlx.measure.reading import Coded, Exact, Text
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.measure.scoring import CHUNK, Differences
@@ -185,10 +192,10 @@ def run(
     written = Settings() if written is None else written
     start = first_packed(schemes)
     ids = {
-        name: _encode(tokenizer, name, text, tokens, start)
+        name: encoded(tokenizer, name, text, tokens, start)
         for name, text in (texts or {"pydoc_data.topics": default_text()}).items()
     }
-    stacks = _stacks(tokenizer, schemes, items)
+    stacks = stacks_for(tokenizer, schemes, items)
     done: list[_Done] = []
     solved: list[tasks.Solved] = []  # of the exact cache first
     with (
@@ -198,8 +205,8 @@ def run(
         numpy_attention(),
         scoring.computing_in(model, dtype),
     ):
-        _try(model, next(iter(ids.values())), schemes)
-        setting = _setting(model, written)
+        try_out(model, next(iter(ids.values())), schemes)
+        setting = setting_of(model, written)
         read = [
             Text(name, own, start, written, folder / unfinished.digest(ids=own, **setting))
             for name, own in ids.items()
@@ -211,24 +218,8 @@ def run(
         task = progress.add_task("", total=missing * read[0].steps)
 
         def result() -> Result:
-            likelihoods = np.concatenate([text.exact.log_likelihoods for text in done])
-            return Result(
-                model=model_name,
-                command=command,
-                date=datetime.now(UTC).date().isoformat(),
-                machine=machine(),
-                versions=versions(),
-                texts=tuple(ids)[: len(done)],
-                tokens=tokens,
-                start=start,
-                predictions=len(likelihoods),
-                written=written,
-                dtype=done[0].exact.dtype,
-                exact_ppl=float(np.exp(-likelihoods.mean())),
-                exact_bytes=done[-1].exact.cache_bytes,
-                exact_tasks=tasks.scores(solved[0], solved[0]) if solved else (),
-                rows=_rows(schemes, done, written, solved),
-            )
+            asked = {"model": model_name, "command": command, "tokens": tokens, "start": start}
+            return _result(asked, schemes, tuple(ids), written, done, solved)
 
         for text, found in zip(read, known, strict=True):
             for _ in _of_text(model, text, schemes, found, progress, task, done):
@@ -243,6 +234,32 @@ def run(
         return result()
 
 
+def _result(
+    asked: dict[str, Any],
+    schemes: Sequence[Scheme],
+    names: tuple[str, ...],
+    written: Settings,
+    done: Sequence[_Done],
+    solved: Sequence[tasks.Solved],
+) -> Result:
+    """What is known so far, with the fields of a result that were asked for."""
+    likelihoods = np.concatenate([text.exact.log_likelihoods for text in done])
+    return Result(
+        **asked,
+        date=datetime.now(UTC).date().isoformat(),
+        machine=machine(),
+        versions=versions(),
+        texts=names[: len(done)],
+        predictions=len(likelihoods),
+        written=written,
+        dtype=done[0].exact.dtype,
+        exact_ppl=float(np.exp(-likelihoods.mean())),
+        exact_bytes=done[-1].exact.cache_bytes,
+        exact_tasks=tasks.scores(solved[0], solved[0]) if solved else (),
+        rows=_rows(schemes, done, written, solved),
+    )
+
+
 # ---- one text -----------------------------------------------------------------------------------
 
 
@@ -252,79 +269,6 @@ class _Done:
 
     exact: Exact
     coded: list[Coded]
-
-
-def _encode(tokenizer: Any, name: str, text: str, tokens: int, start: int) -> tuple[int, ...]:
-    if tokens < start + 2:
-        raise ValueError(
-            f"[quality] At least {start + 2} tokens are required, so that every scheme is read "
-            f"from packed bytes, but {tokens} were asked for; give more with --tokens."
-        )
-    # A token of English is 4 or 5 characters; all of a long text would take long to encode.
-    ids = tokenizer.encode(text[: 8 * tokens])[:tokens]
-    if len(ids) < tokens:
-        raise ValueError(
-            f"[quality] A text of at least {tokens} tokens is required, but {name} has {len(ids)}; "
-            "give a longer one with --text, or a smaller --tokens."
-        )
-    return tuple(ids)
-
-
-def _try(model: Any, ids: Sequence[int], schemes: Sequence[Scheme]) -> None:
-    """Refuse a scheme that this model cannot have before the work, not in the middle of it."""
-    for chosen in schemes:
-        try:
-            scoring.score(model, ids[:2], chosen.caches(model))
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # of mlx-lm, and of models that attend by themselves
-            why = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(
-                f"[quality] Every scheme must work with this model, but {chosen.name} gave: {why}; "
-                "leave it out of --schemes."
-            ) from error
-
-
-def _stacks(tokenizer: Any, schemes: Sequence[Scheme], items: int) -> list[Haystack]:
-    """The texts of the generated tasks."""
-    if not items:
-        return []
-    for chosen in schemes:
-        sink, window = _rule(chosen)
-        if sink > tasks.MOST_SINK or window > tasks.MOST_WINDOW:
-            raise ValueError(
-                f"[quality] Tasks need a sink up to {tasks.MOST_SINK} and a window up to "
-                f"{tasks.MOST_WINDOW}, so that answers lie in packed bytes, but {chosen.name} "
-                "came; leave the scheme or --tasks out."
-            )
-    return texts_for(tokenizer, KINDS, (tasks.LENGTH,), items, tasks.QUESTIONS)
-
-
-def _setting(model: Any, written: Settings) -> dict[str, Any]:
-    """What a number depends on, besides its text and its scheme."""
-    return {
-        "model": unfinished.of_model(model),
-        "package": unfinished.of_package(),
-        "versions": versions(),
-        "machine": machine(),
-        "written": written,
-    }
-
-
-def first_packed(schemes: Sequence[Scheme]) -> int:
-    """The first prediction, in whole chunks, for which every scheme reads packed tokens."""
-    needs = []
-    for chosen in schemes:
-        needs.append(-(-(sum(_rule(chosen)) + CHUNK) // CHUNK) * CHUNK)
-    return max(needs)
-
-
-def _rule(chosen: Scheme) -> tuple[int, int]:
-    """Sink and window of a scheme."""
-    cache = chosen.make(0)
-    rule = getattr(cache, "config", cache)
-    return getattr(rule, "sink", 0), getattr(rule, "window", 0)
 
 
 def _of_text(

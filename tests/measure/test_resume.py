@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from rotormlx.measure import quality_run, reading, unfinished
+from rotormlx.measure import quality_plan, quality_run, reading, unfinished
 from rotormlx.measure.free_running import Settings
 from rotormlx.measure.text import default_text
 from tests.support import models as tiny_models
@@ -158,7 +158,7 @@ def test_nothing_of_another_run_is_taken(model: Any, tmp_path: Path, read: list[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unfinished, "of_package", lambda: "edited")
         assert ended_early(names=["k4v4:window=128"]) == ["exact", "k4v4:window=128"]
-        patch.setattr(quality_run, "versions", lambda: {"mlx": "0"})
+        patch.setattr(quality_plan, "versions", lambda: {"mlx": "0"})
         assert ended_early(names=["k4v4:window=128"]) == ["exact", "k4v4:window=128"]
 
 
