@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binom, binomtest, bootstrap
 
 RUN = 16
 RESAMPLES = 4000
@@ -51,6 +51,15 @@ def wilson(hits: int, trials: int) -> Interval:
     """Wilson's interval of a share of independent trials."""
     bounds = binomtest(hits, trials).proportion_ci(LEVEL, method="wilson")
     return float(bounds.low), float(bounds.high)
+
+
+def median_interval(values: Sequence[int]) -> Interval | None:
+    """Interval of the median of a few independent numbers, from ranks; None for fewer than 6."""
+    rank = int(binom.ppf((1 - LEVEL) / 2, len(values), 0.5))
+    if rank == 0:
+        return None
+    ordered = sorted(values)
+    return float(ordered[rank - 1]), float(ordered[-rank])
 
 
 def quantile_intervals(

@@ -40,6 +40,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "PPL": lambda row: f"{row.ppl:.2f}",
     "greedy": lambda row: f"{row.greedy_tokens:.0f}",
     "sampled": lambda row: "" if row.sampled_median is None else f"{row.sampled_median:g}",
+    "sampled, 95 %": lambda row: _range(row.sampled_interval, "g"),
     "never differ": lambda row: "" if row.sampled_never is None else f"{row.sampled_never:.0%}",
     "never, 95 %": lambda row: _range(row.sampled_never_interval, ".0%"),
     "cosine": lambda row: f"{row.cosine:.4f}",

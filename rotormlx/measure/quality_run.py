@@ -59,6 +59,7 @@ class Row:
             cache's, the mean over texts.
         sampled_tokens: The same of each sampled continuation, seed by seed, text by text.
         sampled_median: Their median; None if nothing was sampled.
+        sampled_interval: Interval of it at 95 %, from ranks; None for fewer than 6.
         sampled_never: Share of them that never differ.
         sampled_never_interval: Wilson interval of it at 95 %.
         tasks: Generated tasks that were solved; empty if none were given.
@@ -90,6 +91,7 @@ class Row:
     greedy_tokens: float
     sampled_tokens: tuple[int, ...]
     sampled_median: float | None
+    sampled_interval: Interval | None
     sampled_never: float | None
     sampled_never_interval: Interval | None
     tasks: tuple[tasks.Score, ...]
@@ -375,6 +377,7 @@ def _row(
         greedy_tokens=float(np.mean([text.common[0] for text in texts])),
         sampled_tokens=parted,
         sampled_median=float(np.median(parted)) if parted else None,
+        sampled_interval=intervals.median_interval(parted),
         sampled_never=never / len(parted) if parted else None,
         sampled_never_interval=intervals.wilson(never, len(parted)) if parted else None,
         tasks=answered,

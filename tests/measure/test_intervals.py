@@ -67,3 +67,13 @@ def test_share_of_alike_answers_is_not_certain() -> None:
     hits = np.arange(1600) % 4 > 0
     low, high = intervals.share_interval(hits ^ (np.arange(1600) < 100))
     assert 0.5 < low < 0.75 - 50 / 1600 < high < 0.8
+
+
+def test_interval_of_the_median_of_a_few() -> None:
+    # P(at most 3 of 16 below the median) is 0.011, of 4 it would be 0.038: ranks 4 and 13.
+    values = [int(v) for v in np.random.default_rng(5).permutation(16)]
+    assert intervals.median_interval(values) == (3, 12)
+    # All of 5 lie on one side in 1 of 16 cases, of 6 in 1 of 32.
+    assert intervals.median_interval(values[:5]) is None
+    assert intervals.median_interval([7, 1, 5, 9, 3, 8]) == (1, 9)
+    assert intervals.median_interval([]) is None

@@ -449,6 +449,7 @@ def test_sampled_continuations_are_counted_up_to_the_first_difference(
     assert row.sampled_never == pytest.approx(1 / 3)
     # Wilson: k = 1, n = 3.
     assert row.sampled_never_interval == pytest.approx((0.0615, 0.7923), abs=1e-4)
+    assert row.sampled_interval is None  # of three
     cells = {name: quality_report.COLUMNS[name](row) for name in quality_report.COLUMNS}
     assert (cells["sampled"], cells["never differ"], cells["never, 95 %"]) == (
         "2", "33%", "6% to 79%",
