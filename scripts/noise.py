@@ -18,8 +18,9 @@ from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
 from rotormlx.measure import schemes, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
-from rotormlx.measure.quality_run import CHUNK, first_packed, mean_interval
-from rotormlx.measure.scoring import Scores
+from rotormlx.measure.intervals import mean_interval
+from rotormlx.measure.quality_plan import first_packed
+from rotormlx.measure.scoring import CHUNK, Scores
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.mlx.cache.single import RotorKVCache

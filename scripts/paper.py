@@ -24,7 +24,7 @@ from rotormlx.config import ROTATIONS
 from rotormlx.measure import attention_error, schemes, scoring
 from rotormlx.measure.baselines import Turbo
 from rotormlx.measure.cpu_linear import numpy_linear
-from rotormlx.measure.quality_run import machine
+from rotormlx.measure.machine import machine
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 

@@ -29,7 +29,8 @@ from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
 from rotormlx.measure import cache_contents
 from rotormlx.measure.baselines import SimulatedCache
-from rotormlx.measure.quality_run import first_packed, mean_interval
+from rotormlx.measure.intervals import mean_interval
+from rotormlx.measure.quality_plan import first_packed
 from rotormlx.measure.schemes import Scheme, scheme
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text

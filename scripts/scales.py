@@ -29,7 +29,7 @@ from rotormlx.cli import demo_model
 from rotormlx.codec import codebook
 from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
 from rotormlx.config import RotorConfig
-from rotormlx.measure.quality_run import mean_interval
+from rotormlx.measure.intervals import mean_interval
 from rotormlx.measure.text import default_text
 from rotormlx.torch import torch_ops
 

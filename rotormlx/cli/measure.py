@@ -13,7 +13,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from rotormlx.cli import outputs
 from rotormlx.cli.options import count
@@ -65,23 +72,42 @@ def quality(
         list[Path] | None, typer.Option(help="A text file; give it again for several.")
     ] = None,
     tokens: Annotated[int, count("Tokens of each text to read.")] = 1217,
-    greedy: Annotated[int, count("Greedy tokens to try behind each text.", 0)] = 64,
+    greedy: Annotated[int, count("Tokens of the greedy continuation of each text.", 0)] = 64,
+    sampled: Annotated[int, count("Tokens of each sampled continuation.", 0)] = 64,
+    seeds: Annotated[int, count("Sampled continuations of each text.", 0)] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the sampled continuations.")] = 0.8,
+    tasks: Annotated[
+        int,
+        count(
+            "Questions of each generated task, such as 100; each scheme takes a minute or more.", 0
+        ),
+    ] = 0,
     dtype: Dtype = None,
     all_packed: Annotated[
         bool, typer.Option("--all-packed", help="No sink and no window in any scheme.")
     ] = False,
     output: Output = None,
 ) -> None:
-    """Measure what schemes cost in quality; writes JSON, Markdown and one HTML page."""
+    """Measure what schemes cost in quality; writes JSON, Markdown and one HTML page.
+
+    Given again after an interrupt, the command goes on where it was.
+    """
     grammar, run, report = _module("schemes"), _module("quality_run"), _module("quality_report")
     kept = _Kept("quality", output or Path(), report.files, _quality_table)
-    where = ("[quality]", "[scheme]", "[assert_packed]", "[RotorConfig]", "[smollm2]")
+    where = ("[quality]", "[scheme]", "[needle]", "[RotorConfig]", "[smollm2]")
     with refusing(ValueError, RuntimeError, where=where), kept:
         names = [grammar.all_packed(n) if all_packed else n for n in schemes.split()]
         list(map(grammar.scheme, names))  # refuses before a model is loaded
+        written = _module("free_running").Settings(greedy, sampled, seeds, temperature)
         texts = None if text is None else _read_all(text)
         console, path, loaded = _load(model)
         with _progress(console) as progress:
+
+            def keep(result: Any) -> None:
+                kept.keep(result)
+                if not console.is_terminal:  # a log has no bar
+                    typer.echo(_step(result, progress), err=True)
+
             result = run.run(
                 *loaded,
                 names,
@@ -89,18 +115,34 @@ def quality(
                 command=_command(),
                 texts=texts,
                 tokens=tokens,
-                greedy=greedy,
+                written=written,
+                items=tasks,
                 dtype=dtype,
+                output=output or Path(),
                 progress=progress,
-                keep=kept.keep,
+                keep=keep,
             )
         kept.finish(result)
+
+
+def _step(result: Any, progress: Progress) -> str:
+    """What a log says when a scheme is done."""
+    task = progress.tasks[-1]
+    seconds = round(task.time_remaining or 0)
+    row = result.rows[-1]
+    return (
+        f"quality: {task.description}: {task.percentage:.0f} % done, {seconds // 60} min "
+        f"{seconds % 60} s left; KL of {row.scheme} so far {row.kl:.4f}"
+    )
 
 
 def _quality_table(result: Any) -> None:
     report, console = _module("quality_report"), wide_console()
     console.print(report.table(result, console.width))
     console.print(report.LEGEND, highlight=False)
+    if result.exact_tasks:
+        console.print(report.task_table(result))
+        console.print(report.TASK_LEGEND, highlight=False)
 
 
 def needle(
@@ -113,12 +155,12 @@ def needle(
     trials: Annotated[int, count("Least trials of each kind and scheme.")] = 200,
     needles: Annotated[int, count("Most needles in one text.")] = 20,
     kinds: Annotated[
-        str, typer.Option(help="Kinds of needle, separated by commas: fact, copy.")
-    ] = "fact,copy",
+        str, typer.Option(help="Kinds of task, separated by commas: fact, copy, chain.")
+    ] = "fact,copy,chain",
     seed: Annotated[int, count("Selects texts and answers.", 0)] = 0,
     output: Output = None,
 ) -> None:
-    """Hide needles in long texts and ask for them through each scheme."""
+    """Ask for facts, copies and chains of sums behind long texts through each scheme."""
     module, grammar = _module("needle"), _module("schemes")
     kept = _Kept("needle", output, _files("needle", module), _table(module))
     where = ("[needle]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]")
@@ -400,6 +442,11 @@ def _table(module: Any) -> Callable[[Any], None]:
 
 
 def _progress(console: Console) -> Progress:
-    bar, left = BarColumn(), TimeRemainingColumn()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, left)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar, left = (BarColumn(), TaskProgressColumn()), TimeRemainingColumn()
+    return Progress(
+        *(SpinnerColumn(), TextColumn("{task.description}"), *bar, left),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=300,  # a chunk of a long text takes seconds
+    )

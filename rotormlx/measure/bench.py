@@ -23,7 +23,7 @@ from rich.table import Table
 
 from rotormlx.measure import cache_contents, quality_report, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
-from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import Scheme, scheme
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook

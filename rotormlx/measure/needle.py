@@ -1,18 +1,14 @@
-"""Retrieval through a compressed cache: is what stands far back in a text still found?
+"""Generated tasks through a compressed cache: is what stands far back in a text still used?
 
-Two kinds of needle in prose. A **fact** is a sentence ("The secret number of Oslo is 4829.") that a
-question behind the text asks for. A **copy** is a run of 17 random tokens, said three times on end:
-given the first 16 again, the model has to go on with the last. Either counts as found if every
-token of the answer is the most likely one, which is what greedy decoding would give.
-
-A text is read once and asked for all of its needles, each time from a copy of the caches as they
-were. Every needle lies in packed bytes, or the run stops.
+The kinds of task are those of :mod:`rotormlx.measure.haystack`. A question counts as solved if
+every token of the answer is the most likely one, which is what greedy decoding would give. A text
+is read once and asked all of its questions, each time from a copy of the caches as they were. Every
+needle lies in packed bytes, or the run stops.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,57 +21,16 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from rotormlx.measure import cache_contents, scoring
+from rotormlx.measure.cpu_attention import numpy_attention
 from rotormlx.measure.cpu_linear import numpy_linear
-from rotormlx.measure.quality_run import machine, versions
+from rotormlx.measure.haystack import KINDS, PLACES, Haystack, texts_for
+from rotormlx.measure.intervals import Interval, wilson
+from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
-from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 
-KINDS = ("fact", "copy")
 DEPTHS = 5  # equal parts of a text
 PROMPT_CHUNK = 256  # tokens read at once: a text of 512 is read in chunks too
-COPY_BEFORE, COPY_TIMES = 16, 3
-# Tokens of a text for each needle, and those that hold none: a start, and more than a window.
-ROOM = {"fact": 40, "copy": 64}
-START, END = 16, 208
-# Names that do not begin alike, so that a model can tell them apart.
-PLACES = (
-    "Oslo", "Cairo", "Lima", "Tokyo", "Paris", "Boston", "Dublin", "Madrid", "Naples", "Quito",
-    "Sydney", "Vienna", "Warsaw", "Zurich", "Athens", "Berlin", "Havana", "Jakarta", "Kyoto",
-    "Lagos", "Manila", "Nairobi", "Prague", "Riga", "Seoul", "Tunis", "Utrecht", "Venice",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Question:
-    """One needle and how it is asked for.
-
-    Args:
-        first: Where the needle begins in the text, in tokens.
-        end: Where it ends, with its answer.
-        tokens: What is read behind the text: the question, and the answer but its last token.
-        answer: The tokens that must come.
-    """
-
-    first: int
-    end: int
-    tokens: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Haystack:
-    """A text with needles.
-
-    Args:
-        kind: One of ``KINDS``.
-        tokens: The text.
-        questions: One a needle.
-    """
-
-    kind: str
-    tokens: tuple[int, ...]
-    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
@@ -105,10 +60,9 @@ class Share:
     trials: int
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> Interval:
         """Wilson interval of the share."""
-        bounds = binomtest(self.found, self.trials).proportion_ci(0.95, method="wilson")
-        return float(bounds.low), float(bounds.high)
+        return wilson(self.found, self.trials)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -223,15 +177,7 @@ def run(
         )
     schemes = [scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
     progress = progress or Progress(disable=True)
-    stacks: list[Haystack] = []
-    for kind in kinds:
-        for length in lengths:
-            each_text = min(needles, max(_room(length) // ROOM[kind], 1))
-            texts = -(-trials // (each_text * len(lengths)))
-            stacks += [
-                haystack(tokenizer, kind, length, each_text, seed=seed + number)
-                for number in range(texts)
-            ]
+    stacks = texts_for(tokenizer, kinds, lengths, trials, needles, seed=seed)
     task = progress.add_task("", total=len(schemes) * sum(len(stack.questions) for stack in stacks))
     done: list[Trial] = []
 
@@ -241,7 +187,7 @@ def run(
 
     # MLX is slow in 16 bits on a CPU.
     dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
-    with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
+    with hook.in_place(), numpy_linear(), numpy_attention(), scoring.computing_in(model, dtype):
         for stack in stacks:
             for chosen in schemes:
                 progress.update(task, description=f"{stack.kind}: {chosen.name}")
@@ -274,73 +220,6 @@ def search(
             advance()
 
 
-def haystack(tokenizer: Any, kind: str, length: int, needles: int, *, seed: int) -> Haystack:
-    """A text of ``length`` tokens with needles at even distances.
-
-    Args:
-        tokenizer: Of the model.
-        kind: One of ``KINDS``.
-        length: Tokens.
-        needles: How many.
-        seed: Selects the text, the answers and who is asked for.
-
-    Raises:
-        ValueError: If the text has no room for them.
-    """
-    rng = np.random.default_rng([seed, length, KINDS.index(kind)])
-    sentences = [_ids(tokenizer, f" {sentence}") for sentence in _sentences()]
-    following = int(rng.integers(len(sentences)))
-    places = [str(place) for place in rng.permutation(PLACES)]
-    vocabulary = np.array(sorted({token for sentence in sentences for token in sentence}))
-    tokens: list[int] = []
-    questions: list[Question] = []
-    distance = _room(length) // needles
-    while len(tokens) < length and distance >= ROOM[kind]:
-        if len(questions) < needles and len(tokens) >= START + len(questions) * distance:
-            if kind == "fact":
-                digits = "".join(map(str, rng.integers(10, size=4)))
-                said, asked, answer = _fact(tokenizer, places[len(questions)], digits)
-                stop = _ids(tokenizer, ".")
-            else:
-                run = [int(t) for t in rng.choice(vocabulary, COPY_BEFORE + 1, replace=False)]
-                said, asked, answer, stop = run * COPY_TIMES, run[:-1], run[-1:], []
-            end = len(tokens) + len(said)
-            questions.append(Question(len(tokens), end, (*asked, *answer[:-1]), tuple(answer)))
-            tokens += [*said, *stop]
-        else:
-            tokens += sentences[following % len(sentences)]
-            following += 1
-    if len(questions) < needles or questions[-1].end > length:
-        raise ValueError(
-            f"[needle] A text must have {ROOM[kind]} tokens a needle and {START + END} more, but "
-            f"{length} tokens and {needles} needles came, and not all fit; take longer texts or "
-            "fewer needles."
-        )
-    return Haystack(kind, tuple(tokens[:length]), tuple(questions))
-
-
-def _fact(tokenizer: Any, place: str, digits: str) -> tuple[list[int], list[int], list[int]]:
-    """What the text says but its full stop, what is asked, and the answer."""
-    fact = f"The secret number of {place} is"
-    before = _ids(tokenizer, f" {fact}")
-    said = _ids(tokenizer, f" {fact} {digits}")
-    question = f"\n\nQuestion: What is the secret number of {place}?\nAnswer: {fact}"
-    return said, _ids(tokenizer, question), said[len(before) :]
-
-
-def _sentences() -> list[str]:
-    return re.split(r"(?<=\.) ", default_text().replace("\n\n", " "))
-
-
-def _room(length: int) -> int:
-    """Tokens of a text among which needles may begin."""
-    return length - START - END
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
 def _check_packed(stack: Haystack, chosen: Scheme, caches: Sequence[Any]) -> None:
     packed = scoring.packed_of(caches)
     held = next(cache for _, cache in cache_contents.compressed(caches))
@@ -369,11 +248,10 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
         for length in dict.fromkeys(trial.length for trial in result.trials):
             columns[f"{kind}, {length} tokens"] = {"kind": kind, "length": length}
     for kind in kinds:
-        for part in range(DEPTHS):
-            wanted: dict[str, object] = {"kind": kind, "part": part}
-            if result.share(**wanted).trials:
-                label = f"{kind}, depth {100 * part // DEPTHS}-{100 * (part + 1) // DEPTHS} %"
-                columns[label] = wanted
+        parts = [p for p in range(DEPTHS) if result.share(kind=kind, part=p).trials]
+        for part in parts if len(parts) > 1 else ():
+            label = f"{kind}, depth {100 * part // DEPTHS}-{100 * (part + 1) // DEPTHS} %"
+            columns[label] = {"kind": kind, "part": part}
     rows = [
         [name, *(str(result.share(scheme=name, **wanted)) for wanted in columns.values())]
         for name in result.schemes

@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from rotormlx.measure.free_running import Settings
+from rotormlx.measure.intervals import Interval
 from rotormlx.measure.quality_run import Result, Row
+from rotormlx.measure.schemes import EXACT
 from rotormlx.report import megabytes
 
 # What the columns of the tables hold.
@@ -24,13 +28,22 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "bits a value": lambda row: f"{row.bits_per_value:.3f}",
     "exact tokens": lambda row: f"{row.sink} + {row.window}",
     "KL": lambda row: f"{row.kl:.4f}",
-    "KL, 95 %": lambda row: f"{row.kl_interval[0]:.4f} to {row.kl_interval[1]:.4f}",
+    "KL, 95 %": lambda row: _range(row.kl_interval, ".4f"),
     "KL less the first's, 95 %": lambda row: _signed(row.kl_difference),
-    "median": lambda row: f"{row.kl_median:.4f}",
-    "99th": lambda row: f"{row.kl_p99:.3f}",
+    "median": lambda row: f"{row.kl_median:.5f}",
+    "median, 95 %": lambda row: _range(row.kl_median_interval, ".5f"),
+    "99 %": lambda row: f"{row.kl_p99:.3f}",
+    "99 %, 95 %": lambda row: _range(row.kl_p99_interval, ".3f", row.kl_max),
+    "99.9 %": lambda row: f"{row.kl_p999:.3f}",
+    "99.9 %, 95 %": lambda row: _range(row.kl_p999_interval, ".3f", row.kl_max),
     "top-1": lambda row: f"{row.top1:.1%}",
+    "top-1, 95 %": lambda row: _range(row.top1_interval, ".1%"),
     "PPL": lambda row: f"{row.ppl:.2f}",
     "greedy": lambda row: f"{row.greedy_tokens:.0f}",
+    "sampled": lambda row: "" if row.sampled_median is None else f"{row.sampled_median:g}",
+    "sampled, 95 %": lambda row: _range(row.sampled_interval, "g"),
+    "never differ": lambda row: "" if row.sampled_never is None else f"{row.sampled_never:.0%}",
+    "never, 95 %": lambda row: _range(row.sampled_never_interval, ".0%"),
     "cosine": lambda row: f"{row.cosine:.4f}",
     "attention top-1": lambda row: f"{row.attention_top1:.1%}",
     "top-5": lambda row: f"{row.attention_top5:.1%}",
@@ -42,25 +55,29 @@ EXACT_TOKENS = (
     "stay exact: 63 at most, 127 with kvarn's group=128."
 )
 LEGEND = (
-    "KL: mean KL divergence of the next-token distribution from the exact cache's, in nats, with a "
-    "bootstrap interval over runs of 16 predictions; the third interval is that of the difference "
-    "from the first scheme, prediction by prediction. top-1: equal most likely tokens. greedy: "
-    "greedy tokens behind the text that equal the exact cache's. cosine: of attention outputs with "
+    "KL: mean KL divergence of the next-token distribution from the exact cache's, in nats; "
+    "median, 99 % and 99.9 %: its quantiles. Each has a bootstrap interval at 95 % over runs of 16 "
+    "predictions, and so has the difference from the first scheme, prediction by prediction. An "
+    "interval that ends in 'or more' needs a longer text: too few predictions lie above it. top-1: "
+    "equal most likely tokens. greedy: greedy tokens behind the text up to the first that differs "
+    "from the exact cache's. sampled: the same of sampled continuations, the median, drawn with "
+    "the same random numbers in every scheme; never differ: how many of them differ nowhere, with "
+    "Wilson's interval. cosine: of attention outputs with "
     "the exact ones; attention top-1 and top-5: queries whose most attended token stays the most "
     "attended, or among five; means over layers, each layer by itself. bits a value: of the "
     "compressed part, scales and centres included."
 )
+TASK_LEGEND = (
+    "Share of questions whose every token is right, with Wilson's interval at 95 %; the answers "
+    "lie in texts of 1,024 tokens, in packed bytes. fact: a number by its name. copy: how a run of "
+    "random tokens goes on. chain: two sums, one behind the other, after examples. Against exact: "
+    "questions lost and gained against the exact cache, with the p of McNemar's exact test, "
+    "two-sided and not corrected for the number of comparisons."
+)
 # A terminal of 120 characters has room for these.
 _PRINTED = (
-    "bits a value",
-    "exact tokens",
-    "KL",
-    "KL, 95 %",
-    "top-1",
-    "PPL",
-    "greedy",
-    "cosine",
-    "attention top-1",
+    *("bits a value", "exact tokens", "KL", "KL, 95 %", "median", "99.9 %", "top-1"),
+    *("top-1, 95 %", "sampled", "greedy", "PPL", "never differ", "99.9 %, 95 %"),
 )
 
 
@@ -84,6 +101,31 @@ def table(result: Result, width: int) -> Table:
     return out
 
 
+def task_table(result: Result) -> Table:
+    """The generated tasks, for a terminal."""
+    header, rows = task_cells(result)
+    out = Table(title="Generated tasks that were solved")
+    for name in header:
+        out.add_column(name)
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def task_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the exact cache, then a scheme a row; two columns a kind of task."""
+    header = ["scheme"]
+    for score in result.exact_tasks:
+        header += [f"{score.kind}, of {score.trials}", f"{score.kind}, against exact"]
+    rows = [[EXACT, *(cell for score in result.exact_tasks for cell in (str(score), ""))]]
+    rows += [
+        [row.scheme, *(cell for score in row.tasks for cell in (str(score), score.against_exact))]
+        for row in result.rows
+        if row.tasks
+    ]
+    return header, rows
+
+
 def heading(result: Result) -> str:
     """What was measured, in one line."""
     return (
@@ -98,8 +140,17 @@ def setting(result: Result) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     return (
         f"`{result.command}`, {result.tokens} tokens of {texts} read in chunks of 64, predictions "
-        f"from {result.start} on, computed in {result.dtype}; {result.machine}; {packages}; "
-        f"{result.date}."
+        f"from {result.start} on, computed in {result.dtype}; {_written(result.written)}; "
+        f"{result.machine}; {packages}; {result.date}."
+    )
+
+
+def _written(written: Settings) -> str:
+    """What was written behind each text."""
+    sampled = written.seeds if written.sampled else 0
+    return (
+        f"{written.greedy} greedy tokens and {sampled} continuations of {written.sampled} tokens "
+        f"sampled at temperature {written.temperature:g} behind each text"
     )
 
 
@@ -108,8 +159,16 @@ def markdown(result: Result) -> str:
     lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for row in result.rows:
         lines.append([f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())])
-    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{heading(result)}.\n\n{EXACT_TOKENS}\n\n{body}\n\n{setting(result)}\n\n{LEGEND}\n"
+    parts = [f"{heading(result)}.", EXACT_TOKENS, _piped(lines), setting(result), LEGEND]
+    if result.exact_tasks:
+        header, rows = task_cells(result)
+        named = [[f"`{name}`", *cells] for name, *cells in rows]
+        parts += [_piped([header, ["---"] * len(header), *named]), TASK_LEGEND]
+    return "\n\n".join(parts) + "\n"
+
+
+def _piped(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def html(result: Result) -> str:
@@ -126,6 +185,8 @@ def html(result: Result) -> str:
         legend=LEGEND,
         columns=list(COLUMNS),
         rows=rows,
+        tasks=task_cells(result) if result.exact_tasks else None,
+        task_legend=TASK_LEGEND,
         plots=plots(result),
     )
 
@@ -220,6 +281,15 @@ def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
 
 def _legend(axes: Axes) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
+
+
+def _range(interval: Interval | None, form: str, largest: float = np.inf) -> str:
+    """An interval; one that ends at the largest value measured has no upper bound."""
+    if interval is None:
+        return ""
+    low, high = interval
+    end = "or more" if high >= largest else f"to {high:{form}}"
+    return f"{low:{form}} {end}"
 
 
 def _signed(interval: tuple[float, float]) -> str:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
-from rich.progress import Progress
-from scipy.stats import bootstrap
+from rich.progress import Progress, TaskID
 
-from rotormlx.measure import attention_error, cache_contents, scoring
+from rotormlx.measure import attention_error, intervals, reading, scoring, tasks, unfinished
+from rotormlx.measure.cpu_attention import numpy_attention
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.free_running import Settings
+from rotormlx.measure.haystack import Haystack
+from rotormlx.measure.intervals import Interval
+from rotormlx.measure.machine import machine, versions
+from rotormlx.measure.quality_plan import (
+    encoded,
+    first_packed,
+    setting_of,
+    stacks_for,
+    try_out,
+)
+from rotormlx.measure.reading import Coded, Exact, Text
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
-from rotormlx.measure.scoring import CHUNK
+from rotormlx.measure.scoring import CHUNK, Differences
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import backends, hook
-
-# Neighbouring predictions are alike, so the bootstrap draws runs of this many.
-RUN = 16
-RESAMPLES = 4000
-LEVEL = 0.95
+from rotormlx.mlx import hook
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,25 @@ class Row:
         ppl: Perplexity of the predictions compared.
         kl: Mean KL divergence from the exact cache, in nats.
         kl_interval: Bootstrap interval of that mean at 95 %.
-        kl_median: Median.
+        kl_median: Median; its interval and those of the percentiles are bootstrap intervals too.
+        kl_median_interval: Of the median.
         kl_p99: 99th percentile.
+        kl_p99_interval: Of it.
+        kl_p999: 99.9th percentile.
+        kl_p999_interval: Of it; where it ends at ``kl_max`` it has no upper bound.
+        kl_max: Largest.
         kl_difference: Bootstrap interval at 95 % of the mean KL divergence less that of the first
             scheme, prediction by prediction.
         top1: Share of equal most likely tokens.
-        greedy_tokens: Greedy tokens behind the text that equal those of the exact cache, the mean
-            over texts.
+        top1_interval: Bootstrap interval of it at 95 %.
+        greedy_tokens: Greedy tokens behind the text up to the first that differs from the exact
+            cache's, the mean over texts.
+        sampled_tokens: The same of each sampled continuation, seed by seed, text by text.
+        sampled_median: Their median; None if nothing was sampled.
+        sampled_interval: Interval of it at 95 %, from ranks; None for fewer than 6.
+        sampled_never: Share of them that never differ.
+        sampled_never_interval: Wilson interval of it at 95 %.
+        tasks: Generated tasks that were solved; empty if none were given.
         cosine: Cosine of attention outputs, the mean over layers.
         attention_top1: Share of queries whose most attended token stays that.
         attention_top5: Share whose most attended token stays among the five most attended.
@@ -66,12 +81,24 @@ class Row:
     packed_tokens: int
     ppl: float
     kl: float
-    kl_interval: tuple[float, float]
+    kl_interval: Interval
     kl_median: float
+    kl_median_interval: Interval
     kl_p99: float
-    kl_difference: tuple[float, float]
+    kl_p99_interval: Interval
+    kl_p999: float
+    kl_p999_interval: Interval
+    kl_max: float
+    kl_difference: Interval
     top1: float
+    top1_interval: Interval
     greedy_tokens: float
+    sampled_tokens: tuple[int, ...]
+    sampled_median: float | None
+    sampled_interval: Interval | None
+    sampled_never: float | None
+    sampled_never_interval: Interval | None
+    tasks: tuple[tasks.Score, ...]
     cosine: float
     attention_top1: float
     attention_top5: float
@@ -94,10 +121,11 @@ class Result:
         tokens: Tokens of each text that were read.
         start: First prediction compared in each text.
         predictions: How many were compared in all.
-        greedy: Greedy tokens tried behind each text.
+        written: What was written behind each text.
         dtype: What the model computed in, and its exact tokens were kept in.
         exact_ppl: Perplexity through the exact cache.
         exact_bytes: Bytes of the exact cache.
+        exact_tasks: Generated tasks solved through the exact cache.
         rows: One a scheme.
     """
 
@@ -110,25 +138,16 @@ class Result:
     tokens: int
     start: int
     predictions: int
-    greedy: int
+    written: Settings
     dtype: str
     exact_ppl: float
     exact_bytes: int
+    exact_tasks: tuple[tasks.Score, ...]
     rows: tuple[Row, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """One text through the caches of one scheme."""
-
-    scores: scoring.Scores
-    answer: list[int]
-    seconds: float
-    caches: list[Any]
 
 
 def run(
@@ -140,12 +159,16 @@ def run(
     command: str,
     texts: dict[str, str] | None = None,
     tokens: int = 1216,
-    greedy: int = 64,
+    written: Settings | None = None,
+    items: int = 0,
     dtype: str | None = None,
+    output: Path | None = None,
     progress: Progress | None = None,
     keep: Callable[[Result], None] | None = None,
 ) -> Result:
     """Read texts through every scheme and compare with the exact cache.
+
+    A run that was ended early goes on where it was if it is called again with the same ``output``.
 
     Args:
         model: An mlx-lm model with its own caches.
@@ -156,10 +179,13 @@ def run(
         command: What the report gives as the command.
         texts: Texts by name; prose of CPython's documentation if None.
         tokens: Tokens of each text to read.
-        greedy: Greedy tokens to try behind each text; 0 for none.
+        written: What to write behind each text; as :class:`Settings` says if None.
+        items: Questions of each generated task, see :mod:`rotormlx.measure.haystack`; 0 for none.
         dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
+        output: A folder in which to keep what is measured until all is; a temporary one if None.
+            Each text takes 4 bytes a token and entry of the vocabulary there.
         progress: Shows what is read, if given.
-        keep: Takes what is known so far: after each scheme of the first text, and after each text.
+        keep: Takes what is known so far, after each scheme.
 
     Raises:
         ValueError: If a name is no scheme or dtype, or a text is too short.
@@ -169,256 +195,199 @@ def run(
     if not schemes:
         raise ValueError("[quality] At least one scheme must be given; k4v4 is our default.")
     progress = progress or Progress(disable=True)
-    texts = texts or {"pydoc_data.topics": default_text()}
-    read = {name: _encode(tokenizer, name, text, tokens) for name, text in texts.items()}
+    written = Settings() if written is None else written
+    start = first_packed(schemes)
+    ids = {
+        name: encoded(tokenizer, name, text, tokens, start)
+        for name, text in (texts or {"pydoc_data.topics": default_text()}).items()
+    }
+    stacks = stacks_for(tokenizer, schemes, items)
+    done: list[_Done] = []
+    solved: list[tasks.Solved] = []  # of the exact cache first
+    with (
+        unfinished.folder(output, "quality") as folder,
+        hook.in_place(),
+        numpy_linear(),
+        numpy_attention(),
+        scoring.computing_in(model, dtype),
+    ):
+        try_out(model, next(iter(ids.values())), schemes)
+        setting = setting_of(model, written)
+        read = [
+            Text(name, own, start, written, folder / unfinished.digest(ids=own, **setting))
+            for name, own in ids.items()
+        ]
+        place = folder / unfinished.digest(tasks=stacks, **setting)
+        unfinished.only(folder, [place.name, *(text.folder.name for text in read)])
+        known = [[reading.found_coded(model, text, each) for each in schemes] for text in read]
+        missing = sum(found.count(None) + (None in found) for found in known)
+        task = progress.add_task("", total=missing * read[0].steps)
 
-    def result(done: Sequence[_Text]) -> Result:
-        likelihoods = np.concatenate([text.exact_log_likelihoods for text in done])
-        return Result(
-            model=model_name,
-            command=command,
-            date=datetime.now(UTC).date().isoformat(),
-            machine=machine(),
-            versions=versions(),
-            texts=tuple(texts)[: len(done)],
-            tokens=tokens,
-            start=done[0].start,
-            predictions=len(likelihoods),
-            greedy=greedy,
-            dtype=done[0].dtype,
-            exact_ppl=float(np.exp(-likelihoods.mean())),
-            exact_bytes=done[-1].exact_bytes,
-            rows=_rows(schemes, done),
-        )
+        def result() -> Result:
+            asked = {"model": model_name, "command": command, "tokens": tokens, "start": start}
+            return _result(asked, schemes, tuple(ids), written, done, solved)
 
-    read_texts: list[_Text] = []
-
-    def kept(text: _Text) -> None:
-        if keep is not None and not read_texts:
-            keep(result([text]))
-
-    with hook.in_place(), numpy_linear(), scoring.computing_in(model, dtype):
-        for name, ids in read.items():
-            read_texts.append(_of_text(model, ids, schemes, greedy, progress, name, kept))
-            if keep is not None and len(read) > 1:
-                keep(result(read_texts))
-    return result(read_texts)
-
-
-def machine() -> str:
-    """The processor, and what MLX computes on."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            models = [
-                line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-            ]
-        name = f"{models[0]}, {len(models)} cores" if models else name
-    except OSError:  # not Linux
-        pass
-    return f"{name}, MLX on {mx.default_device()}, backend {backends.backend().name}"
+        for text, found in zip(read, known, strict=True):
+            for _ in _of_text(model, text, schemes, found, progress, task, done):
+                # What a later text has only in part would tear its rows apart.
+                if keep is not None and (len(done) == 1 or len(done[-1].coded) == len(schemes)):
+                    keep(result())
+        if stacks:
+            for answers in _solve(model, stacks, schemes, place, progress):
+                solved.append(answers)
+                if keep is not None and len(solved) > 1:
+                    keep(result())
+        return result()
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that a measurement depends on."""
-    packages = ("rotormlx", "mlx", "mlx-lm", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def mean_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval at 95 % of a mean of neighbouring numbers.
-
-    What is drawn are runs of 16 neighbours, since neighbours are alike.
-    """
-    runs = [part.mean() for part in np.array_split(values, max(2, len(values) // RUN))]
-    if np.ptp(runs) == 0:
-        return float(runs[0]), float(runs[0])
-    result = bootstrap(
-        (np.array(runs),),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(seed),
+def _result(
+    asked: dict[str, Any],
+    schemes: Sequence[Scheme],
+    names: tuple[str, ...],
+    written: Settings,
+    done: Sequence[_Done],
+    solved: Sequence[tasks.Solved],
+) -> Result:
+    """What is known so far, with the fields of a result that were asked for."""
+    likelihoods = np.concatenate([text.exact.log_likelihoods for text in done])
+    return Result(
+        **asked,
+        date=datetime.now(UTC).date().isoformat(),
+        machine=machine(),
+        versions=versions(),
+        texts=names[: len(done)],
+        predictions=len(likelihoods),
+        written=written,
+        dtype=done[0].exact.dtype,
+        exact_ppl=float(np.exp(-likelihoods.mean())),
+        exact_bytes=done[-1].exact.cache_bytes,
+        exact_tasks=tasks.scores(solved[0], solved[0]) if solved else (),
+        rows=_rows(schemes, done, written, solved),
     )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 # ---- one text -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _SchemeResult:
-    """What one scheme did to one text."""
+class _Done:
+    """What is known of a text: the exact cache's reading, and that of each scheme in order."""
 
-    differences: scoring.Differences
-    common: int
-    layers: tuple[attention_error.LayerError, ...]
-    bits_per_value: float
-    exact_tokens: tuple[int, int]
-    cache_bytes: int
-    packed_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Text:
-    start: int
-    dtype: str
-    exact_log_likelihoods: NDArray[np.float64]
-    exact_bytes: int
-    results: list[_SchemeResult]
-
-
-def _encode(tokenizer: Any, name: str, text: str, tokens: int) -> list[int]:
-    # A token of English is 4 or 5 characters; all of a long text would take long to encode.
-    ids: list[int] = tokenizer.encode(text[: 8 * tokens])[:tokens]
-    if len(ids) < tokens:
-        raise ValueError(
-            f"[quality] A text of at least {tokens} tokens is required, but {name} has {len(ids)}; "
-            "give a longer one or a smaller --tokens."
-        )
-    return ids
-
-
-def first_packed(schemes: Sequence[Scheme]) -> int:
-    """The first prediction, in whole chunks, for which every scheme reads packed tokens."""
-    needs = []
-    for chosen in schemes:
-        cache = chosen.make(0)
-        unpacked = sum(cache_contents.exact_tokens(cache))
-        needs.append(-(-(unpacked + cache_contents.block_tokens(cache)) // CHUNK) * CHUNK)
-    return max(needs)
+    exact: Exact
+    coded: list[Coded]
 
 
 def _of_text(
     model: Any,
-    ids: list[int],
+    text: Text,
     schemes: Sequence[Scheme],
-    greedy: int,
+    known: Sequence[Coded | None],
     progress: Progress,
-    name: str,
-    keep: Callable[[_Text], None],
-) -> _Text:
-    start = first_packed(schemes)
-    if len(ids) < start + 2:
-        raise ValueError(
-            f"[quality] At least {start + 2} tokens are required, so that every scheme is read "
-            f"from packed bytes, but {len(ids)} were asked for; give more with --tokens."
-        )
-    task = progress.add_task("", total=(1 + len(schemes)) * (len(ids) - 1 + greedy))
+    task: TaskID,
+    done: list[_Done],
+) -> Iterator[None]:
+    """Add to ``done`` what is known of a text, scheme by scheme."""
 
-    def read(chosen: Scheme) -> _Reading:
-        progress.update(task, description=f"{name}: {chosen.name}")
-        return _read(model, ids, chosen.caches(model), greedy, lambda n: progress.advance(task, n))
+    def advance(steps: int) -> None:
+        progress.advance(task, steps)
 
-    with attention_error.record_queries() as latest:
-        # The queries of the text's end are wanted, not those of the greedy tokens behind it.
-        progress.update(task, description=f"{name}: {EXACT}")
-        caches = scheme(EXACT).caches(model)
-        scores = scoring.score(
-            model, ids, caches, chunk=CHUNK, progress=lambda n: progress.advance(task, n)
-        )
-        layers = list(attention_error.attended(caches, latest))
-        size = cache_contents.used_bytes(caches)
-        keys, _ = cache_contents.decoded(
-            next(cache for _, cache in cache_contents.compressed(caches))
-        )
-    answer = scoring.greedy(model, ids[-1], caches, greedy)
-    progress.advance(task, greedy)
-    exact = _Reading(scores, answer, 0.0, caches)
-    rows = np.arange(start, len(exact.scores.targets))
-    likelihoods = exact.scores.log_probs[rows, exact.scores.targets[rows]].astype(np.float64)
-    text = _Text(start, str(keys.dtype).rpartition(".")[2], likelihoods, size, [])
-    for chosen in schemes:
-        text.results.append(_measured(chosen, exact, read(chosen), layers, start))
-        keep(text)
-    return text
+    progress.update(task, description=f"{text.name}: {EXACT}")
+    exact = reading.exact(model, text, advance, distributions=None in known)
+    done.append(_Done(exact, []))
+    for chosen, found in zip(schemes, known, strict=True):
+        progress.update(task, description=f"{text.name}: {chosen.name}")
+        done[-1].coded.append(found or reading.coded(model, text, chosen, exact, advance))
+        yield
+    reading.drop_distributions(text)
 
 
-def _read(
-    model: Any, ids: list[int], caches: list[Any], greedy: int, advance: Callable[[int], None]
-) -> _Reading:
-    began = time.perf_counter()
-    scores = scoring.score(model, ids, caches, chunk=CHUNK, progress=advance)
-    seconds = time.perf_counter() - began
-    # score() leaves the last token unread.
-    answer = scoring.greedy(model, ids[-1], caches, greedy)
-    advance(greedy)
-    return _Reading(scores, answer, seconds, caches)
-
-
-def _measured(
-    chosen: Scheme,
-    exact: _Reading,
-    reading: _Reading,
-    layers: Sequence[attention_error.Attended],
-    start: int,
-) -> _SchemeResult:
-    scoring.assert_packed(reading.caches, CHUNK)
-    least = reading.scores.packed_tokens[start:].min()
-    if least < CHUNK:
-        raise RuntimeError(
-            f"[quality] Every prediction compared must read at least {CHUNK} packed tokens, but "
-            f"one through {chosen.name} read {least}; start later."
-        )
-    return _SchemeResult(
-        scoring.differences(exact.scores, reading.scores, start=start),
-        scoring.common_start(exact.answer, reading.answer),
-        tuple(attention_error.layer_error(layer, chosen.make(layer.layer)) for layer in layers),
-        cache_contents.bits_per_value(
-            [cache for _, cache in cache_contents.compressed(reading.caches)]
-        ),
-        cache_contents.exact_tokens(chosen.make(layers[0].layer)),
-        cache_contents.used_bytes(reading.caches),
-        scoring.packed_of(reading.caches),
-        reading.seconds,
-    )
+def _solve(
+    model: Any,
+    stacks: Sequence[Haystack],
+    schemes: Sequence[Scheme],
+    place: Path,
+    progress: Progress,
+) -> Iterator[tasks.Solved]:
+    """The answers through the exact cache and then through each scheme."""
+    questions = sum(len(stack.questions) for stack in stacks)
+    task = progress.add_task("", total=(1 + len(schemes)) * questions)
+    for chosen in (scheme(EXACT), *schemes):
+        progress.update(task, description=f"tasks: {chosen.name}")
+        yield tasks.solved(model, stacks, chosen, place, lambda: progress.advance(task))
 
 
 # ---- all texts ----------------------------------------------------------------------------------
 
 
-def _rows(schemes: Sequence[Scheme], texts: Sequence[_Text]) -> tuple[Row, ...]:
+def _rows(
+    schemes: Sequence[Scheme],
+    texts: Sequence[_Done],
+    written: Settings,
+    solved: Sequence[tasks.Solved],
+) -> tuple[Row, ...]:
     joined = [
-        scoring.Differences.joined([text.results[index].differences for text in texts])
-        for index in range(len(texts[0].results))
+        Differences.joined([text.coded[index].differences for text in texts])
+        for index in range(len(texts[0].coded))
     ]
+    answered = [tasks.scores(solved[0], own) for own in solved[1:]]
+    answered += [()] * (len(joined) - len(answered))  # not all are done, perhaps
     return tuple(
-        _row(chosen.name, differences, joined[0], [text.results[index] for text in texts])
-        for index, (chosen, differences) in enumerate(
-            zip(schemes, joined, strict=False)
-        )  # not all are done, perhaps
+        _row(
+            chosen.name,
+            differences,
+            joined[0],
+            [text.coded[index] for text in texts],
+            written,
+            answered[index],
+        )
+        for index, (chosen, differences) in enumerate(zip(schemes, joined, strict=False))
     )
 
 
 def _row(
     name: str,
-    differences: scoring.Differences,
-    first: scoring.Differences,
-    results: Sequence[_SchemeResult],
+    differences: Differences,
+    first: Differences,
+    texts: Sequence[Coded],
+    written: Settings,
+    answered: tuple[tasks.Score, ...],
 ) -> Row:
     layers = tuple(
-        _mean_error([result.layers[i] for result in results]) for i in range(len(results[0].layers))
+        _mean_error([text.layers[i] for text in texts]) for i in range(len(texts[0].layers))
     )
     summary = differences.quality
-    longest = np.stack([result.differences.kl for result in results]).mean(0)
-    sink, window = results[-1].exact_tokens
+    median, p99, p999 = intervals.quantile_intervals(differences.kl, (0.5, 0.99, 0.999))
+    longest = np.stack([text.differences.kl for text in texts]).mean(0)
+    parted = tuple(common for text in texts for common in text.common[1:])
+    never = sum(common == written.sampled for common in parted)
+    sink, window = texts[-1].exact_tokens
     return Row(
         scheme=name,
-        bits_per_value=results[-1].bits_per_value,
+        bits_per_value=texts[-1].bits_per_value,
         sink=sink,
         window=window,
-        cache_bytes=results[-1].cache_bytes,
-        packed_tokens=results[-1].packed_tokens,
+        cache_bytes=texts[-1].cache_bytes,
+        packed_tokens=texts[-1].packed_tokens,
         ppl=summary.ppl,
         kl=summary.kl_mean,
-        kl_interval=mean_interval(differences.kl),
+        kl_interval=intervals.mean_interval(differences.kl),
         kl_median=summary.kl_median,
+        kl_median_interval=median,
         kl_p99=summary.kl_p99,
-        kl_difference=mean_interval(differences.kl - first.kl),
+        kl_p99_interval=p99,
+        kl_p999=summary.kl_p999,
+        kl_p999_interval=p999,
+        kl_max=float(differences.kl.max()),
+        kl_difference=intervals.mean_interval(differences.kl - first.kl),
         top1=summary.top1,
-        greedy_tokens=float(np.mean([result.common for result in results])),
+        top1_interval=intervals.share_interval(differences.same),
+        greedy_tokens=float(np.mean([text.common[0] for text in texts])),
+        sampled_tokens=parted,
+        sampled_median=float(np.median(parted)) if parted else None,
+        sampled_interval=intervals.median_interval(parted),
+        sampled_never=never / len(parted) if parted else None,
+        sampled_never_interval=intervals.wilson(never, len(parted)) if parted else None,
+        tasks=answered,
         cosine=float(np.mean([layer.cosine for layer in layers])),
         attention_top1=float(np.mean([layer.top1 for layer in layers])),
         attention_top5=float(np.mean([layer.top5 for layer in layers])),
@@ -426,7 +395,7 @@ def _row(
         kl_by_position=tuple(
             float(longest[i : i + CHUNK].mean()) for i in range(0, len(longest), CHUNK)
         ),
-        seconds=sum(result.seconds for result in results),
+        seconds=sum(text.seconds for text in texts),
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -62,6 +61,7 @@ class Quality:
         kl_mean: Mean KL divergence (reference || other), in nats.
         kl_median: Its median.
         kl_p99: Its 99th percentile.
+        kl_p999: Its 99.9th percentile.
         top1: Share of predictions with the same most likely token.
         ppl: Perplexity of the other cache's predictions.
         predictions: How many predictions were compared.
@@ -70,6 +70,7 @@ class Quality:
     kl_mean: float
     kl_median: float
     kl_p99: float
+    kl_p999: float
     top1: float
     ppl: float
     predictions: int
@@ -107,18 +108,35 @@ def score(
     predictions = len(tokens) - 1
     packed_tokens = np.zeros(predictions, np.int64)
     log_probs = np.empty((0, 0), np.float32)
-    for start in range(0, predictions, chunk):
-        stop = min(start + chunk, predictions)
-        # Counted before the call: what the chunk itself adds may be read exact or packed.
-        packed_tokens[start:stop] = packed_of(caches)
-        logits = model(mx.array([tokens[start:stop]]), cache=caches)[0].astype(mx.float32)
-        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for start, rows, packed in chunks(model, tokens, caches, chunk=chunk):
         if start == 0:
             log_probs = np.empty((predictions, rows.shape[-1]), np.float32)
-        log_probs[start:stop] = np.array(rows)
+        log_probs[start : start + len(rows)] = rows
+        packed_tokens[start : start + len(rows)] = packed
         if progress is not None:
-            progress(stop - start)
+            progress(len(rows))
     return Scores(log_probs, np.asarray(tokens[1:], np.int64), packed_tokens)
+
+
+def chunks(
+    model: Callable[..., mx.array],
+    tokens: Sequence[int],
+    caches: Sequence[Any],
+    *,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[int, NDArray[np.float32], int]]:
+    """The same, chunk by chunk, for texts whose distributions do not fit into memory.
+
+    Yields:
+        The first prediction of a chunk, its log-probabilities ``[L, V]``, and the packed tokens
+        behind it.
+    """
+    for start in range(0, len(tokens) - 1, chunk):
+        # Counted before the call: what the chunk itself adds may be read exact or packed.
+        packed = packed_of(caches)
+        part = tokens[start : min(start + chunk, len(tokens) - 1)]
+        logits = model(mx.array([part]), cache=caches)[0].astype(mx.float32)
+        yield start, np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True)), packed
 
 
 @dataclass(frozen=True)
@@ -150,7 +168,8 @@ class Differences:
         return Quality(
             kl_mean=float(self.kl.mean()),
             kl_median=float(np.median(self.kl)),
-            kl_p99=float(np.percentile(self.kl, 99, method="higher")),
+            kl_p99=quantile(self.kl, 0.99),
+            kl_p999=quantile(self.kl, 0.999),
             top1=float(self.same.mean()),
             ppl=float(np.exp(-self.log_likelihoods.mean())),
             predictions=len(self.kl),
@@ -181,19 +200,36 @@ def differences(reference: Scores, other: Scores, *, start: int = 0) -> Differen
         raise ValueError(
             f"[compare] start must leave a prediction of {len(other.targets)}, but {start} came."
         )
-    kl = np.empty(predictions)
-    same = np.empty(predictions, np.bool_)
-    for row in range(start, start + predictions, _ROWS):
-        p_log = reference.log_probs[row : row + _ROWS].astype(np.float64)
-        q_log = other.log_probs[row : row + _ROWS].astype(np.float64)
-        p = np.exp(p_log)
-        # A token of probability 0 adds 0, also where both logarithms are -inf.
-        terms = np.subtract(p_log, q_log, out=np.zeros_like(p), where=p > 0)
-        part = slice(row - start, row - start + len(p))
-        kl[part] = (p * terms).sum(axis=1)
-        same[part] = p_log.argmax(axis=1) == q_log.argmax(axis=1)
-    rows = np.arange(start, start + predictions)
-    return Differences(kl, same, other.log_probs[rows, other.targets[rows]].astype(np.float64))
+    return Differences.joined(
+        [
+            differences_of_rows(
+                reference.log_probs[row : row + _ROWS],
+                other.log_probs[row : row + _ROWS],
+                other.targets[row : row + _ROWS],
+            )
+            for row in range(start, start + predictions, _ROWS)
+        ]
+    )
+
+
+def differences_of_rows(
+    reference: NDArray[np.float32], other: NDArray[np.float32], targets: NDArray[np.int64]
+) -> Differences:
+    """Compare log-probabilities ``[n, V]`` of the same predictions; targets ``[n]``."""
+    p_log, q_log = reference.astype(np.float64), other.astype(np.float64)
+    p = np.exp(p_log)
+    # A token of probability 0 adds 0, also where both logarithms are -inf.
+    terms = np.subtract(p_log, q_log, out=np.zeros_like(p), where=p > 0)
+    return Differences(
+        (p * terms).sum(axis=1),
+        p_log.argmax(axis=1) == q_log.argmax(axis=1),
+        q_log[np.arange(len(targets)), targets],
+    )
+
+
+def quantile(values: NDArray[np.float64], level: float) -> float:
+    """The smallest of some values that has a share of ``level`` of them up to it."""
+    return float(np.quantile(values, level, method="inverted_cdf"))
 
 
 def compare(reference: Scores, other: Scores, *, start: int = 0) -> Quality:
@@ -205,30 +241,6 @@ def compare(reference: Scores, other: Scores, *, start: int = 0) -> Quality:
         KL divergence, top-1 agreement and perplexity over the predictions from ``start`` on.
     """
     return differences(reference, other, start=start).quality
-
-
-def greedy(
-    model: Callable[..., mx.array], first: int, caches: Sequence[Any], tokens: int
-) -> list[int]:
-    """The most likely tokens, one after the other, behind what the caches hold.
-
-    Args:
-        model: An mlx-lm model.
-        first: The token that is read first.
-        caches: One cache a layer, filled; they hold the new tokens afterwards.
-        tokens: How many.
-    """
-    out: list[int] = []
-    for _ in range(tokens):
-        logits = model(mx.array([[out[-1] if out else first]]), cache=caches)
-        out.append(int(np.array(mx.argmax(logits[0, -1]))))
-    return out
-
-
-def common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens at the start of two answers are the same."""
-    pairs = zip(a, b, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @contextmanager

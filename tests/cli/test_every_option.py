@@ -84,6 +84,7 @@ def base(command: str, files: dict[str, str]) -> list[str]:
         "demo": [*model, "--score-tokens", "256", "--max-tokens", "1"],
         "quality": [
             files["model"], *measured, "--text", files["text"], "--tokens", "200", "--greedy", "1",
+            "--sampled", "1", "--seeds", "1",
         ],
         "needle": [
             files["model"], *measured, "--kinds", "copy", "--lengths", "512", "--trials", "1",

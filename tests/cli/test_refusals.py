@@ -20,7 +20,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from typer.testing import CliRunner, Result
 
 from rotormlx.cli import batching, main, mlx_lm_commands, server_guard, serving
-from rotormlx.measure import bench, needle, quality_run, scoring
+from rotormlx.measure import bench, free_running, needle, quality_run
 from rotormlx.mlx import hook, integration
 from tests.support import models as tiny
 
@@ -74,7 +74,8 @@ def work(command: str, model: str) -> list[str]:
     return {
         "batch": ["prompts.txt", "--model", model, "--max-tokens", "2", "--output"],
         "quality": [
-            model, *scheme, "--text", "text.txt", "--tokens", "200", "--greedy", "1", "--output",
+            model, *scheme, "--text", "text.txt", "--tokens", "200", "--greedy", "1", "--sampled",
+            "1", "--output",
         ],
         "needle": [
             model, *scheme, "--kinds", "copy", "--lengths", "512", "--trials", "2", "--needles",
@@ -286,7 +287,7 @@ def test_ctrl_c_in_batch_keeps_the_answers_that_are_known(llama: str, monkeypatc
 @pytest.mark.parametrize(
     ("command", "owner", "name", "calls"),
     [
-        ("quality", scoring, "greedy", 2),  # the exact cache and one scheme are through
+        ("quality", free_running, "continuations", 2),  # the exact cache and one scheme are through
         ("needle", needle, "search", 3),  # all schemes of the first of two texts
         ("bench", bench, "turn", 3),  # two turns to warm up and one that counts
     ],
@@ -302,6 +303,22 @@ def test_ctrl_c_keeps_what_was_measured(
     kept = json.loads(Path(f"out/{command}.json").read_text())
     assert {"quality": "rows", "needle": "trials", "bench": "medians"}[command] in kept
     assert Path(f"out/{command}.md").is_file()
+
+
+def test_quality_goes_on_after_ctrl_c(llama: str, monkeypatch) -> None:
+    """The same command reads neither the exact cache nor the first scheme again."""
+    arguments = [*work("quality", llama), "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(free_running, "continuations", after(2, free_running.continuations))
+        assert_interrupted(run("quality", *arguments))
+    assert Path("out/quality-unfinished").is_dir()
+    # What writes behind a text is called once for each cache that is read.
+    monkeypatch.setattr(free_running, "continuations", after(1, free_running.continuations))
+    result = run("quality", *arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert sorted(os.listdir("out")) == ["quality.html", "quality.json", "quality.md"]
+    rows = json.loads(Path("out/quality.json").read_text())["rows"]
+    assert [row["scheme"] for row in rows] == ["k4v4", "k3v3"]
 
 
 @pytest.mark.parametrize("command", ["quality", "needle", "bench"])

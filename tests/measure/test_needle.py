@@ -18,22 +18,18 @@ from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import cache_contents, needle, schemes
+from rotormlx.measure import cache_contents, haystack, needle, schemes
 from rotormlx.measure.baselines import SimulatedCache
-from rotormlx.measure.needle import COPY_BEFORE, COPY_TIMES, Pairs, Share, Trial
+from rotormlx.measure.haystack import COPY_BEFORE, COPY_TIMES
+from rotormlx.measure.needle import Pairs, Share, Trial
 from rotormlx.measure.schemes import Scheme
 from rotormlx.measure.text import default_text
 from tests.support import models as tiny_models
+from tests.support.models import Bytes
 
 D = 64
+NEEDLES = ("fact", "copy")
 VECTORS = np.random.default_rng(2).normal(size=(257, D)).astype(np.float32)
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
 
 
 class Recalling:
@@ -92,14 +88,14 @@ def forgetting(first: int, last: int, **rule: int) -> Scheme:
     return Scheme("forgetting", lambda layer: SimulatedCache(Forgetting(first, last), 0, **rule))
 
 
-def stack(kind: str, length: int = 1200, needles: int = 8, seed: int = 0) -> needle.Haystack:
-    return needle.haystack(Bytes(), kind, length, needles, seed=seed)
+def stack(kind: str, length: int = 1200, needles: int = 8, seed: int = 0) -> haystack.Haystack:
+    return haystack.haystack(Bytes(), kind, length, needles, seed=seed)
 
 
 # ---- texts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", needle.KINDS)
+@pytest.mark.parametrize("kind", NEEDLES)
 def test_answers_stand_where_they_are_said_to(kind: str) -> None:
     made = stack(kind)
     assert len(made.tokens) == 1200
@@ -150,14 +146,14 @@ def test_facts_read_like_facts() -> None:
 
 
 def test_texts_differ_by_seed_and_are_the_same_again() -> None:
-    for kind in needle.KINDS:
+    for kind in haystack.KINDS:
         assert stack(kind, seed=1) == stack(kind, seed=1)
         assert stack(kind, seed=1).tokens != stack(kind, seed=2).tokens
 
 
 @pytest.mark.parametrize(("kind", "length"), [("fact", 543), ("copy", 735)])
 def test_texts_without_room_are_refused(kind: str, length: int) -> None:
-    room = needle.ROOM[kind]
+    room = haystack.ROOM[kind]
     assert length == 8 * room + 224 - 1
     with pytest.raises(ValueError, match=f"have {room} .* {length} tokens and 8 needles came"):
         stack(kind, length)
@@ -182,14 +178,14 @@ def test_no_needle_is_cut_off_by_the_end_of_a_text() -> None:
 # ---- trials -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", needle.KINDS)
+@pytest.mark.parametrize("kind", NEEDLES)
 def test_a_perfect_memory_finds_all(kind: str) -> None:
     trials = list(needle.search(Recalling(), stack(kind), schemes.scheme("exact")))
     assert [trial.found for trial in trials] == [True] * 8
     assert {(trial.scheme, trial.kind, trial.length) for trial in trials} == {("exact", kind, 1200)}
 
 
-@pytest.mark.parametrize("kind", needle.KINDS)
+@pytest.mark.parametrize("kind", NEEDLES)
 def test_what_a_cache_loses_is_not_found(kind: str) -> None:
     """Exactly the needles of the lost part are missed, so the cache is what is read."""
     made = stack(kind)
@@ -288,6 +284,16 @@ def test_shares_are_of_the_trials_asked_for() -> None:
     assert [row[header.index("fact, against b")] for row in rows] == ["-0 +4, p = 0.12", ""]
 
 
+def test_what_lies_in_one_part_of_a_text_has_no_columns_of_parts() -> None:
+    trials = tuple(Trial("a", kind, 10, depth, True) for kind, depth in (
+        ("chain", 0.1), ("chain", 0.1), ("fact", 0.1), ("fact", 0.5),
+    ))  # fmt: skip
+    header, _ = needle.cells(needle.Result("", "", "", "", {}, trials))
+    assert [name for name in header if "depth" in name] == [
+        "fact, depth 0-20 %", "fact, depth 40-60 %",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("lost", "gained", "p"),
     # Twice the sum of C(n, i) / 2^n for i up to the smaller of the two, at most 1.
@@ -318,7 +324,7 @@ def test_pairs_are_of_the_same_needles() -> None:
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_models.save(tmp_path / "model", "llama")
     argv = ["needle", path, "--schemes", "k2v2", "--lengths", "400,600", "--trials", "5"]
-    argv += ["--needles", "3", "--output", str(tmp_path / "out")]
+    argv += ["--needles", "3", "--kinds", "fact,copy", "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["rotormlx", *argv])
     done = CliRunner().invoke(main.app, argv)
     assert done.exit_code == 0, done.output

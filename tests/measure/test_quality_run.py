@@ -23,21 +23,26 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import cache_contents, quality_report, quality_run, schemes, scoring
+from rotormlx.measure import (
+    attention_error,
+    cache_contents,
+    quality_report,
+    quality_run,
+    reading,
+    schemes,
+    scoring,
+)
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.free_running import Settings
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from tests.support import models as tiny_models
+from tests.support.models import Bytes
 
 SCHEMES = ["k4v4", "k2v2:bare", "kivi-k4v4", "turboquant-k4v4:bare", "affine-k8v8"]
 TOKENS = 321
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+WRITTEN = Settings(greedy=5, sampled=4, seeds=3)
+NOTHING = Settings(greedy=0, sampled=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,13 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def result(model: Any) -> quality_run.Result:
     return quality_run.run(
-        model, Bytes(), SCHEMES, model_name="tiny", command="x", tokens=TOKENS, greedy=5
+        model,
+        Bytes(),
+        SCHEMES,
+        model_name="tiny",
+        command="x",
+        tokens=TOKENS,
+        written=WRITTEN,
     )
 
 
@@ -72,15 +83,40 @@ def test_rows_are_what_compare_says(model: Any, result: quality_run.Result) -> N
         scores, caches = read(model, row.scheme, ids)
         found = scoring.compare(exact, scores, start=192)
         # numpy multiplies in another order than MLX: 1e-6 of logits, beside divergences of 1e-4.
-        assert row.kl == pytest.approx(found.kl_mean, rel=0.02)
+        assert row.kl == pytest.approx(found.kl_mean, rel=0.02, abs=5e-7)
         assert row.ppl == pytest.approx(found.ppl, rel=1e-4)
         assert row.top1 == pytest.approx(found.top1, abs=2 / result.predictions)
-        assert row.packed_tokens >= scoring.packed_of(caches) >= 128
+        assert row.packed_tokens == scoring.packed_of(caches) >= 128
+        assert row.cache_bytes == cache_contents.used_bytes(caches)
         assert row.bits_per_value == cache_contents.bits_per_value(caches)
         assert row.kl_interval[0] < row.kl < row.kl_interval[1]
+        assert row.kl_median_interval[0] < row.kl_median < row.kl_median_interval[1]
+        assert row.kl_p99_interval[0] < row.kl_p99 <= row.kl_p99_interval[1]
+        # One of 128 is more than a thousandth.
+        assert row.kl_p999 == row.kl_max == row.kl_p999_interval[1]
+        assert row.top1_interval[0] <= row.top1 <= row.top1_interval[1]
+        assert row.kl_median == pytest.approx(found.kl_median, rel=0.02, abs=5e-7)
+        assert row.kl_p99 == pytest.approx(found.kl_p99, rel=0.02, abs=5e-6)
         assert np.mean(row.kl_by_position) == pytest.approx(row.kl)
         assert [error.layer for error in row.layers] == [0, 1]
         assert row.cosine == pytest.approx(np.mean([error.cosine for error in row.layers]))
+
+
+def test_every_quantile_has_its_own_interval() -> None:
+    kl = np.random.default_rng(6).exponential(size=8000)
+    found = scoring.Differences(kl, kl < 5, -kl)
+    layer = attention_error.LayerError(0, *[0.5] * 6)
+    text = reading.Coded(found, [0], (layer,), 4.0, 1, 1, 1.0)
+    row = quality_run._row("x", found, found, [text], NOTHING, ())
+    # Of the exponential distribution, -ln(1 - level), within some deviations of 8,000 draws.
+    for value, (low, high), level in (
+        (row.kl_median, row.kl_median_interval, 0.5),
+        (row.kl_p99, row.kl_p99_interval, 0.99),
+        (row.kl_p999, row.kl_p999_interval, 0.999),
+    ):
+        assert low < value < high < row.kl_max
+        assert low < -np.log(1 - level) < high
+    assert row.top1_interval[0] < np.mean(kl < 5) < row.top1_interval[1] < 1
 
 
 def test_first_scheme_is_what_others_are_compared_with(result: quality_run.Result) -> None:
@@ -94,7 +130,7 @@ def test_first_scheme_is_what_others_are_compared_with(result: quality_run.Resul
 def test_several_texts_are_pooled(model: Any) -> None:
     text = default_text()
     halves = {"a": text[:1000], "b": text[1000:2000]}
-    options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "greedy": 0}
+    options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "written": NOTHING}
     both = quality_run.run(model, Bytes(), ["k4v4"], texts=halves, **options)
     single = [
         quality_run.run(model, Bytes(), ["k4v4"], texts={name: part}, **options)
@@ -110,7 +146,7 @@ def test_run_computes_in_another_dtype_and_leaves_the_model_as_it_was() -> None:
     model = tiny_models.build("llama", seed=3)
     model.set_dtype(mx.bfloat16)
     before = tree_flatten(model.parameters())
-    options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "greedy": 0}
+    options: Any = {"model_name": "tiny", "command": "x", "tokens": 270, "written": NOTHING}
     own, wide = (
         quality_run.run(model, Bytes(), ["k4v4"], dtype=dtype, **options)
         for dtype in (None, "float32")
@@ -132,8 +168,16 @@ def test_run_refuses_a_cache_that_packs_nothing(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schemes.Scheme, "caches", lambda self, model: make_prompt_cache(model))
-    with pytest.raises(RuntimeError, match="at least 64 tokens as packed bytes, but only 0"):
-        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, greedy=0)
+    with pytest.raises(RuntimeError, match="one through k4v4 read 0"):
+        quality_run.run(
+            model,
+            Bytes(),
+            ["k4v4"],
+            model_name="",
+            command="",
+            tokens=270,
+            written=NOTHING,
+        )
 
 
 def test_run_refuses_predictions_that_read_nothing_packed(
@@ -141,7 +185,15 @@ def test_run_refuses_predictions_that_read_nothing_packed(
 ) -> None:
     monkeypatch.setattr(quality_run, "first_packed", lambda schemes: 128)
     with pytest.raises(RuntimeError, match="one through k4v4 read 0; start later"):
-        quality_run.run(model, Bytes(), ["k4v4"], model_name="", command="", tokens=270, greedy=0)
+        quality_run.run(
+            model,
+            Bytes(),
+            ["k4v4"],
+            model_name="",
+            command="",
+            tokens=270,
+            written=NOTHING,
+        )
 
 
 @pytest.mark.parametrize(
@@ -178,22 +230,6 @@ def test_run_refuses_a_dtype(model: Any) -> None:
 )
 def test_first_packed(name: str, first: int) -> None:
     assert quality_run.first_packed([schemes.scheme(name)]) == first
-
-
-def test_interval_of_independent_numbers_is_the_normal_one() -> None:
-    values = np.random.default_rng(1).normal(3, 2, size=4096)
-    low, high = quality_run.mean_interval(values)
-    # 256 runs of 16: the deviation of the deviation is 4 %, of 4,000 resamples 2 %.
-    assert high - low == pytest.approx(2 * 1.96 * 2 / 64, rel=0.2)
-    assert low < values.mean() < high
-
-
-def test_interval_knows_that_neighbours_are_alike() -> None:
-    values = np.random.default_rng(1).normal(size=4096)
-    alike = np.repeat(values[:256], 16)
-    widths = [np.ptp(quality_run.mean_interval(v)) for v in (values, alike)]
-    # 16 times fewer independent numbers: 4 times as wide.
-    assert widths[1] == pytest.approx(4 * widths[0], rel=0.3)
 
 
 # ---- matrix products on a CPU -------------------------------------------------------------------
@@ -264,7 +300,9 @@ def test_plots_show_the_numbers(result: quality_run.Result) -> None:
         assert {name for name in before if before[name] != after[name]} == {title}
 
 
-@pytest.mark.parametrize(("width", "last"), [(40, "bits a value"), (80, "top-1"), (120, None)])
+@pytest.mark.parametrize(
+    ("width", "last"), [(40, "bits a value"), (80, "99.9 %"), (120, "sampled"), (200, None)]
+)
 def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
     result: quality_run.Result, width: int, last: str | None
 ) -> None:
@@ -317,6 +355,7 @@ def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = tmp_path / "text.txt"
     text.write_text(default_text()[:2000])
     argv = ["quality", path, "--schemes", "k4v4 kivi-k4v4", "--tokens", "270", "--greedy", "3"]
+    argv += ["--sampled", "4", "--seeds", "2", "--temperature", "0.5"]
     argv += [
         "--dtype",
         "bfloat16",
@@ -334,6 +373,10 @@ def test_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["texts"] == ["text.txt"]
     assert found["start"] == 64
     assert found["dtype"] == "bfloat16"
+    assert found["written"] == {"greedy": 3, "sampled": 4, "seeds": 2, "temperature": 0.5}
+    # A log has no bar: a line a scheme.
+    said = re.findall(r"quality: text.txt: (\S+): (\d+) % done, \d+ min \d+ s left", done.stderr)
+    assert said == [("k4v4:bare", "67"), ("kivi-k4v4:bare", "100")]
     assert found["model"] == "model"
     assert found["command"].startswith(f"rotormlx quality {path} --schemes 'k4v4 kivi-k4v4'")
     assert (tmp_path / "out" / "quality.md").read_text().count("\n| `k") == 2
@@ -354,3 +397,96 @@ def test_commands_refuse(argv: list[str], message: str) -> None:
     done = CliRunner().invoke(main.app, argv)
     assert done.exit_code == 2
     assert f"rotormlx: {message}" in done.output or message in done.output
+
+
+# ---- other models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers"),
+    # With logits of a sink in every layer, every other a sliding window; and windows alone.
+    [("gpt_oss", [1]), ("gemma3_text", [1, 3])],
+)
+def test_models_with_sinks_and_sliding_windows(model_type: str, layers: list[int]) -> None:
+    """What is measured are the layers that see the whole text; more bits lose less."""
+    model = tiny_models.build(model_type, seed=3)
+    if model_type == "gpt_oss":
+        for layer in model.layers:
+            assert layer.self_attn.sinks.shape == (4,)
+            layer.self_attn.sinks = mx.array([1.0, 3.0, -2.0, 0.5])
+    names = ["k8v8", "k4v4", "k2v2", "kivi-k2v2"]
+    options: dict[str, Any] = {"model_name": "tiny", "command": "x", "tokens": TOKENS}
+    found = quality_run.run(model, Bytes(), names, written=WRITTEN, **options)
+    ids = Bytes().encode(default_text())[:TOKENS]
+    exact, _ = read(model, "exact", ids)
+    assert found.exact_ppl == pytest.approx(exact.perplexity(192), rel=1e-5)
+    for row in found.rows:
+        scores, _ = read(model, row.scheme, ids)
+        compared = scoring.compare(exact, scores, start=192)
+        # numpy multiplies in another order than MLX: 1e-6 of logits.
+        assert row.kl == pytest.approx(compared.kl_mean, rel=0.02, abs=5e-7)
+        assert [error.layer for error in row.layers] == layers
+        assert len(row.sampled_tokens) == WRITTEN.seeds
+    eight, four, two, _ = (row.kl for row in found.rows)
+    assert eight < four / 4 < two / 16
+
+
+def test_sinks_change_what_is_measured() -> None:
+    """A sink that takes all attention leaves nothing for a cache to lose."""
+    model = tiny_models.build("gpt_oss", seed=3)
+    divergence = []
+    for sink in (0.0, 30.0):
+        for layer in model.layers:
+            layer.self_attn.sinks = mx.full((4,), sink)
+        options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 270}
+        found = quality_run.run(model, Bytes(), ["k2v2"], written=NOTHING, **options)
+        divergence.append(found.rows[0].kl)
+    assert divergence[0] > 1e-5
+    assert divergence[1] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "why"),
+    [
+        ("gpt_oss", "affine-k4v4", "Quantized SDPA does not support attention sinks"),
+        ("gemma3_text", "affine-k4v4", "divisible"),
+        ("gemma2", "k3v3", "incompatible function arguments"),  # it has its own attention
+    ],
+)
+def test_a_scheme_that_a_model_cannot_have_is_refused_before_the_work(
+    model_type: str, name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_run.reading, "exact", lambda *a, **k: pytest.fail("read"))
+    size = {"head_dim": 64} if model_type == "gpt_oss" else {}
+    model = tiny_models.build(model_type, seed=3, **size)
+    with pytest.raises(ValueError, match=rf"\[quality\] .* but {name} gave: .*{why}.*; leave it"):
+        quality_run.run(model, Bytes(), [name], model_name="", command="", tokens=270)
+
+
+def test_sampled_continuations_are_counted_up_to_the_first_difference(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [[9, 9, 9, 9, 9], [1, 2, 3, 4], [5, 6, 7, 8], [5, 5, 5, 5]]
+    other = [[9, 9, 9, 9, 8], [1, 2, 3, 4], [5, 6, 0, 8], [0, 5, 5, 5]]
+    both = iter([answers, other])
+    monkeypatch.setattr(
+        quality_run.reading.free_running, "continuations", lambda *_, **__: next(both)
+    )
+    options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 270}
+    [row] = quality_run.run(model, Bytes(), ["k4v4"], written=WRITTEN, **options).rows
+    assert (row.greedy_tokens, row.sampled_tokens, row.sampled_median) == (4, (4, 2, 0), 2)
+    assert row.sampled_never == pytest.approx(1 / 3)
+    # Wilson: k = 1, n = 3.
+    assert row.sampled_never_interval == pytest.approx((0.0615, 0.7923), abs=1e-4)
+    assert row.sampled_interval is None  # of three
+    cells = {name: quality_report.COLUMNS[name](row) for name in quality_report.COLUMNS}
+    assert (cells["sampled"], cells["never differ"], cells["never, 95 %"]) == (
+        "2", "33%", "6% to 79%",
+    )  # fmt: skip
+
+
+def test_an_interval_that_ends_at_the_largest_says_or_more(result: quality_run.Result) -> None:
+    row = replace(result.rows[0], kl_p999_interval=(0.1, 0.25), kl_max=0.25)
+    cells = quality_report.COLUMNS["99.9 %, 95 %"]
+    assert cells(row) == "0.100 or more"
+    assert cells(replace(row, kl_max=0.26)) == "0.100 to 0.250"

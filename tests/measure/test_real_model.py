@@ -12,7 +12,11 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from rotormlx.config import RotorConfig
 from rotormlx.measure import scoring
+from rotormlx.measure.cpu_attention import numpy_attention
 from rotormlx.measure.cpu_linear import numpy_linear
+from rotormlx.measure.haystack import haystack
+from rotormlx.measure.needle import search
+from rotormlx.measure.schemes import scheme
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hook
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -122,3 +126,13 @@ def test_order_of_schemes_without_window_and_sink(compare):
 def test_window_and_sink_help(compare):
     assert compare(K4V4, ORDERED).kl_mean < compare(BARE4, ORDERED).kl_mean
     assert compare(K3V3, ORDERED).kl_mean < compare(BARE3, ORDERED).kl_mean
+
+
+def test_chains_are_neither_too_easy_nor_too_hard(smollm2, figure):
+    """Random digits would solve less than one in a hundred."""
+    model, tokenizer = smollm2
+    made = haystack(tokenizer, "chain", 512, 16, seed=0)
+    with hook.in_place(), numpy_linear(), numpy_attention():
+        found = [trial.found for trial in search(model, made, scheme("exact"))]
+    figure(f"chains of two sums through the exact cache: {sum(found)} of 16 solved")
+    assert 3 <= sum(found) <= 15

@@ -13,6 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCABULARY = 257  # every byte and the end of a text
 
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+
 _BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
