@@ -74,7 +74,7 @@ TASK_LEGEND = (
     "questions lost and gained against the exact cache, with the p of McNemar's exact test, "
     "two-sided and not corrected for the number of comparisons."
 )
-# A terminal of 120 characters has room for these.
+# What a terminal shows, as far as it has room.
 _PRINTED = (
     *("bits a value", "exact tokens", "KL", "KL, 95 %", "median", "99.9 %", "top-1"),
     *("top-1, 95 %", "sampled", "greedy", "PPL", "never differ", "99.9 %, 95 %"),
