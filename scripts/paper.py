@@ -72,7 +72,7 @@ def distortion(name: str, bits: int) -> float:
 
 
 def our_distortion(name: str, bits: int) -> float:
-    """The same with the scale of the packed format, which keeps the norm."""
+    """The same with the scale that the packed format gives values."""
     errors = []
     for seed in range(SEEDS):
         x = unit_vectors(VECTORS, seed)
