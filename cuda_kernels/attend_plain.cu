@@ -215,8 +215,8 @@ struct AttendPlain {
     }
   }
 
-  // Half the variance that codes bring into the scores of each row, for a scale of 1. Query and scores are multiplied by
-  // log2(e), so their square is once too often.
+  // Half the variance that codes bring into the scores of each row, for a scale of 1. Query and scores are multiplied
+  // by log2(e), so their square is once too often.
   static DEVICE_FN void measure_noise(const float* query, int lane, float* noise) {
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {

@@ -164,7 +164,9 @@ class Report:
     @property
     def _transform(self) -> str:
         scale = self.config.channel_scale
-        with_scale = f" with {scale} channel scales" if scale not in (None, "none") else ""
+        with_scale = (
+            f" with {scale} channel scales" if scale not in (None, "none", "prefill") else ""
+        )
         is_matrix = self.config.rotation == CALIBRATED
         return f"{self.config.rotation}{' rotations' if is_matrix else ''}{with_scale}"
 

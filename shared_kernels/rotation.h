@@ -269,8 +269,8 @@ DEVICE_FN half size_of_row(float norm) {
   return half(norm / sqrt(float(D)));
 }
 
-// What is stored for the scale shrink <w, w> / <l, w> of a row w with levels l; `along` is <l, z>, and counts as D / 2 at
-// least, so that a scale is at most twice |w| / sqrt(D).
+// What is stored for the scale shrink <w, w> / <l, w> of a row w with levels l; `along` is <l, z>, and counts as D / 2
+// at least, so that a scale is at most twice |w| / sqrt(D).
 template <int D>
 DEVICE_FN half stored_scale(float norm, float along, float shrink) {
   const float size = float(size_of_row<D>(norm)), least = 0.5f * float(D);
@@ -295,16 +295,12 @@ DEVICE_FN float to_unit_variance(THREAD float* row) {
 // Rounds a row to nearest levels: code[p] of each channel of this lane, zero where the channel does not exist, and the
 // scale, which all lanes get. The row's numbers become z.
 template <int BITS, int D, int LANES, int HELD, typename Table>
-DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, uint lane, Table boundaries, float shrink) {
-  using Channels = LaneRow<D, LANES, HELD>;
+DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries, float shrink) {
   const float norm = to_unit_variance<D, LANES, HELD>(row);
   float along = 0.0f;
-  for (uint p = 0; p < Channels::CHANNELS; ++p) {
-    code[p] = 0;
-    if (Channels::exists(Channels::channel(lane, p))) {
-      code[p] = nearest_code<BITS>(row[p], boundaries);
-      along = fma(level_of_code<BITS>(code[p]), row[p], along);
-    }
+  for (uint p = 0; p < LaneRow<D, LANES, HELD>::CHANNELS; ++p) {
+    code[p] = nearest_code<BITS>(row[p], boundaries);
+    along = fma(level_of_code<BITS>(code[p]), row[p], along);
   }
   return stored_scale<D>(norm, lane_sum<LANES>(along), shrink);
 }
@@ -340,7 +336,7 @@ struct BlockEncoder {
     for (uint r = 0; r < ROWS; ++r) {
       uint code[CHANNELS];
       scales[r] = encode_row<BITS, D, LANES, HELD>(
-          rows + r * CHANNELS, code, lane, boundaries, KEY ? 1.0f : value_shrink(BITS));
+          rows + r * CHANNELS, code, boundaries, KEY ? 1.0f : value_shrink(BITS));
       for (uint p = 0; p < CHANNELS; ++p) {
         const uint c = Channels::channel(lane, p);
         if (Channels::exists(c)) codes[(worker + r * WORKERS) * CODE_STRIDE + c] = uchar(code[p]);

@@ -185,7 +185,7 @@ def prefill_scale(x: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.float32]:
     whole = square.mean(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.maximum(square / whole, 64.0**-2) ** 0.25
-    return np.where(np.isfinite(scale) & (whole > 0), scale, 1).astype(np.float32)
+    return np.where(np.isfinite(whole) & (whole > 0), scale, 1).astype(np.float32)
 
 
 def rotate(y: Floats, codec: Codec) -> tuple[Floats, Floats]:

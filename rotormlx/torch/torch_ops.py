@@ -225,7 +225,7 @@ def prefill_scale(x: Tensor, codec: Codec) -> Tensor:
     square = sum_in_order(block * block, -2)[:, 0] / BLOCK
     whole = sum_in_order(square, -1) / codec.head_dim
     scale = square_root(square_root((square / whole).clamp(min=64.0**-2)))
-    return torch.where(torch.isfinite(scale) & (whole > 0), scale, 1.0)
+    return torch.where(torch.isfinite(whole) & (whole > 0), scale, 1.0)
 
 
 def encode_blocks(

@@ -376,8 +376,9 @@ def centre(x):
 def prefill(x):
     """The channel scale c that a first block x - mu of keys, or x of values, gives."""
     channels, r = np.sqrt(np.mean(x * x, axis=0)), np.sqrt(np.mean(x * x))
-    c = np.sqrt(np.maximum(channels / r, 1 / 64)) if r > 0 else np.ones(x.shape[1])
-    return np.where(np.isfinite(c), c, 1).astype(np.float32)
+    usable = np.isfinite(r) and r > 0
+    c = np.sqrt(np.maximum(channels / r, 1 / 64)) if usable else np.ones(x.shape[1])
+    return c.astype(np.float32)
 
 
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")

@@ -166,15 +166,16 @@ def sphere_distortion(d, bits):
     With z the coordinate times sqrt d, c its level, a = E[cz], b = E[cc]: 1 - a²/b is the squared
     distance of the vector from the nearest multiple of its code where that is the same multiple,
     a/b, for every vector; its own takes away the variance of c (z - c a/b) over d b besides. So
-    much is the squared sine of the angle between both, and a code as long as the vector is off by
-    2 - 2 cos.
+    much is the squared sine of the angle between both. A value decodes to t times the multiple of
+    its code that has no bias, which is off by 1 - 2 t + (t / cos)².
     """
     z, level, density = coordinates(d, bits)
     a, b = (density * level * z).sum(), (density * level**2).sum()
     residual = level * (z - level * a / b)
     variance = (density * residual**2).sum() - (density * residual).sum() ** 2
     squared_sine = 1 - a * a / b - variance / (d * b)
-    return 2 - 2 * np.sqrt(1 - squared_sine)
+    t = codebook.VALUE_SHRINK[bits]
+    return 1 - 2 * t + t * t / (1 - squared_sine)
 
 
 @pytest.mark.slow

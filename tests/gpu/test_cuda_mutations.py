@@ -196,6 +196,8 @@ WITHOUT_FLOAT = [
 ]
 
 # Each is what stands in the text, what stands there instead, and the changes of the case.
+# Where the noise of the codes counts in a score.
+NOISY = {"bits": (2, 4), "gain": 8.0}
 TENSOR_MUTATIONS = [
     # Levels
     ("return NEXT == 2 ? i % 2 * 4 + i / 2 : i;", "return i;", {}),
@@ -269,7 +271,12 @@ TENSOR_MUTATIONS = [
     ("to_float(numbers[first + c]) * inverse", "to_float(numbers[first + c])", {}),
     ("(254u << 23) - bits", "(253u << 23) - bits", {}),
     ("operands[i * 32 + lane] = operand", "operands[i * 32 + (lane ^ 1)] = operand", {}),
-    ("row_at(warp + WARPS * i)", "row_at(warp)", {"gain": 60.0}),
+    (
+        "const auto* row = row_at(warp + WARPS * i)",
+        "const auto* row = row_at(warp)",
+        {"gain": 60.0},
+    ),
+    ("const float* row = row_at(warp + WARPS * i)", "const float* row = row_at(warp)", NOISY),
     ("min(c + lane, KEY_DIM - 1)", "c + lane", {}),
     ("load_factors(plain, factors + ROWS, warp, lane);", "", {}),
     ("dtype == ROTORMLX_FLOAT16) use(", "dtype == ROTORMLX_BFLOAT16) use(", {}),
@@ -288,10 +295,10 @@ TENSOR_MUTATIONS = [
     # Softmax
     ("scale, about_centre)", "1.0f, about_centre)", {}),
     ("fmaf(score, row_factors[tile][r],", "fmaf(score, 1.0f,", {}),
-    ("-noise[tile][r] * scale", "-noise[tile][r]", {}),
-    ("score_noise(KEY_BITS) * LOG2_E", "score_noise(KEY_BITS)", {}),
-    ("square_sum += shuffle_xor(square_sum, mask)", "", {}),
-    ("int c = lane; c < KEY_DIM", "int c = lane; c < KEY_DIM - 1", {}),
+    ("-noise[tile][r] * scale", "-noise[tile][r]", NOISY),
+    ("score_noise(KEY_BITS) * LOG2_E", "score_noise(KEY_BITS)", NOISY),
+    ("square_sum += shuffle_xor(square_sum, mask)", "", NOISY),
+    ("c < KEY_DIM; c += 32) square_sum", "c < KEY_DIM; c += 64) square_sum", NOISY),
     ("if (!all_seen) {", "if (false) {", {}),
     ("score = index < p.stop ? masked(", "score = true ? masked(", {}),
     ("(block + 1) * BLOCK <= p.stop &&", "", {"mask": "none"}),
@@ -445,7 +452,16 @@ PLAIN_MUTATIONS = [
     ("key_scales[2 * lane + t]", "key_scales[2 * lane]", {}),
     ("HELD * lane + i / ROWS;", "HELD * lane;", {}),
     ("__half2float(centre[i]) * call.scale * LOG2_E", "__half2float(centre[i]) * call.scale", {}),
-    ("i < KEY_DIM; i += LANES", "i < KEY_DIM - 1; i += LANES", {}),
+    (
+        "i < KEY_DIM; i += LANES) {\n        const float x",
+        "i < KEY_DIM - 1; i += LANES) {\n        const float x",
+        {},
+    ),
+    (
+        "i < KEY_DIM; i += LANES) {\n        noise",
+        "i < KEY_DIM - 1; i += LANES) {\n        noise",
+        {},
+    ),
     ("about_centre[row] += shuffle_xor(about_centre[row], mask)", "about_centre[row] *= 2.0f", {}),
     (
         "weight == 0.0f ? 0.0f : weight * value_scale[t]",

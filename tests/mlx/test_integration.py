@@ -406,7 +406,8 @@ def test_report_counts_bytes() -> None:
     # Two layers of two heads; 4 + 64 + 49 of 501 tokens stay exact in float32.
     assert report.float_bytes(501) == 2 * 2 * 501 * 128 * 2
     packed = 2 * 2 * 384 * 64 * (4.5 + 3.25) / 8
-    assert report.compressed_bytes(501) == packed + 2 * 2 * (501 - 384) * 128 * 4
+    scales = 2 * 2 * 128 * 4
+    assert report.compressed_bytes(501) == packed + 2 * 2 * (501 - 384) * 128 * 4 + scales
     for tokens in (3, 131):
         assert report.compressed_bytes(tokens) == 2 * 2 * tokens * 128 * 4
 

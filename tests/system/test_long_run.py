@@ -37,7 +37,7 @@ needs_library = pytest.mark.skipif(
 
 TOKENS, EVERY, CHECKED = 200_000, 1000, 10_000
 H, D, DV = 3, 32, 16
-CONFIG = RotorConfig(4, 3)
+CONFIG = RotorConfig(4, 3, channel_scale="none")
 BESIDE = CONFIG.sink + CONFIG.window
 RING_BLOCKS = 20
 RING = BESIDE + BLOCK - 1 + RING_BLOCKS * BLOCK
@@ -429,7 +429,9 @@ def test_more_than_2_to_24_tokens(monkeypatch, attend):
         reference.decode(Packed(*(a if a is None else a[:, :, :1] for a in p)), c)[0, 0]
         for c, p in zip(codecs, packed, strict=True)
     ]
-    weights = blocks * np.exp(rows[0][:, 0])
+    block = Packed(*(a if a is None else a[:, :, :1] for a in packed[0]))
+    taken = reference.score_noise(queries[:, :, :1], block, codecs[0], scale=1.0)[0, 0, 0]
+    weights = blocks * np.exp(rows[0][:, 0] - taken)
     heavy = np.exp(17.0)
     for i in range(last):
         total = weights.sum() + heavy * (i + 1)

@@ -139,7 +139,7 @@ class MLXBackend:
         square = sum_in_order(block * block, -2)[:, 0] / BLOCK
         whole = sum_in_order(square, -1) / codec.head_dim
         scale = mx.sqrt(mx.sqrt(mx.maximum(square / whole, 64.0**-2)))
-        return mx.where(mx.isfinite(scale) & (whole > 0), scale, mx.array(1.0))
+        return mx.where(mx.isfinite(whole) & (whole > 0), scale, mx.array(1.0))
 
     def decode(
         self,
