@@ -99,8 +99,8 @@ def bound_mutations():
             encodes,
         ),
         (
-            "p < Channels::CHANNELS; ++p) {\n    code",
-            "p < Channels::CHANNELS - 1; ++p) {\n    code",
+            "p < LaneRow<D, LANES, HELD>::CHANNELS; ++p) {\n    code",
+            "p < LaneRow<D, LANES, HELD>::CHANNELS - 1; ++p) {\n    code",
             of(encodes, bits=4),
         ),
         ("p < CHANNELS; ++p) broken", "p < CHANNELS - 1; ++p) broken", check_centre_of_finite_rows),
