@@ -214,7 +214,13 @@ def run(
         try_out(model, next(iter(ids.values())), schemes)
         setting = setting_of(model, written)
         read = [
-            Text(name, own, start, written, folder / unfinished.digest(ids=own, **setting))
+            Text(
+                name,
+                own,
+                start,
+                written,
+                folder / unfinished.digest(ids=own, start=start, **setting),
+            )
             for name, own in ids.items()
         ]
         place = folder / unfinished.digest(tasks=stacks, **setting)

@@ -132,6 +132,18 @@ def test_a_scheme_that_is_added_needs_the_exact_cache_again_only_if_it_is_gone(
     assert read == ["exact", "k4v4", "k2v2", "exact", "kivi-k4v4"]
 
 
+def test_other_predictions_are_compared_anew(model: Any, tmp_path: Path, read: list[str]) -> None:
+    """A scheme with a larger window makes the comparison of all begin later."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, "_compared", 1)
+        with pytest.raises(Killed):
+            run(model, tmp_path, names=["k4v4", "k4v4:window=130"])
+    read.clear()
+    found = run(model, tmp_path, names=["k4v4"])
+    assert read == ["exact", "k4v4"]
+    assert numbers(found) == numbers(run(model, None, names=["k4v4"]))
+
+
 def test_nothing_of_another_run_is_taken(model: Any, tmp_path: Path, read: list[str]) -> None:
     """Another model, text, length, dtype, setting, scheme or version each measures anew."""
 
