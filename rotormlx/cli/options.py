@@ -65,10 +65,9 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def with_config(**given: Any) -> None:
         fields = {field: given.pop(name) for field, (name, _, _) in _CONFIG.items()}
-        bits = {field: fields.pop(field) for field in _BITS}
-        asked = {field: count for field, count in bits.items() if count is not None}
+        asked = {field: value for field, value in fields.items() if value is not None}
         with refusing(ValueError):
-            config = RotorConfig.of_quality(given.pop("quality"), **fields, **asked)
+            config = RotorConfig.of_quality(given.pop("quality"), **asked)
         if config.seed and config.rotation in ("identity", CALIBRATED):
             raise Refusal(
                 f"[RotorConfig] --rotation-seed {config.seed} has no effect with --rotation "

@@ -42,8 +42,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < np.inf or min(self.greedy, self.sampled, self.seeds) < 0:
             raise ValueError(
-                f"[quality] Continuations must have a temperature above 0 and numbers from 0 on, "
-                f"but {self} came; --greedy 0 gives greedy ones."
+                "[quality] Continuations must have a temperature above 0 and numbers from 0 on, "
+                f"but {self} came; --sampled 0 leaves all but the greedy one out."
             )
 
     @property

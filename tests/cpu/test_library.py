@@ -197,16 +197,16 @@ class Problem:
     def noise(self, b, row):
         packed_tokens, tokens = self.case.lengths[b]
         keys = self.blocks[0]
-        own = (keys.words, keys.scales, keys.centres)
         return noise.of_sequence(
             row,
-            Packed(*(a[b : b + 1] for a in own)),
+            Packed(keys.words, keys.scales, keys.centres),
             keys.codec,
             scale=self.scale,
             channel_scale=keys.channel_scale,
             sink=min(SINK, tokens - packed_tokens),
             packed_tokens=packed_tokens,
             tokens=tokens,
+            row=b,
         )
 
 

@@ -138,19 +138,20 @@ def check_attend(head_dim, config, dtype, repeats, length, **options):
     assert output.dtype == DTYPES[dtype]
     logits = options.get("sink_logits")
     vectors = vectors_of(head_dim, config, dtype)
+    packed = as_numpy(call[2].packed)
     for row, (keys, values) in enumerate(zip(*vectors, strict=True)):
         packed_tokens, tokens = lengths_of(BLOCKS)[row]
-        own = as_numpy(call[2].packed)
         query = float64(call[0][row : row + 1])
         taken = noise.of_sequence(
             query,
-            Packed(*(a[row : row + 1] for a in own)),
+            packed,
             call[2].codec,
             scale=scale,
             channel_scale=None,
             sink=config.sink,
             packed_tokens=packed_tokens,
             tokens=tokens,
+            row=row,
         )
         expected = reference.attend(
             query,

@@ -317,13 +317,14 @@ class Sequence:
         packed_tokens, tokens = self.lengths[b]
         return noise.of_sequence(
             q,
-            Packed(*(None if a is None else a[b : b + 1] for a in self.packed or (None,) * 3)),
+            self.packed,
             self.codec,
             scale=scale,
             channel_scale=self.scale,
             sink=self.sink,
             packed_tokens=packed_tokens,
             tokens=tokens,
+            row=b,
         )
 
     def rotated_size(self, b, x):

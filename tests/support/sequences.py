@@ -116,13 +116,14 @@ class Held(NamedTuple):
         own = self.channel_scale
         return noise.of_sequence(
             q,
-            Packed(*(None if a is None else a[b : b + 1] for a in self.packed or (None,) * 3)),
+            self.packed,
             self.codec,
             scale=scale,
             channel_scale=own[b] if own is not None and own.ndim == 3 else own,
             sink=self.sink,
             packed_tokens=packed_tokens,
             tokens=tokens,
+            row=b,
         )
 
 

@@ -339,13 +339,14 @@ def noise_of_row(query, keys, lengths, b, scale, sink=SINK):
     packed_tokens, tokens = lengths[b]
     return noise.of_sequence(
         float64(query[b : b + 1]),
-        Packed(*(a[b : b + 1] for a in numpy_of(keys.packed))),
+        numpy_of(keys.packed),
         keys.codec,
         scale=scale,
         channel_scale=keys.channel_scale,
         sink=min(sink, tokens - packed_tokens),
         packed_tokens=packed_tokens,
         tokens=tokens,
+        row=b,
     )
 
 
