@@ -271,6 +271,15 @@ def _affine(x: Array, bits: int, *, axis: int) -> Array:
     return codes * step + low
 
 
+def require_multiple(family: str, head_dim: int, of: int) -> None:
+    """Refuse a head_dim that does not split into groups of so many channels."""
+    if head_dim % of:
+        raise ValueError(
+            f"[scheme] {family} needs a head_dim that is a multiple of {of}, but this model's is "
+            f"{head_dim}; leave {family} out."
+        )
+
+
 def as_float16(x: Array) -> Array:
     """float32 with what float16 keeps."""
     return x.astype(np.float16).astype(np.float32)

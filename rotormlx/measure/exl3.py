@@ -11,7 +11,7 @@ import numpy as np
 from scipy.linalg import hadamard
 
 from rotormlx.codec.format import BLOCK, KEY
-from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16
+from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16, require_multiple
 
 GROUP = 32
 # What its compander makes of t in [-1, 1]: a * t + (1 - a) * t^3.
@@ -42,11 +42,7 @@ class Exl3:
 
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
         """See :class:`rotormlx.measure.baselines.Simulation`."""
-        if x.shape[-1] % GROUP:
-            raise ValueError(
-                f"[scheme] exl3 needs a head_dim that is a multiple of {GROUP}, but this model's "
-                f"is {x.shape[-1]}; leave exl3 out."
-            )
+        require_multiple("exl3", x.shape[-1], GROUP)
         matrix = (hadamard(GROUP) / np.sqrt(GROUP)).astype(np.float32)
         rotated = x.reshape(*x.shape[:-1], -1, GROUP) @ matrix
         scale = np.abs(rotated).max(-1, keepdims=True) + np.float32(LEAST_SCALE)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rotormlx.codec.format import BLOCK
-from rotormlx.measure.baselines import Array
+from rotormlx.measure.baselines import Array, require_multiple
 
 GROUP = 16
 BITS, SCALE_BITS = 4, 8
@@ -56,11 +56,7 @@ class Nvfp4:
 
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
         """See :class:`rotormlx.measure.baselines.Simulation`."""
-        if x.shape[-1] % GROUP:
-            raise ValueError(
-                f"[scheme] nvfp4 needs a head_dim that is a multiple of {GROUP}, but this model's "
-                f"is {x.shape[-1]}; leave nvfp4 out."
-            )
+        require_multiple("nvfp4", x.shape[-1], GROUP)
         groups = x.reshape(*x.shape[:-1], -1, GROUP)
         largest = np.abs(groups).max(-1, keepdims=True)
         tensor_scale = np.float32(largest.max() / (E2M1.largest * E4M3.largest)) or np.float32(1)
