@@ -164,20 +164,17 @@ def test_run_leaves_the_hook_as_it_was(result: quality_run.Result) -> None:
     assert not hook.installed()
 
 
+def run_short(model: Any) -> quality_run.Result:
+    options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 270, "written": NOTHING}
+    return quality_run.run(model, Bytes(), ["k4v4"], **options)
+
+
 def test_run_refuses_a_cache_that_packs_nothing(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schemes.Scheme, "caches", lambda self, model: make_prompt_cache(model))
     with pytest.raises(RuntimeError, match="one through k4v4 read 0"):
-        quality_run.run(
-            model,
-            Bytes(),
-            ["k4v4"],
-            model_name="",
-            command="",
-            tokens=270,
-            written=NOTHING,
-        )
+        run_short(model)
 
 
 def test_run_refuses_predictions_that_read_nothing_packed(
@@ -185,15 +182,7 @@ def test_run_refuses_predictions_that_read_nothing_packed(
 ) -> None:
     monkeypatch.setattr(quality_run, "first_packed", lambda schemes: 128)
     with pytest.raises(RuntimeError, match="one through k4v4 read 0; start later"):
-        quality_run.run(
-            model,
-            Bytes(),
-            ["k4v4"],
-            model_name="",
-            command="",
-            tokens=270,
-            written=NOTHING,
-        )
+        run_short(model)
 
 
 @pytest.mark.parametrize(
