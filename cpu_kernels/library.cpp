@@ -179,12 +179,12 @@ void attend_call(const AttendCall& call) {
   a.queries = tensor_of(call.queries, 4);
   a.output = tensor_of(call.output, 4);
   a.output.type = a.queries.type;
-  a.key_exact = tensor_of(call.key_exact, 4);
-  a.value_exact = tensor_of(call.value_exact, 4);
+  a.key_exact = tensor_of(call.keys.exact, 4);
+  a.value_exact = tensor_of(call.values.exact, 4);
   a.mask = tensor_of(call.mask, 4);
   a.sink_logits = tensor_of(call.sink_logits, 1);
-  a.keys = blocks_of(call.keys, call.key_coding);
-  a.values = blocks_of(call.values, call.value_coding);
+  a.keys = blocks_of(call.keys.packed, call.keys.coding);
+  a.values = blocks_of(call.values.packed, call.values.coding);
   a.lengths = call.lengths();
   a.sink = call.sink;
   a.causal = call.causal;
@@ -198,7 +198,7 @@ void attend_call(const AttendCall& call) {
     if (shape_of(call.output, i) == 0) return;  // nothing is asked for
   }
   const int64_t batch = shape_of(call.queries, 0);
-  a.kv_heads = shape_of(call.key_exact, 1);
+  a.kv_heads = shape_of(call.keys.exact, 1);
   require(a.kv_heads > 0, "queries need at least one KV head");
   a.repeats = shape_of(call.queries, 1) / a.kv_heads;
   a.length = shape_of(call.queries, 2);
@@ -217,7 +217,8 @@ void attend_call(const AttendCall& call) {
     return blocks.words.strides[4] == 1 && (blocks.words.strides[3] == lanes || shape_of(words, 3) == 1);
   };
   require(
-      packed == 0 || (side_by_side(a.keys, call.keys.words) && side_by_side(a.values, call.values.words)),
+      packed == 0 ||
+          (side_by_side(a.keys, call.keys.packed.words) && side_by_side(a.values, call.values.packed.words)),
       "the words of a block must lie side by side");
 
   const int64_t heads = batch * a.kv_heads;
@@ -290,7 +291,7 @@ const char* guarded(Call call) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Has to agree with rotormlx/kernels/cpu_library.py.
-EXPORT int64_t rotormlx_interface_version() { return 4; }
+EXPORT int64_t rotormlx_interface_version() { return 5; }
 
 // A call with so many threads will come in a moment.
 EXPORT const char* rotormlx_announce(int64_t threads) {

@@ -76,14 +76,19 @@ struct CodecCall {
   int64_t start, given_centres, threads, variant;
 };
 
+// Keys or values.
+struct Source {
+  Array* exact;   // [B, K, capacity, D]
+  Packed packed;  // words null: nothing is packed
+  Coding coding;
+};
+
 struct AttendCall {
-  Array *queries, *output;         // [B, H, L, D], [B, H, L, Dv] of the same dtype
-  Array *key_exact, *value_exact;  // [B, K, capacity, D]
-  Packed keys, values;             // words null: nothing is packed
-  Array *mask, *sink_logits;             // or null
-  Coding key_coding, value_coding;
+  Array *queries, *output;    // [B, H, L, D], [B, H, L, Dv] of the same dtype
+  Array *mask, *sink_logits;  // or null
   int64_t sink, causal, threads, variant;
   double scale;
+  Source keys, values;
 
   // [B, 2], behind the call: packed tokens, all tokens.
   const int64_t* lengths() const { return (const int64_t*)(this + 1); }

@@ -1,6 +1,7 @@
 """The library of cpu_kernels/: loads it, and passes it arrays as they lie in memory.
 
-Arrays are anything that has ``__dlpack__`` and lies in the memory of the CPU: MLX, numpy, torch.
+Arrays are anything that has ``__dlpack__`` and lies in the memory of the CPU (MLX, numpy, torch),
+or what that gives.
 They are neither copied nor converted; strides may be any, except that the words of a block lie side
 by side. What is asked must fit together: the callers check it and name what is wrong.
 
@@ -26,7 +27,7 @@ from rotormlx.codec.rotation import Rotation
 
 # Where hatch_build.py puts it.
 PATH = Path(__file__).parents[1] / "librotormlx_cpu.so"
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 # As in cpu_kernels/pool.h.
 MAX_THREADS = 1024
 
@@ -46,6 +47,22 @@ class Blocks(NamedTuple):
     scales: Any
     centres: Any
     channel_scale: Any
+
+
+class Source:
+    """The keys or the values of a cache, described once for many calls of :func:`attend`.
+
+    A description holds the arrays, and is of the memory in which they lay when it was made.
+
+    Args:
+        exact: Those of sink and tail, ``[B, K, capacity, D]``.
+        blocks: The packed ones.
+    """
+
+    def __init__(self, exact: Any, blocks: Blocks) -> None:
+        self._capsules = _described((exact, *blocks[1:]))
+        numbers = (*_addresses(self._capsules), *_coding(blocks.codec))
+        self.described = struct.pack("=8q", *numbers)
 
 
 def missing() -> str | None:
@@ -114,8 +131,8 @@ def decode(blocks: Blocks, rows: Any, *, threads: int | None = None, variant: in
 def attend(
     queries: Any,
     output: Any,
-    exact: tuple[Any, Any],
-    blocks: tuple[Blocks, Blocks],
+    keys: Source,
+    values: Source,
     lengths: Iterable[tuple[int, int]],
     *,
     sink: int,
@@ -131,8 +148,8 @@ def attend(
     Args:
         queries: ``[B, H, L, D]``, float16, bfloat16 or float32.
         output: ``[B, H, L, Dv]``, with room for the dtype of the queries, which is what is written.
-        exact: Keys and values of sink and tail, each ``[B, K, capacity, D]``.
-        blocks: Packed keys and values.
+        keys: Exact and packed keys.
+        values: Likewise.
         lengths: (Packed tokens, all tokens) of every batch row.
         sink: Exact tokens before the packed ones.
         scale: Factor of the scores.
@@ -149,23 +166,18 @@ def attend(
     Source: docs/FORMAT.md, section 7.
     """
     library = _library()
-    # The library's threads wake while the arguments are made.
-    _check(library.rotormlx_announce(threads or thread_count()))
-    keys, values = blocks
-    arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sink_logits)
-    capsules = _described(arrays)
+    threads = threads or thread_count()
+    if threads > 1:
+        # They wake while the arguments are made.
+        _check(library.rotormlx_announce(threads))
+    capsules = _described((queries, output, mask, sink_logits))
+    numbers = (*_addresses(capsules), sink, causal, threads, variant, scale)
     counts = [n for pair in lengths for n in pair]
-    call = struct.pack(
-        f"=24qd{len(counts)}q",
-        *_addresses(capsules),
-        *_coding(keys.codec),
-        *_coding(values.codec),
-        sink,
-        causal,
-        threads or thread_count(),
-        variant,
-        scale,
-        *counts,
+    call = (
+        struct.pack("=8qd", *numbers)
+        + keys.described
+        + values.described
+        + struct.pack(f"={len(counts)}q", *counts)
     )
     _check(library.rotormlx_attend(call))
 
@@ -202,7 +214,7 @@ def _check(message: bytes | None) -> None:
 
 def _described(arrays: Iterable[Any]) -> list[Any]:
     """The DLPack descriptions of arrays, which have to live as long as they are read."""
-    return [None if a is None else a.__dlpack__() for a in arrays]
+    return [a.__dlpack__() if hasattr(a, "__dlpack__") else a for a in arrays]
 
 
 def _addresses(capsules: list[Any]) -> list[int]:

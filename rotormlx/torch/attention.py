@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from rotormlx.torch import ops
-from rotormlx.torch.dtypes import autocast_dtype
+from rotormlx.torch import checks, ops
 from rotormlx.torch.exact import attend_tensors, causality, check_options, former_of
 from rotormlx.torch.handle import KVHandle, untraced
+from rotormlx.torch.torch_ops import AttendCall
 
 NAME = "rotormlx"
 
@@ -115,15 +115,12 @@ def _attend(
     logits: Tensor | None,
 ) -> Tensor:
     """``[B, L, H, Dv]``, which refuses a gradient if one could be asked for."""
-    layer = key.step.layer
-    dtype = autocast_dtype(query.device) or dtype
+    if not torch.is_grad_enabled():
+        return _attend_compressed(query.to(dtype), key, mask, scale, is_causal, logits)
     with torch.no_grad():
-        output = _attend_compressed(
-            query.to(dtype).contiguous(), key, mask, scale, is_causal, logits
-        )
-    output = output.transpose(1, 2).contiguous()
-    sources = [x for x in (query, logits) if x is not None and x.requires_grad]
-    if torch.is_grad_enabled() and (sources or layer.requires_grad):
+        output = _attend_compressed(query.to(dtype), key, mask, scale, is_causal, logits)
+    asked = any(x is not None and x.requires_grad for x in (query, logits))
+    if asked or key.step.layer.requires_grad:
         output = _WithoutGradient.apply(output.requires_grad_())  # type: ignore[no-untyped-call]
     return output
 
@@ -151,24 +148,26 @@ def _attend_compressed(
     is_causal: bool,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    layer = key.step.layer
+    """``[B, L, H, Dv]``."""
     padding = None if mask is None else left_padding(mask)
     view = key.step.read(padding)
     causal = padding is not None or (mask is None and is_causal)
     if mask is not None and padding is None:
         mask = of_tokens(mask, view.padding)
-    return ops.attend(
+    call = AttendCall(
         query,
         view.lengths,
         view.keys,
         view.values,
-        layer.config,
-        layer=layer.layer,
-        scale=scale,
-        causal=causal,
-        mask=None if causal else mask,
-        sink_logits=sink_logits,
+        key.step.layer.config.sink,
+        scale,
+        causal,
+        None if causal else mask,
+        sink_logits,
     )
+    if call.mask is not None or sink_logits is not None:
+        checks.check_call(call)
+    return ops.attend_fitting(call).transpose(1, 2).contiguous()
 
 
 def left_padding(mask: Tensor) -> tuple[int, ...] | None:

@@ -161,9 +161,12 @@ def _additive(
 def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Refuse what the operator cannot do; what it does not know might change the scores."""
     asked = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN]
-    asked += ["softcap"] if kwargs.get("softcap") is not None else []
-    asked += ["dropout"] if dropout else []
-    asked += ["output_attentions"] if kwargs.get("output_attentions") else []
+    if kwargs.get("softcap") is not None:
+        asked.append("softcap")
+    if dropout:
+        asked.append("dropout")
+    if kwargs.get("output_attentions"):
+        asked.append("output_attentions")
     if asked:
         raise ValueError(
             f"[RotorCache] Compressed attention knows no {' and no '.join(asked)}, but "

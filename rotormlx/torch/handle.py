@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,8 +40,15 @@ def untraced(function: Function) -> Function:
         "[RotorCache] Compressed attention runs between graphs, but one graph was asked for; "
         "compile without fullgraph=True."
     )
-    kept: Function = torch.compiler.disable(function, reason=reason)
-    return kept
+    kept = torch.compiler.disable(function, reason=reason)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # What keeps the compiler out costs more than all that a step does here.
+        chosen = kept if torch.compiler.is_dynamo_compiling() else function
+        return chosen(*args, **kwargs)
+
+    return cast(Function, call)
 
 
 class KVHandle:
@@ -53,19 +61,18 @@ class KVHandle:
         role: ``"key"`` or ``"value"``.
         layer: Index of the layer.
         like: The new tokens, ``[B, K, L, D]``.
-        shape: With all tokens, ``[B, K, S, D]``.
+        tokens: S, all tokens.
     """
 
     ndim = 4
 
-    def __init__(
-        self, step: Any, role: str, layer: int, like: Tensor, shape: Sequence[int]
-    ) -> None:
+    def __init__(self, step: Any, role: str, layer: int, like: Tensor, tokens: int) -> None:
         self.step = step
         self.role = role
         self.layer = layer
         self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
-        self.shape = torch.Size(shape)
+        batch, heads, _, head_dim = like.shape
+        self.shape = torch.Size((batch, heads, tokens, head_dim))
 
     def goes_with(self, values: object) -> bool:
         """Whether these are keys, and those the values of the same step."""

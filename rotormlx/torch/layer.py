@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import KEY, ROLES, VALUE
+from rotormlx.codec.format import KEY, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
 from rotormlx.torch.dtypes import FLOATS, autocast_dtype
@@ -49,8 +49,10 @@ class Step:
 
     def __init__(self, layer: RotorLayer, keys: Tensor, values: Tensor) -> None:
         self.layer = layer
-        # A copy of a cache in the middle of a step has no use for the graph.
-        self.new: tuple[Tensor, Tensor] | None = (keys.detach(), values.detach())
+        if keys.requires_grad or values.requires_grad:
+            # A copy of a cache in the middle of a step has no use for the graph.
+            keys, values = keys.detach(), values.detach()
+        self.new: tuple[Tensor, Tensor] | None = (keys, values)
         self.view: LayerView | None = None
 
     def read(self, padding: Sequence[int] | None) -> LayerView:
@@ -104,6 +106,8 @@ class RotorLayer(CacheLayerMixin):
         self.requires_grad = False
         # transformers asks whether it is there: no cache has one before it is filled.
         vars(self).pop("batch_size", None)
+        # What the keys and values of the latest step were, which fitted.
+        self._fitting: tuple[Any, ...] | None = None
         self._step: Step | None = None
 
     # ---- transformers' contract -----------------------------------------------------------------
@@ -143,23 +147,27 @@ class RotorLayer(CacheLayerMixin):
                 f"[RotorCache] The keys of the step before never reached attention in layer "
                 f"{self.layer}; {ADVICE}, and use a new cache."
             )
-        self._check(key_states, value_states)
+        facts = (
+            *(key_states.shape, key_states.dtype, key_states.device),
+            *(value_states.shape, value_states.dtype, value_states.device),
+        )
+        if facts != self._fitting:
+            self._check(key_states, value_states)
         dtype = autocast_dtype(key_states.device)
         if dtype is not None:
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         check_tokens("RotorCache", self.length + key_states.shape[2])
         if not self.length:
             self.lazy_initialization(key_states, value_states)
+        self._fitting = facts
         if torch.is_grad_enabled():
             self.requires_grad |= key_states.requires_grad or value_states.requires_grad
         self.length += key_states.shape[2]
-        self._step = Step(self, key_states, value_states)
-        shapes = ((*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states))
-        key, value = (
-            KVHandle(self._step, role, self.layer, x, shape)
-            for role, x, shape in zip(ROLES, (key_states, value_states), shapes, strict=True)
+        self._step = step = Step(self, key_states, value_states)
+        return (
+            KVHandle(step, KEY, self.layer, key_states, self.length),
+            KVHandle(step, VALUE, self.layer, value_states, self.length),
         )
-        return key, value
 
     def get_seq_length(self) -> int:
         """Positions so far, left padding included."""
@@ -286,7 +294,7 @@ class RotorLayer(CacheLayerMixin):
             raise ValueError("[RotorCache] The cache was reset during a step; run it again.")
         before = self.stores
         try:
-            return self._store(before, keys, values, padding)
+            return self._store(before, (keys, values), padding)
         except BaseException:
             if self.stores is before:
                 vars(self).update(length=self.length - keys.shape[2], _step=None)
@@ -295,11 +303,9 @@ class RotorLayer(CacheLayerMixin):
     def _store(
         self,
         before: tuple[Store, Store],
-        keys: Tensor,
-        values: Tensor,
+        new: tuple[Tensor, Tensor],
         padding: Sequence[int] | None,
     ) -> LayerView:
-        key_store, value_store = stores = before[0].twin(), before[1].twin()
         row_padding = self.padding
         if padding is not None:
             # A row that holds tokens keeps its padding: positions before them are no longer known.
@@ -307,18 +313,25 @@ class RotorLayer(CacheLayerMixin):
                 old if row.tokens else min(new, self.length)
                 for old, new, row in zip(row_padding, padding, self.rows, strict=True)
             ]
-        rows = [
-            replace(row, tokens=self.length - padded)
-            for row, padded in zip(self.rows, row_padding, strict=True)
-        ]
-        exact = [row.exact for row in self.rows]
-        new_tokens = [row.tokens - old.tokens for row, old in zip(rows, self.rows, strict=True)]
-        for store, x in zip(stores, (keys, values), strict=True):
-            store.append(x, exact, new_tokens)
-        counts = tuple((row.packed, row.tokens) for row in rows)
-        lengths = lengths_on(key_store.exact.device, counts)
+        rows, spans, counts, room, fills = [], [], [], 0, 0
+        for old, padded in zip(self.rows, row_padding, strict=True):
+            row = Counts(self.length - padded, old.packed)
+            rows.append(row)
+            spans.append((old.exact, row.exact))
+            counts.append((row.packed, row.tokens))
+            room, fills = max(room, row.exact), fills + row.packable(self.config)
+        stores = before
+        if fills or room > before[0].exact.shape[2]:
+            # Twins share buffers, in which only what does not count yet is written.
+            stores = before[0].twin(), before[1].twin()
+        key_store, value_store = stores
+        places = [*groups(spans)] if len(spans) > 1 else [(slice(None), spans[0])]
+        key_store.append(new[0], places, room)
+        value_store.append(new[1], places, room)
+        lengths = lengths_on(key_store.exact.device, tuple(counts))
         view = LayerView(key_store.view, value_store.view, lengths, tuple(row_padding))
-        self._pack(stores, rows)
+        if fills:
+            self._pack(stores, rows)
         # One step, between whose halves no interrupt comes.
         vars(self).update(stores=stores, padding=row_padding, rows=rows, _step=None)
         return view
@@ -335,9 +348,8 @@ class RotorLayer(CacheLayerMixin):
             for row, count in zip(rows, counts, strict=True):
                 row.add_packed(count)
             done = [before + count for before, count in zip(done, counts, strict=True)]
-        if any(done):
-            for store in stores:
-                store.drop(exact, done)
+        for store in stores:
+            store.drop(exact, done)
 
     def _forget_unused(self) -> None:
         """Drop packed blocks that no row counts, and the channel scale of the first of them."""

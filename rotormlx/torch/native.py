@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.kernels import cpu_library
-from rotormlx.kernels.cpu_library import Blocks
+from rotormlx.kernels.cpu_library import Blocks, Source
 from rotormlx.torch import torch_ops
-from rotormlx.torch.torch_ops import AttendCall
+from rotormlx.torch.torch_ops import AttendCall, KVView
 
 
 def encode(
@@ -59,16 +59,13 @@ def attend(call: AttendCall) -> Tensor:
     """As :func:`rotormlx.torch.torch_ops.attend`."""
     if cpu_library.missing() is not None:
         return torch_ops.attend(call)
-    keys, values = call.keys, call.values
-    output = call.query.new_empty(call.output_shape)
+    query = call.query
+    output = query.new_empty(call.output_shape)
     cpu_library.attend(
-        call.query.detach(),
-        output,
-        (keys.exact.detach(), values.exact.detach()),
-        (
-            _blocks(keys.codec, keys.packed, keys.channel_scale),
-            _blocks(values.codec, values.packed, values.channel_scale),
-        ),
+        torch.to_dlpack(query.detach()),
+        torch.to_dlpack(output),
+        _source(call.keys),
+        _source(call.values),
         call.lengths.tolist(),
         sink=call.sink,
         scale=call.scale,
@@ -77,6 +74,15 @@ def attend(call: AttendCall) -> Tensor:
         causal=call.causal,
     )
     return output
+
+
+def _source(view: KVView) -> Source:
+    """A view as the library reads it."""
+    source: Source | None = view.prepared.get("cpu")
+    if source is None:
+        blocks = _blocks(view.codec, view.packed, view.channel_scale)
+        source = view.prepared["cpu"] = Source(view.exact.detach(), blocks)
+    return source
 
 
 def _blocks(codec: Codec, packed: Packed | None, channel_scale: Tensor | None) -> Blocks:

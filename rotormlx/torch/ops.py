@@ -200,6 +200,15 @@ def attend(
     )
 
 
+def attend_fitting(call: AttendCall) -> Tensor:
+    """As :func:`attend`, for a call whose parts are known to fit: those of a cache's own buffers.
+
+    Nothing is checked, and nothing of it can be traced.
+    """
+    implementation = _ATTEND.get(call.query.device.type, torch_ops.attend)
+    return implementation(call) if call.query.numel() else _fake_attend(call)
+
+
 def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> Tensor:
     """The channel scale ``prefill`` of a first block.
 
@@ -416,6 +425,8 @@ def _fake_decode(packed: Packed, codec: Codec, *, dtype: torch.dtype, **_: Any) 
 def _fake_attend(call: AttendCall) -> Tensor:
     return call.query.new_empty(call.output_shape)
 
+
+_ATTEND = {"cpu": native.attend, "cuda": cuda.attend}
 
 torch.library.impl("rotormlx::encode", "cpu", _encode_with(native.encode))
 torch.library.impl("rotormlx::decode", "cpu", _decode_with(native.decode))

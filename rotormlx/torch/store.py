@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from rotormlx.torch.torch_ops import KVView
 
 # Rows that have the same lengths are handled together; a slice stands for all of them.
 Rows = slice | list[int]
+Places = Sequence[tuple[Rows, tuple[int, ...]]]
 # Channel scales or matrices of a calibration, for the keys and the values of a layer.
 Calibrated = tuple[Tensor, Tensor]
 
@@ -52,6 +54,7 @@ class Store:
         self.capacity = config.sink + config.window + BLOCK
         self.exact = zeros(like, (*like.shape[:2], self.capacity, codec.head_dim))
         self.calibrated = calibrated
+        self._view: KVView | None = None  # the latest, for as long as its buffers are the store's
         self.packed: Packed | None = None
         self.channel_scale: Tensor | None = None
         self.forget_packed()
@@ -59,23 +62,45 @@ class Store:
     @property
     def view(self) -> KVView:
         """What attention reads; it stays valid while tokens are appended and packed."""
-        return KVView(self.codec, self.exact, self.packed, self.channel_scale)
+        view = self._view
+        if (
+            view is None
+            or view.exact is not self.exact
+            or view.packed is not self.packed
+            or view.channel_scale is not self.channel_scale
+        ):
+            view = KVView(self.codec, self.exact, self.packed, self.channel_scale)
+            self._view = view
+        return view
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view is of buffers at their addresses, so a copy makes its own.
+        return vars(self) | {"_view": None}
 
     def twin(self) -> Store:
         """A store of the same buffers; only tokens that do not count yet are written in place."""
         return copy.copy(self)
 
-    def append(self, x: Tensor, before: Sequence[int], new: Sequence[int]) -> None:
-        """Write the last ``new`` tokens of each row of ``x`` behind its exact ones."""
-        x = x.detach().to(self.exact.dtype)
-        need = max(have + count for have, count in zip(before, new, strict=True))
-        if need > self.exact.shape[2]:
-            wider = zeros(x, (*x.shape[:2], need, x.shape[3]))
+    def append(self, x: Tensor, places: Places, exact_tokens: int) -> None:
+        """Write the last tokens of each row of ``x`` behind its exact ones.
+
+        Args:
+            x: New tokens, ``[B, K, L, D]``.
+            places: For rows alike, how many exact tokens they had, and how many they have then.
+            exact_tokens: The most that a row has then.
+        """
+        if exact_tokens > self.exact.shape[2]:
+            wider = zeros(self.exact, (*x.shape[:2], exact_tokens, x.shape[3]))
             wider[:, :, : self.exact.shape[2]] = self.exact
             self.exact = wider
-        for rows, (have, count) in groups(zip(before, new, strict=True)):
-            if count:
-                self.exact[rows, :, have : have + count] = x[rows, :, x.shape[2] - count :]
+        for rows, (start, stop) in places:
+            if count := stop - start:
+                new = x if count == x.shape[2] else x.narrow(2, x.shape[2] - count, count)
+                there = self.exact.narrow(2, start, count)
+                if isinstance(rows, slice):
+                    there.copy_(new)
+                else:
+                    there[rows] = new[rows].to(there.dtype)
 
     def pack(self, rows: Rows, start: int, count: int, packed_tokens: int) -> None:
         """Encode the ``count`` exact tokens from ``start`` on; they stay in the exact buffer."""
@@ -206,7 +231,7 @@ def zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
         return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
 
 
-def groups(facts: Iterator[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
+def groups(facts: Iterable[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
     """Batch rows of equal facts: which rows, and the facts."""
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for row, fact in enumerate(facts):

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,19 +62,25 @@ class Softmax(NamedTuple):
     output: Tensor
 
 
-class KVView(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class KVView:
     """The keys or the values of one layer, as attention reads them.
+
+    What a backend makes of a view is kept as long as the view, so one that is used again costs
+    less.
 
     codec: How the packed tokens are coded.
     exact: ``[B, K, capacity, D]``, the sink first.
     packed: Whole blocks with room at the end, or None.
     channel_scale: float32 ``[K, D]``, or None for 1.
+    prepared: What a backend keeps of the view, by its name.
     """
 
     codec: Codec
     exact: Tensor
     packed: Packed | None
     channel_scale: Tensor | None
+    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 class AttendCall(NamedTuple):

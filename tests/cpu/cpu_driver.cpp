@@ -127,12 +127,12 @@ void codec_call(const char* (*function)(const CodecCall*)) {
 
 void attend() {
   AttendCall call = {};
-  for (Array** a : {&call.queries, &call.output, &call.key_exact, &call.value_exact}) *a = array_of(number());
-  call.keys = packed();
-  call.values = packed();
-  for (Array** a : {&call.mask, &call.sink_logits}) *a = array_of(number());
-  call.key_coding = coding();
-  call.value_coding = coding();
+  for (Array** a : {&call.queries, &call.output, &call.mask, &call.sink_logits}) *a = array_of(number());
+  for (Source* source : {&call.keys, &call.values}) {
+    source->exact = array_of(number());
+    source->packed = packed();
+    source->coding = coding();
+  }
   call.sink = number();
   call.causal = number();
   const int64_t scale = number();

@@ -159,8 +159,7 @@ class Problem:
         cpu_library.attend(
             self.queries,
             output,
-            tuple(self.exact),
-            tuple(blocks),
+            *map(cpu_library.Source, self.exact, blocks),
             case.lengths,
             sink=SINK,
             scale=self.scale,
@@ -530,11 +529,11 @@ class Writer:
         self.numbers(ord(letter), *places, start, given_centres, 4)
 
     def attend(
-        self, queries, output, exact, blocks, lengths, *, sink, scale, mask, sink_logits, causal
+        self, queries, output, keys, values, lengths, *, sink, scale, mask, sink_logits, causal
     ):
-        keys, values = blocks
-        arrays = (queries, output, *exact, *keys[1:], *values[1:], mask, sink_logits)
-        places = [*map(self.array, arrays), *self.coding(keys), *self.coding(values)]
+        places = [*map(self.array, (queries, output, mask, sink_logits))]
+        for exact, blocks in (keys, values):
+            places += [*map(self.array, (exact, *blocks[1:])), *self.coding(blocks)]
         counts = [n for pair in lengths for n in pair]
         (bits,) = struct.unpack("<q", struct.pack("<d", scale))
         self.numbers(ord("T"), *places, sink, causal, bits, 4, len(counts), *counts)
@@ -590,6 +589,7 @@ def calls():
         expected = problem.run()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu_library, "attend", writer.attend)
+            patch.setattr(cpu_library, "Source", lambda *source: source)
             output = problem.run()
         results[next(i for i, a in enumerate(writer.arrays) if a is output)] = expected
     return bytes(writer.text), writer.arrays, results

@@ -30,7 +30,7 @@ def attend(batch, heads, kv_heads, length, tokens, sink_logits=None, mask=None):
     nothing = Packed(None, None, None)
     blocks = tuple(cpu_library.Blocks(c, *nothing, None) for c in (KEYS, VALUES))
     cpu_library.attend(
-        *(queries, output, exact, blocks, [(0, tokens)] * batch),
+        *(queries, output, *map(cpu_library.Source, exact, blocks), [(0, tokens)] * batch),
         **{"sink": 0, "scale": 1.0, "sink_logits": sink_logits, "mask": mask, "threads": 3},
     )
     return output

@@ -209,7 +209,8 @@ def packed_zeros(chosen, blocks, batch=1):
 def attend_native(queries, exact, packed, codecs, lengths, **options):
     output = np.empty((*queries.shape[:3], codecs[1].head_dim), np.float32)
     blocks = tuple(cpu_library.Blocks(c, *p, None) for c, p in zip(codecs, packed, strict=True))
-    cpu_library.attend(queries, output, exact, blocks, lengths, sink=0, scale=1.0, **options)
+    sources = map(cpu_library.Source, exact, blocks)
+    cpu_library.attend(queries, output, *sources, lengths, sink=0, scale=1.0, **options)
     return output
 
 

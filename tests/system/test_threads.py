@@ -175,7 +175,8 @@ def test_the_library_serves_many_threads_at_once():
             output = np.zeros(queries.shape, np.float32)
             lengths = [(blocks * BLOCK, blocks * BLOCK + 77)]
             options = {"sink": 4, "scale": 0.2, "causal": True, "threads": 1 + number % 4}
-            cpu_library.attend(queries, output, exact, made, lengths, **options)
+            sources = map(cpu_library.Source, exact, made)
+            cpu_library.attend(queries, output, *sources, lengths, **options)
             return [b"".join(a.tobytes() for a in (*(m.words for m in made), output))]
 
         return solve

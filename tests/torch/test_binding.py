@@ -258,7 +258,7 @@ def test_matrices_of_each_head_are_told_by_their_strides(kernels, monkeypatch):
         for role, bits, d in (("key", 4, 64), ("value", 3, 80))
     ]
     query, lengths, *views = attend_inputs()
-    views = [view._replace(codec=chosen) for view, chosen in zip(views, made, strict=True)]
+    views = [replace(view, codec=chosen) for view, chosen in zip(views, made, strict=True)]
     # They take the kernels of one matrix for all heads.
     dense = replace(CHOSEN, rotation="dense")
     with monkeypatch.context() as patch:
@@ -315,7 +315,7 @@ def test_attend_passes_masks_as_they_lie(kernels):
 
 def test_attend_without_packed_blocks(kernels):
     query, lengths, keys, values = attend_inputs()
-    keys, values = (x._replace(packed=None, channel_scale=None) for x in (keys, values))
+    keys, values = (replace(x, packed=None, channel_scale=None) for x in (keys, values))
     cuda.attend(AttendCall(query, lengths, keys, values, **FACTS))
     a = kept(kernels, "attend", AttendArguments)
     assert (a.packed_tokens, a.exact_tokens) == (0, 70)
@@ -327,7 +327,7 @@ def test_tensors_that_the_kernels_cannot_load_are_copied(kernels):
     query, lengths, keys, values = attend_inputs()
     moved = torch.nn.functional.pad(query, (1, 0))[..., 1:]
     words = torch.nn.functional.pad(keys.packed.words, (0, 4))[..., :-4]
-    keys = keys._replace(packed=keys.packed._replace(words=words))
+    keys = replace(keys, packed=keys.packed._replace(words=words))
     cuda.attend(AttendCall(moved, lengths, keys, values, **FACTS))
     a = kept(kernels, "attend", AttendArguments)
     assert a.q != moved.data_ptr()

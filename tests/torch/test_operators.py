@@ -1,6 +1,7 @@
 """The torch operators against the shared vectors and the float64 reference, on both CPU paths."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -456,7 +457,7 @@ def test_attend_with_short_rows(path, short):
 def test_attend_without_packed_blocks(path):
     config = RotorConfig()
     keys, values = (
-        x._replace(packed=None) for x in make_sources(config, (64, 64), torch.float32)[0]
+        replace(x, packed=None) for x in make_sources(config, (64, 64), torch.float32)[0]
     )
     query, lengths = rows((B, H, L, 64)), ((0, 60), (0, 30))
     found = rt.attend(
@@ -485,7 +486,7 @@ def test_attend_without_exact_tokens(path):
     found = rt.attend(
         query,
         torch.tensor(lengths, dtype=torch.int32),
-        *(source._replace(exact=empty) for source in sources),
+        *(replace(source, exact=empty) for source in sources),
         config,
         layer=LAYER,
         scale=0.1,

@@ -81,15 +81,16 @@ class CPUBackend(MLXBackend):
             mask = mask.astype(mx.float32)
         if sink_logits is not None and sink_logits.dtype not in FLOATS:
             sink_logits = sink_logits.astype(mx.float32)
-        exact, blocks = (keys.exact, values.exact), (_blocks(keys), _blocks(values))
-        if not _evaluated(call.queries, mask, sink_logits, exact, blocks[0][1:], blocks[1][1:]):
+        key_blocks, value_blocks = _blocks(keys), _blocks(values)
+        arrays = (keys.exact, *key_blocks[1:], values.exact, *value_blocks[1:])
+        if not _evaluated(call.queries, mask, sink_logits, arrays):
             return super()._attend(call)
         output = _room(call.output_shape, call.queries.dtype)
         cpu_library.attend(
             call.queries,
             output,
-            exact,
-            blocks,
+            cpu_library.Source(keys.exact, key_blocks),
+            cpu_library.Source(values.exact, value_blocks),
             keys.lengths,
             sink=keys.sink,
             scale=call.scale,
