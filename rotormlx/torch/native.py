@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.kernels import cpu_library
@@ -62,8 +63,8 @@ def attend(call: AttendCall) -> Tensor:
     query = call.query
     output = query.new_empty(call.output_shape)
     cpu_library.attend(
-        torch.to_dlpack(query.detach()),
-        torch.to_dlpack(output),
+        to_dlpack(query.detach()),
+        to_dlpack(output),
         _source(call.keys),
         _source(call.values),
         call.lengths.tolist(),
