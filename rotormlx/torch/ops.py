@@ -209,6 +209,12 @@ def attend_fitting(call: AttendCall) -> Tensor:
     return implementation(call) if call.query.numel() else _fake_attend(call)
 
 
+def decode_fitting(packed: Packed, codec: Codec, **options: Any) -> Tensor:
+    """As :func:`torch_ops.decode`, likewise."""
+    implementation = _DECODE.get(packed.words.device.type, torch_ops.decode)
+    return implementation(packed, codec, **options)
+
+
 def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> Tensor:
     """The channel scale ``prefill`` of a first block.
 
@@ -426,6 +432,7 @@ def _fake_attend(call: AttendCall) -> Tensor:
     return call.query.new_empty(call.output_shape)
 
 
+_DECODE = {"cpu": native.decode, "cuda": cuda.decode}
 _ATTEND = {"cpu": native.attend, "cuda": cuda.attend}
 
 torch.library.impl("rotormlx::encode", "cpu", _encode_with(native.encode))
