@@ -28,6 +28,9 @@ const T* pointer(const OptionalTensor& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
+// Of B, where the rows of the batch have channel scales of their own, [B, K, D].
+int64_t scale_stride(const OptionalTensor& x) { return x.has_value() && x->dim() == 3 ? x->stride(0) : 0; }
+
 // Of K, where every KV head has a matrix of its own, [K, D, D].
 int64_t matrix_stride(const Tensor& x) { return x.dim() == 3 ? x.stride(0) : 0; }
 
@@ -79,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const OptionalTensor&
   call.coefficients = pointer<float>(coefficients);
   call.coefficients_stride = matrix_stride(coefficients);
   call.channel_scale = pointer<float>(channel_scale);
+  call.channel_scale_stride = scale_stride(channel_scale);
   call.packed = packed_of(words, scales, is_key ? OptionalTensor(means) : std::nullopt);
   call.start = int32_t(start);
   call.state = pointer<uint32_t>(state);
@@ -102,6 +106,7 @@ Tensor decode(const Tensor& words, const Tensor& scales, const OptionalTensor& c
   call.coefficients = pointer<float>(coefficients);
   call.coefficients_stride = matrix_stride(coefficients);
   call.channel_scale = pointer<float>(channel_scale);
+  call.channel_scale_stride = scale_stride(channel_scale);
   call.out = out.mutable_data_ptr();
   check("decode", rotormlx_decode(&call, stream_of(stream)));
   return out;
@@ -150,9 +155,11 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
   call.key_matrix = pointer<float>(key_matrix);
   call.key_matrix_stride = matrix_stride(key_matrix);
   call.key_channel_scale = pointer<float>(key_channel_scale);
+  call.key_channel_scale_stride = scale_stride(key_channel_scale);
   call.value_matrix = pointer<float>(value_matrix);
   call.value_matrix_stride = matrix_stride(value_matrix);
   call.value_channel_scale = pointer<float>(value_channel_scale);
+  call.value_channel_scale_stride = scale_stride(value_channel_scale);
   call.mask_kind = int32_t(mask_kind);
   call.mask = pointer<void>(mask);
   if (mask.has_value()) {

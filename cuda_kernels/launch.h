@@ -13,8 +13,8 @@
 // They run on the current device, sm_80 or newer.
 //
 // B batch, K KV heads, H query heads, L queries, N blocks of 64 tokens, D head_dim, R rows of words. Strides are in
-// elements. Axes without a stride are contiguous. Words, centres, exact vectors and their strides, and matrices must be
-// multiples of 16 bytes, scales and their strides of 8; a null pointer stands for an array that does not exist.
+// elements. Axes without a stride are contiguous. Words, centres, raw and exact vectors and their strides, and matrices
+// must be multiples of 16 bytes, scales and their strides of 8; a null pointer stands for an array that does not exist.
 #pragma once
 
 #include <stddef.h>
@@ -52,11 +52,12 @@ typedef struct {
   const void* x;                // dtype [B, K, 64 N, D]
   int64_t x_strides[3];         // of B, K and tokens
   const float* coefficients;    // of the rotation, see coefficients of rotormlx/kernels/source.py
-  const float* channel_scale;   // [K, D], or null
+  const float* channel_scale;   // [K, D] or [B, K, D], or null
   rotormlx_packed packed;       // written
   int64_t coefficients_stride;  // of K, where every KV head has a matrix of its own, [K, D, D]; else 0
   int32_t start;                // values of 2 and 3 bits: tokens before it have codes already, 0 where none has
   const uint32_t* state;        // of the trellis behind those, [B, K, N, D], or null for 0; where start is not 0
+  int64_t channel_scale_stride; // of B, where the rows of the batch have channel scales of their own; else 0
 } rotormlx_encode_arguments;
 
 int rotormlx_encode(const rotormlx_encode_arguments* arguments, void* stream);
@@ -67,9 +68,10 @@ typedef struct {
   int32_t batch, kv_heads, blocks;
   rotormlx_packed packed;       // read
   const float* coefficients;    // of the rotation back: coefficients(..., back=True)
-  const float* channel_scale;   // [K, D], or null
+  const float* channel_scale;   // [K, D] or [B, K, D], or null
   void* out;                    // dtype [B, K, 64 N, D], contiguous
   int64_t coefficients_stride;  // as for encoding
+  int64_t channel_scale_stride; // likewise
 } rotormlx_decode_arguments;
 
 int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream);

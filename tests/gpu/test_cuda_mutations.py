@@ -10,6 +10,7 @@ from tests.support.attend_cases import Case, problem, with_own_scales
 from tests.support.codec_cases import (
     check_centre_of_finite_rows,
     check_filled_up_path,
+    check_own_scales_of_rows,
     check_rotor3,
     decodes,
     encodes,
@@ -29,6 +30,7 @@ cuda = pytest.mark.parametrize("runner", ["cuda"], indirect=True)
 # Batch rows, heads and blocks.
 SHAPE = (2, 2, 2)
 encodes_blocks, decodes_blocks = of(encodes, shape=SHAPE), of(decodes, shape=SHAPE)
+own_scales_of_rows = of(check_own_scales_of_rows, 4)
 fills_up_blocks, finite_rows = of(fills_up, 3), of(check_centre_of_finite_rows, 3)
 
 CODEC_MUTATIONS = [
@@ -41,43 +43,59 @@ CODEC_MUTATIONS = [
         for place in ("no numbers are in use", "the numbers are there", "the codes are there")
     ),
     ("IS_KEY ? 0 : call.start", "IS_KEY ? 0 : 0", check_filled_up_path),
-    ("call.state != nullptr) {", "true) {", of(check_filled_up_path, has_state=False)),
-    ("+ head) * call.blocks + block) * D;", ") * call.blocks + block) * D;", check_filled_up_path),
+    ("&& call.state != nullptr) {", ") {", of(check_filled_up_path, has_state=False)),
+    (
+        "+ head) * call.blocks + block) * Codec::D;",
+        ") * call.blocks + block) * Codec::D;",
+        check_filled_up_path,
+    ),
     (
         "Codec::IS_KEY ? 0 : call.start",
         "call.start",
         of(check_filled_up_path, role=KEY),
     ),
     ("batch * call.x_strides[0] +", "", encodes_blocks),
-    ("int64_t(block) * BLOCK * call.x_strides[2];", "0;", encodes_blocks),
+    ("int64_t(block) * BLOCK * one.x_stride;", "0;", encodes_blocks),
     (
-        "head * packed.centres_strides[1] + block * packed.centres_strides[2];\n  const bool",
-        "0;\n  const bool",
+        "head * packed.centres_strides[1] + block * packed.centres_strides[2];\n}",
+        "0;\n}",
         encodes_blocks,
     ),
+    ("call.dtype == ROTORMLX_FLOAT32 ? 4 : 2", "2", encodes_blocks),
+    ("__syncwarp();  // the pieces are there", "", encodes_blocks),
+    ("__syncwarp();  // no pieces are in use", "", encodes_blocks),
+    ("warp * Plan::WARP_ROWS + i / PIECES", "i / PIECES", encodes_blocks),
+    ("shared + warp * Plan::WARP_WORDS", "shared", encodes_blocks),
+    ("if (i < ALL) {", "if (true) {", of(encodes, head_dim=72, bits=8)),
     ("Codec::IS_KEY && !call.given_centres", "Codec::IS_KEY", fills_up_blocks),
-    ("if (!lane_any<LANES>(broken))", "if (true)", finite_rows),
-    ("if (!lane_any<LANES>(broken))", "if (!broken)", finite_rows),
+    ("if (!(broken >> r & 1u))", "if (true)", finite_rows),
+    ("if (!(broken >> r & 1u))", "if (broken == 0)", finite_rows),
+    ("broken = lane_any<LANES>(broken);", "", finite_rows),
     ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes_blocks),
     ("mask = LANES; mask < 32", "mask = 2 * LANES; mask < 32", encodes_blocks),
-    ("shared_numbers[thread / 32 * D + c] =", "shared_numbers[c] =", encodes_blocks),
-    ("w < WARPS; ++w) mean", "w < WARPS - 1; ++w) mean", encodes_blocks),
+    ("shared[thread / 32 * Plan::WARP_WORDS + c] =", "shared[c] =", encodes_blocks),
+    ("w < Plan::WARPS; ++w) mean", "w < Plan::WARPS - 1; ++w) mean", encodes_blocks),
     ("fminf(fmaxf(mean, -65504.0f), 65504.0f)", "mean", finite_rows),
-    ("centre = __half2float(rounded)", "centre = 0.0f", encodes_blocks),
-    ("centre = __half2float(centres[c]);\n      }", "centre = 0.0f;\n      }", fills_up_blocks),
+    ("rows[r * CHANNELS + p] -= __half2float(centre);", ";", encodes_blocks),
+    ("centre = call.centres[c];", "centre = __half(0.0f);", fills_up_blocks),
+    ("rows[r * CHANNELS + p] /= factor;", ";", encodes_blocks),
     (
-        "if (call.channel_scale != nullptr) channel_factor",
-        "if (false) channel_factor",
+        "one.channel_scale += batch * call.channel_scale_stride + head * Codec::D;",
+        "one.channel_scale += batch * call.channel_scale_stride;",
         encodes_blocks,
     ),
     (
-        "channel_factor = call.channel_scale[head * D + c];",
-        "channel_factor = call.channel_scale[c];",
-        encodes_blocks,
+        "one.channel_scale += batch * call.channel_scale_stride + head",
+        "one.channel_scale += head",
+        own_scales_of_rows,
     ),
     (
-        "Codec::template rotate<ROWS>(rows, call.coefficients + head * "
-        "call.coefficients_stride, lane);",
+        "call.channel_scale[batch * call.channel_scale_stride + head * D + c]",
+        "call.channel_scale[head * D + c]",
+        own_scales_of_rows,
+    ),
+    (
+        "Codec::template rotate<ROWS>(rows, call.coefficients, lane);",
         "",
         encodes_blocks,
     ),
@@ -87,8 +105,8 @@ CODEC_MUTATIONS = [
         of(encodes, bits=4, shape=SHAPE),
     ),
     (
-        "if (lane == 0) scales[worker + r * WORKERS]",
-        "if (lane == 0 && r > 0) scales[worker + r * WORKERS]",
+        "if (lane == 0) call.scales[worker + r * WORKERS]",
+        "if (lane == 0 && r > 0) call.scales[worker + r * WORKERS]",
         encodes_blocks,
     ),
     (
@@ -116,7 +134,7 @@ CODEC_MUTATIONS = [
         "Codec::IS_KEY ? 1 : D, uint",
         of(encodes, role=VALUE, shape=SHAPE),
     ),
-    ("head * packed.words_strides[1] +\n                block", "0 * head + block", encodes_blocks),
+    ("head * packed.words_strides[1] +\n               block", "0 * head + block", encodes_blocks),
     (
         "const float scale = __half2float(scales[token]);",
         "const float scale = 1.0f;",
@@ -135,8 +153,8 @@ CODEC_MUTATIONS = [
     ),
     ("+ head) * call.blocks + block) * BLOCK;", "+ head) * call.blocks) * BLOCK;", decodes_blocks),
     (
-        "call.channel_scale == nullptr ? 1.0f : call.channel_scale[head * D + c]",
-        "1.0f",
+        "? 1.0f\n              : call.channel_scale[batch",
+        "? 1.0f\n              : 1.0f + 0 * call.channel_scale[batch",
         decodes_blocks,
     ),
     (

@@ -38,6 +38,7 @@ class EncodeArguments(ctypes.Structure):
         *(("coefficients", POINTER), ("channel_scale", POINTER), ("packed", PackedArguments)),
         ("coefficients_stride", ctypes.c_int64),
         *(("start", ctypes.c_int32), ("state", POINTER)),
+        ("channel_scale_stride", ctypes.c_int64),
     ]
 
 
@@ -48,6 +49,7 @@ class DecodeArguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("role", "dtype", "batch", "kv_heads", "blocks")),
         *(("packed", PackedArguments), ("coefficients", POINTER), ("channel_scale", POINTER)),
         *(("out", POINTER), ("coefficients_stride", ctypes.c_int64)),
+        ("channel_scale_stride", ctypes.c_int64),
     ]
 
 
@@ -208,7 +210,7 @@ def encode(x, chosen, *, channel_scale=None, centres=None, start=0, state=None, 
     a.x, a.x_strides, _ = call.strided("x", x)
     table = coefficients(chosen.rotation)
     a.coefficients, a.coefficients_stride = call.matrix("coefficients", table)
-    a.channel_scale = call.plain("channel_scale", channel_scale)
+    a.channel_scale, a.channel_scale_stride = call.scale("channel_scale", channel_scale)
     a.start, a.state = start, call.plain("state", state)
     written = {
         "words": np.full((*blocks, *chosen.words_shape), 2**32 - 1, np.uint32),
@@ -239,7 +241,7 @@ def decode(packed, chosen, *, channel_scale=None, dtype=mx.float32, made=None):
     a.packed = call.packed("packed", packed)
     table = coefficients(chosen.rotation, back=True)
     a.coefficients, a.coefficients_stride = call.matrix("coefficients", table)
-    a.channel_scale = call.plain("channel_scale", channel_scale)
+    a.channel_scale, a.channel_scale_stride = call.scale("channel_scale", channel_scale)
     out = output((batch, heads, blocks * BLOCK, chosen.head_dim), dtype)
     a.out = call.plain("out", out, written=True)
     made.call("rotormlx_decode", a, call.buffers)

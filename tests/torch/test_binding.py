@@ -176,6 +176,24 @@ def test_encode_fills_its_structure(kernels, role, dtype):
     assert is_array(a.packed.centres, a.packed.centres_strides, centres)
 
 
+def test_channel_scales_of_batch_rows_are_told_by_their_strides(kernels):
+    chosen = codec(CONFIG, 64, layer=LAYER, role="key")
+    for shape, stride in (((K, 64), 0), ((B, K, 64), K * 64)):
+        scale = torch.rand(shape)
+        cuda.encode(strided((B, K, N * BLOCK, 64)), chosen, channel_scale=scale)
+        a = kept(kernels, "encode", EncodeArguments)
+        assert (a.channel_scale, a.channel_scale_stride) == (scale.data_ptr(), stride)
+        cuda.decode(packed_like(chosen), chosen, channel_scale=scale, dtype=torch.float16)
+        a = kept(kernels, "decode", DecodeArguments)
+        assert (a.channel_scale, a.channel_scale_stride) == (scale.data_ptr(), stride)
+    query, lengths, *views = attend_inputs()
+    for rows, strides in (((), (0, 0)), ((B,), (K * 64, K * 80))):
+        views = [v._replace(channel_scale=torch.rand(*rows, K, v.codec.head_dim)) for v in views]
+        cuda.attend(AttendCall(query, lengths, *views, **FACTS))
+        a = kept(kernels, "attend", AttendArguments)
+        assert (a.key_channel_scale_stride, a.value_channel_scale_stride) == strides
+
+
 def packed_like(chosen):
     words = strided((B, K, N, *chosen.words_shape)).int()
     scales = strided((B, K, N, BLOCK), torch.float16)

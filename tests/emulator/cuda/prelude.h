@@ -82,6 +82,10 @@ inline void __syncwarp(AT_LINE) {
   emulator_simdgroup_barrier(emulator::kDeviceMemory | emulator::kThreadgroupMemory, line);
 }
 
+// What lets thread blocks read from each other: counters that they add to, and fences.
+__forceinline__ int atomicAdd(int* counter, int addend) { return emulator_add(counter, addend); }
+__forceinline__ void __threadfence() { emulator_fence(); }
+
 template <class T>
 UNCHECKED T __shfl_xor_sync(unsigned, T mine, int mask, AT_LINE) {
   T values[emulator::kSimdWidth];
