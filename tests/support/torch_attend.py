@@ -51,14 +51,21 @@ def make_sources(config, head_dims, dtype, lengths=LENGTHS):
             scale = rt.prefill_scale(x[:, :, :BLOCK], config, layer=LAYER, role=role)
         packed = rt.encode(x, config, layer=LAYER, role=role, channel_scale=scale)
         exact = rows((B, K, SINK + TAIL + 3, head_dim), seed + 2).to(dtype)
-        middle = reference.decode(numpy_of(packed), chosen, channel_scale=scale)
+        middle = [
+            reference.decode(
+                Packed(*(None if a is None else a[b : b + 1] for a in numpy_of(packed))),
+                chosen,
+                channel_scale=None if scale is None else scale[b],
+            )[0]
+            for b in range(B)
+        ]
         ends = float64(exact)
         vectors.append(
             [
                 np.concatenate(
                     [
                         ends[b, :, : min(SINK, t - p)],
-                        middle[b, :, :p],
+                        middle[b][:, :p],
                         ends[b, :, SINK : max(SINK, t - p)],
                     ],
                     1,
@@ -82,7 +89,7 @@ def noise_of_row(query, keys, lengths, b, scale, sink=SINK):
         numpy_of(keys.packed),
         keys.codec,
         scale=scale,
-        channel_scale=keys.channel_scale,
+        channel_scale=None if keys.channel_scale is None else keys.channel_scale[b],
         sink=min(sink, tokens - packed_tokens),
         packed_tokens=packed_tokens,
         tokens=tokens,

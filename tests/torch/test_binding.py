@@ -188,7 +188,7 @@ def test_channel_scales_of_batch_rows_are_told_by_their_strides(kernels):
         assert (a.channel_scale, a.channel_scale_stride) == (scale.data_ptr(), stride)
     query, lengths, *views = attend_inputs()
     for rows, strides in (((), (0, 0)), ((B,), (K * 64, K * 80))):
-        views = [v._replace(channel_scale=torch.rand(*rows, K, v.codec.head_dim)) for v in views]
+        views = [replace(v, channel_scale=torch.rand(*rows, K, v.codec.head_dim)) for v in views]
         cuda.attend(AttendCall(query, lengths, *views, **FACTS))
         a = kept(kernels, "attend", AttendArguments)
         assert (a.key_channel_scale_stride, a.value_channel_scale_stride) == strides
