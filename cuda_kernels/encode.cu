@@ -5,7 +5,8 @@
 // each, then meet in shared memory, where every thread packs whole words. For trellis codes numbers meet there before,
 // slice by slice, and two lanes find the path of one sequence.
 //
-// Codec names bits, D, the rotation and the table of boundaries of keys or of values; see launch.cu.
+// Codec names bits, D, the rotation and the table of boundaries of keys or of values; see codecs.cuh.
+#pragma once
 
 // Where a block comes from and goes to. Arrays of the block alone.
 struct BlockCall {

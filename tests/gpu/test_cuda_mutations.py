@@ -17,6 +17,8 @@ from tests.support.codec_cases import (
     fills_up,
 )
 from tests.support.mutations import Mutation, attends, each, of
+from tests.support.runners import CUDA
+from tests.support.store_cases import StoreCase, check_steps
 
 pytestmark = [
     pytest.mark.mutation,
@@ -180,6 +182,66 @@ CODEC_MUTATIONS = [
 @each(Mutation(*mutation) for mutation in CODEC_MUTATIONS)
 def test_a_changed_codec_is_caught(runner, mutation):
     assert mutation.is_caught(runner)
+
+
+# ---- store --------------------------------------------------------------------------------------
+
+STORE = StoreCase((3, 3), "f32", 64, 4, 3, "own")
+SHARED_SCALE = replace(STORE, scale="shared", rotation="calibrated")
+LONG_TAIL = replace(STORE, window=130, bits=(4, 4))
+# What stands in the text, what stands there instead, and the case.
+STORE_MUTATIONS = [
+    ("__syncthreads();  // the places behind the tail have been read", "", STORE),
+    ("to < row.left(); to += BLOCK", "to < sink + BLOCK; to += BLOCK", LONG_TAIL),
+    ("__syncthreads();  // no sums are in use", "", STORE),
+    ("__syncthreads();  // the sums of so many workers are there", "", STORE),
+    ("__syncthreads();  // the sums of all tokens are there", "", STORE),
+    ("__syncthreads();  // so many squares are there", "", STORE),
+    ("__syncthreads();  // the sum of all is there", "", STORE),
+    ("__syncthreads();  // the scale is there", "", STORE),
+    ("__syncthreads();  // all has been read and stored", "", STORE),
+    ("{\n    __threadfence();\n    int32_t", "{\n    int32_t", STORE),
+    ("1) {\n      __threadfence();", "1) {", STORE),
+    ("*counter = 0;", "", STORE),
+    ("int(gridDim.x * gridDim.y) - 1", "int(gridDim.x * gridDim.y) - 2", STORE),
+    ("int(gridDim.x * gridDim.y) - 1", "int(gridDim.x) - 1", STORE),
+    ("call.counter + blockIdx.z", "call.counter", STORE),
+    ("call.lengths + 2 * blockIdx.z", "call.lengths", STORE),
+    ("row.packed / BLOCK < call.blocks &&", "", STORE),
+    ("row.exact - call.sink >= call.window", "row.exact - call.sink > call.window", STORE),
+    ("row.exact - call.sink >= call.window", "row.exact >= call.window", STORE),
+    ("min(call.length, call.capacity - row.left())", "call.length", STORE),
+    ("lengths[0] + row.left() + row.added", "lengths[0] + row.exact + row.added", STORE),
+    ("due ? row.packed + BLOCK : row.packed;", "due ? row.packed : row.packed;", STORE),
+    ("to < row.left(); to += BLOCK", "to + BLOCK < row.left(); to += BLOCK", STORE),
+    ("min(row.left() - to, BLOCK)", "BLOCK", STORE),
+    ("if (token < tokens) pieces[n]", "if (true) pieces[n]", STORE),
+    ("if (token < tokens) *reinterpret", "if (true) *reinterpret", STORE),
+    (
+        "exact + row.left() * stride, stride, fresh",
+        "exact + row.exact * stride, stride, fresh",
+        STORE,
+    ),
+    ("+ call.sink * role.exact_strides[2]", "", STORE),
+    ("batch, head, row.packed / BLOCK)", "batch, head, 0)", STORE),
+    ("call.own_scale && row.packed == 0 &&", "row.packed == 0 &&", SHARED_SCALE),
+    ("call.own_scale && row.packed == 0 &&", "call.own_scale &&", STORE),
+    ("&& channel_scale != nullptr;", ";", replace(STORE, scale="none")),
+    ("head * role.coefficients_stride", "head * 0", SHARED_SCALE),
+    ("batch * role.channel_scale_stride + head * D", "head * D", STORE),
+    ("sum[r] += sum[r + half];", "sum[r] += sum[half];", STORE),
+    ("if (worker < half) add", "if (worker <= half) add", STORE),
+    ("squares[count / 2] = squares[count - 1];", ";", STORE),
+    ("1.0f / 4096", "1.0f / 64", replace(STORE, quiet=True)),
+    ("is_finite(whole) && whole > 0.0f", "true", replace(STORE, quiet=True)),
+]
+
+
+@pytest.mark.parametrize("changed", STORE_MUTATIONS, ids=[m[0][:50] for m in STORE_MUTATIONS])
+def test_a_changed_store_is_caught(changed):
+    old, new, case = changed
+    mutation = Mutation(old, new, of(check_steps, case))
+    assert mutation.is_caught(CUDA)
 
 
 # ---- attention ----------------------------------------------------------------------------------

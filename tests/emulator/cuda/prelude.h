@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../msl/types.h"
@@ -112,6 +113,7 @@ UNCHECKED inline uint chosen_bytes(uint low, uint high, uint selector, AT_LINE) 
 }
 
 inline float power_of_two(float x) { return exp2f(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdividef(float x, float y) { return x / y; }
 
 // mma.m16n8k16 of float16 with float32 sums. Which lane has what is the table "Matrix Fragments for mma.m16n8k16" of
