@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotormlx.storage.fingerprint import Fingerprint, Weights
+from rotormlx.torch.parallel import check_whole
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
@@ -27,13 +28,14 @@ def weights(model: PreTrainedModel) -> Weights:
     """The weights of a model's text decoder, of which none is read yet.
 
     Raises:
-        ValueError: If ``model`` is none.
+        ValueError: If ``model`` is none, or this process has only a part of it.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"[fingerprint] model must be a model of transformers, but a {type(model).__name__} "
             "was given; pass what from_pretrained returned."
         )
+    check_whole(model)
     # Vision and speech have layers too, and mlx-lm loads neither.
     # Its state: quantized weights may be buffers.
     state = model.get_decoder().state_dict()

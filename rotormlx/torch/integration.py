@@ -19,6 +19,7 @@ from rotormlx.torch import attention
 from rotormlx.torch.cache import RotorCache, is_compressed, layer_factory
 from rotormlx.torch.fingerprint import weights
 from rotormlx.torch.implementations import Implementations, restore, set_attention, takes_cache
+from rotormlx.torch.parallel import check_heads
 from rotormlx.torch.probe import CACHE_NAMES, PREPARE, cache_name, own_cache, probe, self_attention
 
 # Caches that ``generate`` makes when nothing is asked for.
@@ -243,6 +244,7 @@ def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
         )
     if model.generation_config.cache_implementation != _UNSET:
         _check_implementation(model, model.generation_config)
+    check_heads(model)
     layers = tuple(_with_bits(layer, config) for layer in probe(model))
     return Report(config, model.config.get_text_config(decoder=True).model_type, layers)
 
