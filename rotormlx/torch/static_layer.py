@@ -179,9 +179,9 @@ class RotorStaticLayer(RotorLayer):
         counts = self.lengths.tolist()
         self.rows = [Counts(tokens, packed) for packed, tokens in counts]
         key_store, value_store = cast(tuple[Store, Store], self.stores)
-        used = max(row.packed for row in self.rows) > 0
-        self._hold(key_store, 0, used)
-        self._hold(value_store, 1, used)
+        for place, store in enumerate((key_store, value_store)):
+            store.exact = self._of(place)[0].clone()
+            self._share(store, place)
         if any(row.packable(self.config) for row in self.rows):
             rows = [replace(row) for row in self.rows]
             stores = key_store.twin(), value_store.twin()
@@ -198,23 +198,28 @@ class RotorStaticLayer(RotorLayer):
             )
 
     def _to_device(self) -> None:
-        """Put what the host knows into the buffers."""
-        if self.stores is None:
+        """Put what the host knows into the buffers.
+
+        The operator packs whole blocks, so where a crop has left a part of one, steps stay with the
+        host until it is full.
+        """
+        self.is_on_device = False
+        if self.stores is None or any(row.packed % BLOCK for row in self.rows):
             return
         if not self._fits():
             self._allocate()
-        used = any(row.packed for row in self.rows)
         for place, store in enumerate(self.stores):
             exact, packed, scale = self._of(place)
-            _copy(exact, store.exact, max(row.exact for row in self.rows))
+            count = max(row.exact for row in self.rows)
+            exact[:, :, :count] = store.exact[:, :, :count]
             if store.packed is not None:
                 blocks = max(row.blocks for row in self.rows)
                 for buffer, part in zip(packed, store.packed, strict=True):
-                    if buffer is not None:
-                        _copy(buffer, part, blocks)
+                    if buffer is not None and buffer is not part:
+                        buffer[:, :, :blocks] = part[:, :, :blocks]
             if scale is not None and store.channel_scale is not None:
                 scale.copy_(store.channel_scale)
-            self._hold(store, place, used)
+            self._share(store, place)
         device = self.lengths.device
         counts = [(row.packed, row.tokens) for row in self.rows]
         self.lengths.copy_(torch.tensor(counts, dtype=torch.int32, device=device))
@@ -222,10 +227,14 @@ class RotorStaticLayer(RotorLayer):
         self.positions.fill_(self.length)
         self.is_on_device = True
 
-    def _hold(self, store: Store, place: int, used: bool) -> None:
-        """Let a store of the host have the buffers of the device."""
-        exact, packed, scale = self._of(place)
-        store.exact, store.packed = exact, packed if used else None
+    def _share(self, store: Store, place: int) -> None:
+        """Let a store of the host have the packed blocks of the device.
+
+        Its exact tokens stay its own: attention may still read them when these are written.
+        """
+        _, packed, scale = self._of(place)
+        used = any(row.packed for row in self.rows)
+        store.packed = packed if used else None
         if self.config.scales_channels:
             store.channel_scale = scale if used else None
 
@@ -286,9 +295,3 @@ class RotorStaticLayer(RotorLayer):
             if x is not None:
                 # Else a CUDA graph would copy them before every step.
                 torch._dynamo.mark_static_address(x)
-
-
-def _copy(buffer: Tensor, part: Tensor, count: int) -> None:
-    """Copy the first ``count`` along the third axis, if it does not lie there already."""
-    if part is not buffer:
-        buffer[:, :, :count] = part[:, :, :count]

@@ -82,8 +82,8 @@ def _step_with(
         call = AttendCall(
             query, lengths, key_view, value_view, sink, scale, causal, mask, sink_logits
         )
-        checks.check_call(call)
         checks.check_step(stored.new, call, window)
+        checks.check_call(call)
         run(stored)
         return attend(call)
 

@@ -1,0 +1,158 @@
+"""What a decode step costs on the host, through transformers: ``python scripts/bench_host.py``.
+
+A tiny model of eight layers over a short history on the CPU, so that little is computed. Contenders
+run in one process, step by step in turn. The profiler counts the torch operations of a step, those
+included that another one calls; what a model without cache and attention has of them is taken off.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from bench_report import Row, write_figures
+from rich.progress import track
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.masking_utils import sdpa_mask
+
+from rotormlx.cli.terminal import wide_console
+from rotormlx.config import RotorConfig
+from rotormlx.torch.cache import RotorCache
+
+LAYERS = 8
+
+
+def tiny_model() -> LlamaForCausalLM:
+    """A model whose layers cost little more than their calls."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class NoCache(DynamicCache):
+    """Keeps nothing; attention gets the new tokens."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """The tokens themselves."""
+        return key_states, value_states
+
+
+def no_attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The queries themselves."""
+    return query.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("none", no_attention)
+AttentionMaskInterface.register("none", sdpa_mask)
+
+
+class Contender:
+    """A cache, and the attention that reads it.
+
+    Args:
+        model: The model; contenders share it.
+        attention: The attention's name.
+        cache: An empty cache.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, attention: str, cache: Any) -> None:
+        self.model, self.attention, self.cache = model, attention, cache
+
+    def read(self, ids: torch.Tensor) -> None:
+        """Let tokens go through the model."""
+        self.model.set_attn_implementation(self.attention)
+        self.model(ids, cache=self.cache)
+
+    def timed(self, ids: torch.Tensor) -> float:
+        """Seconds that they take."""
+        self.model.set_attn_implementation(self.attention)
+        start = time.perf_counter()
+        self.model(ids, cache=self.cache)
+        return time.perf_counter() - start
+
+    def operations(self, ids: torch.Tensor) -> int:
+        """Torch operations of one call."""
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            self.read(ids)
+        return sum(event.count for event in found.key_averages() if "::" in event.key)
+
+
+@torch.inference_mode()
+def decode_steps(history: int, steps: int) -> list[Row]:
+    """Every contender's step, behind a history of so many tokens."""
+    model, config = tiny_model(), RotorConfig()
+    room = history + 2 * steps
+    contenders = {
+        "DynamicCache": Contender(model, "sdpa", DynamicCache(config=model.config)),
+    }
+    model.set_attn_implementation("rotormlx")
+    contenders |= {
+        "RotorCache, 4 bit": Contender(model, "rotormlx", RotorCache(model.config, config)),
+        "RotorCache, 4 bit, static": Contender(
+            model, "rotormlx", RotorCache(model.config, config, max_cache_len=room)
+        ),
+    }
+    prompt, one = torch.randint(0, 257, (1, history)), torch.randint(0, 257, (1, 1))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.read(prompt)
+    for _ in track(range(steps), "Decode steps"):
+        for name, contender in contenders.items():
+            times[name].append(contender.timed(one))
+    nothing = Contender(model, "none", NoCache(config=model.config)).operations(one)
+    rows: list[Row] = []
+    for name, contender in contenders.items():
+        ms, exact = (1e3 * statistics.median(times[key]) for key in (name, "DynamicCache"))
+        rows.append(
+            {
+                "contender": name,
+                "ms": ms,
+                "this / DynamicCache": ms / exact,
+                "more, us a layer": 1e3 * (ms - exact) / LAYERS,
+                "operations a layer": (contender.operations(one) - nothing) / LAYERS,
+            }
+        )
+    return rows
+
+
+def main(
+    history: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 200,
+    steps: Annotated[int, typer.Option(help="Counted steps of each.")] = 300,
+    output: Annotated[Path, typer.Option(help="Where JSON goes.")] = Path("bench-host"),
+) -> None:
+    """Measure and print the table."""
+    torch.set_num_threads(1)
+    title = f"A decode step of {LAYERS} layers behind {history} tokens, CPU, one thread"
+    write_figures(
+        wide_console(),
+        {title: decode_steps(history, steps)},
+        output,
+        device=platform.processor() or platform.machine(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
