@@ -1,8 +1,9 @@
 """What a decode step costs on the host, through transformers: ``python scripts/bench_host.py``.
 
 A tiny model of eight layers over a short history on the CPU, so that little is computed. Contenders
-run in one process, step by step in turn. The profiler counts the torch operations of a step, those
-included that another one calls; what a model without cache and attention has of them is taken off.
+run in one process, step by step in turn with the exact cache. The profiler counts the torch
+operations of a step, those included that another one calls; what a model without cache and
+attention has of them is taken off.
 """
 
 from __future__ import annotations
@@ -98,39 +99,41 @@ class Contender:
         return sum(event.count for event in found.key_averages() if "::" in event.key)
 
 
+def contenders(model: LlamaForCausalLM, room: int) -> dict[str, Contender]:
+    """By name; the first is the exact cache."""
+    exact = DynamicCache(config=model.config)
+    model.set_attn_implementation("rotormlx")
+    grows = RotorCache(model.config, RotorConfig())
+    static = RotorCache(model.config, RotorConfig(), max_cache_len=room)
+    return {
+        "DynamicCache": Contender(model, "sdpa", exact),
+        "RotorCache, 4 bit": Contender(model, "rotormlx", grows),
+        "RotorCache, 4 bit, static": Contender(model, "rotormlx", static),
+    }
+
+
 @torch.inference_mode()
 def decode_steps(history: int, steps: int) -> list[Row]:
     """Every contender's step, behind a history of so many tokens."""
-    model, config = tiny_model(), RotorConfig()
-    room = history + 2 * steps
-    contenders = {
-        "DynamicCache": Contender(model, "sdpa", DynamicCache(config=model.config)),
-    }
-    model.set_attn_implementation("rotormlx")
-    contenders |= {
-        "RotorCache, 4 bit": Contender(model, "rotormlx", RotorCache(model.config, config)),
-        "RotorCache, 4 bit, static": Contender(
-            model, "rotormlx", RotorCache(model.config, config, max_cache_len=room)
-        ),
-    }
+    model = tiny_model()
     prompt, one = torch.randint(0, 257, (1, history)), torch.randint(0, 257, (1, 1))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for contender in contenders.values():
-        contender.read(prompt)
-    for _ in track(range(steps), "Decode steps"):
-        for name, contender in contenders.items():
-            times[name].append(contender.timed(one))
     nothing = Contender(model, "none", NoCache(config=model.config)).operations(one)
     rows: list[Row] = []
-    for name, contender in contenders.items():
-        ms, exact = (1e3 * statistics.median(times[key]) for key in (name, "DynamicCache"))
+    for place, name in enumerate(contenders(model, history)):
+        # Caches of their own, so that all have the same history.
+        exact, *others = contenders(model, history + 2 * steps).values()
+        pair = [exact, others[place - 1]] if place else [exact]
+        for contender in pair:
+            contender.read(prompt)
+        times = [[x.timed(one) for x in pair] for _ in track(range(steps), name)]
+        medians = [1e3 * statistics.median(of_one) for of_one in zip(*times, strict=True)]
         rows.append(
             {
                 "contender": name,
-                "ms": ms,
-                "this / DynamicCache": ms / exact,
-                "more, us a layer": 1e3 * (ms - exact) / LAYERS,
-                "operations a layer": (contender.operations(one) - nothing) / LAYERS,
+                "ms": medians[-1],
+                "this / DynamicCache": medians[-1] / medians[0],
+                "more, us a layer": 1e3 * (medians[-1] - medians[0]) / LAYERS,
+                "operations a layer": (pair[-1].operations(one) - nothing) / LAYERS,
             }
         )
     return rows

@@ -13,6 +13,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from rotormlx.torch import checks, ops, prefill
 from rotormlx.torch.exact import attend_tensors, causality, check_options, former_of
 from rotormlx.torch.handle import KVHandle, untraced
+from rotormlx.torch.layer import RotorLayer
 from rotormlx.torch.static_layer import DeviceStep
 from rotormlx.torch.torch_ops import AttendCall
 
@@ -67,8 +68,9 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = kwargs.get("s_aux")
     if isinstance(key.step, DeviceStep):
-        output = key.step.attend(query.to(value.dtype), attention_mask, scale, logits)
-        return output.transpose(1, 2), None
+        with torch.no_grad():
+            output = key.step.attend(query.to(value.dtype), attention_mask, scale, logits)
+        return _refusing_gradients(output.transpose(1, 2), query, logits, key.step.layer), None
     return _attend(query, key, value.dtype, attention_mask, scale, is_causal, logits), None
 
 
@@ -123,8 +125,15 @@ def _attend(
         return _attend_compressed(query.to(dtype), key, mask, scale, is_causal, logits)
     with torch.no_grad():
         output = _attend_compressed(query.to(dtype), key, mask, scale, is_causal, logits)
+    return _refusing_gradients(output, query, logits, key.step.layer)
+
+
+def _refusing_gradients(
+    output: Tensor, query: Tensor, logits: Tensor | None, layer: RotorLayer
+) -> Tensor:
+    """An output that refuses a gradient if one could be asked for."""
     asked = any(x is not None and x.requires_grad for x in (query, logits))
-    if asked or key.step.layer.requires_grad:
+    if torch.is_grad_enabled() and (asked or layer.requires_grad):
         output = _WithoutGradient.apply(output.requires_grad_())  # type: ignore[no-untyped-call]
     return output
 
@@ -171,7 +180,7 @@ def _attend_compressed(
     )
     if call.mask is not None or sink_logits is not None:
         checks.check_call(call)
-    many = prefill.takes(call)
+    many = query.shape[2] > 1 and prefill.takes(call)
     output = prefill.attend(call, view.counts) if many else ops.attend_fitting(call)
     return output.transpose(1, 2).contiguous()
 

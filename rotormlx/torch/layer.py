@@ -301,7 +301,7 @@ class RotorLayer(CacheLayerMixin):
             raise ValueError("[RotorCache] The cache was reset during a step; run it again.")
         before = self.stores
         try:
-            return self._store(before, (keys, values), padding)
+            return self._store(before, keys, values, padding)
         except BaseException:
             if self.stores is before:
                 vars(self).update(length=self.length - keys.shape[2], _step=None)
@@ -310,7 +310,8 @@ class RotorLayer(CacheLayerMixin):
     def _store(
         self,
         before: tuple[Store, Store],
-        new: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
         padding: Sequence[int] | None,
     ) -> LayerView:
         row_padding = self.padding
@@ -320,21 +321,24 @@ class RotorLayer(CacheLayerMixin):
                 old if row.tokens else min(new, self.length)
                 for old, new, row in zip(row_padding, padding, self.rows, strict=True)
             ]
+        length, config = self.length, self.config
         rows, spans, counts, room, fills = [], [], [], 0, 0
         for old, padded in zip(self.rows, row_padding, strict=True):
-            row = Counts(self.length - padded, old.packed)
+            packed = old.packed
+            row = Counts(length - padded, packed)
+            exact = length - padded - packed
             rows.append(row)
-            spans.append((old.exact, row.exact))
-            counts.append((row.packed, row.tokens))
-            room, fills = max(room, row.exact), fills + row.packable(self.config)
+            spans.append((old.tokens - packed, exact))
+            counts.append((packed, row.tokens))
+            room, fills = max(room, exact), fills + row.packable(config)
         stores = before
         if fills or room > before[0].exact.shape[2]:
             # Twins share buffers, in which only what does not count yet is written.
             stores = before[0].twin(), before[1].twin()
         key_store, value_store = stores
         places = [*groups(spans)] if len(spans) > 1 else [(slice(None), spans[0])]
-        key_store.append(new[0], places, room)
-        value_store.append(new[1], places, room)
+        key_store.append(keys, places, room)
+        value_store.append(values, places, room)
         of_rows = tuple(counts)
         lengths = lengths_on(key_store.exact.device, of_rows)
         view = LayerView(key_store.view, value_store.view, of_rows, lengths, tuple(row_padding))
