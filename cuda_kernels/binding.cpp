@@ -28,6 +28,9 @@ const T* pointer(const OptionalTensor& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
+// Of B, where the rows of the batch have channel scales of their own, [B, K, D].
+int64_t scale_stride(const OptionalTensor& x) { return x.has_value() && x->dim() == 3 ? x->stride(0) : 0; }
+
 // Of K, where every KV head has a matrix of its own, [K, D, D].
 int64_t matrix_stride(const Tensor& x) { return x.dim() == 3 ? x.stride(0) : 0; }
 
@@ -79,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const OptionalTensor&
   call.coefficients = pointer<float>(coefficients);
   call.coefficients_stride = matrix_stride(coefficients);
   call.channel_scale = pointer<float>(channel_scale);
+  call.channel_scale_stride = scale_stride(channel_scale);
   call.packed = packed_of(words, scales, is_key ? OptionalTensor(means) : std::nullopt);
   call.start = int32_t(start);
   call.state = pointer<uint32_t>(state);
@@ -102,9 +106,49 @@ Tensor decode(const Tensor& words, const Tensor& scales, const OptionalTensor& c
   call.coefficients = pointer<float>(coefficients);
   call.coefficients_stride = matrix_stride(coefficients);
   call.channel_scale = pointer<float>(channel_scale);
+  call.channel_scale_stride = scale_stride(channel_scale);
   call.out = out.mutable_data_ptr();
   check("decode", rotormlx_decode(&call, stream_of(stream)));
   return out;
+}
+
+// Stores a decode step in place: see rotormlx_store.
+void store(const Tensor& new_keys, const Tensor& new_values, const Tensor& lengths, const Tensor& counter,
+           const Tensor& key_exact, const Tensor& key_words, const Tensor& key_scales, const Tensor& key_centres,
+           const OptionalTensor& key_channel_scale, const Tensor& value_exact, const Tensor& value_words,
+           const Tensor& value_scales, const OptionalTensor& value_channel_scale, const Tensor& key_coefficients,
+           const Tensor& value_coefficients, int64_t sink, int64_t window, bool own_scale, int64_t stream) {
+  rotormlx_store_arguments call = {};
+  call.dtype = dtype_of(key_exact.scalar_type());
+  call.batch = int32_t(new_keys.size(0));
+  call.kv_heads = int32_t(new_keys.size(1));
+  call.length = int32_t(new_keys.size(2));
+  call.sink = int32_t(sink);
+  call.window = int32_t(window);
+  call.blocks = int32_t(key_words.size(2));
+  call.capacity = int32_t(key_exact.size(2));
+  call.own_scale = own_scale;
+  call.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
+  call.counter = static_cast<int32_t*>(counter.mutable_data_ptr());
+  call.new_keys = new_keys.const_data_ptr();
+  call.new_values = new_values.const_data_ptr();
+  call.exact_keys = key_exact.mutable_data_ptr();
+  call.exact_values = value_exact.mutable_data_ptr();
+  copy_strides(call.new_keys_strides, new_keys);
+  copy_strides(call.new_values_strides, new_values);
+  copy_strides(call.exact_keys_strides, key_exact);
+  copy_strides(call.exact_values_strides, value_exact);
+  call.keys = packed_of(key_words, key_scales, key_centres);
+  call.values = packed_of(value_words, value_scales, std::nullopt);
+  call.key_channel_scale = const_cast<float*>(pointer<float>(key_channel_scale));
+  call.value_channel_scale = const_cast<float*>(pointer<float>(value_channel_scale));
+  call.key_channel_scale_stride = scale_stride(key_channel_scale);
+  call.value_channel_scale_stride = scale_stride(value_channel_scale);
+  call.key_coefficients = pointer<float>(key_coefficients);
+  call.value_coefficients = pointer<float>(value_coefficients);
+  call.key_coefficients_stride = matrix_stride(key_coefficients);
+  call.value_coefficients_stride = matrix_stride(value_coefficients);
+  check("store", rotormlx_store(&call, stream_of(stream)));
 }
 
 // The structure of a plan from its fields in order.
@@ -150,9 +194,11 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
   call.key_matrix = pointer<float>(key_matrix);
   call.key_matrix_stride = matrix_stride(key_matrix);
   call.key_channel_scale = pointer<float>(key_channel_scale);
+  call.key_channel_scale_stride = scale_stride(key_channel_scale);
   call.value_matrix = pointer<float>(value_matrix);
   call.value_matrix_stride = matrix_stride(value_matrix);
   call.value_channel_scale = pointer<float>(value_channel_scale);
+  call.value_channel_scale_stride = scale_stride(value_channel_scale);
   call.mask_kind = int32_t(mask_kind);
   call.mask = pointer<void>(mask);
   if (mask.has_value()) {
@@ -182,8 +228,14 @@ TORCH_LIBRARY(ROTORMLX_NAMESPACE, library) {
       "Tensor? key_channel_scale, Tensor value_exact, Tensor? value_words, Tensor? value_scales, "
       "Tensor? value_channel_scale, Tensor key_matrix, Tensor value_matrix, Tensor? mask, Tensor? sink_logits, "
       "int sink, float scale, int mask_kind, int[] plan, int stream) -> Tensor");
+  library.def(
+      "store(Tensor new_keys, Tensor new_values, Tensor(a!) lengths, Tensor(b!) counter, Tensor(c!) key_exact, "
+      "Tensor(d!) key_words, Tensor(e!) key_scales, Tensor(f!) key_centres, Tensor(g!)? key_channel_scale, "
+      "Tensor(h!) value_exact, Tensor(i!) value_words, Tensor(j!) value_scales, Tensor(k!)? value_channel_scale, "
+      "Tensor key_coefficients, Tensor value_coefficients, int sink, int window, bool own_scale, int stream) -> ()");
   // Under any device: the tests run it with launchers of the host.
   library.impl("encode", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(encode));
   library.impl("decode", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(decode));
+  library.impl("store", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(store));
   library.impl("attend", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(attend));
 }

@@ -50,7 +50,9 @@ DEVICE_FN void decode_block(const rotormlx_decode_arguments& call) {
     const int c = Channels::channel(lane, p);
     if (Channels::exists(c)) {
       const float channel_factor =
-          call.channel_scale == nullptr ? 1.0f : call.channel_scale[head * D + c];
+          call.channel_scale == nullptr
+              ? 1.0f
+              : call.channel_scale[batch * call.channel_scale_stride + head * D + c];
       const float centre = Codec::IS_KEY ? __half2float(centres[c]) : 0.0f;
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {

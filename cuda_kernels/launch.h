@@ -1,5 +1,5 @@
-// What the host calls: launch.cu, or launch_attend.cu and launch_codec.cu at the same time, compiled by nvcc for one
-// configuration, with these functions in plain C. They check nothing but the plan; the caller has checked shapes,
+// What the host calls: launch.cu, or launch_attend.cu, launch_codec.cu and launch_store.cu at the same time, compiled by
+// nvcc for one configuration, with these functions in plain C. They check nothing but the plan; the caller has checked shapes,
 // dtypes, strides and alignment.
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -DROTORMLX_KEY_DIM=128 -DROTORMLX_VALUE_DIM=128 -DROTORMLX_KEY_BITS=4
@@ -13,8 +13,8 @@
 // They run on the current device, sm_80 or newer.
 //
 // B batch, K KV heads, H query heads, L queries, N blocks of 64 tokens, D head_dim, R rows of words. Strides are in
-// elements. Axes without a stride are contiguous. Words, centres, exact vectors and their strides, and matrices must be
-// multiples of 16 bytes, scales and their strides of 8; a null pointer stands for an array that does not exist.
+// elements. Axes without a stride are contiguous. Words, centres, raw and exact vectors and their strides, and matrices
+// must be multiples of 16 bytes, scales and their strides of 8; a null pointer stands for an array that does not exist.
 #pragma once
 
 #include <stddef.h>
@@ -52,11 +52,12 @@ typedef struct {
   const void* x;                // dtype [B, K, 64 N, D]
   int64_t x_strides[3];         // of B, K and tokens
   const float* coefficients;    // of the rotation, see coefficients of rotormlx/kernels/source.py
-  const float* channel_scale;   // [K, D], or null
+  const float* channel_scale;   // [K, D] or [B, K, D], or null
   rotormlx_packed packed;       // written
   int64_t coefficients_stride;  // of K, where every KV head has a matrix of its own, [K, D, D]; else 0
   int32_t start;                // values of 2 and 3 bits: tokens before it have codes already, 0 where none has
   const uint32_t* state;        // of the trellis behind those, [B, K, N, D], or null for 0; where start is not 0
+  int64_t channel_scale_stride; // of B, where the rows of the batch have channel scales of their own; else 0
 } rotormlx_encode_arguments;
 
 int rotormlx_encode(const rotormlx_encode_arguments* arguments, void* stream);
@@ -67,12 +68,48 @@ typedef struct {
   int32_t batch, kv_heads, blocks;
   rotormlx_packed packed;       // read
   const float* coefficients;    // of the rotation back: coefficients(..., back=True)
-  const float* channel_scale;   // [K, D], or null
+  const float* channel_scale;   // [K, D] or [B, K, D], or null
   void* out;                    // dtype [B, K, 64 N, D], contiguous
   int64_t coefficients_stride;  // as for encoding
+  int64_t channel_scale_stride; // likewise
 } rotormlx_decode_arguments;
 
 int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream);
+
+// New tokens of a cache whose lengths lie on the device. For each batch row, in this order: (1) if its tail is full
+// (all - packed tokens - sink >= window + 64) and there is room for a packed block, the oldest 64 tokens of the tail
+// become the packed block packed / 64, the rest of the tail moves down by 64 places, and packed grows by 64; (2) the
+// new tokens are written behind its exact ones, and all grow by `length`, or by what there is room for.
+typedef struct {
+  int32_t dtype;                // of new and exact keys and values
+  int32_t batch, kv_heads;
+  int32_t length;               // new tokens of each row, 1 to 64
+  int32_t sink, window;
+  int32_t blocks;               // room for packed blocks of a row; a row whose blocks are full packs no more
+  int32_t capacity;             // room for exact tokens of a row; tokens beyond it are dropped and not counted
+  int32_t own_scale;            // not 0: before a row's first block is packed, its channel scale becomes that block's
+  int32_t* lengths;             // [B, 2]: packed tokens and all tokens of each row; changed
+  int32_t* counter;             // [B], 0 before and after: the last thread block of a row advances its lengths
+  const void* new_keys;         // dtype [B, K, L, KEY_DIM]
+  const void* new_values;       // dtype [B, K, L, VALUE_DIM]
+  void* exact_keys;             // dtype [B, K, capacity, KEY_DIM], the sink first
+  void* exact_values;           // dtype [B, K, capacity, VALUE_DIM]
+  int64_t new_keys_strides[3];  // of B, K and tokens
+  int64_t new_values_strides[3];
+  int64_t exact_keys_strides[3];
+  int64_t exact_values_strides[3];
+  rotormlx_packed keys, values; // written
+  float* key_channel_scale;     // [K, KEY_DIM] or [B, K, KEY_DIM], the latter where own_scale writes it; or null
+  float* value_channel_scale;   // likewise
+  int64_t key_channel_scale_stride;  // of B, or 0
+  int64_t value_channel_scale_stride;
+  const float* key_coefficients;     // as for encoding
+  const float* value_coefficients;
+  int64_t key_coefficients_stride;
+  int64_t value_coefficients_stride;
+} rotormlx_store_arguments;
+
+int rotormlx_store(const rotormlx_store_arguments* arguments, void* stream);
 
 // The published method, where the values' rotation is rotor3: rows of ROTORMLX_VALUE_DIM numbers rotated by one stage
 // of rotors, rounded to levels of ROTORMLX_VALUE_BITS bits, and rotated back.

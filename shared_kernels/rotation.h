@@ -236,12 +236,11 @@ DEVICE_FN float lane_sum(float x) {
   return x;
 }
 
-// Whether any lane of a row says so.
+// The bits that any lane of a row has.
 template <int LANES>
-DEVICE_FN bool lane_any(bool x) {
-  uint any = x;
-  for (ushort mask = LANES / 2; mask > 0; mask /= 2) any |= shuffle_xor(any, mask);
-  return any != 0;
+DEVICE_FN uint lane_any(uint bits) {
+  for (ushort mask = LANES / 2; mask > 0; mask /= 2) bits |= shuffle_xor(bits, mask);
+  return bits;
 }
 
 // ---- codes, levels, scales ------------------------------------------------------------------------

@@ -135,6 +135,12 @@ class SavedBatch(NamedTuple):
         return (*header, *chain(*self.stores))
 
     @classmethod
+    def named(cls, state: Sequence[Any], config: RotorConfig) -> Self:
+        """The entries by name; their number and the configuration were checked before."""
+        layer, max_size, table = state[2:_HEADER]
+        return cls(config, layer, max_size, table, _stores(state))
+
+    @classmethod
     def read(cls, state: Sequence[Any], reader: StateReader) -> Self:
         """The entries by name, after a check of each.
 
@@ -142,9 +148,8 @@ class SavedBatch(NamedTuple):
             ValueError: If the state is not that of such a cache, or of another format version.
         """
         reader.entries(len(state), _HEADER, _HEADER + 2 * _STORE)
-        config = _config(state, reader)
-        layer, max_size, table = state[2:_HEADER]
-        saved = cls(config, layer, max_size, table, _stores(state))
+        saved = cls.named(state, _config(state, reader))
+        layer, max_size, table = saved.layer, saved.max_size, saved.table
         reader.integers(layer, *(() if max_size is None else (max_size,)))
         field = reader.field(table)
         has_counts = isinstance(field, Field) and field.dtype == "I32" and len(field.shape) == 2

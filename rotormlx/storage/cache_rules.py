@@ -188,7 +188,8 @@ def _compressed(rules: _Rules) -> Shape:
 
 def _compressed_batch(rules: _Rules) -> Shape:
     saved = SavedBatch.read(rules.state, rules)
-    return Shape(rules.name, saved.config, saved.layer, dims=kv_dims(saved.stores))
+    limited = saved.max_size is not None
+    return Shape(rules.name, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
 
 
 _RULES: dict[str, Callable[[_Rules], Shape]] = {

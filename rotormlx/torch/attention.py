@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from rotormlx.torch import checks, ops
+from rotormlx.torch import checks, ops, prefill
 from rotormlx.torch.exact import attend_tensors, causality, check_options, former_of
 from rotormlx.torch.handle import KVHandle, untraced
 from rotormlx.torch.torch_ops import AttendCall
@@ -167,7 +167,9 @@ def _attend_compressed(
     )
     if call.mask is not None or sink_logits is not None:
         checks.check_call(call)
-    return ops.attend_fitting(call).transpose(1, 2).contiguous()
+    many = prefill.takes(call)
+    output = prefill.attend(call, view.counts) if many else ops.attend_fitting(call)
+    return output.transpose(1, 2).contiguous()
 
 
 def left_padding(mask: Tensor) -> tuple[int, ...] | None:

@@ -28,7 +28,7 @@ from rotormlx.storage.paths import cache_dir
 
 _FOLDERS = ("cuda_kernels", "shared_kernels")
 # Compiled at the same time.
-SOURCES = ("launch_attend.cu", "launch_codec.cu", "binding.cpp")
+SOURCES = ("launch_attend.cu", "launch_codec.cu", "launch_store.cu", "binding.cpp")
 # nvcc's names where a GPU has instructions of its own beside those of its generation.
 _OWN_ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a"}
 _OLDEST = (8, 0)

@@ -69,7 +69,7 @@ def check_packed(
         codec: Role, bits and rotation.
         packed: int32 words ``[B, K, N, rows, lanes]``, float16 scales ``[B, K, N, 64]`` and float16
             centres ``[B, K, N, D]``, of which each may be None.
-        channel_scale: float32 ``[K, D]``, or None.
+        channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, or None.
     """
     role, head_dim = codec.role, codec.head_dim
     words, scales, centres = packed
@@ -88,7 +88,8 @@ def check_packed(
         _require(where, "key centres", centres, (*front, head_dim), torch.float16)
     if channel_scale is not None:
         name = f"{role} channel scale"
-        _require(where, name, channel_scale, (front[1], head_dim), torch.float32)
+        by_row = front[:1] if channel_scale.ndim == 3 else ()
+        _require(where, name, channel_scale, (*by_row, front[1], head_dim), torch.float32)
     rotation, has_heads = codec.rotation, words is not None or where == "encode"
     if rotation.is_per_head and has_heads and len(rotation.matrix) != front[1]:
         raise ValueError(

@@ -34,12 +34,14 @@ class LayerView(NamedTuple):
     """What attention reads of a layer.
 
     keys, values: Exact and packed tokens; those just appended are still exact.
-    lengths: int32 ``[B, 2]`` on their device: packed tokens and all tokens of each row.
+    counts: Packed tokens and all tokens of each row.
+    lengths: The same, int32 ``[B, 2]`` on their device.
     padding: Positions before the first token of each row.
     """
 
     keys: KVView
     values: KVView
+    counts: tuple[tuple[int, int], ...]
     lengths: Tensor
     padding: tuple[int, ...]
 
@@ -328,8 +330,9 @@ class RotorLayer(CacheLayerMixin):
         places = [*groups(spans)] if len(spans) > 1 else [(slice(None), spans[0])]
         key_store.append(new[0], places, room)
         value_store.append(new[1], places, room)
-        lengths = lengths_on(key_store.exact.device, tuple(counts))
-        view = LayerView(key_store.view, value_store.view, lengths, tuple(row_padding))
+        of_rows = tuple(counts)
+        lengths = lengths_on(key_store.exact.device, of_rows)
+        view = LayerView(key_store.view, value_store.view, of_rows, lengths, tuple(row_padding))
         if fills:
             self._pack(stores, rows)
         # One step, between whose halves no interrupt comes.

@@ -66,7 +66,7 @@ def encode(
         config: Fixes the rotation, the seed and the bits of a code.
         layer: Index of the layer; selects the rotation.
         role: ``"key"`` (centred by block) or ``"value"``.
-        channel_scale: float32 ``[K, D]``, positive; None for 1.
+        channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, positive; None for 1.
         centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
         rotation: The one of a calibrated configuration, see
             :func:`rotormlx.codec.rotation.calibrated`.
@@ -115,7 +115,7 @@ def decode(
         head_dim: D.
         layer: The layer they were coded for.
         role: ``"key"`` or ``"value"``.
-        channel_scale: float32 ``[K, D]``, positive; None for 1.
+        channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, positive; None for 1.
         dtype: Of the vectors.
         rotation: See :func:`encode`.
 
@@ -209,17 +209,23 @@ def attend_fitting(call: AttendCall) -> Tensor:
     return implementation(call) if call.query.numel() else _fake_attend(call)
 
 
+def decode_fitting(packed: Packed, codec: Codec, **options: Any) -> Tensor:
+    """As :func:`torch_ops.decode`, likewise."""
+    implementation = _DECODE.get(packed.words.device.type, torch_ops.decode)
+    return implementation(packed, codec, **options)
+
+
 def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> Tensor:
     """The channel scale ``prefill`` of a first block.
 
     Args:
-        x: Keys or values of the first block, ``[B, K, 64, D]``; batch row 0 counts.
+        x: Keys or values of the first block, ``[B, K, 64, D]``.
         config: Fixes the rotation.
         layer: Index of the layer.
         role: ``"key"`` or ``"value"``.
 
     Returns:
-        float32 ``[K, D]``.
+        float32 ``[B, K, D]``.
 
     Raises:
         ValueError: If a shape, dtype or stride does not fit, or a gradient would be lost.
@@ -426,6 +432,7 @@ def _fake_attend(call: AttendCall) -> Tensor:
     return call.query.new_empty(call.output_shape)
 
 
+_DECODE = {"cpu": native.decode, "cuda": cuda.decode}
 _ATTEND = {"cpu": native.attend, "cuda": cuda.attend}
 
 torch.library.impl("rotormlx::encode", "cpu", _encode_with(native.encode))

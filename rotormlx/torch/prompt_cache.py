@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.storage import cache_file
-from rotormlx.storage.cache_fields import SINGLE, SavedCache
+from rotormlx.storage.cache_fields import BATCH, SINGLE, SavedBatch, SavedCache
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL, check_file
@@ -102,9 +103,10 @@ def load_prompt_cache(
         check_file(path, saved.metadata, own, fit.text.model_type)
         states = saved.read(_array)
     device = torch.device(model.device if device is None else device)
-    for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
+    entries = zip(cache.layers, saved.classes, states, strict=True)
+    for index, (layer, name, state) in enumerate(entries):
         if isinstance(layer, RotorLayer):
-            _fill(layer, state, device)
+            _fill(layer, name, state, device)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             _fill_sliding(index, layer, state, fit, device)
     fit.check_lengths()
@@ -116,7 +118,7 @@ def load_prompt_cache(
 
 def _state_of(index: int, layer: Any) -> tuple[str, State]:
     if isinstance(layer, RotorLayer):
-        return SINGLE, state_of(layer)
+        return (BATCH if len(layer.rows) > 1 else SINGLE), state_of(layer)
     if type(layer) is DynamicSlidingWindowLayer:
         return _SLIDING, _sliding_state(layer)
     raise ValueError(
@@ -126,16 +128,23 @@ def _state_of(index: int, layer: Any) -> tuple[str, State]:
 
 
 def state_of(layer: RotorLayer) -> State:
-    """Everything a compressed layer holds, as ``RotorKVCache.state`` gives it on the MLX side."""
+    """Everything a compressed layer holds, as its like on the MLX side gives it.
+
+    That is ``RotorKVCache.state`` for one row, and ``BatchRotorKVCache.state`` for a batch.
+    """
     if len({*zip(layer.padding, layer.packed, strict=True)}) > 1:
         raise ValueError(
             f"[prompt cache] All batch rows must have one length to be saved, but layer "
             f"{layer.layer} has rows of {layer.tokens} tokens; keep one row with "
             "cache.batch_select_indices first."
         )
-    counts = replace(layer.rows[0]) if layer.stores else Counts()
-    stores = tuple(store.saved(counts) for store in layer.stores or ())
-    return list(SavedCache(layer.config, layer.layer, None, counts, stores).state)
+    rows = layer.rows if layer.stores else [Counts()]
+    single = len(rows) == 1
+    stores = tuple(store.saved(rows[0], single=single) for store in layer.stores or ())
+    if single:
+        return list(SavedCache(layer.config, layer.layer, None, replace(rows[0]), stores).state)
+    table = np.array([(row.tokens, row.packed, 0) for row in rows], np.int32)
+    return list(SavedBatch(layer.config, layer.layer, None, table, stores).state)
 
 
 class _Fit(NamedTuple):
@@ -160,9 +169,12 @@ class _Fit(NamedTuple):
         layers, classes = self.cache.layers, saved.classes
         if len(layers) != len(classes):
             raise self.misfit(f"{len(layers)} layers", f"{len(classes)}")
-        names: dict[type, str] = {RotorLayer: SINGLE, DynamicSlidingWindowLayer: _SLIDING}
+        names: dict[type, tuple[str, ...]] = {
+            RotorLayer: (SINGLE, BATCH),
+            DynamicSlidingWindowLayer: (_SLIDING,),
+        }
         for index, (layer, name) in enumerate(zip(layers, classes, strict=True)):
-            if names.get(type(layer)) != name:
+            if name not in names.get(type(layer), ()):
                 raise self.misfit(f"a {type(layer).__name__} in layer {index}", f"a {name}")
         for index, shape in saved.shapes:
             self._check_shape(index, shape)
@@ -174,7 +186,7 @@ class _Fit(NamedTuple):
             raise self._damaged("one number of tokens in all layers", sorted(lengths))
 
     def _check_shape(self, index: int, shape: Shape) -> None:
-        if shape.name == SINGLE and shape.layer != index:
+        if shape.name in (SINGLE, BATCH) and shape.layer != index:
             raise self._damaged(f"layer {index} at position {index}", f"layer {shape.layer}")
         if shape.limited:
             raise ValueError(
@@ -229,19 +241,31 @@ def _named_dims(settings: dict[Any, Any]) -> Iterator[int]:
             yield value
 
 
-def _fill(layer: RotorLayer, state: State, device: torch.device) -> None:
+def _fill(layer: RotorLayer, name: str, state: State, device: torch.device) -> None:
     """Take what was saved, with the configuration that it was saved with."""
     layer.config = RotorConfig.from_json(state[1])
-    saved = SavedCache.named(state, layer.config)
-    layer.calibrated = saved.calibrated
-    if not saved.counts.tokens:
+    if name == BATCH:
+        batch = SavedBatch.named(state, layer.config)
+        calibrated, stores = batch.calibrated, batch.stores
+        rows = [Counts(tokens, packed) for tokens, packed, _ in batch.table.tolist()]
+        if len({(row.tokens, row.packed) for row in rows}) > 1:
+            raise ValueError(
+                "[prompt cache] All batch rows of a file must have one length to be read by torch, "
+                f"but they have {[row.tokens for row in rows]} tokens; save each row by itself "
+                "with mlx-lm."
+            )
+    else:
+        saved = SavedCache.named(state, layer.config)
+        calibrated, stores = saved.calibrated, saved.stores
+        rows = [replace(saved.counts) for _ in range(len(stores[0].exact) if stores else 1)]
+    layer.calibrated = calibrated
+    if not any(row.tokens for row in rows):
         return  # an empty layer: of which batch, the next tokens tell
     # No row yet: buffers are as large as a window, which only the file tells.
-    layer.lazy_initialization(*(store.exact[:0].to(device) for store in saved.stores))
-    layer.batch_size = saved.stores[0].exact.shape[0]
-    layer.length, layer.padding = saved.counts.tokens, [0] * layer.batch_size
-    layer.rows = [replace(saved.counts) for _ in range(layer.batch_size)]
-    for store, arrays in zip(layer.stores or (), saved.stores, strict=True):
+    layer.lazy_initialization(*(store.exact[:0].to(device) for store in stores))
+    layer.batch_size, layer.rows = len(rows), rows
+    layer.length, layer.padding = rows[0].tokens, [0] * len(rows)
+    for store, arrays in zip(layer.stores or (), stores, strict=True):
         store.fill(arrays)
 
 
@@ -289,8 +313,10 @@ def _in_order(x: Tensor, offset: int, place: int) -> Tensor:
 # ---- the file -----------------------------------------------------------------------------------
 
 
-def _tensor(tensor: Tensor) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
+def _tensor(tensor: Tensor | Array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
     """Dtype, shape and bytes of a tensor, which are made when their turn comes."""
+    if not isinstance(tensor, Tensor):  # the counts of a batch
+        return "I32", tensor.shape, tensor.copy
 
     def give() -> Array:
         array = tensor.detach().cpu().contiguous()

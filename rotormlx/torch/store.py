@@ -109,11 +109,9 @@ class Store:
         if filled:
             self._fill_up(rows, x, block, filled)
             return
-        if self.config.scales_channels and self.channel_scale is None:
-            self.channel_scale = ops.prefill_scale(
-                x[:, :, :BLOCK], self.config, layer=self.layer, role=self.codec.role
-            )
-        self._write(rows, self._encode(x), block)
+        if self.config.scales_channels and not packed_tokens:
+            self._take_scale(rows, x[:, :, :BLOCK])
+        self._write(rows, self._encode(rows, x), block)
 
     def drop(self, exact_tokens: Sequence[int], packed_now: Sequence[int]) -> None:
         """Close the gap behind the sink that packing has left, in a buffer of its own."""
@@ -141,6 +139,8 @@ class Store:
             if self.packed is not None:
                 parts = (None if a is None else a.index_select(0, rows) for a in self.packed)
                 self.packed = Packed(*parts)
+            if self.channel_scale is not None and self.calibrated is None:
+                self.channel_scale = self.channel_scale.index_select(0, rows)
 
     @property
     def nbytes(self) -> int:
@@ -149,12 +149,14 @@ class Store:
         parts = [self.exact, own_scale, *(self.packed or ())]
         return sum(a.nbytes for a in parts if a is not None)
 
-    def saved(self, counts: Counts) -> SavedStore:
-        """The arrays that count, where all rows have the same lengths."""
+    def saved(self, counts: Counts, *, single: bool) -> SavedStore:
+        """The arrays, as long as the longest row's counts; ``single`` for the one row of a file."""
         packed = Packed(None, None, None)
         if self.packed is not None:
             packed = Packed(*(a if a is None else a[:, :, : counts.blocks] for a in self.packed))
         scale = self.channel_scale if self.calibrated is None else self.calibrated
+        if single and self.calibrated is None and scale is not None:
+            scale = scale[0]
         return SavedStore(self.exact[:, :, : counts.exact], *packed, scale)
 
     def fill(self, saved: SavedStore) -> None:
@@ -168,17 +170,35 @@ class Store:
         if saved.words is not None:
             self.packed = Packed(*(a if a is None else a.to(device) for a in packed))
         if saved.channel_scale is not None and self.calibrated is None:
-            self.channel_scale = saved.channel_scale.to(device)
+            scale = saved.channel_scale.to(device)
+            by_row = scale if scale.ndim == 3 else scale.expand(len(exact), -1, -1)
+            with torch.inference_mode(False):
+                self.channel_scale = by_row.clone()
+
+    def _take_scale(self, rows: Rows, block: Tensor) -> None:
+        """Give rows the channel scale of their first block."""
+        if self.channel_scale is None:
+            shape = (*self.exact.shape[:2], self.codec.head_dim)
+            self.channel_scale = zeros(self.exact, shape, torch.float32).fill_(1.0)
+        self.channel_scale[rows] = ops.prefill_scale(
+            block, self.config, layer=self.layer, role=self.codec.role
+        )
 
     def _encode(
-        self, x: Tensor, centres: Tensor | None = None, start: int = 0, state: Tensor | None = None
+        self,
+        rows: Rows,
+        x: Tensor,
+        centres: Tensor | None = None,
+        start: int = 0,
+        state: Tensor | None = None,
     ) -> Packed:
+        scale = self.channel_scale
         return ops.encode(
             x,
             self.config,
             layer=self.layer,
             role=self.codec.role,
-            channel_scale=self.channel_scale,
+            channel_scale=scale if scale is None or scale.ndim == 2 else scale[rows],
             centres=centres,
             rotation=self.codec.rotation,
             start=start,
@@ -192,7 +212,7 @@ class Store:
         last = Packed(*(None if a is None else a[rows, :, block : block + 1] for a in self.packed))
         x = torch.nn.functional.pad(x, (0, 0, filled, 0))
         state = trellis.state_after(last.words, filled) if self.codec.has_state else None
-        new = self._encode(x, last.centres, filled, state)
+        new = self._encode(rows, x, last.centres, filled, state)
         kept = torch.from_numpy(self.codec.kept_bits(filled).view("int32")).to(x.device)
         words = (last.words & kept) | (new.words & ~kept)
         is_kept = torch.arange(BLOCK, device=x.device) < filled
@@ -221,14 +241,14 @@ class Store:
         return wider
 
 
-def zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A buffer in dtype and place of another tensor.
+def zeros(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """A buffer in the place of another tensor, and in its dtype where none is given.
 
     What is made in inference mode could not be written to outside of it, but a cache may be filled
     here and go on there.
     """
     with torch.inference_mode(False):
-        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+        return torch.zeros(tuple(shape), dtype=dtype or like.dtype, device=like.device)
 
 
 def groups(facts: Iterable[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, ...]]]:

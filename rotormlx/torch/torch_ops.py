@@ -72,7 +72,7 @@ class KVView:
     codec: How the packed tokens are coded.
     exact: ``[B, K, capacity, D]``, the sink first.
     packed: Whole blocks with room at the end, or None.
-    channel_scale: float32 ``[K, D]``, or None for 1.
+    channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, or None for 1.
     prepared: What a backend keeps of the view, by its name.
     """
 
@@ -166,7 +166,7 @@ def encode(
     Args:
         x: Keys or values, ``[B, K, N * 64, D]``, float16, bfloat16 or float32.
         codec: Role, bits and rotation.
-        channel_scale: float32 ``[K, D]``, positive; None for 1.
+        channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, positive; None for 1.
         centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
         start: Tokens of the one block before it are coded already; what comes out for them does
             not count.
@@ -207,7 +207,7 @@ def decode(
             level * scales.float()[..., None], inverse_matrix(codec.rotation, words.device)
         )
         if channel_scale is not None:
-            y = y * channel_scale[:, None, None, :]
+            y = y * channel_scale[..., None, None, :]
         if codec.role == KEY:
             y = y + packed.centres[:, :, start:stop].float()[..., None, :]
         out[:, :, start * BLOCK : stop * BLOCK] = y.flatten(2, 3)
@@ -218,18 +218,18 @@ def prefill_scale(x: Tensor, codec: Codec) -> Tensor:
     """The channel scale ``prefill`` of a first block.
 
     Args:
-        x: Keys or values of the first block, ``[B, K, 64, D]``; batch row 0 counts.
+        x: Keys or values of the first block, ``[B, K, 64, D]``.
         codec: Role of the block.
 
     Returns:
-        float32 ``[K, D]``.
+        float32 ``[B, K, D]``.
 
     Source: docs/FORMAT.md, section 5.
     """
-    block = x[0].float()
+    block = x.float()
     if codec.role == KEY:
-        block = block - block_means(block).float()[:, None, :]
-    square = sum_in_order(block * block, -2)[:, 0] / BLOCK
+        block = block - block_means(block).float()[..., None, :]
+    square = sum_in_order(block * block, -2)[..., 0, :] / BLOCK
     whole = sum_in_order(square, -1) / codec.head_dim
     scale = square_root(square_root((square / whole).clamp(min=64.0**-2)))
     return torch.where(torch.isfinite(whole) & (whole > 0), scale, 1.0)
@@ -252,7 +252,7 @@ def encode_blocks(
             centres = block_means(y)
         y = y - centres.float()[..., None, :]
     if channel_scale is not None:
-        y = y / channel_scale[:, None, None, :]
+        y = y / channel_scale[..., None, None, :]
 
     rotated = rotate(y, codec.rotation)
     norm = square_root(sum_in_order(rotated * rotated, -1))
@@ -454,7 +454,7 @@ def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Sof
     keys, values, device = call.keys, call.values, q.device
     if keys.packed is None or values.packed is None:
         return state
-    scaled = q if keys.channel_scale is None else q * keys.channel_scale[:, None, :]
+    scaled = q if keys.channel_scale is None else q * keys.channel_scale[..., None, :]
     rotated = scaled @ inverse_matrix(keys.codec.rotation, device).mT
     noise = codebook.SCORE_NOISE[keys.codec.bits] * rotated.square().sum(-1, keepdim=True)
     rotated = in_word_order(rotated, keys.codec)
@@ -482,7 +482,7 @@ def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Sof
 
     output = state.output @ inverse_matrix(values.codec.rotation, device)
     if values.channel_scale is not None:
-        output = output * values.channel_scale[:, None, :]
+        output = output * values.channel_scale[..., None, :]
     return state._replace(output=output)
 
 

@@ -29,6 +29,8 @@ BUDGETS = {
     "decode<KeyCodec>": 80,
     "decode<ValueCodec>": 80,
     "rotor3": 64,
+    # Few thread blocks a step, of which one in 64 packs.
+    "store_step": 128,
 }
 
 
@@ -57,7 +59,8 @@ def readable(mangled):
     """``attend<1>`` or ``encode<KeyCodec>`` for the mangled name of a kernel in the unnamed
     namespace.
     """
-    for name in ("attend_float", "attend_query", "attend_merge", "attend", "encode", "decode"):
+    names = ("attend_float", "attend_query", "attend_merge", "attend", "encode", "decode")
+    for name in (*names, "store_step"):
         if found := re.search(
             rf"{len(name)}{name}(?:ILi(\d+)E|IN\w*?\d((?:Key|Value)Codec)E)?E", mangled
         ):

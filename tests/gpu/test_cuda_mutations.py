@@ -10,12 +10,15 @@ from tests.support.attend_cases import Case, problem, with_own_scales
 from tests.support.codec_cases import (
     check_centre_of_finite_rows,
     check_filled_up_path,
+    check_own_scales_of_rows,
     check_rotor3,
     decodes,
     encodes,
     fills_up,
 )
 from tests.support.mutations import Mutation, attends, each, of
+from tests.support.runners import CUDA
+from tests.support.store_cases import StoreCase, check_steps
 
 pytestmark = [
     pytest.mark.mutation,
@@ -29,6 +32,7 @@ cuda = pytest.mark.parametrize("runner", ["cuda"], indirect=True)
 # Batch rows, heads and blocks.
 SHAPE = (2, 2, 2)
 encodes_blocks, decodes_blocks = of(encodes, shape=SHAPE), of(decodes, shape=SHAPE)
+own_scales_of_rows = of(check_own_scales_of_rows, 4)
 fills_up_blocks, finite_rows = of(fills_up, 3), of(check_centre_of_finite_rows, 3)
 
 CODEC_MUTATIONS = [
@@ -41,43 +45,59 @@ CODEC_MUTATIONS = [
         for place in ("no numbers are in use", "the numbers are there", "the codes are there")
     ),
     ("IS_KEY ? 0 : call.start", "IS_KEY ? 0 : 0", check_filled_up_path),
-    ("call.state != nullptr) {", "true) {", of(check_filled_up_path, has_state=False)),
-    ("+ head) * call.blocks + block) * D;", ") * call.blocks + block) * D;", check_filled_up_path),
+    ("&& call.state != nullptr) {", ") {", of(check_filled_up_path, has_state=False)),
+    (
+        "+ head) * call.blocks + block) * Codec::D;",
+        ") * call.blocks + block) * Codec::D;",
+        check_filled_up_path,
+    ),
     (
         "Codec::IS_KEY ? 0 : call.start",
         "call.start",
         of(check_filled_up_path, role=KEY),
     ),
     ("batch * call.x_strides[0] +", "", encodes_blocks),
-    ("int64_t(block) * BLOCK * call.x_strides[2];", "0;", encodes_blocks),
+    ("int64_t(block) * BLOCK * one.x_stride;", "0;", encodes_blocks),
     (
-        "head * packed.centres_strides[1] + block * packed.centres_strides[2];\n  const bool",
-        "0;\n  const bool",
+        "head * packed.centres_strides[1] + block * packed.centres_strides[2];\n}",
+        "0;\n}",
         encodes_blocks,
     ),
+    ("call.dtype == ROTORMLX_FLOAT32 ? 4 : 2", "2", encodes_blocks),
+    ("__syncwarp();  // the pieces are there", "", encodes_blocks),
+    ("__syncwarp();  // no pieces are in use", "", encodes_blocks),
+    ("warp * Plan::WARP_ROWS + i / PIECES", "i / PIECES", encodes_blocks),
+    ("shared + warp * Plan::WARP_WORDS", "shared", encodes_blocks),
+    ("if (i < ALL) {", "if (true) {", of(encodes, head_dim=72, bits=8)),
     ("Codec::IS_KEY && !call.given_centres", "Codec::IS_KEY", fills_up_blocks),
-    ("if (!lane_any<LANES>(broken))", "if (true)", finite_rows),
-    ("if (!lane_any<LANES>(broken))", "if (!broken)", finite_rows),
+    ("if (!(broken >> r & 1u))", "if (true)", finite_rows),
+    ("if (!(broken >> r & 1u))", "if (broken == 0)", finite_rows),
+    ("broken = lane_any<LANES>(broken);", "", finite_rows),
     ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes_blocks),
     ("mask = LANES; mask < 32", "mask = 2 * LANES; mask < 32", encodes_blocks),
-    ("shared_numbers[thread / 32 * D + c] =", "shared_numbers[c] =", encodes_blocks),
-    ("w < WARPS; ++w) mean", "w < WARPS - 1; ++w) mean", encodes_blocks),
+    ("shared[thread / 32 * Plan::WARP_WORDS + c] =", "shared[c] =", encodes_blocks),
+    ("w < Plan::WARPS; ++w) mean", "w < Plan::WARPS - 1; ++w) mean", encodes_blocks),
     ("fminf(fmaxf(mean, -65504.0f), 65504.0f)", "mean", finite_rows),
-    ("centre = __half2float(rounded)", "centre = 0.0f", encodes_blocks),
-    ("centre = __half2float(centres[c]);\n      }", "centre = 0.0f;\n      }", fills_up_blocks),
+    ("rows[r * CHANNELS + p] -= __half2float(centre);", ";", encodes_blocks),
+    ("centre = call.centres[c];", "centre = __half(0.0f);", fills_up_blocks),
+    ("rows[r * CHANNELS + p] /= factor;", ";", encodes_blocks),
     (
-        "if (call.channel_scale != nullptr) channel_factor",
-        "if (false) channel_factor",
+        "one.channel_scale += batch * call.channel_scale_stride + head * Codec::D;",
+        "one.channel_scale += batch * call.channel_scale_stride;",
         encodes_blocks,
     ),
     (
-        "channel_factor = call.channel_scale[head * D + c];",
-        "channel_factor = call.channel_scale[c];",
-        encodes_blocks,
+        "one.channel_scale += batch * call.channel_scale_stride + head",
+        "one.channel_scale += head",
+        own_scales_of_rows,
     ),
     (
-        "Codec::template rotate<ROWS>(rows, call.coefficients + head * "
-        "call.coefficients_stride, lane);",
+        "call.channel_scale[batch * call.channel_scale_stride + head * D + c]",
+        "call.channel_scale[head * D + c]",
+        own_scales_of_rows,
+    ),
+    (
+        "Codec::template rotate<ROWS>(rows, call.coefficients, lane);",
         "",
         encodes_blocks,
     ),
@@ -87,8 +107,8 @@ CODEC_MUTATIONS = [
         of(encodes, bits=4, shape=SHAPE),
     ),
     (
-        "if (lane == 0) scales[worker + r * WORKERS]",
-        "if (lane == 0 && r > 0) scales[worker + r * WORKERS]",
+        "if (lane == 0) call.scales[worker + r * WORKERS]",
+        "if (lane == 0 && r > 0) call.scales[worker + r * WORKERS]",
         encodes_blocks,
     ),
     (
@@ -116,7 +136,7 @@ CODEC_MUTATIONS = [
         "Codec::IS_KEY ? 1 : D, uint",
         of(encodes, role=VALUE, shape=SHAPE),
     ),
-    ("head * packed.words_strides[1] +\n                block", "0 * head + block", encodes_blocks),
+    ("head * packed.words_strides[1] +\n               block", "0 * head + block", encodes_blocks),
     (
         "const float scale = __half2float(scales[token]);",
         "const float scale = 1.0f;",
@@ -135,8 +155,8 @@ CODEC_MUTATIONS = [
     ),
     ("+ head) * call.blocks + block) * BLOCK;", "+ head) * call.blocks) * BLOCK;", decodes_blocks),
     (
-        "call.channel_scale == nullptr ? 1.0f : call.channel_scale[head * D + c]",
-        "1.0f",
+        "? 1.0f\n              : call.channel_scale[batch",
+        "? 1.0f\n              : 1.0f + 0 * call.channel_scale[batch",
         decodes_blocks,
     ),
     (
@@ -162,6 +182,66 @@ CODEC_MUTATIONS = [
 @each(Mutation(*mutation) for mutation in CODEC_MUTATIONS)
 def test_a_changed_codec_is_caught(runner, mutation):
     assert mutation.is_caught(runner)
+
+
+# ---- store --------------------------------------------------------------------------------------
+
+STORE = StoreCase((3, 3), "f32", 64, 4, 3, "own")
+SHARED_SCALE = replace(STORE, scale="shared", rotation="calibrated")
+LONG_TAIL = replace(STORE, window=130, bits=(4, 4))
+# What stands in the text, what stands there instead, and the case.
+STORE_MUTATIONS = [
+    ("__syncthreads();  // the places behind the tail have been read", "", STORE),
+    ("to < row.left(); to += BLOCK", "to < sink + BLOCK; to += BLOCK", LONG_TAIL),
+    ("__syncthreads();  // no sums are in use", "", STORE),
+    ("__syncthreads();  // the sums of so many workers are there", "", STORE),
+    ("__syncthreads();  // the sums of all tokens are there", "", STORE),
+    ("__syncthreads();  // so many squares are there", "", STORE),
+    ("__syncthreads();  // the sum of all is there", "", STORE),
+    ("__syncthreads();  // the scale is there", "", STORE),
+    ("__syncthreads();  // all has been read and stored", "", STORE),
+    ("{\n    __threadfence();\n    int32_t", "{\n    int32_t", STORE),
+    ("1) {\n      __threadfence();", "1) {", STORE),
+    ("*counter = 0;", "", STORE),
+    ("int(gridDim.x * gridDim.y) - 1", "int(gridDim.x * gridDim.y) - 2", STORE),
+    ("int(gridDim.x * gridDim.y) - 1", "int(gridDim.x) - 1", STORE),
+    ("call.counter + blockIdx.z", "call.counter", STORE),
+    ("call.lengths + 2 * blockIdx.z", "call.lengths", STORE),
+    ("row.packed / BLOCK < call.blocks &&", "", STORE),
+    ("row.exact - call.sink >= call.window", "row.exact - call.sink > call.window", STORE),
+    ("row.exact - call.sink >= call.window", "row.exact >= call.window", STORE),
+    ("min(call.length, call.capacity - row.left())", "call.length", STORE),
+    ("lengths[0] + row.left() + row.added", "lengths[0] + row.exact + row.added", STORE),
+    ("due ? row.packed + BLOCK : row.packed;", "due ? row.packed : row.packed;", STORE),
+    ("to < row.left(); to += BLOCK", "to + BLOCK < row.left(); to += BLOCK", STORE),
+    ("min(row.left() - to, BLOCK)", "BLOCK", STORE),
+    ("if (token < tokens) pieces[n]", "if (true) pieces[n]", STORE),
+    ("if (token < tokens) *reinterpret", "if (true) *reinterpret", STORE),
+    (
+        "exact + row.left() * stride, stride, fresh",
+        "exact + row.exact * stride, stride, fresh",
+        STORE,
+    ),
+    ("+ call.sink * role.exact_strides[2]", "", STORE),
+    ("batch, head, row.packed / BLOCK)", "batch, head, 0)", STORE),
+    ("call.own_scale && row.packed == 0 &&", "row.packed == 0 &&", SHARED_SCALE),
+    ("call.own_scale && row.packed == 0 &&", "call.own_scale &&", STORE),
+    ("&& channel_scale != nullptr;", ";", replace(STORE, scale="none")),
+    ("head * role.coefficients_stride", "head * 0", SHARED_SCALE),
+    ("batch * role.channel_scale_stride + head * D", "head * D", STORE),
+    ("sum[r] += sum[r + half];", "sum[r] += sum[half];", STORE),
+    ("if (worker < half) add", "if (worker <= half) add", STORE),
+    ("squares[count / 2] = squares[count - 1];", ";", STORE),
+    ("1.0f / 4096", "1.0f / 64", replace(STORE, quiet=True)),
+    ("is_finite(whole) && whole > 0.0f", "true", replace(STORE, quiet=True)),
+]
+
+
+@pytest.mark.parametrize("changed", STORE_MUTATIONS, ids=[m[0][:50] for m in STORE_MUTATIONS])
+def test_a_changed_store_is_caught(changed):
+    old, new, case = changed
+    mutation = Mutation(old, new, of(check_steps, case))
+    assert mutation.is_caught(CUDA)
 
 
 # ---- attention ----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def test_arguments_are_plain_c(tmp_path):
         "rotormlx_packed": cuda_calls.PackedArguments,
         "rotormlx_encode_arguments": cuda_calls.EncodeArguments,
         "rotormlx_decode_arguments": cuda_calls.DecodeArguments,
+        "rotormlx_store_arguments": cuda_calls.StoreArguments,
         "rotormlx_rotor3_arguments": cuda_calls.Rotor3Arguments,
         "rotormlx_attend_arguments": cuda_calls.AttendArguments,
     }

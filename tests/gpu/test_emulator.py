@@ -1,5 +1,6 @@
 """The Metal kernel emulator: right kernels pass in every order, and every planted bug is caught."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from tests.emulator import (
     missing,
     run_text,
 )
+from tests.emulator.cuda import Buffers, CudaModule
 from tests.support import progress
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -622,6 +624,115 @@ def test_race_is_found_exactly(space: str, steps: str, races: bool) -> None:
         run_steps(steps, space=space)
     assert caught.value.kind == Kind.RACE
     assert caught.value.buffer == ("shared" if space == "threadgroup" else "device_cell")
+
+
+# The same on CUDA, with counters: `f`: a fence; `a`, `c`: one is added to a counter, to another;
+# `R`, `W`: the first counter is read and written as any number. `b` is for all thread blocks, whose
+# threads are 0 to 63, 64 to 127 and 128 to 191; the first runs to its end first.
+THROUGH_COUNTERS = {
+    "w1 b f0 a0 a64 f64 r64": False,
+    "w1 b f0 a0 a64 f64 w64": False,
+    "r1 b f0 a0 a64 f64 w64": False,
+    "w1 b f0 a0 a64 f64 b r65": False,
+    "w1 b f0 a0 a64 f64 r65": True,
+    "w1 f0 a0 a64 f64 r64": True,
+    "w1 b a0 a64 f64 r64": True,
+    "r1 b a0 a64 f64 w64": True,
+    "w1 b a0 f0 a64 f64 r64": True,
+    "w1 b f0 a64 f64 r64": True,
+    "w1 b f0 a0 f64 r64": True,
+    "w1 b f0 a0 a64 r64": True,
+    "w1 b f0 a0 f64 a64 r64": True,
+    "w1 b f0 a0 c64 f64 r64": True,
+    "w1 b f0 a0 b w1 a64 f64 r64": True,
+    "r1 r65 b f0 f64 a0 a64 a128 f128 w128": False,
+    "r1 r65 b f0 a0 a64 a128 f128 w128": True,
+    "r1 r65 b f0 f64 a64 a128 f128 w128": True,
+    "a0 a64 W64": False,
+    "a0 a64 b R65": False,
+    "a0 a64 R65": True,
+    "a0 W64": True,
+    "W0 a64": True,
+}
+
+COUNTER_STEPS = """
+struct Arguments {
+  const int* steps;
+  int* cell;
+  int* counters;
+  int* seen;
+  int64_t count;
+};
+__global__ void kernel(const Arguments call) {
+  const int i = 64 * blockIdx.x + threadIdx.x;
+  int seen = 0;
+  for (int k = 0; k < call.count; k++) {
+    const int what = call.steps[2 * k], who = call.steps[2 * k + 1];
+    if (what == 'b') __syncthreads();
+    if (who != i) continue;
+    if (what == 'r') seen += call.cell[0];
+    if (what == 'w') call.cell[0] = k;
+    if (what == 'R') seen += call.counters[0];
+    if (what == 'W') call.counters[0] = 0;
+    if (what == 'a') seen += atomicAdd(call.counters, 1);
+    if (what == 'c') seen += atomicAdd(call.counters + 1, 1);
+    if (what == 'f') __threadfence();
+  }
+  call.seen[i] = seen;
+}
+extern "C" int run(const Arguments* call, void* stream) {
+  void* all[] = {const_cast<Arguments*>(call)};
+  return cudaLaunchKernel(kernel, dim3(3), dim3(64), all, 0, static_cast<cudaStream_t>(stream));
+}
+"""
+
+
+class CounterArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("steps", "cell", "counters", "seen")),
+        ("count", ctypes.c_int64),
+    ]
+
+
+@pytest.fixture(scope="module")
+def counter_module(tmp_path_factory: pytest.TempPathFactory) -> CudaModule:
+    path = tmp_path_factory.mktemp("counters") / "steps.cu"
+    path.write_text(COUNTER_STEPS)
+    return CudaModule(path, {}, {})
+
+
+def run_counter_steps(module: CudaModule, steps: str) -> tuple[np.ndarray, np.ndarray]:
+    """The counters, and what each thread has seen of cell and counters, added up."""
+    encoded = [[ord(step[0]), int(step[1:] or -1)] for step in steps.split()]
+    buffers, cell, counters, seen = Buffers(), *(np.zeros(n, np.int32) for n in (1, 2, 192))
+    call = CounterArguments(
+        buffers.handle("steps", np.array(encoded, np.int32)),
+        buffers.handle("cell", cell, written=True),
+        buffers.handle("counters", counters, written=True),
+        buffers.handle("seen", seen, written=True),
+        len(encoded),
+    )
+    module.call("run", call, buffers)
+    return counters, seen
+
+
+@pytest.mark.parametrize(("steps", "races"), THROUGH_COUNTERS.items())
+def test_counters_order_thread_blocks(counter_module: CudaModule, steps: str, races: bool) -> None:
+    if not races:
+        run_counter_steps(counter_module, steps)
+        return
+    with pytest.raises(KernelError) as caught:
+        run_counter_steps(counter_module, steps)
+    assert caught.value.kind == Kind.RACE
+    assert caught.value.buffer == ("counters" if set(steps) & {"R", "W"} else "cell")
+    assert caught.value.line is not None
+
+
+def test_counters_count(counter_module: CudaModule) -> None:
+    counters, seen = run_counter_steps(counter_module, "a3 a3 c70 a128 a190")
+    assert counters.tolist() == [4, 1]
+    assert seen.nonzero()[0].tolist() == [3, 128, 190]
+    assert seen[[3, 128, 190]].tolist() == [1, 2, 3]
 
 
 def test_error_names_the_place() -> None:

@@ -24,6 +24,7 @@ from tests.support.codec_cases import (
     check_decode,
     check_encode,
     check_filled_up_path,
+    check_own_scales_of_rows,
     check_rotor3,
     check_special_rows,
     check_tied_paths,
@@ -207,6 +208,12 @@ def test_blocks_do_not_depend_on_their_company(runner, name, head_dim, bits, rol
         alone = runner.encode(x[b : b + 1, k : k + 1, n * BLOCK : (n + 1) * BLOCK], chosen)
         for part, among_others in zip(alone, whole, strict=True):
             assert part is None or np.array_equal(part[0, 0, 0], among_others[b, k, n])
+
+
+@pytest.mark.parametrize("runner", ["cuda"], indirect=True)
+@pytest.mark.parametrize("role", ROLES)
+def test_batch_rows_may_have_channel_scales_of_their_own(runner, role):
+    check_own_scales_of_rows(runner, role=role)
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,21 @@ def check_filled_up_path(runner, head_dim=80, bits=3, role=VALUE, start=21, *, h
     assert np.allclose(written.scales[..., start:], scales[..., start:], rtol=2**-10, atol=0)
 
 
+def check_own_scales_of_rows(runner, bits=3, role=KEY):
+    """Batch rows with channel scales of their own are coded as each would be alone."""
+    chosen = made_codec("cascade", 80, bits, role)
+    x = mx.array(rows((2, 3, BLOCK, 80)))
+    scale = np.stack([scale_of_channels(chosen, 3), scale_of_channels(chosen, 3)[::-1] * 2])
+    packed = runner.encode(x, chosen, scale=scale)
+    decoded = float64(runner.decode(packed, chosen, scale=scale))
+    for b in range(2):
+        alone = runner.encode(x[b : b + 1], chosen, scale=scale[b])
+        for part, of_all in zip(alone, packed, strict=True):
+            assert part is None or np.array_equal(part[0], of_all[b])
+        one = runner.decode(alone, chosen, scale=scale[b])
+        assert np.array_equal(float64(one)[0], decoded[b])
+
+
 def check_any_words(runner, head_dim=80, bits=3, role=VALUE):
     """Words that no encoder would write are decoded as the format says."""
     chosen = made_codec("cascade", head_dim, bits, role)

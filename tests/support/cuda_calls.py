@@ -38,6 +38,7 @@ class EncodeArguments(ctypes.Structure):
         *(("coefficients", POINTER), ("channel_scale", POINTER), ("packed", PackedArguments)),
         ("coefficients_stride", ctypes.c_int64),
         *(("start", ctypes.c_int32), ("state", POINTER)),
+        ("channel_scale_stride", ctypes.c_int64),
     ]
 
 
@@ -48,6 +49,26 @@ class DecodeArguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("role", "dtype", "batch", "kv_heads", "blocks")),
         *(("packed", PackedArguments), ("coefficients", POINTER), ("channel_scale", POINTER)),
         *(("out", POINTER), ("coefficients_stride", ctypes.c_int64)),
+        ("channel_scale_stride", ctypes.c_int64),
+    ]
+
+
+class StoreArguments(ctypes.Structure):
+    """``rotormlx_store_arguments``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dtype", "batch", "kv_heads", "length")),
+        *((name, ctypes.c_int32) for name in ("sink", "window", "blocks", "capacity")),
+        *(("own_scale", ctypes.c_int32), ("lengths", POINTER), ("counter", POINTER)),
+        *((f"new_{role}", POINTER) for role in ("keys", "values")),
+        *((f"exact_{role}", POINTER) for role in ("keys", "values")),
+        *((f"new_{role}_strides", ctypes.c_int64 * 3) for role in ("keys", "values")),
+        *((f"exact_{role}_strides", ctypes.c_int64 * 3) for role in ("keys", "values")),
+        *(("keys", PackedArguments), ("values", PackedArguments)),
+        *((f"{role}_channel_scale", POINTER) for role in ("key", "value")),
+        *((f"{role}_channel_scale_stride", ctypes.c_int64) for role in ("key", "value")),
+        *((f"{role}_coefficients", POINTER) for role in ("key", "value")),
+        *((f"{role}_coefficients_stride", ctypes.c_int64) for role in ("key", "value")),
     ]
 
 
@@ -208,7 +229,7 @@ def encode(x, chosen, *, channel_scale=None, centres=None, start=0, state=None, 
     a.x, a.x_strides, _ = call.strided("x", x)
     table = coefficients(chosen.rotation)
     a.coefficients, a.coefficients_stride = call.matrix("coefficients", table)
-    a.channel_scale = call.plain("channel_scale", channel_scale)
+    a.channel_scale, a.channel_scale_stride = call.scale("channel_scale", channel_scale)
     a.start, a.state = start, call.plain("state", state)
     written = {
         "words": np.full((*blocks, *chosen.words_shape), 2**32 - 1, np.uint32),
@@ -239,7 +260,7 @@ def decode(packed, chosen, *, channel_scale=None, dtype=mx.float32, made=None):
     a.packed = call.packed("packed", packed)
     table = coefficients(chosen.rotation, back=True)
     a.coefficients, a.coefficients_stride = call.matrix("coefficients", table)
-    a.channel_scale = call.plain("channel_scale", channel_scale)
+    a.channel_scale, a.channel_scale_stride = call.scale("channel_scale", channel_scale)
     out = output((batch, heads, blocks * BLOCK, chosen.head_dim), dtype)
     a.out = call.plain("out", out, written=True)
     made.call("rotormlx_decode", a, call.buffers)
@@ -258,6 +279,54 @@ def rotor3(x, chosen, *, made=None):
     a.out = call.plain("out", out, written=True)
     made.call("rotormlx_rotor3", a, call.buffers)
     return from_numpy(out, x.dtype)
+
+
+def store(state, new, codecs, *, sink, window, own_scale=False, made=None):
+    """Run ``rotormlx_store`` on numpy arrays, which it changes.
+
+    Args:
+        state: ``lengths`` ``[B, 2]``, ``counter`` ``[B]``, and of keys and of values ``exact``
+            ``[B, K, capacity, D]``, ``packed`` and ``channel_scale`` or None.
+        new: Keys and values ``[B, K, L, D]``; bfloat16 as uint16, float16 otherwise, or float32.
+        codecs: Of keys and of values.
+    """
+    made = made or module("store", *codecs)
+    call, a = Call(), StoreArguments()
+    kinds = [np.dtype(name) for name in ("float16", "uint16", "float32")]
+    a.dtype = kinds.index(new[0].dtype)
+    a.batch, a.kv_heads, a.length = new[0].shape[:3]
+    a.sink, a.window, a.own_scale = sink, window, own_scale
+    a.blocks, a.capacity = state.packed[0].words.shape[2], state.exact[0].shape[2]
+    a.lengths = call.plain("lengths", state.lengths, written=True)
+    a.counter = call.plain("counter", state.counter, written=True)
+    changed = []
+    for i, (plural, role) in enumerate((("keys", "key"), ("values", "value"))):
+        handle, steps, _ = call.strided(f"new_{plural}", new[i])
+        setattr(a, f"new_{plural}", handle)
+        setattr(a, f"new_{plural}_strides", steps)
+        handle, steps, part = call.strided(f"exact_{plural}", state.exact[i], written=True)
+        changed.append((state.exact[i], part))
+        setattr(a, f"exact_{plural}", handle)
+        setattr(a, f"exact_{plural}_strides", steps)
+        packed = PackedArguments()
+        for field, array in state.packed[i]._asdict().items():
+            if array is not None:
+                handle, steps, part = call.strided(f"{plural}.{field}", array, written=True)
+                changed.append((array, part))
+                setattr(packed, field, handle)
+                setattr(packed, f"{field}_strides", steps)
+        setattr(a, plural, packed)
+        scale = state.channel_scale[i]
+        pointer = call.plain(f"{role}_channel_scale", scale, written=True)
+        setattr(a, f"{role}_channel_scale", pointer)
+        of_rows = scale is not None and scale.ndim == 3
+        setattr(a, f"{role}_channel_scale_stride", scale[0].size if of_rows else 0)
+        pointer, step = call.matrix(f"{role}_coefficients", coefficients(codecs[i].rotation))
+        setattr(a, f"{role}_coefficients", pointer)
+        setattr(a, f"{role}_coefficients_stride", step)
+    made.call("rotormlx_store", a, call.buffers)
+    for array, part in changed:
+        array[...] = part
 
 
 def plan_of(a, codecs, made):

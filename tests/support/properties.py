@@ -105,7 +105,7 @@ class InTorch:
         ).numpy()
 
     def prefill_scale(self, x, chosen):
-        return torch_ops.prefill_scale(torch.from_numpy(x), chosen).numpy()
+        return torch_ops.prefill_scale(torch.from_numpy(x[:1]), chosen)[0].numpy()
 
     def attend(self, q, dtype, sequences, *, scale, mask, sink_logits):
         sources = []

@@ -227,6 +227,13 @@ class CUDARunner:
         made = self._codec_module(chosen)
         return cuda_calls.decode(packed, chosen, channel_scale=scale, dtype=dtype, made=made)
 
+    def store(self, state, new, case):
+        """Store a step of a ``StoreCase``; see :func:`cuda_calls.store`."""
+        made = cuda_calls.module("store", *case.codecs, self._changes)
+        own_scale = case.scale in ("own", "none")  # where there is none, none can be taken
+        options = {"sink": case.sink, "window": case.window, "own_scale": own_scale}
+        cuda_calls.store(state, new, case.codecs, **options, made=made)
+
     def rotor3(self, x, chosen, *, seed, layer):
         """As of the other runners."""
         return cuda_calls.rotor3(x, chosen, made=self._codec_module(chosen))

@@ -259,8 +259,9 @@ def torch_snapshot(layer):
     for part in layer.stores or ():
         for row, (packed, held) in enumerate(zip(layer.packed, layer.tokens, strict=True)):
             blocks = -(-packed // BLOCK)
-            exact, *rest, scale = part.saved(Counts(held, packed))
-            found += [exact[row, :, : held - packed].numpy(), scale is None or scale.numpy()]
+            exact, *rest, scale = part.saved(Counts(held, packed), single=False)
+            counts = scale is not None and packed  # a row takes its scale with its first block
+            found += [exact[row, :, : held - packed].numpy(), counts and scale[row].numpy().copy()]
             for array in rest:
                 numbers = None if array is None else array[row, :, :blocks].numpy().copy()
                 if numbers is not None and packed % BLOCK and array is rest[0]:

@@ -49,7 +49,8 @@ assert text.shape == (1, 84) and cache.packed_tokens == 64, (text.shape, cache.p
 build = Configuration("cascade", 64, 80, 4, 3, "sm_90a")
 assert sorted(build.headers()) == ["key_rotation.h", "value_rotation.h"]
 names = {path.name for path in source_files()}
-assert {"launch_attend.cu", "launch_codec.cu", "binding.cpp", "rotation.h"} <= names
+assert {"launch_attend.cu", "launch_codec.cu", "launch_store.cu"} <= names
+assert {"binding.cpp", "rotation.h"} <= names
 assert build.name.startswith("rotormlx_cuda_")
 shape = cuda_plan.Shape(1, 8, 2, 1, 64, 80, 4, 3, 70, 4096, is_float32=False)
 assert cuda_plan.attend_plan(shape).parts > 1

@@ -26,6 +26,7 @@ from tests.support.cuda_calls import (
     AttendPlan,
     DecodeArguments,
     EncodeArguments,
+    StoreArguments,
 )
 
 # Compiling takes ten seconds.
@@ -44,6 +45,7 @@ STUB = """
 extern "C" {
 rotormlx_encode_arguments last_encode;
 rotormlx_decode_arguments last_decode;
+rotormlx_store_arguments last_store;
 rotormlx_attend_arguments last_attend;
 rotormlx_attend_plan last_plan;
 void* last_stream;
@@ -55,6 +57,11 @@ int rotormlx_encode(const rotormlx_encode_arguments* a, void* s) {
 }
 int rotormlx_decode(const rotormlx_decode_arguments* a, void* s) {
   last_decode = *a;
+  last_stream = s;
+  return answer;
+}
+int rotormlx_store(const rotormlx_store_arguments* a, void* s) {
+  last_store = *a;
   last_stream = s;
   return answer;
 }
@@ -176,6 +183,24 @@ def test_encode_fills_its_structure(kernels, role, dtype):
     assert is_array(a.packed.centres, a.packed.centres_strides, centres)
 
 
+def test_channel_scales_of_batch_rows_are_told_by_their_strides(kernels):
+    chosen = codec(CONFIG, 64, layer=LAYER, role="key")
+    for shape, stride in (((K, 64), 0), ((B, K, 64), K * 64)):
+        scale = torch.rand(shape)
+        cuda.encode(strided((B, K, N * BLOCK, 64)), chosen, channel_scale=scale)
+        a = kept(kernels, "encode", EncodeArguments)
+        assert (a.channel_scale, a.channel_scale_stride) == (scale.data_ptr(), stride)
+        cuda.decode(packed_like(chosen), chosen, channel_scale=scale, dtype=torch.float16)
+        a = kept(kernels, "decode", DecodeArguments)
+        assert (a.channel_scale, a.channel_scale_stride) == (scale.data_ptr(), stride)
+    query, lengths, *views = attend_inputs()
+    for rows, strides in (((), (0, 0)), ((B,), (K * 64, K * 80))):
+        views = [replace(v, channel_scale=torch.rand(*rows, K, v.codec.head_dim)) for v in views]
+        cuda.attend(AttendCall(query, lengths, *views, **FACTS))
+        a = kept(kernels, "attend", AttendArguments)
+        assert (a.key_channel_scale_stride, a.value_channel_scale_stride) == strides
+
+
 def packed_like(chosen):
     words = strided((B, K, N, *chosen.words_shape)).int()
     scales = strided((B, K, N, BLOCK), torch.float16)
@@ -207,6 +232,64 @@ def attend_inputs(dtype=torch.bfloat16):
     )
     query = strided((B, L, H, 64), dtype).transpose(1, 2)
     return query, torch.ones(B, 2, dtype=torch.int32), keys, values
+
+
+def store_inputs(dtype=torch.bfloat16):
+    """Tensors of the operator ``store``, by name and in its order."""
+    keys, values = (codec(CONFIG, d, layer=LAYER, role=r) for r, d in (("key", 64), ("value", 80)))
+    made = {f"new_{r}s": strided((B, K, 3, d), dtype) for r, d in (("key", 64), ("value", 80))}
+    made |= {"lengths": torch.ones(B, 2).int(), "counter": torch.zeros(B).int()}
+    for chosen in (keys, values):
+        made[f"{chosen.role}_exact"] = strided((B, K, 140, chosen.head_dim), dtype)
+        for name, part in packed_like(chosen)._asdict().items():
+            if part is not None:
+                made[f"{chosen.role}_{name}"] = part
+        made[f"{chosen.role}_channel_scale"] = torch.rand(B, K, chosen.head_dim)
+    for chosen in (keys, values):
+        made[f"{chosen.role}_coefficients"] = torch.from_numpy(coefficients(chosen.rotation).copy())
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_store_fills_its_structure(kernels, dtype):
+    x = store_inputs(dtype)
+    operator = cuda._loaded[CHOSEN].store
+    assert operator(*x.values(), 4, 64, True, 77) is None
+    a = kept(kernels, "store", StoreArguments)
+    assert a.dtype == [torch.float16, torch.bfloat16, torch.float32].index(dtype)
+    assert (a.batch, a.kv_heads, a.length, a.blocks, a.capacity) == (B, K, 3, N, 140)
+    assert (a.sink, a.window, a.own_scale) == (4, 64, 1)
+    assert (a.lengths, a.counter) == (x["lengths"].data_ptr(), x["counter"].data_ptr())
+    for role, packed in (("key", a.keys), ("value", a.values)):
+        for name, array in ((f"new_{role}s", f"new_{role}s"), (f"exact_{role}s", f"{role}_exact")):
+            assert is_array(getattr(a, name), getattr(a, f"{name}_strides"), x[array])
+        assert is_array(packed.words, packed.words_strides, x[f"{role}_words"])
+        assert is_array(packed.scales, packed.scales_strides, x[f"{role}_scales"])
+        for name in ("channel_scale", "coefficients"):
+            assert getattr(a, f"{role}_{name}") == x[f"{role}_{name}"].data_ptr()
+            assert getattr(a, f"{role}_coefficients_stride") == 0
+    assert is_array(a.keys.centres, a.keys.centres_strides, x["key_centres"])
+    assert a.values.centres is None
+    assert (a.key_channel_scale_stride, a.value_channel_scale_stride) == (K * 64, K * 80)
+
+
+def test_store_takes_what_there_is_of_scales_and_matrices(kernels):
+    x = store_inputs() | {"key_channel_scale": None, "value_channel_scale": torch.rand(K, 80)}
+    x |= {f"{r}_coefficients": torch.rand(K, d, d) for r, d in (("key", 64), ("value", 80))}
+    cuda._loaded[CHOSEN].store(*x.values(), 0, 0, False, 77)
+    a = kept(kernels, "store", StoreArguments)
+    assert (a.sink, a.window, a.own_scale) == (0, 0, 0)
+    assert (a.key_channel_scale, a.key_channel_scale_stride) == (None, 0)
+    assert a.value_channel_scale == x["value_channel_scale"].data_ptr()
+    assert a.value_channel_scale_stride == 0
+    assert (a.key_coefficients_stride, a.value_coefficients_stride) == (64**2, 80**2)
+
+
+def test_store_says_what_it_changes(kernels):
+    arguments = cuda._loaded[CHOSEN].store.default._schema.arguments
+    changed = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
+    kept_as_they_are = {"new_keys", "new_values", "key_coefficients", "value_coefficients"}
+    assert changed == [name for name in store_inputs() if name not in kept_as_they_are]
 
 
 FACTS = {"sink": 4, "scale": 0.125, "causal": True, "mask": None, "sink_logits": None}

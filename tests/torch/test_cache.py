@@ -118,7 +118,7 @@ def test_new_tokens_are_exact_in_the_view_and_packed_behind_it():
 
 def test_rows_of_a_batch_have_the_bytes_they_have_alone():
     """Rows of other lengths: padding at the left, over several chunks, then single tokens."""
-    config = RotorConfig(4, 3, channel_scale="none", window=10)
+    config = RotorConfig(4, 3, window=10)
     padding, total = (0, 90, 237, 130), 380
     everything = vectors(total, batch=4)
     together = RotorLayer(config, LAYER)
@@ -139,7 +139,7 @@ def test_rows_of_a_batch_have_the_bytes_they_have_alone():
 
 
 def test_rows_are_forgotten_each_at_its_own_length():
-    config = RotorConfig(channel_scale="none", window=10)
+    config = RotorConfig(window=10)
     padding = (0, 150, 195)
     everything = vectors(300, batch=3)
     together = RotorLayer(config, LAYER)

@@ -1,7 +1,7 @@
 """Layers of the torch companion under random sequences of operations, against exact vectors.
 
 The model of a batch row is that of tests/support/sequences.py; a layer has besides its positions,
-the padding before each row, and the one channel scale of its rows. After every step, each layer
+the padding before each row. After every step, each layer
 that it touched, and those that are related to it, must hold just that:
 
 - counts, positions and padding are the model's;
@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import rotormlx.torch as rt
 from rotormlx.codec.format import BLOCK, ROLES, Packed, codec
 from rotormlx.config import RotorConfig
+from rotormlx.storage.cache_fields import BATCH, SINGLE
 from rotormlx.torch import ops, prompt_cache
 from rotormlx.torch.layer import RotorLayer
 from tests.support.bounds import examples
@@ -73,7 +74,6 @@ class Rows:
     def __init__(self, rows, padding):
         self.rows, self.padding = rows, padding
         self.length = 0  # positions, padding included
-        self.first = None  # the rows that the channel scale was taken from
 
     def copy(self):
         twin = copy.copy(self)
@@ -93,26 +93,16 @@ class Rows:
     def pack(self):
         for row in self.rows:
             row.pack()
-        if self.first is None:
-            self.first = next((row.first for row in self.rows if row.packed), None)
-        for row in self.rows:
-            row.first = self.first
 
     def crop(self, n):
         self.length -= min(n, self.length)
         for b, row in enumerate(self.rows):
             row.trim(max(0, row.tokens - max(0, self.length - self.padding[b])))
             self.padding[b] = min(self.padding[b], self.length)
-        self.forget_unused()
 
     def select(self, indices):
         self.rows = [self.rows[i].copy() for i in indices]
         self.padding = [self.padding[i] for i in indices]
-        self.forget_unused()
-
-    def forget_unused(self):
-        if not any(row.packed for row in self.rows):
-            self.first = None
 
 
 class Layers(RuleBasedStateMachine):
@@ -291,7 +281,8 @@ class Layers(RuleBasedStateMachine):
         else:
             # Copies, as a file brings them.
             state = copy.deepcopy(prompt_cache.state_of(layer))
-            prompt_cache._fill(cache.layers[0], state, torch.device("cpu"))
+            name = BATCH if len(model.rows) > 1 else SINGLE
+            prompt_cache._fill(cache.layers[0], name, state, torch.device("cpu"))
         model = model.copy()
         # What is saved is the rows; of which batch an empty layer was, nothing tells.
         model.length, model.padding = model.rows[0].tokens, [0] * len(model.rows)

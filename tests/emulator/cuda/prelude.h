@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../msl/types.h"
@@ -82,6 +83,10 @@ inline void __syncwarp(AT_LINE) {
   emulator_simdgroup_barrier(emulator::kDeviceMemory | emulator::kThreadgroupMemory, line);
 }
 
+// What lets thread blocks read from each other: counters that they add to, and fences.
+__forceinline__ int atomicAdd(int* counter, int addend) { return emulator_add(counter, addend); }
+__forceinline__ void __threadfence() { emulator_fence(); }
+
 template <class T>
 UNCHECKED T __shfl_xor_sync(unsigned, T mine, int mask, AT_LINE) {
   T values[emulator::kSimdWidth];
@@ -108,6 +113,7 @@ UNCHECKED inline uint chosen_bytes(uint low, uint high, uint selector, AT_LINE) 
 }
 
 inline float power_of_two(float x) { return exp2f(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdividef(float x, float y) { return x / y; }
 
 // mma.m16n8k16 of float16 with float32 sums. Which lane has what is the table "Matrix Fragments for mma.m16n8k16" of

@@ -60,6 +60,12 @@ const emulator::ThreadContext* emulator_context();
 void* emulator_shared_variable(emulator::SharedVariable* variable, size_t bytes, size_t alignment,
                                size_t cell_bytes);
 
+// Adds to a counter in device memory, at once before or after what others add, and gives what it was.
+int32_t emulator_add(int32_t* counter, int32_t addend);
+// Orders what the running thread does before and after it for threads of other threadgroups, as
+// counters.h says.
+void emulator_fence();
+
 // Ends the launch with a violation found by the front end.
 [[noreturn]] void emulator_fail(const char* kind, const char* message, int line);
 }

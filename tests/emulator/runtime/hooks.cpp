@@ -1,6 +1,7 @@
 // What the compiler calls. Kernels are compiled with -fsanitize=thread, which puts a call before
 // every load and store, and with a few checks of -fsanitize=undefined, which call only when
 // broken. The sanitizers' own runtimes are not linked: these functions take their place.
+#include "counters.h"
 #include "memory.h"
 #include "report.h"
 #include "scheduler.h"
@@ -42,6 +43,23 @@ extern "C" void __tsan_write_range(void* p, size_t bytes) {
   check(p, bytes, Access::kWrite, CALLER);
 }
 extern "C" void __tsan_init() {}
+
+// ---- for front ends
+
+int32_t emulator_add(int32_t* counter, int32_t addend) {
+  check(counter, sizeof(int32_t), Access::kAdd, CALLER);
+  counters.add(reinterpret_cast<uintptr_t>(counter), scheduler.accessor(kDeviceMemory),
+               scheduler.context().index_in_threadgroup);
+  const int32_t before = *counter;
+  *counter += addend;
+  return before;
+}
+
+void emulator_fence() {
+  counters.fence(scheduler.accessor(kDeviceMemory), scheduler.context().index_in_threadgroup);
+}
+
+// ---- undefined behaviour
 
 // The part of the undefined-behaviour checks' arguments that is used here.
 struct SourceLocation {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "counters.h"
 #include "report.h"
 #include "scheduler.h"
 
@@ -162,8 +163,12 @@ Region* ThreadgroupMemory::region_near(uintptr_t address) {
 
 namespace {
 
-const char* verb(Access access) { return access == Access::kRead ? "read of" : "write to"; }
-const char* noun(Access access) { return access == Access::kRead ? "read" : "write"; }
+const char* verb(Access access) {
+  return access == Access::kRead ? "read of" : access == Access::kWrite ? "write to" : "addition to";
+}
+const char* noun(Access access) {
+  return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "addition";
+}
 
 const char* memory_name(const Region& region) {
   return region.memory == kDeviceMemory ? "device" : "threadgroup";
@@ -188,10 +193,17 @@ void check_cells(Region& region, size_t first, size_t last, Access access, const
   const Accessor me = scheduler.accessor(region.memory);
   for (size_t i = first; i <= last; ++i) {
     Cell& cell = region.cells[i];
-    if (access == Access::kRead && !cell.written()) {
+    if (access != Access::kWrite && !cell.written()) {
       fail_at_element("uninitialised", region, i, access, "which nobody has written", caller);
     }
-    const Cell::Conflict conflict = cell.record(access, me);
+    Cell::Conflict conflict = cell.record(access, me);
+    if (access == Access::kAdd) {
+      cell.mark_counter();
+    } else if (cell.is_counter()) {
+      const auto address = reinterpret_cast<uintptr_t>(region.base) + i * region.cell_bytes;
+      const AccessSet& adder = counters.last_adder(address);
+      if (adder.conflicts_with(me)) conflict = {Access::kAdd, &adder};
+    }
     if (conflict.by) {
       fail_at_element("race", region, i, access,
                       std::string("not ordered after a ") + noun(conflict.access) + " by " +
@@ -209,7 +221,7 @@ void check_region(Region& region, uintptr_t address, size_t bytes, Access access
   const size_t first = offset / region.cell_bytes;
   const size_t last = (offset + bytes - 1) / region.cell_bytes;
   if (region.writable) return check_cells(region, first, last, access, caller);
-  if (access == Access::kWrite) {
+  if (access != Access::kRead) {
     fail_at_element("read-only", region, first, access, "which is an input", caller);
   }
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "counters.h"
 #include "memory.h"
 #include "report.h"
 
@@ -44,6 +45,7 @@ void Scheduler::run(const LaunchRequest& request, void* const* buffers) {
   order_ = request.order;
   random_state_ = request.order * 2654435761u + 1;
   epochs_ = Epochs{};
+  counters.start_launch();
   switches_ = 0;
 
   const Index3 grid = from_array(request.grid);
@@ -88,6 +90,7 @@ void Scheduler::place_threads(Index3 grid, Index3 dispatched, Index3 count, Inde
   first_epochs_ = epochs_;
   std::fill_n(simdgroup_epochs_, simdgroup_count_, Epochs{});
   threadgroup_memory.clear();
+  counters.start_threadgroup();
 }
 
 void Scheduler::fiber_main() {

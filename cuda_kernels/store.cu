@@ -1,0 +1,181 @@
+// The new tokens of a decode step into a cache whose lengths lie on the device: see rotormlx_store in launch.h.
+//
+// One thread block for the keys or the values of one KV head. Where a block is due it packs the oldest of the tail, as
+// the kernel encode does, and moves the rest down; then it appends the new tokens. The grid is K x 2 x B. The last
+// thread block of a batch row advances the row's lengths, which all of them have read by then.
+
+// The keys or the values of a call.
+struct StoreRole {
+  const void* fresh;
+  void* exact;
+  const int64_t *fresh_strides, *exact_strides;
+  const rotormlx_packed* packed;
+  float* channel_scale;
+  const float* coefficients;
+  int64_t channel_scale_stride, coefficients_stride;
+};
+
+// What there is of a batch row, in tokens, before the call, and what becomes of it.
+struct StoreRow {
+  int packed, exact;
+  bool due;   // the oldest of the tail are to be packed
+  int added;  // of the new ones
+  DEVICE_FN int left() const { return due ? exact - BLOCK : exact; }
+};
+
+// Up to 64 tokens of TOKEN_BYTES each, all loads before the first store; strides in bytes.
+template <int TOKEN_BYTES, int THREADS>
+DEVICE_FN void copy_tokens(char* to, int64_t to_stride, const char* from, int64_t from_stride, int tokens) {
+  constexpr int PIECES = TOKEN_BYTES / 16, LOADS = (BLOCK * PIECES + THREADS - 1) / THREADS;
+  uint4 pieces[LOADS];
+#pragma unroll
+  for (int n = 0; n < LOADS; ++n) {
+    const int i = int(threadIdx.x) + n * THREADS, token = i / PIECES;
+    if (token < tokens) pieces[n] = *reinterpret_cast<const uint4*>(from + token * from_stride + i % PIECES * 16);
+  }
+#pragma unroll
+  for (int n = 0; n < LOADS; ++n) {
+    const int i = int(threadIdx.x) + n * THREADS, token = i / PIECES;
+    if (token < tokens) *reinterpret_cast<uint4*>(to + token * to_stride + i % PIECES * 16) = pieces[n];
+  }
+}
+
+// Closes the gap that packing leaves, and appends the new tokens, for numbers of BYTES each.
+template <int D, int BYTES, int THREADS>
+DEVICE_FN void move_and_append(const StoreRole& role, const StoreRow& row, int sink) {
+  const int head = int(blockIdx.x), batch = int(blockIdx.z);
+  const int64_t stride = role.exact_strides[2] * BYTES, fresh_stride = role.fresh_strides[2] * BYTES;
+  char* exact = static_cast<char*>(role.exact) +
+                (batch * role.exact_strides[0] + head * role.exact_strides[1]) * BYTES;
+  const char* fresh = static_cast<const char*>(role.fresh) +
+                      (batch * role.fresh_strides[0] + head * role.fresh_strides[1]) * BYTES;
+  if (row.due) {
+    // A thread writes where it has read before itself, or where encoding has read and met since.
+    for (int to = sink; to < row.left(); to += BLOCK) {
+      const int tokens = min(row.left() - to, BLOCK);
+      copy_tokens<D * BYTES, THREADS>(exact + to * stride, stride, exact + (to + BLOCK) * stride, stride, tokens);
+    }
+    __syncthreads();  // the places behind the tail have been read
+  }
+  copy_tokens<D * BYTES, THREADS>(exact + row.left() * stride, stride, fresh, fresh_stride, row.added);
+}
+
+// The channel scale `prefill` of a block (docs/FORMAT.md, section 5) to `scale` [D], from `rows` [ROWS, CHANNELS]
+// without their centre. Sums are those of torch_ops.sum_in_order. shared: as of encode_one.
+template <typename Codec, int THREADS>
+DEVICE_FN void scale_of_block(const float* rows, uint* shared, float* scale) {
+  using Plan = EncodePlan<Codec, THREADS>;
+  using Channels = LaneRow<Plan::D, Plan::LANES, Plan::HELD>;
+  constexpr int D = Plan::D, LANES = Plan::LANES, CHANNELS = Channels::CHANNELS;
+  static_assert(THREADS + D <= Plan::WORDS, "sums and squares lie in shared memory");
+  const int thread = int(threadIdx.x), worker = thread / LANES, lane = thread % LANES;
+  uint *sums = shared, *squares = shared + THREADS;
+  const auto add = [](uint& to, uint x) { to = bits_of_float(float_of_bits(to) + float_of_bits(x)); };
+
+  float square[CHANNELS];
+#pragma unroll
+  for (int p = 0; p < CHANNELS; ++p) {
+    float sum[Plan::ROWS];
+    // Not to be contracted with the additions.
+#pragma unroll
+    for (int r = 0; r < Plan::ROWS; ++r) sum[r] = __fmul_rn(rows[r * CHANNELS + p], rows[r * CHANNELS + p]);
+#pragma unroll
+    for (int half = Plan::ROWS / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int r = 0; r < half; ++r) sum[r] += sum[r + half];
+    }
+    __syncthreads();  // no sums are in use
+    sums[thread] = bits_of_float(sum[0]);
+    for (int half = Plan::WORKERS / 2; half > 0; half /= 2) {
+      __syncthreads();  // the sums of so many workers are there
+      if (worker < half) add(sums[thread], sums[thread + half * LANES]);
+    }
+    __syncthreads();  // the sums of all tokens are there
+    square[p] = float_of_bits(sums[lane]) / BLOCK;
+    const int c = Channels::channel(lane, p);
+    if (worker == 0 && Channels::exists(c)) squares[c] = bits_of_float(square[p]);
+  }
+  for (int count = D; count > 1; count = count / 2 + count % 2) {
+    __syncthreads();  // so many squares are there
+    if (thread < count / 2) add(squares[thread], squares[count / 2 + thread]);
+    // What is left over moves up, to a place that only this thread has read.
+    if (thread == 0 && count % 2 == 1) squares[count / 2] = squares[count - 1];
+  }
+  __syncthreads();  // the sum of all is there
+  const float whole = float_of_bits(squares[0]) / D;
+#pragma unroll
+  for (int p = 0; p < CHANNELS; ++p) {
+    const int c = Channels::channel(lane, p);
+    if (worker == 0 && Channels::exists(c)) {
+      scale[c] = is_finite(whole) && whole > 0.0f ? sqrtf(sqrtf(fmaxf(square[p] / whole, 1.0f / 4096))) : 1.0f;
+    }
+  }
+  __syncthreads();  // the scale is there
+}
+
+// What a thread block does; codes and shared as of encode_one.
+template <typename Codec, int THREADS>
+DEVICE_FN void store_role(const rotormlx_store_arguments& call, const StoreRole& role, const StoreRow& row,
+                          uchar* codes, uint* shared) {
+  constexpr int D = Codec::D;
+  const int head = int(blockIdx.x), batch = int(blockIdx.z);
+  if (row.due) {
+    BlockCall one = {};
+    const int64_t first =
+        batch * role.exact_strides[0] + head * role.exact_strides[1] + call.sink * role.exact_strides[2];
+    one.x = static_cast<const char*>(role.exact) + first * (call.dtype == ROTORMLX_FLOAT32 ? 4 : 2);
+    one.x_stride = role.exact_strides[2];
+    one.dtype = call.dtype;
+    one.takes_means = Codec::IS_KEY;
+    place_block(one, *role.packed, batch, head, row.packed / BLOCK);
+    one.coefficients = role.coefficients + head * role.coefficients_stride;
+    float* channel_scale = role.channel_scale;
+    if (channel_scale != nullptr) channel_scale += batch * role.channel_scale_stride + head * D;
+    encode_one<Codec, THREADS>(one, codes, shared, [&](const float* rows) {
+      const bool is_first = call.own_scale && row.packed == 0 && channel_scale != nullptr;
+      if (is_first) scale_of_block<Codec, THREADS>(rows, shared, channel_scale);
+      return channel_scale;
+    });
+  }
+  if (call.dtype == ROTORMLX_FLOAT32) move_and_append<D, 4, THREADS>(role, row, call.sink);
+  else move_and_append<D, 2, THREADS>(role, row, call.sink);
+}
+
+template <typename Keys, typename Values, int THREADS>
+DEVICE_FN void store_tokens(const rotormlx_store_arguments& call) {
+  using OfKeys = EncodePlan<Keys, THREADS>;
+  using OfValues = EncodePlan<Values, THREADS>;
+  __shared__ uchar codes[OfKeys::CODES > OfValues::CODES ? OfKeys::CODES : OfValues::CODES];
+  __shared__ alignas(16) uint shared_words[OfKeys::WORDS > OfValues::WORDS ? OfKeys::WORDS : OfValues::WORDS];
+
+  int32_t* lengths = call.lengths + 2 * blockIdx.z;
+  // The host cannot check what lies on the device: lengths beyond the buffers count as the buffers' own.
+  StoreRow row;
+  row.packed = min(max(lengths[0], 0), call.blocks * BLOCK);
+  row.exact = min(max(lengths[1] - row.packed, 0), call.capacity);
+  row.due = row.packed / BLOCK < call.blocks && row.exact - call.sink >= call.window + BLOCK;
+  row.added = min(call.length, call.capacity - row.left());
+  if (blockIdx.y == ROTORMLX_KEY) {
+    const StoreRole role = {call.new_keys, call.exact_keys, call.new_keys_strides, call.exact_keys_strides,
+                            &call.keys, call.key_channel_scale, call.key_coefficients,
+                            call.key_channel_scale_stride, call.key_coefficients_stride};
+    store_role<Keys, THREADS>(call, role, row, codes, shared_words);
+  } else {
+    const StoreRole role = {call.new_values, call.exact_values, call.new_values_strides, call.exact_values_strides,
+                            &call.values, call.value_channel_scale, call.value_coefficients,
+                            call.value_channel_scale_stride, call.value_coefficients_stride};
+    store_role<Values, THREADS>(call, role, row, codes, shared_words);
+  }
+
+  __syncthreads();  // all has been read and stored
+  if (threadIdx.x == 0) {
+    __threadfence();
+    int32_t* counter = call.counter + blockIdx.z;
+    if (atomicAdd(counter, 1) == int(gridDim.x * gridDim.y) - 1) {
+      __threadfence();
+      lengths[0] = row.due ? row.packed + BLOCK : row.packed;
+      lengths[1] = lengths[0] + row.left() + row.added;
+      *counter = 0;
+    }
+  }
+}
