@@ -1,6 +1,7 @@
 """The benchmark of whole models: turns, bytes, tokens and refusals. No test looks at a clock."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -21,14 +22,16 @@ def ran(arguments):
     return CliRunner().invoke(commands.app, arguments)
 
 
-def test_the_command_counts_bytes_and_says_what_it_leaves_out(tmp_path):
+def test_the_command_counts_bytes_and_says_what_it_leaves_out(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    done = ran([*TINY, *SHORT, "--bits", "4,2", "--output", str(path)])
+    arguments = [*TINY, *SHORT, "--bits", "4,2", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])
+    done = ran(arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(path.read_text())
     assert found["settings"] == {"prompt": 70, "history": 200, "tokens": 3, "batch": 2, "runs": 2}
     assert (found["model"], found["weights"], found["dtype"]) == ("tiny", "random", "float32")
-    assert found["command"].startswith("python -m rotormlx.torch ")
+    assert found["command"] == f"python -m rotormlx.torch {' '.join(arguments)}"
     assert found["versions"]["torch"] == torch.__version__
     rows = {row["contender"]: row for row in found["rows"]}
     names = ["DynamicCache", "QuantizedCache 4 bit, quanto", "QuantizedCache 4 bit, hqq"]
@@ -49,7 +52,7 @@ def test_the_command_counts_bytes_and_says_what_it_leaves_out(tmp_path):
             assert f"{row['contender']}: {row['reason']}" in done.output
 
 
-def test_a_compressed_cache_has_the_bytes_that_it_tells(monkeypatch):
+def test_a_compressed_cache_has_the_bytes_that_it_tells():
     model, _ = bench.model_of("tiny", device="cpu", dtype="float32")
     apply(model, RotorConfig())
     _, _, cache = bench._generate(model, Contender("", {}), 1, 200, 4)
