@@ -8,11 +8,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from rotormlx.torch import checks, ops, prefill
 from rotormlx.torch.exact import attend_tensors, causality, check_options, former_of
 from rotormlx.torch.handle import KVHandle, untraced
+from rotormlx.torch.static_layer import DeviceStep
 from rotormlx.torch.torch_ops import AttendCall
 
 NAME = "rotormlx"
@@ -65,6 +66,9 @@ def attention_forward(
     key = checked(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = kwargs.get("s_aux")
+    if isinstance(key.step, DeviceStep):
+        output = key.step.attend(query.to(value.dtype), attention_mask, scale, logits)
+        return output.transpose(1, 2), None
     return _attend(query, key, value.dtype, attention_mask, scale, is_causal, logits), None
 
 
@@ -212,6 +216,26 @@ def of_tokens(mask: Tensor, padding: Sequence[int]) -> Tensor:
     return mask.gather(3, index[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
 
 
-# Known to transformers from now on; it wants the masks that sdpa wants.
+def mask_of(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The masks that sdpa wants, but none for a step of a static cache that is causal.
+
+    Its lengths lie on the device and hide what does not count. Left padding is no reason for a
+    mask: it never enters the cache.
+    """
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    is_step = kwargs.get("q_length") == 1 and not kwargs.get("allow_is_causal_skip", True)
+    given = kwargs.get("attention_mask")
+    if plain and is_step:
+        if given is None:
+            return None
+        if not torch.compiler.is_dynamo_compiling() and given.ndim == 2:
+            seen = given.bool()
+            if bool((seen[:, 1:] >= seen[:, :-1]).all()):
+                return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+# Known to transformers from now on.
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask_of)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from rotormlx.config import RotorConfig
 from rotormlx.storage.calibration import Calibration
@@ -15,6 +15,11 @@ from rotormlx.torch import attention
 from rotormlx.torch.calibration import arrays_of
 from rotormlx.torch.implementations import attention_of
 from rotormlx.torch.layer import RotorLayer
+from rotormlx.torch.static_layer import RotorStaticLayer
+from rotormlx.torch.store import Calibrated
+
+# Makes a compressed layer by its index and, of a static one, the most positions.
+LayerFactory = Callable[[int, int | None], RotorLayer]
 
 
 class RotorCache(DynamicCache):
@@ -33,6 +38,9 @@ class RotorCache(DynamicCache):
         rotor_config: How keys and values are compressed; the default configuration if None.
         calibration: What :func:`rotormlx.torch.load_calibration` read for the model; the
             configuration becomes a calibrated one then.
+        max_cache_len: Positions of a sequence at most, padding included. Buffers are then made at
+            once and keep their place, for ``torch.compile`` and CUDA graphs, and sliding windows
+            are transformers' static ones. None for a cache that grows.
 
     Raises:
         ValueError: If the model's attention is another, nothing in the model can be compressed, or
@@ -44,6 +52,8 @@ class RotorCache(DynamicCache):
         config: PreTrainedConfig,
         rotor_config: RotorConfig | None = None,
         calibration: Calibration | None = None,
+        *,
+        max_cache_len: int | None = None,
     ) -> None:
         _check_model_config(config)
         used = attention_of(config)
@@ -54,33 +64,39 @@ class RotorCache(DynamicCache):
                 "rotormlx.torch.apply(model) first."
             )
         text = config.get_text_config(decoder=True)
-        layers = DynamicCache(config=text).layers
+        exact = (
+            DynamicCache(config=text)
+            if max_cache_len is None
+            else StaticCache(config=text, max_cache_len=max_cache_len)
+        )
+        layers = exact.layers
         if not (growing := growing_layers(layers)):
             raise ValueError(
                 f"[RotorCache] {text.model_type} must have {nothing_to_compress(layers)}; use "
                 "transformers' DynamicCache."
             )
-        self._set(layers, growing, layer_factory(rotor_config or RotorConfig(), calibration))
+        make = layer_factory(rotor_config or RotorConfig(), calibration)
+        self._set(layers, growing, make)
 
     @classmethod
     def in_place_of(
-        cls, cache: DynamicCache, indices: Iterable[int], make: Callable[[int], RotorLayer]
+        cls, cache: DynamicCache | StaticCache, indices: Iterable[int], make: LayerFactory
     ) -> RotorCache:
         """A cache with the layers of an empty one, of which some are replaced by compressed ones.
 
         Args:
             cache: As transformers made it.
             indices: Which layers are replaced.
-            make: Makes a compressed layer, by its index; see :func:`layer_factory`.
+            make: See :func:`layer_factory`.
         """
         made = cls.__new__(cls)
         made._set(cache.layers, indices, make)
         return made
 
-    def _set(
-        self, layers: list[Any], indices: Iterable[int], make: Callable[[int], RotorLayer]
-    ) -> None:
-        compressed: dict[int, Any] = {index: make(index) for index in indices}
+    def _set(self, layers: list[Any], indices: Iterable[int], make: LayerFactory) -> None:
+        compressed: dict[int, Any] = {
+            index: make(index, getattr(layers[index], "max_cache_len", None)) for index in indices
+        }
         Cache.__init__(self, layers=[compressed.get(i, x) for i, x in enumerate(layers)])
 
     @property
@@ -119,8 +135,9 @@ class RotorCache(DynamicCache):
 
 def growing_layers(layers: list[Any]) -> list[int]:
     """Indices of the layers that keep all tokens, and nothing but keys and values."""
-    # Exactly this class: what derives from it keeps more, or less.
-    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    # Exactly these classes: what derives from them keeps more, or less.
+    plain = (DynamicLayer, StaticLayer)
+    return [index for index, layer in enumerate(layers) if type(layer) in plain]
 
 
 def nothing_to_compress(layers: list[Any]) -> str:
@@ -134,17 +151,17 @@ def is_compressed(cache: Any) -> bool:
     return any(isinstance(layer, RotorLayer) for layer in getattr(cache, "layers", ()))
 
 
-def layer_factory(
-    config: RotorConfig, calibration: Calibration | None
-) -> Callable[[int], RotorLayer]:
-    """A function that makes a compressed layer of a model, by its index.
+def layer_factory(config: RotorConfig, calibration: Calibration | None) -> LayerFactory:
+    """A function that makes a compressed layer of a model.
+
+    It takes the layer's index, and the most positions of a static one or None.
 
     Raises:
         ValueError: If a calibrated configuration comes without a calibration; later, if that lacks
             a layer.
     """
     if calibration is None and not config.is_calibrated:
-        return partial(RotorLayer, config)
+        return partial(_layer, config, None)
     if not isinstance(calibration, Calibration):
         came = "none" if calibration is None else f"a {type(calibration).__name__}"
         raise ValueError(
@@ -153,11 +170,19 @@ def layer_factory(
         )
     own = calibration.by_layer(calibration.configured(config))
 
-    def make(layer: int) -> RotorLayer:
+    def make(layer: int, max_cache_len: int | None = None) -> RotorLayer:
         arrays = arrays_of(calibration, layer)  # refuses a layer that was not calibrated
-        return RotorLayer(own(layer), layer, arrays)
+        return _layer(own(layer), arrays, layer, max_cache_len)
 
     return make
+
+
+def _layer(
+    config: RotorConfig, arrays: Calibrated | None, layer: int, max_cache_len: int | None = None
+) -> RotorLayer:
+    if max_cache_len is None:
+        return RotorLayer(config, layer, arrays)
+    return RotorStaticLayer(config, layer, arrays, max_cache_len=max_cache_len)
 
 
 def _check_model_config(config: object) -> None:

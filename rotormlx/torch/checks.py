@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rotormlx.codec.format import BLOCK, VALUE, Codec, Packed
+from rotormlx.codec.format import BLOCK, ROLES, VALUE, Codec, Packed
 from rotormlx.torch.dtypes import FLOATS
 from rotormlx.torch.torch_ops import AttendCall
 
@@ -133,6 +133,27 @@ def check_call(call: AttendCall) -> None:
         )
     require_float("attend", "Attention-sink logits", sink_logits.dtype)
     _require_device("attend", call.query, {"the attention-sink logits": sink_logits})
+
+
+def check_step(new: tuple[Tensor, Tensor], call: AttendCall, window: int) -> None:
+    """Refuse new tokens that do not fit the buffers of a call, or buffers that are too small."""
+    for role, x, view in zip(ROLES, new, (call.keys, call.values), strict=True):
+        batch, heads, capacity, head_dim = view.exact.shape
+        length = call.query.shape[2]
+        if tuple(x.shape) != (batch, heads, length, head_dim) or not 0 < length <= BLOCK:
+            raise ValueError(
+                f"[step] New {role}s must have shape [{batch}, {heads}, L, {head_dim}], L being "
+                f"the queries' {length} and from 1 to {BLOCK}, but they have shape "
+                f"{tuple(x.shape)}."
+            )
+        least = call.sink + window + BLOCK - 1 + length
+        if capacity < least or view.packed is None:
+            raise ValueError(
+                f"[step] The {role}s must have buffers for blocks and for at least {least} exact "
+                f"tokens (sink, window, {BLOCK - 1} and new ones), but there is room for "
+                f"{capacity} and the blocks are {'missing' if view.packed is None else 'there'}."
+            )
+        _require_device("step", call.query, {f"the new {role}s": x})
 
 
 def check_lengths(call: AttendCall) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from rotormlx.codec.rotation import Rotation
 from rotormlx.kernels import mask_kinds
 from rotormlx.kernels.cuda_plan import MAX_HEAD_DIM, Device, Shape, attend_plan
 from rotormlx.kernels.source import coefficients
-from rotormlx.torch import build, torch_ops
+from rotormlx.torch import build, store_step, torch_ops
 from rotormlx.torch.build import Configuration
+from rotormlx.torch.store_step import Step
 from rotormlx.torch.torch_ops import AttendCall
 
 _ALIGNMENT = 16
@@ -116,6 +117,35 @@ def attend(call: AttendCall) -> Tensor:
     return output
 
 
+def store(stored: Step) -> None:
+    """Store the tokens of a step and pack what is due; see :mod:`rotormlx.torch.store_step`.
+
+    Without compiled kernels the lengths are read back, and the device is waited for.
+    """
+    keys, values, device = stored.keys, stored.values, stored.lengths.device
+    operators = _operators(keys.codec, values.codec, device)
+    if operators is None:
+        store_step.store(stored)
+        return
+    with _on(device):
+        operators.store(
+            *(_aligned(x.to(keys.exact.dtype)) for x in stored.new),
+            stored.lengths,
+            _counter(device, _stream(device), len(stored.lengths)),
+            keys.exact,
+            *cast(Packed, keys.packed),
+            keys.channel_scale,
+            values.exact,
+            *cast(Packed, values.packed)[:2],
+            values.channel_scale,
+            *(_coefficients(x.codec.rotation, False, device) for x in (keys, values)),
+            stored.sink,
+            stored.window,
+            stored.own_scale,
+            _stream(device),
+        )
+
+
 def _shape(call: AttendCall) -> Shape:
     """What the plan depends on: what counts is known on the device only, so buffers count whole."""
     keys, values = call.keys.codec, call.values.codec
@@ -206,6 +236,13 @@ def _device(device: torch.device) -> Device:
     # Versions of torch that do not tell the limit that a kernel may ask for get the usual one.
     shared_bytes = getattr(facts, "shared_memory_per_block_optin", 48 * 1024)
     return Device(facts.multi_processor_count, shared_bytes)
+
+
+@cache
+def _counter(device: torch.device, stream: int, rows: int) -> Tensor:
+    """One int32 for each batch row, 0 between the launches of a stream."""
+    with torch.inference_mode(False):
+        return torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def _stream(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.config import RotorConfig
@@ -22,8 +22,8 @@ from rotormlx.torch.implementations import Implementations, restore, set_attenti
 from rotormlx.torch.parallel import check_heads, own_heads
 from rotormlx.torch.probe import CACHE_NAMES, PREPARE, cache_name, own_cache, probe, self_attention
 
-# Caches that ``generate`` makes when nothing is asked for.
-_PLAIN = (None, "dynamic")
+# Caches of ``generate`` whose place a compressed one takes.
+_PLAIN = (None, "dynamic", "static")
 # In a model's settings, where older ones have it, ``generate`` takes this for None.
 _UNSET = "hybrid"
 
@@ -96,7 +96,7 @@ class CompressedCaches:
 
     def _in_place_of(self, made: Any) -> Cache:
         own = self_attention(made)
-        if type(own) is not DynamicCache:
+        if type(own) not in (DynamicCache, StaticCache):
             raise RuntimeError(
                 f"[apply] transformers must make a DynamicCache named {self.cache_name}, but it "
                 f"made a {type(made).__name__}, so nothing would be compressed; install another "
@@ -168,8 +168,8 @@ def _check_implementation(model: PreTrainedModel, generation_config: Any) -> Non
     asked = getattr(generation_config, "cache_implementation", None)
     if asked not in _PLAIN:
         raise ValueError(
-            f"[apply] {type(model).__name__} must generate with cache_implementation=None to be "
-            f"compressed, but {asked!r} is set; leave it out, set it to None in "
+            f"[apply] {type(model).__name__} must generate with cache_implementation=None or "
+            f"'static' to be compressed, but {asked!r} is set; leave it out, set it to None in "
             "model.generation_config, or call rotormlx.torch.remove(model)."
         )
 

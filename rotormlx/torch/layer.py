@@ -270,11 +270,13 @@ class RotorLayer(CacheLayerMixin):
     @property
     def tokens(self) -> list[int]:
         """Tokens of each row, padding not counted."""
+        self.settle()
         return [row.tokens for row in self.rows]
 
     @property
     def packed(self) -> list[int]:
         """Packed tokens of each row."""
+        self.settle()
         return [row.packed for row in self.rows]
 
     @property
@@ -286,6 +288,9 @@ class RotorLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
         return sum(store.nbytes for store in self.stores or ())
+
+    def settle(self) -> None:
+        """Bring all counts to the host, where these always are."""
 
     def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> LayerView:
         """Append tokens, take a view, and pack; called once a step by the attention function.

@@ -190,13 +190,13 @@ def attend(
         sink_logits,
         key_bits=config.key_bits,
         value_bits=config.value_bits,
-        rotation=_rotation_name(config, keys.codec.rotation),
+        rotation=rotation_name(config, keys.codec.rotation),
         seed=config.seed,
         layer=layer,
         sink=config.sink,
         scale=scale,
         causal=causal,
-        value_rotation=_rotation_name(config, values.codec.rotation),
+        value_rotation=rotation_name(config, values.codec.rotation),
     )
 
 
@@ -206,7 +206,12 @@ def attend_fitting(call: AttendCall) -> Tensor:
     Nothing is checked, and nothing of it can be traced.
     """
     implementation = _ATTEND.get(call.query.device.type, torch_ops.attend)
-    return implementation(call) if call.query.numel() else _fake_attend(call)
+    return implementation(call) if call.query.numel() else fake_attend(call)
+
+
+def encode_fitting(x: Tensor, codec: Codec, **options: Any) -> Packed:
+    """As :func:`torch_ops.encode`, likewise."""
+    return _ENCODE.get(x.device.type, torch_ops.encode)(x, codec, **options)
 
 
 def decode_fitting(packed: Packed, codec: Codec, **options: Any) -> Tensor:
@@ -241,12 +246,12 @@ def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> T
 def _facts(config: RotorConfig, role: str, rotation: Rotation | None) -> dict[str, Any]:
     return {
         "bits": config.code_bits(role),
-        "rotation": _rotation_name(config, rotation),
+        "rotation": rotation_name(config, rotation),
         "seed": config.seed,
     }
 
 
-def _rotation_name(config: RotorConfig, rotation: Rotation | None) -> str:
+def rotation_name(config: RotorConfig, rotation: Rotation | None) -> str:
     """The text that an operator gets for a rotation: its name, or a reference to an object."""
     if config.rotation != CALIBRATED or rotation is None:
         return config.rotation
@@ -272,7 +277,7 @@ def _encode_with(implementation: Encode) -> Callable[..., tuple[Tensor, Tensor, 
     ) -> tuple[Tensor, Tensor, Tensor]:
         checks.require_no_gradient("encode", x=x, centres=centres, channel_scale=channel_scale)
         checks.require_vectors("encode", **{f"{role}s": x})
-        chosen = _codec(x.shape[-1], role, **coding)
+        chosen = codec_of(x.shape[-1], role, **coding)
         checks.check_rows(x, chosen)
         checks.check_packed("encode", x, chosen, Packed(None, None, centres), channel_scale)
         checks.check_path(x, chosen, start, state)
@@ -305,7 +310,7 @@ def _decode_with(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]
         checks.require_no_gradient(
             "decode", scales=scales, centres=centres, channel_scale=channel_scale
         )
-        chosen = _codec(head_dim, role, **coding)
+        chosen = codec_of(head_dim, role, **coding)
         checks.require_float("decode", "The decoded vectors", dtype)
         if role == KEY and centres is None:
             raise ValueError(
@@ -363,8 +368,8 @@ def _attend_with(
         checks.require_vectors(
             "attend", query=query, exact_keys=key_exact, exact_values=value_exact
         )
-        key_codec = _codec(key_exact.shape[-1], KEY, bits=key_bits, rotation=rotation, **coding)
-        value_codec = _codec(
+        key_codec = codec_of(key_exact.shape[-1], KEY, bits=key_bits, rotation=rotation, **coding)
+        value_codec = codec_of(
             value_exact.shape[-1],
             VALUE,
             bits=value_bits,
@@ -379,12 +384,13 @@ def _attend_with(
         checks.check_call(call)
         if reads_lengths:
             checks.check_lengths(call)
-        return implementation(call) if query.numel() else _fake_attend(call)
+        return implementation(call) if query.numel() else fake_attend(call)
 
     return attend
 
 
-def _codec(head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int) -> Codec:
+def codec_of(head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int) -> Codec:
+    """The codec that plain numbers and a rotation's name stand for."""
     if role not in ROLES:
         raise ValueError(f"[codec] role must be 'key' or 'value', but {role!r} was given.")
     if (calibrated := referred(rotation)) is not None:
@@ -428,10 +434,12 @@ def _fake_decode(packed: Packed, codec: Codec, *, dtype: torch.dtype, **_: Any) 
     return packed.words.new_empty((batch, heads, blocks * BLOCK, codec.head_dim), dtype=dtype)
 
 
-def _fake_attend(call: AttendCall) -> Tensor:
+def fake_attend(call: AttendCall) -> Tensor:
+    """An output of the right shape and dtype."""
     return call.query.new_empty(call.output_shape)
 
 
+_ENCODE = {"cpu": native.encode, "cuda": cuda.encode}
 _DECODE = {"cpu": native.decode, "cuda": cuda.decode}
 _ATTEND = {"cpu": native.attend, "cuda": cuda.attend}
 
@@ -443,4 +451,4 @@ torch.library.impl("rotormlx::decode", "cuda", _decode_with(cuda.decode))
 torch.library.impl("rotormlx::attend", "cuda", _attend_with(cuda.attend, reads_lengths=False))
 torch.library.register_fake("rotormlx::encode", _encode_with(_fake_encode))
 torch.library.register_fake("rotormlx::decode", _decode_with(_fake_decode))
-torch.library.register_fake("rotormlx::attend", _attend_with(_fake_attend, reads_lengths=False))
+torch.library.register_fake("rotormlx::attend", _attend_with(fake_attend, reads_lengths=False))

@@ -136,6 +136,7 @@ def state_of(layer: RotorLayer) -> State:
 
     That is ``RotorKVCache.state`` for one row, and ``BatchRotorKVCache.state`` for a batch.
     """
+    layer.settle()
     if len({*zip(layer.padding, layer.packed, strict=True)}) > 1:
         raise ValueError(
             f"[prompt cache] All batch rows must have one length to be saved, but layer "

@@ -1,0 +1,294 @@
+"""A compressed layer in buffers of a fixed place and size, for CUDA graphs and ``torch.compile``.
+
+Prompts go the way of :class:`RotorLayer`, whose lengths the host knows. A step of one token is the
+operator ``rotormlx::step``, which reads and advances lengths on the device: nothing depends on how
+many tokens there are, so one graph serves every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import rotormlx.torch.step  # noqa: F401  (defines the operator)
+from rotormlx.codec.counts import Counts
+from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed
+from rotormlx.config import CALIBRATED, RotorConfig
+from rotormlx.torch import ops
+from rotormlx.torch.dtypes import autocast_dtype
+from rotormlx.torch.handle import KVHandle
+from rotormlx.torch.layer import LayerView, RotorLayer
+from rotormlx.torch.store import Calibrated, Store, zeros
+
+# New tokens of a step of the operator, at most.
+_STEP = BLOCK
+
+
+class DeviceStep:
+    """The new keys and values of a step, until attention asks for them."""
+
+    def __init__(self, layer: RotorStaticLayer, keys: Tensor, values: Tensor) -> None:
+        self.layer = layer
+        self.keys = keys
+        self.values = values
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scale: float, sink_logits: Tensor | None
+    ) -> Tensor:
+        """Store the tokens and attend to everything, ``[B, H, L, Dv]``; see ``rotormlx::step``."""
+        layer = self.layer
+        if mask is not None and mask.shape[-1] > 1:
+            # Columns are positions; a row's tokens begin behind its padding.
+            columns = torch.arange(mask.shape[-1], device=mask.device) + layer.row_padding[:, None]
+            index = columns.clamp(max=mask.shape[-1] - 1)[:, None, None, :]
+            mask = mask.expand(len(query), -1, -1, -1)
+            mask = mask.gather(3, index.expand(-1, *mask.shape[1:3], -1))
+        return cast(
+            Tensor,
+            torch.ops.rotormlx.step(
+                query,
+                self.keys,
+                self.values,
+                layer.lengths,
+                *layer.buffers,
+                mask,
+                sink_logits,
+                scale=scale,
+                **layer.facts,
+            ),
+        )
+
+
+class RotorStaticLayer(RotorLayer):
+    """The compressed keys and values of one layer, preallocated.
+
+    Args:
+        config: How to compress.
+        layer: Index of the layer in the model; selects its rotations.
+        calibrated: As of :class:`RotorLayer`.
+        max_cache_len: Positions of a sequence at most, padding included.
+
+    Source: docs/FORMAT.md, section 8.
+    """
+
+    is_compileable = True
+    # int32 [B, 2]: packed tokens and all tokens of each row; int64 [B]: positions before its first;
+    # int64 []: positions so far. All on the device, which knows them alone while it is ahead.
+    lengths: Tensor
+    row_padding: Tensor
+    positions: Tensor
+    # What the operator takes of keys and values: exact, words, scales, centres (of keys), channel
+    # scale.
+    buffers: tuple[Tensor | None, ...] = ()
+    facts: dict[str, Any]
+
+    def __init__(
+        self,
+        config: RotorConfig,
+        layer: int,
+        calibrated: Calibrated | None = None,
+        *,
+        max_cache_len: int,
+    ) -> None:
+        self.max_cache_len = max_cache_len
+        super().__init__(config, layer, calibrated)
+
+    def reset(self) -> None:
+        """Forget everything; buffers keep their place."""
+        super().reset()
+        self.is_on_device = False
+
+    # ---- transformers' contract -----------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make empty buffers for keys and values such as these."""
+        # The operator takes both in one dtype, that of the output.
+        super().lazy_initialization(key_states.to(value_states.dtype), value_states)
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[KVHandle, KVHandle]:
+        """Take new tokens; see :meth:`RotorLayer.update`.
+
+        A single token behind a prompt is stored on the device; whether there is room is known to
+        the host for prompts only, and on a CPU.
+        """
+        if not (self.is_on_device and key_states.shape[2] == 1):
+            self.settle()
+            self._check_room(key_states.shape[2])
+            return super().update(key_states, value_states, *args, **kwargs)
+        dtype = autocast_dtype(key_states.device) or value_states.dtype
+        keys, values = key_states.to(dtype), value_states.to(dtype)
+        self.positions.add_(1)
+        step = DeviceStep(self, keys, values)
+        return (
+            KVHandle(step, KEY, self.layer, keys, self.max_cache_len),
+            KVHandle(step, VALUE, self.layer, values, self.max_cache_len),
+        )
+
+    def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> LayerView:
+        """As :meth:`RotorLayer.store`; what then counts is on the device."""
+        view = super().store(keys, values, padding)
+        self._to_device()
+        return view
+
+    def get_seq_length(self) -> Any:
+        """Positions so far, left padding included: a tensor once there is a prompt."""
+        return self.positions if self.is_on_device else self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the mask for ``query_length`` new tokens, and the position of the first."""
+        if self.is_on_device and query_length == 1:
+            return self.max_cache_len, 0
+        return int(self.get_seq_length()) + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Positions of a sequence at most."""
+        return self.max_cache_len
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As :meth:`RotorLayer.crop`."""
+        self.settle()
+        super().crop(tokens_to_remove)
+        self._to_device()
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
+        """As :meth:`RotorLayer.batch_select_indices`."""
+        self.settle()
+        super().batch_select_indices(indices)
+        self._to_device()
+
+    # ---- host and device ------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(x.nbytes for x in self.buffers if x is not None) if self.stores else 0
+
+    def settle(self) -> None:
+        """Let the host know what the device does, and pack what is due."""
+        if not self.is_on_device:
+            return
+        self.length = int(self.positions)
+        counts = self.lengths.tolist()
+        self.rows = [Counts(tokens, packed) for packed, tokens in counts]
+        key_store, value_store = cast(tuple[Store, Store], self.stores)
+        used = max(row.packed for row in self.rows) > 0
+        self._hold(key_store, 0, used)
+        self._hold(value_store, 1, used)
+        if any(row.packable(self.config) for row in self.rows):
+            rows = [replace(row) for row in self.rows]
+            stores = key_store.twin(), value_store.twin()
+            self._pack(stores, rows)
+            self.stores, self.rows = stores, rows
+            self._to_device()
+
+    def _check_room(self, new_tokens: int) -> None:
+        if self.length + new_tokens > self.max_cache_len:
+            raise ValueError(
+                f"[RotorCache] A static cache must have room for its tokens, but {new_tokens} more "
+                f"came to {self.length} of {self.max_cache_len}; make it with a larger "
+                "max_cache_len."
+            )
+
+    def _to_device(self) -> None:
+        """Put what the host knows into the buffers."""
+        if self.stores is None:
+            return
+        if not self._fits():
+            self._allocate()
+        used = any(row.packed for row in self.rows)
+        for place, store in enumerate(self.stores):
+            exact, packed, scale = self._of(place)
+            _copy(exact, store.exact, max(row.exact for row in self.rows))
+            if store.packed is not None:
+                blocks = max(row.blocks for row in self.rows)
+                for buffer, part in zip(packed, store.packed, strict=True):
+                    if buffer is not None:
+                        _copy(buffer, part, blocks)
+            if scale is not None and store.channel_scale is not None:
+                scale.copy_(store.channel_scale)
+            self._hold(store, place, used)
+        device = self.lengths.device
+        counts = [(row.packed, row.tokens) for row in self.rows]
+        self.lengths.copy_(torch.tensor(counts, dtype=torch.int32, device=device))
+        self.row_padding.copy_(torch.tensor(self.padding, device=device))
+        self.positions.fill_(self.length)
+        self.is_on_device = True
+
+    def _hold(self, store: Store, place: int, used: bool) -> None:
+        """Let a store of the host have the buffers of the device."""
+        exact, packed, scale = self._of(place)
+        store.exact, store.packed = exact, packed if used else None
+        if self.config.scales_channels:
+            store.channel_scale = scale if used else None
+
+    def _of(self, place: int) -> tuple[Tensor, Packed, Tensor | None]:
+        """The buffers of keys (0) or values (1)."""
+        exact, words, scales, *centres, scale = self.buffers[:5] if place == 0 else self.buffers[5:]
+        packed = Packed(words, scales, centres[0] if centres else None)
+        return cast(Tensor, exact), packed, scale
+
+    def _fits(self) -> bool:
+        """Whether the buffers are those of this batch, dtype and device."""
+        if not self.buffers:
+            return False
+        for place, store in enumerate(cast(tuple[Store, Store], self.stores)):
+            exact, there = store.exact, self._of(place)[0]
+            alike = exact.shape[:2] == there.shape[:2] and exact.shape[3] == there.shape[3]
+            if not alike or (exact.dtype, exact.device) != (there.dtype, there.device):
+                return False
+        return True
+
+    def _allocate(self) -> None:
+        """Make the buffers, and note what the operator is told besides."""
+        config, stores = self.config, cast(tuple[Store, Store], self.stores)
+        blocks = max(1, -(-(self.max_cache_len - config.sink) // BLOCK))
+        capacity = config.sink + config.window + BLOCK - 1 + _STEP
+        made: list[Tensor | None] = []
+        for store in stores:
+            exact, codec = store.exact, store.codec
+            front = tuple(exact.shape[:2])
+            made += [
+                zeros(exact, (*front, capacity, codec.head_dim)),
+                zeros(exact, (*front, blocks, *codec.words_shape), torch.int32),
+                zeros(exact, (*front, blocks, BLOCK), torch.float16),
+            ]
+            if codec.role == KEY:
+                made.append(zeros(exact, (*front, blocks, codec.head_dim), torch.float16))
+            if config.scales_channels:
+                made.append(zeros(exact, (*front, codec.head_dim), torch.float32).fill_(1.0))
+            else:
+                made.append(None if config.rotation == CALIBRATED else store.calibrated)
+        self.buffers, exact = tuple(made), stores[0].exact
+        self.lengths = zeros(exact, (len(self.rows), 2), torch.int32)
+        self.row_padding = zeros(exact, (len(self.rows),), torch.int64)
+        self.positions = zeros(exact, (), torch.int64)
+        key_codec, value_codec = (store.codec for store in stores)
+        self.facts = {
+            "key_bits": config.key_bits,
+            "value_bits": config.value_bits,
+            "rotation": ops.rotation_name(config, key_codec.rotation),
+            "value_rotation": ops.rotation_name(config, value_codec.rotation),
+            "seed": config.seed,
+            "layer": self.layer,
+            "sink": config.sink,
+            "window": config.window,
+            "own_scale": config.scales_channels,
+        }
+        for x in (*self.buffers, self.lengths, self.row_padding, self.positions):
+            if x is not None:
+                # Else a CUDA graph would copy them before every step.
+                torch._dynamo.mark_static_address(x)
+
+
+def _copy(buffer: Tensor, part: Tensor, count: int) -> None:
+    """Copy the first ``count`` along the third axis, if it does not lie there already."""
+    if part is not buffer:
+        buffer[:, :, :count] = part[:, :, :count]

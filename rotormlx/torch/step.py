@@ -1,0 +1,101 @@
+"""The operator ``torch.ops.rotormlx.step``: a decode step over lengths that lie on the device.
+
+It stores the new tokens, packs a block where one is due, and attends, all in buffers of a fixed
+place and size. So ``torch.compile(fullgraph=True)`` traces it, and a CUDA graph replays it. A block
+is packed at the start of the step after the one that filled the tail, which attends to the same
+bytes as packing at its end would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotormlx.codec.format import KEY, VALUE, Packed
+from rotormlx.torch import checks, cuda, native, ops
+from rotormlx.torch.store_step import Step, store
+from rotormlx.torch.torch_ops import AttendCall, KVView
+
+torch.library.define(
+    "rotormlx::step",
+    "(Tensor query, Tensor keys, Tensor values, Tensor(a!) lengths, Tensor(b!) key_exact, "
+    "Tensor(c!) key_words, Tensor(d!) key_scales, Tensor(e!) key_centres, "
+    "Tensor(f!)? key_channel_scale, Tensor(g!) value_exact, Tensor(h!) value_words, "
+    "Tensor(i!) value_scales, Tensor(j!)? value_channel_scale, Tensor? mask, Tensor? sink_logits, "
+    "*, int key_bits, int value_bits, str rotation, str value_rotation, int seed, int layer, "
+    "int sink, int window, bool own_scale, float scale) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+# ---- what each device does ----------------------------------------------------------------------
+
+
+def _step_with(
+    run: Callable[[Step], None], attend: Callable[[AttendCall], Tensor]
+) -> Callable[..., Tensor]:
+    def step(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        key_exact: Tensor,
+        key_words: Tensor,
+        key_scales: Tensor,
+        key_centres: Tensor,
+        key_channel_scale: Tensor | None,
+        value_exact: Tensor,
+        value_words: Tensor,
+        value_scales: Tensor,
+        value_channel_scale: Tensor | None,
+        mask: Tensor | None,
+        sink_logits: Tensor | None,
+        *,
+        key_bits: int,
+        value_bits: int,
+        rotation: str,
+        value_rotation: str,
+        sink: int,
+        window: int,
+        own_scale: bool,
+        scale: float,
+        **coding: Any,
+    ) -> Tensor:
+        tensors = (query, keys, values, key_exact, value_exact, mask, sink_logits)
+        names = ("query", "keys", "values", "exact_keys", "exact_values", "mask", "sink_logits")
+        checks.require_no_gradient("step", **dict(zip(names, tensors, strict=True)))
+        checks.require_vectors("step", query=query, keys=keys, values=values)
+        key_codec = ops.codec_of(keys.shape[-1], KEY, bits=key_bits, rotation=rotation, **coding)
+        value_codec = ops.codec_of(
+            values.shape[-1], VALUE, bits=value_bits, rotation=value_rotation, **coding
+        )
+        key_packed = Packed(key_words, key_scales, key_centres)
+        value_packed = Packed(value_words, value_scales, None)
+        key_view = KVView(key_codec, key_exact, key_packed, key_channel_scale)
+        value_view = KVView(value_codec, value_exact, value_packed, value_channel_scale)
+        stored = Step((keys, values), lengths, key_view, value_view, sink, window, own_scale)
+        causal = mask is None
+        call = AttendCall(
+            query, lengths, key_view, value_view, sink, scale, causal, mask, sink_logits
+        )
+        checks.check_call(call)
+        checks.check_step(stored.new, call, window)
+        run(stored)
+        return attend(call)
+
+    return step
+
+
+def _store_nothing(stored: Step) -> None:
+    """For tracing."""
+
+
+torch.library.impl(
+    "rotormlx::step", "cpu", _step_with(partial(store, encode=native.encode), ops.attend_fitting)
+)
+torch.library.impl("rotormlx::step", "cuda", _step_with(cuda.store, ops.attend_fitting))
+torch.library.register_fake("rotormlx::step", _step_with(_store_nothing, ops.fake_attend))
