@@ -299,6 +299,8 @@ def run(
                 reasons[one.name] = f"refused: {' '.join(str(error).split())}"
             except torch.OutOfMemoryError:
                 reasons[one.name] = "out of memory"
+            except RuntimeError as error:  # of a compiler or a kernel; the others still count
+                reasons[one.name] = f"failed: {str(error).strip().partition(chr(10))[0]}"
             else:
                 if counted >= 0:
                     turns[one.name].append(measured)

@@ -82,18 +82,21 @@ def test_contenders_take_turns_and_keep_nothing(monkeypatch):
             raise ValueError("[x] no.")
         if one.name == "d":
             raise torch.OutOfMemoryError
+        if one.name == "f":
+            raise RuntimeError("a compiler's words\nand its stack")
         return Measured(number, 10 * number, number, 7)
 
     monkeypatch.setattr(bench, "_turn", turn)
-    chosen = [Contender(name, {}) for name in "abcd"] + [Contender("e", {}, missing="not here")]
+    chosen = [Contender(name, {}) for name in "abcdf"] + [Contender("e", {}, missing="not here")]
     options = {"name": "tiny", "weights": weights, "command": "x"}
     result = bench.run(model, chosen, Settings(runs=3, history=99), keep=kept.append, **options)
     # The first round warms up, and what is refused there is not asked again.
-    assert asked == [*"abcd", *"ab" * 3]
+    assert asked == [*"abcdf", *"ab" * 3]
     rows = {row.contender: row for row in result.rows}
-    assert rows["a"].measured == Measured(7, 70, 9, 7)
-    assert rows["b"].measured == Measured(8, 80, 10, 7)
-    assert bench.remarks(result) == ["c: refused: [x] no.", "d: out of memory", "e: not here"]
+    assert rows["a"].measured == Measured(8, 80, 10, 7)
+    assert rows["b"].measured == Measured(9, 90, 11, 7)
+    said = ["c: refused: [x] no.", "d: out of memory", "f: failed: a compiler's words"]
+    assert bench.remarks(result) == [*said, "e: not here"]
     assert len(kept) == 3
     assert kept[-1] == result
 
