@@ -1,10 +1,12 @@
 """Everything a CUDA GPU can tell about speed: ``python scripts/bench_cuda.py``.
 
-Decode attention against torch's flash attention over an exact bfloat16 cache; encoding against a
-dense rotation, nearest levels and packing in torch operations; and copying, the floor of both.
-Contenders of a row run in one process, in turn, each as a CUDA graph that goes over several
-buffers, together larger than the L2 cache three times; times are of CUDA events, medians. Bytes are
-those that must be read and written at least. Writes JSON and a plot.
+Decode attention and prefill against torch's flash attention over an exact bfloat16 cache, and
+against FlashInfer and FlashAttention where they are installed; encoding against a dense rotation,
+nearest levels and packing in torch operations; and copying, the floor of them. Contenders of a case
+run in one process, in turn, each as a CUDA graph that goes over several buffers, together larger
+than the L2 cache three times; times are of CUDA events, medians. Bytes are those that must be read
+and written at least. Each case is kept in ``cases.json`` when it is measured; the same command
+again measures what is missing there. Writes all tables as JSON and a plot.
 """
 
 from __future__ import annotations
@@ -13,31 +15,39 @@ import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import cycle, islice, product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from bench_report import Row, add_rates, plot_cases, write_figures
+from bench_report import KeptCases, Row, add_rates, plot_cases, write_figures
 from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from rotormlx.cli.terminal import wide_console
 from rotormlx.codec import codebook
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed, codec
 from rotormlx.codec.rotation import rotation
-from rotormlx.config import RotorConfig
-from rotormlx.torch import ops
-from rotormlx.torch.torch_ops import KVView
+from rotormlx.config import BITS, RotorConfig
+from rotormlx.torch import ops, prefill
+from rotormlx.torch.torch_ops import AttendCall, KVView
 
 HEAD_DIM, KV_HEADS, SINK, TAIL = 128, 8, 4, 96
 DEVICE = "cuda"
-# Calls of one graph: enough that starting it counts for nothing.
-CALLS = 20
+REPEATS = 4  # query heads of a KV head
+# Calls of one graph: enough that starting it counts for nothing. A prompt takes long by itself.
+CALLS, PREFILL_CALLS = 20, 2
 L2_TIMES = 3
+FLASH, DENSE, SDPA = "flash, bfloat16", "dense rotation, torch", "sdpa, bfloat16"
+# What a case may take of the memory that is free.
+MEMORY_SHARE = 0.9
+
+Calls = Sequence[Callable[[], object]]
 
 
 def copies_needed(size: int) -> int:
@@ -45,9 +55,9 @@ def copies_needed(size: int) -> int:
     return max(2, -(-L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size // size))
 
 
-def graph_of(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of at least ``CALLS`` calls, each in turn; and their number."""
-    number = max(CALLS, len(calls))
+def graph_of(calls: Calls, least: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of at least ``least`` calls, each in turn; and their number."""
+    number = max(least, len(calls))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # what is made once must not be captured
         calls[0]()
@@ -59,9 +69,9 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGrap
     return graph, number
 
 
-def median_ms(contenders: dict[str, Sequence[Callable[[], object]]], runs: int) -> dict[str, float]:
+def median_ms(contenders: dict[str, Calls], runs: int, least: int = CALLS) -> dict[str, float]:
     """Time of one call of each, on the device; the calls of a contender differ in their buffers."""
-    graphs = {name: graph_of(calls) for name, calls in contenders.items()}
+    graphs = {name: graph_of(calls, least) for name, calls in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs + 3):
         for name, (graph, number) in graphs.items():
@@ -91,7 +101,9 @@ def copy_bandwidth(runs: int) -> float:
 # ---- decode attention ---------------------------------------------------------------------------
 
 
-def packed_view(config: RotorConfig, role: str, batch: int, tokens: int) -> tuple[KVView, int]:
+def packed_view(
+    config: RotorConfig, role: str, batch: int, tokens: int, exact_tokens: int = SINK + TAIL
+) -> tuple[KVView, int]:
     """Random packed keys or values, and their bytes; the numbers do not matter to the time."""
     chosen = codec(config, HEAD_DIM, layer=0, role=role)
     blocks = (batch, KV_HEADS, tokens // BLOCK)
@@ -100,69 +112,237 @@ def packed_view(config: RotorConfig, role: str, batch: int, tokens: int) -> tupl
     )
     scales = torch.rand((*blocks, BLOCK), device=DEVICE).half() + 0.5
     centres = torch.randn((*blocks, HEAD_DIM), device=DEVICE).half() if role == KEY else None
-    shape = (batch, KV_HEADS, SINK + TAIL, HEAD_DIM)
+    shape = (batch, KV_HEADS, exact_tokens, HEAD_DIM)
     exact = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
     size = batch * KV_HEADS * blocks[2] * chosen.block_bytes + exact.nbytes
-    return KVView(chosen, exact, Packed(words, scales, centres), None), size
+    return KVView(chosen, exact, Packed(words, scales, centres) if tokens else None, None), size
 
 
-def packed_steps(
-    config: RotorConfig, query: Tensor, tokens: int
-) -> tuple[list[Callable[[], Tensor]], int]:
-    """Calls of one step over packed caches, and the bytes that one reads."""
+def packed_pairs(
+    config: RotorConfig, number: int, batch: int, tokens: int, exact_tokens: int = SINK + TAIL
+) -> list[tuple[KVView, KVView]]:
+    """Packed keys and values, so many times."""
+
+    def view(role: str) -> KVView:
+        return packed_view(config, role, batch, tokens, exact_tokens)[0]
+
+    return [(view(KEY), view(VALUE)) for _ in range(number)]
+
+
+def packed_bytes(config: RotorConfig, batch: int, tokens: int) -> int:
+    """Bytes of a packed history of keys and values, with its exact tokens."""
+    blocks = sum(codec(config, HEAD_DIM, layer=0, role=role).block_bytes for role in (KEY, VALUE))
+    exact = 2 * (SINK + TAIL) * HEAD_DIM * 2
+    return batch * KV_HEADS * (tokens // BLOCK * blocks + exact)
+
+
+def packed_steps(config: RotorConfig, query: Tensor, tokens: int, number: int) -> Calls:
+    """Calls of one step over packed caches."""
     batch = query.shape[0]
     lengths = torch.tensor([[tokens, SINK + tokens + TAIL]] * batch, dtype=torch.int32).to(DEVICE)
-    views = [packed_view(config, role, batch, tokens) for role in (KEY, VALUE)]
-    size = views[0][1] + views[1][1]
-    pairs = [(views[0][0], views[1][0])]
-    for _ in range(copies_needed(size) - 1):
-        pairs.append(tuple(packed_view(config, r, batch, tokens)[0] for r in (KEY, VALUE)))
-
-    def step(keys: KVView, values: KVView) -> Callable[[], Tensor]:
-        return lambda: ops.attend(
-            query, lengths, keys, values, config, layer=0, scale=HEAD_DIM**-0.5, causal=True
+    return [
+        partial(
+            ops.attend,
+            *(query, lengths, keys, values, config),
+            **{"layer": 0, "scale": HEAD_DIM**-0.5, "causal": True},
         )
-
-    return [step(*pair) for pair in pairs], size
-
-
-def flash_steps(query: Tensor, tokens: int) -> tuple[list[Callable[[], Tensor]], int]:
-    """The same over exact bfloat16 caches, by torch's flash attention."""
-    shape = (query.shape[0], KV_HEADS, SINK + tokens + TAIL, HEAD_DIM)
-    size = 2 * torch.Size(shape).numel() * 2
-    pairs = [
-        tuple(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in "kv")
-        for _ in range(copies_needed(size))
+        for keys, values in packed_pairs(config, number, batch, tokens)
     ]
 
-    def step(keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-        return call
+def exact_pairs(number: int, batch: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Exact bfloat16 keys and values, ``[B, K, S, D]``, so many times."""
+    shape = (batch, KV_HEADS, tokens, HEAD_DIM)
 
-    return [step(*pair) for pair in pairs], size
+    def random() -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+
+    return [(random(), random()) for _ in range(number)]
 
 
-def decode_attention(contexts: list[int], batches: list[int], runs: int) -> list[Row]:
-    """One query token over a history, for several groupings and batches."""
-    rows = []
-    cases = list(product((4, 8), batches, contexts))
-    for repeats, batch, tokens in track(cases, "Decode attention"):
-        shape = (batch, KV_HEADS * repeats, 1, HEAD_DIM)
-        query = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-        steps = {"flash, bfloat16": flash_steps(query, tokens)}
-        for bits in (4, 3):
-            steps[f"rotormlx {bits} bit"] = packed_steps(RotorConfig(bits, bits), query, tokens)
-        times = median_ms({name: calls for name, (calls, _) in steps.items()}, runs)
-        flash = times["flash, bfloat16"]
-        for name, ms in times.items():
-            case = {"gqa": repeats, "batch": batch, "tokens": tokens, "contender": name}
-            rows.append({**case, "ms": ms, "bytes": steps[name][1], "flash / this": flash / ms})
-        del steps
-        torch.cuda.empty_cache()
-    return rows
+def flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One step over an exact cache, by torch's flash attention."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+# ---- rivals that may be installed ---------------------------------------------------------------
+
+
+def flash_attention_steps(module: Any, query: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Calls:
+    """FlashAttention 2 or 3 over the same buffers, as ``[B, S, K, D]``."""
+    turned = query.transpose(1, 2).contiguous()
+    return [
+        partial(
+            module.flash_attn_with_kvcache, turned, keys.transpose(1, 2), values.transpose(1, 2)
+        )
+        for keys, values in pairs
+    ]
+
+
+def flashinfer_steps(module: Any, query: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Calls:
+    """FlashInfer over pages of 64 tokens in buffers of their own, which hold whole pages."""
+    batch, heads = query.shape[:2]
+    tokens = pairs[0][0].shape[2]
+    pages, last = -(-tokens // BLOCK), (tokens - 1) % BLOCK + 1
+    counts = {"dtype": torch.int32, "device": DEVICE}
+    work = torch.empty(2**27, dtype=torch.uint8, device=DEVICE)
+    wrapper = module.BatchDecodeWithPagedKVCacheWrapper(work, "HND", use_tensor_cores=True)
+    wrapper.plan(
+        torch.arange(batch + 1, **counts) * pages,
+        torch.arange(batch * pages, **counts),
+        torch.full((batch,), last, **counts),
+        *(heads, KV_HEADS, HEAD_DIM, BLOCK),
+        q_data_type=query.dtype,
+        kv_data_type=query.dtype,
+    )
+    shape = (batch * pages, KV_HEADS, BLOCK, HEAD_DIM)
+
+    def paged() -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=query.dtype)
+
+    return [partial(wrapper.run, query[:, :, 0], (paged(), paged())) for _ in pairs]
+
+
+# By name: the module that is imported, and what makes its calls.
+RIVALS: dict[str, tuple[str, Callable[[Any, Tensor, Any], Calls]]] = {
+    "FlashInfer": ("flashinfer", flashinfer_steps),
+    "FlashAttention 2": ("flash_attn", flash_attention_steps),
+    "FlashAttention 3": ("flash_attn_interface", flash_attention_steps),
+}
+
+
+def rivals() -> tuple[dict[str, Any], dict[str, str]]:
+    """Modules of the rivals by name, and why others are not measured."""
+    found, missing = {}, {}
+    for name, (module, _) in RIVALS.items():
+        if find_spec(module) is None:
+            missing[name] = f"not measured, {module} is not installed"
+            continue
+        try:
+            found[name] = __import__(module)
+        except Exception as error:  # built for another torch, it may fail in any way
+            missing[name] = f"not measured, {module} does not load: {error}"
+    return found, missing
+
+
+def rival_steps(
+    found: dict[str, Any], query: Tensor, pairs: list[tuple[Tensor, Tensor]]
+) -> dict[str, Calls]:
+    """Calls of the rivals that can do this case."""
+    steps = {}
+    for name, module in found.items():
+        try:
+            calls = RIVALS[name][1](module, query, pairs)
+            calls[0]()
+        except Exception as error:  # their interfaces change, and ours is not the only case
+            print(f"{name}: not measured here, {type(error).__name__}: {error}")
+            continue
+        steps[name] = calls
+    return steps
+
+
+# ---- cases --------------------------------------------------------------------------------------
+
+
+def decode_cases(contexts: list[int], batches: list[int]) -> list[Row]:
+    """One query token over a history."""
+    return [{"batch": batch, "tokens": n} for batch, n in product(batches, contexts)]
+
+
+def prefill_cases(lengths: list[int], histories: list[int], chunk: int) -> list[Row]:
+    """First chunks, and a later one over packed histories."""
+    first = [{"history": 0, "queries": length} for length in lengths]
+    return first + [{"history": history, "queries": chunk} for history in histories]
+
+
+def encode_cases(bits: list[int]) -> list[Row]:
+    """Keys and values of 8 sequences."""
+    cases = product(bits, (KEY, VALUE), (64, 1024, 16384))
+    return [{"bits": width, "role": role, "tokens": 8 * n} for width, role, n in cases]
+
+
+def fitting(sizes: dict[str, int], free: int) -> list[str]:
+    """The contenders that go into memory together, in their order, with all of their buffers."""
+    chosen, used = [], 0
+    for name, size in sizes.items():
+        if used + size <= MEMORY_SHARE * free:
+            chosen.append(name)
+            used += size
+    return chosen
+
+
+def measure_decode(case: Row, bits: list[int], runs: int) -> list[Row]:
+    """Flash attention, rivals, and ours at each width."""
+    batch, tokens = case["batch"], case["tokens"]
+    query = torch.randn(
+        (batch, KV_HEADS * REPEATS, 1, HEAD_DIM), device=DEVICE, dtype=torch.bfloat16
+    )
+    all_tokens = SINK + tokens + TAIL
+    exact = 2 * batch * KV_HEADS * all_tokens * HEAD_DIM * 2
+    found, _ = rivals()
+    own = {f"rotormlx {width} bit": RotorConfig(width, width) for width in bits}
+    sizes = {FLASH: exact} | dict.fromkeys(found, exact)
+    sizes |= {name: packed_bytes(config, batch, tokens) for name, config in own.items()}
+    # FlashAttention reads the buffers of torch's.
+    buffers = {
+        name: 0 if name.startswith("FlashAttention") else size * copies_needed(size)
+        for name, size in sizes.items()
+    }
+    chosen = fitting(buffers, torch.cuda.mem_get_info()[0])
+    steps: dict[str, Calls] = {}
+    if FLASH in chosen:
+        pairs = exact_pairs(copies_needed(exact), batch, all_tokens)
+        steps[FLASH] = [partial(flash, query, *pair) for pair in pairs]
+        steps |= rival_steps({n: m for n, m in found.items() if n in chosen}, query, pairs)
+    for name, config in own.items():
+        if name in chosen:
+            steps[name] = packed_steps(config, query, tokens, copies_needed(sizes[name]))
+    if not steps:
+        return []
+    times = median_ms(steps, runs)
+    rows = [{**case, "contender": n, "ms": ms, "bytes": sizes[n]} for n, ms in times.items()]
+    return compared(rows, FLASH, "flash / this")
+
+
+def chunk_calls(case: Row, bits: list[int]) -> dict[str, Calls]:
+    """Attention of a chunk: torch's own over exact tokens, and ours over a packed history."""
+    history, length = case["history"], case["queries"]
+    before = SINK + TAIL if history else 0
+    exact, tokens = before + length, before + history + length
+    query = torch.randn(
+        (1, KV_HEADS * REPEATS, length, HEAD_DIM), device=DEVICE, dtype=torch.bfloat16
+    )
+    ((keys, values),) = exact_pairs(1, 1, tokens)
+    causal = {"attn_mask": causal_lower_right(length, tokens)} if history else {"is_causal": True}
+    steps: dict[str, Calls] = {
+        SDPA: [
+            partial(scaled_dot_product_attention, *(query, keys, values), **causal, enable_gqa=True)
+        ]
+    }
+    counts = torch.tensor([[history, tokens]], dtype=torch.int32).to(DEVICE)
+    for width in bits if history else bits[:1]:  # without a history nothing is packed
+        config = RotorConfig(width, width)
+        ((packed_keys, packed_values),) = packed_pairs(config, 1, 1, history, exact)
+        call = AttendCall(
+            *(query, counts, packed_keys, packed_values, SINK, HEAD_DIM**-0.5, True, None, None)
+        )
+        name = f"rotormlx {width} bit" if history else "rotormlx"
+        steps[name] = [partial(prefill.attend, call, [(history, tokens)])]
+    return steps
+
+
+def measure_prefill(case: Row, bits: list[int], runs: int) -> list[Row]:
+    """A first or later chunk of a prompt, one layer."""
+    times = median_ms(chunk_calls(case, bits), runs, PREFILL_CALLS)
+    rows = [{**case, "contender": name, "ms": ms} for name, ms in times.items()]
+    return compared(rows, SDPA, "sdpa / this")
+
+
+def compared(rows: list[Row], against: str, title: str) -> list[Row]:
+    """Rows with their speed against one of them; None where that did not go into memory."""
+    base = {row["contender"]: row["ms"] for row in rows}.get(against)
+    return [{**row, title: base and base / row["ms"]} for row in rows]
 
 
 # ---- encoding -----------------------------------------------------------------------------------
@@ -187,40 +367,36 @@ def dense_quantizer(role: str, bits: int) -> Callable[[Tensor], tuple[Tensor, Te
     return quantize
 
 
-def encoding(runs: int) -> list[Row]:
-    """Keys and values of a chunk to packed blocks."""
-    rows = []
-    bits = 4
-    config = RotorConfig(bits, bits)
-    for role, tokens in track(list(product((KEY, VALUE), (64, 1024, 16384))), "Encoding"):
-        chosen = codec(config, HEAD_DIM, layer=0, role=role)
-        shape = (8, KV_HEADS, tokens, HEAD_DIM)
-        number = copies_needed(2 * torch.Size(shape).numel())
-        inputs = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(number)]
-        dense = dense_quantizer(role, bits)
-        steps = {
-            "dense rotation, torch": [lambda x=x, d=dense: d(x) for x in inputs],
-            "rotormlx encode": [
-                lambda x=x, r=role: ops.encode(x, config, layer=0, role=r) for x in inputs
-            ],
-            "copy": copies(number, shape),
-        }
-        size = inputs[0].nbytes + 8 * KV_HEADS * tokens // BLOCK * chosen.block_bytes
-        times = median_ms(steps, runs)
-        for name, ms in times.items():
-            rows.append(
-                {
-                    **{"role": role, "tokens": 8 * tokens, "contender": name, "ms": ms},
-                    "bytes": 2 * inputs[0].nbytes if name == "copy" else size,
-                    "dense / this": times["dense rotation, torch"] / ms,
-                }
-            )
-        del inputs, steps
-        torch.cuda.empty_cache()
-    return rows
+def measure_encode(case: Row, bits: list[int], runs: int) -> list[Row]:
+    """Keys or values of a chunk to packed blocks."""
+    width, role, tokens = case["bits"], case["role"], case["tokens"] // 8
+    config = RotorConfig(width, width)
+    chosen = codec(config, HEAD_DIM, layer=0, role=role)
+    shape = (8, KV_HEADS, tokens, HEAD_DIM)
+    number = copies_needed(2 * torch.Size(shape).numel())
+    inputs = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(number)]
+    dense = dense_quantizer(role, width)
+    steps: dict[str, Calls] = {
+        DENSE: [partial(dense, x) for x in inputs],
+        "rotormlx encode": [partial(ops.encode, x, config, layer=0, role=role) for x in inputs],
+        "copy": copies(number, shape),
+    }
+    written = 8 * KV_HEADS * tokens // BLOCK * chosen.block_bytes
+    sizes = dict.fromkeys(steps, inputs[0].nbytes + written) | {"copy": 2 * inputs[0].nbytes}
+    times = median_ms(steps, runs)
+    rows = [{**case, "contender": n, "ms": ms, "bytes": sizes[n]} for n, ms in times.items()]
+    return compared(rows, DENSE, "dense / this")
 
 
 # ---- the run ------------------------------------------------------------------------------------
+
+MEASURES = {"encode": measure_encode, "decode": measure_decode, "prefill": measure_prefill}
+TITLES = {
+    "encode": "Encoding, bfloat16, head_dim 128",
+    "decode": "Decode attention, bfloat16, head_dim 128, 8 KV heads, GQA 4",
+    "prefill": "Attention of a chunk of a prompt, one layer, bfloat16, head_dim 128, 8 KV heads, "
+    "GQA 4",
+}
 
 
 def driver() -> str:
@@ -229,16 +405,47 @@ def driver() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
+def numbers(text: str) -> list[int]:
+    """What an option lists."""
+    return [int(part) for part in text.split(",")]
+
+
+def measure_missing(
+    kept: KeptCases, cases: dict[str, list[Row]], bits: list[int], runs: int
+) -> None:
+    """Measure the cases that are not kept yet, and keep each at once."""
+    for table, asked in cases.items():
+        left = [case for case in asked if kept.rows(table, case) is None]
+        for case in track(left, f"{table}, {len(asked) - len(left)} of {len(asked)} were kept"):
+            kept.keep(table, case, MEASURES[table](case, bits, runs))
+            torch.cuda.empty_cache()
+
+
 def main(
+    tables: Annotated[
+        str, typer.Option(help="What is measured, comma-separated.")
+    ] = "encode,decode,prefill",
     contexts: Annotated[
         str, typer.Option(help="History lengths, comma-separated multiples of 64.")
-    ] = "4096,16384,32768,131072",
-    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
+    ] = "1024,4096,16384,32768,65536,131072",
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,2,4,8,16,32",
+    bits: Annotated[str, typer.Option(help="Bits of ours, comma-separated.")] = "2,3,4,8",
+    prompts: Annotated[
+        str, typer.Option(help="Tokens of first chunks, comma-separated.")
+    ] = "512,2048,8192,32768",
+    chunk: Annotated[int, typer.Option(help="Tokens of a later chunk.")] = 2048,
     runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 15,
     output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-cuda"),
 ) -> None:
-    """Measure and print every table."""
+    """Measure what is not kept yet, and print every table."""
     console = wide_console()
+    asked, widths = tables.split(","), numbers(bits)
+    if not set(asked) <= set(MEASURES) or not set(widths) <= set(BITS):
+        console.print(
+            f"--tables must be of {', '.join(MEASURES)} and --bits of {BITS}, but {tables} and "
+            f"{bits} came."
+        )
+        raise typer.Exit(2)
     if not torch.cuda.is_available():
         console.print("torch finds no CUDA GPU on this machine, so nothing was measured.")
         raise typer.Exit(1)
@@ -249,19 +456,26 @@ def main(
         f"CUDA {torch.version.cuda}"
     )
     console.print(f"{device}; copying moves {bandwidth / 1e9:.0f} GB/s")
-    lengths, sizes = ([int(n) for n in text.split(",")] for text in (contexts, batches))
-    tables = {
-        "Encoding, bfloat16, head_dim 128, 4 bit": encoding(runs),
-        "Decode attention, bfloat16, head_dim 128, 8 KV heads": decode_attention(
-            lengths, sizes, runs
-        ),
+    for name, why in rivals()[1].items():
+        console.print(f"{name}: {why}")
+    cases = {
+        "encode": encode_cases(widths),
+        "decode": decode_cases(numbers(contexts), numbers(batches)),
+        "prefill": prefill_cases(numbers(prompts), numbers(contexts), chunk),
     }
-    for rows in tables.values():
+    kept = KeptCases(output / "cases.json", {"device": device, "runs": runs, "bits": widths})
+    measure_missing(kept, {name: cases[name] for name in asked}, widths, runs)
+    found = {TITLES[name]: rows for name in MEASURES if (rows := kept.table(name))}
+    for rows in found.values():
         add_rates(rows, bandwidth)
-    write_figures(console, tables, output, device=device, copy_bytes_a_second=bandwidth)
-    attention = list(tables.values())[-1]
-    plot_cases(attention, torch.cuda.get_device_name(), output / "decode.svg")
-    console.print(f"Written: {output}/figures.json and {output}/decode.svg")
+    write_figures(console, found, output, device=device, copy_bytes_a_second=bandwidth)
+    if rows := found.get(TITLES["decode"]):
+        plot_cases(
+            [{"gqa": REPEATS, **row} for row in rows],
+            torch.cuda.get_device_name(),
+            output / "decode.svg",
+        )
+    console.print(f"Written to {output}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,43 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
+
+
+class KeptCases:
+    """The rows of each case in a JSON file, whole after each, so that a cut run can go on.
+
+    Args:
+        path: The file.
+        facts: What the rows depend on besides the case; a file of other facts is begun anew.
+    """
+
+    def __init__(self, path: Path, facts: Row) -> None:
+        self._path = path
+        self._facts = facts
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):  # none yet, or damaged
+            known = {}
+        self._cases = known["cases"] if known.get("facts") == facts else []
+
+    def rows(self, table: str, case: Row) -> list[Row] | None:
+        """The rows of a case; None if it was not measured."""
+        for kept in self._cases:
+            if (kept["table"], kept["case"]) == (table, case):
+                return kept["rows"]
+        return None
+
+    def keep(self, table: str, case: Row, rows: list[Row]) -> None:
+        """Add the rows of a case to the file."""
+        self._cases.append({"table": table, "case": case, "rows": rows})
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps({"facts": self._facts, "cases": self._cases}, indent=1) + "\n")
+        os.replace(part, self._path)
+
+    def table(self, name: str) -> list[Row]:
+        """All rows of a table, in the order in which they were measured."""
+        return [dict(row) for kept in self._cases if kept["table"] == name for row in kept["rows"]]
 
 
 def add_rates(rows: list[Row], bandwidth: float) -> None:
@@ -39,7 +77,9 @@ def write_figures(
 
 
 def readable(value: object) -> str:
-    """A number as a table shows it, three digits of a small one; or a name."""
+    """A number as a table shows it, three digits of a small one; or a name; nothing for None."""
+    if value is None:
+        return ""
     if isinstance(value, float) and value < 1000:
         return f"{value:.3g}"
     return f"{value:,.0f}" if isinstance(value, float | int) else str(value)

@@ -49,12 +49,14 @@ class Calibration:
             coefficients ``[K, n]``. Where the layers were measured, ``LAYER.ROLE.loss`` ``[1]``,
             see :func:`rotormlx.measure.layer_losses.losses`.
         tokens: Tokens that were read.
+        is_share: Whether it is for some of the model's KV heads, as :meth:`share` makes it.
     """
 
     transform: str
     model: Fingerprint
     numbers: dict[str, Float32s]
     tokens: int
+    is_share: bool = False
 
     def configured(self, config: RotorConfig, source: str | Path = "A calibration") -> RotorConfig:
         """A configuration that uses this calibration and is otherwise the same.
@@ -93,6 +95,22 @@ class Calibration:
         """The same for equal bits in all layers."""
         kept = {name: array for name, array in self.numbers.items() if not name.endswith(LOSS)}
         return replace(self, numbers=kept)
+
+    def share(self, place: int, shares: int) -> Calibration:
+        """The same for one of some equal shares of the KV heads; of a share, itself.
+
+        Args:
+            place: Of the share, from 0 on.
+            shares: How many there are.
+        """
+        if shares == 1 or self.is_share:
+            return self
+        kept = {}
+        for name, array in self.numbers.items():
+            heads = len(array) // shares
+            own = slice(place * heads, (place + 1) * heads)
+            kept[name] = array if name.endswith(LOSS) else array[own]
+        return replace(self, numbers=kept, is_share=True)
 
     def by_layer(self, config: RotorConfig) -> Callable[[int], RotorConfig]:
         """The configuration of each layer; their bits have the mean of ``config``'s."""
@@ -220,7 +238,10 @@ class Calibration:
 
 
 def calibrated(
-    report: Report, weights: Weights, given: Calibration | str | Path | None
+    report: Report,
+    weights: Weights,
+    given: Calibration | str | Path | None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Report, Calibration]:
     """Find and check the calibration of a model.
 
@@ -228,6 +249,7 @@ def calibrated(
         report: Of the model, with the configuration that was asked for.
         weights: Of the model.
         given: A calibration or its file; None for the one that is kept for the model.
+        share: Of the KV heads, as :meth:`Calibration.share` takes it.
 
     Returns:
         The report, with the configuration and the bits of each layer, and the calibration.
@@ -248,9 +270,10 @@ def calibrated(
         )
     source = given if isinstance(given, (str, Path)) else f"The {made.transform} calibration"
     report = replace(report, config=made.configured(report.config, source))
-    made.check(report)
     if made is given:
         made.check_model(weights)
+    made = made.share(*share)
+    made.check(report)
     if made.has_losses:
         report = report.by_layer(made.by_layer(report.config))
     return report, made

@@ -1,8 +1,12 @@
-"""``python -m rotormlx.torch build``: compiles the CUDA kernels before they are first used."""
+"""``python -m rotormlx.torch build`` compiles CUDA kernels; ``bench`` measures a whole model."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -46,6 +50,72 @@ def build(
         typer.echo(error, err=True)
         raise typer.Exit(1) from error
     typer.echo(f"built for {arch} in {directory}")
+
+
+def _count(text: str) -> Any:
+    return typer.Option(help=text, min=1)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="llama-1b, llama-3b, llama-8b, qwen3-4b or tiny, or a folder with config.json."
+        ),
+    ],
+    *,
+    bits: Annotated[str, typer.Option(help=f"of RotorCache, comma-separated, of {BITS}")] = "4",
+    prompt: Annotated[int, _count("tokens of the prompt whose first token is awaited")] = 2048,
+    history: Annotated[int, _count("tokens before those that are written")] = 16384,
+    tokens: Annotated[int, _count("tokens to write behind the first one")] = 64,
+    batch: Annotated[int, _count("sequences at once")] = 1,
+    runs: Annotated[int, _count("counted turns of each cache")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "bfloat16",
+    weights: Annotated[bool, typer.Option("--weights", help="load the folder's weights")] = False,
+    output: Annotated[Path, typer.Option(help="JSON file of the result")] = Path(
+        "bench-model.json"
+    ),
+) -> None:
+    """Measure a whole model with compressed and other caches, side by side."""
+    # Only here: they load transformers, and rich, which nothing else of the companion needs.
+    from rich.console import Console  # noqa: PLC0415
+
+    from rotormlx.torch import bench as measure  # noqa: PLC0415
+
+    def keep(result: measure.Result) -> None:
+        output.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
+
+    try:
+        widths = _widths(bits)
+        if not output.parent.is_dir() or output.is_dir():
+            raise ValueError(
+                f"[bench] --output must be a file in a folder that exists, but {output} came."
+            )
+        made, kind = measure.model_of(model, device=device, dtype=dtype, weights=weights)
+        result = measure.run(
+            made,
+            measure.contenders(widths),
+            measure.Settings(prompt, history, tokens, batch, runs),
+            name=model,
+            weights=kind,
+            command=shlex.join(["python", "-m", "rotormlx.torch", *sys.argv[1:]]),
+            keep=keep,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from error
+    Console().print(measure.table(result))
+    for line in (*measure.remarks(result), f"Written: {output}"):
+        typer.echo(line)
+
+
+def _widths(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part in map(str, BITS) for part in parts):
+        raise ValueError(f"[bench] --bits must be of {BITS}, comma-separated, but {text!r} came.")
+    return [int(part) for part in dict.fromkeys(parts)]
 
 
 if __name__ == "__main__":

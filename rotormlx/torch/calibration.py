@@ -11,11 +11,14 @@ from rotormlx.codec.derived import derived
 from rotormlx.storage import calibration
 from rotormlx.storage.calibration import Calibration
 from rotormlx.torch.fingerprint import weights
+from rotormlx.torch.parallel import own_heads
 from rotormlx.torch.store import Calibrated
 
 
 def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
     """Read a file of ``rotormlx calibrate``, for :class:`rotormlx.torch.RotorCache`.
+
+    Of a model that is spread over ranks, each must call it, and gets what is for its KV heads.
 
     Args:
         path: The file.
@@ -26,7 +29,7 @@ def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
 
     Source: docs/FORMAT.md, section 11.
     """
-    return calibration.load(path, weights(model))
+    return calibration.load(path, weights(model)).share(*own_heads(model))
 
 
 @derived

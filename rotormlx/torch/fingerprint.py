@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotormlx.storage.fingerprint import Fingerprint, Weights
-from rotormlx.torch.parallel import check_whole
+from rotormlx.torch.parallel import is_shared, ranks_of, whole
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
@@ -28,18 +28,24 @@ def weights(model: PreTrainedModel) -> Weights:
     """The weights of a model's text decoder, of which none is read yet.
 
     Raises:
-        ValueError: If ``model`` is none, or this process has only a part of it.
+        ValueError: If ``model`` is none, or its ranks do not tell which parts they have. The ranks
+            of one must read its fingerprint together.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"[fingerprint] model must be a model of transformers, but a {type(model).__name__} "
             "was given; pass what from_pretrained returned."
         )
-    check_whole(model)
     # Vision and speech have layers too, and mlx-lm loads neither.
     # Its state: quantized weights may be buffers.
     state = model.get_decoder().state_dict()
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    if (ranks := ranks_of(model)) > 1 and not any(map(is_shared, tensors.values())):
+        raise ValueError(
+            f"[fingerprint] The ranks of a model must tell which parts of its weights they have, "
+            f"but the {ranks} of this {type(model).__name__} do not; install transformers 5.24 or "
+            "newer, or load the model without tensor parallelism."
+        )
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     return Weights("torch", shapes, partial(_sample, tensors))
 
@@ -51,20 +57,21 @@ def _sample(
     return {name: _numbers(name, tensors[name], place) for name, place in places.items()}
 
 
-def _numbers(name: str, whole: Tensor, place: NDArray[np.int64]) -> NDArray[np.generic]:
-    if whole.is_meta:
+def _numbers(name: str, weight: Tensor, place: NDArray[np.int64]) -> NDArray[np.generic]:
+    if weight.is_meta:
         raise ValueError(
             f"[fingerprint] All weights must be in memory to tell the model, but {name} is on the "
             "device meta; load the model without offloading."
         )
-    wide = torch.float32 if whole.is_floating_point() else torch.int64
+    wide = torch.float32 if weight.is_floating_point() else torch.int64
     try:
+        weight = whole(weight)
         # One by one: small dtypes cannot be indexed by tensors.
-        numbers = [whole[(int(at),) * whole.ndim].to(wide) for at in place]
+        numbers = [weight[(int(at),) * weight.ndim].to(wide) for at in place]
         return torch.stack(numbers).cpu().numpy()
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"[fingerprint] Weights must be tensors whose numbers can be read to tell the model, "
-            f"but {name} is a {type(whole).__name__} of {whole.dtype}; use the model without that "
-            "quantization."
+            f"but {name} is a {type(weight).__name__} of {weight.dtype}; use the model without "
+            "that quantization."
         ) from error

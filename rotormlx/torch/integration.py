@@ -19,7 +19,7 @@ from rotormlx.torch import attention
 from rotormlx.torch.cache import RotorCache, is_compressed, layer_factory
 from rotormlx.torch.fingerprint import weights
 from rotormlx.torch.implementations import Implementations, restore, set_attention, takes_cache
-from rotormlx.torch.parallel import check_heads
+from rotormlx.torch.parallel import check_heads, own_heads
 from rotormlx.torch.probe import CACHE_NAMES, PREPARE, cache_name, own_cache, probe, self_attention
 
 # Caches of ``generate`` whose place a compressed one takes.
@@ -203,7 +203,7 @@ def apply(
     """
     made, used = report(model, config), None
     if calibration is not None or made.config.is_calibrated:
-        made, used = calibrated(made, weights(model), calibration)
+        made, used = calibrated(made, weights(model), calibration, own_heads(model))
     remove(model)
     former = set_attention(model, attention.NAME, cache_name(model))
     vars(model)[PREPARE] = CompressedCaches(model, made, former, used)

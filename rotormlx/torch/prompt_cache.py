@@ -28,6 +28,7 @@ from rotormlx.storage.tensor_file import Array
 from rotormlx.torch.cache import RotorCache
 from rotormlx.torch.fingerprint import fingerprint, weights
 from rotormlx.torch.layer import RotorLayer
+from rotormlx.torch.parallel import check_whole
 
 _SLIDING = "RotatingKVCache"
 _DTYPES = {
@@ -57,7 +58,8 @@ def save_prompt_cache(
         metadata: Texts to keep with it.
 
     Raises:
-        ValueError: If rows differ, or a layer is of a kind that the file cannot hold.
+        ValueError: If rows differ, a layer is of a kind that the file cannot hold, or the model is
+            spread over ranks.
         OSError: If the disk is full, or the directory is read-only.
 
     Source: docs/FORMAT.md, section 8.
@@ -67,6 +69,7 @@ def save_prompt_cache(
             f"[prompt cache] A RotorCache is required behind the model, but a "
             f"{type(cache).__name__} was given; call save_prompt_cache(path, model, cache)."
         )
+    check_whole(model)
     kept = {**(metadata or {}), MODEL: fingerprint(model).text}
     pairs = [_state_of(index, layer) for index, layer in enumerate(cache.layers)]
     classes, states = [name for name, _ in pairs], [state for _, state in pairs]
@@ -91,11 +94,12 @@ def load_prompt_cache(
 
     Raises:
         ValueError: If the file is no such cache, is damaged, of another format version, or belongs
-            to another model.
+            to another model, or the model is spread over ranks.
 
     Source: docs/FORMAT.md, section 8.
     """
     own = weights(model)
+    check_whole(model)
     with cache_file.opened(path) as saved:
         cache = RotorCache(model.config)
         fit = _Fit(path, cache, model)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rotormlx.torch.fingerprint import fingerprint
 from tests.support import two_ranks
+from tests.support.both_hosts import by_torch, calibration
 from tests.support.torch_models import build
 
 pytest.importorskip("accelerate", reason="needs accelerate, which tp_plan asks for")
@@ -18,9 +20,9 @@ pytestmark = pytest.mark.slow
 CLONE = Path(__file__).resolve().parents[2]
 
 
-def run(model, output, bits, ranks):
+def run(model, output, ranks, *options):
     """What each rank has found; they talk over localhost."""
-    command = [sys.executable, two_ranks.__file__, str(model), str(output), str(bits)]
+    command = [sys.executable, two_ranks.__file__, str(model), str(output), *map(str, options)]
     places = os.pathsep.join([str(CLONE), os.environ.get("PYTHONPATH", "")])
     own = os.environ | {"PYTHONPATH": places, "CUDA_VISIBLE_DEVICES": ""}
     if ranks > 1:
@@ -56,12 +58,19 @@ def model(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=[8, 4], ids=["8-bit", "4-bit"])
+@pytest.fixture(scope="module", params=[(8, None), (4, None), (4, "scale"), (4, "klt")], ids=str)
 def ranks(model, tmp_path_factory, request):
     """What two ranks have found, and what one that is alone has."""
     output = tmp_path_factory.mktemp("ranks")
-    (alone,) = run(model, output / "alone", request.param, 1)
-    return run(model, output / "spread", request.param, 2), alone, output
+    bits, transform = request.param
+    options = [bits]
+    if transform:
+        facts = {"heads": 2, "dims": (32, 32), "losses": [(1.0, 1e-2), (2e-2, 1e-4)]}
+        made = calibration(transform, fingerprint(by_torch(model)), **facts)
+        made.save(output / "calibration")
+        options.append(output / "calibration")
+    (alone,) = run(model, output / "alone", 1, *options)
+    return run(model, output / "spread", 2, *options), alone, output
 
 
 def test_two_ranks_of_half_the_heads_give_the_text_of_one(ranks):
@@ -81,10 +90,23 @@ def test_two_ranks_of_half_the_heads_give_the_text_of_one(ranks):
     assert not torch.equal(ranks[0]["packed"][0][0][0], ranks[1]["packed"][0][0][0])
 
 
-def test_a_part_of_a_model_has_no_files(ranks):
-    """Fingerprints are of whole weights, and calibrations of all heads."""
+def test_a_calibration_is_that_of_the_own_heads(ranks):
+    ranks, alone, _ = ranks
+    for found, heads_here in ((alone, 2), *((rank, 1) for rank in ranks)):
+        assert found["refusal"] == ""
+        if "heads" in found:
+            assert found["heads"] == {heads_here}
+            assert found["loaded"] == ""
+
+
+def test_the_fingerprint_is_that_of_the_whole_model(ranks):
+    ranks, alone, _ = ranks
+    assert {found["fingerprint"] for found in ranks} == {alone["fingerprint"]}
+
+
+def test_a_part_of_a_cache_has_no_file(ranks):
     ranks, alone, output = ranks
-    for name in ("save", "load", "calibration"):
+    for name in ("save", "load"):
         assert "is spread over" not in alone[name]
         for found in ranks:
             assert "LlamaForCausalLM is spread over 2 ranks" in found[name], name
@@ -93,5 +115,5 @@ def test_a_part_of_a_model_has_no_files(ranks):
 
 def test_ranks_that_do_not_divide_the_heads_are_refused(tmp_path):
     build("llama", num_key_value_heads=1).save_pretrained(tmp_path / "model")
-    for found in run(tmp_path / "model", tmp_path / "spread", 4, 2):
+    for found in run(tmp_path / "model", tmp_path / "spread", 2, 4):
         assert "must divide the 1 KV heads of LlamaForCausalLM, but there are 2" in found["refusal"]
