@@ -8,7 +8,7 @@
 namespace {
 
 template <typename Codec>
-__global__ void __launch_bounds__(CODEC_THREADS) encode(const __grid_constant__ rotormlx_encode_arguments call) {
+__global__ void __launch_bounds__(CODEC_THREADS, 3) encode(const __grid_constant__ rotormlx_encode_arguments call) {
   encode_block<Codec, CODEC_THREADS>(call);
 }
 

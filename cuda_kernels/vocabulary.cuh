@@ -30,6 +30,9 @@ DEVICE_FN uint shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(~0u, x,
 // All threads of a thread block meet here, and see what the others wrote to shared memory.
 #define MEET() __syncthreads()
 
+// The lanes of a warp meet here, and see what the others wrote to shared memory.
+#define MEET_LANES() __syncwarp()
+
 // Before a loop whose arrays must lie in registers.
 #define UNROLL _Pragma("unroll")
 

@@ -22,5 +22,8 @@ DEVICE_FN uint shuffle_xor(uint x, ushort mask) { return simd_shuffle_xor(x, mas
 // All threads of a threadgroup meet here, and see what the others wrote to threadgroup memory.
 #define MEET() threadgroup_barrier(mem_flags::mem_threadgroup)
 
+// The lanes of a simdgroup meet here, and see what the others wrote to threadgroup memory.
+#define MEET_LANES() simdgroup_barrier(mem_flags::mem_threadgroup)
+
 // Before a loop whose arrays must lie in registers.
 #define UNROLL _Pragma("clang loop unroll(full)")

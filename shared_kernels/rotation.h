@@ -304,6 +304,85 @@ DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries
   return stored_scale<D>(norm, lane_sum<LANES>(along), shrink);
 }
 
+// ---- the cheapest path of a trellis, by two neighbouring lanes ---------------------------------------
+//
+// Lane `half`, 0 or 1, has states 4 half to 4 half + 3. Only the subsets half and half + 2 lead there. Place i of its
+// states is state_at(i, half): then places 0 and 1 of both lanes lead to what a lane keeps, and it gives 2 and 3 away
+// for those of the other lane with the same successors.
+
+enum { HALF_STATES = TRELLIS_STATES / 2 };
+
+DEVICE_FN uint state_at(uint i, uint half) { return (i ^ (i >> 1)) ^ (7u * half); }
+
+DEVICE_FN void begin_half_path(uint state, THREAD float* sums, uint half) {  // sums: [HALF_STATES]
+  UNROLL
+  for (uint i = 0; i < HALF_STATES; ++i) sums[i] = state == state_at(i, half) ? 0.0f : 1e30f;
+}
+
+// One position further, as extend_path: the sums of the lane's states, and its part of the choices.
+template <int BITS>
+DEVICE_FN uint extend_half_path(float z, THREAD float* sums, uint half) {  // sums: [HALF_STATES]
+  const float got[2] = {shuffle_xor(sums[2], ushort(1)), shuffle_xor(sums[3], ushort(1))};
+  float cost[2];  // of the subset through which place 0 comes from what the lane keeps, and of the other
+  uint choices = nearest_member<BITS, uint>(z, 3u * half, cost[0]);
+  choices |= nearest_member<BITS, uint>(z, 2u - half, cost[1]);
+  // Of two states before, lane 0 keeps t / 2 and lane 1 t / 2 + 4. So lane 1 begins with all bits set.
+  choices |= 0xF0u * half;
+  const float kept[2] = {sums[0], sums[1]};
+  UNROLL
+  for (uint i = 0; i < HALF_STATES; ++i) {
+    const float here = kept[i / 2] + cost[i % 2], there = got[i / 2] + cost[1 - i % 2];
+    // Below zero, as an int, where the way is from there: bits of positive floats are ordered as they are, and of equal
+    // sums t / 2 wins.
+    const uint difference = bits_of_float(there) - bits_of_float(here) - half;
+    choices ^= uint(int(difference) >> 31) & (1u << state_at(i, half));
+    sums[i] = min(here, there);
+  }
+  return choices;
+}
+
+// The state in which the cheapest path ends; both lanes get it.
+DEVICE_FN uint end_of_half_paths(THREAD const float* sums, uint half) {  // sums: [HALF_STATES]
+  float all[TRELLIS_STATES];
+  UNROLL
+  for (uint i = 0; i < HALF_STATES; ++i) {
+    const float theirs = shuffle_xor(sums[i], ushort(1));
+    all[state_at(i, 0)] = half == 0 ? sums[i] : theirs;
+    all[state_at(i, 1)] = half == 0 ? theirs : sums[i];
+  }
+  return end_of_path<uint>(all);
+}
+
+// The codes of one sequence from position `start` on, by lanes 2 n and 2 n + 1; all lanes of a warp come here, those of
+// no sequence with `is_one` false. numbers: z as bits, [LENGTH], LENGTH even; they are replaced by the choices. codes:
+// bytes as of step_back, `step` apart; those before `start` become 0.
+template <int BITS, int LENGTH>
+DEVICE_FN void encode_sequence(
+    THREADGROUP uint* numbers, THREADGROUP uchar* codes, uint step, uint start, uint state, uint half, bool is_one) {
+  float sums[HALF_STATES];
+  begin_half_path(state, sums, half);
+  // Two positions at a time, of which each lane keeps the choices of one.
+  for (uint i = start & ~1u; i < LENGTH; i += 2) {
+    const float z = is_one ? float_of_bits(numbers[i]) : 0.0f;
+    const float next = is_one ? float_of_bits(numbers[i + 1]) : 0.0f;
+    const uint even = extend_half_path<BITS>(z, sums, half);
+    if (i < start) begin_half_path(state, sums, half);
+    const uint odd = extend_half_path<BITS>(next, sums, half);
+    const uint choices = (half == 0 ? even : odd) | shuffle_xor(half == 0 ? odd : even, ushort(1));
+    MEET_LANES();  // both have read what is replaced
+    if (is_one) numbers[i + half] = choices;
+  }
+  uint at = end_of_half_paths(sums, half);
+  MEET_LANES();  // the choices are there
+  if (!is_one || half != 0) return;
+  for (uint i = LENGTH; i > start; --i) {
+    codes[(i - 1) * step] = uchar(step_back<BITS>(numbers[i - 1], at));
+  }
+  for (uint i = 0; i < start; ++i) codes[i * step] = 0;
+}
+
+// ---- blocks of codes -------------------------------------------------------------------------------
+
 // The codes of a block of TOKENS rows, which THREADS threads have in registers, LANES a row. They meet as bytes in
 // `codes`, a row CODE_STRIDE apart, which holds codes of trellises in the low four bits. MEMORY bytes are there for
 // them and for `numbers`.
@@ -322,8 +401,8 @@ struct BlockEncoder {
     LENGTH = KEY ? D : TOKENS,
     SEQUENCE_STEP = KEY ? CODE_STRIDE : 1,
     POSITION_STEP = KEY ? 1 : CODE_STRIDE,
-    SLICE = Slice<LENGTH, MEMORY - TOKENS * CODE_STRIDE>::COUNT,
-    STRIDE = Slice<LENGTH, 0>::STRIDE,
+    SLICE = Slice<LENGTH, MEMORY - TOKENS * CODE_STRIDE, SEQUENCES>::COUNT,
+    STRIDE = Slice<LENGTH, 0, SEQUENCES>::STRIDE,
     NUMBERS = Stored<BITS>::HAS_TRELLIS ? SLICE * STRIDE : 1
   };
 
@@ -343,7 +422,7 @@ struct BlockEncoder {
     }
   }
 
-  // Codes of trellises: a slice of the sequences meets in `numbers`, and a thread has each of them. `state`: what the
+  // Codes of trellises: a slice of the sequences meets in `numbers`, and two lanes have each of them. `state`: what the
   // positions before `start` leave to each sequence, `state_stride` apart, or null for 0. No barrier need follow.
   static DEVICE_FN void find_paths(
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, THREADGROUP uint* numbers, uint thread_index,
@@ -363,11 +442,13 @@ struct BlockEncoder {
         }
       }
       MEET();  // the numbers are there
-      const uint sequence = first + thread_index;
-      if (thread_index < SLICE && sequence < SEQUENCES) {
+      const uint place = thread_index / 2, sequence = first + place;
+      // Warps stay whole.
+      const bool is_one = (SLICE % 16 == 0 && SEQUENCES % 16 == 0) || (place < SLICE && sequence < SEQUENCES);
+      if (thread_index / 32 * 16 < SLICE && first + thread_index / 32 * 16 < SEQUENCES) {
         encode_sequence<BITS, LENGTH>(
-            numbers + thread_index * STRIDE, codes + sequence * SEQUENCE_STEP, POSITION_STEP, start,
-            state != nullptr ? state[sequence * state_stride] : 0);
+            numbers + place * STRIDE, codes + sequence * SEQUENCE_STEP, POSITION_STEP, start,
+            is_one && state != nullptr ? state[sequence * state_stride] : 0, thread_index % 2, is_one);
       }
     }
     MEET();  // the codes are there

@@ -89,30 +89,35 @@ DEVICE_FN void begin_path(Bits state, THREAD Number* sums) {  // sums: [TRELLIS_
   for (uint t = 0; t < TRELLIS_STATES; ++t) sums[t] = state == t ? Number{} : Number{} + 1e30f;
 }
 
-// One position further: the sums behind it, and the choices. Every step is rounded; nothing here can be contracted.
+// Which member of subset `c` is the nearest, as it stands in choices, and what it costs. Every step is rounded; nothing
+// here can be contracted.
+template <int BITS, typename Bits, typename Number>
+DEVICE_FN Bits nearest_member(Number z, uint c, THREAD Number& cost) {
+  Bits member = Bits{};
+  // In the order (sign, high bit) = (0, 0), (0, 1), (1, 0), (1, 1); the first of the least wins.
+  UNROLL
+  for (uint m = 0; m < (1u << (BITS - 1)); ++m) {
+    const uint sign = m >> (BITS - 2), high = BITS == 3 ? m & 1u : 0u;
+    const uint magnitude = (c ^ (3u * sign)) + 4u * high;
+    const float level = stored_level<BITS>(magnitude | (sign << BITS));
+    const Number distance = (z - level) * (z - level);
+    if (m == 0) {
+      cost = distance;
+    } else {
+      member = distance < cost ? Bits{} + (sign | (high << 1)) : member;
+      cost = distance < cost ? distance : cost;
+    }
+  }
+  return member << (8 + 2 * c);
+}
+
+// One position further: the sums behind it, and the choices.
 template <int BITS, typename Bits, typename Number>
 DEVICE_FN Bits extend_path(Number z, THREAD Number* sums) {  // sums: [TRELLIS_STATES]
   Number cost[4];
   Bits choices = Bits{};
   UNROLL
-  for (uint c = 0; c < 4; ++c) {
-    Bits member = Bits{};
-    // In the order (sign, high bit) = (0, 0), (0, 1), (1, 0), (1, 1); the first of the least wins.
-    UNROLL
-    for (uint m = 0; m < (1u << (BITS - 1)); ++m) {
-      const uint sign = m >> (BITS - 2), high = BITS == 3 ? m & 1u : 0u;
-      const uint magnitude = (c ^ (3u * sign)) + 4u * high;
-      const float level = stored_level<BITS>(magnitude | (sign << BITS));
-      const Number distance = (z - level) * (z - level);
-      if (m == 0) {
-        cost[c] = distance;
-      } else {
-        member = distance < cost[c] ? Bits{} + (sign | (high << 1)) : member;
-        cost[c] = distance < cost[c] ? distance : cost[c];
-      }
-    }
-    choices = choices | (member << (8 + 2 * c));
-  }
+  for (uint c = 0; c < 4; ++c) choices = choices | nearest_member<BITS, Bits>(z, c, cost[c]);
   Number next[TRELLIS_STATES];
   UNROLL
   for (uint t = 0; t < TRELLIS_STATES; ++t) {
@@ -153,29 +158,12 @@ DEVICE_FN Bits step_back(Bits choices, THREAD Bits& state) {
   return code | (index << 4);
 }
 
-// How many sequences of LENGTH numbers a threadgroup codes at once: as many as fit into BYTES, at most 64.
-template <int LENGTH, int BYTES>
+// How many of SEQUENCES sequences of LENGTH numbers a threadgroup codes at once: as many as fit into BYTES, at most 128.
+template <int LENGTH, int BYTES, int SEQUENCES>
 struct Slice {
   enum {
     STRIDE = LENGTH + 1,  // odd, so that lanes at the same position of neighbouring sequences meet no bank twice
     MOST = BYTES / 4 / STRIDE,
-    COUNT = MOST >= 64 ? 64 : MOST >= 32 ? 32 : MOST >= 16 ? 16 : 8
+    COUNT = MOST >= 128 && SEQUENCES > 64 ? 128 : MOST >= 64 ? 64 : MOST >= 32 ? 32 : MOST >= 16 ? 16 : 8
   };
 };
-
-// The codes of one sequence from position `start` on, by one thread. numbers: z as bits, [LENGTH]; they are replaced
-// by the choices. codes: bytes as of step_back, `step` apart; those before `start` become 0.
-template <int BITS, int LENGTH>
-DEVICE_FN void encode_sequence(
-    THREADGROUP uint* numbers, THREADGROUP uchar* codes, uint step, uint start, uint state) {
-  float sums[TRELLIS_STATES];
-  begin_path(state, sums);
-  for (uint i = start; i < LENGTH; ++i) {
-    numbers[i] = extend_path<BITS, uint>(float_of_bits(numbers[i]), sums);
-  }
-  uint at = end_of_path<uint>(sums);
-  for (uint i = LENGTH; i > start; --i) {
-    codes[(i - 1) * step] = uchar(step_back<BITS>(numbers[i - 1], at));
-  }
-  for (uint i = 0; i < start; ++i) codes[i * step] = 0;
-}

@@ -44,6 +44,11 @@ CODEC_MUTATIONS = [
         (f"MEET();  // {place}", "", encodes_blocks)
         for place in ("no numbers are in use", "the numbers are there", "the codes are there")
     ),
+    *(
+        (f"MEET_LANES();  // {place}", "", encodes_blocks)
+        for place in ("both have read what is replaced", "the choices are there")
+    ),
+    ("/ 32 * 16 < SLICE &&", "/ 32 * 16 < 64 &&", of(encodes, role=VALUE)),
     ("IS_KEY ? 0 : call.start", "IS_KEY ? 0 : 0", check_filled_up_path),
     ("&& call.state != nullptr) {", ") {", of(check_filled_up_path, has_state=False)),
     (

@@ -323,35 +323,45 @@ def trellis_mutations():
     for old, new in (
         ("c ^ (3u * sign)", "c"),
         ("+ 4u * high;", ";"),
-        ("cost[c ^ 2u]", "cost[c]"),
-        ("sums[t / 2 + 4]", "sums[t / 2]"),
+        ("3u * half, cost", "half, cost"),
+        ("2u - half, cost", "2u, cost"),
+        ("cost[1 - i % 2]", "cost[i % 2]"),
+        ("there = got[i / 2]", "there = kept[i / 2]"),
         ("sign | (high << 1)", "high | (sign << 1)"),
         ("member << (8 + 2 * c)", "member << 8"),
         ("(choices >> (subset * 2u + 8u))", "(choices >> 8u)"),
-        ("(second < first ? Bits{} + (1u << t) : Bits{})", "Bits{}"),
-        ("next[t] = second < first ? second : first", "next[t] = first"),
-        ("Number{} + 1e30f", "Number{}"),
+        ("0xF0u * half", "0u"),
+        ("(1u << state_at(i, half))", "(1u << i)"),
+        ("sums[i] = min(here, there)", "sums[i] = here"),
+        ("? 0.0f : 1e30f", "? 0.0f : 0.0f"),
+        ("half == 0 ? even : odd", "even"),
+        ("shuffle_xor(half == 0 ? odd : even", "shuffle_xor(odd"),
+        ("all[state_at(i, 1)]", "all[7 - i]"),
         ("entering_subset(state) ^ (far << 1)", "entering_subset(state)"),
         ("(state >> 1) | (far << 2)", "state >> 1"),
         ("return code | (index << 4)", "return code | (code << 4)"),
         ("(subset ^ (sign * 3u))", "subset"),
         ("state = sums[t] < least", "state = sums[t] < sums[0]"),
-        ("numbers[i] = extend_path", "extend_path"),
+        ("if (is_one) numbers[i + half] = choices;", ""),
+        ("MEET_LANES();  // both have read what is replaced", ""),
+        ("MEET_LANES();  // the choices are there", ""),
         ("codes[(i - 1) * step]", "codes[i - 1]"),
     ):
         yield old, new, of_values
     for old, new in (
-        ("distance < cost[c] ? Bits{}", "distance <= cost[c] ? Bits{}"),
-        ("(second < first ? Bits{}", "(second <= first ? Bits{}"),
+        ("distance < cost ? Bits{}", "distance <= cost ? Bits{}"),
+        ("bits_of_float(here) - half;", "bits_of_float(here) - 1;"),
     ):
         yield old, new, tied
     of_rows = of(check_tied_paths, 3, KEY)
     yield "sums[t] < least ? Bits{}", "sums[t] <= least ? Bits{}", of_rows
+    yield "bits_of_float(here) - half;", "bits_of_float(here);", of_rows
     for old, new in (
-        ("state == t ?", "t == 0 ?"),
-        ("uint i = start; i < LENGTH", "uint i = 0; i < LENGTH"),
+        ("state == state_at(i, half) ?", "state_at(i, half) == 0 ?"),
+        ("uint i = start & ~1u;", "uint i = start;"),
+        ("if (i < start) begin_half_path(state, sums, half);", ""),
         ("i < start; ++i) codes", "i + 1 < start; ++i) codes"),
-        ("state != nullptr ? state[", "false ? state["),
+        ("is_one && state != nullptr ? state[", "false ? state["),
         ("state[sequence * state_stride]", "state[sequence]"),
         ("state + place.z * state_strides[0]", "state"),
         ("place.y * state_strides[1]", "0"),
@@ -362,14 +372,15 @@ def trellis_mutations():
         ("sequence >= first &&", ""),
         ("sequence < first + SLICE", "sequence <= first + SLICE"),
         ("sequence < first + SLICE", "sequence + 1 < first + SLICE"),
-        ("thread_index < SLICE &&", ""),
-        ("thread_index < SLICE &&", "thread_index + 1 < SLICE &&"),
-        ("&& sequence < SEQUENCES", ""),
+        ("/ 32 * 16 < SLICE &&", "/ 32 * 16 + 16 < SLICE &&"),
         ("first += SLICE", "first += 2 * SLICE"),
-        ("numbers + thread_index * STRIDE", "numbers"),
+        ("numbers + place * STRIDE", "numbers"),
         ("MOST >= 64 ? 64", "MOST >= 64 ? 128"),
     ):
         yield old, new, of_values
+    # Where a warp has fewer sequences than places: eight in a slice, and eight left over.
+    yield "(place < SLICE && sequence", "(sequence", of(encodes, head_dim=256)
+    yield "sequence < SEQUENCES);", "true);", of(encodes, head_dim=72, role=VALUE)
 
 
 def of_the_codec():

@@ -53,7 +53,7 @@ inline half __ushort_as_half(ushort bits) { return as_type<half>(bits); }
 inline float __uint_as_float(uint bits) { return as_type<float>(bits); }
 inline uint __float_as_uint(float x) { return as_type<uint>(x); }
 
-#define FOR_TYPES(FUNCTION) FUNCTION(int) FUNCTION(uint) FUNCTION(long) FUNCTION(size_t)
+#define FOR_TYPES(FUNCTION) FUNCTION(int) FUNCTION(uint) FUNCTION(long) FUNCTION(size_t) FUNCTION(float)
 #define SMALLER_AND_LARGER(T)                    \
   inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
