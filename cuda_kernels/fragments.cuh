@@ -22,20 +22,21 @@ struct Chunks {
   }
   // The row of words that word `i` of a load is; one that exists, if not its chunks.
   static DEVICE_FN int row(int load, int i, int quad_lane) {
-    const int place = load * 4 + quad_lane;
-    const int last = WordRows<BITS, AXIS>::FIRST - 1;
-    if (BITS == 8) return min(2 * place + i, last);
-    if (i == 0) return min(place, last);
-    return last + 1 + min(place / 2, int(WordRows<BITS, AXIS>::SECOND) - 1);
+    constexpr int FIRST = WordRows<BITS, AXIS>::FIRST, SECOND = WordRows<BITS, AXIS>::SECOND;
+    const bool in_first = BITS == 8 || i == 0;
+    const int lane_row = BITS == 8 ? 2 * quad_lane + i : in_first ? quad_lane : FIRST + quad_lane / 2;
+    const int row = lane_row + load * (BITS == 8 ? 8 : in_first ? 4 : 2);
+    if (COUNT % (4 * SHARE) == 0) return row;
+    return min(row, in_first ? FIRST - 1 : FIRST + SECOND - 1);
   }
 };
 
-// Where code i of a chunk stands among the 8 levels that levels_of_chunk makes: the codes of 2 and 3 bits are taken two
-// fields at a time, even ones first.
+// Where code i of a chunk stands among the 8 levels of it: the codes of 2 and 3 bits are taken two fields at a time,
+// so that of four codes the even ones come first.
 template <int BITS>
 struct Order {
   enum { NEXT = BITS == 2 || BITS == 3 ? 2 : 1 };  // between the codes of a pair
-  static DEVICE_FN int place(int i) { return NEXT == 2 ? i % 2 * 4 + i / 2 : i; }
+  static DEVICE_FN int place(int i) { return NEXT == 2 ? i / 4 * 4 + i % 2 * 2 + i % 4 / 2 : i; }
 };
 
 // ---- levels as float16 ----------------------------------------------------------------------------
@@ -47,25 +48,11 @@ __host__ __device__ constexpr uint half_magnitude(uint bits) {
   return half + (rest > 0x1000u || (rest == 0x1000u && half % 2 == 1) ? 1u : 0u);
 }
 
-// The level of an index (see Stored), of at most 16 levels.
-template <int BITS>
-__device__ constexpr uint half_level(uint index) {
-  const uint half = Stored<BITS>::LEVELS / 2, magnitude = index % half;
-  const uint bits = BITS == 2   ? MAGNITUDES_2[magnitude % 4]
-                    : BITS == 3 ? MAGNITUDES_3[magnitude % 8]
-                                : MAGNITUDES_4[magnitude % 8];
-  return half_magnitude(bits) | (index / half << 15);
-}
+// ---- selectors: what picks levels, four at a time, a nibble each
 
-// Byte `byte` of the levels of indices `first` to `first` + 3.
-template <int BITS>
-__device__ constexpr uint level_bytes(uint first, uint byte) {
-  uint bytes = 0;
-  for (uint i = 0; i < 4; ++i) {
-    bytes |= (half_level<BITS>(first + i) >> (8 * byte) & 0xffu) << (8 * i);
-  }
-  return bytes;
-}
+// `word` in a lane of the words, moved up by SHIFT bits; those of the word `before` it come in.
+template <int SHIFT>
+DEVICE_FN uint moved_up(uint word, uint before) { return (word << SHIFT) | (before >> (32 - SHIFT)); }
 
 // Two pairs of float16 from the low and the high bytes of four.
 DEVICE_FN void join_bytes(uint low, uint high, uint* pairs) {
@@ -73,45 +60,104 @@ DEVICE_FN void join_bytes(uint low, uint high, uint* pairs) {
   pairs[1] = chosen_bytes(low, high, 0x7362u);
 }
 
-// The levels of four indices, the nibbles of the upper or lower half of `word`.
-template <int BITS>
-DEVICE_FN void look_up(uint word, int half, uint* pairs) {
-  constexpr uint LOW_0 = level_bytes<BITS>(0, 0), LOW_1 = level_bytes<BITS>(4, 0);
-  constexpr uint HIGH_0 = level_bytes<BITS>(0, 1), HIGH_1 = level_bytes<BITS>(4, 1);
-  const uint selector = (word & 0x77777777u) >> (16 * half);
-  uint high = chosen_bytes(HIGH_0, HIGH_1, selector);
-  if (Stored<BITS>::LEVELS == 16) {
-    // Eight magnitudes: each sign bit goes to the highest bit of a byte.
-    high ^= chosen_bytes(word << 4, word, half == 0 ? 0x5140u : 0x7362u) & 0x80808080u;
-  }
-  join_bytes(chosen_bytes(LOW_0, LOW_1, selector), high, pairs);
+// The bytes of the 8 float16 that a selector picks from: the low ones of the first four and of the last four, and the
+// high ones.
+struct LevelBytes {
+  uint low[2], high[2];
+};
+
+// Four levels by the lower half of `selector`.
+DEVICE_FN void look_up(const LevelBytes& bytes, uint selector, uint* pairs) {
+  join_bytes(chosen_bytes(bytes.low[0], bytes.low[1], selector), chosen_bytes(bytes.high[0], bytes.high[1], selector),
+             pairs);
 }
 
-// The 8 levels of a chunk, as four pairs of float16, in the order of Order<BITS>. words: those of the load; `before`
-// the one before the first of them on the packed axis, of a trellis. `part` is the chunk's number among those of the
-// load, `place` the number of the load's lane among all (see Chunks); `table` holds the 256 levels of 8 bits.
+// The same with signs, which are the highest bits of the nibbles in one half of `nibbles`; `below` are these nibbles
+// moved up by four bits.
+DEVICE_FN void look_up_signed(
+    const LevelBytes& bytes, uint selector, uint below, uint nibbles, int half, uint* pairs) {
+  const uint signs = chosen_bytes(below, nibbles, half == 0 ? 0x5140u : 0x7362u) & 0x80808080u;
+  join_bytes(chosen_bytes(bytes.low[0], bytes.low[1], selector),
+             chosen_bytes(bytes.high[0], bytes.high[1], selector) ^ signs, pairs);
+}
+
+// Of each width: `level(nibble)`, the float16 that a nibble of a selector picks, and `make`, the levels of a load as
+// SHARE times four pairs of float16, in the order of Order<BITS>. words: those of the load; `before` the one before the
+// first of them on the packed axis, of a trellis; `quad_lane` whose load it is; `table` the levels of 8 bits.
 template <int BITS>
-struct ChunkLevels {
-  static DEVICE_FN void make(const uint* words, uint before, int part, int place, const ushort*, uint* pairs) {
-    // Both chunks of the load come to these same lines.
-    const uint high = BITS == 3 ? words[1] >> (place % 2 * 2) : 0;
-    const Indices<uint> indices = indices_of<BITS>(words[0], before, high);
-    look_up<BITS>(indices.even, part, pairs);
-    look_up<BITS>(indices.odd, part, pairs + 2);
+struct Levels;
+
+// Of a trellis: bits 2 i and 2 i + 1 of a word are p(i), the path, and s(i), the sign of code i, and the bits of its
+// subset are p(i - 2) and q(i) = p(i) + p(i - 1) + p(i - 3) modulo 2, each turned over by the sign (see indices_of).
+// A nibble is (q, s, p(i - 2)), the lowest first; the order of the bytes does the rest.
+template <>
+struct Levels<2> {
+  static __device__ constexpr uint level(uint nibble) {
+    const uint negative = nibble >> 1 & 1u, subset = (nibble >> 2) | (nibble & 1u) << 1;
+    return half_magnitude(MAGNITUDES_2[subset ^ (3u * negative)]) | (negative << 15);
+  }
+  static DEVICE_FN void make(
+      const uint* words, uint before, int, const LevelBytes& bytes, const ushort*, uint* pairs) {
+    const uint word = words[0];
+    const uint by_four = moved_up<4>(word, before), by_six = moved_up<6>(word, before);
+    const uint fields = joined(0x55555555u, word ^ moved_up<2>(word, before) ^ by_six, word);
+    const uint even = (fields & 0x33333333u) | (by_six & 0x44444444u);
+    const uint odd = ((fields >> 2) & 0x33333333u) | (by_four & 0x44444444u);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint four[2][2];
+      look_up(bytes, even >> (16 * half), four[0]);
+      look_up(bytes, odd >> (16 * half), four[1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[4 * half + i] = four[i % 2][i / 2];
+    }
+  }
+};
+
+// A nibble is (h, q + s, p(i - 2) + s), with h from the second plane: the index of a magnitude, back to front.
+template <>
+struct Levels<3> {
+  static __device__ constexpr uint level(uint nibble) {
+    return half_magnitude(MAGNITUDES_3[(nibble >> 2) | (nibble & 2u) | (nibble & 1u) << 2]);
+  }
+  static DEVICE_FN void make(
+      const uint* words, uint before, int quad_lane, const LevelBytes& bytes, const ushort*, uint* pairs) {
+    const uint word = words[0], high = words[1] >> (quad_lane % 2 * 2);
+    const uint by_two = moved_up<2>(word, before), by_four = moved_up<4>(word, before);
+    const uint by_six = moved_up<6>(word, before);
+    const uint subsets = word ^ (((word >> 1) ^ by_two) & 0x55555555u) ^
+                         joined(0x55555555u, by_six, moved_up<5>(word, before));
+    const uint even = (high & 0x11111111u) | ((subsets << 1) & 0x66666666u);
+    const uint odd = (high & 0x22222222u) | (subsets & 0xccccccccu);  // one bit too high
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint four[2][2];
+      look_up_signed(bytes, even >> (16 * half), by_six, by_two, half, four[0]);
+      look_up_signed(bytes, odd >> (16 * half + 1), by_four, word, half, four[1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[4 * half + i] = four[i % 2][i / 2];
+    }
   }
 };
 
 template <>
-struct ChunkLevels<4> {
-  static DEVICE_FN void make(const uint* words, uint, int, int, const ushort*, uint* pairs) {
-    look_up<4>(words[0], 0, pairs);
-    look_up<4>(words[0], 1, pairs + 2);
+struct Levels<4> {
+  static __device__ constexpr uint level(uint nibble) { return half_magnitude(MAGNITUDES_4[nibble]); }
+  static DEVICE_FN void make(
+      const uint* words, uint, int, const LevelBytes& bytes, const ushort*, uint* pairs) {
+    const uint word = words[0], indices = word & 0x77777777u;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      look_up_signed(bytes, indices >> (16 * half), word << 4, word, half, pairs + 2 * half);
+    }
   }
 };
 
 template <>
-struct ChunkLevels<8> {
-  static DEVICE_FN void make(const uint* words, uint, int, int, const ushort* table, uint* pairs) {
+struct Levels<8> {
+  static __device__ constexpr uint level(uint) { return 0; }  // there are too many
+  static DEVICE_FN void make(
+      const uint* words, uint, int, const LevelBytes&, const ushort* table, uint* pairs) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint codes = words[i / 2] >> (16 * (i % 2));
@@ -120,9 +166,37 @@ struct ChunkLevels<8> {
   }
 };
 
-// The table for 8 bits, by all threads together. A barrier must follow.
-DEVICE_FN void fill_half_levels(ushort* table, int thread, int threads) {
-  for (int code = thread; code < 256; code += threads) {
-    table[code] = ushort(half_magnitude(MAGNITUDES_8[code % 128]) | uint(code / 128) << 15);
+// Byte `byte` of the levels that nibbles `first` to `first` + 3 pick.
+template <int BITS>
+__device__ constexpr uint level_bytes(uint first, uint byte) {
+  uint bytes = 0;
+  for (uint i = 0; i < 4; ++i) bytes |= (Levels<BITS>::level(first + i) >> (8 * byte) & 0xffu) << (8 * i);
+  return bytes;
+}
+
+// What the levels of a width are picked from goes through shared memory, so that a thread then keeps it in registers
+// and does not make it anew each time; and once for each lane of a quad, or it would go to registers of the warp, from
+// where it had to be copied at each use. `table` is of 256 for 8 bits. By all threads together; a barrier must follow.
+template <int BITS>
+DEVICE_FN void fill_half_levels(uint4* bytes, ushort* table, int thread, int threads) {  // bytes: [4]
+  if (BITS == 8) {
+    for (int code = thread; code < 256; code += threads) {
+      table[code] = ushort(half_magnitude(MAGNITUDES_8[code % 128]) | uint(code / 128) << 15);
+    }
+  } else if (thread < 4) {
+    constexpr uint LOW_0 = level_bytes<BITS>(0, 0), LOW_1 = level_bytes<BITS>(4, 0);
+    constexpr uint HIGH_0 = level_bytes<BITS>(0, 1), HIGH_1 = level_bytes<BITS>(4, 1);
+    bytes[thread] = {LOW_0, LOW_1, HIGH_0, HIGH_1};
   }
+}
+
+template <int BITS>
+DEVICE_FN LevelBytes kept_levels(const uint4* bytes, int quad_lane) {
+  LevelBytes kept = {};
+  if (BITS != 8) {
+    const uint4 four = bytes[quad_lane];
+    kept = {{four.x, four.y}, {four.z, four.w}};
+    for (int i = 0; i < 2; ++i) keep_in_register(kept.low[i]), keep_in_register(kept.high[i]);
+  }
+  return kept;
 }

@@ -14,7 +14,8 @@
 //
 // B batch, K KV heads, H query heads, L queries, N blocks of 64 tokens, D head_dim, R rows of words. Strides are in
 // elements. Axes without a stride are contiguous. Words, centres, raw and exact vectors and their strides, and matrices
-// must be multiples of 16 bytes, scales and their strides of 8; a null pointer stands for an array that does not exist.
+// must be multiples of 16 bytes, scales and their strides of 8, and strides of N below 2^29; a null pointer stands for
+// an array that does not exist.
 #pragma once
 
 #include <stddef.h>

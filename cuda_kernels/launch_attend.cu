@@ -20,16 +20,17 @@ using Plain = AttendPlain<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, ROWS>;
 
 // Whether a thread of attend<1> can do with 168 registers and not spill, so that a multiprocessor has room for three
 // thread blocks, for which calls are planned.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool NARROW = KEY_BITS % 2 == 0 && VALUE_BITS % 2 == 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool NARROW = KEY_BITS < 8 && VALUE_BITS < 8;
 #else
 constexpr bool NARROW = true;
 #endif
-constexpr bool ROOM_FOR_THREE = NARROW && KEY_BITS < 8 && VALUE_BITS < 8 && KEY_DIM <= 128 && VALUE_DIM <= 128;
+constexpr bool ROOM_FOR_THREE = NARROW && KEY_DIM <= 128 && VALUE_DIM <= 128;
 
 // The compiler must be told how many thread blocks a multiprocessor shall have room for.
 template <int TILES>
-__global__ void __launch_bounds__(ATTEND_THREADS, TILES == 1 && ROOM_FOR_THREE ? 3 : 2) attend(const __grid_constant__ AttendParts all) {
+__global__ void __launch_bounds__(ATTEND_THREADS, TILES == 1 && ROOM_FOR_THREE ? 3 : 2)
+attend(const __grid_constant__ AttendParts all) {
   extern __shared__ uint4 shared[];
   if (int(blockIdx.z) < all.exact_parts) {
     Plain<8 * TILES>::template run_part<true>(all, reinterpret_cast<float*>(shared));

@@ -27,6 +27,12 @@ DEVICE_FN __half half_of_bits(ushort bits) { return __ushort_as_half(bits); }
 DEVICE_FN float shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE_FN uint shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(~0u, x, mask); }
 
+// What the first lane of the warp has. Of a number that all lanes have, the compiler then knows it.
+DEVICE_FN int of_first_lane(int x) { return __shfl_sync(~0u, x, 0); }
+
+// Whether any thread of a warp says so; all of them meet here.
+DEVICE_FN bool any_lane(bool x) { return __any_sync(~0u, x); }
+
 // All threads of a thread block meet here, and see what the others wrote to shared memory.
 #define MEET() __syncthreads()
 
@@ -69,12 +75,29 @@ DEVICE_FN uint chosen_bytes(uint low, uint high, uint selector) {
   return bytes;
 }
 
+// Bits of `one` where `mask` is set, else of `other`; one instruction, where the compiler makes two of the expression.
+DEVICE_FN uint joined(uint mask, uint one, uint other) {
+  uint bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(one), "r"(other));
+  return bits;
+}
+
 // 2^x, within 2 units in the last place.
 DEVICE_FN float power_of_two(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 }
+
+// The logarithm of |x| to base 2, within 2^-21.
+DEVICE_FN float log_of_size(float x) {
+  float power;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fabsf(x)));
+  return power;
+}
+
+// From here on the compiler does not know what x is made of, and cannot make it again.
+DEVICE_FN void keep_in_register(uint& x) { asm volatile("" : "+r"(x)); }
 
 // sums += a b on the tensor cores: [16, 16] times [16, 8] in float16, summed in float32. With g = lane / 4 and
 // t = lane % 4, a lane has of a: rows g and g + 8 (registers 0 and 1) of columns 2 t and 2 t + 1, and the same rows

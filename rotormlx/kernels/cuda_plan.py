@@ -156,12 +156,13 @@ def part_shared_bytes(
         return plain
     key_loads, key_steps = _loads(key_bits, key_dim)
     value_loads, _ = _loads(value_bits, BLOCK)
-    slot = max(2 * key_loads + 1, -(-value_dim // 32) * value_loads)
-    slots = 4 if slot <= 8 else 3 if slot <= 24 else 2
+    slot = max(_item(key_loads, BLOCK) + 1, _item(value_loads, value_dim))
+    slots = 4 if slot <= 8 else 3
+    # In units of 16 bytes; behind each load stand zeros, where there is a trellis.
+    load = 33 if key_bits in TRELLIS_BITS or value_bits in TRELLIS_BITS else 32
     operand_steps = key_steps + -(-key_dim // 32)
-    # In units of 16 bytes.
-    units = 128 * slots * slot + 32 * operands * operand_steps
-    units += 3 * rows // 4 + 4 * rows * BLOCK // 8 + 16 * rows
+    units = 4 * slots * slot * load + 32 * operands * operand_steps
+    units += rows + 4 * rows * BLOCK // 8 + 16 * rows + 12
     units += 32 if 8 in (key_bits, value_bits) else 0
     return max(16 * units, 16 * rows * (2 + value_dim), plain)
 
@@ -174,6 +175,11 @@ def query_shared_bytes(key_dim: int, rows: int) -> int:
 def merge_shared_bytes(value_dim: int, rows: int) -> int:
     """Of the kernel that merges the parts of ``rows`` query rows at once: ``MergeShape``."""
     return 4 * rows * (value_dim + max(THREADS // 32 * value_dim, MAX_PARTS))
+
+
+def _item(span_loads: int, lanes: int) -> int:
+    """Loads of an item of the ring: as many spans of 32 lanes as make 8; see ``Spans``."""
+    return span_loads * min(max(8 // span_loads, 1), -(-lanes // 32))
 
 
 def _loads(bits: int, axis: int) -> tuple[int, int]:

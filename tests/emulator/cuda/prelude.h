@@ -88,14 +88,25 @@ __forceinline__ int atomicAdd(int* counter, int addend) { return emulator_add(co
 __forceinline__ void __threadfence() { emulator_fence(); }
 
 template <class T>
-UNCHECKED T __shfl_xor_sync(unsigned, T mine, int mask, AT_LINE) {
+UNCHECKED T __shfl_sync(unsigned, T mine, uint32_t lane, AT_LINE) {
   T values[emulator::kSimdWidth];
   const uint32_t present = emulator_exchange(&mine, sizeof(T), values, line);
-  const uint32_t lane = emulator_lane() ^ mask;
   if (lane >= emulator::kSimdWidth || !(present >> lane & 1)) {
     emulator_fail("absent lane", "a value is taken from a lane that does not exist", line);
   }
   return values[lane];
+}
+template <class T>
+T __shfl_xor_sync(unsigned lanes, T mine, int mask, AT_LINE) {
+  return __shfl_sync(lanes, mine, emulator_lane() ^ mask, line);
+}
+
+UNCHECKED inline int __any_sync(unsigned, int mine, AT_LINE) {
+  int values[emulator::kSimdWidth];
+  const uint32_t present = emulator_exchange(&mine, sizeof(mine), values, line);
+  int any = 0;
+  for (uint32_t lane = 0; lane < emulator::kSimdWidth; ++lane) any |= present >> lane & 1 && values[lane];
+  return any;
 }
 
 // ---- what stands in vocabulary.cuh for a GPU
@@ -112,8 +123,11 @@ UNCHECKED inline uint chosen_bytes(uint low, uint high, uint selector, AT_LINE) 
   return chosen;
 }
 
+inline uint joined(uint mask, uint one, uint other) { return (one & mask) | (other & ~mask); }
 inline float power_of_two(float x) { return exp2f(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float log_of_size(float x) { return log2f(fabsf(x)); }
+inline void keep_in_register(uint&) {}
 inline float __fdividef(float x, float y) { return x / y; }
 
 // mma.m16n8k16 of float16 with float32 sums. Which lane has what is the table "Matrix Fragments for mma.m16n8k16" of
