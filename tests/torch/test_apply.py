@@ -37,7 +37,7 @@ def llama():
 # ---- another cache ------------------------------------------------------------------------------
 
 # For transformers, "hybrid" means None.
-PLAIN = ("dynamic", "hybrid")
+PLAIN = ("dynamic", "hybrid", "static")
 KINDS = [kind for kind in configuration_utils.ALL_CACHE_IMPLEMENTATIONS if kind not in PLAIN]
 
 
@@ -46,7 +46,7 @@ def test_another_kind_of_cache_is_refused(llama, kind):
     """Asked for in the call, in the model's settings, and before ``apply``."""
     ids = tokens(10)
     rt.apply(llama, K8V8)
-    said = f"cache_implementation=None to be compressed, but '{kind}' is set"
+    said = f"cache_implementation=None or 'static' to be compressed, but '{kind}' is set"
     with pytest.raises(ValueError, match=ONE_SENTENCE) as call:
         generate(llama, ids, cache_implementation=kind)
     llama.generation_config.cache_implementation = kind
