@@ -1,6 +1,6 @@
 // What the host calls: launch.cu, or launch_attend.cu, launch_codec.cu and launch_store.cu at the same time, compiled by
-// nvcc for one configuration, with these functions in plain C. They check nothing but the plan; the caller has checked shapes,
-// dtypes, strides and alignment.
+// nvcc for one configuration, with these functions in plain C. They check nothing but the plan; the caller has checked
+// shapes, dtypes, strides and alignment.
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -DROTORMLX_KEY_DIM=128 -DROTORMLX_VALUE_DIM=128 -DROTORMLX_KEY_BITS=4
 //        -DROTORMLX_VALUE_BITS=4 -I<folder of the generated headers> -c launch.cu

@@ -6,7 +6,7 @@
 
 namespace {
 
-__global__ void __launch_bounds__(CODEC_THREADS) store_step(const __grid_constant__ rotormlx_store_arguments call) {
+__global__ void __launch_bounds__(CODEC_THREADS, 2) store_step(const __grid_constant__ rotormlx_store_arguments call) {
   store_tokens<KeyCodec, ValueCodec, CODEC_THREADS>(call);
 }
 

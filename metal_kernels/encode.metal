@@ -3,7 +3,7 @@
 // One threadgroup a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from
 // the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte
 // each, then meet in threadgroup memory, where every thread packs whole words. For trellis codes numbers meet there
-// before, slice by slice, and a thread finds the path of one sequence.
+// before, slice by slice, and two lanes find the path of one sequence.
 //
 // Template arguments: T the dtype, BITS of a code, D head_dim, BLOCK tokens, THREADS, LANES and HELD (see
 // LaneRow), MATRICES (see coefficients), and KEY: a word packs channels of a token, else tokens of a channel.

@@ -306,49 +306,49 @@ DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries
 
 // ---- the cheapest path of a trellis, by two neighbouring lanes ---------------------------------------
 //
-// Lane `half`, 0 or 1, has states 4 half to 4 half + 3. Only the subsets half and half + 2 lead there. Place i of its
-// states is state_at(i, half): then places 0 and 1 of both lanes lead to what a lane keeps, and it gives 2 and 3 away
+// Lane `side`, 0 or 1, has states 4 side to 4 side + 3. Only the subsets side and side + 2 lead there. Place i of its
+// states is state_at(i, side): then places 0 and 1 of both lanes lead to what a lane keeps, and it gives 2 and 3 away
 // for those of the other lane with the same successors.
 
 enum { HALF_STATES = TRELLIS_STATES / 2 };
 
-DEVICE_FN uint state_at(uint i, uint half) { return (i ^ (i >> 1)) ^ (7u * half); }
+DEVICE_FN uint state_at(uint i, uint side) { return (i ^ (i >> 1)) ^ (7u * side); }
 
-DEVICE_FN void begin_half_path(uint state, THREAD float* sums, uint half) {  // sums: [HALF_STATES]
+DEVICE_FN void begin_half_path(uint state, THREAD float* sums, uint side) {  // sums: [HALF_STATES]
   UNROLL
-  for (uint i = 0; i < HALF_STATES; ++i) sums[i] = state == state_at(i, half) ? 0.0f : 1e30f;
+  for (uint i = 0; i < HALF_STATES; ++i) sums[i] = state == state_at(i, side) ? 0.0f : 1e30f;
 }
 
 // One position further, as extend_path: the sums of the lane's states, and its part of the choices.
 template <int BITS>
-DEVICE_FN uint extend_half_path(float z, THREAD float* sums, uint half) {  // sums: [HALF_STATES]
+DEVICE_FN uint extend_half_path(float z, THREAD float* sums, uint side) {  // sums: [HALF_STATES]
   const float got[2] = {shuffle_xor(sums[2], ushort(1)), shuffle_xor(sums[3], ushort(1))};
   float cost[2];  // of the subset through which place 0 comes from what the lane keeps, and of the other
-  uint choices = nearest_member<BITS, uint>(z, 3u * half, cost[0]);
-  choices |= nearest_member<BITS, uint>(z, 2u - half, cost[1]);
+  uint choices = nearest_member<BITS, uint>(z, 3u * side, cost[0]);
+  choices |= nearest_member<BITS, uint>(z, 2u - side, cost[1]);
   // Of two states before, lane 0 keeps t / 2 and lane 1 t / 2 + 4. So lane 1 begins with all bits set.
-  choices |= 0xF0u * half;
+  choices |= 0xF0u * side;
   const float kept[2] = {sums[0], sums[1]};
   UNROLL
   for (uint i = 0; i < HALF_STATES; ++i) {
     const float here = kept[i / 2] + cost[i % 2], there = got[i / 2] + cost[1 - i % 2];
     // Below zero, as an int, where the way is from there: bits of positive floats are ordered as they are, and of equal
     // sums t / 2 wins.
-    const uint difference = bits_of_float(there) - bits_of_float(here) - half;
-    choices ^= uint(int(difference) >> 31) & (1u << state_at(i, half));
+    const uint difference = bits_of_float(there) - bits_of_float(here) - side;
+    choices ^= uint(int(difference) >> 31) & (1u << state_at(i, side));
     sums[i] = min(here, there);
   }
   return choices;
 }
 
 // The state in which the cheapest path ends; both lanes get it.
-DEVICE_FN uint end_of_half_paths(THREAD const float* sums, uint half) {  // sums: [HALF_STATES]
+DEVICE_FN uint end_of_half_paths(THREAD const float* sums, uint side) {  // sums: [HALF_STATES]
   float all[TRELLIS_STATES];
   UNROLL
   for (uint i = 0; i < HALF_STATES; ++i) {
     const float theirs = shuffle_xor(sums[i], ushort(1));
-    all[state_at(i, 0)] = half == 0 ? sums[i] : theirs;
-    all[state_at(i, 1)] = half == 0 ? theirs : sums[i];
+    all[state_at(i, 0)] = side == 0 ? sums[i] : theirs;
+    all[state_at(i, 1)] = side == 0 ? theirs : sums[i];
   }
   return end_of_path<uint>(all);
 }
@@ -358,23 +358,23 @@ DEVICE_FN uint end_of_half_paths(THREAD const float* sums, uint half) {  // sums
 // bytes as of step_back, `step` apart; those before `start` become 0.
 template <int BITS, int LENGTH>
 DEVICE_FN void encode_sequence(
-    THREADGROUP uint* numbers, THREADGROUP uchar* codes, uint step, uint start, uint state, uint half, bool is_one) {
+    THREADGROUP uint* numbers, THREADGROUP uchar* codes, uint step, uint start, uint state, uint side, bool is_one) {
   float sums[HALF_STATES];
-  begin_half_path(state, sums, half);
+  begin_half_path(state, sums, side);
   // Two positions at a time, of which each lane keeps the choices of one.
   for (uint i = start & ~1u; i < LENGTH; i += 2) {
     const float z = is_one ? float_of_bits(numbers[i]) : 0.0f;
     const float next = is_one ? float_of_bits(numbers[i + 1]) : 0.0f;
-    const uint even = extend_half_path<BITS>(z, sums, half);
-    if (i < start) begin_half_path(state, sums, half);
-    const uint odd = extend_half_path<BITS>(next, sums, half);
-    const uint choices = (half == 0 ? even : odd) | shuffle_xor(half == 0 ? odd : even, ushort(1));
+    const uint even = extend_half_path<BITS>(z, sums, side);
+    if (i < start) begin_half_path(state, sums, side);
+    const uint odd = extend_half_path<BITS>(next, sums, side);
+    const uint choices = (side == 0 ? even : odd) | shuffle_xor(side == 0 ? odd : even, ushort(1));
     MEET_LANES();  // both have read what is replaced
-    if (is_one) numbers[i + half] = choices;
+    if (is_one) numbers[i + side] = choices;
   }
-  uint at = end_of_half_paths(sums, half);
+  uint at = end_of_half_paths(sums, side);
   MEET_LANES();  // the choices are there
-  if (!is_one || half != 0) return;
+  if (!is_one || side != 0) return;
   for (uint i = LENGTH; i > start; --i) {
     codes[(i - 1) * step] = uchar(step_back<BITS>(numbers[i - 1], at));
   }

@@ -158,7 +158,7 @@ DEVICE_FN Bits step_back(Bits choices, THREAD Bits& state) {
   return code | (index << 4);
 }
 
-// How many of SEQUENCES sequences of LENGTH numbers a threadgroup codes at once: as many as fit into BYTES, at most 128.
+// How many of SEQUENCES sequences of LENGTH numbers a threadgroup codes at once: what fits into BYTES, at most 128.
 template <int LENGTH, int BYTES, int SEQUENCES>
 struct Slice {
   enum {

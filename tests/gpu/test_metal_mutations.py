@@ -323,26 +323,26 @@ def trellis_mutations():
     for old, new in (
         ("c ^ (3u * sign)", "c"),
         ("+ 4u * high;", ";"),
-        ("3u * half, cost", "half, cost"),
-        ("2u - half, cost", "2u, cost"),
+        ("3u * side, cost", "side, cost"),
+        ("2u - side, cost", "2u, cost"),
         ("cost[1 - i % 2]", "cost[i % 2]"),
         ("there = got[i / 2]", "there = kept[i / 2]"),
         ("sign | (high << 1)", "high | (sign << 1)"),
         ("member << (8 + 2 * c)", "member << 8"),
         ("(choices >> (subset * 2u + 8u))", "(choices >> 8u)"),
-        ("0xF0u * half", "0u"),
-        ("(1u << state_at(i, half))", "(1u << i)"),
+        ("0xF0u * side", "0u"),
+        ("(1u << state_at(i, side))", "(1u << i)"),
         ("sums[i] = min(here, there)", "sums[i] = here"),
         ("? 0.0f : 1e30f", "? 0.0f : 0.0f"),
-        ("half == 0 ? even : odd", "even"),
-        ("shuffle_xor(half == 0 ? odd : even", "shuffle_xor(odd"),
+        ("side == 0 ? even : odd", "even"),
+        ("shuffle_xor(side == 0 ? odd : even", "shuffle_xor(odd"),
         ("all[state_at(i, 1)]", "all[7 - i]"),
         ("entering_subset(state) ^ (far << 1)", "entering_subset(state)"),
         ("(state >> 1) | (far << 2)", "state >> 1"),
         ("return code | (index << 4)", "return code | (code << 4)"),
         ("(subset ^ (sign * 3u))", "subset"),
         ("state = sums[t] < least", "state = sums[t] < sums[0]"),
-        ("if (is_one) numbers[i + half] = choices;", ""),
+        ("if (is_one) numbers[i + side] = choices;", ""),
         ("MEET_LANES();  // both have read what is replaced", ""),
         ("MEET_LANES();  // the choices are there", ""),
         ("codes[(i - 1) * step]", "codes[i - 1]"),
@@ -350,16 +350,16 @@ def trellis_mutations():
         yield old, new, of_values
     for old, new in (
         ("distance < cost ? Bits{}", "distance <= cost ? Bits{}"),
-        ("bits_of_float(here) - half;", "bits_of_float(here) - 1;"),
+        ("bits_of_float(here) - side;", "bits_of_float(here) - 1;"),
     ):
         yield old, new, tied
     of_rows = of(check_tied_paths, 3, KEY)
     yield "sums[t] < least ? Bits{}", "sums[t] <= least ? Bits{}", of_rows
-    yield "bits_of_float(here) - half;", "bits_of_float(here);", of_rows
+    yield "bits_of_float(here) - side;", "bits_of_float(here);", of_rows
     for old, new in (
-        ("state == state_at(i, half) ?", "state_at(i, half) == 0 ?"),
+        ("state == state_at(i, side) ?", "state_at(i, side) == 0 ?"),
         ("uint i = start & ~1u;", "uint i = start;"),
-        ("if (i < start) begin_half_path(state, sums, half);", ""),
+        ("if (i < start) begin_half_path(state, sums, side);", ""),
         ("i < start; ++i) codes", "i + 1 < start; ++i) codes"),
         ("is_one && state != nullptr ? state[", "false ? state["),
         ("state[sequence * state_stride]", "state[sequence]"),

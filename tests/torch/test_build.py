@@ -86,7 +86,7 @@ def test_the_build_asks_torch_for_exactly_this(monkeypatch, tmp_path):
     assert asked["name"] == CHOSEN.name
     assert asked["build_directory"] == str(CHOSEN.directory)
     assert asked["is_python_module"] is False
-    assert [Path(source).exists() for source in asked["sources"]] == [True] * 3
+    assert [Path(source).exists() for source in asked["sources"]] == [True] * 4
     assert asked["extra_cuda_cflags"] == [
         *("-O3", "-arch=sm_90a"),
         *("-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"),
