@@ -282,9 +282,10 @@ struct AttendPacked {
   }
 
   // The factors of ROWS rows, of which row_at(row) is where the first number lies. use(row, square_sum) gets the sum of
-  // a row's squares in one lane.
+  // the squares of `scale` times a row in one lane.
   template <typename RowAt, typename Use>
-  static DEVICE_FN void load_factors(const RowAt& row_at, float* factors, int warp, int lane, const Use& use) {
+  static DEVICE_FN void load_factors(
+      const RowAt& row_at, float scale, float* factors, int warp, int lane, const Use& use) {
     float largest[ROWS / WARPS], square_sum[ROWS / WARPS];
 #pragma unroll
     for (int i = 0; i < ROWS / WARPS; ++i) {
@@ -295,7 +296,7 @@ struct AttendPacked {
         // Behind the last channel there is nothing.
         const float x = c + lane < KEY_DIM ? to_float(row[c + lane]) : 0.0f;
         largest[i] = fmaxf(largest[i], fabsf(x));
-        square_sum[i] = fmaf(x, x, square_sum[i]);
+        square_sum[i] = fmaf(scale * x, scale * x, square_sum[i]);
       }
     }
 #pragma unroll
@@ -347,11 +348,11 @@ struct AttendPacked {
     };
     with_dtype(call.q, call.dtype, [&](const auto* q) {
       const auto plain = [&](int row) { return q + query_at(call, p.batch, p.kv_head, last(row)); };
-      load_factors(rotated, factors, warp, lane, [&](int row, float square_sum) {
-        factors[2 * ROWS + row] = score_noise(KEY_BITS) * LOG2_E * call.scale * call.scale * square_sum;
+      load_factors(rotated, call.scale, factors, warp, lane, [&](int row, float square_sum) {
+        factors[2 * ROWS + row] = score_noise(KEY_BITS) * LOG2_E * square_sum;
         factors[3 * ROWS + row] = factors[row] * call.scale * LOG2_E;
       });
-      load_factors(plain, factors + ROWS, warp, lane, [](int, float) {});
+      load_factors(plain, call.scale, factors + ROWS, warp, lane, [](int, float) {});
       __syncthreads();  // the factors are there
       load_operands<Keys::STEPS, Order<KEY_BITS>>(
           rotated, [&](int step) { return Keys::chunk(step, lane % 4); }, factors, queries, warp, lane);
@@ -360,12 +361,26 @@ struct AttendPacked {
     });
   }
 
+  static DEVICE_FN const __half* centres_of(const rotormlx_attend_arguments& call, const Part& p) {
+    return static_cast<const __half*>(call.keys.centres) + p.batch * call.keys.centres_strides[0] +
+           p.kv_head * call.keys.centres_strides[1];
+  }
+
+  // Calls the centres of 16 blocks of this warp, from `first_block` on, into the L2 cache.
+  static DEVICE_FN void prefetch_centres(
+      const rotormlx_attend_arguments& call, const Part& p, int first_block, int last_block, int lane) {
+    constexpr int LINE = 64, LINES = (KEY_DIM + LINE - 1) / LINE;  // 128 bytes, and those of a centre
+    for (int i = lane; i < 16 * LINES; i += 32) {
+      const int block = min(first_block + i / LINES * WARPS, last_block);
+      prefetch(centres_of(call, p) + block * call.keys.centres_strides[2] + i % LINES * LINE);
+    }
+  }
+
   // <q, centre> of this warp's next 16 blocks, [16][ROWS]: one product with the centres as rows. A barrier must follow.
   static DEVICE_FN void multiply_centres(
       const rotormlx_attend_arguments& call, const Part& p, int first_block, int last_block,
       const uint4* plain_queries, const float* factors, float* products, int lane) {
-    const __half* centres = static_cast<const __half*>(call.keys.centres) +
-                            p.batch * call.keys.centres_strides[0] + p.kv_head * call.keys.centres_strides[1];
+    const __half* centres = centres_of(call, p);
     const int group = lane / 4, quad_lane = lane % 4;
     float sums[TILES * 4];
 #pragma unroll
@@ -572,6 +587,7 @@ struct AttendPacked {
 #pragma unroll
     for (int i = 0; i < SLOTS - 1; ++i) start(0, i, i * SLOT);
 
+    if (blocks > 0) prefetch_centres(call, first, first_block, end_block - 1, lane);
     fill_half_levels<KEY_BITS>(level_bytes, table, int(threadIdx.x), THREADS);
     if (VALUE_BITS != KEY_BITS) {
       fill_half_levels<VALUE_BITS>(level_bytes + 4, table, int(threadIdx.x), THREADS);

@@ -1,97 +1,127 @@
 // Decode attention, last pass: the parts of a query row become its output. The packed parts are in the rotated space
 // of the values; their sum is rotated back once.
 
-// Shared memory of a thread block of ROWS query rows, in floats: packed sums [ROWS][VALUE_DIM], and behind them first
-// the shares of the parts, [ROWS][MAX_PARTS], then the products of multiply_rows.
+// Shared memory of a thread block of ROWS query rows, in floats: sums of packed and of exact parts,
+// [SHARERS][ROWS][VALUE_DIM] each; behind them first [MAX_PARTS] for each warp, the shares of the parts in its row, then
+// the products of multiply_rows.
 template <int VALUE_DIM, int ROWS, int THREADS>
 struct MergeShape {
   enum {
-    REST = ROWS * VALUE_DIM,
-    PRODUCTS = THREADS / 32 * ROWS * VALUE_DIM,
-    ALL = REST + (PRODUCTS > ROWS * MAX_PARTS ? PRODUCTS : ROWS * MAX_PARTS)
+    WARPS = THREADS / 32,
+    SHARERS = ROWS < WARPS ? WARPS / ROWS : 1,  // warps that take turns with the parts of a row
+    SUMS = SHARERS * ROWS * VALUE_DIM,
+    REST = 2 * SUMS,
+    PRODUCTS = WARPS * ROWS * VALUE_DIM,
+    ALL = REST + (PRODUCTS > WARPS * MAX_PARTS ? PRODUCTS : WARPS * MAX_PARTS)
   };
 };
 
-// ROWS query rows of a KV head in a thread block of THREADS; the grid is tiles of rows x [B, K].
+// What each part of a query row counts for, and nothing behind the last: by one warp, for itself. A barrier of the warp
+// must follow.
+DEVICE_FN void find_shares(
+    const AttendParts& all, int kv_head, int row, int64_t first_part, int parts, int lane, float* shares) {
+  const rotormlx_attend_arguments& call = all.call;
+  float tops[MAX_PARTS / 32], totals[MAX_PARTS / 32];
+  float top = HIDDEN, total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MAX_PARTS / 32; ++i) {
+    const int part = 32 * i + lane;
+    const bool exists = part < parts;
+    tops[i] = exists ? all.tops[first_part + part] : HIDDEN;
+    totals[i] = exists ? all.totals[first_part + part] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < MAX_PARTS / 32; ++i) top = fmaxf(top, tops[i]);
+  for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, shuffle_xor(top, mask));
+  float sink = HIDDEN;
+  if (call.sink_logits != nullptr) {
+    sink = call.sink_logits[kv_head * (call.heads / call.kv_heads) + row / call.length] * LOG2_E;
+    top = fmaxf(top, sink);
+  }
+#pragma unroll
+  for (int i = 0; i < MAX_PARTS / 32; ++i) {
+    tops[i] = share_of(tops[i], top);
+    total = fmaf(tops[i], totals[i], total);
+  }
+  for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+  total += share_of(sink, top);
+  // A query that sees nothing has a total of zero.
+  const float factor = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
+#pragma unroll
+  for (int i = 0; i < MAX_PARTS / 32; ++i) shares[32 * i + lane] = tops[i] * factor;
+}
+
+// ROWS query rows of a KV head in a thread block of THREADS; the grid is tiles of rows x [B, K]. The first outputs of
+// a row are under way while its shares are found, and a warp has a quarter of them where there is one row: all that is
+// waited for is memory.
 template <int VALUE_DIM, int ROWS, int THREADS>
 DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // shared, see MergeShape
-  constexpr int CHANNELS = (VALUE_DIM + THREADS - 1) / THREADS;
+  using Shape = MergeShape<VALUE_DIM, ROWS, THREADS>;
+  constexpr int CHANNELS = (VALUE_DIM + THREADS - 1) / THREADS, SHARERS = Shape::SHARERS;
+  constexpr int BATCH = ROWS == 1 ? 16 : 4;  // loads under way; where there are many rows, other warps have theirs
   const rotormlx_attend_arguments& call = all.call;
-  const int thread = int(threadIdx.x);
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int head_index = int(blockIdx.y);
   const int kv_head = head_index % call.kv_heads;
   const int group_rows = call.heads / call.kv_heads * call.length;
   const int parts = all.exact_parts + all.packed_parts;
   const int first_row = int(blockIdx.x) * ROWS;
-  float* shares = packed_sums + MergeShape<VALUE_DIM, ROWS, THREADS>::REST;
+  float* exact_sums = packed_sums + Shape::SUMS;
+  float* shares = packed_sums + Shape::REST;
+  float* row_shares = shares + warp * MAX_PARTS;
 
-  // What each part counts for, and nothing behind the last: a warp takes a row.
-  for (int r = thread / 32; r < ROWS; r += THREADS / 32) {
-    const int lane = thread % 32;
+  const int sharer = warp % SHARERS;
+  for (int r = warp / SHARERS; r < ROWS; r += Shape::WARPS / SHARERS) {
     const int row = min(first_row + r, group_rows - 1);
     const int64_t first_part = (int64_t(head_index) * group_rows + row) * parts;
-    float tops[MAX_PARTS / 32], totals[MAX_PARTS / 32];
-    float top = HIDDEN, total = 0.0f;
+    const float* outputs = all.outputs + first_part * VALUE_DIM;
+    float4 x[BATCH];  // four channels of this lane, of parts `start` + i SHARERS
+    const auto load = [&](int start, int column) {
 #pragma unroll
-    for (int i = 0; i < MAX_PARTS / 32; ++i) {
-      const int part = 32 * i + lane;
-      const bool exists = part < parts;
-      tops[i] = exists ? all.tops[first_part + part] : HIDDEN;
-      totals[i] = exists ? all.totals[first_part + part] : 0.0f;
-    }
+      for (int i = 0; i < BATCH; ++i) {
+        // Behind the last part, or column, it is read again.
+        const int part = min(start + i * SHARERS, parts - 1);
+        x[i] = *reinterpret_cast<const float4*>(outputs + part * VALUE_DIM + min(column, VALUE_DIM - 4));
+      }
+    };
+    if (parts > 0) load(sharer, 4 * lane);
+    __syncwarp();  // no shares are in use
+    find_shares(all, kv_head, row, first_part, parts, lane, row_shares);
+    __syncwarp();  // the shares are there
+    for (int column = 4 * lane; column < VALUE_DIM; column += 4 * 32) {
+      float packed[4] = {0.0f, 0.0f, 0.0f, 0.0f}, exact[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int start = sharer; start < parts; start += BATCH * SHARERS) {
+        if (start > sharer || column >= 4 * 32) load(start, column);
 #pragma unroll
-    for (int i = 0; i < MAX_PARTS / 32; ++i) top = fmaxf(top, tops[i]);
-    for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, shuffle_xor(top, mask));
-    float sink = HIDDEN;
-    if (call.sink_logits != nullptr) {
-      sink = call.sink_logits[kv_head * (call.heads / call.kv_heads) + row / call.length] * LOG2_E;
-      top = fmaxf(top, sink);
-    }
+        for (int i = 0; i < BATCH; ++i) {
+          const int part = start + i * SHARERS;
+          const float share = part < parts ? row_shares[part] : 0.0f;
+          const float four[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
-    for (int i = 0; i < MAX_PARTS / 32; ++i) {
-      tops[i] = share_of(tops[i], top);
-      total = fmaf(tops[i], totals[i], total);
-    }
-    for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-    total += share_of(sink, top);
-    // A query that sees nothing has a total of zero.
-    const float factor = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
-#pragma unroll
-    for (int i = 0; i < MAX_PARTS / 32; ++i) shares[r * MAX_PARTS + 32 * i + lane] = tops[i] * factor;
-  }
-  __syncthreads();  // the shares are there
-
-  float exact_sums[ROWS][CHANNELS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int row = min(first_row + r, group_rows - 1);
-    const float* outputs = all.outputs + (int64_t(head_index) * group_rows + row) * parts * VALUE_DIM;
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      const int channel = c * THREADS + thread;
-      float packed_sum = 0.0f;
-      exact_sums[r][c] = 0.0f;
-      if (channel < VALUE_DIM) {
-        constexpr int BATCH = 16;
-        for (int start = 0; start < parts; start += BATCH) {
-          float x[BATCH];
-#pragma unroll
-          for (int i = 0; i < BATCH; ++i) x[i] = outputs[min(start + i, parts - 1) * VALUE_DIM + channel];
-#pragma unroll
-          for (int i = 0; i < BATCH; ++i) {
-            const float share = shares[r * MAX_PARTS + start + i];
-            if (start + i < all.exact_parts) exact_sums[r][c] = fmaf(share, x[i], exact_sums[r][c]);
-            else packed_sum = fmaf(share, x[i], packed_sum);
+          for (int c = 0; c < 4; ++c) {
+            if (part < all.exact_parts) exact[c] = fmaf(share, four[c], exact[c]);
+            else packed[c] = fmaf(share, four[c], packed[c]);
           }
         }
-        packed_sums[r * VALUE_DIM + channel] = packed_sum;
+      }
+      const int at = (sharer * ROWS + r) * VALUE_DIM + column;
+      for (int c = 0; c < 4; ++c) {
+        packed_sums[at + c] = packed[c];
+        exact_sums[at + c] = exact[c];
       }
     }
   }
-  float* products = shares;  // no longer in use behind the barrier in multiply_rows
+  __syncthreads();  // the sums of all warps are there
+  const auto of_sharers = [&](const float* sums, int i) {
+    float sum = 0.0f;
+    for (int s = 0; s < SHARERS; ++s) sum += sums[s * ROWS * VALUE_DIM + i];
+    return sum;
+  };
+  for (int i = thread; i < ROWS * VALUE_DIM; i += THREADS) packed_sums[i] = of_sharers(packed_sums, i);
+  float* products = shares;  // no longer in use
   if (all.packed_parts > 0) {
     const float* matrix = call.value_matrix + kv_head * call.value_matrix_stride;
-    multiply_rows<VALUE_DIM, ROWS, THREADS / 32>(packed_sums, matrix, thread / 32, thread % 32, products);
+    multiply_rows<VALUE_DIM, ROWS, THREADS / 32>(packed_sums, matrix, warp, lane, products);
     __syncthreads();  // the products of the sums are there
   }
 
@@ -112,7 +142,7 @@ DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // sha
             ((int64_t(head_index / call.kv_heads) * call.heads + head) * call.length + row % call.length) *
                 VALUE_DIM + channel;
         const float x = all.packed_parts == 0 ? 0.0f : product<VALUE_DIM, ROWS, THREADS / 32>(products, r, channel);
-        store(call.out, at, call.dtype, fmaf(x, factor, exact_sums[r][c]));
+        store(call.out, at, call.dtype, fmaf(x, factor, of_sharers(exact_sums, r * VALUE_DIM + channel)));
       }
     }
   }

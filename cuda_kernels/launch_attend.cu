@@ -106,9 +106,9 @@ int launch_all(const rotormlx_attend_arguments& call, const rotormlx_attend_plan
   all.packed_parts = plan.packed_parts;
   all.packed_part_tokens = plan.packed_part_tokens;
   all.rotated = static_cast<float*>(call.workspace);
-  all.tops = all.rotated + query_rows * KEY_DIM;
+  all.outputs = all.rotated + query_rows * KEY_DIM;  // on a multiple of 16 bytes
+  all.tops = all.outputs + query_rows * parts * VALUE_DIM;
   all.totals = all.tops + query_rows * parts;
-  all.outputs = all.totals + query_rows * parts;
 
   const dim3 row_grid(ceil_divide(group_rows, ROWS), heads);
   int error = 0;

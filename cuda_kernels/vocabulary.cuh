@@ -96,6 +96,9 @@ DEVICE_FN float log_of_size(float x) {
   return power;
 }
 
+// The memory there will be read soon.
+DEVICE_FN void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // From here on the compiler does not know what x is made of, and cannot make it again.
 DEVICE_FN void keep_in_register(uint& x) { asm volatile("" : "+r"(x)); }
 

@@ -174,7 +174,9 @@ def query_shared_bytes(key_dim: int, rows: int) -> int:
 
 def merge_shared_bytes(value_dim: int, rows: int) -> int:
     """Of the kernel that merges the parts of ``rows`` query rows at once: ``MergeShape``."""
-    return 4 * rows * (value_dim + max(THREADS // 32 * value_dim, MAX_PARTS))
+    warps = THREADS // 32
+    sums = rows * max(warps // rows, 1) * value_dim
+    return 4 * (2 * sums + warps * max(rows * value_dim, MAX_PARTS))
 
 
 def _item(span_loads: int, lanes: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from rotormlx.codec.format import KEY, VALUE
 from tests.emulator import missing
-from tests.support.attend_cases import Case, problem, with_own_scales
+from tests.support.attend_cases import Case, Launch, problem, with_own_scales
 from tests.support.codec_cases import (
     check_centre_of_finite_rows,
     check_filled_up_path,
@@ -390,7 +390,7 @@ TENSOR_MUTATIONS = [
         {"gain": 60.0},
     ),
     ("const float x = c + lane < KEY_DIM ?", "const float x = true ?", {}),
-    ("load_factors(plain, factors + ROWS, warp, lane, [](int, float) {});", "", {}),
+    ("load_factors(plain, call.scale, factors + ROWS, warp, lane, [](int, float) {});", "", {}),
     ("dtype == ROTORMLX_FLOAT16) use(", "dtype == ROTORMLX_BFLOAT16) use(", {}),
     ("__syncthreads();  // the factors are there", "", {}),
     ("__syncthreads();  // the queries, the levels and the part are there", "", {}),
@@ -402,6 +402,7 @@ TENSOR_MUTATIONS = [
         "first_block + (group + 8 * half) * WARPS",
         {},
     ),
+    ("min(first_block + i / LINES * WARPS, last_block)", "first_block + i / LINES * WARPS", {}),
     ("min(8 * (4 * step + quad_lane), KEY_DIM - 8)", "8 * (4 * step + quad_lane)", {}),
     ("products[(group + i / 2 * 8) * ROWS + row]", "products[(group + i / 2) * ROWS + row]", {}),
     ("scale, centre)", "scale, 0.0f)", {}),
@@ -411,7 +412,8 @@ TENSOR_MUTATIONS = [
     ("-noise * scale", "-noise", NOISY),
     ("score_noise(KEY_BITS) * LOG2_E", "score_noise(KEY_BITS)", NOISY),
     ("square_sum[i] += shuffle_xor(square_sum[i], mask);", "", NOISY),
-    ("square_sum[i] = fmaf(x, x, square_sum[i]);", "square_sum[i] = x * x;", NOISY),
+    ("fmaf(scale * x, scale * x, square_sum[i])", "scale * x * scale * x", NOISY),
+    ("fmaf(scale * x, scale * x, square_sum[i])", "fmaf(x, x, square_sum[i])", NOISY),
     ("if (!all_seen) hide(call, p, block, lane, scores);", "", {}),
     ("score = index < p.stop ? masked(", "score = true ? masked(", {}),
     ("ROTORMLX_MASK_NONE) return p.stop;", "ROTORMLX_MASK_NONE) return 2 * BLOCK + p.stop;", NONE),
@@ -455,6 +457,12 @@ TENSOR_MUTATIONS = [
     ),
     ("row < ROWS && p.first_row + row < p.group_rows; row", "row < ROWS; row", {}),
 ]
+# Rows of more than one round of lanes, and parts of more than one round of loads.
+LONG = {"dims": (192, 192)}
+MANY_PARTS = {
+    **{"batch": 1, "kv_heads": 1, "blocks": 1, "tail": 2200, "length": 2},
+    "launch": Launch(multiprocessors=50),
+}
 SHARED_MUTATIONS = [
     # Positions and masks
     ("min(call.sink, exact_tokens)", "0", {"mask": "bool"}),
@@ -516,21 +524,29 @@ SHARED_MUTATIONS = [
     ("min(column, D - 4)", "column", {}),
     ("fmaf(number, entries[i].z, x[r][2])", "fmaf(number, entries[i].y, x[r][2])", {}),
     ("rows[r * D + warp * SHARE + n * BATCH + i]", "rows[r * D + n * BATCH + i]", {}),
-    ("if (n > 0 || column >= 4 * 32) load", "if (n > 0) load", {"dims": (192, 192)}),
-    ("if (n > 0 || column >= 4 * 32) load", "if (column >= 4 * 32) load", {"dims": (192, 192)}),
-    ("column < D; column += 4 * 32", "column < 4 * 32; column += 4 * 32", {"dims": (192, 192)}),
+    ("if (n > 0 || column >= 4 * 32) load", "if (n > 0) load", LONG),
+    ("if (n > 0 || column >= 4 * 32) load", "if (column >= 4 * 32) load", LONG),
+    ("column < D; column += 4 * 32", "column < 4 * 32; column += 4 * 32", LONG),
     ("w < WARPS; ++w) sum += products", "w < WARPS - 1; ++w) sum += products", {}),
     ("__syncthreads();  // the products of the rows are there", "", {}),
-    ("__syncthreads();  // the shares are there", "", {}),
+    ("__syncwarp();  // the shares are there", "", {}),
+    ("__syncthreads();  // the sums of all warps are there", "", {}),
     ("__syncthreads();  // the products of the sums are there", "", {}),
     ("top = fmaxf(top, tops[i]);", "top = tops[i];", {"gain": 60.0}),
     ("exists = part < parts", "exists = true", {}),
     ("total += share_of(sink, top);", "", {"sink_logits": True}),
     ("row / call.length] * LOG2_E", "row / call.length]", {"sink_logits": True}),
-    ("start + i < all.exact_parts)", "start + i <= all.exact_parts)", {}),
-    ("start + i < all.exact_parts)", "start + i < all.exact_parts - 1)", {}),
-    ("min(start + i, parts - 1) * VALUE_DIM", "min(start, parts - 1) * VALUE_DIM", {}),
-    ("packed_sum = fmaf(share, x[i], packed_sum)", "packed_sum += x[i]", {}),
+    ("part < all.exact_parts) exact", "part <= all.exact_parts) exact", {}),
+    ("part < all.exact_parts) exact", "part < all.exact_parts - 1) exact", {}),
+    ("min(start + i * SHARERS, parts - 1)", "min(start, parts - 1)", MANY_PARTS),
+    ("min(start + i * SHARERS, parts - 1)", "start + i * SHARERS", {}),
+    ("if (start > sharer || column >= 4 * 32) load", "if (column >= 4 * 32) load", MANY_PARTS),
+    ("if (start > sharer || column >= 4 * 32) load", "if (start > sharer) load", LONG),
+    ("start = sharer; start < parts", "start = 0; start < parts", {}),
+    ("packed[c] = fmaf(share, four[c], packed[c])", "packed[c] += four[c]", {}),
+    ("exact[c] = fmaf(share, four[c], exact[c])", "exact[c] += four[c]", {}),
+    ("(sharer * ROWS + r) * VALUE_DIM + column", "r * VALUE_DIM + column", {}),
+    ("s < SHARERS; ++s) sum +=", "s < 1; ++s) sum +=", {}),
     ("total = fmaf(tops[i], totals[i], total)", "total += totals[i]", {}),
     ("kv_head * VALUE_DIM + channel;", "channel;", {}),
     ("total == 0.0f ? 0.0f :", "", {"mask": "bool"}),
@@ -540,6 +556,7 @@ SHARED_MUTATIONS = [
     ("const dim3 grid(plan.tiles, heads, parts);", "const dim3 grid(1, heads, parts);", {}),
     ("grid(plan.tiles, heads, parts);", "grid(plan.tiles, heads, parts - 1);", {"blocks": 9}),
     ("all.totals = all.tops + query_rows * parts;", "all.totals = all.tops + 1;", {}),
+    ("all.tops = all.outputs + query_rows * parts * VALUE_DIM", "all.tops = all.outputs + 1", {}),
 ]
 PLAIN_MUTATIONS = [
     ("__syncthreads();  // the query and the levels are there", "", {}),
@@ -625,6 +642,8 @@ def of_attention():
         for old, new, changes in listed:
             check = attends(problem, replace(case, **changes))
             yield Mutation(old, new, check, trims=tuple(trims))
+    shares_rows = attends(problem, replace(FLOAT, launch=Launch(shares_rows=True)))
+    yield Mutation("__syncwarp();  // no shares are in use", "", shares_rows)
     for old, new, _ in OWN_SCALE_MUTATIONS:
         yield Mutation(old, new, attends(with_own_scales, FLOAT), trims=tuple(WITHOUT_TENSOR))
 
