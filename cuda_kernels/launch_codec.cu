@@ -7,8 +7,19 @@
 
 namespace {
 
+// Thread blocks that a multiprocessor shall have room for: three, where a thread can do with 80 registers and not spill.
 template <typename Codec>
-__global__ void __launch_bounds__(CODEC_THREADS, 3) encode(const __grid_constant__ rotormlx_encode_arguments call) {
+constexpr int blocks_at_once() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  return Codec::BITS == 3 && Codec::IS_KEY == 0 ? 2 : 3;
+#else
+  return 3;
+#endif
+}
+
+template <typename Codec>
+__global__ void __launch_bounds__(CODEC_THREADS, blocks_at_once<Codec>()) encode(
+    const __grid_constant__ rotormlx_encode_arguments call) {
   encode_block<Codec, CODEC_THREADS>(call);
 }
 
