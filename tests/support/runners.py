@@ -161,12 +161,14 @@ class MetalRunner(BackendRunner):
 @contextlib.contextmanager
 def planned_as(launch):
     """CUDA calls of attend are planned in this way."""
-    with pytest.MonkeyPatch.context() as patch:
-        if launch.shares_rows:
-            patch.setattr(cuda_plan, "MANY_ROWS", 1)
-            cuda_plan.attend_plan.cache_clear()
-        yield
-    cuda_plan.attend_plan.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if launch.shares_rows:
+                patch.setattr(cuda_plan, "MANY_ROWS", 1)
+                cuda_plan.attend_plan.cache_clear()
+            yield
+    finally:
+        cuda_plan.attend_plan.cache_clear()
 
 
 class MLXCUDARunner(BackendRunner):
