@@ -24,7 +24,7 @@ from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, store_step, torch_ops
 from rotormlx.torch.build import Configuration
 from rotormlx.torch.store_step import Step
-from rotormlx.torch.torch_ops import AttendCall
+from rotormlx.torch.torch_ops import AttendCall, KVView
 
 _ALIGNMENT = 16
 
@@ -98,12 +98,8 @@ def attend(call: AttendCall) -> Tensor:
         output = operators.attend(
             _aligned(query),
             call.lengths.contiguous(),
-            _aligned(keys.exact.to(query.dtype)),
-            *_blocks(keys.packed),
-            _contiguous(keys.channel_scale),
-            _aligned(values.exact.to(query.dtype)),
-            *_blocks(values.packed)[:2],
-            _contiguous(values.channel_scale),
+            *_parts(keys, query.dtype),
+            *_parts(values, query.dtype),
             _query_matrix(keys.codec.rotation, device),
             torch_ops.inverse_matrix(values.codec.rotation, device),
             mask,
@@ -185,7 +181,7 @@ def _operators(keys: Codec, values: Codec, device: torch.device) -> Any:
         values.head_dim,
         keys.bits,
         values.bits,
-        build.architecture(torch.cuda.get_device_capability(device)),
+        _architecture(device),
     )
     if configuration not in _loaded:
         build.build(configuration)
@@ -199,7 +195,7 @@ def _operators_for(codec: Codec, device: torch.device) -> Any:
     for configuration, operators in _loaded.items():
         keys = (configuration.rotation, configuration.key_dim, configuration.key_bits)
         values = (configuration.rotation, configuration.value_dim, configuration.value_bits)
-        arch = build.architecture(torch.cuda.get_device_capability(device))
+        arch = _architecture(device)
         if configuration.arch == arch and facts == (keys if codec.role == KEY else values):
             return operators
     return _operators(codec, codec, device)
@@ -230,6 +226,12 @@ def _on(device: torch.device) -> torch.cuda.device:
 
 
 @cache
+def _architecture(device: torch.device) -> str:
+    """What nvcc calls it."""
+    return build.architecture(torch.cuda.get_device_capability(device))
+
+
+@cache
 def _device(device: torch.device) -> Device:
     """What the plan of a call needs to know of a GPU."""
     facts = torch.cuda.get_device_properties(device)
@@ -247,6 +249,26 @@ def _counter(device: torch.device, stream: int, rows: int) -> Tensor:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def _parts(view: KVView, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """What ``attend`` takes of keys or values: exact, words, scales, centres (keys), channel scale.
+
+    Kept with the view where all of it is the view's own memory.
+    """
+    kept, found = view.prepared.get("cuda", (None, ()))
+    if kept == dtype:
+        return found
+    own = (view.exact, *(view.packed or (None, None, None)), view.channel_scale)
+    made = (
+        _aligned(view.exact.to(dtype)),
+        *_blocks(view.packed),
+        _contiguous(view.channel_scale),
+    )
+    taken = made if view.codec.role == KEY else (*made[:3], made[4])
+    if all(a is b for a, b in zip(own, made, strict=True)):
+        view.prepared["cuda"] = dtype, taken
+    return taken
 
 
 def _blocks(packed: Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

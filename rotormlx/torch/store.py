@@ -263,7 +263,10 @@ def groups(facts: Iterable[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, 
 @lru_cache(maxsize=16)
 def lengths_on(device: torch.device, rows: tuple[tuple[int, int], ...]) -> Tensor:
     """Packed and all tokens of each row, int32 ``[B, 2]``; the layers of a step share it."""
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    on_gpu = device.type == "cuda"
+    # From pinned memory, so that the host does not wait for the device.
+    made = torch.tensor(rows, dtype=torch.int32, pin_memory=on_gpu)
+    return made.to(device, non_blocking=on_gpu)
 
 
 def new_store(

@@ -420,6 +420,22 @@ def test_tensors_that_the_kernels_cannot_load_are_copied(kernels):
     assert a.keys.words_strides[2] == rows * lanes
 
 
+def test_a_view_is_prepared_once_where_nothing_of_it_is_copied(kernels):
+    """What is copied would be out of date with the next token."""
+    query, lengths, keys, values = attend_inputs()
+    wide = keys.exact.float()
+    for asked, dtype in ((query, torch.bfloat16), (query.float(), torch.float32), (query, None)):
+        exact = wide if dtype is None else keys.exact
+        view = keys if dtype is not None else replace(keys, exact=wide)
+        for _ in range(2):
+            cuda.attend(AttendCall(asked, lengths, view, values, **FACTS))
+            a = kept(kernels, "attend", AttendArguments)
+            assert (a.exact_keys == exact.data_ptr()) == (asked.dtype == exact.dtype)
+            assert a.keys.words == keys.packed.words.data_ptr()
+            assert a.exact_values_strides[2] == 80
+        assert ("cuda" in view.prepared) == (dtype is not None)
+
+
 def test_an_error_of_cuda_is_raised(kernels):
     answer = ctypes.c_int.in_dll(kernels, "answer")
     answer.value = 719
