@@ -6,8 +6,9 @@
     print(rotormlx.torch.apply(model, rotormlx.RotorConfig(key_bits=4)))
 
 From then on ``model.generate`` uses a compressed cache. The operators
-``torch.ops.rotormlx.{encode, decode, attend}`` are there after this import; transformers is loaded
-when :class:`RotorCache` or what belongs to it is first used, and nothing is compiled at import.
+``torch.ops.rotormlx.{encode, decode, attend, step}`` are there after this import; transformers is
+loaded when :class:`RotorCache` or what belongs to it is first used, and nothing is compiled at
+import.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import rotormlx.torch.step  # noqa: F401  (defines an operator)
 from rotormlx.torch.ops import attend, decode, encode, prefill_scale
 from rotormlx.torch.torch_ops import KVView
 

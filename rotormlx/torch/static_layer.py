@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-import rotormlx.torch.step  # noqa: F401  (defines the operator)
 from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed
 from rotormlx.config import CALIBRATED, RotorConfig

@@ -6,6 +6,7 @@ they are about what it cannot show: the compiler, the tensor cores, asynchronous
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -15,8 +16,11 @@ import torch
 from rotormlx.codec import reference
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Packed, codec
 from rotormlx.config import RotorConfig
-from rotormlx.torch import ops
-from rotormlx.torch.torch_ops import KVView
+from rotormlx.torch import ops, prefill
+from rotormlx.torch.layer import RotorLayer
+from rotormlx.torch.prompt_cache import state_of
+from rotormlx.torch.static_layer import RotorStaticLayer
+from rotormlx.torch.torch_ops import AttendCall, KVView
 from tests.support import codec_cases, noise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
@@ -218,3 +222,68 @@ def test_values_are_encoded_like_keys_of_centre_zero():
     key = ops.encode(x, config, layer=0, role=KEY, centres=zero)
     value = ops.encode(x, config, layer=0, role=VALUE)
     assert key.words.shape != value.words.shape or not torch.equal(key.words, value.words)
+
+
+@configurations
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["causal", "none", "bool"])
+def test_prefill_is_attend(head_dim, config, dtype, name, monkeypatch):
+    """Torch's attention over decoded tiles, merged, against the kernels over packed tokens."""
+    monkeypatch.setattr(prefill, "TILE_NUMBERS", 2**19)  # several tiles
+    query, lengths, keys, values, _ = call_of(head_dim, config, dtype, 2, 40)
+    mask = None
+    if name == "bool":
+        longest = max(tokens for _, tokens in lengths_of(BLOCKS))
+        mask = torch.from_numpy(np.random.default_rng(1).random((B, 1, 40, longest)) > 0.4).cuda()
+    logits = torch.linspace(-3, 6, 2 * K, device="cuda")
+    call = AttendCall(
+        query, lengths, keys, values, config.sink, 0.1, name == "causal", mask, logits
+    )
+    expected = ops.attend_fitting(call).float()
+    error = (prefill.attend(call, lengths_of(BLOCKS)).float() - expected).abs().max()
+    # Decoded vectors, weights, parts and both outputs are rounded.
+    assert (
+        error <= {"f16": 8, "bf16": 8, "f32": 128}[dtype] * ROUNDING[dtype] * expected.abs().max()
+    )
+
+
+@configurations
+def test_steps_of_a_static_cache_replay_as_a_graph(head_dim, config):
+    """Over more than two blocks: what a cache that grows gives, and its bytes."""
+    grown = RotorLayer(config, 1)
+    static = RotorStaticLayer(config, 1, max_cache_len=600)
+    for layer in (grown, static):
+        handle, _ = layer.update(*(rows((B, K, 300, head_dim), s, "bf16") for s in (0, 1)))
+        handle.step.read((0, 100))
+    query = rows((B, 4 * K, 1, head_dim), 2, "bf16")
+    new = [rows((B, K, 1, head_dim), seed, "bf16") for seed in (3, 4)]
+
+    def step(layer):
+        key, _ = layer.update(*new)
+        return key.step.attend(query, None, 0.1, None)
+
+    step(copy.deepcopy(static))  # compiles, and makes tables
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step(static)
+    for number in range(150):
+        for place, buffer in enumerate((query, *new)):
+            buffer.copy_(rows(buffer.shape, 10 + 3 * number + place, "bf16"))
+        graph.replay()
+        handle, _ = grown.update(*new)
+        view = handle.step.read(None)
+        call = AttendCall(
+            query, view.lengths, view.keys, view.values, config.sink, 0.1, True, None, None
+        )
+        expected = ops.attend_fitting(call).float()
+        # Each output is rounded; sums are cut into other parts.
+        assert (output.float() - expected).abs().max() <= 4 * ROUNDING[
+            "bf16"
+        ] * expected.abs().max()
+    assert static.packed == grown.packed
+    for row in range(B):
+        for layer in (twins := [copy.deepcopy(grown), copy.deepcopy(static)]):
+            layer.batch_select_indices([row])
+        for a, b in zip(*(state_of(layer) for layer in twins), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
