@@ -95,10 +95,11 @@ def checked(
             "[RotorCache] Keys must come with the values of their own layer, but the model mixes "
             "them; use the model without rotormlx."
         )
-    if query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
+    shape, asked = key.shape, query.shape
+    if asked[-1] != shape[-1] or asked[1] % shape[1]:
         raise ValueError(
-            f"[RotorCache] Queries must have the keys' head_dim {key.shape[-1]} and a multiple of "
-            f"their {key.shape[1]} heads, but have shape {tuple(query.shape)}; use the model "
+            f"[RotorCache] Queries must have the keys' head_dim {shape[-1]} and a multiple of "
+            f"their {shape[1]} heads, but have shape {tuple(asked)}; use the model "
             "without rotormlx."
         )
     if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":

@@ -71,8 +71,7 @@ class KVHandle:
         self.role = role
         self.layer = layer
         self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
-        batch, heads, _, head_dim = like.shape
-        self.shape = torch.Size((batch, heads, tokens, head_dim))
+        self._like, self._tokens = like.shape, tokens
 
     def goes_with(self, values: object) -> bool:
         """Whether these are keys, and those the values of the same step."""
@@ -81,6 +80,12 @@ class KVHandle:
             and (self.role, values.role) == ROLES
             and self.step is values.step
         )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Like a tensor's, with all tokens."""
+        batch, heads, _, head_dim = self._like
+        return torch.Size((batch, heads, self._tokens, head_dim))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """Like a tensor's."""

@@ -17,11 +17,14 @@ from torch import Tensor
 from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK, KEY, VALUE, Packed
 from rotormlx.config import CALIBRATED, RotorConfig
-from rotormlx.torch import ops
+from rotormlx.torch import checks, ops
 from rotormlx.torch.dtypes import autocast_dtype
 from rotormlx.torch.handle import KVHandle
 from rotormlx.torch.layer import LayerView, RotorLayer
+from rotormlx.torch.step import step_fitting
 from rotormlx.torch.store import Calibrated, Store, zeros
+from rotormlx.torch.store_step import Step
+from rotormlx.torch.torch_ops import AttendCall, KVView
 
 # New tokens of a step of the operator, at most.
 _STEP = BLOCK
@@ -46,20 +49,44 @@ class DeviceStep:
             index = columns.clamp(max=mask.shape[-1] - 1)[:, None, None, :]
             mask = mask.expand(len(query), -1, -1, -1)
             mask = mask.gather(3, index.expand(-1, *mask.shape[1:3], -1))
-        return cast(
-            Tensor,
-            torch.ops.rotormlx.step(
-                query,
-                self.keys,
-                self.values,
-                layer.lengths,
-                *layer.buffers,
-                mask,
-                sink_logits,
-                scale=scale,
-                **layer.facts,
-            ),
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced(query, mask, scale, sink_logits)
+        key_view, value_view = layer.views
+        sink, window = layer.config.sink, layer.config.window
+        call = AttendCall(
+            query,
+            layer.lengths,
+            key_view,
+            value_view,
+            sink,
+            scale,
+            mask is None,
+            mask,
+            sink_logits,
         )
+        new, own_scale = (self.keys, self.values), layer.config.scales_channels
+        stored = Step(new, layer.lengths, key_view, value_view, sink, window, own_scale)
+        if mask is not None or sink_logits is not None:
+            checks.check_call(call)
+        return step_fitting(stored, call)
+
+    def _traced(
+        self, query: Tensor, mask: Tensor | None, scale: float, sink_logits: Tensor | None
+    ) -> Tensor:
+        """The same as one operator of a graph."""
+        layer = self.layer
+        made: Tensor = torch.ops.rotormlx.step(
+            query,
+            self.keys,
+            self.values,
+            layer.lengths,
+            *layer.buffers,
+            mask,
+            sink_logits,
+            scale=scale,
+            **layer.facts,
+        )
+        return made
 
 
 class RotorStaticLayer(RotorLayer):
@@ -84,6 +111,8 @@ class RotorStaticLayer(RotorLayer):
     # scale.
     buffers: tuple[Tensor | None, ...] = ()
     facts: dict[str, Any]
+    # The same buffers, as attention reads them.
+    views: tuple[KVView, KVView]
 
     def __init__(
         self,
@@ -275,6 +304,10 @@ class RotorStaticLayer(RotorLayer):
             else:
                 made.append(None if config.rotation == CALIBRATED else store.calibrated)
         self.buffers, exact = tuple(made), stores[0].exact
+        key_view, value_view = (
+            KVView(store.codec, *self._of(place)) for place, store in enumerate(stores)
+        )
+        self.views = key_view, value_view
         self.lengths = zeros(exact, (len(self.rows), 2), torch.int32)
         self.row_padding = zeros(exact, (len(self.rows),), torch.int64)
         self.positions = zeros(exact, (), torch.int64)

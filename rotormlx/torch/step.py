@@ -32,12 +32,27 @@ torch.library.define(
 )
 
 
-# ---- what each device does ----------------------------------------------------------------------
+_STORE: dict[str, Callable[[Step], None]] = {
+    "cpu": partial(store, encode=native.encode),
+    "cuda": cuda.store,
+}
 
 
-def _step_with(
-    run: Callable[[Step], None], attend: Callable[[AttendCall], Tensor]
-) -> Callable[..., Tensor]:
+def step_fitting(stored: Step, call: AttendCall) -> Tensor:
+    """What the operator does, for parts that are known to fit: those of a cache's own buffers.
+
+    Nothing is checked, and nothing of it can be traced.
+    """
+    _STORE.get(call.query.device.type, store)(stored)
+    return ops.attend_fitting(call)
+
+
+def _fake(stored: Step, call: AttendCall) -> Tensor:
+    """For tracing."""
+    return ops.fake_attend(call)
+
+
+def _step_with(implementation: Callable[[Step, AttendCall], Tensor]) -> Callable[..., Tensor]:
     def step(
         query: Tensor,
         keys: Tensor,
@@ -84,18 +99,10 @@ def _step_with(
         )
         checks.check_step(stored.new, call, window)
         checks.check_call(call)
-        run(stored)
-        return attend(call)
+        return implementation(stored, call)
 
     return step
 
 
-def _store_nothing(stored: Step) -> None:
-    """For tracing."""
-
-
-torch.library.impl(
-    "rotormlx::step", "cpu", _step_with(partial(store, encode=native.encode), ops.attend_fitting)
-)
-torch.library.impl("rotormlx::step", "cuda", _step_with(cuda.store, ops.attend_fitting))
-torch.library.register_fake("rotormlx::step", _step_with(_store_nothing, ops.fake_attend))
+torch.library.impl("rotormlx::step", ("cpu", "cuda"), _step_with(step_fitting))
+torch.library.register_fake("rotormlx::step", _step_with(_fake))

@@ -6,7 +6,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +71,6 @@ class Store:
             view = KVView(self.codec, self.exact, self.packed, self.channel_scale)
             self._view = view
         return view
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A view is of buffers at their addresses, so a copy makes its own.
-        return vars(self) | {"_view": None}
 
     def twin(self) -> Store:
         """A store of the same buffers; only tokens that do not count yet are written in place."""

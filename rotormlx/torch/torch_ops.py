@@ -82,6 +82,10 @@ class KVView:
     channel_scale: Tensor | None
     prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What backends keep is of these buffers at their addresses, so a copy makes its own.
+        return type(self), (self.codec, self.exact, self.packed, self.channel_scale)
+
 
 class AttendCall(NamedTuple):
     """A call of attention, whose fields fit together, as ``checks.check_call`` sees to.
