@@ -135,7 +135,7 @@ def check_call(call: AttendCall) -> None:
     _require_device("attend", call.query, {"the attention-sink logits": sink_logits})
 
 
-def check_step(new: tuple[Tensor, Tensor], call: AttendCall, window: int) -> None:
+def check_step(new: tuple[Tensor, Tensor], counter: Tensor, call: AttendCall, window: int) -> None:
     """Refuse new tokens that do not fit the buffers of a call, or buffers that are too small."""
     for role, x, view in zip(ROLES, new, (call.keys, call.values), strict=True):
         batch, heads, capacity, head_dim = view.exact.shape
@@ -154,6 +154,8 @@ def check_step(new: tuple[Tensor, Tensor], call: AttendCall, window: int) -> Non
                 f"{capacity} and the blocks are {'missing' if view.packed is None else 'there'}."
             )
         _require_device("step", call.query, {f"the new {role}s": x})
+    _require("step", "counter", counter, (len(call.query),), torch.int32)
+    _require_device("step", call.query, {"the counter": counter})
 
 
 def check_lengths(call: AttendCall) -> None:

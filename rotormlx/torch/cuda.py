@@ -127,7 +127,7 @@ def store(stored: Step) -> None:
         operators.store(
             *(_aligned(x.to(keys.exact.dtype)) for x in stored.new),
             stored.lengths,
-            _counter(device, _stream(device), len(stored.lengths)),
+            stored.counter,
             keys.exact,
             *cast(Packed, keys.packed),
             keys.channel_scale,
@@ -238,13 +238,6 @@ def _device(device: torch.device) -> Device:
     # Versions of torch that do not tell the limit that a kernel may ask for get the usual one.
     shared_bytes = getattr(facts, "shared_memory_per_block_optin", 48 * 1024)
     return Device(facts.multi_processor_count, shared_bytes)
-
-
-@cache
-def _counter(device: torch.device, stream: int, rows: int) -> Tensor:
-    """One int32 for each batch row, 0 between the launches of a stream."""
-    with torch.inference_mode(False):
-        return torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def _stream(device: torch.device) -> int:

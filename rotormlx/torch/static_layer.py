@@ -65,7 +65,9 @@ class DeviceStep:
             sink_logits,
         )
         new, own_scale = (self.keys, self.values), layer.config.scales_channels
-        stored = Step(new, layer.lengths, key_view, value_view, sink, window, own_scale)
+        stored = Step(
+            new, layer.lengths, layer.counter, key_view, value_view, sink, window, own_scale
+        )
         if mask is not None or sink_logits is not None:
             checks.check_call(call)
         return step_fitting(stored, call)
@@ -80,6 +82,7 @@ class DeviceStep:
             self.keys,
             self.values,
             layer.lengths,
+            layer.counter,
             *layer.buffers,
             mask,
             sink_logits,
@@ -102,9 +105,10 @@ class RotorStaticLayer(RotorLayer):
     """
 
     is_compileable = True
-    # int32 [B, 2]: packed tokens and all tokens of each row; int64 [B]: positions before its first;
-    # int64 []: positions so far. All on the device, which knows them alone while it is ahead.
+    # int32 [B, 2]: packed tokens and all tokens of each row; int32 [B]: see Step; int64 [B]:
+    # positions before the first token of each row; int64 []: positions so far. All on the device.
     lengths: Tensor
+    counter: Tensor
     row_padding: Tensor
     positions: Tensor
     # What the operator takes of keys and values: exact, words, scales, centres (of keys), channel
@@ -197,7 +201,7 @@ class RotorStaticLayer(RotorLayer):
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(x.nbytes for x in self.buffers if x is not None) if self.stores else 0
+        return sum(x.nbytes for x in self.buffers if x is not None)
 
     def settle(self) -> None:
         """Let the host know what the device does, and pack what is due."""
@@ -309,6 +313,7 @@ class RotorStaticLayer(RotorLayer):
         )
         self.views = key_view, value_view
         self.lengths = zeros(exact, (len(self.rows), 2), torch.int32)
+        self.counter = zeros(exact, (len(self.rows),), torch.int32)
         self.row_padding = zeros(exact, (len(self.rows),), torch.int64)
         self.positions = zeros(exact, (), torch.int64)
         key_codec, value_codec = (store.codec for store in stores)
@@ -323,7 +328,8 @@ class RotorStaticLayer(RotorLayer):
             "window": config.window,
             "own_scale": config.scales_channels,
         }
-        for x in (*self.buffers, self.lengths, self.row_padding, self.positions):
+        state = (self.lengths, self.counter, self.row_padding, self.positions)
+        for x in (*self.buffers, *state):
             if x is not None:
                 # Else a CUDA graph would copy them before every step.
                 torch._dynamo.mark_static_address(x)

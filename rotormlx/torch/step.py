@@ -22,7 +22,8 @@ from rotormlx.torch.torch_ops import AttendCall, KVView
 
 torch.library.define(
     "rotormlx::step",
-    "(Tensor query, Tensor keys, Tensor values, Tensor(a!) lengths, Tensor(b!) key_exact, "
+    "(Tensor query, Tensor keys, Tensor values, Tensor(a!) lengths, Tensor(k!) counter, "
+    "Tensor(b!) key_exact, "
     "Tensor(c!) key_words, Tensor(d!) key_scales, Tensor(e!) key_centres, "
     "Tensor(f!)? key_channel_scale, Tensor(g!) value_exact, Tensor(h!) value_words, "
     "Tensor(i!) value_scales, Tensor(j!)? value_channel_scale, Tensor? mask, Tensor? sink_logits, "
@@ -58,6 +59,7 @@ def _step_with(implementation: Callable[[Step, AttendCall], Tensor]) -> Callable
         keys: Tensor,
         values: Tensor,
         lengths: Tensor,
+        counter: Tensor,
         key_exact: Tensor,
         key_words: Tensor,
         key_scales: Tensor,
@@ -92,12 +94,14 @@ def _step_with(implementation: Callable[[Step, AttendCall], Tensor]) -> Callable
         value_packed = Packed(value_words, value_scales, None)
         key_view = KVView(key_codec, key_exact, key_packed, key_channel_scale)
         value_view = KVView(value_codec, value_exact, value_packed, value_channel_scale)
-        stored = Step((keys, values), lengths, key_view, value_view, sink, window, own_scale)
+        stored = Step(
+            (keys, values), lengths, counter, key_view, value_view, sink, window, own_scale
+        )
         causal = mask is None
         call = AttendCall(
             query, lengths, key_view, value_view, sink, scale, causal, mask, sink_logits
         )
-        checks.check_step(stored.new, call, window)
+        checks.check_step(stored.new, counter, call, window)
         checks.check_call(call)
         return implementation(stored, call)
 

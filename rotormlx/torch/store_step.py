@@ -21,6 +21,7 @@ class Step(NamedTuple):
 
     new: Keys and values, ``[B, K, L, D]``, L at most 64.
     lengths: int32 ``[B, 2]``, changed: packed tokens and all tokens of each row.
+    counter: int32 ``[B]``, 0 before and after: on a GPU the thread blocks of a row count in it.
     keys: Buffers with room behind what counts, changed. The exact one is ``[B, K, capacity, D]``,
         with a capacity of at least ``sink + window + 63 + L``.
     values: Likewise.
@@ -31,6 +32,7 @@ class Step(NamedTuple):
 
     new: tuple[Tensor, Tensor]
     lengths: Tensor
+    counter: Tensor
     keys: KVView
     values: KVView
     sink: int
