@@ -51,23 +51,12 @@ class DeviceStep:
             mask = mask.gather(3, index.expand(-1, *mask.shape[1:3], -1))
         if torch.compiler.is_dynamo_compiling():
             return self._traced(query, mask, scale, sink_logits)
-        key_view, value_view = layer.views
         sink, window = layer.config.sink, layer.config.window
         call = AttendCall(
-            query,
-            layer.lengths,
-            key_view,
-            value_view,
-            sink,
-            scale,
-            mask is None,
-            mask,
-            sink_logits,
+            query, layer.lengths, *layer.views, sink, scale, mask is None, mask, sink_logits
         )
         new, own_scale = (self.keys, self.values), layer.config.scales_channels
-        stored = Step(
-            new, layer.lengths, layer.counter, key_view, value_view, sink, window, own_scale
-        )
+        stored = Step(new, layer.lengths, layer.counter, *layer.views, sink, window, own_scale)
         if mask is not None or sink_logits is not None:
             checks.check_call(call)
         return step_fitting(stored, call)

@@ -265,15 +265,8 @@ def test_generate_compiles_by_itself(llama):
 def test_the_operator_passes_opcheck():
     _, layer = pair_of_layers(RotorConfig(2, 4, sink=2, window=8), prompt=137)
     new = vectors(1, seed=5)
-    arguments = (
-        torch.randn(1, 2 * K, 1, D),
-        *new,
-        layer.lengths,
-        layer.counter,
-        *layer.buffers,
-        None,
-        None,
-    )
+    buffers = (layer.lengths, layer.counter, *layer.buffers)
+    arguments = (torch.randn(1, 2 * K, 1, D), *new, *buffers, None, None)
     opcheck(torch.ops.rotormlx.step.default, arguments, {"scale": 0.2, **layer.facts})
 
 
@@ -289,15 +282,10 @@ def test_steps_that_do_not_fit_are_refused():
 
     refused(r"New keys must have shape \[1, 3, L, 32\]", new=(new[1], new[1]))
     refused(r"L being the queries' 65 and from 1 to 64", torch.randn(1, K, 65, D), vectors(65))
-    short = (
-        layer.lengths,
-        layer.counter,
-        layer.buffers[0][:, :, :20],
-        *layer.buffers[1:],
-        None,
-        None,
-    )
-    refused("at least 74 exact tokens", rest=(*short[:7], short[7][:, :, :20], *short[8:]))
+    short = [*rest]
+    short[2], short[7] = (x[:, :, :20] for x in (rest[2], rest[7]))
+    refused("at least 74 exact tokens", rest=short)
+    refused("The counter must have shape", rest=(rest[0], rest[0], *rest[2:]))
 
 
 def test_an_exact_static_cache_is_refused(llama):
