@@ -53,7 +53,11 @@ struct AttendShape {
     FACTORS = PLAIN_QUERIES + TILES * PLAIN_STEPS * 32,  // [4][ROWS] float, see load_queries
     WEIGHTS = FACTORS + 4 * ROWS * 4 / 16,               // [WARPS][ROWS][BLOCK] half
     CENTRES = WEIGHTS + WARPS * ROWS * BLOCK * 2 / 16,   // [WARPS][16][ROWS] float
-    BYTES = CENTRES + WARPS * 16 * ROWS * 4 / 16,        // [2][4] LevelBytes, of keys and of values
+    PRODUCTS_END = CENTRES + WARPS * 16 * ROWS * 4 / 16,
+    // Before there are weights, [ROWS][KEY_DIM] float where the thread block rotates the queries itself.
+    ROTATED = WEIGHTS,
+    ROTATED_END = ROTATED + ROWS * KEY_DIM * 4 / 16,
+    BYTES = PRODUCTS_END > ROTATED_END ? PRODUCTS_END : ROTATED_END,  // [2][4] LevelBytes, of keys and of values
     PART = BYTES + 8,                                    // one Part
     TABLE = PART + 4,                                    // [256] half, for codes of 8 bits
     ALL = TABLE + (KEY_BITS == 8 || VALUE_BITS == 8 ? 32 : 0),
@@ -335,19 +339,16 @@ struct AttendPacked {
     }
   }
 
-  // Puts both forms of the query into operands. factors, [4][ROWS]: those of the rotated rows and of the plain ones;
-  // half the variance that codes bring into the scores of a row, for a scale of 1; and what products with a row are
-  // multiplied by.
+  // Puts both forms of the query into operands; rotated_rows: the rotated ones, from the first of this thread block on.
+  // factors, [4][ROWS]: those of the rotated rows and of the plain ones; half the variance that codes bring into the
+  // scores of a row, for a scale of 1; and what products with a row are multiplied by.
   static DEVICE_FN void load_queries(
-      const AttendParts& all, const Part& p, uint4* queries, uint4* plain_queries, float* factors,
-      int warp, int lane) {
-    const rotormlx_attend_arguments& call = all.call;
-    const auto last = [&](int row) { return min(p.first_row + row, p.group_rows - 1); };
-    const auto rotated = [&](int row) {
-      return all.rotated + (int64_t(p.head_index) * p.group_rows + last(row)) * KEY_DIM;
-    };
+      const rotormlx_attend_arguments& call, const Part& p, const float* rotated_rows, uint4* queries,
+      uint4* plain_queries, float* factors, int warp, int lane) {
+    const auto existing = [&](int row) { return min(row, p.group_rows - 1 - p.first_row); };
+    const auto rotated = [&](int row) { return rotated_rows + existing(row) * KEY_DIM; };
     with_dtype(call.q, call.dtype, [&](const auto* q) {
-      const auto plain = [&](int row) { return q + query_at(call, p.batch, p.kv_head, last(row)); };
+      const auto plain = [&](int row) { return q + query_at(call, p.batch, p.kv_head, p.first_row + existing(row)); };
       load_factors(rotated, call.scale, factors, warp, lane, [&](int row, float square_sum) {
         factors[2 * ROWS + row] = score_noise(KEY_BITS) * LOG2_E * square_sum;
         factors[3 * ROWS + row] = factors[row] * call.scale * LOG2_E;
@@ -554,7 +555,19 @@ struct AttendPacked {
     return 0;
   }
 
+  // The rotated queries of a part as the kernel attend_query leaves them.
+  static DEVICE_FN const float* rotated_before(const AttendParts& all, const Part& p) {
+    return all.rotated + (int64_t(p.head_index) * p.group_rows + p.first_row) * KEY_DIM;
+  }
+
   static DEVICE_FN void run(const AttendParts& all, uint4* shared) {
+    run(all, shared, [&](const Part& p, float*) { return rotated_before(all, p); });
+  }
+
+  // rotated_of(p, room): where the rotated queries of a part lie, from its first row on. All threads call it; there is
+  // room for [ROWS][KEY_DIM], and a barrier between them if it is used.
+  template <typename RotatedOf>
+  static DEVICE_FN void run(const AttendParts& all, uint4* shared, const RotatedOf& rotated_of) {
     const rotormlx_attend_arguments& call = all.call;
     const int warp = of_first_lane(int(threadIdx.x) / 32), lane = int(threadIdx.x) % 32;
     const int group = lane / 4, quad_lane = lane % 4;
@@ -595,7 +608,8 @@ struct AttendPacked {
     if (LOAD > 32) {
       for (int i = lane; i < SLOTS * Shape::SLOT_LOADS; i += 32) ring[i * LOAD + 32] = {0, 0, 0, 0};
     }
-    load_queries(all, first, queries, plain_queries, factors, warp, lane);
+    const float* rotated = rotated_of(first, reinterpret_cast<float*>(shared + Shape::ROTATED));
+    load_queries(call, first, rotated, queries, plain_queries, factors, warp, lane);
     __syncthreads();  // the queries, the levels and the part are there
 
     const LevelBytes key_bytes = kept_levels<KEY_BITS>(level_bytes, quad_lane);

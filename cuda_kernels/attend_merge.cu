@@ -51,9 +51,71 @@ DEVICE_FN void find_shares(
   for (int i = 0; i < MAX_PARTS / 32; ++i) shares[32 * i + lane] = tops[i] * factor;
 }
 
-// ROWS query rows of a KV head in a thread block of THREADS; the grid is tiles of rows x [B, K]. The first outputs of
-// a row are under way while its shares are found, and a warp has a quarter of them where there is one row: all that is
-// waited for is memory.
+// The parts of a query row, of which a warp takes every `sharers`-th from `sharer` on, added up to sums [VALUE_DIM] of
+// the packed and of the exact ones. The first outputs are under way while the shares are found, BATCH of them: all that
+// is waited for is memory. shares: shared, [MAX_PARTS], of this warp.
+template <int VALUE_DIM, int BATCH>
+DEVICE_FN void add_parts(const AttendParts& all, int row, int sharer, int sharers, float* shares, float* packed_sums,
+                         float* exact_sums) {
+  const rotormlx_attend_arguments& call = all.call;
+  const int lane = int(threadIdx.x) % 32, head_index = int(blockIdx.y);
+  const int group_rows = call.heads / call.kv_heads * call.length;
+  const int parts = all.exact_parts + all.packed_parts;
+  const int64_t first_part = (int64_t(head_index) * group_rows + row) * parts;
+  const float* outputs = all.outputs + first_part * VALUE_DIM;
+  float4 x[BATCH];  // four channels of this lane, of parts `start` + i sharers
+  const auto load = [&](int start, int column) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      // Behind the last part, or column, it is read again.
+      const int part = min(start + i * sharers, parts - 1);
+      x[i] = *reinterpret_cast<const float4*>(outputs + part * VALUE_DIM + min(column, VALUE_DIM - 4));
+    }
+  };
+  if (parts > 0) load(sharer, 4 * lane);
+  __syncwarp();  // no shares are in use
+  find_shares(all, head_index % call.kv_heads, row, first_part, parts, lane, shares);
+  __syncwarp();  // the shares are there
+  for (int column = 4 * lane; column < VALUE_DIM; column += 4 * 32) {
+    float packed[4] = {0.0f, 0.0f, 0.0f, 0.0f}, exact[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int start = sharer; start < parts; start += BATCH * sharers) {
+      if (start > sharer || column >= 4 * 32) load(start, column);
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int part = start + i * sharers;
+        const float share = part < parts ? shares[part] : 0.0f;
+        const float four[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (part < all.exact_parts) exact[c] = fmaf(share, four[c], exact[c]);
+          else packed[c] = fmaf(share, four[c], packed[c]);
+        }
+      }
+    }
+    for (int c = 0; c < 4; ++c) {
+      packed_sums[column + c] = packed[c];
+      exact_sums[column + c] = exact[c];
+    }
+  }
+}
+
+// A number of the output, of a query row of KV head `head_index` of [B, K]: `packed` is rotated back, without its
+// channel scale.
+template <int VALUE_DIM>
+DEVICE_FN void store_output(const AttendParts& all, int head_index, int row, int channel, float packed, float exact) {
+  const rotormlx_attend_arguments& call = all.call;
+  const int batch = head_index / call.kv_heads, kv_head = head_index % call.kv_heads;
+  const float* scale = call.value_channel_scale;
+  const int64_t scale_at = batch * call.value_channel_scale_stride + kv_head * VALUE_DIM + channel;
+  const float factor = all.packed_parts == 0 || scale == nullptr ? 1.0f : scale[scale_at];
+  const int head = kv_head * (call.heads / call.kv_heads) + row / call.length;
+  const int64_t at =
+      ((int64_t(batch) * call.heads + head) * call.length + row % call.length) * VALUE_DIM + channel;
+  store(call.out, at, call.dtype, fmaf(packed, factor, exact));
+}
+
+// ROWS query rows of a KV head in a thread block of THREADS; the grid is tiles of rows x [B, K]. Of one row a warp has a
+// quarter of the parts.
 template <int VALUE_DIM, int ROWS, int THREADS>
 DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // shared, see MergeShape
   using Shape = MergeShape<VALUE_DIM, ROWS, THREADS>;
@@ -64,52 +126,15 @@ DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // sha
   const int head_index = int(blockIdx.y);
   const int kv_head = head_index % call.kv_heads;
   const int group_rows = call.heads / call.kv_heads * call.length;
-  const int parts = all.exact_parts + all.packed_parts;
   const int first_row = int(blockIdx.x) * ROWS;
   float* exact_sums = packed_sums + Shape::SUMS;
   float* shares = packed_sums + Shape::REST;
-  float* row_shares = shares + warp * MAX_PARTS;
 
   const int sharer = warp % SHARERS;
   for (int r = warp / SHARERS; r < ROWS; r += Shape::WARPS / SHARERS) {
-    const int row = min(first_row + r, group_rows - 1);
-    const int64_t first_part = (int64_t(head_index) * group_rows + row) * parts;
-    const float* outputs = all.outputs + first_part * VALUE_DIM;
-    float4 x[BATCH];  // four channels of this lane, of parts `start` + i SHARERS
-    const auto load = [&](int start, int column) {
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        // Behind the last part, or column, it is read again.
-        const int part = min(start + i * SHARERS, parts - 1);
-        x[i] = *reinterpret_cast<const float4*>(outputs + part * VALUE_DIM + min(column, VALUE_DIM - 4));
-      }
-    };
-    if (parts > 0) load(sharer, 4 * lane);
-    __syncwarp();  // no shares are in use
-    find_shares(all, kv_head, row, first_part, parts, lane, row_shares);
-    __syncwarp();  // the shares are there
-    for (int column = 4 * lane; column < VALUE_DIM; column += 4 * 32) {
-      float packed[4] = {0.0f, 0.0f, 0.0f, 0.0f}, exact[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      for (int start = sharer; start < parts; start += BATCH * SHARERS) {
-        if (start > sharer || column >= 4 * 32) load(start, column);
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-          const int part = start + i * SHARERS;
-          const float share = part < parts ? row_shares[part] : 0.0f;
-          const float four[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            if (part < all.exact_parts) exact[c] = fmaf(share, four[c], exact[c]);
-            else packed[c] = fmaf(share, four[c], packed[c]);
-          }
-        }
-      }
-      const int at = (sharer * ROWS + r) * VALUE_DIM + column;
-      for (int c = 0; c < 4; ++c) {
-        packed_sums[at + c] = packed[c];
-        exact_sums[at + c] = exact[c];
-      }
-    }
+    const int at = (sharer * ROWS + r) * VALUE_DIM;
+    add_parts<VALUE_DIM, BATCH>(all, min(first_row + r, group_rows - 1), sharer, SHARERS, shares + warp * MAX_PARTS,
+                                packed_sums + at, exact_sums + at);
   }
   __syncthreads();  // the sums of all warps are there
   const auto of_sharers = [&](const float* sums, int i) {
@@ -129,20 +154,12 @@ DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // sha
   for (int c = 0; c < CHANNELS; ++c) {
     const int channel = c * THREADS + thread;
     if (channel < VALUE_DIM) {
-      const float* scale = call.value_channel_scale;
-      const int64_t scale_at = head_index / call.kv_heads * call.value_channel_scale_stride +
-                               kv_head * VALUE_DIM + channel;
-      const float factor = all.packed_parts == 0 || scale == nullptr ? 1.0f : scale[scale_at];
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         if (first_row + r >= group_rows) break;
-        const int row = first_row + r;
-        const int head = kv_head * (call.heads / call.kv_heads) + row / call.length;
-        const int64_t at =
-            ((int64_t(head_index / call.kv_heads) * call.heads + head) * call.length + row % call.length) *
-                VALUE_DIM + channel;
         const float x = all.packed_parts == 0 ? 0.0f : product<VALUE_DIM, ROWS, THREADS / 32>(products, r, channel);
-        store(call.out, at, call.dtype, fmaf(x, factor, of_sharers(exact_sums, r * VALUE_DIM + channel)));
+        store_output<VALUE_DIM>(all, head_index, first_row + r, channel, x,
+                                of_sharers(exact_sums, r * VALUE_DIM + channel));
       }
     }
   }

@@ -168,7 +168,8 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
               const OptionalTensor& key_scales, const OptionalTensor& key_centres,
               const OptionalTensor& key_channel_scale, const Tensor& value_exact, const OptionalTensor& value_words,
               const OptionalTensor& value_scales, const OptionalTensor& value_channel_scale,
-              const Tensor& key_matrix, const Tensor& value_matrix, const OptionalTensor& mask,
+              const Tensor& key_matrix, const Tensor& value_matrix, const Tensor& key_coefficients,
+              const Tensor& value_coefficients, const OptionalTensor& counters, const OptionalTensor& mask,
               const OptionalTensor& sink_logits, int64_t sink, double scale, int64_t mask_kind, at::IntArrayRef plan,
               int64_t stream) {
   Tensor out = q.new_empty({q.size(0), q.size(1), q.size(2), value_exact.size(3)});
@@ -197,6 +198,9 @@ Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, c
   call.key_channel_scale_stride = scale_stride(key_channel_scale);
   call.value_matrix = pointer<float>(value_matrix);
   call.value_matrix_stride = matrix_stride(value_matrix);
+  call.key_coefficients = pointer<float>(key_coefficients);
+  call.value_coefficients = pointer<float>(value_coefficients);
+  call.counters = counters.has_value() ? static_cast<int32_t*>(counters->mutable_data_ptr()) : nullptr;
   call.value_channel_scale = pointer<float>(value_channel_scale);
   call.value_channel_scale_stride = scale_stride(value_channel_scale);
   call.mask_kind = int32_t(mask_kind);
@@ -226,8 +230,9 @@ TORCH_LIBRARY(ROTORMLX_NAMESPACE, library) {
   library.def(
       "attend(Tensor q, Tensor lengths, Tensor key_exact, Tensor? key_words, Tensor? key_scales, Tensor? key_centres, "
       "Tensor? key_channel_scale, Tensor value_exact, Tensor? value_words, Tensor? value_scales, "
-      "Tensor? value_channel_scale, Tensor key_matrix, Tensor value_matrix, Tensor? mask, Tensor? sink_logits, "
-      "int sink, float scale, int mask_kind, int[] plan, int stream) -> Tensor");
+      "Tensor? value_channel_scale, Tensor key_matrix, Tensor value_matrix, Tensor key_coefficients, "
+      "Tensor value_coefficients, Tensor(a!)? counters, Tensor? mask, Tensor? sink_logits, int sink, float scale, "
+      "int mask_kind, int[] plan, int stream) -> Tensor");
   library.def(
       "store(Tensor new_keys, Tensor new_values, Tensor(a!) lengths, Tensor(b!) counter, Tensor(c!) key_exact, "
       "Tensor(d!) key_words, Tensor(e!) key_scales, Tensor(f!) key_centres, Tensor(g!)? key_channel_scale, "

@@ -159,12 +159,16 @@ typedef struct {
   // Of K, where every KV head has a matrix of its own, [K, D, D]; else 0.
   int64_t key_matrix_stride;
   int64_t value_matrix_stride;
+  // For one kernel in place of three, where the plan says so and `counters` is not null.
+  const float* key_coefficients;      // as for encoding
+  const float* value_coefficients;
+  int32_t* counters;                  // [B, K, tiles of the plan], 0 before and after; for one call at a time
 } rotormlx_attend_arguments;
 
 // How a call is spread over thread blocks. rotormlx/kernels/cuda_plan.py computes it and says what each number means;
 // the launcher refuses one that does not fit the call or the kernels.
 typedef struct {
-  int32_t operands, tiles, matrix_rows;
+  int32_t operands, tiles, matrix_rows, one_kernel;
   int32_t exact_parts, exact_part_tokens;
   int32_t packed_parts, packed_part_tokens;
   int32_t query_bytes, part_bytes, merge_bytes;

@@ -1,12 +1,12 @@
 // Launchers of the kernels of attention.
-#include "launch.cuh"
-
+#include "codecs.cuh"
 #include "fragments.cuh"
 
 #include "attend.cu"
 #include "attend_merge.cu"
 #include "attend_plain.cu"
 #include "attend_query.cu"
+#include "attend_alone.cu"
 
 namespace {
 
@@ -27,15 +27,36 @@ constexpr bool NARROW = true;
 #endif
 constexpr bool ROOM_FOR_THREE = NARROW && KEY_DIM <= 128 && VALUE_DIM <= 128;
 
-// The compiler must be told how many thread blocks a multiprocessor shall have room for.
+// Whether a thread block can rotate rows there and back by itself.
+constexpr bool HAS_STAGES = key_rotation::HAS_STAGES && value_rotation::HAS_STAGES;
+
+// With counters it does the whole call: see one_kernel of cuda_plan.py. The compiler must be told how many thread
+// blocks a multiprocessor shall have room for.
 template <int TILES>
 __global__ void __launch_bounds__(ATTEND_THREADS, TILES == 1 && ROOM_FOR_THREE ? 3 : 2)
 attend(const __grid_constant__ AttendParts all) {
   extern __shared__ uint4 shared[];
+  constexpr int ROWS = 8 * TILES;
   if (int(blockIdx.z) < all.exact_parts) {
-    Plain<8 * TILES>::template run_part<true>(all, reinterpret_cast<float*>(shared));
+    Plain<ROWS>::template run_part<true>(all, reinterpret_cast<float*>(shared));
   } else {
-    Packed<TILES>::run(all, shared);
+    Packed<TILES>::run(all, shared, [&](const Part& p, float* room) -> const float* {
+      if constexpr (HAS_STAGES) {
+        if (all.call.counters != nullptr) {
+          rotate_queries_of<KeyCodec, ROWS, ATTEND_THREADS>(all, p, room);
+          __syncthreads();  // the rotated queries are there
+          return room;
+        }
+      }
+      return Packed<TILES>::rotated_before(all, p);
+    });
+  }
+  if constexpr (HAS_STAGES) {
+    static_assert(4 * LastMergeShape<VALUE_DIM, ROWS, ATTEND_THREADS>::ALL <= Packed<TILES>::Shape::SHARED_BYTES,
+                  "a part takes as much shared memory as its merge");
+    if (all.call.counters != nullptr) {
+      merge_if_last<ValueCodec, ROWS, ATTEND_THREADS>(all, reinterpret_cast<float*>(shared));
+    }
   }
 }
 
@@ -78,6 +99,7 @@ bool fits(const rotormlx_attend_plan& plan, const rotormlx_attend_arguments& cal
   const int most_operands = call.dtype == ROTORMLX_FLOAT32 ? 0 : 2;
   return plan.operands >= 0 && plan.operands <= most_operands &&
          plan.tiles == ceil_divide(group_rows, 8 * max(plan.operands, 1)) &&
+         plan.one_kernel >= 0 && plan.one_kernel <= (HAS_STAGES && plan.operands > 0 ? 1 : 0) &&
          covers(plan.exact_parts, plan.exact_part_tokens, call.exact_tokens) &&
          covers(plan.packed_parts, plan.packed_part_tokens, call.packed_tokens) &&
          plan.packed_part_tokens % BLOCK == 0 && plan.exact_parts + plan.packed_parts <= MAX_PARTS &&
@@ -101,6 +123,7 @@ int launch_all(const rotormlx_attend_arguments& call, const rotormlx_attend_plan
   const int64_t query_rows = int64_t(heads) * group_rows;
   AttendParts all;
   all.call = call;
+  if (plan.one_kernel == 0 || parts == 0) all.call.counters = nullptr;
   all.exact_parts = plan.exact_parts;
   all.exact_part_tokens = plan.exact_part_tokens;
   all.packed_parts = plan.packed_parts;
@@ -110,12 +133,13 @@ int launch_all(const rotormlx_attend_arguments& call, const rotormlx_attend_plan
   all.tops = all.outputs + query_rows * parts * VALUE_DIM;
   all.totals = all.tops + query_rows * parts;
 
+  const dim3 grid(plan.tiles, heads, parts);
+  if (all.call.counters != nullptr) return launch_parts(plan, grid, stream, all);
   const dim3 row_grid(ceil_divide(group_rows, ROWS), heads);
   int error = 0;
   if (plan.packed_parts > 0) {
     error = launch(attend_query<ROWS>, row_grid, ROW_THREADS, plan.query_bytes, stream, all);
   }
-  const dim3 grid(plan.tiles, heads, parts);
   if (error == 0 && parts > 0) error = launch_parts(plan, grid, stream, all);
   if (error != 0) return error;
   return launch(attend_merge<ROWS>, row_grid, ROW_THREADS, plan.merge_bytes, stream, all);

@@ -111,6 +111,11 @@ class Rotation:
         return _frozen(np.linalg.inv(self.matrix))
 
     @property
+    def has_stages(self) -> bool:
+        """Whether its stages, or none, are the whole map, which is then orthogonal."""
+        return bool(self.stages) or self.name == "identity"
+
+    @property
     def is_per_head(self) -> bool:
         """Whether every KV head has a matrix of its own."""
         return self.matrix.ndim == 3

@@ -242,7 +242,7 @@ def _rotation(rotation: Rotation) -> tuple[int, object]:
         np.int64,
     )
     matrices = [0, 0]
-    if not rotation.stages and rotation.name != "identity":
+    if not rotation.has_stages:
         inverse_transpose = np.swapaxes(rotation.inverse, -1, -2)
         keep += [np.ascontiguousarray(m, np.float32) for m in (rotation.matrix, inverse_transpose)]
         matrices = [m.ctypes.data for m in keep]

@@ -23,7 +23,8 @@ MAX_PARTS = 512
 # Parts are whole steps: a block for each warp of packed tokens; of exact ones, which take longer,
 # what a warp takes.
 PACKED_STEP, EXACT_STEP = THREADS // 32 * BLOCK, 32
-# So many query rows share, by eight, what they read of a matrix; fewer are done at once.
+# So many query rows share, by eight, what they read of a matrix; fewer are done at once, by one
+# kernel where that can be.
 MANY_ROWS = 2048
 # Vectors of a lane are held in registers: longer ones are left to the host's operations.
 MAX_HEAD_DIM = 256
@@ -52,6 +53,8 @@ class Shape(NamedTuple):
     exact_tokens: The most exact tokens of a batch row, or what its buffer holds.
     packed_tokens: The most packed tokens of a batch row, likewise.
     is_float32: Whether queries are float32, which the tensor cores do not take.
+    has_stages: Whether thread blocks can rotate rows by themselves, since the rotations of keys and
+        values have stages.
     """
 
     batch: int
@@ -65,6 +68,7 @@ class Shape(NamedTuple):
     exact_tokens: int
     packed_tokens: int
     is_float32: bool
+    has_stages: bool = False
 
 
 class Plan(NamedTuple):
@@ -74,6 +78,9 @@ class Plan(NamedTuple):
         them.
     tiles: Thread blocks that share the G query rows of a KV head.
     matrix_rows: Query rows of a thread block that rotates queries or merges parts.
+    one_kernel: Whether thread blocks that do a part rotate queries themselves, and the last of a
+        tile merges its parts; else there is a kernel for each. Tiles of all KV heads are then fewer
+        than ``MANY_ROWS``.
     exact: Parts of the exact tokens, which come first.
     packed: Parts of the packed tokens.
     query_bytes: Shared memory of a thread block that rotates queries.
@@ -84,6 +91,7 @@ class Plan(NamedTuple):
     operands: int
     tiles: int
     matrix_rows: int
+    one_kernel: bool
     exact: Parts
     packed: Parts
     query_bytes: int
@@ -98,8 +106,8 @@ class Plan(NamedTuple):
     @property
     def numbers(self) -> tuple[int, ...]:
         """The fields of ``rotormlx_attend_plan``, in its order."""
-        rows, sizes = (self.operands, self.tiles, self.matrix_rows), self[5:]
-        return *rows, *self.exact, *self.packed, *sizes
+        rows, sizes = self[:3], self[6:]
+        return *rows, int(self.one_kernel), *self.exact, *self.packed, *sizes
 
 
 @lru_cache(maxsize=1024)
@@ -120,6 +128,8 @@ def attend_plan(shape: Shape, device: Device = ANY_DEVICE) -> Plan:
         operands,
         tiles,
         matrix_rows,
+        # Many rows would be rotated by too many thread blocks each.
+        shape.has_stages and operands > 0 and matrix_rows == 1,
         *cut_both(shape.exact_tokens, shape.packed_tokens, limit),
         query_bytes=query_shared_bytes(shape.key_dim, matrix_rows),
         part_bytes=part_shared_bytes(*widths, operands),
@@ -162,7 +172,7 @@ def part_shared_bytes(
     load = 33 if key_bits in TRELLIS_BITS or value_bits in TRELLIS_BITS else 32
     operand_steps = key_steps + -(-key_dim // 32)
     units = 4 * slots * slot * load + 32 * operands * operand_steps
-    units += rows + 4 * rows * BLOCK // 8 + 16 * rows + 12
+    units += rows + rows * max(4 * BLOCK // 8 + 16, key_dim // 4) + 12
     units += 32 if 8 in (key_bits, value_bits) else 0
     return max(16 * units, 16 * rows * (2 + value_dim), plain)
 

@@ -133,7 +133,7 @@ def rotation_text(rotation: Rotation) -> str:
         rotations.append(f"{call}, false>{arguments}")
         unrotations.append(f"{call}, true>{arguments}")
         offset += stage.coefficients.size
-    if not rotation.stages and rotation.name != "identity":
+    if not rotation.has_stages:
         rotations = unrotations = [
             f"rotate_by_matrix<{rotation.head_dim}, LANES, ROWS>(rows, coefficients, lane);"
         ]
@@ -174,6 +174,7 @@ def cuda_header(codec: Codec) -> str:
     lanes, held = lanes_of_row(codec.rotation), _held(codec.rotation)
     return (
         f"namespace {codec.role}_rotation {{\nconstexpr int LANES = {lanes}, HELD = {held};\n"
+        f"constexpr bool HAS_STAGES = {str(codec.rotation.has_stages).lower()};\n"
         f"{boundaries_text(codec.bits)}{rotation_text(codec.rotation)}}}\n"
     )
 

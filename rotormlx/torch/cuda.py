@@ -19,7 +19,7 @@ from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed
 from rotormlx.codec.limits import check_grid, check_tokens
 from rotormlx.codec.rotation import Rotation
 from rotormlx.kernels import mask_kinds
-from rotormlx.kernels.cuda_plan import MAX_HEAD_DIM, Device, Shape, attend_plan
+from rotormlx.kernels.cuda_plan import MANY_ROWS, MAX_HEAD_DIM, Device, Shape, attend_plan
 from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, store_step, torch_ops
 from rotormlx.torch.build import Configuration
@@ -93,7 +93,7 @@ def attend(call: AttendCall) -> Tensor:
     check_grid("attend", *keys.exact.shape[:2])
     check_tokens("attend", call.blocks * BLOCK + call.capacity)
     kind, mask = _mask(call)
-    sink_logits = call.sink_logits
+    sink_logits, plan = call.sink_logits, attend_plan(_shape(call), _device(device))
     with _on(device):
         output = operators.attend(
             _aligned(query),
@@ -102,12 +102,14 @@ def attend(call: AttendCall) -> Tensor:
             *_parts(values, query.dtype),
             _query_matrix(keys.codec.rotation, device),
             torch_ops.inverse_matrix(values.codec.rotation, device),
+            *(_coefficients(x.codec.rotation, False, device) for x in (keys, values)),
+            _counters(device, _stream(device)) if plan.one_kernel else None,
             mask,
             None if sink_logits is None else sink_logits.float().contiguous(),
             call.sink,
             call.scale,
             kind,
-            attend_plan(_shape(call), _device(device)).numbers,
+            plan.numbers,
             _stream(device),
         )
     return output
@@ -152,6 +154,7 @@ def _shape(call: AttendCall) -> Shape:
         exact_tokens=call.capacity,
         packed_tokens=call.blocks * BLOCK,
         is_float32=call.query.dtype == torch.float32,
+        has_stages=keys.rotation.has_stages and values.rotation.has_stages,
     )
 
 
@@ -238,6 +241,27 @@ def _device(device: torch.device) -> Device:
     # Versions of torch that do not tell the limit that a kernel may ask for get the usual one.
     shared_bytes = getattr(facts, "shared_memory_per_block_optin", 48 * 1024)
     return Device(facts.multi_processor_count, shared_bytes)
+
+
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """int32 ``[MANY_ROWS]``, more than one kernel needs; 0 between the calls of a stream.
+
+    A call in a CUDA graph has its own, which the graph sets to 0: it may run beside other calls,
+    and what is captured has not run yet.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return _zeros(device)
+    return _kept_counters(device, stream)
+
+
+@cache
+def _kept_counters(device: torch.device, stream: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _zeros(device)
+
+
+def _zeros(device: torch.device) -> Tensor:
+    return torch.zeros(MANY_ROWS, dtype=torch.int32, device=device)
 
 
 def _stream(device: torch.device) -> int:

@@ -151,8 +151,27 @@ def metal_cases():
     yield from varied(replace(few, blocks=10, tail=150, batch=1), launch=steps, length=(1, 17))
 
 
+def by_three_kernels(case):
+    """The case by three CUDA kernels where one could do it."""
+    return replace(case, launch=replace(case.launch, kernels=3))
+
+
 def cuda_cases():
     """The same, for two dtypes: one takes the tensor cores and one does not."""
+    for case in one_kernel_cases():
+        yield case
+        if case.dtype != "f32":
+            yield by_three_kernels(case)
+    # Rows that share what they read of a matrix, eight at a time.
+    many = replace(CUDA_BASE, batch=1, kv_heads=2, repeats=3, sink_logits=True)
+    many = replace(many, launch=Launch(shares_rows=True))
+    yield from varied(many, length=(3, 9), dtype=("f16", "f32"))
+    # A matrix takes three kernels.
+    yield replace(CUDA_BASE, channel_scale="none", rotation="dense")
+
+
+def one_kernel_cases():
+    """Those that one kernel does on the tensor cores."""
     both = ("f16", "f32")
     yield from every_pair()
     group = replace(CUDA_BASE, batch=1, kv_heads=2, repeats=3)
@@ -160,7 +179,9 @@ def cuda_cases():
     group = replace(CUDA_BASE, kv_heads=2, batch=1, length=2, mask="bool")
     yield from varied(group, repeats=(1, 3, 4, 5, 7, 8, 9, 16))
     plain = replace(CUDA_BASE, channel_scale="none")
-    yield from varied(plain, rotation=("rotor3", "dense", "identity"))
+    yield from varied(plain, rotation=("rotor3", "iso4", "planar2", "hadamard", "identity"))
+    # Rows that fewer lanes share.
+    yield from varied(replace(CUDA_BASE, dims=(24, 40)), length=(1, 9))
     yield from varied(replace(CUDA_BASE, sink_logits=True), mask=("none", "bool"), length=(1, 17))
     for counts in COUNTS:
         few = replace(CUDA_BASE, kv_heads=1, **counts)
@@ -169,11 +190,8 @@ def cuda_cases():
     long = replace(CUDA_BASE, blocks=70, tail=300, batch=1, kv_heads=1)
     devices = [Launch(multiprocessors=n) for n in (1, 2, 50)]
     yield from varied(long, launch=devices, length=(1, 17), dtype=both)
-    # Rows that share what they read of a matrix, eight at a time.
-    many = replace(
-        group, repeats=3, mask="causal", sink_logits=True, launch=Launch(shares_rows=True)
-    )
-    yield from varied(many, length=(3, 9), dtype=both)
+    # One row and three, whose parts warps share.
+    yield from varied(replace(long, kv_heads=2, launch=Launch(multiprocessors=50)), repeats=(1, 3))
 
 
 def mlx_cuda_cases():
@@ -216,11 +234,15 @@ def test_attend_is_the_reference(runner, case):
 # ---- rows of a batch ----------------------------------------------------------------------------
 
 
+RAGGED = replace(CUDA_BASE, batch=3, kv_heads=2, tail=60)
+
+
 @on(
     metal=varied(METAL_BASE, mask=["causal"], batch=[3], kv_heads=[2], length=(2, 17), tail=[60]),
-    cuda=varied(
-        CUDA_BASE, batch=[3], kv_heads=[2], length=(2, 17), tail=[60], dtype=("f16", "f32")
-    ),
+    cuda=[
+        *varied(RAGGED, length=(2, 17), dtype=("f16", "f32")),
+        *varied(by_three_kernels(RAGGED), length=(2, 17)),
+    ],
 )
 def test_rows_of_a_batch_have_their_own_lengths(runner, case):
     """A row counts fewer packed tokens, and exact ones from its own sink on."""
@@ -229,7 +251,7 @@ def test_rows_of_a_batch_have_their_own_lengths(runner, case):
 
 @on(
     metal=varied(METAL_BASE, kv_heads=[2], length=(2, 17)),
-    cuda=varied(CUDA_BASE, dtype=("f16", "f32")),
+    cuda=[*varied(CUDA_BASE, dtype=("f16", "f32")), by_three_kernels(CUDA_BASE)],
     mlx_cuda=varied(CUDA_BASE, dtype=("f16", "f32")),
 )
 def test_rows_of_a_batch_have_their_own_channel_scale(runner, case):

@@ -135,7 +135,9 @@ def test_three_thread_blocks_fit_a_multiprocessor(bits):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "rotation"), [(80, (2, 3), "rotor3"), (256, (8, 3), "hadamard")], ids=str
+    ("head_dim", "bits", "rotation"),
+    [(80, (2, 3), "rotor3"), (256, (8, 3), "hadamard"), (64, (4, 4), "dense")],
+    ids=str,
 )
 def test_other_configurations_compile(head_dim, bits, rotation, tmp_path):
     found = compiled(tmp_path, "sm_90a", head_dim=head_dim, bits=bits, rotation=rotation)

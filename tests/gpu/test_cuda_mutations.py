@@ -538,14 +538,14 @@ SHARED_MUTATIONS = [
     ("row / call.length] * LOG2_E", "row / call.length]", {"sink_logits": True}),
     ("part < all.exact_parts) exact", "part <= all.exact_parts) exact", {}),
     ("part < all.exact_parts) exact", "part < all.exact_parts - 1) exact", {}),
-    ("min(start + i * SHARERS, parts - 1)", "min(start, parts - 1)", MANY_PARTS),
-    ("min(start + i * SHARERS, parts - 1)", "start + i * SHARERS", {}),
+    ("min(start + i * sharers, parts - 1)", "min(start, parts - 1)", MANY_PARTS),
+    ("min(start + i * sharers, parts - 1)", "start + i * sharers", {}),
     ("if (start > sharer || column >= 4 * 32) load", "if (column >= 4 * 32) load", MANY_PARTS),
     ("if (start > sharer || column >= 4 * 32) load", "if (start > sharer) load", LONG),
     ("start = sharer; start < parts", "start = 0; start < parts", {}),
     ("packed[c] = fmaf(share, four[c], packed[c])", "packed[c] += four[c]", {}),
     ("exact[c] = fmaf(share, four[c], exact[c])", "exact[c] += four[c]", {}),
-    ("(sharer * ROWS + r) * VALUE_DIM + column", "r * VALUE_DIM + column", {}),
+    ("(sharer * ROWS + r) * VALUE_DIM;", "r * VALUE_DIM;", {}),
     ("s < SHARERS; ++s) sum +=", "s < 1; ++s) sum +=", {}),
     ("total = fmaf(tops[i], totals[i], total)", "total += totals[i]", {}),
     ("kv_head * VALUE_DIM + channel;", "channel;", {}),
@@ -628,8 +628,67 @@ PLAIN_MUTATIONS = [
 
 
 OWN_SCALE_MUTATIONS = [
-    ("batch * call.key_channel_scale_stride +", "", {}),
-    ("head_index / call.kv_heads * call.value_channel_scale_stride +", "", {}),
+    ("scale_at = batch * call.key_channel_scale_stride +", "scale_at =", {}),
+    ("batch * call.value_channel_scale_stride +", "", {}),
+]
+
+
+# One kernel in place of three, which are not compiled.
+WITHOUT_THREE = [
+    *WITHOUT_FLOAT,
+    (
+        "error = launch(attend_query<ROWS>, row_grid, ROW_THREADS, plan.query_bytes, stream, all);",
+        "",
+    ),
+    (
+        "return launch(attend_merge<ROWS>, row_grid, ROW_THREADS, plan.merge_bytes, stream, all);",
+        "",
+    ),
+]
+# Eight rows, for more workers than that, so long that twice as many do not fit where they go.
+FEW_LANES = replace(TENSOR, dims=(120, 40), length=1)
+LAST = "const bool found = atomicAdd(counter, 1) == int(gridDim.z) - 1;"
+ONE_KERNEL_MUTATIONS = [
+    # Queries
+    ("__syncthreads();  // the rotated queries are there", "", {}),
+    ("Codec::template rotate<Rows::OF_LANE>(", "(void)(", {}),
+    ("scale == nullptr ? x : x * scale[channel]", "x", {}),
+    (
+        "min(p.first_row + row, p.group_rows - 1);\n      const float x",
+        "p.first_row + row;\n      const float x",
+        {},
+    ),
+    ("rotated[row * Codec::D + channel] = x;", "rotated[row * Codec::D + (channel ^ 1)] = x;", {}),
+    # Rows over the lanes
+    ("Codec::LANES + r * WORKERS;", "Codec::LANES;", {}),
+    (
+        "Channels::exists(c) ? number_at(row, c) : 0.0f",
+        "number_at(row, c)",
+        {"rotation": "rotor3", "dims": (64, 64)},
+    ),
+    # The last thread block of a tile
+    ("__syncthreads();  // the part is written, and shared memory is free", "", {}),
+    ("if (gridDim.z == 1) return true;", "if (gridDim.z >= 1) return true;", {}),
+    ("if (threadIdx.x == 0) {\n    __threadfence();", "if (threadIdx.x == 0) {", {}),
+    (LAST + "\n    __threadfence();", LAST, {}),
+    (LAST, LAST.replace("- 1", "- 2"), {}),
+    ("call.counters + blockIdx.y * gridDim.x + blockIdx.x", "call.counters + blockIdx.y", {}),
+    ("call.counters + blockIdx.y * gridDim.x + blockIdx.x", "call.counters + blockIdx.x", {}),
+    ("if (found) *counter = 0;", "", {}),
+    ("*is_last = found;", "*is_last = 1;", {}),
+    ("__syncthreads();  // it is known whether this is the last", "", {}),
+    # Its merge
+    ("i < sharers * rows; i += WARPS", "i < rows; i += WARPS", {}),
+    ("first_row + i % rows, i / rows, sharers", "first_row + i % rows, 0, sharers", {}),
+    ("first_row + i % rows, i / rows, sharers", "first_row, i / rows, sharers", {}),
+    ("packed_sums + i * D, exact_sums + i * D", "packed_sums, exact_sums + i * D", {}),
+    ("__syncthreads();  // the sums of all rows are there", "", {}),
+    ("s < sharers; ++s) sum +=", "s < 1; ++s) sum +=", {}),
+    ("sums[(s * rows + row) * D + channel]", "sums[(s + row) * D + channel]", {}),
+    ("min(row, rows - 1), channel)", "0, channel)", {}),
+    ("Codec::template unrotate<Rows::OF_LANE>(", "Codec::template rotate<Rows::OF_LANE>(", {}),
+    ("if (row >= rows) return;", "", {}),
+    ("x, of_sharers(exact_sums, row, channel));", "x, 0.0f);", {}),
 ]
 
 
@@ -646,6 +705,15 @@ def of_attention():
     yield Mutation("__syncwarp();  // no shares are in use", "", shares_rows)
     for old, new, _ in OWN_SCALE_MUTATIONS:
         yield Mutation(old, new, attends(with_own_scales, FLOAT), trims=tuple(WITHOUT_TENSOR))
+    for old, new, changes in ONE_KERNEL_MUTATIONS:
+        check = attends(problem, replace(TENSOR, **changes))
+        yield Mutation(old, new, check, trims=tuple(WITHOUT_THREE))
+    few_lanes = attends(problem, FEW_LANES)
+    old = "if (row < ROWS && Channels::exists(c)) use("
+    yield Mutation(old, "if (Channels::exists(c)) use(", few_lanes, trims=tuple(WITHOUT_MANY_ROWS))
+    own_scales = attends(with_own_scales, TENSOR)
+    old = "p.batch * call.key_channel_scale_stride +"
+    yield Mutation(old, "", own_scales, trims=tuple(WITHOUT_THREE))
 
 
 @cuda

@@ -12,7 +12,9 @@ import pytest
 from rotormlx.codec import codebook
 from rotormlx.codec.format import KEY, codec
 from rotormlx.config import RotorConfig
+from rotormlx.kernels import cuda_plan
 from rotormlx.kernels.source import cuda_header
+from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends import cuda_text
 from tests.emulator import missing
 from tests.emulator.cuda import MLXKernel
@@ -103,7 +105,8 @@ def test_devices_with_less_shared_memory(kilobytes, monkeypatch):
     made = CUDA.attend_module(*(view.codec for view in posed.views), Launch())
     monkeypatch.setattr(made, "shared_memory", 1024 * kilobytes)
     posed.check(CUDA)
-    kernel_bytes = made.reports[1].threadgroup_bytes
+    # In float32 a kernel rotates the queries before.
+    kernel_bytes = made.reports[1 if kilobytes == 99 else 0].threadgroup_bytes
     least = {99: 0, 120: 99, 163: 120}[kilobytes]
     assert 1024 * least < kernel_bytes <= 1024 * kilobytes
 
@@ -123,6 +126,47 @@ def test_the_launcher_refuses_a_plan_that_does_not_fit(field, monkeypatch):
     posed = problem(Case(dims=(64, 64), dtype="f16", mask="causal", batch=1, kv_heads=1))
     with pytest.raises(RuntimeError, match="rotormlx_attend returned the CUDA error 1"):
         posed.run(CUDA)
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("changes", "kernels"),
+    [
+        ({}, 1),
+        ({"rotation": "hadamard", "channel_scale": "none"}, 1),
+        ({"rotation": "identity", "channel_scale": "none"}, 1),
+        ({"blocks": 0}, 1),
+        ({"dtype": "f32"}, 3),
+        ({"rotation": "dense", "channel_scale": "none"}, 3),
+        ({"launch": Launch(shares_rows=True)}, 3),
+        ({"launch": Launch(kernels=3)}, 3),
+    ],
+    ids=str,
+)
+def test_one_kernel_does_what_it_can(changes, kernels):
+    """A matrix, many rows and float32 take three, and so does a call without counters."""
+    posed = problem(replace(Case(dtype="f16", mask="causal", bits=(4, 3)), **changes))
+    posed.check(CUDA)
+    made = CUDA.attend_module(*(view.codec for view in posed.views), posed.case.launch)
+    assert len(made.reports) == kernels
+
+
+@needs_emulator
+def test_counters_serve_call_after_call():
+    """They are 0 again, whatever number of parts and of tiles a call has."""
+    counters = np.zeros(cuda_plan.MANY_ROWS, np.int32)
+    for length, multiprocessors in ((1, 50), (17, 50), (1, 1), (1, 50)):
+        posed = problem(
+            Case(dtype="f16", bits=(4, 3), mask="causal", batch=1, length=length, blocks=30)
+        )
+        made = CUDA.attend_module(
+            *(view.codec for view in posed.views), Launch(multiprocessors=multiprocessors)
+        )
+        call = AttendCall(posed.queries, *posed.views, **posed.options)
+        output = cuda_calls.attend(call, made=made, counters=counters)
+        assert posed.is_right(output)
+        assert len(made.reports) == 1
+        assert not counters.any()
 
 
 @needs_emulator

@@ -11,14 +11,15 @@ import pytest
 from rotormlx.kernels import cuda_plan
 from rotormlx.kernels.cuda_plan import ANY_DEVICE, Device, Shape, attend_plan, cut_both
 
-# Shape; multiprocessors and KiB of shared memory; operands, tiles and rows of a matrix; parts and
-# tokens of each, exact and packed; bytes of shared memory. GPUs: H100 (132), A100 (108), B200
-# (148), others. As measured to be fast on an H100: docs/CUDA.md.
+# Shape of rotations with stages; multiprocessors and KiB of shared memory; operands, tiles, rows of
+# a matrix, and whether one kernel does it; parts and tokens of each, exact and packed; bytes of
+# shared memory. GPUs: H100 (132), A100 (108), B200 (148), others. As measured to be fast on an
+# H100: docs/CUDA.md.
 PLANS = [
     (
         (1, 32, 8, 1, 128, 128, 4, 4, 131, 32768, False),
         (132, 227),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (1, 160),
         (43, 768),
         (2560, 65856, 12288),
@@ -26,7 +27,7 @@ PLANS = [
     (
         (1, 32, 8, 1, 128, 128, 4, 4, 131, 32768, False),
         (132, 99),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (1, 160),
         (43, 768),
         (2560, 65856, 12288),
@@ -34,7 +35,7 @@ PLANS = [
     (
         (1, 32, 8, 1, 128, 128, 4, 4, 131, 131072, False),
         (132, 227),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (1, 160),
         (47, 2816),
         (2560, 65856, 12288),
@@ -42,7 +43,7 @@ PLANS = [
     (
         (4, 32, 8, 1, 128, 128, 4, 4, 131, 4096, False),
         (132, 227),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (1, 160),
         (8, 512),
         (2560, 65856, 12288),
@@ -50,7 +51,7 @@ PLANS = [
     (
         (1, 32, 8, 1, 128, 128, 4, 4, 68, 0, False),
         (132, 227),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (3, 32),
         (0, 0),
         (2560, 65856, 12288),
@@ -58,7 +59,7 @@ PLANS = [
     (
         (1, 32, 8, 16, 128, 128, 4, 4, 131, 32768, False),
         (132, 227),
-        (2, 4, 1),
+        (2, 4, 1, 1),
         (1, 160),
         (8, 4096),
         (2560, 76224, 12288),
@@ -66,7 +67,7 @@ PLANS = [
     (
         (1, 32, 8, 512, 128, 128, 4, 4, 131, 4096, False),
         (132, 227),
-        (2, 128, 8),
+        (2, 128, 8, 0),
         (1, 160),
         (1, 4096),
         (20480, 76224, 24576),
@@ -74,7 +75,7 @@ PLANS = [
     (
         (1, 32, 8, 1, 128, 128, 3, 2, 131, 32768, True),
         (132, 227),
-        (0, 1, 1),
+        (0, 1, 1, 0),
         (1, 160),
         (43, 768),
         (2560, 12512, 12288),
@@ -82,7 +83,7 @@ PLANS = [
     (
         (2, 40, 8, 1, 128, 128, 8, 8, 131, 8192, False),
         (108, 163),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (1, 160),
         (16, 512),
         (2560, 66368, 12288),
@@ -90,15 +91,15 @@ PLANS = [
     (
         (1, 16, 8, 1, 256, 256, 8, 8, 131, 8192, False),
         (108, 163),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (2, 96),
         (32, 256),
-        (5120, 119616, 16384),
+        (5120, 121664, 16384),
     ),
     (
         (1, 32, 8, 4, 256, 256, 8, 8, 131, 8192, False),
         (128, 99),
-        (0, 2, 1),
+        (0, 2, 1, 0),
         (1, 160),
         (16, 512),
         (5120, 18560, 16384),
@@ -106,7 +107,7 @@ PLANS = [
     (
         (1, 128, 64, 1, 192, 128, 4, 2, 300, 16384, False),
         (148, 227),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (1, 320),
         (5, 3328),
         (3840, 71744, 12288),
@@ -114,7 +115,7 @@ PLANS = [
     (
         (1, 9, 3, 17, 80, 80, 2, 3, 17, 384, False),
         (1, 227),
-        (2, 4, 1),
+        (2, 4, 1, 1),
         (1, 32),
         (1, 512),
         (1600, 70592, 10752),
@@ -122,7 +123,7 @@ PLANS = [
     (
         (1, 2, 1, 1, 64, 80, 4, 3, 100, 1000000, False),
         (132, 227),
-        (1, 1, 1),
+        (1, 1, 1, 1),
         (1, 128),
         (245, 4096),
         (1280, 59200, 10752),
@@ -130,7 +131,7 @@ PLANS = [
     (
         (3, 6, 1, 7, 64, 80, 4, 3, 9000, 64, False),
         (50, 227),
-        (2, 3, 1),
+        (2, 3, 1, 1),
         (10, 928),
         (1, 256),
         (1280, 67520, 10752),
@@ -145,7 +146,7 @@ PLANS = [
 )
 def test_plans_of_known_shapes(shape, device, rows, exact, packed, sizes):
     multiprocessors, kilobytes = device
-    plan = attend_plan(Shape(*shape), Device(multiprocessors, 1024 * kilobytes))
+    plan = attend_plan(Shape(*shape, has_stages=True), Device(multiprocessors, 1024 * kilobytes))
     assert plan.numbers == (*rows, *exact, *packed, *sizes)
 
 
@@ -204,3 +205,17 @@ def test_rows_share_a_matrix_where_there_are_many():
         shape = DECODE._replace(batch=batch, length=length)
         many = math.prod((batch, shape.heads, length)) >= cuda_plan.MANY_ROWS
         assert attend_plan(shape).matrix_rows == (8 if many else 1)
+
+
+def test_one_kernel_does_few_rows_in_stages_on_the_tensor_cores():
+    for has_stages, is_float32, length in itertools.product((True, False), (True, False), (1, 300)):
+        shape = DECODE._replace(has_stages=has_stages, is_float32=is_float32, length=length)
+        few = math.prod((shape.batch, shape.heads, length)) < cuda_plan.MANY_ROWS
+        assert attend_plan(shape).one_kernel == (has_stages and not is_float32 and few)
+
+
+def test_one_kernel_needs_fewer_counters_than_there_are_for_many_rows():
+    for batch, kv_heads, group in itertools.product((1, 7, 300), (1, 3, 64), (1, 8, 9, 40)):
+        shape = DECODE._replace(batch=batch, heads=kv_heads * group, kv_heads=kv_heads)
+        plan = attend_plan(shape._replace(has_stages=True))
+        assert not plan.one_kernel or batch * kv_heads * plan.tiles < cuda_plan.MANY_ROWS

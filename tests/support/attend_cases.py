@@ -37,11 +37,13 @@ class Launch:
             packed tokens; None for the backend's own.
         multiprocessors: CUDA: of the device.
         shares_rows: CUDA: query rows share what they read of a matrix, as where there are many.
+        kernels: CUDA: one, where it can do the call, or three.
     """
 
     steps: tuple[int, int] | None = None
     multiprocessors: int = 1
     shares_rows: bool = False
+    kernels: int = 1
 
 
 @dataclass(frozen=True)

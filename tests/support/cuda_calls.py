@@ -100,6 +100,8 @@ class AttendArguments(ctypes.Structure):
         *(("sink_logits", POINTER), ("out", POINTER), ("workspace", POINTER)),
         *((f"{role}_channel_scale_stride", ctypes.c_int64) for role in ("key", "value")),
         *((f"{role}_matrix_stride", ctypes.c_int64) for role in ("key", "value")),
+        *((f"{role}_coefficients", POINTER) for role in ("key", "value")),
+        ("counters", POINTER),
     ]
 
 
@@ -107,7 +109,7 @@ class AttendPlan(ctypes.Structure):
     """``rotormlx_attend_plan``."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("operands", "tiles", "matrix_rows")),
+        *((name, ctypes.c_int32) for name in ("operands", "tiles", "matrix_rows", "one_kernel")),
         *((f"exact_{name}", ctypes.c_int32) for name in ("parts", "part_tokens")),
         *((f"packed_{name}", ctypes.c_int32) for name in ("parts", "part_tokens")),
         *((f"{name}_bytes", ctypes.c_int32) for name in ("query", "part", "merge")),
@@ -336,18 +338,20 @@ def plan_of(a, codecs, made):
         *(a.batch, a.heads, a.kv_heads, a.length),
         *(keys.head_dim, values.head_dim, keys.bits, values.bits),
         *(a.exact_tokens, a.packed_tokens, a.dtype == DTYPES[mx.float32]),
+        has_stages=all(codec.rotation.has_stages for codec in codecs),
     )
     device = cuda_plan.Device(made.multiprocessors, made.shared_memory)
     return AttendPlan(*cuda_plan.attend_plan(shape, device).numbers)
 
 
-def attend(asked, *, made=None, lengths=None):
+def attend(asked, *, made=None, lengths=None, counters=None):
     """What ``rotormlx_attend`` gives for an ``AttendCall``, as an MLX array.
 
     Args:
         asked: As a backend takes it.
         made: The module to run, by default the one of this configuration.
         lengths: What the device reads, ``[B, 2]``, instead of what the call says.
+        counters: int32, changed, with which one kernel does it where it can; None for three.
     """
     queries, keys, values, scale, mask, sink_logits = asked
     batch, heads, length, key_dim = queries.shape
@@ -374,6 +378,10 @@ def attend(asked, *, made=None, lengths=None):
     a.key_matrix, a.key_matrix_stride = call.matrix("key_matrix", back)
     back = to_numpy(inverse_matrix(values.codec.rotation))
     a.value_matrix, a.value_matrix_stride = call.matrix("value_matrix", back)
+    for role, view in (("key", keys), ("value", values)):
+        table = coefficients(view.codec.rotation)
+        setattr(a, f"{role}_coefficients", call.plain(f"{role}_coefficients", table))
+    a.counters = call.plain("counters", counters, written=True)
     for role, view in (("key", keys), ("value", values)):
         name = f"{role}_channel_scale"
         handle, step = call.scale(name, view.channel_scale)

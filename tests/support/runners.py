@@ -245,8 +245,11 @@ class CUDARunner:
         launch = launch or Launch()
         made = self.attend_module(keys.codec, values.codec, launch)
         call = AttendCall(queries, keys, values, **options)
+        counters = np.zeros(cuda_plan.MANY_ROWS, np.int32) if launch.kernels == 1 else None
         with planned_as(launch):
-            return cuda_calls.attend(call, made=made, lengths=lengths)
+            output = cuda_calls.attend(call, made=made, lengths=lengths, counters=counters)
+        assert counters is None or not counters.any()
+        return output
 
     def attend_module(self, key_codec, value_codec, launch):
         """The module that a call of ``attend`` runs."""

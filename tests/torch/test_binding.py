@@ -16,7 +16,7 @@ import torch
 from rotormlx.codec.format import BLOCK, Codec, Packed, codec
 from rotormlx.codec.rotation import calibrated
 from rotormlx.config import RotorConfig
-from rotormlx.kernels.cuda_plan import Device, Shape, attend_plan
+from rotormlx.kernels.cuda_plan import MANY_ROWS, Device, Shape, attend_plan
 from rotormlx.kernels.source import coefficients
 from rotormlx.torch import build, cuda, torch_ops
 from rotormlx.torch.build import Configuration
@@ -110,6 +110,7 @@ def kernels(library, monkeypatch):
     monkeypatch.setattr(cuda, "_on", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "_stream", lambda device: 77)
     monkeypatch.setattr(cuda, "_device", lambda device: DEVICE)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     cuda._can_compile.cache_clear()
     # As in a model, where attention comes first: encode and decode then take the same library.
     pair = (
@@ -324,14 +325,47 @@ def test_attend_fills_its_structure(kernels):
         # float32 of numbers up to 1.
         assert np.allclose(numbers_at(pointer, matrix.shape), matrix, rtol=0, atol=1e-6)
     assert (a.key_matrix_stride, a.value_matrix_stride) == (0, 0)
+    for pointer, table in (
+        (a.key_coefficients, coefficients(keys.codec.rotation)),
+        (a.value_coefficients, coefficients(values.codec.rotation)),
+    ):
+        assert np.array_equal(numbers_at(pointer, table.shape), table)
     assert (a.mask_kind, a.mask) == (1, None)
     assert (out.shape, out.dtype) == ((B, H, L, 80), torch.bfloat16)
     assert a.out == out.data_ptr()
     # The plan of what the buffers hold, for this device.
-    shape = Shape(B, H, K, L, 64, 80, *(4, 3), 70, N * BLOCK, is_float32=False)
+    shape = Shape(B, H, K, L, 64, 80, *(4, 3), 70, N * BLOCK, is_float32=False, has_stages=True)
     plan = AttendPlan.in_dll(kernels, "last_plan")
     numbers = tuple(getattr(plan, name) for name, _ in plan._fields_)
     assert numbers == attend_plan(shape, DEVICE).numbers
+
+
+def test_calls_of_a_stream_share_counters(kernels, monkeypatch):
+    """Calls in a graph have their own, and three kernels take none."""
+    call = AttendCall(*attend_inputs(), **FACTS)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    made, zeros = [], cuda._zeros
+    monkeypatch.setattr(cuda, "_zeros", lambda device: made.append(zeros(device)) or made[-1])
+
+    def taken(stream):
+        monkeypatch.setattr(cuda, "_stream", lambda device: stream)
+        cuda.attend(call)
+        return AttendArguments.in_dll(kernels, "last_attend").counters
+
+    cuda._kept_counters.cache_clear()
+    found = [taken(stream) for stream in (77, 77, 78)]
+    assert found == [made[0].data_ptr(), made[0].data_ptr(), made[1].data_ptr()]
+    capturing = True
+    found += [taken(77), taken(77)]
+    assert found[3:] == [x.data_ptr() for x in made[2:]]
+    assert len(set(found)) == len(made) == 4
+    assert all(x.dtype == torch.int32 and x.tolist() == [0] * MANY_ROWS for x in made)
+    for query in (call.query.float(), call.query[:, :, :1].expand(-1, -1, 700, -1)):
+        call = call._replace(query=query)
+        assert taken(77) is None
+        assert AttendPlan.in_dll(kernels, "last_plan").one_kernel == 0
+    cuda._kept_counters.cache_clear()
 
 
 def test_matrices_of_each_head_are_told_by_their_strides(kernels, monkeypatch):
@@ -360,6 +394,7 @@ def test_matrices_of_each_head_are_told_by_their_strides(kernels, monkeypatch):
         cuda.attend(AttendCall(query, lengths, *views, **FACTS))
         assert list(cuda._loaded) == [dense]
     a = kept(kernels, "attend", AttendArguments)
+    assert a.counters is None
     assert (a.key_matrix_stride, a.value_matrix_stride) == (64**2, 80**2)
     for pointer, matrix in (
         (a.key_matrix, np.linalg.inv(made[0].rotation.matrix)),
