@@ -1,5 +1,7 @@
 """What a decode step costs on the host, through transformers: ``python scripts/bench_host.py``.
 
+With ``--model PATH``, a prompt through that model too.
+
 A tiny model of eight layers over a short history on the CPU, so that little is computed. Contenders
 run in one process, in turn with the exact cache, ten steps each. The profiler counts the torch
 operations of a step, those included that another one calls; what a model without cache and
@@ -144,17 +146,45 @@ def decode_steps(history: int, steps: int) -> list[Row]:
     return rows
 
 
+@torch.inference_mode()
+def prompts(path: Path, tokens: int, runs: int) -> list[Row]:
+    """A whole prompt through a model in float32; the fastest run counts."""
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompt = torch.randint(0, model.config.vocab_size, (1, tokens))
+    times: dict[str, list[float]] = {}
+    for _ in track(range(runs), "prompts"):
+        for name, contender in contenders(model, tokens).items():
+            times.setdefault(name, []).append(contender.timed(prompt))
+    exact = times["DynamicCache"]
+    return [
+        {
+            "contender": name,
+            "s": min(own),
+            "this / DynamicCache": min(own) / min(exact),
+            "by medians": statistics.median(own) / statistics.median(exact),
+        }
+        for name, own in times.items()
+    ]
+
+
 def main(
     history: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 200,
     steps: Annotated[int, typer.Option(help="Counted steps of each.")] = 300,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a Llama model, for a prompt as well.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of that prompt.")] = 2048,
     output: Annotated[Path, typer.Option(help="Where JSON goes.")] = Path("bench-host"),
 ) -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
     torch.set_num_threads(1)
     title = f"A decode step of {LAYERS} layers behind {history} tokens, CPU, one thread"
+    tables = {title: decode_steps(history, steps)}
+    if model is not None:
+        tables[f"A prompt of {prompt} tokens, float32"] = prompts(model, prompt, runs=5)
     write_figures(
         wide_console(),
-        {title: decode_steps(history, steps)},
+        tables,
         output,
         device=platform.processor() or platform.machine(),
         torch=torch.__version__,
