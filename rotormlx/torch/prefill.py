@@ -144,14 +144,8 @@ def _packed_parts(call: AttendCall, rows: Rows, packed: int) -> Iterator[Part]:
 def _decoded(view: KVView, rows: Rows, first: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Tokens of blocks ``first`` to ``stop``, ``[B, K, T, D]``."""
     parts = (None if a is None else a[rows, :, first:stop] for a in view.packed or ())
-    return ops.decode_fitting(
-        Packed(*parts), view.codec, channel_scale=_own_scale(view, rows), dtype=dtype
-    )
-
-
-def _own_scale(view: KVView, rows: Rows) -> Tensor | None:
-    scale = view.channel_scale
-    return scale if scale is None or scale.ndim == 2 else scale[rows]
+    scale = torch_ops.scale_of_rows(view.channel_scale, rows)
+    return ops.decode_fitting(Packed(*parts), view.codec, channel_scale=scale, dtype=dtype)
 
 
 def _scales(view: KVView, rows: Rows, first: int, stop: int) -> Tensor:
@@ -163,7 +157,7 @@ def _scales(view: KVView, rows: Rows, first: int, stop: int) -> Tensor:
 def _query_noise(call: AttendCall, rows: Rows) -> Tensor:
     """What a dot product loses for a token whose scale is 1, float32 ``[B, H, L, 1]``."""
     keys, scaled = call.keys, call.query.float()
-    if (own := _own_scale(keys, rows)) is not None:
+    if (own := torch_ops.scale_of_rows(keys.channel_scale, rows)) is not None:
         scaled = scaled * own.repeat_interleave(call.repeats, -2)[..., None, :]
     # A matrix per KV head serves the query heads that share it.
     matrix = torch_ops.inverse_matrix(keys.codec.rotation, scaled.device).mT

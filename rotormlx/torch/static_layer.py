@@ -201,7 +201,7 @@ class RotorStaticLayer(RotorLayer):
         self.rows = [Counts(tokens, packed) for packed, tokens in counts]
         key_store, value_store = cast(tuple[Store, Store], self.stores)
         for place, store in enumerate((key_store, value_store)):
-            store.exact = self._of(place)[0].clone()
+            store.exact = self.views[place].exact.clone()
             self._share(store, place)
         if any(row.packable(self.config) for row in self.rows):
             rows = [replace(row) for row in self.rows]
@@ -229,17 +229,16 @@ class RotorStaticLayer(RotorLayer):
             return
         if not self._fits():
             self._allocate()
-        for place, store in enumerate(self.stores):
-            exact, packed, scale = self._of(place)
+        for place, (store, view) in enumerate(zip(self.stores, self.views, strict=True)):
             count = max(row.exact for row in self.rows)
-            exact[:, :, :count] = store.exact[:, :, :count]
+            view.exact[:, :, :count] = store.exact[:, :, :count]
             if store.packed is not None:
                 blocks = max(row.blocks for row in self.rows)
-                for buffer, part in zip(packed, store.packed, strict=True):
+                for buffer, part in zip(cast(Packed, view.packed), store.packed, strict=True):
                     if buffer is not None and buffer is not part:
                         buffer[:, :, :blocks] = part[:, :, :blocks]
-            if scale is not None and store.channel_scale is not None:
-                scale.copy_(store.channel_scale)
+            if view.channel_scale is not None and store.channel_scale is not None:
+                view.channel_scale.copy_(store.channel_scale)
             self._share(store, place)
         device = self.lengths.device
         counts = [(row.packed, row.tokens) for row in self.rows]
@@ -253,24 +252,19 @@ class RotorStaticLayer(RotorLayer):
 
         Its exact tokens stay its own: attention may still read them when these are written.
         """
-        _, packed, scale = self._of(place)
+        view = self.views[place]
         used = any(row.packed for row in self.rows)
-        store.packed = packed if used else None
+        store.packed = view.packed if used else None
         if self.config.scales_channels:
-            store.channel_scale = scale if used else None
-
-    def _of(self, place: int) -> tuple[Tensor, Packed, Tensor | None]:
-        """The buffers of keys (0) or values (1)."""
-        exact, words, scales, *centres, scale = self.buffers[:5] if place == 0 else self.buffers[5:]
-        packed = Packed(words, scales, centres[0] if centres else None)
-        return cast(Tensor, exact), packed, scale
+            store.channel_scale = view.channel_scale if used else None
 
     def _fits(self) -> bool:
         """Whether the buffers are those of this batch, dtype and device."""
         if not self.buffers:
             return False
-        for place, store in enumerate(cast(tuple[Store, Store], self.stores)):
-            exact, there = store.exact, self._of(place)[0]
+        stores = cast(tuple[Store, Store], self.stores)
+        for store, view in zip(stores, self.views, strict=True):
+            exact, there = store.exact, view.exact
             alike = exact.shape[:2] == there.shape[:2] and exact.shape[3] == there.shape[3]
             if not alike or (exact.dtype, exact.device) != (there.dtype, there.device):
                 return False
@@ -281,26 +275,27 @@ class RotorStaticLayer(RotorLayer):
         config, stores = self.config, cast(tuple[Store, Store], self.stores)
         blocks = max(1, -(-(self.max_cache_len - config.sink) // BLOCK))
         capacity = config.sink + config.window + BLOCK - 1 + _STEP
-        made: list[Tensor | None] = []
-        for store in stores:
+
+        def view_of(store: Store) -> KVView:
             exact, codec = store.exact, store.codec
             front = tuple(exact.shape[:2])
-            made += [
-                zeros(exact, (*front, capacity, codec.head_dim)),
-                zeros(exact, (*front, blocks, *codec.words_shape), torch.int32),
-                zeros(exact, (*front, blocks, BLOCK), torch.float16),
-            ]
+            words = zeros(exact, (*front, blocks, *codec.words_shape), torch.int32)
+            scales = zeros(exact, (*front, blocks, BLOCK), torch.float16)
+            centres = None
             if codec.role == KEY:
-                made.append(zeros(exact, (*front, blocks, codec.head_dim), torch.float16))
+                centres = zeros(exact, (*front, blocks, codec.head_dim), torch.float16)
+            scale = None if config.rotation == CALIBRATED else store.calibrated
             if config.scales_channels:
-                made.append(zeros(exact, (*front, codec.head_dim), torch.float32).fill_(1.0))
-            else:
-                made.append(None if config.rotation == CALIBRATED else store.calibrated)
-        self.buffers, exact = tuple(made), stores[0].exact
-        key_view, value_view = (
-            KVView(store.codec, *self._of(place)) for place, store in enumerate(stores)
+                scale = zeros(exact, (*front, codec.head_dim), torch.float32).fill_(1.0)
+            room = zeros(exact, (*front, capacity, codec.head_dim))
+            return KVView(codec, room, Packed(words, scales, centres), scale)
+
+        self.views = key_view, value_view = view_of(stores[0]), view_of(stores[1])
+        self.buffers = (
+            *(key_view.exact, *cast(Packed, key_view.packed), key_view.channel_scale),
+            *(value_view.exact, *cast(Packed, value_view.packed)[:2], value_view.channel_scale),
         )
-        self.views = key_view, value_view
+        exact = key_view.exact
         self.lengths = zeros(exact, (len(self.rows), 2), torch.int32)
         self.counter = zeros(exact, (len(self.rows),), torch.int32)
         self.row_padding = zeros(exact, (len(self.rows),), torch.int64)

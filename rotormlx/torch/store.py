@@ -16,7 +16,7 @@ from rotormlx.codec.format import BLOCK, ROLES, Codec, Packed, codec
 from rotormlx.config import CALIBRATED, RotorConfig
 from rotormlx.storage.cache_fields import SavedStore
 from rotormlx.torch import ops
-from rotormlx.torch.torch_ops import KVView
+from rotormlx.torch.torch_ops import KVView, scale_of_rows
 
 # Rows that have the same lengths are handled together; a slice stands for all of them.
 Rows = slice | list[int]
@@ -187,13 +187,12 @@ class Store:
         start: int = 0,
         state: Tensor | None = None,
     ) -> Packed:
-        scale = self.channel_scale
         return ops.encode(
             x,
             self.config,
             layer=self.layer,
             role=self.codec.role,
-            channel_scale=scale if scale is None or scale.ndim == 2 else scale[rows],
+            channel_scale=scale_of_rows(self.channel_scale, rows),
             centres=centres,
             rotation=self.codec.rotation,
             start=start,

@@ -81,9 +81,8 @@ def _pack(view: KVView, row: int, block: int, stored: Step, encode: Callable[...
     scale = view.channel_scale
     if stored.own_scale and scale is not None and not block:
         scale[row] = torch_ops.prefill_scale(x, view.codec)[0]
-    if scale is not None and scale.ndim == 3:
-        scale = scale[row : row + 1]
-    made = encode(x, view.codec, channel_scale=scale)
+    own = torch_ops.scale_of_rows(scale, slice(row, row + 1))
+    made = encode(x, view.codec, channel_scale=own)
     for buffer, part in zip(cast(Packed, view.packed), made, strict=True):
         if buffer is not None:
             buffer[row, :, block] = part[0, :, 0]

@@ -580,6 +580,11 @@ def mask_at(call: AttendCall, position: Tensor) -> Tensor | None:
     return mask.reshape(len(mask), call.kv_heads, call.repeats * length, -1)
 
 
+def scale_of_rows(scale: Tensor | None, rows: slice | list[int]) -> Tensor | None:
+    """The channel scale of some batch rows; ``[K, D]`` is that of all."""
+    return scale if scale is None or scale.ndim == 2 else scale[rows]
+
+
 def side_by_side(words: Tensor) -> Tensor:
     """Words with those of a block one behind the other, as native code reads them."""
     rows, lanes = words.shape[-2:]
