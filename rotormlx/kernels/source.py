@@ -166,6 +166,24 @@ def _function(name: str, calls: list[str]) -> str:
     )
 
 
+def metal_rotation(name: str, rotation: Rotation) -> str:
+    """The type of this name that metal_kernels/rows.h asks to rotate rows.
+
+    It depends on the rotation's name and head_dim only.
+    """
+    methods = "".join(
+        f"  template <int ROWS>\n  static DEVICE_FN void {method}(\n"
+        "      THREAD float* rows, GLOBAL const float* coefficients, uint lane) {\n"
+        f"    in_{name}::{method}_rows<LANES, ROWS>(rows, coefficients, lane);\n  }}\n"
+        for method in ("rotate", "unrotate")
+    )
+    return (
+        f"namespace in_{name} {{\n{rotation_text(rotation)}}}\nstruct {name} {{\n"
+        f"  enum {{\n    D = {rotation.head_dim}, LANES = {lanes_of_row(rotation)}, "
+        f"HELD = {_held(rotation)}, HAS_STAGES = {int(rotation.has_stages)}\n  }};\n{methods}}};\n"
+    )
+
+
 def cuda_header(codec: Codec) -> str:
     """The header ``key_rotation.h`` or ``value_rotation.h`` of ``cuda_kernels/launch.cu``.
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from rotormlx.codec import codebook
-from rotormlx.mlx.backends.metal_attend import MAX_HEAD_DIM
+from rotormlx.mlx.backends.metal_attend import MAX_HEAD_DIM, MAX_ROWS
 from tests import emulator
 from tests.support import vectors as shared_vectors
 from tests.support.attend_cases import (
@@ -50,13 +50,16 @@ COUNTS = [
 
 
 def full_cross():
-    """Every head_dim, width, dtype, kind of mask and one of two lengths."""
-    for head_dim, bits, dtype, mask, length in itertools.product(
-        HEAD_DIMS, codebook.BITS, DTYPES, KINDS, (1, 17)
-    ):
+    """Every head_dim, width, dtype, kind of mask and one of two lengths; one kernel does every
+    other case of one query, and two the others.
+    """
+    kinds = [[*enumerate(listed)] for listed in (HEAD_DIMS, codebook.BITS, DTYPES, KINDS)]
+    for numbered, length in itertools.product(itertools.product(*kinds), (1, 17)):
+        places, (head_dim, bits, dtype, mask) = zip(*numbered, strict=True)
         shapes = {"batch": 1, "kv_heads": 1, "blocks": 2, "tail": 5, "length": length}
         dims, widths = (head_dim, head_dim), (bits, bits)
-        yield Case(dims=dims, bits=widths, dtype=dtype, mask=mask, **shapes)
+        case = Case(dims=dims, bits=widths, dtype=dtype, mask=mask, **shapes)
+        yield by_two_kernels(case) if length == 1 and sum(places) % 2 else case
 
 
 # Keys and values of equal widths share their modules with the shared vectors; each width meets
@@ -123,8 +126,26 @@ def varied(case, **choices):
         yield replace(case, **dict(zip(choices, values, strict=True)))
 
 
+def by_two_kernels(case):
+    """The case by two Metal kernels where one could do it."""
+    return replace(case, launch=replace(case.launch, kernels=2))
+
+
 def metal_cases():
-    """Masks, lengths, widths, head_dims, groups, rotations, sink logits, counts and parts."""
+    """All cases; those of few query rows by one kernel and by two."""
+    for case in many_metal_cases():
+        yield case
+        if case.repeats * case.length <= MAX_ROWS:
+            yield by_two_kernels(case)
+    yield from full_cross()
+    # Several steps per part, several parts, and both.
+    few = replace(METAL_BASE, mask="causal", kv_heads=1, blocks=10, tail=150, batch=1)
+    steps = [Launch(steps) for steps in ((4, 1), (4, 2), (4, 128), (2, 2))]
+    yield from varied(few, launch=steps, length=(1, 17))
+
+
+def many_metal_cases():
+    """Masks, lengths, widths, head_dims, groups, rotations, sink logits, counts."""
     few = replace(METAL_BASE, mask="causal", kv_heads=1)
     yield from varied(METAL_BASE, mask=MASKS, length=(1, 5, 21))
     group = replace(METAL_BASE, mask="causal", batch=1, kv_heads=2, repeats=3)
@@ -134,7 +155,6 @@ def metal_cases():
     pairs = [(64, 64), (96, 112), (112, 96), (128, 128), (192, 128), (256, 256), (24, 40)]
     narrow = replace(METAL_BASE, bits=(3, 4), batch=1, kv_heads=2, dtype="bf16")
     yield from varied(narrow, dims=pairs, length=(1, 17))
-    yield from full_cross()
     every = Case(dims=(80, 80), dtype="f16", kv_heads=2, blocks=2, tail=5)
     yield from varied(every, bits=[(b, b) for b in codebook.BITS], mask=MASKS, length=(1, 17))
     group = replace(METAL_BASE, kv_heads=2, batch=1, mask="bool")
@@ -146,9 +166,6 @@ def metal_cases():
     yield from varied(with_sinks, mask=("none", "causal", "bool"), length=(1, 17))
     for counts in COUNTS:
         yield from varied(replace(few, **counts), length=(1, 17))
-    # Several steps per part, several parts, and both.
-    steps = [Launch(steps) for steps in ((4, 1), (4, 2), (4, 128), (2, 2))]
-    yield from varied(replace(few, blocks=10, tail=150, batch=1), launch=steps, length=(1, 17))
 
 
 def by_three_kernels(case):

@@ -77,4 +77,4 @@ def test_model_step_can_be_exported(use, tmp_path):
 
     with METAL.kernels(REAL_METAL_KERNEL):
         mx.export_function(record, lambda t: model(t, cache=caches), tokens[:, :1])
-    assert sum("attend_merge" in name for name in kernels) == len(model.layers)
+    assert sum("attend_alone" in name for name in kernels) == len(model.layers)

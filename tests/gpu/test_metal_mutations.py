@@ -407,6 +407,15 @@ DECODE = Case(
     bits=(3, 3), dims=(64, 64), kv_heads=2, length=4, blocks=5, launch=Launch((2, 2)), mask="causal"
 )
 PREFILL = replace(DECODE, length=17)
+# Few enough query rows for four places a thread, in two simdgroups; a step that ends in its middle.
+LONG = {"blocks": 10, "launch": Launch((4, 2))}
+FOUR = replace(DECODE, length=2, **LONG)
+# Fewer rows than a threadgroup could rotate at once.
+ONE_ROW = {"length": 1, **LONG}
+# One threadgroup does several steps.
+WHOLE = replace(DECODE, launch=Launch((2, 1)))
+DENSE = {"rotation": "dense", "channel_scale": "none"}
+SINKS = {"sink_logits": True}
 
 # Each is what stands in the text, what stands there instead, and the changes of the case.
 
@@ -438,16 +447,9 @@ EVERY = [
     ("x <= HIDDEN ? 0.0f : exp(x - top)", "exp(x - top)", {"mask": "bool"}),
     (": exp(x - top)", ": exp(x)", {}),
 ]
-# Made in each of the two kernels for the parts of a sequence.
+# Made in the kernels for the parts of a sequence.
 BOTH = [
-    ("(WORD_ROWS + row / 2) * row_stride", "(WORD_ROWS + row / 2 + 1) * row_stride", {}),
-    (
-        "fill_levels<VALUE_BITS>(value_levels, uint(",
-        "fill_levels<VALUE_BITS>(value_levels, 1u + uint(",
-        {},
-    ),
     # Scales and centres
-    ("key_scale, about_centre", "1.0f, about_centre", {}),
     ("score_noise(KEY_BITS)", "0.0f", {}),
     ("float(head_centres[", "0.0f * float(head_centres[", {}),
     # Positions and lengths
@@ -455,6 +457,176 @@ BOTH = [
     ("index < sink ? index : packed_tokens + index", "packed_tokens + index", {"mask": "window"}),
     ("index < sink ? index : packed_tokens + index", "index", {"mask": "window"}),
     ("index < sink ? index", "index <= sink ? index", {"mask": "window"}),
+    ("if (index < stop)", "if (index <= stop)", {"mask": "none"}),
+]
+
+
+def barrier(place):
+    """A barrier of attention, by its comment."""
+    return f"threadgroup_barrier(mem_flags::mem_threadgroup);  // {place}"
+
+
+# Few query rows, two places a thread.
+ATTEND = [
+    (barrier("the queries"), "//", {}),
+    (barrier("the rotated queries"), "//", {}),
+    (barrier("all tops"), "//", {}),
+    (barrier("all weights"), "//", {}),
+    (barrier("no weights"), "//", {}),
+    (barrier("the groups' sums"), "//", {}),
+    # The queries
+    ("i < KEY_DIM * ROWS", "i < KEY_DIM * ROWS - 1", {}),
+    ("i < KEY_DIM * ROWS", "i < KEY_DIM * ROWS + 1", {}),
+    ("q + batch * q_strides[0]", "q", {}),
+    ("head * q_strides[1]", "kv_head * q_strides[1]", {}),
+    ("row % length * q_strides[2]", "0", {}),
+    ("channel * q_strides[3]", "0", {}),
+    ("kv_head * (ROWS / length) + row / length;\n  const float x", "kv_head;\n  const float x", {}),
+    ("x * score_scale", "x", {}),
+    ("scaled * head_key_scale[channel] :", "scaled :", {}),
+    ("key_channel_scale + (batch * plan[7] + kv_head * KEY_DIM)", "key_channel_scale", {}),
+    ("rotated_numbers[channel * ROWS + row] =", "rotated_numbers[i] =", {}),
+    ("else Rotation::template rotate<OF_LANE>(numbers, coefficients, lane);", "", {}),
+    ("else Rotation::template rotate<OF_LANE>", "else Rotation::template unrotate<OF_LANE>", {}),
+    ("? rows[c * ROWS + row] : 0.0f", "? rows[c * ROWS] : 0.0f", {}),
+    ("if (row < ROWS && Channels", "if (row < ROWS - 1 && Channels", {}),
+    ("row < ROWS && Channels::exists(c) ?", "Channels::exists(c) ?", ONE_ROW),
+    ("if (row < ROWS && Channels::exists(c))", "if (Channels::exists(c))", ONE_ROW),
+    (barrier("all rows are read"), "//", DENSE),
+    ("coefficients[i * D + channel]", "coefficients[channel * D + i]", DENSE),
+    ("i < D; ++i", "i < D - 1; ++i", DENSE),
+    ("i < D; ++i", "i < D + 1; ++i", DENSE),
+    ("if (channel < D) rows", "if (channel < D - 1) rows", DENSE),
+    ("if (channel < D) rows", "rows", DENSE | {"dims": (80, 64)}),
+    # Parts
+    ("any_packed = part < plan[1]", "any_packed = part <= plan[1]", {}),
+    ("part - plan[1] : part)", "part : part)", {}),
+    ("min(start + run_tokens, existing_tokens)", "existing_tokens", {}),
+    ("min(start + run_tokens, existing_tokens)", "start + run_tokens", {}),
+    ("tokens - packed_tokens : packed_tokens;", "tokens - packed_tokens - 1 : packed_tokens;", {}),
+    ("tokens - packed_tokens : packed_tokens;", "tokens - packed_tokens : packed_tokens - 1;", {}),
+    ("tokens - packed_tokens : packed_tokens;", "tokens - packed_tokens : packed_tokens + 1;", {}),
+    # Levels
+    ("(WORD_ROWS + row / 2) * ROW_STRIDE", "(WORD_ROWS + row / 2 + 1) * ROW_STRIDE", {}),
+    ("first + row * ROW_STRIDE", "first + row * (ROW_STRIDE - 1)", {}),
+    ("make(value_table, uint(", "make(value_table, 1u + uint(", {}),
+    ("row < WORD_ROWS", "row < WORD_ROWS - 1", {}),
+    ("row < WORD_ROWS", "row < WORD_ROWS + 1", {}),
+    ("field < CODES", "field < CODES - 1", {}),
+    ("AXIS % CODES == 0 || i < AXIS", "true", {"dims": (24, 64)}),
+    ("(AXIS + CODES - 1) / CODES", "AXIS / CODES", {"dims": (24, 64)}),
+    ("if (row % 2 == 0) {", "if (true) {", {}),
+    ("high[p] >>= 2", "high[p] >>= 1", {}),
+    ("before[p] = word;", "before[p] = 0;", {}),
+    ("p < PLACES; ++p) high[p] = component", "p < 1; ++p) high[p] = component", {}),
+    ("x[i]; }\nMETAL_FUNC uint component(uint4", "x[0]; }\nMETAL_FUNC uint component(uint4", {}),
+    ("fma(component(factor, i), level[p]", "fma(component(factor, 0), level[p]", {}),
+    ("factors + i * (ROWS / WIDTH), level", "factors, level", {}),
+    ("existing * KEY_WORDS + block_token", "existing * KEY_WORDS", {}),
+    ("existing * KEY_WORDS", "KEY_WORDS", {}),
+    ("first / BLOCK * VALUE_WORDS + channel", "channel", {}),
+    # Exact tokens
+    ("channel < DIM; channel += LOADED", "channel < DIM - LOADED; channel += LOADED", {}),
+    ("channel < DIM; channel += LOADED", "channel <= DIM; channel += LOADED", {}),
+    ("numbers[p * LOADED + i]", "numbers[i]", {}),
+    ("first[p] + channel", "first[0] + channel", {}),
+    ("min(first_token + p, stop - 1)", "first_token + p", {"tail": 17}),
+    ("i < tokens", "i < tokens - 1", {}),
+    ("i < tokens", "i <= tokens", {}),
+    ("first + i * DIM", "first", {}),
+    ("min(BLOCK, stop - first)", "BLOCK", {"tail": 33}),
+    ("i == 0 ? word & 0xFFFFu : word >> 16", "word & 0xFFFFu", {"dtype": "f16"}),
+    ("i == 0 ? word & 0xFFFFu : word >> 16", "word >> 16", {"dtype": "f16"}),
+    ("i == 0 ? word << 16 : word & 0xFFFF0000u", "word << 16", {"dtype": "bf16"}),
+    ("i == 0 ? word << 16 : word & 0xFFFF0000u", "word & 0xFFFF0000u", {"dtype": "bf16"}),
+    # Scores
+    ("i < KEY_DIM; i += BLOCK_LANES", "i < KEY_DIM - 1; i += BLOCK_LANES", {}),
+    ("i < KEY_DIM; i += LANES", "i < KEY_DIM - 1; i += LANES", {}),
+    ("simd_sum(noise[row])", "noise[row]", {}),
+    ("fma(-noise[row], key_scale[p],", "fma(-noise[row], 1.0f,", {}),
+    ("fma(score, key_scale[p], about)", "fma(score, 1.0f, about)", {}),
+    ("fma(score, key_scale[p], about)", "score * key_scale[p]", {}),
+    ("lane_sum<BLOCK_LANES>(about_centre[row])", "32.0f * about_centre[row]", {}),
+    (
+        "fma(plain_numbers[i * ROWS + row], centre",
+        "fma(rotated_numbers[i * ROWS + row], centre",
+        {},
+    ),
+    ("head_centres[existing * KEY_DIM + i]", "head_centres[i]", {}),
+    ("existing * BLOCK + block_token, key_scale", "block_token, key_scale", {}),
+    ("existing * BLOCK + block_token, value_scale", "block_token, value_scale", {}),
+    # Softmax
+    ("weight == 0.0f ? 0.0f : weight * value_scale[p]", "weight * value_scale[p]", {}),
+    ("weight == 0.0f ? 0.0f : weight * value_scale[p]", "weight", {}),
+    ("p < PLACES; ++p) top = max", "p < 1; ++p) top = max", {"gain": 60.0}),
+    ("top = simd_max(top);", "", {"gain": 60.0}),
+    ("s < SIMDGROUPS; ++s) top = max", "s < 1; ++s) top = max", {"gain": 200.0}),
+    ("totals[row] *= shrink;", "", {}),
+    ("sums[p * ROWS + row] *= shrink;", "", {}),
+    ("totals[row] += weight;", "totals[row] = weight;", {}),
+    ("(first_token - step + p) * ROWS + row", "(first_token - step) * ROWS + row", {}),
+    # Values
+    ("b = value_group;", "b = 0;", {}),
+    ("step + b * BLOCK < stop; b", "step + b * BLOCK < stop - BLOCK; b", {}),
+    ("value_group * VALUE_DIM + channel + p", "value_group * VALUE_DIM + channel", {}),
+    ("g < GROUPS; ++g", "g < GROUPS - 1; ++g", {}),
+    ("g * VALUE_DIM * ROWS + at", "at", {}),
+    ("i % VALUE_DIM * ROWS + i / VALUE_DIM", "i", {}),
+    ("total += by_simdgroup[s * ROWS + row]", "total = by_simdgroup[s * ROWS + row]", {}),
+    ("(output_row * parts + part) * VALUE_DIM", "(output_row * parts) * VALUE_DIM", {}),
+    ("part_tops[at] = tops[row]", "part_tops[at] = 0.0f", {}),
+]
+# Four places a thread: half a simdgroup has a block.
+FOUR_PLACES = [
+    ("simdgroup * BLOCKS + lane / BLOCK_LANES", "simdgroup * BLOCKS", {}),
+    ("min(block, (stop - 1) / BLOCK)", "block", {"blocks": 9}),
+    ("if (has_channels)", "if (value_group < GROUPS)", {"dims": (64, 24)}),
+    ("lane % BLOCK_LANES * PLACES", "lane * PLACES", {}),
+    ("simdgroup * BLOCKS * BLOCK < stop", "simdgroup * BLOCKS * BLOCK + BLOCK < stop", {}),
+    ("i = lane % BLOCK_LANES; i < KEY_DIM", "i = lane; i < KEY_DIM", {}),
+    ("x[i]; }\n\n// The numbers in a word", "x[0]; }\n\n// The numbers in a word", {}),
+    ("p < PLACES; ++p) top = max", "p < PLACES - 1; ++p) top = max", {"gain": 200.0}),
+    (barrier("all tops"), "//", {}),
+    (barrier("all weights"), "//", {}),
+]
+# From the queries to the output.
+ALONE = [
+    (barrier("the sums are there"), "//", {}),
+    (barrier("the rotated sums"), "//", {}),
+    (barrier("no weights"), "//", {}),
+    (
+        "if (BACK) Rotation::template unrotate<OF_LANE>",
+        "if (false) Rotation::template unrotate<OF_LANE>",
+        {},
+    ),
+    (
+        "if (BACK) Rotation::template unrotate<OF_LANE>",
+        "if (BACK) Rotation::template rotate<OF_LANE>",
+        {},
+    ),
+    ("head_value_scale[channel + p] : 1.0f", "1.0f : 1.0f", {}),
+    ("head_value_scale[channel + p] : 1.0f", "head_value_scale[channel] : 1.0f", {}),
+    ("value_channel_scale + (batch * plan[8] + kv_head * VALUE_DIM)", "value_channel_scale", {}),
+    ("weight_numbers[(channel + p) * ROWS + row];", "weight_numbers[channel * ROWS + row];", {}),
+    ("value_group == 0 ? factor * sum : 0.0f", "factor * sum", {}),
+    ("RUNS == 2 ? run == 1 : !any_packed", "run == 0", {}),
+    ("tokens - packed_tokens : packed_tokens;", "tokens - packed_tokens : packed_tokens - 1;", {}),
+    ("float(sink_logits[kv_head * (ROWS / length) + row / length])", "HIDDEN", SINKS),
+    ("(ROWS / length) + row / length]);", "(ROWS / length)]);", SINKS),
+    ("if (thread_index == 0) totals[row] = 1.0f;", "", SINKS),
+    ("if (thread_index == 0) totals", "totals", SINKS),
+    ("total == 0.0f ? 0.0f :", "", {"mask": "bool"}),
+    ("sum / total", "sum", {}),
+    ("total += by_simdgroup[s * ROWS + row]", "total = by_simdgroup[s * ROWS + row]", {}),
+]
+PREFILL_ONLY = [
+    ("(WORD_ROWS + row / 2) * row_stride", "(WORD_ROWS + row / 2 + 1) * row_stride", {}),
+    (
+        "fill_levels<VALUE_BITS>(value_levels, uint(",
+        "fill_levels<VALUE_BITS>(value_levels, 1u + uint(",
+        {},
+    ),
+    ("key_scale, about_centre", "1.0f, about_centre", {}),
     ("min(start + part_tokens, exact", "min(start + part_tokens + 1, exact", {}),
     (
         "? tokens - packed_tokens : packed_tokens)",
@@ -471,71 +643,6 @@ BOTH = [
         "? tokens - packed_tokens : packed_tokens + 1)",
         {},
     ),
-    ("if (index < stop)", "if (index <= stop)", {"mask": "none"}),
-]
-ATTEND = [
-    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the query", "//", {}),
-    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // all tops", "//", {}),
-    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // all weights", "//", {}),
-    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // no weights", "//", {}),
-    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the groups' sums", "//", {}),
-    ("i < KEY_DIM * ROWS", "i < KEY_DIM * ROWS - 1", {}),
-    ("i < KEY_DIM * ROWS", "i < KEY_DIM * ROWS + 1", {}),
-    (
-        "row < ROWS; ++row) {\n  const int64_t at",
-        "row < ROWS - 1; ++row) {\n  const int64_t at",
-        {},
-    ),
-    (
-        "row < ROWS; ++row) {\n  const int64_t at",
-        "row < ROWS + 1; ++row) {\n  const int64_t at",
-        {},
-    ),
-    ("i < size", "i < size - 1", {}),
-    ("i < size", "i <= size", {}),
-    ("row < WORD_ROWS", "row < WORD_ROWS - 1", {}),
-    ("row < WORD_ROWS", "row < WORD_ROWS + 1", {}),
-    ("field < CODES", "field < CODES - 1", {}),
-    ("AXIS % CODES == 0 || i < AXIS", "true", {"dims": (24, 64)}),
-    ("(AXIS + CODES - 1) / CODES", "AXIS / CODES", {"dims": (24, 64)}),
-    ("high[first_lane] : first_high >> 2", "high[first_lane] : first_high", {}),
-    ("high[second_lane] : second_high >> 2", "high[second_lane] : second_high >> 1", {}),
-    ("first_before = first_word;", "", {}),
-    ("second_before = second_word;", "second_before = first_word;", {}),
-    ("(lane + LANES) * key_words_strides[4]", "(lane + LANES - 1) * key_words_strides[4]", {}),
-    ("(channel + VALUE_LANES) * value_words_strides[4]", "channel * value_words_strides[4]", {}),
-    ("min(block_start + lane, stop - 1)", "block_start + lane", {"tail": 17}),
-    (
-        "i < KEY_DIM; i += LANES) {\n      const float centre",
-        "i < KEY_DIM - 1; i += LANES) {\n      const float centre",
-        {},
-    ),
-    (
-        "i < KEY_DIM; i += LANES) {\n    const float x",
-        "i < KEY_DIM - 1; i += LANES) {\n    const float x",
-        {},
-    ),
-    ("simd_sum(square_sum)", "square_sum", {}),
-    ("fma(-noise[row], key_scale,", "fma(-noise[row], 1.0f,", {}),
-    ("about_centre[row] = simd_sum(about_centre[row])", "about_centre[row] *= 32.0f", {}),
-    ("weight == 0.0f ? 0.0f : weight * value_scale[t]", "weight * value_scale[t]", {}),
-    ("weight == 0.0f ? 0.0f : weight * value_scale[t]", "weight", {}),
-    ("simd_max(max(scores[row], scores[ROWS + row]))", "scores[row]", {"gain": 60.0}),
-    ("top = max(top, by_simdgroup[s * ROWS + row])", "top = by_simdgroup[s * ROWS + row]", {}),
-    ("totals[row] *= shrink;", "", {}),
-    ("    sums[row] *= shrink;", "", {}),
-    ("sums[ROWS + row] *= shrink;", "", {}),
-    ("totals[row] += weight;", "totals[row] = weight;", {}),
-    ("b = value_group;", "b = 0;", {}),
-    ("step + b * BLOCK < stop; b", "step + b * BLOCK < stop - BLOCK; b", {}),
-    ("min(BLOCK, stop - first_token)", "BLOCK", {"tail": 33}),
-    ("min(BLOCK, stop - first_token)", "min(BLOCK, stop - first_token - 1)", {}),
-    ("g < GROUPS - 1; ++g", "g < GROUPS - 2; ++g", {}),
-    ("(value_group - 1) * VALUE_DIM + channel", "value_group * VALUE_DIM + channel", {}),
-    ("total += by_simdgroup[s * ROWS + row]", "total = by_simdgroup[s * ROWS + row]", {}),
-    ("if (value_group == 0)", "if (value_group <= 1)", {}),
-]
-PREFILL_ONLY = [
     ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the levels", "//", {}),
     ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the keys", "//", {}),
     ("simdgroup_barrier(mem_flags::mem_threadgroup);  // the simdgroup's", "//", {}),
@@ -592,47 +699,61 @@ PREFILL_ONLY = [
     ("part_tops[at + my_row * parts] = top", "part_tops[at + my_row * parts] = 0.0f", {}),
 ]
 MERGE = [
-    ("threadgroup_barrier(mem_flags::mem_threadgroup);  // the packed", "//", {}),
-    ("top = max(top, tops[first_part + part])", "top = tops[first_part + part]", {"gain": 60.0}),
-    ("part < parts; ++part) top", "part < parts - 1; ++part) top", {"gain": 60.0}),
-    ("part < parts; ++part) {\n    total", "part < parts - 1; ++part) {\n    total", {}),
-    ("part < parts; ++part) {\n    total", "part <= parts; ++part) {\n    total", {}),
-    ("part < parts; ++part) {\n        const", "part < parts - 1; ++part) {\n        const", {}),
-    ("part < packed_parts", "part <= packed_parts", {}),
-    ("part < packed_parts", "part < packed_parts - 1", {}),
-    ("total += share_of(tops[first_part + part], top) *", "total +=", {}),
-    ("const float x = share_of(tops[first_part + part], top) *", "const float x =", {}),
-    ("if (HAS_SINK_LOGITS)", "if (false)", {"sink_logits": True}),
-    ("total = exp(sink - top)", "total = 0.0f", {"sink_logits": True}),
-    ("kv_head * (group_rows / length) + row / length", "row / length", {"sink_logits": True}),
-    ("if (HAS_SCALE)", "if (false)", {}),
-    ("channel_scale[head_index * VALUE_DIM +", "channel_scale[", {}),
-    ("channel_scale[head_index * VALUE_DIM +", "channel_scale[(head_index + 1) * VALUE_DIM +", {}),
-    (
-        "MATRICES * VALUE_DIM + i) * VALUE_DIM + channel]",
-        "MATRICES * VALUE_DIM + channel) * VALUE_DIM + i]",
-        {},
-    ),
-    (
-        "unrotation[(kv_head % MATRICES * VALUE_DIM + i) * VALUE_DIM + channel]",
-        "float(i == channel)",
-        {},
-    ),
-    ("i < VALUE_DIM; ++i", "i < VALUE_DIM - 1; ++i", {}),
-    ("i < VALUE_DIM; ++i", "i < VALUE_DIM + 1; ++i", {}),
+    (barrier("the shares"), "//", {}),
+    (barrier("the sums of the sharers"), "//", {}),
+    (barrier("the packed sums"), "//", {}),
+    (barrier("the rotated sums"), "//", {}),
+    ("part < parts; part += 32) top", "part < parts - 1; part += 32) top", {"gain": 60.0}),
+    ("top = simd_max(top);", "", {"gain": 60.0}),
+    ("part < parts; part += 32) {", "part < parts - 1; part += 32) {", {}),
+    ("part < parts; part += 32) {", "part <= parts; part += 32) {", {}),
+    ("total = fma(share, row_totals[part], total)", "total += row_totals[part]", {}),
+    ("shares[r * MOST_PARTS + part] = share", "shares[r * MOST_PARTS + part] = 1.0f", {}),
+    ("total = simd_sum(total);", "", {}),
+    ("part < stop; part += step", "part < stop - 1; part += step", {}),
+    ("part < stop; part += step", "part <= stop; part += step", {}),
+    ("outputs + part * dim", "outputs", {}),
+    ("numbers[i], sums[i]", "numbers[0], sums[i]", {}),
+    ("sharer, packed_parts, SHARERS", "sharer, packed_parts - 1, SHARERS", {}),
+    ("packed_parts + sharer, parts", "packed_parts + 1 + sharer, parts", {}),
+    ("s < SHARERS; ++s", "s < SHARERS - 1; ++s", {**LONG, "dims": (64, 256)}),
+    ("(SHARERS + s) * VALUE_DIM + c", "s * VALUE_DIM + c", {}),
+    ("if (HAS_SINK_LOGITS)", "if (false)", SINKS),
+    ("total = exp(sink - top)", "total = 0.0f", SINKS),
+    ("if (lane == 0) total = exp", "total = exp", SINKS),
+    ("kv_head * (group_rows / length) + row / length", "row / length", SINKS),
+    ("if (BACK) Rotation::template unrotate", "if (false) Rotation::template unrotate", {}),
+    ("coefficients[i * D + channel]", "coefficients[channel * D + i]", DENSE),
+    (barrier("all rows are read"), "//", DENSE),
+    ("packed_sums[c * ROWS + r] * head_scale[c] :", "packed_sums[c * ROWS + r] :", {}),
+    ("batch * plan[8] + kv_head * VALUE_DIM", "0", {}),
+    ("+ exact_sums[c * ROWS + r]", "", {}),
     ("total == 0.0f ? 0.0f :", "", {"mask": "bool"}),
     ("/ total)", "/ 1.0f)", {}),
-    ("first_row + r < group_rows; ++r", "first_row + r < group_rows + 1; ++r", {"length": 17}),
-    ("first_row + r < group_rows; ++r", "first_row + r < group_rows - 1; ++r", {}),
-    ("tops_shape[2] + row", "group_rows + row", {"length": 17}),
+    ("first_row + r < group_rows", "first_row + r < group_rows + 1", {"length": 17}),
+    ("first_row + r < group_rows", "first_row + r < group_rows - 1", {}),
+    ("(int64_t(head_index) * tops_shape[2] + row) * parts;", "row * parts;", {}),
+    (
+        "(int64_t(head_index) * tops_shape[2] + row) * parts * VALUE_DIM",
+        "row * parts * VALUE_DIM",
+        {},
+    ),
+    (
+        "r < ROWS; ++r) {\n  threadgroup_barrier",
+        "r < ROWS - 1; ++r) {\n  threadgroup_barrier",
+        {"length": 17},
+    ),
+    ("r < ROWS; r += SIMDGROUPS", "r < ROWS - 1; r += SIMDGROUPS", {"length": 17}),
 ]
 
 
 def of_attention():
     """Changes of one kernel, or of all at once."""
     for kernel, case, listed in (
-        (None, DECODE, EVERY),
-        ("rotormlx_attend", DECODE, BOTH + ATTEND),
+        ("", DECODE, EVERY),
+        ("rotormlx_attend_parts", DECODE, BOTH + ATTEND),
+        ("rotormlx_attend_parts", FOUR, FOUR_PLACES),
+        ("rotormlx_attend_alone", WHOLE, BOTH + ALONE),
         ("rotormlx_prefill", PREFILL, BOTH + PREFILL_ONLY),
         ("rotormlx_attend_merge", DECODE, MERGE),
     ):

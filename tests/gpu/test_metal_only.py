@@ -105,12 +105,31 @@ def test_longer_vectors_take_the_operations_of_mlx():
         problem(Case(dims=(320, 64), batch=1, kv_heads=1, missing=0)).check(METAL)
 
 
+@emulated
+def test_nothing_short_comes_to_a_kernel():
+    """MLX binds fewer than 8 numbers to another address space: the kernel is compiled anew."""
+    sizes = []
+    for case in (Case(batch=1, kv_heads=4), Case(batch=1, kv_heads=4, blocks=0)):
+        for kernels in (1, 2):
+            posed = problem(replace(case, sink_logits=True, launch=Launch(kernels=kernels)))
+            with METAL.recorded(lambda kernel, launch: sizes.extend(launch["inputs"])):
+                posed.run(METAL)
+    # Tops and totals of the parts are as many as there are rows.
+    assert min(a.size for a in sizes) >= 8
+
+
+def test_buffers_that_are_not_counted_in_32_bits_take_the_operations_of_mlx(monkeypatch):
+    monkeypatch.setattr(metal_attend, "MAX_BUFFER", 2 * 3 * 41 * 80)
+    with METAL.kernels(lambda **_: pytest.fail("a kernel is built")):
+        problem(Case(dtype="f16")).check(METAL)
+
+
 @pytest.mark.parametrize("length", [5, 17])
 def test_unrotated_queries_fail(runner, monkeypatch, length):
-    """The rotation of the keys, left out or reversed; their channel scale left out."""
+    """Of many rows: the rotation of the keys, left out or reversed; no channel scale."""
     case = Case(bits=(3, 3), dims=(64, 64), kv_heads=2, length=length, blocks=5, mask="causal")
     case = replace(case, launch=Launch((2, 2)))
-    right = metal_attend._rotated
+    right = metal_attend.rotated_queries
     matrix = mx.array(problem(case).views[0].codec.rotation.matrix.astype(np.float32))
     wrong = [
         lambda q, keys: q * keys.channel_scale[:, None, :],
@@ -118,7 +137,7 @@ def test_unrotated_queries_fail(runner, monkeypatch, length):
         lambda q, keys: right(q, replace(keys, channel_scale=None)),
     ]
     for rotated in wrong:
-        monkeypatch.setattr(metal_attend, "_rotated", rotated)
+        monkeypatch.setattr(metal_attend, "rotated_queries", rotated)
         assert not problem(case).is_right(problem(case).run(runner))
 
 
@@ -216,7 +235,13 @@ def test_lint_accepts_every_kernel_of_the_codec():
     ids=str,
 )
 def test_lint_accepts_attention(case):
-    assert complaints_about(lambda: problem(case).run(METAL)) == [[], []]
+    """Both ways, where there are two."""
+    complaints = []
+    for kernels in (1, 2):
+        posed = problem(replace(case, launch=Launch(kernels=kernels)))
+        complaints += complaints_about(lambda posed=posed: posed.run(METAL))
+    assert len(complaints) == (3 if case.length == 1 else 4)
+    assert [line for lines in complaints for line in lines] == []
 
 
 def test_levels_are_the_codebook():
@@ -274,14 +299,21 @@ def test_codec_launches_are_traced_without_metal(role):
         assert f"rotormlx_{name}" in kernel
 
 
-@pytest.mark.parametrize("length", [1, 17])
-def test_attention_can_be_exported(length):
+@pytest.mark.parametrize(
+    ("length", "kernels", "names"),
+    [
+        (1, 1, ["attend_alone"]),
+        (1, 2, ["attend_parts", "attend_merge"]),
+        (17, 1, ["prefill", "attend_merge"]),
+    ],
+)
+def test_attention_can_be_exported(length, kernels, names):
+    case = Case(length=length, mask="causal", sink_logits=True, launch=Launch(kernels=kernels))
     with METAL.kernels(REAL_METAL_KERNEL):
-        (first, _), (second, _) = exported_attention(
-            Case(length=length, mask="causal", sink_logits=True)
-        )
-    assert ("attend" if length == 1 else "prefill") in first
-    assert "attend_merge" in second
+        found = exported_attention(case)
+    assert len(found) == len(names)
+    for (kernel, _), name in zip(found, names, strict=True):
+        assert f"rotormlx_{name}" in kernel
 
 
 def test_buffers_of_the_cache_are_read_where_they_lie():
@@ -292,10 +324,10 @@ def test_buffers_of_the_cache_are_read_where_they_lie():
         return REAL_METAL_KERNEL(**arguments)
 
     with METAL.kernels(recorded):
-        exported_attention(Case())
-        exported_attention(Case(length=17))
-    assert not copies["rotormlx_attend"]
-    assert not copies["rotormlx_prefill"]
+        for case in (Case(), Case(launch=Launch(kernels=2)), Case(length=17)):
+            exported_attention(case)
+    assert len(copies) == 4
+    assert not any(copies.values())
 
 
 def test_a_name_stands_for_one_text():

@@ -37,7 +37,7 @@ class Launch:
             packed tokens; None for the backend's own.
         multiprocessors: CUDA: of the device.
         shares_rows: CUDA: query rows share what they read of a matrix, as where there are many.
-        kernels: CUDA: one, where it can do the call, or three.
+        kernels: One, where it can do the call; else three on CUDA and two on Metal.
     """
 
     steps: tuple[int, int] | None = None

@@ -98,7 +98,8 @@ class MetalRunner(BackendRunner):
             emulated=emulator.metal_kernel,
             caches=(
                 *(metal._codec_kernel, metal._rotor3_kernel, metal._metal_kernel),
-                *(metal_attend._parts_kernel, metal_attend._merge_kernel),
+                *(metal_attend._attend_kernel, metal_attend._merge_kernel),
+                *(metal_attend._prefill_kernel, metal_attend._kernel),
             ),
         )
 
@@ -114,6 +115,8 @@ class MetalRunner(BackendRunner):
         with pytest.MonkeyPatch.context() as patch:
             for name, number in zip(("SIMDGROUPS", "MAX_PARTS"), launch.steps or (), strict=False):
                 patch.setattr(metal_attend, name, number)
+            if launch.kernels > 1:
+                patch.setattr(metal_attend, "ALONE_STEPS", 0)
             yield
 
     @contextlib.contextmanager
@@ -122,7 +125,7 @@ class MetalRunner(BackendRunner):
 
         Args:
             changes: Pairs of an old and a new text.
-            kernel: Name of a kernel of the backend.
+            kernel: How the name of a kernel of the backend begins.
             once: Whether an old text must stand once in a kernel.
         """
         applied = set()
@@ -133,7 +136,7 @@ class MetalRunner(BackendRunner):
             return text.replace(old, new)
 
         def make(*, source, header, name, **more):
-            for old, new in changes if kernel in (None, name) else ():
+            for old, new in changes if name.startswith(kernel or "") else ():
                 source, header = (changed(text, old, new) for text in (source, header))
             return emulator.metal_kernel(source=source, header=header, name=name, **more)
 

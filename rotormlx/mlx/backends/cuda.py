@@ -13,20 +13,16 @@ N blocks, D head_dim of keys, Dv of values.
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
 
 import mlx.core as mx
-import numpy as np
 
-from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.codec.limits import check_grid
-from rotormlx.codec.rotation import Rotation
 from rotormlx.kernels import cuda_plan
 from rotormlx.kernels.cuda_plan import MAX_HEAD_DIM, Plan, Shape, attend_plan
-from rotormlx.kernels.source import coefficients, matrices
+from rotormlx.kernels.source import matrices
 from rotormlx.mlx.attend_call import AttendCall
-from rotormlx.mlx.backends import cuda_text
+from rotormlx.mlx.backends import constants, cuda_text
 from rotormlx.mlx.backends.cuda_text import CODEC_THREADS
 from rotormlx.mlx.backends.mlx_ops import MLXBackend, inverse_matrix
 from rotormlx.mlx.cache.view import KVView
@@ -71,11 +67,11 @@ class MLXCUDABackend(MLXBackend):
         made = cuda_text.codec_kernel("encode", text, has_scale, takes_means, state is not None)(
             inputs=[
                 x,
-                _coefficients(codec.rotation),
-                _or_nothing(channel_scale, mx.float32),
-                _or_nothing(centres if given else None, mx.float16),
-                _or_nothing(state, mx.uint32),
-                _kept((_DTYPES[x.dtype], *blocks, int(given), start), mx.int32),
+                constants.coefficients(codec.rotation),
+                constants.or_nothing(channel_scale, mx.float32),
+                constants.or_nothing(centres if given else None, mx.float16),
+                constants.or_nothing(state, mx.uint32),
+                constants.numbers((_DTYPES[x.dtype], *blocks, int(given), start), mx.int32),
             ],
             grid=(CODEC_THREADS * blocks[2], heads, batch),
             threadgroup=(CODEC_THREADS, 1, 1),
@@ -97,10 +93,10 @@ class MLXCUDABackend(MLXBackend):
             inputs=[
                 packed.words,
                 packed.scales,
-                _or_nothing(packed.centres, mx.float16),
-                _coefficients(codec.rotation, back=True),
-                _or_nothing(channel_scale, mx.float32),
-                _kept((_DTYPES[dtype], batch, heads, blocks), mx.int32),
+                constants.or_nothing(packed.centres, mx.float16),
+                constants.coefficients(codec.rotation, back=True),
+                constants.or_nothing(channel_scale, mx.float32),
+                constants.numbers((_DTYPES[dtype], batch, heads, blocks), mx.int32),
             ],
             grid=(CODEC_THREADS * blocks, heads, batch),
             threadgroup=(CODEC_THREADS, 1, 1),
@@ -142,7 +138,7 @@ def _numbers(call: AttendCall, plan: Plan, mask: mx.array) -> mx.array:
     """What the kernels' texts read by position: `numbers` of cuda_text.py."""
     keys, values = call.keys, call.values
     sizes = (call.batch, call.heads, call.kv_heads, call.length, keys.sink, call.mask_kind)
-    return _kept(
+    return constants.numbers(
         (
             *(_DTYPES[call.queries.dtype], *sizes),
             *(*plan.exact, *plan.packed, keys.exact.shape[2]),
@@ -161,11 +157,11 @@ def _rotated(call: AttendCall, plan: Plan, numbers: mx.array) -> mx.array:
     """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
     keys = call.keys
     if not keys.packed_tokens:
-        return _nothing(mx.float32)
+        return constants.nothing(mx.float32)
     (rotated,) = cuda_text.query_kernel(*_side(keys), plan.matrix_rows)(
         inputs=[
-            *(call.queries, _key_matrix(keys.codec.rotation)),
-            *(_or_nothing(keys.channel_scale, mx.float32), numbers),
+            *(call.queries, constants.query_matrix(keys.codec.rotation)),
+            *(constants.or_nothing(keys.channel_scale, mx.float32), numbers),
         ],
         grid=_row_grid(call, plan),
         threadgroup=(cuda_plan.THREADS, 1, 1),
@@ -186,7 +182,7 @@ def _parts(
         inputs=[
             *(call.queries, rotated, *_packed(keys), *_packed(values)[:2]),
             *(keys.exact.astype(dtype), values.exact.astype(dtype), mask),
-            *(_kept(keys.lengths, mx.int32), numbers, _kept((call.scale,), mx.float32)),
+            *(constants.lengths(keys), numbers, constants.numbers((call.scale,), mx.float32)),
         ],
         grid=(cuda_plan.THREADS * plan.tiles, call.batch * call.kv_heads, plan.parts),
         threadgroup=(cuda_plan.THREADS, 1, 1),
@@ -201,11 +197,9 @@ def _merged(call: AttendCall, plan: Plan, numbers: mx.array, parts: list[mx.arra
     (output,) = cuda_text.merge_kernel(*_side(values), plan.matrix_rows, sink_logits is not None)(
         inputs=[
             *(*parts, inverse_matrix(values.codec.rotation)),
-            _or_nothing(values.channel_scale, mx.float32),
-            *(
-                _nothing(mx.float32) if sink_logits is None else sink_logits.astype(mx.float32),
-                numbers,
-            ),
+            constants.or_nothing(values.channel_scale, mx.float32),
+            constants.or_nothing(sink_logits, mx.float32).astype(mx.float32),
+            numbers,
         ],
         grid=_row_grid(call, plan),
         threadgroup=(cuda_plan.THREADS, 1, 1),
@@ -222,33 +216,6 @@ def _row_grid(call: AttendCall, plan: Plan) -> tuple[int, int, int]:
 
 
 # ---- inputs -------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def _kept(numbers: tuple[object, ...], dtype: mx.Dtype) -> mx.array:
-    """An array of numbers that other calls, and other layers, have as well."""
-    return mx.array(numbers, dtype)
-
-
-@derived
-def _coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
-    return mx.array(coefficients(rotation, back=back))
-
-
-@derived
-def _key_matrix(rotation: Rotation) -> mx.array:
-    """What rows of queries are multiplied by: the levels of the keys will meet them."""
-    return mx.array(rotation.inverse.astype(np.float32))
-
-
-@cache
-def _nothing(dtype: mx.Dtype) -> mx.array:
-    """An array that no thread reads."""
-    return mx.array([0], dtype)
-
-
-def _or_nothing(array: mx.array | None, dtype: mx.Dtype) -> mx.array:
-    return _nothing(dtype) if array is None else array
 
 
 def _side(view: KVView) -> tuple[int, int, bool]:
@@ -268,14 +235,14 @@ def _packed(view: KVView) -> Packed:
         raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
     given = view.packed or Packed(None, None, None)
     dtypes = (mx.uint32, mx.float16, mx.float16)
-    return Packed(*(_or_nothing(a, dtype) for a, dtype in zip(given, dtypes, strict=True)))
+    return Packed(*map(constants.or_nothing, given, dtypes))
 
 
 def _mask(call: AttendCall) -> mx.array:
     """The mask with four axes, boolean or float32; without one, one that no thread reads."""
     mask = call.mask_array
     if mask is None:
-        return _kept(((((False,),),),), mx.bool_)
+        return constants.nothing(mx.bool_, 4)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     return mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
 

@@ -18,7 +18,6 @@ from rotormlx.config import BITS
 from rotormlx.kernels.source import (
     KernelText,
     boundaries_text,
-    coefficients,
     lanes_of_row,
     matrices,
     metal_text,
@@ -27,6 +26,7 @@ from rotormlx.kernels.source import (
     row_template,
 )
 from rotormlx.mlx.attend_call import AttendCall
+from rotormlx.mlx.backends import constants
 from rotormlx.mlx.backends.first_call import FirstCallKernel
 from rotormlx.mlx.backends.metal_attend import attend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
@@ -81,7 +81,7 @@ class MetalBackend(MLXBackend):
         elif centres is None:
             outputs["centres"] = ((*blocks, codec.head_dim), mx.float16)
             macros = ("CENTRE_MEANS",)
-        inputs: dict[str, Any] = {"x": x, "coefficients": _coefficients(codec.rotation)}
+        inputs: dict[str, Any] = {"x": x, "coefficients": constants.coefficients(codec.rotation)}
         if start and codec.has_state:
             inputs["start"] = start
             if state is None:
@@ -111,7 +111,7 @@ class MetalBackend(MLXBackend):
             inputs={
                 "words": packed.words,
                 "scales": packed.scales,
-                "coefficients": _coefficients(codec.rotation, back=True),
+                "coefficients": constants.coefficients(codec.rotation, back=True),
             },
             optional_inputs={"centres": packed.centres, "channel_scale": channel_scale},
             outputs={"out": ((batch, heads, count * BLOCK, codec.head_dim), dtype)},
@@ -159,7 +159,7 @@ def rotor3_quantize_dequantize(
     rotors = rotation("rotor3", head_dim, seed=seed, layer=layer, role=VALUE)
     rows = THREADS // lanes_of_row(rotors)
     (out,) = _rotor3_kernel(bits, rotors.head_dim)(
-        inputs=[x, _coefficients(rotors), count],
+        inputs=[x, constants.coefficients(rotors), count],
         template=[("T", x.dtype), ("BITS", bits), ("THREADS", THREADS), *row_template(rotors)],
         grid=(-(-count // rows) * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
@@ -183,11 +183,6 @@ def encode_bytes(codec: Codec) -> int:
         most = (THREADGROUP_BYTES - codes) // (4 * stride)
         numbers = stride * next((count for count in (64, 32, 16) if count <= most), 8)
     return codes + 4 * max(sums, numbers)
-
-
-@derived
-def _coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
-    return mx.array(coefficients(rotation, back=back))
 
 
 def _launch(

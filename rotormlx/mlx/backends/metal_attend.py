@@ -1,8 +1,8 @@
 """Attention on packed bytes in Metal: launches ``attend``, ``prefill`` and ``attend_merge``.
 
 The sequence is cut into parts, packed and exact ones, each done by its own threadgroups; a last
-kernel merges them. Buffers of the cache are passed whole, with their strides and the lengths that
-count, so nothing is copied.
+kernel merges them. A short sequence is done by one threadgroup a KV head, which gives the output.
+Buffers of the cache are passed whole, with the lengths that count, so nothing is copied.
 
 Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
 S tokens, D head_dim.
@@ -15,119 +15,231 @@ from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, Packed
-from rotormlx.kernels.parts import cut
-from rotormlx.kernels.source import matrices, metal_text, read
+from rotormlx.codec.rotation import Rotation
+from rotormlx.kernels.parts import Parts, cut
+from rotormlx.kernels.source import KernelText, matrices, metal_rotation, metal_text, read
 from rotormlx.mlx.attend_call import AttendCall
+from rotormlx.mlx.backends import constants
 from rotormlx.mlx.backends.first_call import FirstCallKernel
-from rotormlx.mlx.backends.mlx_ops import MLXBackend, inverse_matrix, rotated_queries
+from rotormlx.mlx.backends.mlx_ops import MLXBackend, rotated_queries
 from rotormlx.mlx.cache.view import KVView
 
 # Up to so many query rows of a KV head are done on words as they lie; more of them are matrix
-# products. It bounds registers (four sums a row) and threadgroup memory (18.1 KiB at head_dim 256
+# products. It bounds registers (four sums a row) and threadgroup memory (25.6 KiB at head_dim 256
 # and 8 bits).
 MAX_ROWS = 8
-# Two channels of a thread are at most that many; longer vectors are left to MLX's operations.
+# Channels that the threads of a threadgroup have at most; longer vectors are left to MLX's
+# operations.
 MAX_HEAD_DIM = 256
-# Simdgroups of a threadgroup, and so blocks of a step of the kernel ``attend``. For more than 32
-# query rows there are twice as many, so that a group of 4 heads and 16 queries reads a byte once.
+# Numbers of a buffer that are counted in 32 bits; larger buffers are left to MLX's operations.
+MAX_BUFFER = 2**31
+# Simdgroups of the kernel ``prefill``, and blocks of a step of the kernel ``attend``. For more than
+# 32 query rows there are twice as many, so that a group of 4 heads and 16 queries reads a byte
+# once.
 SIMDGROUPS = 4
 # Tokens that a part is a multiple of.
 PART_STEP = SIMDGROUPS * BLOCK
 # Threadgroups that keep a large GPU busy: a longer sequence gets longer parts, not more of them.
 THREADGROUPS = 512
 MAX_PARTS = 128
+# Up to so many steps are done by one threadgroup, rather than by several and another kernel.
+ALONE_STEPS = 2
 MERGE_THREADS = 128
 
 Kernel = Callable[..., list[mx.array]]
+Template = list[tuple[str, object]]
+
+
+class Plan(NamedTuple):
+    """How a call is cut.
+
+    packed, exact: Parts of the packed and of the exact tokens.
+    alone: Whether one threadgroup does all tokens of a KV head.
+    """
+
+    packed: Parts
+    exact: Parts
+    alone: bool
+
+    @property
+    def parts(self) -> int:
+        """All parts."""
+        return self.packed.number + self.exact.number
 
 
 class Tiling(NamedTuple):
-    """How the G query rows of a KV head are spread over threadgroups.
+    """How the G query rows of a KV head are spread over threadgroups of the kernel ``prefill``.
 
-    kernel: ``"attend"`` or ``"prefill"``.
     tiles: Threadgroups.
     rows: Query rows of each.
     simdgroups: Of each.
-    merged: Query rows of a threadgroup of the kernel ``attend_merge``.
-    template: Template arguments that only this kernel has.
+    tile: Tokens that are decoded at once.
     """
 
-    kernel: str
     tiles: int
     rows: int
     simdgroups: int
-    merged: int
-    template: tuple[tuple[str, int], ...]
+    tile: int
 
 
 def attend(call: AttendCall) -> mx.array:
     """Attention over a partly packed cache; see :meth:`MLXBackend.attend`.
 
-    Vectors of more than 256 numbers take MLX's operations.
+    Vectors of more than 256 numbers, and buffers of 2^31 numbers, take MLX's operations.
     """
-    if call.larger_dim > MAX_HEAD_DIM:
+    if call.larger_dim > MAX_HEAD_DIM or _largest_buffer(call) >= MAX_BUFFER:
         return MLXBackend().attend(call)
-    tiling = _tiling(call.group_rows, call.larger_dim)
-    limit = THREADGROUPS // (call.batch * call.kv_heads * tiling.tiles)
-    limit = max(1, min(MAX_PARTS, limit))
-    packed = cut(call.keys.packed_tokens, limit, PART_STEP)
-    exact = cut(call.most_exact_tokens, limit, PART_STEP)
-    numbers = (call.keys.sink, *packed, exact.tokens, call.length, call.group_rows)
-    plan = mx.array(numbers, mx.int32)
-    return _merged(call, tiling, plan, _parts(call, tiling, plan, packed.number + exact.number))
+    if call.group_rows > MAX_ROWS:
+        tiling = _tiling(call.group_rows, call.larger_dim)
+        plan = _plan(call, tiling.tiles)
+        return _merged(call, plan, _prefill_parts(call, plan, tiling), rows=8)
+    plan = _plan(call)
+    if plan.alone:
+        return _attended_alone(call, plan)
+    return _merged(call, plan, _parts(call, plan), rows=1)
 
 
-def _parts(call: AttendCall, tiling: Tiling, plan: mx.array, parts: int) -> list[mx.array]:
-    """Tops, totals and outputs of all parts, float32 ``[B, K, rows, parts]`` and ``[..., Dv]``."""
+def _plan(call: AttendCall, tiles: int = 1) -> Plan:
+    keys = call.keys
+    limit = max(1, min(MAX_PARTS, THREADGROUPS // (call.batch * call.kv_heads * tiles)))
+    exact_tokens = keys.exact_tokens if keys.rows is None else call.most_exact_tokens
+    packed = cut(keys.packed_tokens, limit, PART_STEP)
+    exact = cut(exact_tokens, limit, PART_STEP)
+    steps = sum(-(-tokens // PART_STEP) for tokens in (keys.packed_tokens, exact_tokens))
+    return Plan(packed, exact, alone=steps <= ALONE_STEPS or limit == 1)
+
+
+def _largest_buffer(call: AttendCall) -> int:
+    """Numbers of the largest buffer."""
+    views = call.keys, call.values
+    packed = (a for view in views for a in view.packed or () if a is not None)
+    return max(a.size for a in (*(view.exact for view in views), *packed))
+
+
+def _tiling(group: int, larger_dim: int) -> Tiling:
+    simdgroups = SIMDGROUPS if group <= 8 * SIMDGROUPS else 2 * SIMDGROUPS
+    rows = 8 * simdgroups
+    # 16 KiB of decoded tokens, in float32.
+    return Tiling(-(-group // rows), rows, simdgroups, 32 if larger_dim <= 128 else 16)
+
+
+# ---- few query rows -----------------------------------------------------------------------------
+
+
+def _attended_alone(call: AttendCall, plan: Plan) -> mx.array:
+    """The output ``[B, H, L, Dv]``, by one threadgroup a KV head."""
+    keys, values = call.keys.codec.rotation, call.values.codec.rotation
+    # Two places a thread: the one threadgroup then has twice as many simdgroups.
+    (output,) = _attend_kernel(keys, values, alone=True)(
+        inputs=[*_inputs(call, plan), *_output_inputs(call)],
+        template=[*_template(call, 2), *_output_template(call)],
+        **_grid(call, 2, 1),
+        output_shapes=[call.output_shape],
+        output_dtypes=[call.queries.dtype],
+    )
+    return output
+
+
+def _parts(call: AttendCall, plan: Plan) -> list[mx.array]:
+    """Tops, totals and outputs of all parts, float32 ``[B, K, G, parts]`` and ``[..., Dv]``."""
+    # Four places share what is loaded of a query; more rows than four leave no registers for them.
+    places = 4 if call.group_rows <= 4 else 2
+    shape = (call.batch, call.kv_heads, call.group_rows, plan.parts)
+    return _attend_kernel(call.keys.codec.rotation, call.values.codec.rotation, alone=False)(
+        inputs=_inputs(call, plan),
+        template=_template(call, places),
+        **_grid(call, places, plan.parts),
+        output_shapes=[shape, shape, (*shape, call.value_dim)],
+        output_dtypes=[mx.float32] * 3,
+    )
+
+
+def _inputs(call: AttendCall, plan: Plan) -> list[mx.array]:
+    keys, values = call.keys, call.values
+    rotation = keys.codec.rotation
+    key_rotation = (
+        constants.coefficients(rotation)
+        if rotation.has_stages
+        else constants.query_matrix(rotation)
+    )
+    return [
+        *(call.queries, key_rotation, constants.or_nothing(keys.channel_scale, mx.float32)),
+        *(*_packed(keys), _exact(keys), *_packed(values)[:2], _exact(values)),
+        *(_mask_of_kernel(call), constants.lengths(keys), _plan_numbers(call, plan)),
+    ]
+
+
+def _template(call: AttendCall, places: int) -> Template:
+    keys, group = call.keys, call.group_rows
+    width = next(width for width in (4, 2, 1) if group % width == 0)
+    return [
+        *(("KEY_BITS", keys.codec.bits), ("VALUE_BITS", call.values.codec.bits), ("BLOCK", BLOCK)),
+        *(("ROWS", group), ("WIDTH", width), ("SIMDGROUPS", _simdgroups(places))),
+        *(("PLACES", places), ("KEY_LOOKUP", 0), ("VALUE_LOOKUP", 0), ("MASK", call.mask_kind)),
+        *(("HAS_KEY_SCALE", keys.channel_scale is not None),),
+        *(("KEY_MATRICES", matrices(keys.codec.rotation)),),
+    ]
+
+
+def _grid(call: AttendCall, places: int, parts: int) -> dict[str, tuple[int, int, int]]:
+    threads = 32 * _simdgroups(places)
+    return {
+        "grid": (threads * parts, call.batch * call.kv_heads, 1),
+        "threadgroup": (threads, 1, 1),
+    }
+
+
+def _simdgroups(places: int) -> int:
+    """Simdgroups that have the blocks of a step, with so many tokens a thread."""
+    return SIMDGROUPS * 2 // places
+
+
+# ---- many query rows ----------------------------------------------------------------------------
+
+
+def _prefill_parts(call: AttendCall, plan: Plan, tiling: Tiling) -> list[mx.array]:
+    """As :func:`_parts`, with query rows beyond G up to whole tiles."""
     keys, values, group = call.keys, call.values, call.group_rows
     rows = tiling.tiles * tiling.rows
-    # Flat in between: the kernels read it row by row, and a reshape alone may keep strides.
+    # Flat in between: the kernel reads it row by row, and a reshape alone may keep strides.
     q = call.scaled_queries
     q = mx.pad(q.reshape(-1).reshape(q.shape), [(0, 0), (0, 0), (0, rows - group), (0, 0)])
+    rotated = rotated_queries(q, keys) if keys.packed_tokens else q
     threads = 32 * tiling.simdgroups
-    shape = (call.batch, call.kv_heads, rows, parts)
-    return _parts_kernel(tiling.kernel)(
+    shape = (call.batch, call.kv_heads, rows, plan.parts)
+    return _prefill_kernel()(
         inputs=[
-            *(q, _rotated(q, keys), *_packed(keys), _exact(keys)),
-            *(*_packed(values)[:2], _exact(values), _mask_of_kernel(call)),
-            *(mx.array(keys.lengths, mx.int32), plan),
+            *(q, rotated, *_packed(keys), _exact(keys), *_packed(values)[:2], _exact(values)),
+            *(_mask_of_kernel(call), constants.lengths(keys), _plan_numbers(call, plan)),
         ],
         template=[
             *(("KEY_BITS", keys.codec.bits), ("VALUE_BITS", values.codec.bits)),
             *(("KEY_DIM", call.key_dim), ("VALUE_DIM", call.value_dim), ("BLOCK", BLOCK)),
-            *(("SIMDGROUPS", tiling.simdgroups), ("MASK", call.mask_kind)),
-            *tiling.template,
+            *(("SIMDGROUPS", tiling.simdgroups), ("TILE", tiling.tile), ("MASK", call.mask_kind)),
         ],
-        grid=(threads * parts, call.batch * call.kv_heads, tiling.tiles),
+        grid=(threads * plan.parts, call.batch * call.kv_heads, tiling.tiles),
         threadgroup=(threads, 1, 1),
         output_shapes=[shape, shape, (*shape, call.value_dim)],
         output_dtypes=[mx.float32] * 3,
     )
 
 
-def _merged(call: AttendCall, tiling: Tiling, plan: mx.array, parts: list[mx.array]) -> mx.array:
-    """The output ``[B, H, L, Dv]`` from what :func:`_parts` gives."""
-    scale, sink_logits, rotation = (
-        call.values.channel_scale,
-        call.sink_logits,
-        call.values.codec.rotation,
-    )
-    if scale is not None:
-        scale = mx.broadcast_to(scale, (call.batch, call.kv_heads, call.value_dim))
-    nothing = mx.zeros((1,), mx.float32)
-    (output,) = _merge_kernel()(
-        inputs=[
-            *(*parts, inverse_matrix(rotation), nothing if scale is None else scale),
-            *(nothing if sink_logits is None else sink_logits.astype(mx.float32), plan),
-        ],
+# ---- the output ---------------------------------------------------------------------------------
+
+
+def _merged(call: AttendCall, plan: Plan, parts: list[mx.array], *, rows: int) -> mx.array:
+    """The output ``[B, H, L, Dv]`` from what the parts give, ``rows`` query rows a threadgroup."""
+    (output,) = _merge_kernel(call.values.codec.rotation)(
+        inputs=[*parts, _plan_numbers(call, plan), *_output_inputs(call)],
         template=[
-            *(("T", call.queries.dtype), ("VALUE_DIM", call.value_dim), ("ROWS", tiling.merged)),
-            *(("THREADS", MERGE_THREADS), ("MATRICES", matrices(rotation))),
-            *(("HAS_SCALE", scale is not None), ("HAS_SINK_LOGITS", sink_logits is not None)),
+            *(("ROWS", rows), ("THREADS", MERGE_THREADS), ("MOST_PARTS", 2 * MAX_PARTS)),
+            *_output_template(call),
         ],
-        grid=(MERGE_THREADS, -(-call.group_rows // tiling.merged), call.batch * call.kv_heads),
+        grid=(MERGE_THREADS, -(-call.group_rows // rows), call.batch * call.kv_heads),
         threadgroup=(MERGE_THREADS, 1, 1),
         output_shapes=[call.output_shape],
         output_dtypes=[call.queries.dtype],
@@ -135,82 +247,130 @@ def _merged(call: AttendCall, tiling: Tiling, plan: mx.array, parts: list[mx.arr
     return output
 
 
-def _tiling(group: int, larger_dim: int) -> Tiling:
-    if group <= MAX_ROWS:
-        width = next(width for width in (4, 2, 1) if group % width == 0)
-        return Tiling("attend", 1, group, SIMDGROUPS, 1, (("ROWS", group), ("WIDTH", width)))
-    simdgroups = SIMDGROUPS if group <= 8 * SIMDGROUPS else 2 * SIMDGROUPS
-    # Decoded tokens of a tile: 16 KiB of them, in float32.
-    tile = 32 if larger_dim <= 128 else 16
-    rows = 8 * simdgroups
-    return Tiling("prefill", -(-group // rows), rows, simdgroups, 8, (("TILE", tile),))
+def _output_inputs(call: AttendCall) -> list[mx.array]:
+    """What turns sums of values into the output."""
+    values = call.values
+    return [
+        constants.coefficients(values.codec.rotation, back=True),
+        constants.or_nothing(values.channel_scale, mx.float32),
+        constants.or_nothing(call.sink_logits, mx.float32),
+    ]
+
+
+def _output_template(call: AttendCall) -> Template:
+    values = call.values
+    return [
+        *(("T", call.queries.dtype), ("VALUE_MATRICES", matrices(values.codec.rotation))),
+        ("HAS_VALUE_SCALE", values.channel_scale is not None),
+        ("HAS_SINK_LOGITS", call.sink_logits is not None),
+    ]
 
 
 # ---- inputs -------------------------------------------------------------------------------------
 
 
-def _rotated(q: mx.array, keys: KVView) -> mx.array:
-    """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
-    if not keys.packed_tokens:
-        return q
-    return rotated_queries(q, keys)
+def _plan_numbers(call: AttendCall, plan: Plan) -> mx.array:
+    """What kernels read by position.
+
+    Sink; packed parts, their tokens, tokens of an exact part; L, G; bits of the scale; strides of
+    the batch rows' channel scales of keys and of values; K.
+    """
+    return constants.numbers(
+        (
+            *(call.keys.sink, *plan.packed, plan.exact.tokens, call.length, call.group_rows),
+            int(np.float32(call.scale).view(np.int32)),
+            *(_scale_stride(call.keys), _scale_stride(call.values), call.kv_heads),
+        ),
+        mx.int32,
+    )
+
+
+def _scale_stride(view: KVView) -> int:
+    """Of the batch rows' channel scales; 0 where they have one together."""
+    scale = view.channel_scale
+    return 0 if scale is None or scale.ndim == 2 else scale.shape[1] * scale.shape[2]
 
 
 def _packed(view: KVView) -> Packed:
     """The packed buffers; where nothing is packed, some that no thread reads."""
-    if not view.packed_tokens:
-        scales = mx.zeros((1, 1, 1, 8), mx.float16)
-        return Packed(mx.zeros((1, 1, 1, 1, 8), mx.uint32), scales, scales)
-    if view.packed is None:
+    if view.packed_tokens and view.packed is None:
         raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
-    return view.packed
+    given = (view.packed if view.packed_tokens else None) or Packed(None, None, None)
+    dtypes, axes = (mx.uint32, mx.float16, mx.float16), (5, 4, 4)
+    return Packed(*map(constants.or_nothing, given, dtypes, axes))
 
 
 def _exact(view: KVView) -> mx.array:
     """The exact buffer; where it is empty, one that no thread reads."""
-    return view.exact if view.exact.size else mx.zeros((1, 1, 1, 8), view.dtype)
+    return view.exact if view.exact.size else constants.nothing(view.dtype, 4)
 
 
 def _mask_of_kernel(call: AttendCall) -> mx.array:
     """The mask as ``[B, H, L, S]``, which copies nothing; without one, one that no thread reads."""
     mask = call.mask_array
     if mask is None:
-        return mx.zeros((1, 1, 1, 1), mx.bool_)
+        return constants.nothing(mx.bool_, 4)
     return mx.broadcast_to(mask, call.scores_shape)
 
 
 # ---- kernels ------------------------------------------------------------------------------------
 
+_CACHE_INPUTS = (
+    *("key_words", "key_scales", "centres", "exact_keys"),
+    *("value_words", "value_scales", "exact_values", "mask", "lengths", "plan"),
+)
+_QUERY_INPUTS = ("q", "key_rotation", "key_channel_scale")
+_OUTPUT_INPUTS = ("value_rotation", "value_channel_scale", "sink_logits")
+_PARTS = ("part_tops", "part_totals", "part_outputs")
 
-@cache
-def _parts_kernel(name: str) -> Kernel:
-    files = ("shared_kernels/levels.h", "shared_kernels/trellis.h", "metal_kernels/scores.h")
-    text = metal_text(name, *map(read, files))
-    return FirstCallKernel(
-        f"rotormlx_{name}",
-        mx.fast.metal_kernel,
-        input_names=[
-            *("q", "rotated", "key_words", "key_scales", "centres", "exact_keys"),
-            *("value_words", "value_scales", "exact_values", "mask", "lengths", "plan"),
-        ],
-        output_names=["part_tops", "part_totals", "part_outputs"],
-        source=text.source,
-        header=text.header,
-        # The buffers of the cache are read where they lie.
-        ensure_row_contiguous=False,
+
+def _text(name: str, *before: str, lookup: bool = False) -> KernelText:
+    files = [*(f"shared_kernels/{name}.h" for name in ("levels", "trellis", "rotation"))]
+    files += [f"metal_kernels/{name}.h" for name in ("scores", "rows", *(["lookup"] * lookup))]
+    return metal_text(name, *map(read, files), *before)
+
+
+@derived
+def _attend_kernel(keys: Rotation, values: Rotation, *, alone: bool) -> Kernel:
+    """The kernel ``attend``: from the queries to the output, or to what a part gives."""
+    kind = "alone" if alone else "parts"
+    types = [metal_rotation("KeyRotation", keys), metal_rotation("ValueRotation", values)]
+    return _kernel(
+        "_".join(("attend", kind, *(f"{r.name}_{r.head_dim}" for r in (keys, values)))),
+        (*_QUERY_INPUTS, *_CACHE_INPUTS, *(_OUTPUT_INPUTS if alone else ())),
+        ("output",) if alone else _PARTS,
+        _text("attend", *types, *(["#define ALONE\n"] if alone else []), lookup=True),
+    )
+
+
+@derived
+def _merge_kernel(rotation: Rotation) -> Kernel:
+    return _kernel(
+        f"attend_merge_{rotation.name}_{rotation.head_dim}",
+        ("tops", "totals", "outputs", "plan", *_OUTPUT_INPUTS),
+        ("output",),
+        _text("attend_merge", metal_rotation("ValueRotation", rotation)),
     )
 
 
 @cache
-def _merge_kernel() -> Kernel:
-    text = metal_text("attend_merge", read("metal_kernels/scores.h"))
+def _prefill_kernel() -> Kernel:
+    files = ("shared_kernels/levels.h", "shared_kernels/trellis.h", "metal_kernels/scores.h")
+    text = metal_text("prefill", *map(read, files))
+    return _kernel("prefill", ("q", "rotated", *_CACHE_INPUTS), _PARTS, text)
+
+
+@cache
+def _kernel(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], text: KernelText
+) -> Kernel:
+    """The kernel object, which layers share; the buffers of the cache are read where they lie."""
     return FirstCallKernel(
-        "rotormlx_attend_merge",
+        f"rotormlx_{name}",
         mx.fast.metal_kernel,
-        input_names=[
-            *("tops", "totals", "outputs", "unrotation", "channel_scale", "sink_logits", "plan"),
-        ],
-        output_names=["output"],
+        input_names=list(inputs),
+        output_names=list(outputs),
         source=text.source,
         header=text.header,
+        ensure_row_contiguous=False,
     )

@@ -40,7 +40,9 @@ namespace metal {
 template <class T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
 
+using uint2 = vec<uint, 2>;
 using uint3 = vec<uint, 3>;
+using uint4 = vec<uint, 4>;
 using ulong2 = vec<ulong, 2>;
 using float2 = vec<float, 2>;
 using float4 = vec<float, 4>;

@@ -62,6 +62,7 @@ struct vec : vec_storage<T, N> {
 
 using uint2 = metal::vec<uint, 2>;
 using uint3 = metal::vec<uint, 3>;
+using uint4 = metal::vec<uint, 4>;
 using ulong2 = metal::vec<ulong, 2>;
 using float2 = metal::vec<float, 2>;
 using float4 = metal::vec<float, 4>;

@@ -1,0 +1,53 @@
+"""Arrays that many calls, and layers, have in common: made once, so that a call costs no operation.
+
+An array that the host makes is copied to the GPU, or bound, whenever a kernel waits for it.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from rotormlx.codec.derived import derived
+from rotormlx.codec.rotation import Rotation
+from rotormlx.kernels import source
+from rotormlx.mlx.cache.view import KVView
+
+# MLX binds shorter arrays to another address space of Metal, for which it compiles a kernel anew.
+LEAST = 8
+
+
+@lru_cache(maxsize=1024)
+def numbers(values: tuple[int, ...] | tuple[float, ...], dtype: mx.Dtype) -> mx.array:
+    """These numbers, with zeros behind them where they are few."""
+    return mx.array((*values, *(0,) * (LEAST - len(values))), dtype)
+
+
+def lengths(view: KVView) -> mx.array:
+    """Packed and all tokens of each batch row, one behind the other, int32."""
+    return numbers(tuple(number for row in view.lengths for number in row), mx.int32)
+
+
+@cache
+def nothing(dtype: mx.Dtype, ndim: int = 1) -> mx.array:
+    """An array ``[..., 8]`` that no thread reads."""
+    return mx.array(np.zeros((1,) * (ndim - 1) + (LEAST,), np.float32), dtype)
+
+
+def or_nothing(array: mx.array | None, dtype: mx.Dtype, ndim: int = 1) -> mx.array:
+    """The array, or where there is none one that no thread reads."""
+    return nothing(dtype, ndim) if array is None else array
+
+
+@derived
+def coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
+    """See :func:`source.coefficients`."""
+    return mx.array(source.coefficients(rotation, back=back))
+
+
+@derived
+def query_matrix(rotation: Rotation) -> mx.array:
+    """What rows of queries are multiplied by, float32 ``[D, D]`` or ``[K, D, D]``."""
+    return mx.array(rotation.inverse.astype(np.float32))
