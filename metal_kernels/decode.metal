@@ -29,9 +29,11 @@
       place.y * scales_strides[1] + place.x * scales_strides[2];
 
   float rows[ROWS * CHANNELS];  // [ROWS, CHANNELS]; channels that do not exist are 0
+  UNROLL
   for (uint r = 0; r < ROWS; ++r) {
     const uint token = worker + r * WORKERS;
     const float scale = float(block_scales[token * scales_strides[3]]);
+    UNROLL
     for (uint p = 0; p < CHANNELS; ++p) {
       const uint c = Channels::channel(lane, p);
       float number = 0.0f;
@@ -45,6 +47,7 @@
 
   unrotate_rows<LANES, ROWS>(rows, coefficients + place.y % MATRICES * (D * D), lane);
 
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) {
     const uint c = Channels::channel(lane, p);
     if (Channels::exists(c)) {
@@ -58,6 +61,7 @@
       centre = float(centres[place.z * centres_strides[0] + place.y * centres_strides[1] +
                              place.x * centres_strides[2] + c * centres_strides[3]]);
 #endif
+      UNROLL
       for (uint r = 0; r < ROWS; ++r) {
         const float number = fma(rows[r * CHANNELS + p], channel_factor, centre);
         out[(block * BLOCK + worker + r * WORKERS) * D + c] = T(number);

@@ -45,8 +45,10 @@
       long(place.x) * BLOCK * x_strides[2];
 
   float rows[ROWS * CHANNELS];  // [ROWS, CHANNELS]; channels that do not exist are 0
+  UNROLL
   for (uint r = 0; r < ROWS; ++r) {
     device const T* row = block_rows + (worker + r * WORKERS) * x_strides[2];
+    UNROLL
     for (uint p = 0; p < CHANNELS; ++p) {
       const uint c = Channels::channel(lane, p);
       rows[r * CHANNELS + p] = Channels::exists(c) ? float(row[c * x_strides[3]]) : 0.0f;
@@ -56,16 +58,21 @@
 #ifdef CENTRE_MEANS
   // Each lane sums its rows, each simdgroup its lanes of a channel, and everybody the simdgroups' sums.
   float sum[CHANNELS];
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) sum[p] = 0.0f;
+  UNROLL
   for (uint r = 0; r < ROWS; ++r) {
     bool broken = false;
+    UNROLL
     for (uint p = 0; p < CHANNELS; ++p) broken = broken || !is_finite(rows[r * CHANNELS + p]);
     // Divided first: a power of two, and the sum cannot overflow.
     const float weight = 1.0f / BLOCK;
     if (!lane_any<LANES>(broken)) {
+      UNROLL
       for (uint p = 0; p < CHANNELS; ++p) sum[p] = fma(weight, rows[r * CHANNELS + p], sum[p]);
     }
   }
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) {
     for (ushort mask = LANES; mask < 32; mask *= 2) sum[p] += shuffle_xor(sum[p], mask);
     const uint c = Channels::channel(lane, p);
@@ -76,6 +83,7 @@
   threadgroup_barrier(mem_flags::mem_threadgroup);  // sums written
 #endif
 
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) {
     const uint c = Channels::channel(lane, p);
     if (Channels::exists(c)) {
@@ -96,6 +104,7 @@
       channel_factor =
           channel_scale[place.y * channel_scale_strides[0] + c * channel_scale_strides[1]];
 #endif
+      UNROLL
       for (uint r = 0; r < ROWS; ++r) {
         rows[r * CHANNELS + p] = (rows[r * CHANNELS + p] - centre) / channel_factor;
       }
@@ -123,6 +132,7 @@
     Encoder::round(rows, row_scales, codes, thread_index, BOUNDARIES);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // codes written
   }
+  UNROLL
   for (uint r = 0; r < ROWS; ++r) {
     if (lane == 0) scales[block * BLOCK + worker + r * WORKERS] = row_scales[r];
   }

@@ -23,6 +23,7 @@ METAL_FUNC void decode_tile(
     // A word of the second plane serves two words of the first.
     if (BITS == 3) high = at[(WORD_ROWS + row / 2) * row_stride] >> (row % 2 * 2);
     const Indices<uint> indices = indices_of<BITS>(at[row * row_stride], before, high);
+    UNROLL
     for (int field = 0; field < CODES; ++field) {
       const int position = i / LANES * CODES + field;
       // Fields behind the last position mean nothing.
@@ -120,6 +121,7 @@ const int my_row = lane / ROW_LANES;
 const int query_row = min(first_row + my_row, group_rows - 1);
 float top = HIDDEN, total = 0.0f, about_centre = 0.0f, noise = 0.0f;
 simdgroup_matrix<float, 8, 8> sums[VALUE_DIM / 8];
+UNROLL
 for (int c = 0; c < VALUE_DIM / 8; ++c) sums[c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 for (int i = lane % ROW_LANES; i < KEY_DIM; i += ROW_LANES) {
   const float x = query_rows[my_row * KEY_DIM + i];
@@ -144,15 +146,18 @@ for (int first = start; first < stop; first += TILE) {
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the keys are there
 
   simdgroup_matrix<float, 8, 8> products[TILES], left, right;
+  UNROLL
   for (int t = 0; t < TILES; ++t) products[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   for (int channel = 0; channel < KEY_DIM; channel += 8) {
     simdgroup_load(left, query_rows + channel, KEY_DIM);
+    UNROLL
     for (int t = 0; t < TILES; ++t) {
       if (exact) simdgroup_load(right, tile + t * 8 * KEY_DIM + channel, KEY_DIM, ulong2(0, 0), true);
       else simdgroup_load(right, tile + channel * TILE + t * 8, TILE);
       simdgroup_multiply_accumulate(products[t], left, right, products[t]);
     }
   }
+  UNROLL
   for (int t = 0; t < TILES; ++t) simdgroup_store(products[t], my_scores + t * 8, TILE);
 
   if (!exact && in_block == 0) {
@@ -167,6 +172,7 @@ for (int first = start; first < stop; first += TILE) {
 
   float row_scores[ROW_TOKENS], value_scale[ROW_TOKENS];
   float new_top = top;
+  UNROLL
   for (int i = 0; i < ROW_TOKENS; ++i) {
     const int token = i * ROW_LANES + lane % ROW_LANES;
     const int index = first + token;
@@ -193,6 +199,7 @@ for (int first = start; first < stop; first += TILE) {
   const float shrink = exp(top - new_top);
   top = new_top;
   total *= shrink;
+  UNROLL
   for (int i = 0; i < ROW_TOKENS; ++i) {
     const float weight = share_of(row_scores[i], top);
     total += weight;
@@ -224,6 +231,7 @@ for (int first = start; first < stop; first += TILE) {
 
   if (any_shrinks) {
     simdgroup_load(left, my_shrinks, 8);
+    UNROLL
     for (int c = 0; c < VALUE_DIM / 8; ++c) {
       simdgroup_multiply(right, left, sums[c]);
       sums[c] = right;
@@ -231,6 +239,7 @@ for (int first = start; first < stop; first += TILE) {
   }
   for (int t = 0; t < TILES; ++t) {
     simdgroup_load(left, my_scores + t * 8, TILE);
+    UNROLL
     for (int c = 0; c < VALUE_DIM / 8; ++c) {
       simdgroup_load(right, tile + t * 8 * VALUE_DIM + c * 8, VALUE_DIM);
       simdgroup_multiply_accumulate(sums[c], left, right, sums[c]);
@@ -241,6 +250,7 @@ for (int first = start; first < stop; first += TILE) {
 
 for (ushort m = 1; m < ROW_LANES; m *= 2) total += simd_shuffle_xor(total, m);
 const int64_t at = (head_rows + first_row) * parts + part;
+UNROLL
 for (int c = 0; c < VALUE_DIM / 8; ++c) {
   simdgroup_store(sums[c], part_outputs + at * VALUE_DIM + c * 8, parts * VALUE_DIM);
 }

@@ -22,6 +22,7 @@
   device const T* x_row = x + min(at, long(count) - 1) * x_strides[0];
 
   float row[CHANNELS];  // channels that do not exist are 0
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) {
     const uint c = Channels::channel(lane, p);
     row[p] = Channels::exists(c) ? float(x_row[c * x_strides[1]]) : 0.0f;
@@ -30,9 +31,11 @@
 
   uint code[CHANNELS];
   const float scale = float(encode_row<BITS, D, LANES, HELD>(row, code, BOUNDARIES, 1.0f));
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) row[p] = scale * level_of_code<BITS>(code[p]);
 
   unrotate_rows<LANES, 1>(row, coefficients, lane);
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) {
     const uint c = Channels::channel(lane, p);
     if (Channels::exists(c) && at < count) out[at * D + c] = T(row[p]);

@@ -15,12 +15,15 @@ struct Crossing {
   template <bool BACK>
   static DEVICE_FN void rotate(THREAD float* x, GLOBAL const float* coefficients) {
     float rotated[N];
+    UNROLL
     for (uint r = 0; r < N; ++r) {
       rotated[r] = Block::template weight<BACK>(coefficients, r, 0) * x[r];
+      UNROLL
       for (uint m = 1; m < N; ++m) {
         rotated[r] = fma(Block::template weight<BACK>(coefficients, r, m), x[r ^ m], rotated[r]);
       }
     }
+    UNROLL
     for (uint r = 0; r < N; ++r) x[r] = rotated[r];
   }
 };
@@ -96,6 +99,7 @@ struct Odd3 {
   template <bool BACK>
   static DEVICE_FN void rotate(THREAD float* x, GLOBAL const float* signs) {
     const float sum = 0.666666667f * fma(signs[0], x[0], fma(signs[1], x[1], signs[2] * x[2]));
+    UNROLL
     for (uint i = 0; i < RADIX; ++i) x[i] = fma(signs[i], sum, -x[i]);
   }
 };
@@ -104,7 +108,9 @@ struct Odd5 {
   template <bool BACK>
   static DEVICE_FN void rotate(THREAD float* x, GLOBAL const float* signs) {
     float sum = 0.0f;
+    UNROLL
     for (uint i = 0; i < RADIX; ++i) sum = fma(signs[i], x[i], sum);
+    UNROLL
     for (uint i = 0; i < RADIX; ++i) x[i] = fma(signs[i], -0.4f * sum, x[i]);
   }
 };
@@ -118,10 +124,12 @@ struct Odd7 {
     const float x_minus_y = -0.707106781f;
     float signed_x[RADIX];
     float sum = 0.0f;
+    UNROLL
     for (uint i = 0; i < RADIX; ++i) {
       signed_x[i] = signs[i] * x[i];
       sum += signed_x[i];
     }
+    UNROLL
     for (uint i = 0; i < RADIX; ++i) {
       const uint j = BACK ? i + RADIX - 1 : i + 1;
       const uint k = BACK ? i + RADIX - 2 : i + 2;
@@ -154,17 +162,21 @@ DEVICE_FN void rotate_across_lanes(
     GLOBAL const float* coefficients, uint lane) {
   enum { RADIX = Block::RADIX, CHANNELS = D / LANES };
   const uint place = lane / STRIDE % RADIX;
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) {
     const uint c = lane + p * LANES;
     const uint group = c / (RADIX * STRIDE) * STRIDE + c % STRIDE;
     float weights[RADIX];
+    UNROLL
     for (uint m = 0; m < RADIX; ++m) {
       weights[m] =
           Block::template weight<BACK>(coefficients + group * Block::COEFFICIENTS, place, m);
     }
+    UNROLL
     for (uint row = 0; row < ROWS; ++row) {
       const float x = rows[row * CHANNELS + p];
       float rotated = weights[0] * x;
+      UNROLL
       for (uint m = 1; m < RADIX; ++m) {
         rotated = fma(weights[m], shuffle_xor(x, ushort(m * STRIDE)), rotated);
       }
@@ -179,13 +191,17 @@ DEVICE_FN void rotate_in_lanes(
     THREAD float* rows,  // [ROWS][D / LANES]
     GLOBAL const float* coefficients, uint lane) {
   enum { RADIX = Block::RADIX, CHANNELS = D / LANES, STEP = STRIDE / LANES };
+  UNROLL
   for (uint g = 0; g < CHANNELS / RADIX; ++g) {
     GLOBAL const float* of_group = coefficients + (g * LANES + lane) * Block::COEFFICIENTS;
+    UNROLL
     for (uint row = 0; row < ROWS; ++row) {
       THREAD float* first = rows + row * CHANNELS + g / STEP * (RADIX * STEP) + g % STEP;
       float x[RADIX];
+      UNROLL
       for (uint r = 0; r < RADIX; ++r) x[r] = first[r * STEP];
       Block::template rotate<BACK>(x, of_group);
+      UNROLL
       for (uint r = 0; r < RADIX; ++r) first[r * STEP] = x[r];
     }
   }
@@ -196,9 +212,11 @@ template <typename Block, int CHANNELS, int LANES, int HELD, int ROWS, int FIRST
 DEVICE_FN void rotate_held(
     THREAD float* rows,  // [ROWS][CHANNELS]
     GLOBAL const float* coefficients, uint lane) {
+  UNROLL
   for (uint p = 0; p < CHANNELS / HELD; ++p) {
     const uint place = p * LANES + lane;
     if (place >= FIRST && place < FIRST + GROUPS) {
+      UNROLL
       for (uint row = 0; row < ROWS; ++row) {
         Block::template rotate<BACK>(
             rows + row * CHANNELS + p * HELD, coefficients + (place - FIRST) * Block::COEFFICIENTS);
@@ -214,18 +232,23 @@ DEVICE_FN void rotate_by_matrix(
     GLOBAL const float* matrix, uint lane) {
   enum { CHANNELS = D / LANES };
   float sums[ROWS * CHANNELS];
+  UNROLL
   for (uint i = 0; i < ROWS * CHANNELS; ++i) sums[i] = 0.0f;
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) {
     for (uint m = 0; m < LANES; ++m) {
       GLOBAL const float* entries = matrix + (p * LANES + (lane ^ m)) * D + lane;
+      UNROLL
       for (uint row = 0; row < ROWS; ++row) {
         const float x = shuffle_xor(rows[row * CHANNELS + p], ushort(m));
+        UNROLL
         for (uint q = 0; q < CHANNELS; ++q) {
           sums[row * CHANNELS + q] = fma(x, entries[q * LANES], sums[row * CHANNELS + q]);
         }
       }
     }
   }
+  UNROLL
   for (uint i = 0; i < ROWS * CHANNELS; ++i) rows[i] = sums[i];
 }
 
@@ -283,10 +306,12 @@ template <int D, int LANES, int HELD>
 DEVICE_FN float to_unit_variance(THREAD float* row) {
   enum { CHANNELS = LaneRow<D, LANES, HELD>::CHANNELS };
   float square_sum = 0.0f;
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) square_sum = fma(row[p], row[p], square_sum);
   const float norm = sqrt(lane_sum<LANES>(square_sum));
   const float size = float(size_of_row<D>(norm)), factor = sqrt(float(D)) / norm;
   const bool special = size == 0.0f || !is_finite(size);
+  UNROLL
   for (uint p = 0; p < CHANNELS; ++p) row[p] = special ? 0.0f : row[p] * factor;
   return norm;
 }
@@ -297,6 +322,7 @@ template <int BITS, int D, int LANES, int HELD, typename Table>
 DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries, float shrink) {
   const float norm = to_unit_variance<D, LANES, HELD>(row);
   float along = 0.0f;
+  UNROLL
   for (uint p = 0; p < LaneRow<D, LANES, HELD>::CHANNELS; ++p) {
     code[p] = nearest_code<BITS>(row[p], boundaries);
     along = fma(level_of_code<BITS>(code[p]), row[p], along);
@@ -411,10 +437,12 @@ struct BlockEncoder {
   static DEVICE_FN void round(
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, uint thread_index, Table boundaries) {
     const uint worker = thread_index / LANES, lane = thread_index % LANES;
+    UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       uint code[CHANNELS];
       scales[r] = encode_row<BITS, D, LANES, HELD>(
           rows + r * CHANNELS, code, boundaries, KEY ? 1.0f : value_shrink(BITS));
+      UNROLL
       for (uint p = 0; p < CHANNELS; ++p) {
         const uint c = Channels::channel(lane, p);
         if (Channels::exists(c)) codes[(worker + r * WORKERS) * CODE_STRIDE + c] = uchar(code[p]);
@@ -429,10 +457,13 @@ struct BlockEncoder {
       uint start, GLOBAL const uint* state, long state_stride) {
     const uint worker = thread_index / LANES, lane = thread_index % LANES;
     float norms[ROWS];
+    UNROLL
     for (uint r = 0; r < ROWS; ++r) norms[r] = to_unit_variance<D, LANES, HELD>(rows + r * CHANNELS);
     for (uint first = 0; first < SEQUENCES; first += SLICE) {
       MEET();  // no numbers are in use
+      UNROLL
       for (uint r = 0; r < ROWS; ++r) {
+        UNROLL
         for (uint p = 0; p < CHANNELS; ++p) {
           const uint c = Channels::channel(lane, p), token = worker + r * WORKERS;
           const uint sequence = KEY ? token : c, position = KEY ? c : token;
@@ -452,8 +483,10 @@ struct BlockEncoder {
       }
     }
     MEET();  // the codes are there
+    UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       float along = 0.0f;
+      UNROLL
       for (uint p = 0; p < CHANNELS; ++p) {
         const uint c = Channels::channel(lane, p);
         if (Channels::exists(c)) {
