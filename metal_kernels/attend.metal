@@ -166,8 +166,8 @@ METAL_FUNC float total_of(threadgroup const float* by_simdgroup, int row) {  // 
 }
 
 // kernel body
-// Template: KEY_BITS, VALUE_BITS, BLOCK, ROWS = G, WIDTH (rows loaded at once), SIMDGROUPS, PLACES, KEY_LOOKUP and
-// VALUE_LOOKUP (see lookup.h), MASK (see scores.h), HAS_KEY_SCALE, KEY_MATRICES (K where each KV head has a matrix of
+// Template: KEY_BITS, VALUE_BITS, BLOCK, ROWS = G, WIDTH (rows loaded at once), SIMDGROUPS, PLACES, KEY_WAY and
+// VALUE_WAY (see lookup.h), MASK (see scores.h), HAS_KEY_SCALE, KEY_MATRICES (K where each KV head has a matrix of
 // its own, else 1); with ALONE also T (dtype of the output), HAS_VALUE_SCALE, VALUE_MATRICES, HAS_SINK_LOGITS.
 // KeyRotation and ValueRotation fix the dims.
 //
@@ -205,8 +205,8 @@ using Rows = typename Neighbours<float, WIDTH>::type;
 threadgroup Rows plain[KEY_DIM * VECTORS];    // [KEY_DIM][ROWS], the queries times the scale of the scores
 threadgroup Rows rotated[KEY_DIM * VECTORS];  // the same as packed keys meet them
 threadgroup Rows weights[STEP * VECTORS];     // [STEP][ROWS]
-using KeyLookup = Lookup<KEY_BITS, KEY_LOOKUP>;
-using ValueLookup = Lookup<VALUE_BITS, VALUE_LOOKUP>;
+using KeyLookup = Lookup<KEY_BITS, KEY_WAY>;
+using ValueLookup = Lookup<VALUE_BITS, VALUE_WAY>;
 threadgroup float key_table[KeyLookup::FLOATS];
 threadgroup float value_table[ValueLookup::FLOATS];
 threadgroup float by_simdgroup[SIMDGROUPS * ROWS];  // [SIMDGROUPS][ROWS]

@@ -1,13 +1,15 @@
-// Ways to find the level of a code, for the kernel of few queries. All give the same numbers.
+// Ways to find the level of a code, for the kernel of few queries. All give the same numbers, bit for bit.
+//
+// `at` gives the level of a field of a word. FLOATS are the threadgroup memory that a way needs, which the threads fill
+// together in `make`; a barrier must follow.
 
-enum { FROM_TABLE = 0 };
+enum { FROM_TABLE = 0, COMPUTED = 1, FROM_QUAD = 2 };
 
-// `at` gives the level of a field of a word. FLOATS are the threadgroup memory it needs, which the threads fill
-// together; a barrier must follow.
-template <int BITS, int KIND>
+template <int BITS, int WAY>
 struct Lookup;
 
-// A table in threadgroup memory.
+// ---- a table in threadgroup memory ------------------------------------------------------------------
+
 template <int BITS>
 struct Lookup<BITS, FROM_TABLE> {
   enum { FLOATS = Stored<BITS>::LEVELS };
@@ -18,4 +20,74 @@ struct Lookup<BITS, FROM_TABLE> {
     return {memory};
   }
   METAL_FUNC float at(Indices<uint> word, uint field) const { return table[index_of_field<BITS>(word, field)]; }
+};
+
+// ---- without memory: an index is split into the magnitude's, in its low bits, and the sign ----------------
+
+// The index of a field in the low bits, others above it.
+template <int BITS>
+METAL_FUNC uint shifted_field(Indices<uint> word, uint field) {
+  if (!Stored<BITS>::HAS_TRELLIS) return word.even >> (BITS * field);
+  return (field % 2 == 0 ? word.even : word.odd) >> (field / 2 * 4);
+}
+
+template <int BITS>
+METAL_FUNC float with_sign(uint magnitude, uint shifted) {
+  return as_type<float>(magnitude | (shifted << (32 - Stored<BITS>::INDEX_BITS) & 0x80000000u));
+}
+
+// A magnitude of 2 or 3 bits is a byte over 64. 2^23 + byte has the byte in its low bits; both steps are exact.
+METAL_FUNC uint from_byte(uint byte) {
+  return as_type<uint>(fma(as_type<float>(0x4B000000u | byte), 0.015625f, -131072.0f));
+}
+
+template <int BITS>
+METAL_FUNC uint computed_magnitude(uint shifted) {
+  if (BITS == 2) return from_byte(0x7745270Cu >> ((shifted & 3u) * 8) & 0xFFu);
+  if (BITS == 3) {
+    const uint bytes = (shifted & 4u) == 0 ? 0x30221307u : 0x9E725641u;
+    return from_byte(bytes >> ((shifted & 3u) * 8) & 0xFFu);
+  }
+  // 4 bits: a polynomial of 1 + index / 8 about 1.46, whose coefficients were sought so that its values, each step
+  // rounded, are the magnitudes.
+  const float t = as_type<float>(0x3F800000u | (shifted & 7u) << 20) - 1.46f;
+  float x = fma(15.9235315f, t, 12.7114096f);
+  x = fma(x, t, 3.03974319f);
+  x = fma(x, t, 1.3990401f);
+  x = fma(x, t, 1.70666432f);
+  x = fma(x, t, 1.27201033f);
+  x = fma(x, t, 2.55958676f);
+  return as_type<uint>(fma(x, t, 1.15169942f));
+}
+
+template <int BITS>
+struct Lookup<BITS, COMPUTED> {
+  enum { FLOATS = 1 };
+  static METAL_FUNC Lookup make(threadgroup float*, uint, uint) { return {}; }
+  METAL_FUNC float at(Indices<uint> word, uint field) const {
+    const uint shifted = shifted_field<BITS>(word, field);
+    return with_sign<BITS>(computed_magnitude<BITS>(shifted), shifted);
+  }
+};
+
+// The four lanes of a quad hold 4 or 8 magnitudes; all of them must come here together.
+template <int BITS>
+struct Lookup<BITS, FROM_QUAD> {
+  enum { FLOATS = 1, MAGNITUDES = Stored<BITS>::LEVELS / 2 };
+  uint lower, upper;  // those of this lane, among the lower four and the upper four
+
+  static METAL_FUNC Lookup make(threadgroup float*, uint thread_index, uint) {
+    const uint lane = thread_index % 4;
+    return {magnitude_bits<BITS>(lane), magnitude_bits<BITS>(MAGNITUDES == 8 ? lane + 4 : lane)};
+  }
+  METAL_FUNC float at(Indices<uint> word, uint field) const {
+    const uint shifted = shifted_field<BITS>(word, field);
+    const ushort lane = ushort(shifted & 3u);
+    uint magnitude = quad_shuffle(lower, lane);
+    if (MAGNITUDES == 8) {
+      const uint other = quad_shuffle(upper, lane);
+      magnitude = (shifted & 4u) == 0 ? magnitude : other;
+    }
+    return with_sign<BITS>(magnitude, shifted);
+  }
 };

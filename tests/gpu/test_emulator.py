@@ -271,6 +271,45 @@ def shuffles() -> Demo:
     )
 
 
+def quad_shuffles() -> Demo:
+    """Lanes of a quad ask different lanes; only every other quad does at all."""
+    x = normal(64)
+    a = as_float(x).astype(np.float32)
+    lanes = np.arange(64)
+    asked = np.where(lanes // 4 % 2, lanes // 4 * 4 + (lanes * 7 // 3) % 4, lanes)
+    return Demo(
+        source="""
+            uint i = thread_position_in_grid.x;
+            float v = x0[i];
+            if (i / 4 % 2 != 0) v = quad_shuffle(v, ushort(i * 7 / 3 % 4));
+            y0[i] = v;
+        """,
+        inputs=[x],
+        expected=[a[asked]],
+        dtypes=[mx.float32],
+        grid=(64, 1, 1),
+        threadgroup=(64, 1, 1),
+    )
+
+
+def wide_loads() -> Demo:
+    """Four numbers in one load, as words, turned round."""
+    x = normal(64)
+    a = as_float(x).astype(np.float32)
+    return Demo(
+        source="""
+            uint i = thread_position_in_grid.x;
+            const uint4 words = *(const device uint4*)((const device uint*)x0 + 4 * i);
+            for (uint j = 0; j < 4; ++j) y0[4 * i + j] = as_type<float>(words[3 - j]);
+        """,
+        inputs=[x],
+        expected=[a.reshape(16, 4)[:, ::-1].reshape(64)],
+        dtypes=[mx.float32],
+        grid=(16, 1, 1),
+        threadgroup=(16, 1, 1),
+    )
+
+
 def matrix_product() -> Demo:
     """A 16 x 16 product by four simdgroups, tiles staged in threadgroup memory, and the product of
     the last tiles alone."""
@@ -353,6 +392,8 @@ RIGHT = {
     "simdgroup_exchange": simdgroup_exchange(),
     "device_exchange": device_exchange(),
     "shuffles": shuffles(),
+    "quad_shuffles": quad_shuffles(),
+    "wide_loads": wide_loads(),
     "matrix_product": matrix_product(),
     "shared_value": shared_value(),
     "strided_input": strided_input(),
@@ -448,7 +489,7 @@ BUGS = {
     ),
     "vector_read_past_end": bug(
         vectors(), "((const device vec<half, 4>*)x0)[i]",
-        "*(const device vec<half, 4>*)(x0 + 4 * i + 1)",
+        "*(const device vec<half, 4>*)(x0 + 4 * i + 4)",
         Kind.OUT_OF_BOUNDS, buffer="x0",
     ),
     "shape_read_past_end": bug(row_sum(), "x0_shape[1]", "x0_shape[2]", Kind.OUT_OF_BOUNDS),
@@ -516,6 +557,11 @@ BUGS = {
         row_sum(), SUM, SUM + "sum = simd_shuffle_xor(sum, 16);", Kind.ABSENT_LANE,
         call={"grid": (240, 37, 1), "threadgroup": (240, 1, 1)},
     ),
+    "quad_shuffle_divergent": bug(
+        quad_shuffles(), "if (i / 4 % 2 != 0)", "if (i % 4 != 0)", Kind.DIVERGENCE
+    ),
+    "quad_shuffle_from_lane_4": bug(quad_shuffles(), "i * 7 / 3 % 4", "4", Kind.ABSENT_LANE),
+    "wide_load_misaligned": bug(wide_loads(), "+ 4 * i)", "+ 2 * i)", Kind.ALIGNMENT),
     "shuffle_from_lane_32": bug(shuffles(), "(v, 5)", "(v, 32)", Kind.ABSENT_LANE),
     # arithmetic that each platform does differently
     "shift_by_32": bug(

@@ -37,6 +37,7 @@ class Launch:
             packed tokens; None for the backend's own.
         multiprocessors: CUDA: of the device.
         shares_rows: CUDA: query rows share what they read of a matrix, as where there are many.
+        levels: Metal: the way to find levels; None for the table, as all give the same numbers.
         kernels: One, where it can do the call; else three on CUDA and two on Metal.
     """
 
@@ -44,6 +45,7 @@ class Launch:
     multiprocessors: int = 1
     shares_rows: bool = False
     kernels: int = 1
+    levels: str | None = None
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,9 @@ class MetalRunner(BackendRunner):
         with pytest.MonkeyPatch.context() as patch:
             for name, number in zip(("SIMDGROUPS", "MAX_PARTS"), launch.steps or (), strict=False):
                 patch.setattr(metal_attend, name, number)
+            if launch.levels or not self.on_device:
+                # The emulator is slow at shuffles.
+                patch.setenv("ROTORMLX_METAL_LEVELS", launch.levels or "table")
             if launch.kernels > 1:
                 patch.setattr(metal_attend, "ALONE_STEPS", 0)
             yield

@@ -10,6 +10,7 @@ S tokens, D head_dim.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -49,6 +50,10 @@ MAX_PARTS = 128
 # Up to so many steps are done by one threadgroup, rather than by several and another kernel.
 ALONE_STEPS = 2
 MERGE_THREADS = 128
+# Ways to find a level, in the order of metal_kernels/lookup.h; and those of each width, the best by
+# estimate first (docs/KERNELS.md). 256 levels are too many for any but the table.
+WAYS = ("table", "arithmetic", "quad")
+LEVELS = dict.fromkeys((2, 3, 4), ("quad", "arithmetic", "table")) | {8: ("table",)}
 
 Kernel = Callable[..., list[mx.array]]
 Template = list[tuple[str, object]]
@@ -179,9 +184,42 @@ def _template(call: AttendCall, places: int) -> Template:
     return [
         *(("KEY_BITS", keys.codec.bits), ("VALUE_BITS", call.values.codec.bits), ("BLOCK", BLOCK)),
         *(("ROWS", group), ("WIDTH", width), ("SIMDGROUPS", _simdgroups(places))),
-        *(("PLACES", places), ("KEY_LOOKUP", 0), ("VALUE_LOOKUP", 0), ("MASK", call.mask_kind)),
+        *(("PLACES", places), ("MASK", call.mask_kind)),
+        *_lookups(keys.codec.bits, call.values.codec.bits),
         *(("HAS_KEY_SCALE", keys.channel_scale is not None),),
         *(("KEY_MATRICES", matrices(keys.codec.rotation)),),
+    ]
+
+
+def variants(key_bits: int, value_bits: int) -> tuple[str, ...]:
+    """Ways for the kernel ``attend`` to find levels, the best by estimate first.
+
+    Where only one of the two widths has a way, the other takes the table.
+    """
+    return tuple(dict.fromkeys(LEVELS[key_bits] + LEVELS[value_bits]))
+
+
+def chosen_variant(key_bits: int, value_bits: int) -> str:
+    """The one of :func:`variants` that is used: the first, or what ``ROTORMLX_METAL_LEVELS`` names.
+
+    Raises:
+        RuntimeError: If that is none of them.
+    """
+    possible = variants(key_bits, value_bits)
+    name = os.environ.get("ROTORMLX_METAL_LEVELS", possible[0])
+    if name not in possible:
+        raise RuntimeError(
+            f"[attend] ROTORMLX_METAL_LEVELS must be one of {', '.join(possible)} for keys of "
+            f"{key_bits} bits and values of {value_bits}, but it is {name!r}; unset it."
+        )
+    return name
+
+
+def _lookups(key_bits: int, value_bits: int) -> Template:
+    name = chosen_variant(key_bits, value_bits)
+    ways = (name if name in LEVELS[bits] else "table" for bits in (key_bits, value_bits))
+    return [
+        (role, WAYS.index(way)) for role, way in zip(("KEY_WAY", "VALUE_WAY"), ways, strict=True)
     ]
 
 

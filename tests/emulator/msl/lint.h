@@ -77,6 +77,7 @@ void simdgroup_barrier(mem_flags);
 template <class T> T simd_sum(T);
 template <class T> T simd_max(T);
 template <class T> T simd_shuffle_xor(T, ushort);
+template <class T> T quad_shuffle(T, ushort);
 bool simd_any(bool);
 
 // ---- simdgroup_matrix.h

@@ -23,12 +23,13 @@ METAL_FUNC void simdgroup_barrier(mem_flags flags, AT_LINE) {
 // The emulator's own bookkeeping needs no checks and may be fast.
 #define UNCHECKED __attribute__((no_sanitize("thread"), noinline, optimize("O2")))
 
-// What the lanes of the simdgroup bring to a line.
+// What the lanes of the simdgroup, or of a quad, bring to a line.
 template <class T>
 class Lanes {
  public:
-  UNCHECKED Lanes(T mine, int line) : line_(line) {
-    present_ = emulator_exchange(&mine, sizeof(T), values_, line);
+  UNCHECKED Lanes(T mine, int line, bool of_quad = false) : line_(line) {
+    const auto exchange = of_quad ? emulator_exchange_in_quad : emulator_exchange;
+    present_ = exchange(&mine, sizeof(T), values_, line);
   }
 
   UNCHECKED T from(uint lane) const {
@@ -59,9 +60,9 @@ class Lanes {
 };
 
 template <class T>
-METAL_FUNC Lanes<T> meet(T mine, int line) {
+METAL_FUNC Lanes<T> meet(T mine, int line, bool of_quad = false) {
   static_assert(std::is_arithmetic_v<T> && sizeof(T) == 4, "simd functions take 32 bits here");
-  return Lanes<T>(mine, line);
+  return Lanes<T>(mine, line, of_quad);
 }
 
 template <class T>
@@ -77,6 +78,11 @@ METAL_FUNC bool simd_any(bool value, AT_LINE) { return simd_max(uint(value), lin
 template <class T>
 METAL_FUNC T simd_shuffle_xor(T value, ushort mask, AT_LINE) {
   return meet(value, line).from(emulator_lane() ^ mask);
+}
+
+template <class T>
+METAL_FUNC T quad_shuffle(T value, ushort quad_lane, AT_LINE) {
+  return meet(value, line, true).from(quad_lane);
 }
 
 // What else MLX's utils.h calls, in functions that no kernel here calls: declared only.

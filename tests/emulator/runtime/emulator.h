@@ -8,6 +8,7 @@
 namespace emulator {
 
 constexpr int kSimdWidth = 32;
+constexpr int kQuadWidth = 4;
 constexpr int kMaxThreads = 1024;
 
 struct Index3 {
@@ -51,6 +52,9 @@ void emulator_simdgroup_barrier(unsigned scope, int line);
 // Rendezvous of a simdgroup: every lane gives `bytes` bytes and receives all lanes' values, lane i
 // at `everyones + i * bytes`. Returns the mask of lanes that exist.
 uint32_t emulator_exchange(const void* mine, size_t bytes, void* everyones, int line);
+// The same of a quad, four neighbouring lanes, whatever the other lanes do; `everyones` has room for
+// a simdgroup.
+uint32_t emulator_exchange_in_quad(const void* mine, size_t bytes, void* everyones, int line);
 uint32_t emulator_lane();
 
 // The running thread, for a front end whose kernels ask for it anywhere.

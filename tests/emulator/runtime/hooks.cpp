@@ -23,11 +23,22 @@ static inline void check(const void* pointer, size_t bytes, Access access, const
 
 #define CALLER __builtin_return_address(0)
 
+// A vector lies on a multiple of its size.
+static inline void check_aligned(const void* pointer, size_t bytes, const void* caller) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0 || !scheduler.running()) return;
+  fail("alignment", "", 0, caller, "%zu bytes that do not lie on a multiple of that", bytes);
+}
+
 #define HOOK(NAME, BYTES, ACCESS) \
   extern "C" void __tsan_##NAME##BYTES(void* p) { check(p, BYTES, ACCESS, CALLER); }
+#define ALIGNED_HOOK(NAME, BYTES, ACCESS)         \
+  extern "C" void __tsan_##NAME##BYTES(void* p) { \
+    check_aligned(p, BYTES, CALLER);              \
+    check(p, BYTES, ACCESS, CALLER);              \
+  }
 #define HOOKS(BYTES)                              \
-  HOOK(read, BYTES, Access::kRead)                \
-  HOOK(write, BYTES, Access::kWrite)              \
+  ALIGNED_HOOK(read, BYTES, Access::kRead)        \
+  ALIGNED_HOOK(write, BYTES, Access::kWrite)      \
   HOOK(unaligned_read, BYTES, Access::kRead)      \
   HOOK(unaligned_write, BYTES, Access::kWrite)
 HOOKS(1)

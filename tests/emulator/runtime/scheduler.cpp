@@ -153,17 +153,56 @@ void Scheduler::wait_at_simdgroup_barrier(unsigned scope, int line) {
   wait(State::kAtSimdgroupBarrier, line);
 }
 
-uint32_t Scheduler::exchange(const void* mine, size_t bytes, void* everyones, int line) {
+void Scheduler::bring(const void* mine, size_t bytes, void* everyones, State state, int line) {
   current_->mine = mine;
   current_->bytes = bytes;
   current_->everyones = everyones;
-  wait(State::kAtExchange, line);
+  wait(state, line);
+}
+
+uint32_t Scheduler::exchange_in_quad(const void* mine, size_t bytes, void* everyones, int line) {
+  bring(mine, bytes, everyones, State::kAtQuadExchange, line);
+  const int first = static_cast<int>(current_->context.lane) / kQuadWidth * kQuadWidth;
+  const int lanes = simdgroup_size(static_cast<int>(current_->context.simdgroup)) - first;
+  return (1u << std::min(kQuadWidth, lanes)) - 1;
+}
+
+uint32_t Scheduler::exchange(const void* mine, size_t bytes, void* everyones, int line) {
+  bring(mine, bytes, everyones, State::kAtExchange, line);
   const int lanes = simdgroup_size(static_cast<int>(current_->context.simdgroup));
   return static_cast<uint32_t>((uint64_t{1} << lanes) - 1);
 }
 
+// Lets quads go on whose lanes meet at a function of quads. False if there is none.
+bool Scheduler::release_quads(int simdgroup) {
+  const int size = simdgroup_size(simdgroup);
+  bool any = false;
+  for (int lane = 0; lane < size; lane += kQuadWidth) {
+    const int first = simdgroup * kSimdWidth + lane, count = std::min(kQuadWidth, size - lane);
+    Thread* begin = &threads_[first];
+    Thread* end = begin + count;
+    const Thread* waiting = std::find_if(
+        begin, end, [](const Thread& t) { return t.state == State::kAtQuadExchange; });
+    if (waiting == end) continue;
+    const int line = waiting->line;
+    const bool together = std::all_of(begin, end, [&](const Thread& t) {
+      return t.state == State::kAtQuadExchange && t.line == line;
+    });
+    if (!together) {
+      report_divergence(begin, end);
+      return false;
+    }
+    hand_over_values(first, count);
+    for (Thread* t = begin; t != end; ++t) t->state = State::kReady;
+    any = true;
+  }
+  return any;
+}
+
 // Lets the lanes go on if they meet at a simdgroup function. False if there is none they wait for.
 bool Scheduler::release_simdgroup(int simdgroup) {
+  if (release_quads(simdgroup)) return true;
+  if (violated()) return false;
   const int first = simdgroup * kSimdWidth, count = simdgroup_size(simdgroup);
   Thread* begin = &threads_[first];
   Thread* end = begin + count;
@@ -245,6 +284,7 @@ void Scheduler::report_divergence(const Thread* begin, const Thread* end) {
 
 const char* Scheduler::place_of(State state) {
   switch (state) {
+    case State::kAtQuadExchange: return "in a function of quads";
     case State::kAtExchange: return "in a simdgroup function";
     case State::kAtSimdgroupBarrier: return "at a simdgroup barrier";
     case State::kAtBarrier: return "at a threadgroup barrier";
@@ -294,6 +334,10 @@ void emulator_simdgroup_barrier(unsigned scope, int line) {
 
 uint32_t emulator_exchange(const void* mine, size_t bytes, void* everyones, int line) {
   return scheduler.exchange(mine, bytes, everyones, line);
+}
+
+uint32_t emulator_exchange_in_quad(const void* mine, size_t bytes, void* everyones, int line) {
+  return scheduler.exchange_in_quad(mine, bytes, everyones, line);
 }
 
 uint32_t emulator_lane() { return scheduler.context().lane; }

@@ -22,12 +22,15 @@ class Scheduler {
   void wait_at_barrier(unsigned scope, int line);
   void wait_at_simdgroup_barrier(unsigned scope, int line);
   uint32_t exchange(const void* mine, size_t bytes, void* everyones, int line);
+  uint32_t exchange_in_quad(const void* mine, size_t bytes, void* everyones, int line);
   [[noreturn]] void abandon_launch();  // after a violation: never comes back to this thread
 
   uint64_t switches() const { return switches_; }
 
  private:
-  enum class State { kReady, kAtExchange, kAtSimdgroupBarrier, kAtBarrier, kFinished };
+  enum class State {
+    kReady, kAtQuadExchange, kAtExchange, kAtSimdgroupBarrier, kAtBarrier, kFinished
+  };
 
   struct Thread {
     ThreadContext context;
@@ -60,6 +63,8 @@ class Scheduler {
   void resume(Thread& thread);
   void wait(State state, int line);
 
+  void bring(const void* mine, size_t bytes, void* everyones, State state, int line);
+  bool release_quads(int simdgroup);
   bool release_simdgroup(int simdgroup);
   bool release_barrier();
   void hand_over_values(int first, int count);
