@@ -1,7 +1,7 @@
 """The operators on the CPU: the native library where it is there, else torch operations.
 
-Both write the same bytes. The library reads tensors where they lie and takes any strides. It uses as
-many threads as ``torch.get_num_threads`` says.
+Both write the same bytes. The library reads tensors where they lie and takes any strides. It
+has as many threads as ``torch.get_num_threads`` says.
 """
 
 from __future__ import annotations

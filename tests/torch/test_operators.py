@@ -38,7 +38,6 @@ from tests.support.torch_attend import (
     rows,
 )
 
-
 needs_library = pytest.mark.skipif(
     cpu_library.missing() is not None, reason=f"no CPU library: {cpu_library.missing()}"
 )
