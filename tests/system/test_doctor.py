@@ -56,11 +56,7 @@ class Wrong(MLXBackend):
 
 
 WRONG = {
-    **{
-        f"{verb} {role}s": (verb, role)
-        for verb in ("encode", "decode")
-        for role in ("key", "value")
-    },
+    **{f"{verb} {role}s": (verb, role) for verb in ("encode", "decode") for role in ROLES},
     "attend": ("attend", "few"),
     "attend, many query rows": ("attend", "many"),
 }
