@@ -12,13 +12,14 @@ import subprocess
 from collections import Counter
 from typing import NamedTuple
 
-from . import msl_text, toolchain
-from .lint import COMPILER
+from tests.emulator import msl_text, toolchain
+from tests.emulator.lint import COMPILER
 
 _FLAGS = (
     *("-xclcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-O3", "-ffast-math", "-S", "-o", "-"),
     *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_int64,+__opencl_c_generic_address_space"),
     *("-target", "amdgcn-amd-amdhsa", "-mcpu=gfx1030", "-nogpulib", "-w"),
+    *("-mllvm", "-amdgpu-early-inline-all=true", "-mllvm", "-amdgpu-function-calls=false"),
 )
 _LABEL = re.compile(r"^(\.L\w+):")
 _INSTRUCTION = re.compile(r"^\s+([a-z]\w+)\s*(.*?)\s*(?:;.*)?$")
@@ -42,29 +43,17 @@ _KINDS = (
 _BYTES = {"ubyte": 1, "sbyte": 1, "u8": 1, "ushort": 2, "u16": 2, "short": 2}
 
 
-class Block(NamedTuple):
-    """Instructions in a row that all run if the first does.
-
-    Attributes:
-        names: Of the instructions.
-        next: Numbers of the blocks that may follow.
-    """
-
-    names: tuple[str, ...]
-    next: tuple[int, ...]
-
-
 class Compiled(NamedTuple):
     """A kernel's instructions.
 
     Attributes:
-        blocks: In order.
+        blocks: Names of instructions that run in a row, in order.
         registers: 32-bit registers of a thread.
         spilled: Bytes of a thread that lie in memory for want of registers, or because an array is
             indexed by what the compiler does not know.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[tuple[str, ...], ...]
     registers: int
     spilled: int
 
@@ -98,10 +87,11 @@ def compiled(text: str, name: str) -> Compiled:
     if done.returncode:
         raise RuntimeError(f"[machine] {COMPILER} failed: {done.stderr[:4000]}")
     body = done.stdout.split("\nmachine_entry:", 1)[1]
-    code, _, facts = body.partition("s_endpgm\n.Lfunc_end") if False else body.partition(".Lfunc_end")
-    registers = re.search(r"\.amdhsa_next_free_vgpr (\d+)", facts) or re.search(r"NumVgprs: (\d+)", facts)
-    scratch = re.search(r"ScratchSize: (\d+)", facts)
-    return Compiled(_blocks(code), int(registers[1]), int(scratch[1]))
+    code, _, facts = body.partition(".Lfunc_end")
+    registers, spilled = (
+        int(re.search(rf"; {name}: (\d+)", facts)[1]) for name in ("NumVgprs", "ScratchSize")
+    )
+    return Compiled(_blocks(code), registers, spilled)
 
 
 def _called(instance: str, parameters: list[msl_text.Parameter]) -> str:
@@ -120,39 +110,56 @@ def _called(instance: str, parameters: list[msl_text.Parameter]) -> str:
     )
 
 
-def _blocks(code: str) -> tuple[Block, ...]:
-    names: list[list[str]] = [[]]
-    jumps: list[list[str]] = [[]]
-    falls: list[bool] = [True]
-    first_of: dict[str, int] = {}
-
-    def begin_block() -> None:
-        names.append([])
-        jumps.append([])
-        falls.append(True)
-
+def _blocks(code: str) -> tuple[tuple[str, ...], ...]:
+    blocks: list[list[str]] = [[]]
     for line in code.splitlines():
         if metal := _METAL.match(line):
-            names[-1].append(metal[1])
-        elif label := _LABEL.match(line):
-            begin_block()
-            first_of[label[1]] = len(names) - 1
-        elif found := _INSTRUCTION.match(line):
-            instruction, operands = found.groups()
-            if instruction.startswith(_NOTHING):
-                continue
-            names[-1].append(instruction)
-            if "branch" in instruction or instruction.startswith("s_endpgm"):
-                jumps[-1] += re.findall(r"\.L\w+", operands)
-                falls[-1] = "cbranch" in instruction
-                begin_block()
-    return tuple(
-        Block(
-            tuple(n),
-            (*(first_of[j] for j in jump), *([i + 1] if fall and i + 1 < len(names) else [])),
-        )
-        for i, (n, jump, fall) in enumerate(zip(names, jumps, falls, strict=True))
-    )
+            blocks[-1].append(metal[1])
+        elif _LABEL.match(line):
+            blocks.append([])
+        elif (found := _INSTRUCTION.match(line)) and not found[1].startswith(_NOTHING):
+            blocks[-1].append(found[1])
+            if "branch" in found[1]:
+                blocks.append([])
+    return tuple(tuple(block) for block in blocks if block)
+
+
+class Products(NamedTuple):
+    """The body of a loop that multiplies numbers of the cache by those of the query rows.
+
+    Attributes:
+        what: ``"packed"`` or ``"exact"``, by what it loads.
+        numbers: Of the cache, in a turn of a lane.
+        kinds: Instructions by kind, and bytes that are loaded.
+    """
+
+    what: str
+    numbers: int
+    kinds: Counter[str]
+
+    @property
+    def beside(self) -> float:
+        """Instructions that are no multiplication, for a number of the cache."""
+        counted = sum(n for kind, n in self.kinds.items() if not kind.endswith("bytes"))
+        return (counted - self.kinds["fma"]) / self.numbers
+
+
+def products(compiled: Compiled, rows: int) -> list[Products]:
+    """The bodies of the loops that take most of the time of attention, in order.
+
+    Args:
+        compiled: A kernel for few query rows.
+        rows: Query rows of a KV head, which multiply each number once.
+    """
+    found = []
+    for block in compiled.blocks:
+        count = kinds(block)
+        numbers = count["fma"] // rows
+        # What rotates or merges has few products in a row, or none of numbers that all lanes share.
+        if numbers >= 8 and count["threadgroup loads"]:
+            what = "packed" if count["device bytes"] < 2 * numbers else "exact"
+            found.append(Products(what, numbers, count))
+    return found
 
 
 def kinds(names: tuple[str, ...]) -> Counter[str]:
