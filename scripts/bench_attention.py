@@ -8,79 +8,19 @@ whatever else the machine is doing; the table gives medians.
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
 import typer
-from mlx_lm.models.base import quantized_scaled_dot_product_attention
-from mlx_lm.models.cache import QuantizedKVCache
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from rotormlx.config import RotorConfig
-from rotormlx.mlx.attention import attend_view
+from rotormlx.measure.attention_time import QUANTIZED, Shape, decode_steps, median_ms
 from rotormlx.mlx.backends import backend
-from rotormlx.mlx.cache.single import RotorKVCache
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-FILL_TOKENS = 2048
-
-
-def contenders(
-    tokens: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: mx.Dtype,
-    bits: list[int],
-    *,
-    batch: int = 1,
-) -> dict[str, Callable[[], mx.array]]:
-    """One step of decode attention for each cache, filled with the same random tokens."""
-    shape = (batch, kv_heads, tokens, head_dim)
-    keys, values = (mx.random.normal(shape).astype(dtype) for _ in "kv")
-    query = mx.random.normal((batch, heads, 1, head_dim)).astype(dtype)
-    scale = head_dim**-0.5
-    quantized = QuantizedKVCache(group_size=64, bits=4)
-    quantized_keys, quantized_values = quantized.update_and_fetch(keys, values)
-    mx.eval(keys, values, query, quantized.state)
-
-    def rotor(width: int) -> Callable[[], mx.array]:
-        cache = RotorKVCache(RotorConfig(width, width))
-        for start in range(0, tokens, FILL_TOKENS):
-            part = slice(start, start + FILL_TOKENS)
-            cache.update_and_fetch(keys[:, :, part], values[:, :, part])
-            mx.eval(cache.state)
-        views = cache.keys_and_values()
-        return lambda: attend_view(query, *views, scale=scale)
-
-    # mlx-lm's function scales its queries in place, so it gets a product of its own.
-    return {
-        "exact (mx.fast)": lambda: mx.fast.scaled_dot_product_attention(
-            query, keys, values, scale=scale
-        ),
-        "mlx-lm 4 bit": lambda: quantized_scaled_dot_product_attention(
-            query * 1, quantized_keys, quantized_values, scale, None, group_size=64, bits=4
-        ),
-        **{f"rotormlx {width} bit": rotor(width) for width in bits},
-    }
-
-
-def median_ms(steps: dict[str, Callable[[], mx.array]], runs: int) -> dict[str, float]:
-    """Median time of each step in milliseconds, the steps taken in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for run in range(runs + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            mx.eval(step())
-            if run:  # the first is a warm-up
-                taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def main(
@@ -95,13 +35,10 @@ def main(
 ) -> None:
     """Time one decode step of attention against mlx-lm's own caches."""
     console = Console()
+    shape = Shape(1, heads, kv_heads, head_dim, DTYPES[dtype])
+    widths = [int(b) for b in bits.split(",")]
     medians = {
-        tokens: median_ms(
-            contenders(
-                tokens, heads, kv_heads, head_dim, DTYPES[dtype], [int(b) for b in bits.split(",")]
-            ),
-            runs,
-        )
+        tokens: median_ms(decode_steps(shape, tokens, widths), runs)
         for tokens in track([int(c) for c in contexts.split(",")], "Timing", console=console)
     }
     title = (
@@ -110,7 +47,7 @@ def main(
     )
     table = Table("tokens", *next(iter(medians.values())), title=title)
     for tokens, row in medians.items():
-        reference = row["mlx-lm 4 bit"]
+        reference = row[QUANTIZED]
         table.add_row(f"{tokens:,}", *(f"{ms:.2f} ({ms / reference:.2f}x)" for ms in row.values()))
     console.print(table)
     console.print("In brackets: time relative to mlx-lm's 4-bit attention.")

@@ -501,26 +501,6 @@ struct BlockEncoder {
 
 // ---- words ----------------------------------------------------------------------------------------
 
-// The bits of a code in its one or two planes.
-template <int BITS>
-struct Planes {
-  enum { FIRST = BITS, SECOND = 0 };
-};
-template <>
-struct Planes<3> {
-  enum { FIRST = 2, SECOND = 1 };
-};
-
-// Rows of words in each plane, for COUNT codes along the packed axis.
-template <int BITS, int COUNT>
-struct WordRows {
-  enum {
-    FIRST = (COUNT * Planes<BITS>::FIRST + 31) / 32,
-    SECOND = (COUNT * Planes<BITS>::SECOND + 31) / 32,
-    ALL = FIRST + SECOND
-  };
-};
-
 // Row `row` of the words of one lane, whose COUNT codes lie `step` apart.
 template <int BITS, int COUNT>
 DEVICE_FN uint packed_word(THREADGROUP const uchar* codes, uint step, uint row) {

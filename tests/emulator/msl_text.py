@@ -9,11 +9,13 @@ class Parameter:
     """A kernel's parameter.
 
     Attributes:
-        name: As declared.
+        type: As declared, such as ``const device float*``.
+        name: Likewise.
         is_reference: Whether it is bound as ``T&`` rather than ``T*``.
         attribute: Such as ``buffer(0)`` or ``thread_position_in_grid``.
     """
 
+    type: str
     name: str
     is_reference: bool
     attribute: str
@@ -32,7 +34,10 @@ def kernel_parameters(text: str, name: str) -> list[Parameter]:
         raise ValueError(f"[emulator] The text must hold a kernel called {name}, but holds none.")
     declared = text[head.end() : closing_bracket(text, head.end() - 1)]
     parameters = re.findall(r"([^\[\]]*?)(\w+)\s*\[\[(.*?)\]\]\s*(?:,|$)", declared, re.DOTALL)
-    return [Parameter(name, "&" in type_, attribute) for type_, name, attribute in parameters]
+    return [
+        Parameter(" ".join(type_.split()), name, "&" in type_, attribute)
+        for type_, name, attribute in parameters
+    ]
 
 
 def without_comments(text: str) -> str:

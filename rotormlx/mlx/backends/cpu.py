@@ -86,6 +86,9 @@ class CPUBackend(MLXBackend):
         if not _evaluated(call.queries, mask, sink_logits, arrays):
             return super()._attend(call)
         output = _room(call.output_shape, call.queries.dtype)
+        threads = cpu_library.threads_for(
+            call.queries.size, keys.tokens, cpu_library.thread_count()
+        )
         cpu_library.attend(
             call.queries,
             output,
@@ -97,6 +100,7 @@ class CPUBackend(MLXBackend):
             mask=mask,
             sink_logits=sink_logits,
             causal=call.is_causal,
+            threads=threads,
         )
         return output
 

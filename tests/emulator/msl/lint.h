@@ -102,16 +102,16 @@ void simdgroup_multiply(thread simdgroup_float8x8&, thread simdgroup_float8x8&,
 
 // OpenCL writes (float4)(x, y, z, w) where Metal writes float4(x, y, z, w).
 template <class V, class... Parts>
-constexpr V make_vector(Parts...) {
-  return V{};
+constexpr V make_vector(Parts... parts) {
+  return V{(decltype(V{}.x))parts...};
 }
 
 }  // namespace metal
 
 template <class To, class From>
-To as_type(From) {
+To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type needs types of equal size");
-  return To{};
+  return __builtin_astype(from, To);
 }
 
 // What a variable `threadgroup T name[n];` is rewritten to: clang takes __local variables only in
