@@ -55,6 +55,12 @@ T simd_shuffle_xor(T x, ushort) {
   ONE_INSTRUCTION("simd_shuffle_xor", y, x);
   return y;
 }
+template <class T>
+T quad_shuffle(T x, ushort lane) {
+  T y;
+  asm("; metal quad_shuffle %0, %1, %2" : "=v"(y) : "v"(x), "v"(lane));
+  return y;
+}
 bool simd_any(bool x) {
   int y;
   ONE_INSTRUCTION("simd_any", y, (int)x);
