@@ -3,7 +3,7 @@
 // `at` gives the level of a field of a word. FLOATS are the threadgroup memory that a way needs, which the threads fill
 // together in `make`; a barrier must follow.
 
-enum { FROM_TABLE = 0, COMPUTED = 1, FROM_QUAD = 2 };
+enum { FROM_TABLE = 0, COMPUTED = 1, FROM_QUAD = 2, FROM_PAIRS = 3 };
 
 template <int BITS, int WAY>
 struct Lookup;
@@ -20,6 +20,28 @@ struct Lookup<BITS, FROM_TABLE> {
     return {memory};
   }
   METAL_FUNC float at(Indices<uint> word, uint field) const { return table[index_of_field<BITS>(word, field)]; }
+};
+
+// ---- a table of pairs in threadgroup memory: by the byte that holds two fields, the levels of both ----------
+
+template <int BITS>
+struct Lookup<BITS, FROM_PAIRS> {
+  enum { FLOATS = 512 };
+  threadgroup const float2* table;
+
+  static METAL_FUNC Lookup make(threadgroup float* memory, uint thread_index, uint threads) {
+    for (uint i = thread_index; i < 512; i += threads) {
+      const uint field = i % 2 == 0 ? i / 2 & 15u : i / 32;
+      memory[i] = stored_level<BITS>(field & (Stored<BITS>::LEVELS - 1u));
+    }
+    return {(threadgroup const float2*)memory};
+  }
+  METAL_FUNC float at(Indices<uint> word, uint field) const {
+    const bool is_odd = Stored<BITS>::HAS_TRELLIS && field % 2 == 1;
+    const uint place = Stored<BITS>::HAS_TRELLIS ? field / 2 : field;
+    const float2 pair = table[(is_odd ? word.odd : word.even) >> (place / 2 * 8) & 0xFFu];
+    return pair[place % 2];
+  }
 };
 
 // ---- without memory: an index is split into the magnitude's, in its low bits, and the sign ----------------

@@ -52,8 +52,8 @@ ALONE_STEPS = 2
 MERGE_THREADS = 128
 # Ways to find a level, in the order of metal_kernels/lookup.h; and those of each width, the best by
 # estimate first (docs/KERNELS.md). 256 levels are too many for any but the table.
-WAYS = ("table", "arithmetic", "quad")
-LEVELS = dict.fromkeys((2, 3, 4), ("quad", "arithmetic", "table")) | {8: ("table",)}
+WAYS = ("table", "arithmetic", "quad", "pairs")
+LEVELS = dict.fromkeys((2, 3, 4), ("quad", "arithmetic", "table", "pairs")) | {8: ("table",)}
 
 Kernel = Callable[..., list[mx.array]]
 Template = list[tuple[str, object]]
