@@ -137,7 +137,11 @@ class EmulatedKernel:
 
     def metal_text(self, *, inputs: Sequence[mx.array | Scalar], **call: Any) -> str:
         """The text that MLX would hand to Apple's compiler for a call, for the lint."""
-        return self._trace(_as_arrays(inputs), **call)[1]
+        return self.named_text(inputs=inputs, **call)[1]
+
+    def named_text(self, *, inputs: Sequence[mx.array | Scalar], **call: Any) -> tuple[str, str]:
+        """The name of the kernel's function, and that text."""
+        return self._trace(_as_arrays(inputs), **call)
 
     def _trace(self, inputs: list[mx.array], **call: Any) -> tuple[str, str]:
         """The kernel's name and text, both MLX's, recorded by exporting the call."""
