@@ -16,7 +16,7 @@ from rotormlx.config import BITS, RotorConfig
 from rotormlx.measure import doctor
 from rotormlx.measure.attention_time import EXACT, QUANTIZED, rotor_name
 from rotormlx.mlx import backends, hook
-from rotormlx.mlx.backends import metal, vectors
+from rotormlx.mlx.backends import kept, metal, vectors
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.backends.vectors import NAMES, RIGHT, Operation
 from tests import emulator
@@ -27,6 +27,12 @@ WIDTH = 3
 needs_emulator = pytest.mark.skipif(
     METAL.on_device or emulator.missing() is not None, reason="needs the emulator, and no Metal"
 )
+
+
+def new_process():
+    """Forget what a process knows; files stay."""
+    backends.choose.cache_clear()
+    kept._findings.cache_clear()
 
 
 # ---- the check ----------------------------------------------------------------------------------
@@ -77,9 +83,9 @@ def test_each_operation_is_judged_by_itself(name):
 
 def test_the_backend_of_this_machine_is_right(each_backend):
     """Every operation, at every width, on one file."""
-    backends.choose.cache_clear()
+    new_process()
     found = {op: vectors.check(backends.fused(), op, "cascade-d80") for op in vectors.operations()}
-    backends.choose.cache_clear()
+    new_process()
     assert {op: said for op, said in found.items() if said != RIGHT} == {}
 
 
@@ -93,9 +99,9 @@ def metal_here(monkeypatch, tmp_path):
     monkeypatch.delenv("ROTORMLX_BACKEND", raising=False)
     known = (metal.MetalBackend, lambda: None)
     monkeypatch.setitem(backends._BACKENDS, "metal", known)
-    backends.choose.cache_clear()
+    new_process()
     yield
-    backends.choose.cache_clear()
+    new_process()
 
 
 def planted(fault, part):
@@ -144,16 +150,16 @@ def test_text_stays_right(metal_here, fault, part):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROTORMLX_BACKEND", "mlx")
-        backends.choose.cache_clear()
+        new_process()
         expected = text()
-    backends.choose.cache_clear()
+    new_process()
     make = planted(fault, part)
     says = rf"the metal kernel .* cannot be used: {part}.*, 3 bits\. {SAYS[fault]}"
     with METAL.kernels(make), pytest.warns(UserWarning, match=says):
         assert text() == expected
     assert any(part not in name for name in make.made)  # the others run as kernels
     # Another process knows it, and makes no such kernel.
-    backends.choose.cache_clear()
+    new_process()
     make = planted(fault, part)
     with METAL.kernels(make), pytest.warns(UserWarning, match=says):
         assert text() == expected
@@ -182,7 +188,7 @@ def test_right_kernels_are_checked_once(metal_here):
 
     def encode():
         """What is launched while keys are encoded in a new process."""
-        backends.choose.cache_clear()
+        new_process()
         launches = []
         with METAL.recorded(lambda kernel, launch: launches.append(launch["grid"])):
             packed = backends.backend().encode(mx.array(arrays["key.input"]), chosen)
@@ -202,7 +208,7 @@ def test_a_damaged_file_of_findings_counts_as_none(metal_here, tmp_path):
         assert json.loads(path.read_text())["found"] == {"encode keys, 3 bits": RIGHT}
         for text in ("", "[]", '{"found": 3}'):
             path.write_text(text)
-            backends.choose.cache_clear()
+            new_process()
             backends.backend().keep(Operation("attend", WIDTH), RIGHT)
             assert json.loads(path.read_text())["found"] == {"attend, 3 bits": RIGHT}
 
@@ -270,8 +276,8 @@ def test_doctor_refuses_before_any_work(monkeypatch, tmp_path):
     assert done.exit_code == 2
     monkeypatch.undo()
     monkeypatch.setenv("ROTORMLX_BACKEND", "abacus")
-    backends.choose.cache_clear()
+    new_process()
     done = run("--output", str(tmp_path / "found.json"), "--no-time")
-    backends.choose.cache_clear()
+    new_process()
     assert done.exit_code == 2
     assert "ROTORMLX_BACKEND must be one of" in done.output

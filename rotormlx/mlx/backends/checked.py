@@ -15,7 +15,7 @@ import mlx.core as mx
 from rotormlx.codec.format import Codec, Packed
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.first_call import KernelError
-from rotormlx.mlx.backends.kept import Findings, device_name
+from rotormlx.mlx.backends.kept import Findings, device_name, findings
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.backends.vectors import RIGHT, Operation, check
 
@@ -39,7 +39,7 @@ class CheckedBackend(MLXBackend):
 
     @cached_property
     def _findings(self) -> Findings:
-        return Findings(self.name)
+        return findings(self.name)
 
     def replaced(self) -> dict[Operation, str]:
         """The operations that MLX's own do, as far as this process knows, and why."""

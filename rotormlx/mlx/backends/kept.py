@@ -12,6 +12,7 @@ import platform
 import warnings
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -57,12 +58,26 @@ class Findings:
                 "out again; set ROTORMLX_CACHE to a folder that can be written."
             )
 
+    def everything(self) -> dict[str, Any]:
+        """What is known, by name."""
+        return dict(self._found)
+
     def _read(self) -> dict[str, Any]:
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
             return dict(known["found"])
         except (OSError, ValueError, TypeError, KeyError):  # none yet, or damaged
             return {}
+
+
+def findings(backend: str) -> Findings:
+    """Those about a backend, one object for all who ask."""
+    return _findings(backend, cache_dir())
+
+
+@cache
+def _findings(backend: str, _folder: Path, /) -> Findings:
+    return Findings(backend)
 
 
 def device_name() -> str:
