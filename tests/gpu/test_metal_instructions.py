@@ -9,7 +9,7 @@ import pytest
 from rotormlx.codec import reference
 from rotormlx.codec.format import BLOCK, ROLES
 from rotormlx.config import BITS
-from rotormlx.mlx.backends.metal_attend import LEVELS
+from rotormlx.mlx.backends.metal_levels import OF_BITS
 from tests import emulator
 from tests.support import metal_machine
 from tests.support.attend_cases import Case, Launch, problem
@@ -34,7 +34,7 @@ BUDGETS = {
     (8, "table"): 2.95,
 }
 EXACT_BUDGET = 0.9
-WAYS = [(bits, way) for bits in BITS for way in LEVELS[bits]]
+WAYS = [(bits, way) for bits in BITS for way in OF_BITS[bits]]
 
 
 def compiled(call):

@@ -9,13 +9,13 @@ import pytest
 from rotormlx.codec import codebook
 from rotormlx.codec.format import TRELLIS_BITS
 from rotormlx.kernels.source import metal_text, read
-from rotormlx.mlx.backends import metal_attend
-from rotormlx.mlx.backends.metal_attend import LEVELS, WAYS
+from rotormlx.mlx.backends import choices, kept, metal_attend, metal_levels
+from rotormlx.mlx.backends.metal_levels import OF_BITS, WAYS
 from tests.support import vectors as shared_vectors
 from tests.support.attend_cases import Case, Launch, of_vectors, problem
 from tests.support.runners import METAL
 
-EACH = [(bits, way) for bits in codebook.BITS for way in LEVELS[bits]]
+EACH = [(bits, way) for bits in codebook.BITS for way in OF_BITS[bits]]
 OTHERS = [(bits, way) for bits, way in EACH if way != "table"]
 
 
@@ -121,27 +121,25 @@ def test_every_way_reproduces_the_vectors(runner, file, bits, way):
 # ---- the choice ---------------------------------------------------------------------------------
 
 
+ALL = {"pairs", "quad", "arithmetic", "table"}
+
+
 @pytest.mark.parametrize(
-    ("bits", "names"),
-    [
-        ((4, 4), ("quad", "arithmetic", "table")),
-        ((2, 3), ("quad", "arithmetic", "table")),
-        ((8, 3), ("table", "quad", "arithmetic")),
-        ((8, 8), ("table",)),
-    ],
+    ("bits", "names"), [((4, 4), ALL), ((2, 3), ALL), ((8, 3), ALL), ((8, 8), {"table"})]
 )
 def test_ways_are_those_of_either_width(monkeypatch, bits, names):
-    assert set(metal_attend.variants(*bits)) == set(names)
+    run = pytest.fail  # nothing is timed where no Metal is, or one is named
+    assert set(metal_levels.ways(*bits)) == names
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.delenv("ROTORMLX_METAL_LEVELS", raising=False)
-    assert metal_attend.chosen_variant(*bits) == metal_attend.variants(*bits)[0]
+    assert metal_levels.chosen(*bits, run) == metal_levels.ways(*bits)[0]
     for name in names:
         monkeypatch.setenv("ROTORMLX_METAL_LEVELS", name)
-        assert metal_attend.chosen_variant(*bits) == name
+        assert metal_levels.chosen(*bits, run) == name
 
 
-def test_a_width_without_a_way_takes_the_table(monkeypatch):
-    monkeypatch.setenv("ROTORMLX_METAL_LEVELS", "quad")
-    assert dict(metal_attend._lookups(8, 4)) == {
+def test_a_width_without_a_way_takes_the_table():
+    assert dict(metal_levels.template(8, 4, "quad")) == {
         "KEY_WAY": WAYS.index("table"),
         "VALUE_WAY": WAYS.index("quad"),
     }
@@ -152,4 +150,35 @@ def test_an_impossible_way_is_refused(monkeypatch, bits, name):
     monkeypatch.setenv("ROTORMLX_METAL_LEVELS", name)
     message = rf"^\[attend\] ROTORMLX_METAL_LEVELS must be one of .*, but it is '{name}'; unset it"
     with pytest.raises(RuntimeError, match=message):
-        metal_attend.chosen_variant(*bits)
+        metal_levels.chosen(*bits, pytest.fail)
+
+
+@pytest.mark.usefixtures("runner")
+def test_the_fastest_way_on_the_device_is_taken(monkeypatch, tmp_path):
+    """The same call goes through the kernel in each way, and the one that took least is kept."""
+    monkeypatch.setenv("ROTORMLX_CACHE", str(tmp_path))
+    monkeypatch.delenv("ROTORMLX_METAL_LEVELS", raising=False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    for name, small in {"TOKENS": 128, "HEADS": 2, "KV_HEADS": 1, "HEAD_DIM": 64}.items():
+        monkeypatch.setattr(metal_levels, name, small)
+    monkeypatch.setattr(choices, "RUNS", 1)
+    clock, outputs = [0.0], {}
+
+    def run(call, way):
+        outputs[way] = np.array(metal_attend._attend_few(call, way))
+        clock[0] += {"quad": 1}.get(way, 2)
+        return mx.array(outputs[way])
+
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: clock[0])
+    assert metal_levels.chosen(4, 3, run) == "quad"
+    assert outputs.keys() == ALL
+    assert all(np.array_equal(out, outputs["table"]) for out in outputs.values())
+    assert np.abs(outputs["table"]).max() > 0
+    assert kept.findings("metal").everything() == {
+        "levels of keys of 4 and values of 3 bits": "quad"
+    }
+    # It was kept: another process times nothing.
+    kept._findings.cache_clear()
+    metal_levels._fastest.cache_clear()
+    assert metal_levels.chosen(4, 3, pytest.fail) == "quad"
+    metal_levels._fastest.cache_clear()

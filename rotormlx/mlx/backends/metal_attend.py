@@ -10,7 +10,6 @@ S tokens, D head_dim.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from rotormlx.codec.rotation import Rotation
 from rotormlx.kernels.parts import Parts, cut
 from rotormlx.kernels.source import KernelText, matrices, metal_rotation, metal_text, read
 from rotormlx.mlx.attend_call import AttendCall
-from rotormlx.mlx.backends import constants
+from rotormlx.mlx.backends import constants, metal_levels
 from rotormlx.mlx.backends.first_call import FirstCallKernel
 from rotormlx.mlx.backends.mlx_ops import MLXBackend, rotated_queries
 from rotormlx.mlx.cache.view import KVView
@@ -50,10 +49,6 @@ MAX_PARTS = 128
 # Up to so many steps are done by one threadgroup, rather than by several and another kernel.
 ALONE_STEPS = 2
 MERGE_THREADS = 128
-# Ways to find a level, in the order of metal_kernels/lookup.h; and those of each width, the best by
-# estimate first (docs/KERNELS.md). 256 levels are too many for any but the table.
-WAYS = ("table", "arithmetic", "quad", "pairs")
-LEVELS = dict.fromkeys((2, 3, 4), ("quad", "arithmetic", "table", "pairs")) | {8: ("table",)}
 
 Kernel = Callable[..., list[mx.array]]
 Template = list[tuple[str, object]]
@@ -102,10 +97,16 @@ def attend(call: AttendCall) -> mx.array:
         tiling = _tiling(call.group_rows, call.larger_dim)
         plan = _plan(call, tiling.tiles)
         return _merged(call, plan, _prefill_parts(call, plan, tiling), rows=8)
+    widths = (call.keys.codec.bits, call.values.codec.bits)
+    return _attend_few(call, metal_levels.chosen(*widths, _attend_few))
+
+
+def _attend_few(call: AttendCall, way: str) -> mx.array:
+    """Attention of few query rows; ``way``: of finding levels, see :mod:`metal_levels`."""
     plan = _plan(call)
     if plan.alone:
-        return _attended_alone(call, plan)
-    return _merged(call, plan, _parts(call, plan), rows=1)
+        return _attended_alone(call, plan, way)
+    return _merged(call, plan, _parts(call, plan, way), rows=1)
 
 
 def _plan(call: AttendCall, tiles: int = 1) -> Plan:
@@ -135,13 +136,13 @@ def _tiling(group: int, larger_dim: int) -> Tiling:
 # ---- few query rows -----------------------------------------------------------------------------
 
 
-def _attended_alone(call: AttendCall, plan: Plan) -> mx.array:
+def _attended_alone(call: AttendCall, plan: Plan, way: str) -> mx.array:
     """The output ``[B, H, L, Dv]``, by one threadgroup a KV head."""
     keys, values = call.keys.codec.rotation, call.values.codec.rotation
     # Two places a thread: the one threadgroup then has twice as many simdgroups.
     (output,) = _attend_kernel(keys, values, alone=True)(
         inputs=[*_inputs(call, plan), *_output_inputs(call)],
-        template=[*_template(call, 2), *_output_template(call)],
+        template=[*_template(call, 2, way), *_output_template(call)],
         **_grid(call, 2, 1),
         output_shapes=[call.output_shape],
         output_dtypes=[call.queries.dtype],
@@ -149,14 +150,14 @@ def _attended_alone(call: AttendCall, plan: Plan) -> mx.array:
     return output
 
 
-def _parts(call: AttendCall, plan: Plan) -> list[mx.array]:
+def _parts(call: AttendCall, plan: Plan, way: str) -> list[mx.array]:
     """Tops, totals and outputs of all parts, float32 ``[B, K, G, parts]`` and ``[..., Dv]``."""
     # Four places share what is loaded of a query; more rows than four leave no registers for them.
     places = 4 if call.group_rows <= 4 else 2
     shape = (call.batch, call.kv_heads, call.group_rows, plan.parts)
     return _attend_kernel(call.keys.codec.rotation, call.values.codec.rotation, alone=False)(
         inputs=_inputs(call, plan),
-        template=_template(call, places),
+        template=_template(call, places, way),
         **_grid(call, places, plan.parts),
         output_shapes=[shape, shape, (*shape, call.value_dim)],
         output_dtypes=[mx.float32] * 3,
@@ -178,48 +179,16 @@ def _inputs(call: AttendCall, plan: Plan) -> list[mx.array]:
     ]
 
 
-def _template(call: AttendCall, places: int) -> Template:
+def _template(call: AttendCall, places: int, way: str) -> Template:
     keys, group = call.keys, call.group_rows
     width = next(width for width in (4, 2, 1) if group % width == 0)
     return [
         *(("KEY_BITS", keys.codec.bits), ("VALUE_BITS", call.values.codec.bits), ("BLOCK", BLOCK)),
         *(("ROWS", group), ("WIDTH", width), ("SIMDGROUPS", _simdgroups(places))),
         *(("PLACES", places), ("MASK", call.mask_kind)),
-        *_lookups(keys.codec.bits, call.values.codec.bits),
+        *metal_levels.template(keys.codec.bits, call.values.codec.bits, way),
         *(("HAS_KEY_SCALE", keys.channel_scale is not None),),
         *(("KEY_MATRICES", matrices(keys.codec.rotation)),),
-    ]
-
-
-def variants(key_bits: int, value_bits: int) -> tuple[str, ...]:
-    """Ways for the kernel ``attend`` to find levels, the best by estimate first.
-
-    Where only one of the two widths has a way, the other takes the table.
-    """
-    return tuple(dict.fromkeys(LEVELS[key_bits] + LEVELS[value_bits]))
-
-
-def chosen_variant(key_bits: int, value_bits: int) -> str:
-    """The one of :func:`variants` that is used: the first, or what ``ROTORMLX_METAL_LEVELS`` names.
-
-    Raises:
-        RuntimeError: If that is none of them.
-    """
-    possible = variants(key_bits, value_bits)
-    name = os.environ.get("ROTORMLX_METAL_LEVELS", possible[0])
-    if name not in possible:
-        raise RuntimeError(
-            f"[attend] ROTORMLX_METAL_LEVELS must be one of {', '.join(possible)} for keys of "
-            f"{key_bits} bits and values of {value_bits}, but it is {name!r}; unset it."
-        )
-    return name
-
-
-def _lookups(key_bits: int, value_bits: int) -> Template:
-    name = chosen_variant(key_bits, value_bits)
-    ways = (name if name in LEVELS[bits] else "table" for bits in (key_bits, value_bits))
-    return [
-        (role, WAYS.index(way)) for role, way in zip(("KEY_WAY", "VALUE_WAY"), ways, strict=True)
     ]
 
 
