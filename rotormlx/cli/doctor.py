@@ -38,6 +38,8 @@ def run(output: Path, *, timed: bool, runs: int) -> Findings:
     console.print(table)
     for operation, why in found.wrong.items():
         console.print(f"{operation}: {why}", highlight=False)
+    for name, way in found.ways.items():
+        console.print(f"fastest {name}: {way}", highlight=False)
     console.print(found.verdict, highlight=False)
     try:
         outputs.write_whole(output, json.dumps(found.as_dict(), indent=1) + "\n")

@@ -148,8 +148,10 @@ def info(
     console = Console()
     console.print(report_tables.layer_table(report))
     console.print(report_tables.memory_table(report))
-    backend = importlib.import_module("rotormlx.mlx.backends").describe()
-    console.print(f"Backend: {backend}", highlight=False)
+    backends = importlib.import_module("rotormlx.mlx.backends")
+    console.print(f"Backend: {backends.describe()}", highlight=False)
+    for name, way in backends.ways().items():
+        console.print(f"Fastest {name} here: {way}", highlight=False)
 
 
 @app.command()

@@ -72,6 +72,7 @@ class Findings:
         files: Files of the test vectors.
         wrong: Operations that are not right, and the end of a sentence on each.
         timings: None where they were not asked for.
+        ways: The fastest of several kernels, by what they do.
     """
 
     date: str
@@ -81,6 +82,7 @@ class Findings:
     files: tuple[str, ...]
     wrong: dict[Operation, str]
     timings: tuple[Timing, ...]
+    ways: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -128,6 +130,7 @@ def find_out(*, timed: bool = True, runs: int = 5, say: Said = lambda _: None) -
         backends.keep(operation, found)
         if found != RIGHT:
             wrong[operation] = found
+    timings = tuple(_timings(runs, say)) if timed else ()
     return Findings(
         datetime.now(UTC).date().isoformat(),
         machine(),
@@ -135,7 +138,8 @@ def find_out(*, timed: bool = True, runs: int = 5, say: Said = lambda _: None) -
         backends.describe(),
         tuple(files),
         wrong,
-        tuple(_timings(runs, say)) if timed else (),
+        timings,
+        backends.ways(),
     )
 
 

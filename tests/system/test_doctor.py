@@ -257,6 +257,7 @@ def test_doctor_finds_this_machine_right(monkeypatch, tmp_path):
 @pytest.mark.gpu
 def test_doctor_names_what_is_wrong(metal_here, monkeypatch, tmp_path):
     asked = [Operation("encode keys", WIDTH), Operation("encode values", WIDTH)]
+    kept.findings("metal").keep("levels of keys", "quad")
     monkeypatch.setattr(doctor, "names", lambda: ["cascade-d64"])
     monkeypatch.setattr(doctor, "operations", lambda: asked)
     path = tmp_path / "found.json"
@@ -266,8 +267,11 @@ def test_doctor_names_what_is_wrong(metal_here, monkeypatch, tmp_path):
         assert done.exit_code == 1, done.output
         assert list(backends.backend().replaced()) == asked[:1]
     assert "encode keys, 3 bits: gives " in done.output
+    assert "fastest levels of keys: quad\n" in done.output
     assert "1 of 2 operations are not right" in " ".join(done.output.split())
-    assert list(json.loads(path.read_text())["wrong"]) == ["encode keys, 3 bits"]
+    found = json.loads(path.read_text())
+    assert list(found["wrong"]) == ["encode keys, 3 bits"]
+    assert found["ways"] == {"levels of keys": "quad"}
 
 
 def test_doctor_refuses_before_any_work(monkeypatch, tmp_path):

@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from rotormlx.mlx.backends import cpu, cuda, metal
 from rotormlx.mlx.backends.checked import CheckedBackend
+from rotormlx.mlx.backends.kept import findings
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
-from rotormlx.mlx.backends.vectors import Operation
+from rotormlx.mlx.backends.vectors import Operation, operations
 
 _CPU = mx.Device(mx.cpu)
 
@@ -75,6 +76,13 @@ def keep(operation: Operation, found: str) -> None:
     chosen = backend()
     if isinstance(chosen, CheckedBackend):
         chosen.keep(operation, found)
+
+
+def ways() -> dict[str, str]:
+    """What was timed on this device: the fastest way, by what there are several ways for."""
+    checked = set(map(str, operations()))
+    found = findings(backend().name).everything()
+    return {name: way for name, way in found.items() if name not in checked}
 
 
 def describe() -> str:
