@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from rotormlx.cli import demo, main, mlx_lm_commands
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook, integration
+from rotormlx.mlx import backends, hook, integration
 from rotormlx.mlx.backends import describe
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.storage import calibration as calibration_file
@@ -652,6 +652,16 @@ def test_messages_without_a_chat_template_are_refused(tmp_path, llama: str) -> N
 
 
 # ---- the other commands -------------------------------------------------------------------------
+
+
+def test_info_shows_the_backend_and_what_was_timed_on_it(monkeypatch, llama: str) -> None:
+    timed = {"levels of keys of 4 and values of 4 bits": "pairs"}
+    monkeypatch.setattr(backends, "ways", lambda: timed)
+    result = run("info", llama)
+    assert result.exit_code == 0, result.output
+    *_, backend, way = result.stdout.splitlines()
+    assert backend == f"Backend: {describe()}"
+    assert way == "Fastest levels of keys of 4 and values of 4 bits here: pairs"
 
 
 def test_info_shows_every_layer_and_the_memory(directory: Path) -> None:
