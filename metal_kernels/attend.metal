@@ -207,8 +207,10 @@ threadgroup Rows rotated[KEY_DIM * VECTORS];  // the same as packed keys meet th
 threadgroup Rows weights[STEP * VECTORS];     // [STEP][ROWS]
 using KeyLookup = Lookup<KEY_BITS, KEY_WAY>;
 using ValueLookup = Lookup<VALUE_BITS, VALUE_WAY>;
-threadgroup float key_table[KeyLookup::FLOATS];
-threadgroup float value_table[ValueLookup::FLOATS];
+// Levels that are found alike have one table.
+constexpr bool ONE_TABLE = KEY_BITS == VALUE_BITS && KEY_WAY == VALUE_WAY;
+threadgroup float2 key_table[(KeyLookup::FLOATS + 1) / 2];
+threadgroup float2 value_table[ONE_TABLE ? 1 : (ValueLookup::FLOATS + 1) / 2];
 threadgroup float by_simdgroup[SIMDGROUPS * ROWS];  // [SIMDGROUPS][ROWS]
 
 const int thread_index = int(thread_index_in_threadgroup);
@@ -247,8 +249,10 @@ for (int i = thread_index; i < KEY_DIM * ROWS; i += THREADS) {
   plain_numbers[channel * ROWS + row] = scaled;
   rotated_numbers[channel * ROWS + row] = HAS_KEY_SCALE ? scaled * head_key_scale[channel] : scaled;
 }
-const KeyLookup key_levels = KeyLookup::make(key_table, uint(thread_index), uint(THREADS));
-const ValueLookup value_levels = ValueLookup::make(value_table, uint(thread_index), uint(THREADS));
+threadgroup float* key_memory = (threadgroup float*)key_table;
+threadgroup float* value_memory = ONE_TABLE ? key_memory : (threadgroup float*)value_table;
+const KeyLookup key_levels = KeyLookup::make(key_memory, uint(thread_index), uint(THREADS));
+const ValueLookup value_levels = ValueLookup::make(value_memory, uint(thread_index), uint(THREADS));
 
 // What a KV head has is less than 2^31 numbers.
 const auto head_key_words = key_words + batch * key_words_strides[0] + kv_head * key_words_strides[1];

@@ -46,13 +46,6 @@ struct Lookup<BITS, FROM_PAIRS> {
 
 // ---- without memory: an index is split into the magnitude's, in its low bits, and the sign ----------------
 
-// The index of a field in the low bits, others above it.
-template <int BITS>
-METAL_FUNC uint shifted_field(Indices<uint> word, uint field) {
-  if (!Stored<BITS>::HAS_TRELLIS) return word.even >> (BITS * field);
-  return (field % 2 == 0 ? word.even : word.odd) >> (field / 2 * 4);
-}
-
 template <int BITS>
 METAL_FUNC float with_sign(uint magnitude, uint shifted) {
   return as_type<float>(magnitude | (shifted << (32 - Stored<BITS>::INDEX_BITS) & 0x80000000u));

@@ -82,11 +82,17 @@ DEVICE_FN Indices<Bits> indices_of(Bits word, Bits before, Bits high) {
   return made;
 }
 
-// The index of the code in field `field` of the word.
+// The index of the code in field `field` of the word in the low bits, others above it.
+template <int BITS>
+DEVICE_FN uint shifted_field(Indices<uint> word, uint field) {
+  if (!Stored<BITS>::HAS_TRELLIS) return word.even >> (BITS * field);
+  return (field % 2 == 0 ? word.even : word.odd) >> (field / 2 * 4);
+}
+
+// That index alone.
 template <int BITS>
 DEVICE_FN uint index_of_field(Indices<uint> word, uint field) {
-  if (!Stored<BITS>::HAS_TRELLIS) return (word.even >> (BITS * field)) & (Stored<BITS>::LEVELS - 1u);
-  return ((field % 2 == 0 ? word.even : word.odd) >> (field / 2 * 4)) & (Stored<BITS>::LEVELS - 1u);
+  return shifted_field<BITS>(word, field) & (Stored<BITS>::LEVELS - 1u);
 }
 
 // ---- the path with the least squared error --------------------------------------------------------

@@ -13,8 +13,8 @@ from . import msl_text, toolchain
 
 COMPILER = "clang-19"
 
-_FLAGS = (
-    "-fsyntax-only",
+# How clang reads Metal behind msl/lint.h.
+LANGUAGE = (
     "-xclcpp",
     "-cl-std=clc++2021",
     "-cl-no-stdinc",
@@ -22,6 +22,10 @@ _FLAGS = (
     # without them clang cannot copy structs. They are looked up in the text instead.
     "-Xclang",
     "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_int64,+__opencl_c_generic_address_space",
+)
+_FLAGS = (
+    *LANGUAGE,
+    "-fsyntax-only",
     "-target",
     "x86_64-linux-gnu",
     "-Wno-unknown-attributes",

@@ -15,6 +15,7 @@ from rotormlx.mlx.backends.cpu import CPUBackend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
 from tests.support import noise
+from tests.support.attend_cases import Launch
 from tests.support.codec_cases import compare, unit_rows
 from tests.support.runners import RUNNERS, BackendRunner
 
@@ -85,8 +86,8 @@ def test_the_reference_is_the_identity_behind_a_matrix(role):
     assert np.allclose(reference.decode(packed, chosen), wanted.reshape(x.shape), rtol=1e-9)
 
 
-@pytest.mark.parametrize("length", [1, L])
-def test_attend_is_the_reference(runner, length):
+@pytest.mark.parametrize(("length", "kernels"), [(1, 1), (1, 2), (L, 1)])
+def test_attend_is_the_reference(runner, length, kernels):
     rng = np.random.default_rng(1)
     queries = rng.normal(size=(B, K * REPEATS, length, DIMS[KEY])).astype(np.float32)
     views, vectors = [], []
@@ -98,7 +99,9 @@ def test_attend_is_the_reference(runner, length):
         views.append(KVView(chosen, mx.array(exact), arrays, None, *counts))
         parts = exact[:, :, :SINK], reference.decode(packed, chosen), exact[:, :, SINK:]
         vectors.append(np.concatenate(parts, axis=2))
-    found = np.array(runner.attend(mx.array(queries), *views, scale=0.05, mask="causal"))
+    launch = Launch(kernels=kernels)
+    options = {"scale": 0.05, "mask": "causal", "launch": launch}
+    found = np.array(runner.attend(mx.array(queries), *views, **options))
     taken = noise.of_view(queries, views[0], 0.05)
     wanted = reference.attend(queries, *vectors, scale=0.05, noise=taken, mask="causal")
     # Sums in float32 of some hundred terms, and exponentials of scores of about 10.

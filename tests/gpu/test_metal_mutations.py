@@ -430,7 +430,7 @@ EVERY = [
     ),
     ("LEVELS / 2 - 1u", "LEVELS / 4 - 1u", {"bits": (4, 4)}),
     ("return MAGNITUDES_4[index]", "return MAGNITUDES_4[index ^ 1u]", {"bits": (4, 3)}),
-    ("(word.even >> (BITS * field))", "(word.even >> (BITS * (field ^ 1u)))", {"bits": (4, 3)}),
+    ("word.even >> (BITS * field)", "word.even >> (BITS * (field ^ 1u))", {"bits": (4, 3)}),
     ("field / 2 * 4", "field / 2 * 2", {}),
     ("(path << 6) | (last >> 26)", "(path << 6)", {}),
     # Masks
@@ -509,7 +509,7 @@ ATTEND = [
     # Levels
     ("(WORD_ROWS + row / 2) * ROW_STRIDE", "(WORD_ROWS + row / 2 + 1) * ROW_STRIDE", {}),
     ("first + row * ROW_STRIDE", "first + row * (ROW_STRIDE - 1)", {}),
-    ("make(value_table, uint(", "make(value_table, 1u + uint(", {}),
+    ("make(value_memory, uint(", "make(value_memory, 1u + uint(", {"bits": (4, 3)}),
     ("row < WORD_ROWS", "row < WORD_ROWS - 1", {}),
     ("row < WORD_ROWS", "row < WORD_ROWS + 1", {}),
     ("field < CODES", "field < CODES - 1", {}),
@@ -619,6 +619,41 @@ ALONE = [
     ("sum / total", "sum", {}),
     ("total += by_simdgroup[s * ROWS + row]", "total = by_simdgroup[s * ROWS + row]", {}),
 ]
+# Ways to find a level.
+COMPUTED = [
+    ("magnitude | (shifted <<", "magnitude | (0u * shifted <<", {}),
+    ("0x4B000000u | byte", "0x4B000000u | (byte ^ 1u)", {}),
+    ("0.015625f, -131072.0f", "0.015625f, -131071.0f", {}),
+    ("0x7745270Cu", "0x77450C27u", {"bits": (2, 3)}),
+    ("(shifted & 4u) == 0 ? 0x30221307u", "(shifted & 4u) != 0 ? 0x30221307u", {}),
+    ("? 0x30221307u : 0x9E725641u", "? 0x30221307u : 0x30221307u", {}),
+    ("bytes >> ((shifted & 3u) * 8)", "bytes >> ((shifted & 1u) * 8)", {}),
+    ("(shifted & 7u) << 20", "(shifted & 3u) << 20", {"bits": (4, 3)}),
+    ("t, 1.15169942f", "t, 1.2f", {"bits": (4, 3)}),
+    ("t, 3.03974319f", "t, 5.0f", {"bits": (4, 3)}),
+]
+QUAD = [
+    ("thread_index % 4;", "thread_index % 2;", {}),
+    ("MAGNITUDES == 8 ? lane + 4 : lane", "lane", {}),
+    ("quad_shuffle(lower, lane)", "lower", {}),
+    ("quad_shuffle(upper, lane)", "upper", {}),
+    ("ushort(shifted & 3u)", "ushort(shifted & 1u)", {}),
+    ("(shifted & 4u) == 0 ? magnitude : other", "magnitude", {}),
+    ("return with_sign<BITS>(magnitude, shifted)", "return as_type<float>(magnitude)", {}),
+]
+PAIRS = [
+    ("i % 2 == 0 ? i / 2", "i % 2 != 0 ? i / 2", {}),
+    ("i / 2 & 15u : i / 32", "i / 2 & 7u : i / 32", {}),
+    ("i / 2 & 15u : i / 32", "i / 2 & 15u : i / 64", {}),
+    ("i < 512", "i < 256", {"bits": (4, 4)}),
+    ("is_odd ? word.odd", "is_odd ? word.even", {}),
+    ("(place / 2 * 8) & 0xFFu", "(place / 2 * 8) & 0x7Fu", {}),
+    ("(place / 2 * 8) & 0xFFu", "(place / 2 * 4) & 0xFFu", {}),
+    ("pair[place % 2]", "pair[0]", {}),
+    ("KEY_BITS == VALUE_BITS && KEY_WAY", "KEY_WAY", {"bits": (4, 3)}),
+]
+# Threads of a quad that are in different groups do not come together.
+QUADS = [("(VALUE_LANES + 3) / 4 * 4", "VALUE_LANES", {"dims": (64, 24), "blocks": 9})]
 PREFILL_ONLY = [
     ("(WORD_ROWS + row / 2) * row_stride", "(WORD_ROWS + row / 2 + 1) * row_stride", {}),
     (
@@ -747,6 +782,11 @@ MERGE = [
 ]
 
 
+def by(case, way):
+    """The case with this way to find levels."""
+    return replace(case, launch=replace(case.launch, levels=way))
+
+
 def of_attention():
     """Changes of one kernel, or of all at once."""
     for kernel, case, listed in (
@@ -754,6 +794,10 @@ def of_attention():
         ("rotormlx_attend_parts", DECODE, BOTH + ATTEND),
         ("rotormlx_attend_parts", FOUR, FOUR_PLACES),
         ("rotormlx_attend_alone", WHOLE, BOTH + ALONE),
+        ("rotormlx_attend_parts", by(DECODE, "arithmetic"), COMPUTED),
+        ("rotormlx_attend_parts", by(DECODE, "quad"), QUAD),
+        ("rotormlx_attend_parts", by(DECODE, "pairs"), PAIRS),
+        ("rotormlx_attend_parts", by(FOUR, "quad"), QUADS),
         ("rotormlx_prefill", PREFILL, BOTH + PREFILL_ONLY),
         ("rotormlx_attend_merge", DECODE, MERGE),
     ):

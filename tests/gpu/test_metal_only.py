@@ -87,6 +87,21 @@ def test_rotor3_refuses(x, bits, message):
 
 
 @pytest.mark.parametrize(
+    ("repeats", "bits", "dims", "expected"),
+    [(4, 4, 64, 8232), (4, 4, 128, 10280), (8, 8, 128, 17544), (8, 8, 256, 25736)],
+)
+@emulated
+def test_threadgroup_memory_of_few_rows_is_what_the_docs_say(repeats, bits, dims, expected):
+    launched = []
+    shapes = {"dims": (dims, dims), "bits": (bits, bits), "kv_heads": 1, "batch": 1}
+    levels = "table" if bits == 8 else "pairs"
+    case = Case(repeats=repeats, launch=Launch(kernels=2, levels=levels), **shapes)
+    with METAL.recorded(lambda kernel, launch: launched.append(kernel)):
+        problem(case).run(METAL)
+    assert launched[0].report.threadgroup_bytes == expected
+
+
+@pytest.mark.parametrize(
     ("repeats", "length", "tiles"), [(8, 1, 1), (4, 16, 1), (8, 8, 1), (8, 9, 2)]
 )
 @emulated

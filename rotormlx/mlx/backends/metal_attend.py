@@ -29,7 +29,7 @@ from rotormlx.mlx.backends.mlx_ops import MLXBackend, rotated_queries
 from rotormlx.mlx.cache.view import KVView
 
 # Up to so many query rows of a KV head are done on words as they lie; more of them are matrix
-# products. It bounds registers (four sums a row) and threadgroup memory (25.6 KiB at head_dim 256
+# products. It bounds registers (four sums a row) and threadgroup memory (26.1 KiB at head_dim 256
 # and 8 bits).
 MAX_ROWS = 8
 # Channels that the threads of a threadgroup have at most; longer vectors are left to MLX's

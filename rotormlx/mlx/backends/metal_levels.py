@@ -22,7 +22,12 @@ from rotormlx.mlx.cache.view import KVView
 # In the order of metal_kernels/lookup.h; and those of each width, the best by estimate first
 # (docs/KERNELS.md). 256 levels are too many for any but the table.
 WAYS = ("table", "arithmetic", "quad", "pairs")
-OF_BITS = dict.fromkeys((2, 3, 4), ("pairs", "table", "quad", "arithmetic")) | {8: ("table",)}
+OF_BITS = {
+    2: ("quad", "pairs", "arithmetic", "table"),
+    3: ("pairs", "quad", "arithmetic", "table"),
+    4: ("pairs", "quad", "arithmetic", "table"),
+    8: ("table",),
+}
 VARIABLE = "ROTORMLX_METAL_LEVELS"
 # The call that is timed: what one user's step reads of a layer.
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8192, 32, 8, 128

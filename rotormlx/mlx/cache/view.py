@@ -16,7 +16,8 @@ class KVView:
 
     A sequence is ``sink`` exact tokens, ``packed_tokens`` packed ones, and exact ones again (the
     tail). Sink and tail lie in one buffer, the sink first. Buffers are whole, with room at their
-    end: lengths say how much counts, so nothing is sliced or copied to make a view.
+    end: lengths say how much counts, so nothing is sliced or copied to make a view. What a buffer
+    has of one KV head lies row by row, without gaps: kernels count on it.
 
     Args:
         codec: How the packed tokens are coded; fixes head_dim.
