@@ -16,7 +16,7 @@ struct KeyCodec {
   enum { NEIGHBOURS = key_rotation::NEIGHBOURS, CELL_COUNT = key_rotation::CELL_COUNT };
   enum { CELLS_OF_UNIT = key_rotation::CELLS_OF_UNIT };
   static DEVICE_FN const float* boundaries() { return key_rotation::BOUNDARIES; }
-  static DEVICE_FN const uint* cells() { return key_rotation::CELLS; }
+  static DEVICE_FN const uint2* cells() { return key_rotation::CELLS; }
   template <int ROWS>
   static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {
     key_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);
@@ -40,7 +40,7 @@ struct ValueCodec {
   enum { NEIGHBOURS = value_rotation::NEIGHBOURS, CELL_COUNT = value_rotation::CELL_COUNT };
   enum { CELLS_OF_UNIT = value_rotation::CELLS_OF_UNIT };
   static DEVICE_FN const float* boundaries() { return value_rotation::BOUNDARIES; }
-  static DEVICE_FN const uint* cells() { return value_rotation::CELLS; }
+  static DEVICE_FN const uint2* cells() { return value_rotation::CELLS; }
   template <int ROWS>
   static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {
     value_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);

@@ -115,24 +115,18 @@ DEVICE_FN void sum_rows(const float* near, uint* of_warp) {
     for (int i = 0; i < NEAR_TURN * WIDTH; ++i) sums[i] = 0.0f;
 #pragma unroll
     for (int j = 0; j < FAR_TURN; ++j) {
-      // Lanes that have the next rows of a worker go on from what the lanes before them have.
+      // Each goes on from what the lanes before it have, so that the last are right.
 #pragma unroll
-      for (int i = 0; i < (j > 0 ? WIDTH : 0); ++i) {
-        const float before = __shfl_sync(~0u, sums[i], (lane - SIDE) & 31);
-        sums[i] = lane / SIDE == j ? before : sums[i];
-      }
-      if (lane / SIDE == j) {
+      for (int i = 0; i < (j > 0 ? WIDTH : 0); ++i) sums[i] = __shfl_sync(~0u, sums[i], (lane - SIDE) & 31);
 #pragma unroll
-        for (int q = 0; q < NEAR_ROWS; ++q) {
+      for (int q = 0; q < NEAR_ROWS; ++q) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+          const float x = broken >> q & 1u ? 0.0f : near[q * NEIGHBOURS + first + i];
           // Divided first: a power of two, and the sum cannot overflow.
           const float weight = 1.0f / BLOCK;
-          if (!(broken >> q & 1u)) {
-#pragma unroll
-            for (int i = 0; i < WIDTH; ++i) {
-              float& sum = sums[q % NEAR_TURN * WIDTH + i];
-              sum = fmaf(weight, near[q * NEIGHBOURS + first + i], sum);
-            }
-          }
+          float& sum = sums[q % NEAR_TURN * WIDTH + i];
+          sum = fmaf(weight, x, sum);
         }
       }
     }
@@ -249,7 +243,7 @@ DEVICE_FN void turn_rows(const float* near, uint* shared, float* rows) {
 // The cells of |z| in place of the table of boundaries.
 template <typename Codec>
 struct Cells {
-  const uint* table;  // [CELL_COUNT, 2], in shared memory
+  const uint2* table;  // [CELL_COUNT], in shared memory
 };
 
 // As of the table of boundaries. At most one boundary lies in the cell of a size.
@@ -258,15 +252,18 @@ DEVICE_FN uint index_of_size(float size, Cells<Codec> cells) {
   // The number of the cell in the low bits of 2^23 and it.
   const float scaled = fminf(size, float(Codec::CELL_COUNT - 1) / Codec::CELLS_OF_UNIT);
   const uint cell = bits_of_float(fmaf(scaled, Codec::CELLS_OF_UNIT, 8388608.0f)) - 0x4B000000u;
-  const uint2 found = *reinterpret_cast<const uint2*>(cells.table + 2 * cell);
+  const uint2 found = cells.table[cell];
   return found.y + (size >= float_of_bits(found.x) ? 1u : 0u);
 }
 
 // What tells the index of the magnitude nearest to |z|; tables: of the plan.
 template <typename Codec, int THREADS>
 DEVICE_FN auto boundaries_of(const uint* tables) {
-  if constexpr (Codec::CELL_COUNT > 0) return Cells<Codec>{tables + EncodePlan<Codec, THREADS>::CELLS};
-  else return Codec::boundaries();
+  if constexpr (Codec::CELL_COUNT > 0) {
+    return Cells<Codec>{reinterpret_cast<const uint2*>(tables + EncodePlan<Codec, THREADS>::CELLS)};
+  } else {
+    return Codec::boundaries();
+  }
 }
 
 // Encodes a block with all threads of the thread block. codes [CODES], shared [WORDS]: shared memory of the plan.
@@ -286,7 +283,12 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
   uint* tables = shared + Plan::TABLES;
   float* levels = reinterpret_cast<float*>(tables + Plan::LEVELS);
   fill_levels<Codec::BITS>(levels, uint(thread), THREADS);
-  for (int i = thread; i < 2 * int(Codec::CELL_COUNT); i += THREADS) tables[Plan::CELLS + i] = Codec::cells()[i];
+#pragma unroll
+  for (int n = 0; n < int(Codec::CELL_COUNT); n += THREADS) {
+    if (thread + n < int(Codec::CELL_COUNT)) {
+      reinterpret_cast<uint2*>(tables + Plan::CELLS)[thread + n] = Codec::cells()[thread + n];
+    }
+  }
 
   if (Codec::IS_KEY) subtract_centre<Codec, THREADS>(call, near, shared);
 
@@ -322,9 +324,11 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
 
   constexpr int PACKED = Codec::IS_KEY ? D : BLOCK;      // codes along the packed axis
   constexpr int WORD_LANES = Codec::IS_KEY ? BLOCK : D;  // words beside each other
-  constexpr int WORD_ROWS = WordRows<Codec::BITS, PACKED>::ALL;
-  for (int i = thread; i < WORD_ROWS * WORD_LANES; i += THREADS) {
-    const int word_lane = i % WORD_LANES;
+  constexpr int WORDS = WordRows<Codec::BITS, PACKED>::ALL * WORD_LANES;
+#pragma unroll
+  for (int n = 0; n < WORDS; n += THREADS) {
+    const int i = thread + n, word_lane = i % WORD_LANES;
+    if (i >= WORDS) break;
     const uchar* first = codes + word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1);
     call.words[i] = packed_word<Codec::BITS, PACKED>(
         first, Codec::IS_KEY ? 1 : CODE_STRIDE, uint(i / WORD_LANES));

@@ -453,6 +453,7 @@ struct BlockEncoder {
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, uint thread_index, Table boundaries,
       Levels levels) {
     const uint worker = thread_index / LANES, lane = thread_index % LANES;
+    UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       uint code[CHANNELS];
       scales[r] = encode_row<BITS, D, LANES, HELD>(
@@ -472,9 +473,11 @@ struct BlockEncoder {
       uint start, GLOBAL const uint* state, long state_stride, Levels levels) {
     const uint worker = thread_index / LANES, lane = thread_index % LANES;
     float norms[ROWS];
+    UNROLL
     for (uint r = 0; r < ROWS; ++r) norms[r] = to_unit_variance<D, LANES, HELD>(rows + r * CHANNELS);
     for (uint first = 0; first < SEQUENCES; first += SLICE) {
       MEET();  // no numbers are in use
+      UNROLL
       for (uint r = 0; r < ROWS; ++r) {
         for (uint p = 0; p < CHANNELS; ++p) {
           const uint c = Channels::channel(lane, p), token = worker + r * WORKERS;
@@ -495,6 +498,7 @@ struct BlockEncoder {
       }
     }
     MEET();  // the codes are there
+    UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       float along = 0.0f;
       for (uint p = 0; p < CHANNELS; ++p) {

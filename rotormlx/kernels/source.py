@@ -91,13 +91,13 @@ _CELLS_OF_UNIT = 64
 
 
 def cells_text(bits: int) -> str:
-    """The table ``CELLS`` of CUDA at 8 bits, two words for a cell of |z|.
+    """The table ``CELLS`` of CUDA at 8 bits, a pair of words per cell of |z|.
 
     They are the boundary in the cell, infinite where there is none, and how many lie below the
     cell. A size lies in cell ``size * CELLS_OF_UNIT``, rounded; all behind the last share it.
     """
     if bits != 8:
-        return "constexpr int CELL_COUNT = 0;\nCONSTANT uint CELLS[2] = {0u, 0u};\n"
+        return "constexpr int CELL_COUNT = 0;\nCONSTANT uint2 CELLS[1] = {{0u, 0u}};\n"
     limits = codebook.boundaries(bits)
     # To an even number at a tie, as an addition in float32 rounds on the GPU.
     cells = np.rint(limits * np.float32(_CELLS_OF_UNIT)).astype(int)
@@ -106,10 +106,9 @@ def cells_text(bits: int) -> str:
     table[:, 0] = np.float32(np.inf).view(np.uint32)
     table[cells, 0] = limits.view(np.uint32)
     table[:, 1] = np.searchsorted(cells, np.arange(count))
-    listed = ", ".join(f"0x{word:X}u" for word in table.ravel().tolist())
+    listed = ", ".join(f"{{0x{limit:X}u, {below}u}}" for limit, below in table.tolist())
     return (
-        f"constexpr int CELL_COUNT = {count};\n"
-        f"CONSTANT uint CELLS[{2 * count}] = {{{listed}}};\n"
+        f"constexpr int CELL_COUNT = {count};\nCONSTANT uint2 CELLS[{count}] = {{{listed}}};\n"
     )
 
 

@@ -94,7 +94,7 @@ struct CODEC {{
   enum {{ NEIGHBOURS = NS::NEIGHBOURS, CELL_COUNT = NS::CELL_COUNT }};
   enum {{ CELLS_OF_UNIT = NS::CELLS_OF_UNIT }};
   static DEVICE_FN const float* boundaries() {{ return NS::BOUNDARIES; }}
-  static DEVICE_FN const uint* cells() {{ return NS::CELLS; }}
+  static DEVICE_FN const uint2* cells() {{ return NS::CELLS; }}
   template <int ROWS>
   static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {{
     NS::rotate_rows<LANES, ROWS>(rows, coefficients, lane);
