@@ -91,7 +91,6 @@ DEVICE_FN void scale_of_block(const float* near, uint* shared, float* scale) {
     const uint c = lane * NEIGHBOURS + p;
     if (is_first && Plan::NearChannels::exists(c)) squares[c] = bits_of_float(float_of_bits(sums[lane]) / BLOCK);
   }
-  __syncthreads();  // the squares of all channels are there
   float square[NEIGHBOURS];
 #pragma unroll
   for (int p = 0; p < NEIGHBOURS; ++p) {

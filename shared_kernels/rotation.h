@@ -173,6 +173,19 @@ DEVICE_FN void rotate_across_lanes(
   }
 }
 
+// A group of ROWS rows in registers: RADIX numbers, STEP apart, from `first` on; rows are CHANNELS apart.
+template <typename Block, int CHANNELS, int ROWS, int STEP, bool BACK>
+DEVICE_FN void rotate_group(THREAD float* first, GLOBAL const float* coefficients) {
+  enum { RADIX = Block::RADIX };
+  for (uint row = 0; row < ROWS; ++row) {
+    THREAD float* of_row = first + row * CHANNELS;
+    float x[RADIX];
+    for (uint r = 0; r < RADIX; ++r) x[r] = of_row[r * STEP];
+    Block::template rotate<BACK>(x, coefficients);
+    for (uint r = 0; r < RADIX; ++r) of_row[r * STEP] = x[r];
+  }
+}
+
 // A stage whose groups each lie in one lane, STRIDE / LANES registers apart.
 template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
 DEVICE_FN void rotate_in_lanes(
@@ -180,14 +193,8 @@ DEVICE_FN void rotate_in_lanes(
     GLOBAL const float* coefficients, uint lane) {
   enum { RADIX = Block::RADIX, CHANNELS = D / LANES, STEP = STRIDE / LANES };
   for (uint g = 0; g < CHANNELS / RADIX; ++g) {
-    GLOBAL const float* of_group = coefficients + (g * LANES + lane) * Block::COEFFICIENTS;
-    for (uint row = 0; row < ROWS; ++row) {
-      THREAD float* first = rows + row * CHANNELS + g / STEP * (RADIX * STEP) + g % STEP;
-      float x[RADIX];
-      for (uint r = 0; r < RADIX; ++r) x[r] = first[r * STEP];
-      Block::template rotate<BACK>(x, of_group);
-      for (uint r = 0; r < RADIX; ++r) first[r * STEP] = x[r];
-    }
+    rotate_group<Block, CHANNELS, ROWS, STEP, BACK>(
+        rows + g / STEP * (RADIX * STEP) + g % STEP, coefficients + (g * LANES + lane) * Block::COEFFICIENTS);
   }
 }
 
@@ -200,14 +207,8 @@ DEVICE_FN void rotate_neighbours(
   for (uint g = 0; g < GROUPS; ++g) {
     const uint start = g / STRIDE * (RADIX * STRIDE) + g % STRIDE;
     if (LANES * HELD == D || lane * HELD + start < D) {
-      GLOBAL const float* of_group = coefficients + (lane * GROUPS + g) * Block::COEFFICIENTS;
-      for (uint row = 0; row < ROWS; ++row) {
-        THREAD float* first = rows + row * HELD + start;
-        float x[RADIX];
-        for (uint r = 0; r < RADIX; ++r) x[r] = first[r * STRIDE];
-        Block::template rotate<BACK>(x, of_group);
-        for (uint r = 0; r < RADIX; ++r) first[r * STRIDE] = x[r];
-      }
+      rotate_group<Block, HELD, ROWS, STRIDE, BACK>(
+          rows + start, coefficients + (lane * GROUPS + g) * Block::COEFFICIENTS);
     }
   }
 }

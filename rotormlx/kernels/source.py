@@ -107,16 +107,14 @@ def cells_text(bits: int) -> str:
     table[cells, 0] = limits.view(np.uint32)
     table[:, 1] = np.searchsorted(cells, np.arange(count))
     listed = ", ".join(f"{{0x{limit:X}u, {below}u}}" for limit, below in table.tolist())
-    return (
-        f"constexpr int CELL_COUNT = {count};\nCONSTANT uint2 CELLS[{count}] = {{{listed}}};\n"
-    )
+    return f"constexpr int CELL_COUNT = {count};\nCONSTANT uint2 CELLS[{count}] = {{{listed}}};\n"
 
 
 # ---- rotations ----------------------------------------------------------------------------------
 
 
-# Neighbouring channels of a lane where CUDA does the first stages. Any number of lanes divides it, so
-# groups that lie across lanes elsewhere lie in one lane there.
+# Neighbouring channels of a lane where CUDA does the first stages. Any number of lanes divides it,
+# so groups that lie across lanes elsewhere lie in one lane there.
 NEIGHBOURS = 16
 
 
