@@ -49,7 +49,7 @@ class EncodeBudget(NamedTuple):
     Attributes:
         per_code: For one of its 32 codes, the path of a trellis apart.
         shuffles, global_loads, shared_loads: Of these kinds, there too.
-        step: For one position of a path forward; such a thread has half a sequence.
+        step: In the loop forward along a path, for one position; a thread has half a sequence.
     """
 
     per_code: float
@@ -61,10 +61,10 @@ class EncodeBudget(NamedTuple):
 
 # Keys have 35 shuffles more than values, for the mean.
 ENCODE = {
-    ("Key", 2): EncodeBudget(53.5, 67, 52, 98, 53),
-    ("Value", 2): EncodeBudget(43.5, 32, 52, 96, 55),
-    ("Key", 3): EncodeBudget(54.5, 67, 52, 98, 72),
-    ("Value", 3): EncodeBudget(44.5, 32, 52, 96, 75),
+    ("Key", 2): EncodeBudget(53.5, 67, 52, 98, 58),
+    ("Value", 2): EncodeBudget(43.5, 32, 52, 96, 61),
+    ("Key", 3): EncodeBudget(54.5, 67, 52, 98, 77),
+    ("Value", 3): EncodeBudget(44.5, 32, 52, 96, 81),
     ("Key", 4): EncodeBudget(65, 67, 52, 66),
     ("Value", 4): EncodeBudget(55, 32, 52, 64),
     ("Key", 8): EncodeBudget(65, 67, 54, 98),
