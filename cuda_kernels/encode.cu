@@ -313,7 +313,8 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
   if (Stored<Codec::BITS>::HAS_TRELLIS) {
     Encoder::find_paths(rows, row_scales, codes, shared, uint(thread), call.start, call.state, 1, levels);
   } else {
-    __syncthreads();  // the tables are there
+    // For keys, that is so since the centres are.
+    if (!Codec::IS_KEY) __syncthreads();  // the tables are there
     Encoder::round(rows, row_scales, codes, uint(thread), boundaries_of<Codec, THREADS>(tables), levels);
     __syncthreads();  // codes written
   }
@@ -327,8 +328,9 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
   constexpr int WORDS = WordRows<Codec::BITS, PACKED>::ALL * WORD_LANES;
 #pragma unroll
   for (int n = 0; n < WORDS; n += THREADS) {
-    const int i = thread + n, word_lane = i % WORD_LANES;
-    if (i >= WORDS) break;
+    // What it is divided by is known, and with it that no word begins behind the last code.
+    const int i = int(threadIdx.x % THREADS) + n, word_lane = i % WORD_LANES;
+    if (WORDS % THREADS != 0 && i >= WORDS) break;
     const uchar* first = codes + word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1);
     call.words[i] = packed_word<Codec::BITS, PACKED>(
         first, Codec::IS_KEY ? 1 : CODE_STRIDE, uint(i / WORD_LANES));

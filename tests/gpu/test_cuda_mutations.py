@@ -45,7 +45,7 @@ far_behind = of(check_badly_met_rows, 8)
 CODEC_MUTATIONS = [
     *(
         (f"__syncthreads();  // {place}", "", of(encodes, bits=4, shape=SHAPE))
-        for place in ("sums written", "centres written", "the tables are there", "codes written")
+        for place in ("sums written", "centres written", "codes written")
     ),
     *(
         (f"MEET();  // {place}", "", encodes_blocks)
@@ -76,6 +76,7 @@ CODEC_MUTATIONS = [
         encodes_blocks,
     ),
     ("call.dtype == ROTORMLX_FLOAT32 ? 4 : 2", "2", encodes_blocks),
+    ("__syncthreads();  // the tables are there", "", of(encodes, role=VALUE, bits=4)),
     ("__syncwarp();  // the rows are there", "", encodes_blocks),
     ("__syncwarp();  // no rows are in use", "", encodes_blocks),
     ("+ turn) * WORKERS", ") * WORKERS", encodes_blocks),
@@ -99,7 +100,7 @@ CODEC_MUTATIONS = [
     ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes_blocks),
     ("mask = NEAR_LANES; mask < SIDE", "mask = 2 * NEAR_LANES; mask < SIDE", encodes_blocks),
     ("sums[i], (lane - SIDE) & 31)", "sums[i], lane)", encodes_blocks),
-    ("(FAR_TURN - 1) * SIDE / NEAR_LANES", "0", encodes_blocks),
+    ("lane / NEAR_LANES == (FAR_TURN - 1)", "lane == (FAR_TURN - 1)", encodes_blocks),
     ("+= sums[(n + step) * WIDTH + i];", "+= 0.0f;", in_parts),
     ("shared + threadIdx.x / 32 * D", "shared", encodes_blocks),
     ("w < Plan::WARPS; ++w) mean", "w < Plan::WARPS - 1; ++w) mean", encodes_blocks),
@@ -150,8 +151,8 @@ CODEC_MUTATIONS = [
         "if (lane == 0 && r > 0) call.scales[worker + r * WORKERS]",
         encodes_blocks,
     ),
-    ("if (i >= WORDS) break;", "if (i >= WORDS - 1) break;", encodes_blocks),
-    ("if (i >= WORDS) break;", "if (i >= WORDS + 1) break;", encodes_blocks),
+    ("i >= WORDS) break;", "i >= WORDS - 1) break;", in_parts),
+    ("i >= WORDS) break;", "i >= WORDS + 1) break;", in_parts),
     (
         "word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1)",
         "word_lane * (Codec::IS_KEY ? D : 1)",
