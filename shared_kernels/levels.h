@@ -76,9 +76,3 @@ DEVICE_FN float level_of_code(uint code) {
   const uint index = code & ((1u << (BITS - 1)) - 1u);
   return float_of_bits(nearest_magnitude_bits<BITS>(index) ^ (negative << 31));
 }
-
-// The levels of such codes as a table.
-template <int BITS>
-struct NearestLevels {
-  DEVICE_FN float operator[](uint code) const { return level_of_code<BITS>(code); }
-};

@@ -272,6 +272,16 @@ DEVICE_FN bool is_finite(float x) {
   return (bits_of_float(x) & 0x7f800000u) != 0x7f800000u;
 }
 
+// Levels as tables, without a table: of codes that are nearest ones, and of indices of stored codes.
+template <int BITS>
+struct NearestLevels {
+  DEVICE_FN float operator[](uint code) const { return level_of_code<BITS>(code); }
+};
+template <int BITS>
+struct StoredLevels {
+  DEVICE_FN float operator[](uint index) const { return stored_level<BITS>(index); }
+};
+
 // The index of the magnitude nearest to |z|: how many boundaries, of a table of 2^(BITS - 1) - 1, are at most |z|. A tie
 // goes to the larger magnitude.
 template <int BITS, typename Table>

@@ -18,12 +18,6 @@ DEVICE_FN float stored_level(uint index) {
   return float_of_bits(magnitude_bits<BITS>(magnitude) ^ (negative << 31));
 }
 
-// The same as a table.
-template <int BITS>
-struct StoredLevels {
-  DEVICE_FN float operator[](uint index) const { return stored_level<BITS>(index); }
-};
-
 // All levels, `table[index]`, for the threads of a threadgroup to share: one conflict-free load then gives a level with
 // its sign. A barrier must follow.
 template <int BITS>
