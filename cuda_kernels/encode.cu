@@ -46,7 +46,8 @@ struct EncodePlan {
   static constexpr int PART = LANES < 16 ? 64 : NEAR_LANES * NEIGHBOURS, PARTS = (D + PART - 1) / PART;
   // Behind NEIGHBOURS numbers are four words more, behind a row as many as make it an odd number of half the banks:
   // lanes then meet no bank twice, neither side by side nor in rows side by side.
-  static constexpr int SPREAD = NEIGHBOURS + 4, ROW_SPREAD = (PART < D ? PART : FILLED * NEIGHBOURS) / NEIGHBOURS * SPREAD;
+  static constexpr int SPREAD = NEIGHBOURS + 4, ROW_CHANNELS = PART < D ? PART : FILLED * NEIGHBOURS;
+  static constexpr int ROW_SPREAD = ROW_CHANNELS / NEIGHBOURS * SPREAD;
   static constexpr int ROW_WORDS = (ROW_SPREAD + 15) / 32 * 32 + 16, WARP_WORDS = AT_ONCE * ROW_WORDS;
   // Tables: centres, two a word, the levels of all codes, and at 8 bits the cells of |z|.
   static constexpr int LEVELS = D / 2, CELLS = LEVELS + Stored<Codec::BITS>::LEVELS;

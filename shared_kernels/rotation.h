@@ -477,7 +477,8 @@ struct BlockEncoder {
   }
 
   // Codes of trellises: a slice of the sequences meets in `numbers`, and two lanes have each of them. `state`: what the
-  // positions before `start` leave to each sequence, `state_stride` apart, or null for 0. levels: of all indices. No barrier need follow.
+  // positions before `start` leave to each sequence, `state_stride` apart, or null for 0. levels: of all indices. No
+  // barrier need follow.
   template <typename Levels>
   static DEVICE_FN void find_paths(
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, THREADGROUP uint* numbers, uint thread_index,
