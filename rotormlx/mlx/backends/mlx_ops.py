@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -31,6 +31,9 @@ TILE_VALUES = 2**17
 # Scores held at once, over all query heads: 16 MiB in float32.
 TILE_SCORES = 2**22
 TILE_TOKENS = 2048
+
+# What reads a prompt: MLX's attention, see rotormlx/mlx/prefill.py, or that of a backend.
+LIBRARY, KERNEL = "library", "kernel"
 
 
 # From the first and the last-plus-one token of a tile to its mask ``[B or 1, K or 1, G, T]``,
@@ -51,10 +54,27 @@ class Softmax(NamedTuple):
     output: mx.array
 
 
+class Prompts(NamedTuple):
+    """Which attention does a chunk of a prompt, ``LIBRARY`` or ``KERNEL``.
+
+    first: While nothing is packed; ``LIBRARY`` gives what an exact cache gives, bit for bit.
+    later: Once something is packed.
+    """
+
+    first: str
+    later: str
+
+
 class MLXBackend:
     """Every operation of the codec in MLX operations; other backends replace what they fuse."""
 
     name = "mlx"
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The faster attention for prompts, by estimate or measured; see docs/KERNELS.md."""
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        return Prompts(LIBRARY, LIBRARY if on_gpu else KERNEL)
 
     def encode(
         self,

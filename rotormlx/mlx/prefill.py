@@ -1,0 +1,439 @@
+"""Attention of many queries by MLX's own: a prompt, or a chunk of one.
+
+While nothing is packed, it reads the exact tokens as those of an exact cache, and gives what that
+gives. Later the packed tokens of a few KV heads at a time are decoded to their place between sink
+and tail: memory is bounded, masks mean what they always do, and there are no parts to merge. What
+the codes of a token take off its scores is a product of a number of the query and one of the token
+(docs/FORMAT.md, section 7), so it becomes a channel of both, or a mask where MLX has no fast kernel
+for one more channel.
+
+Shapes: B batch, H query heads, K KV heads, L queries, S tokens, D head_dim of keys and queries,
+Dv of values.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from rotormlx.codec import codebook
+from rotormlx.codec.derived import derived
+from rotormlx.codec.format import BLOCK, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec.rotation import calibrated
+from rotormlx.kernels.parts import LEAST_ROWS
+from rotormlx.mlx.attend_call import AttendCall
+from rotormlx.mlx.backends.mlx_ops import (
+    KERNEL,
+    MLXBackend,
+    after,
+    rotated_queries,
+    tiles,
+)
+from rotormlx.mlx.cache.view import KVView
+
+# Bytes of decoded keys, and of decoded values: KV heads are done together up to so many.
+TILE_BYTES = 2**24
+# Those of a single KV head may be more: 262,144 tokens at head_dim 128 in 16 bits.
+MOST_BYTES = 2**26
+# Bytes of scores, or of a mask in their shape, where there must be some. On Metal 32 queries take
+# 64 bytes of it for each token; so it is 32 threadgroups at 32,768 tokens.
+SCORE_BYTES = 2**26
+# head_dims for which MLX may have a kernel that stores no scores and is the faster for it.
+_FAST_DIMS = range(8, 129, 8)
+# Those at which MLX uses the matrix units that Apple's GPUs have since generation 17 (M5).
+_UNIT_DIMS = (64, 96, 128)
+# What a mask costs a score, in channels: by estimate, docs/KERNELS.md says how.
+_MASK_CHANNELS = 32
+_SMALLEST = 1e-30
+
+
+class Layout(NamedTuple):
+    """How queries, keys and values are handed over.
+
+    key_dim: Channels of queries and keys, padded with zeros.
+    value_dim: Channels of values, likewise.
+    has_channel: Whether one of ``key_dim`` is that of the noise; a mask takes it off if not.
+    is_fast: Whether MLX has a kernel that stores no scores.
+    """
+
+    key_dim: int
+    value_dim: int
+    has_channel: bool
+    is_fast: bool
+
+    @property
+    def stores_scores(self) -> bool:
+        """Whether there is an array of the shape of the scores."""
+        return not (self.is_fast and self.has_channel)
+
+
+def attend(call: AttendCall, backend: MLXBackend) -> mx.array:
+    """Attention over a partly packed cache, by MLX's own or by the backend.
+
+    Returns:
+        ``[B, H, L, Dv]`` in the dtype of the queries; zero for a query that sees nothing.
+
+    Source: docs/FORMAT.md, section 7.
+    """
+    if choice(call, backend) == KERNEL:
+        return backend.attend(call)
+    if _is_alike(call):
+        return _attend_alike(call, backend)
+    return mx.concatenate([_attend_alike(row, backend) for row in call.rows()])
+
+
+def choice(call: AttendCall, backend: MLXBackend) -> str:
+    """What does a call: ``"library"``, MLX's own attention, or ``"kernel"``, the backend's.
+
+    Where both can, ``backend.prompts`` decides, which whoever has timed them may set.
+    """
+    if 0 in call.output_shape or not call.keys.tokens:
+        return KERNEL
+    many = call.group_rows > LEAST_ROWS
+    if not call.keys.packed_tokens:
+        return backend.prompts.first if many or _is_alike(call) else KERNEL
+    return backend.prompts.later if many and _is_able(call) else KERNEL
+
+
+def _is_alike(call: AttendCall) -> bool:
+    """Whether batch rows have the same lengths and, where something is packed, channel scales."""
+    scales = (view.channel_scale for view in (call.keys, call.values))
+    own_scales = any(scale is not None and scale.ndim == 3 for scale in scales)
+    return len(set(call.keys.lengths)) == 1 and not (own_scales and call.keys.packed_tokens)
+
+
+def _is_able(call: AttendCall) -> bool:
+    """Whether a KV head's tokens fit, and a causal mask hides exact tokens only."""
+    keys = call.keys
+    layout = _layout(call)
+    widest = max(layout.key_dim, layout.value_dim)
+    if keys.tokens * widest * call.queries.itemsize > MOST_BYTES:
+        return False
+    return not call.is_causal or all(
+        not packed or call.length <= tokens - packed - keys.sink for packed, tokens in keys.lengths
+    )
+
+
+def _attend_alike(call: AttendCall, backend: MLXBackend) -> mx.array:
+    """The same for batch rows that are alike."""
+    tokens, length = call.keys.tokens, call.length
+    if not tokens:
+        return mx.zeros(call.output_shape, call.queries.dtype)
+    if call.is_causal and tokens < length:
+        # Queries before the first token see nothing.
+        blind = length - tokens
+        seeing = call._replace(queries=call.queries[:, :, blind:])
+        return mx.pad(_attend_alike(seeing, backend), [(0, 0), (0, 0), (blind, 0), (0, 0)])
+    if call.keys.packed_tokens:
+        return _attend_decoded(call, backend)
+    keys, values = (view.exact[:, :, :tokens] for view in (call.keys, call.values))
+    mask = _additive_in(mx.result_type(call.queries, keys, values), call.mask)
+    return _unless_blind(_library(call, call.queries, keys, values, mask), mask)
+
+
+# ---- packed tokens, decoded ---------------------------------------------------------------------
+
+
+def _attend_decoded(call: AttendCall, backend: MLXBackend) -> mx.array:
+    """The KV heads, as many at once as fit."""
+    layout = _layout(call)
+    widest = max(layout.key_dim, layout.value_dim)
+    head_bytes = call.batch * call.keys.tokens * widest * call.queries.itemsize
+    if call.batch > 1 and head_bytes > MOST_BYTES:
+        return mx.concatenate([_attend_decoded(row, backend) for row in call.rows()])
+    outputs: list[mx.array] = []
+    for first, stop in tiles(call.kv_heads, max(1, TILE_BYTES // head_bytes)):
+        part = _heads(call, first, stop)
+        outputs += _attend_heads(part, backend, layout, outputs[-1:])
+    return mx.concatenate(outputs, axis=1)
+
+
+def _attend_heads(
+    call: AttendCall, backend: MLXBackend, layout: Layout, earlier: list[mx.array]
+) -> list[mx.array]:
+    """The outputs of some KV heads, begun when an earlier output is there."""
+    queries, keys, values = call.queries, call.keys, call.values
+    mask = _additive_in(queries.dtype, call.mask)
+    broken = None
+    if isinstance(mask, mx.array):
+        # A weight of zero does not hide a NaN.
+        broken = _is_broken(keys) | _is_broken(values)
+        keys, values = _mended(keys), _mended(values)
+    of_queries, of_keys = _noise(call, keys)
+    if earlier:
+        keys = _begun_after(earlier[-1], keys)
+    k = _in_place(keys, backend, queries.dtype)
+    v = _in_place(_begun_after(k, values), backend, queries.dtype)
+    factors = None
+    if layout.has_channel:
+        k = mx.concatenate([k, of_keys.astype(k.dtype)], axis=-1)
+        queries = mx.concatenate([queries, of_queries.astype(queries.dtype)], axis=-1)
+    else:
+        repeats = call.heads // call.kv_heads
+        of_keys = mx.repeat(mx.swapaxes(of_keys, -1, -2), repeats, axis=1)
+        factors = (call.scale * of_queries).astype(k.dtype), of_keys.astype(k.dtype)
+    queries, k, v = (
+        _padded(x, dim)
+        for x, dim in ((queries, layout.key_dim), (k, layout.key_dim), (v, layout.value_dim))
+    )
+    outputs: list[mx.array] = []
+    for start, stop in tiles(call.length, _rows_at_once(call, layout)):
+        # A causal mask hides what comes behind the last of these queries.
+        seen = call.keys.tokens - (call.length - stop if call.is_causal else 0)
+        part = queries[:, :, start:stop]
+        if outputs:
+            part = after(outputs[-1], part)
+        own = _rows_of(mask, start, stop)
+        whole = own
+        if factors is not None:
+            whole = _with_noise(own, factors[0][:, :, start:stop], factors[1], seen)
+        output = _library(call, part, k[:, :, :seen], v[:, :, :seen], whole)
+        output = output[..., : call.value_dim]
+        if broken is not None:
+            output = _seen_broken(call, output, broken, own)
+        outputs.append(_unless_blind(output, own))
+    return [mx.concatenate(outputs, axis=2)] if len(outputs) > 1 else outputs
+
+
+def _rows_at_once(call: AttendCall, layout: Layout) -> int:
+    """How many queries are done at once."""
+    if not layout.stores_scores:
+        return call.length
+    a_query = call.batch * call.heads * call.keys.tokens * call.queries.itemsize
+    return max(1, SCORE_BYTES // a_query)
+
+
+def _in_place(view: KVView, backend: MLXBackend, dtype: mx.Dtype) -> mx.array:
+    """All tokens, ``[B, K, S, D]``: sink, decoded ones, tail."""
+    decoded = backend.decode(
+        _counted(view), view.codec, channel_scale=view.channel_scale, dtype=dtype
+    )
+    exact = view.exact[:, :, : view.exact_tokens].astype(dtype)
+    sink = min(view.sink, view.exact_tokens)
+    ends = exact[:, :, :sink], exact[:, :, sink:]
+    return mx.concatenate([ends[0], decoded[:, :, : view.packed_tokens], ends[1]], axis=2)
+
+
+def _noise(call: AttendCall, keys: KVView) -> tuple[mx.array, mx.array]:
+    """Two numbers whose product a dot product of query and key lacks.
+
+    Returns:
+        Of the queries, float32 ``[B, H, L, 1]``, not positive.
+        Of the keys, float32 ``[B, K, S, 1]``, from 0 to 1, 0 for exact ones.
+    """
+    square = _scales(keys).astype(mx.float32) ** 2
+    largest = mx.max(mx.where(mx.isnan(square), mx.array(0.0), square), axis=2, keepdims=True)
+    largest = mx.maximum(largest, _SMALLEST)
+    sink = min(keys.sink, keys.exact_tokens)
+    ends = [(0, 0), (0, 0), (sink, keys.exact_tokens - sink), (0, 0)]
+    of_keys = mx.pad(square / largest, ends)
+
+    shape = (call.batch, call.kv_heads, call.group_rows, call.key_dim)
+    rotated = rotated_queries(call.queries.astype(mx.float32).reshape(shape), keys)
+    lost = codebook.SCORE_NOISE[keys.codec.bits] * call.scale
+    of_queries = -lost * mx.sum(rotated * rotated, axis=-1, keepdims=True) * largest
+    if call.queries.dtype == mx.float16:
+        of_queries = mx.maximum(of_queries, -LARGEST_FLOAT16)
+    return of_queries.reshape(call.batch, call.heads, call.length, 1), of_keys
+
+
+def _with_noise(
+    mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.array, tokens: int
+) -> mx.array:
+    """A mask of the shape of the scores that takes the noise off, ``[B, H, L, tokens]``."""
+    length = of_queries.shape[2]
+    taken = of_queries * of_keys[..., :tokens]
+    hidden = mx.array(-mx.inf, taken.dtype)
+    if mask is None:
+        return taken
+    if isinstance(mask, str):
+        # They are the last tokens, and exact: nothing is taken off them.
+        own = mx.where(mx.tri(length, dtype=mx.bool_), mx.array(0, taken.dtype), hidden)
+        taken[..., tokens - length :] = own
+        return taken
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, taken, hidden)
+    return taken + mask.astype(taken.dtype)
+
+
+def _heads(call: AttendCall, first: int, stop: int) -> AttendCall:
+    """The call of some KV heads and their query heads."""
+    repeats = call.heads // call.kv_heads
+    heads = slice(first * repeats, stop * repeats)
+    mask, sink_logits = call.mask, call.sink_logits
+    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+        mask = mask[..., heads, :, :]
+    return call._replace(
+        queries=call.queries[:, heads],
+        keys=_view_of_heads(call.keys, first, stop),
+        values=_view_of_heads(call.values, first, stop),
+        mask=mask,
+        sink_logits=None if sink_logits is None else sink_logits[heads],
+    )
+
+
+def _view_of_heads(view: KVView, first: int, stop: int) -> KVView:
+    packed, scale = view.packed, view.channel_scale
+    if packed is not None:
+        packed = Packed(*(None if a is None else a[:, first:stop] for a in packed))
+    return replace(
+        view,
+        codec=_codec_of_heads(view.codec, first, stop),
+        exact=view.exact[:, first:stop],
+        packed=packed,
+        channel_scale=None if scale is None else scale[..., first:stop, :],
+    )
+
+
+def _codec_of_heads(codec: Codec, first: int, stop: int) -> Codec:
+    """The codec of some KV heads; a calibrated one has a matrix for each."""
+    if not codec.rotation.is_per_head or stop - first == len(codec.rotation.matrix):
+        return codec
+    return _own_codec(codec, first, stop)
+
+
+@derived
+def _own_codec(codec: Codec, first: int, stop: int) -> Codec:
+    return replace(codec, rotation=calibrated(codec.rotation.matrix[first:stop]))
+
+
+def _counted(view: KVView) -> Packed:
+    """The blocks that count."""
+    if view.packed is None:
+        raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
+    blocks = -(-view.packed_tokens // BLOCK)
+    return Packed(*(None if a is None else a[:, :, :blocks] for a in view.packed))
+
+
+def _scales(view: KVView) -> mx.array:
+    """Of the packed tokens, float16 ``[B, K, T, 1]``."""
+    return _counted(view).scales.flatten(2)[:, :, : view.packed_tokens, None]
+
+
+def _begun_after(earlier: mx.array, view: KVView) -> KVView:
+    """A view that is not decoded before ``earlier`` is there."""
+    packed = _counted(view)
+    return replace(view, packed=packed._replace(words=after(earlier, packed.words)))
+
+
+# ---- broken tokens ------------------------------------------------------------------------------
+
+
+def _is_broken(view: KVView) -> mx.array:
+    """Which tokens decode to NaN, bool ``[B, K, S]``; exact ones are taken as they are."""
+    sink = min(view.sink, view.exact_tokens)
+    ends = [(0, 0), (0, 0), (sink, view.exact_tokens - sink)]
+    return mx.pad(mx.isnan(_scales(view)[..., 0]), ends, constant_values=mx.array(False))
+
+
+def _mended(view: KVView) -> KVView:
+    """The view without NaNs among the packed tokens."""
+    packed = _counted(view)
+    scales = mx.where(mx.isnan(packed.scales), mx.array(0, mx.float16), packed.scales)
+    return replace(view, packed=packed._replace(scales=scales))
+
+
+def _seen_broken(
+    call: AttendCall, output: mx.array, broken: mx.array, mask: mx.array | str | None
+) -> mx.array:
+    """The output, but NaN for queries that see a broken token."""
+    if not isinstance(mask, mx.array):
+        return output
+    broken = mx.repeat(broken, call.heads // call.kv_heads, axis=1)[:, :, None]
+    sees = mx.any(_is_shown(mask) & broken, axis=-1, keepdims=True)
+    return mx.where(sees, mx.array(mx.nan, output.dtype), output)
+
+
+def _is_shown(mask: mx.array) -> mx.array:
+    return mask if mask.dtype == mx.bool_ else mask != -mx.inf
+
+
+# ---- MLX's attention ----------------------------------------------------------------------------
+
+
+def _library(
+    call: AttendCall,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: mx.array | str | None,
+) -> mx.array:
+    """MLX's attention over whole sequences, in the dtype of the call's queries."""
+    sinks = call.sink_logits
+    if sinks is not None:
+        sinks = sinks.astype(mx.result_type(queries, keys, values))
+    output: mx.array = mx.fast.scaled_dot_product_attention(
+        queries, keys, values, scale=call.scale, mask=mask, sinks=sinks
+    )
+    return output.astype(call.queries.dtype)
+
+
+def _additive_in(dtype: mx.Dtype, mask: mx.array | str | None) -> mx.array | str | None:
+    """A mask as MLX's attention takes it: what is added is of the dtype of the scores."""
+    if not isinstance(mask, mx.array) or mask.dtype == mx.bool_:
+        return mask
+    return mask.astype(dtype)
+
+
+def _unless_blind(output: mx.array, mask: mx.array | str | None) -> mx.array:
+    """The output, but 0 for queries to which every token is hidden."""
+    if not isinstance(mask, mx.array):
+        return output
+    shown = _is_shown(mask if mask.ndim > 1 else mask.reshape(1, -1))
+    return mx.where(mx.any(shown, axis=-1, keepdims=True), output, mx.array(0, output.dtype))
+
+
+def _layout(call: AttendCall) -> Layout:
+    """The cheapest way, in channels of a score."""
+    dtype, has_mask = call.queries.dtype, call.mask_array is not None
+    device = str(mx.default_device())
+    dims = [dim for dim in _FAST_DIMS if _is_fast(dim, dtype, has_mask, device)]
+    masked_dims = [dim for dim in _FAST_DIMS if _is_fast(dim, dtype, True, device)]
+    ways = [
+        (_channels(dim, dtype), Layout(dim, dim, True, True))
+        for dim in dims
+        if dim > call.key_dim and dim >= call.value_dim
+    ]
+    ways += [
+        (_channels(dim, dtype) + _MASK_CHANNELS, Layout(dim, dim, False, True))
+        for dim in masked_dims
+        if dim >= call.larger_dim
+    ]
+    if not ways:
+        return Layout(call.key_dim + 1, call.value_dim, True, False)
+    return min(ways, key=lambda way: way[0])[1]
+
+
+@cache
+def _is_fast(head_dim: int, dtype: mx.Dtype, has_mask: bool, _device: str, /) -> bool:
+    """Whether MLX has a kernel for prompts that stores no scores, on its default device."""
+    x = mx.zeros((1, 1, 16, head_dim), dtype)
+    mask = mx.zeros((16, 16), dtype) if has_mask else None
+    try:
+        mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, mask=mask, force_fused=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _channels(head_dim: int, dtype: mx.Dtype) -> int:
+    """What a score costs in a kernel of a head_dim."""
+    architecture = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture")))
+    has_units = architecture is not None and int(architecture[1]) >= 17 and dtype != mx.float32
+    return head_dim if not has_units or head_dim in _UNIT_DIMS else 4 * head_dim
+
+
+def _padded(x: mx.array, dim: int) -> mx.array:
+    missing = dim - x.shape[-1]
+    return mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x
+
+
+def _rows_of(mask: mx.array | str | None, start: int, stop: int) -> mx.array | str | None:
+    """The part of a mask that some queries need."""
+    if not isinstance(mask, mx.array) or mask.ndim < 2 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., start:stop, :]
