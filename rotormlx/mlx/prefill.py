@@ -49,6 +49,7 @@ _UNIT_DIMS = (64, 96, 128)
 # What a mask costs a score, in channels: by estimate, docs/KERNELS.md says how.
 _MASK_CHANNELS = 32
 _SMALLEST = 1e-30
+_EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
 
 
 class Layout(NamedTuple):
@@ -157,29 +158,28 @@ def _attend_heads(
 ) -> list[mx.array]:
     """The outputs of some KV heads, begun when an earlier output is there."""
     queries, keys, values = call.queries, call.keys, call.values
-    mask = _additive_in(queries.dtype, call.mask)
-    broken = None
+    dtype, mask = queries.dtype, _additive_in(queries.dtype, call.mask)
+    of_queries, of_keys = _noise(call)
     if isinstance(mask, mx.array):
-        # A weight of zero does not hide a NaN.
-        broken = _is_broken(keys) | _is_broken(values)
+        # What hides a token hides its number. A weight of zero would not hide a NaN.
+        broken = mx.isnan(_scales(keys)) | mx.isnan(_scales(values))
+        of_keys = mx.where(_between_ends(keys, broken), mx.array(mx.nan), of_keys)
         keys, values = _mended(keys), _mended(values)
-    of_queries, of_keys = _noise(call, keys)
     if earlier:
         keys = _begun_after(earlier[-1], keys)
-    k = _in_place(keys, backend, queries.dtype)
-    v = _in_place(_begun_after(k, values), backend, queries.dtype)
-    factors = None
+    k = _in_place(keys, backend, dtype)
+    v = _in_place(_begun_after(k, values), backend, dtype)
     if layout.has_channel:
-        k = mx.concatenate([k, of_keys.astype(k.dtype)], axis=-1)
-        queries = mx.concatenate([queries, of_queries.astype(queries.dtype)], axis=-1)
+        k = mx.concatenate([k, of_keys.astype(dtype)], axis=-1)
+        queries = mx.concatenate([queries, of_queries.astype(dtype)], axis=-1)
     else:
-        repeats = call.heads // call.kv_heads
-        of_keys = mx.repeat(mx.swapaxes(of_keys, -1, -2), repeats, axis=1)
-        factors = (call.scale * of_queries).astype(k.dtype), of_keys.astype(k.dtype)
-    queries, k, v = (
-        _padded(x, dim)
-        for x, dim in ((queries, layout.key_dim), (k, layout.key_dim), (v, layout.value_dim))
-    )
+        # A mask that is added hides no NaN either.
+        broken = ~mx.all(mx.isfinite(k), axis=-1, keepdims=True)
+        k = mx.where(broken, mx.array(0, dtype), k)
+        of_keys = mx.where(broken, mx.array(mx.nan), of_keys)
+        of_keys = mx.repeat(mx.swapaxes(of_keys, -1, -2), call.heads // call.kv_heads, axis=1)
+    queries, k = _padded(queries, layout.key_dim), _padded(k, layout.key_dim)
+    v = _padded(v, layout.value_dim)
     outputs: list[mx.array] = []
     for start, stop in tiles(call.length, _rows_at_once(call, layout)):
         # A causal mask hides what comes behind the last of these queries.
@@ -187,16 +187,13 @@ def _attend_heads(
         part = queries[:, :, start:stop]
         if outputs:
             part = after(outputs[-1], part)
-        own = _rows_of(mask, start, stop)
-        whole = own
-        if factors is not None:
-            whole = _with_noise(own, factors[0][:, :, start:stop], factors[1], seen)
+        own = whole = _rows_of(mask, start, stop)
+        if not layout.has_channel:
+            lost = (call.scale * of_queries[:, :, start:stop]).astype(dtype)
+            whole = _with_noise(own, lost, of_keys[..., :seen].astype(dtype))
         output = _library(call, part, k[:, :, :seen], v[:, :, :seen], whole)
-        output = output[..., : call.value_dim]
-        if broken is not None:
-            output = _seen_broken(call, output, broken, own)
-        outputs.append(_unless_blind(output, own))
-    return [mx.concatenate(outputs, axis=2)] if len(outputs) > 1 else outputs
+        outputs.append(_unless_blind(output[..., : call.value_dim], own))
+    return [mx.concatenate(outputs, axis=2)]
 
 
 def _rows_at_once(call: AttendCall, layout: Layout) -> int:
@@ -218,46 +215,43 @@ def _in_place(view: KVView, backend: MLXBackend, dtype: mx.Dtype) -> mx.array:
     return mx.concatenate([ends[0], decoded[:, :, : view.packed_tokens], ends[1]], axis=2)
 
 
-def _noise(call: AttendCall, keys: KVView) -> tuple[mx.array, mx.array]:
+def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
     """Two numbers whose product a dot product of query and key lacks.
 
     Returns:
         Of the queries, float32 ``[B, H, L, 1]``, not positive.
-        Of the keys, float32 ``[B, K, S, 1]``, from 0 to 1, 0 for exact ones.
+        Of the keys, float32 ``[B, K, S, 1]``, from 0 to 2, 0 for exact ones.
     """
-    square = _scales(keys).astype(mx.float32) ** 2
+    keys, square = call.keys, _scales(call.keys).astype(mx.float32) ** 2
     largest = mx.max(mx.where(mx.isnan(square), mx.array(0.0), square), axis=2, keepdims=True)
-    largest = mx.maximum(largest, _SMALLEST)
-    sink = min(keys.sink, keys.exact_tokens)
-    ends = [(0, 0), (0, 0), (sink, keys.exact_tokens - sink), (0, 0)]
-    of_keys = mx.pad(square / largest, ends)
+    # Divided by a power of two, so that both suit 16 bits, and no token changes that of another.
+    power = (mx.maximum(largest, _SMALLEST).view(mx.uint32) & _EXPONENT).view(mx.float32)
 
     shape = (call.batch, call.kv_heads, call.group_rows, call.key_dim)
     rotated = rotated_queries(call.queries.astype(mx.float32).reshape(shape), keys)
     lost = codebook.SCORE_NOISE[keys.codec.bits] * call.scale
-    of_queries = -lost * mx.sum(rotated * rotated, axis=-1, keepdims=True) * largest
+    of_queries = -lost * mx.sum(rotated * rotated, axis=-1, keepdims=True) * power
     if call.queries.dtype == mx.float16:
         of_queries = mx.maximum(of_queries, -LARGEST_FLOAT16)
-    return of_queries.reshape(call.batch, call.heads, call.length, 1), of_keys
+    of_queries = of_queries.reshape(call.batch, call.heads, call.length, 1)
+    return of_queries, _between_ends(keys, square / power)
 
 
-def _with_noise(
-    mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.array, tokens: int
-) -> mx.array:
-    """A mask of the shape of the scores that takes the noise off, ``[B, H, L, tokens]``."""
-    length = of_queries.shape[2]
-    taken = of_queries * of_keys[..., :tokens]
+def _with_noise(mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.array) -> mx.array:
+    """A mask ``[B, H, L, S]`` that takes the noise off, of factors ``[.., L, 1]`` and ``[.., S]``.
+
+    Under a causal one, the queries are the last tokens.
+    """
+    taken = of_queries * of_keys
     hidden = mx.array(-mx.inf, taken.dtype)
     if mask is None:
         return taken
     if isinstance(mask, str):
-        # They are the last tokens, and exact: nothing is taken off them.
-        own = mx.where(mx.tri(length, dtype=mx.bool_), mx.array(0, taken.dtype), hidden)
-        taken[..., tokens - length :] = own
+        length = taken.shape[2]
+        own = taken[..., -length:]
+        taken[..., -length:] = mx.where(mx.tri(length, dtype=mx.bool_), own, hidden)
         return taken
-    if mask.dtype == mx.bool_:
-        return mx.where(mask, taken, hidden)
-    return taken + mask.astype(taken.dtype)
+    return mx.where(mask, taken, hidden) if mask.dtype == mx.bool_ else taken + mask
 
 
 def _heads(call: AttendCall, first: int, stop: int) -> AttendCall:
@@ -314,42 +308,23 @@ def _scales(view: KVView) -> mx.array:
     return _counted(view).scales.flatten(2)[:, :, : view.packed_tokens, None]
 
 
+def _mended(view: KVView) -> KVView:
+    """The view with another number in the place of a scale that is NaN."""
+    packed = _counted(view)
+    scales = mx.where(mx.isnan(packed.scales), mx.array(0, mx.float16), packed.scales)
+    return replace(view, packed=packed._replace(scales=scales))
+
+
 def _begun_after(earlier: mx.array, view: KVView) -> KVView:
     """A view that is not decoded before ``earlier`` is there."""
     packed = _counted(view)
     return replace(view, packed=packed._replace(words=after(earlier, packed.words)))
 
 
-# ---- broken tokens ------------------------------------------------------------------------------
-
-
-def _is_broken(view: KVView) -> mx.array:
-    """Which tokens decode to NaN, bool ``[B, K, S]``; exact ones are taken as they are."""
+def _between_ends(view: KVView, of_packed: mx.array) -> mx.array:
+    """Something of the packed tokens, ``[B, K, T, 1]``, with zeros for sink and tail."""
     sink = min(view.sink, view.exact_tokens)
-    ends = [(0, 0), (0, 0), (sink, view.exact_tokens - sink)]
-    return mx.pad(mx.isnan(_scales(view)[..., 0]), ends, constant_values=mx.array(False))
-
-
-def _mended(view: KVView) -> KVView:
-    """The view without NaNs among the packed tokens."""
-    packed = _counted(view)
-    scales = mx.where(mx.isnan(packed.scales), mx.array(0, mx.float16), packed.scales)
-    return replace(view, packed=packed._replace(scales=scales))
-
-
-def _seen_broken(
-    call: AttendCall, output: mx.array, broken: mx.array, mask: mx.array | str | None
-) -> mx.array:
-    """The output, but NaN for queries that see a broken token."""
-    if not isinstance(mask, mx.array):
-        return output
-    broken = mx.repeat(broken, call.heads // call.kv_heads, axis=1)[:, :, None]
-    sees = mx.any(_is_shown(mask) & broken, axis=-1, keepdims=True)
-    return mx.where(sees, mx.array(mx.nan, output.dtype), output)
-
-
-def _is_shown(mask: mx.array) -> mx.array:
-    return mask if mask.dtype == mx.bool_ else mask != -mx.inf
+    return mx.pad(of_packed, [(0, 0), (0, 0), (sink, view.exact_tokens - sink), (0, 0)])
 
 
 # ---- MLX's attention ----------------------------------------------------------------------------
@@ -383,7 +358,8 @@ def _unless_blind(output: mx.array, mask: mx.array | str | None) -> mx.array:
     """The output, but 0 for queries to which every token is hidden."""
     if not isinstance(mask, mx.array):
         return output
-    shown = _is_shown(mask if mask.ndim > 1 else mask.reshape(1, -1))
+    mask = mask if mask.ndim > 1 else mask.reshape(1, -1)
+    shown = mask if mask.dtype == mx.bool_ else mask != -mx.inf
     return mx.where(mx.any(shown, axis=-1, keepdims=True), output, mx.array(0, output.dtype))
 
 

@@ -5,14 +5,16 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from rotormlx.codec import rotation
-from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed, codec
+from rotormlx.codec.format import KEY, ROLES, Codec, codec
 from rotormlx.config import BITS, ROTATIONS, RotorConfig
-from rotormlx.mlx import hook, integration, prefill
+from rotormlx.kernels.parts import LEAST_ROWS
+from rotormlx.mlx import backends, hook, integration, prefill
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
-from rotormlx.mlx.backends import backend, mlx_ops
+from rotormlx.mlx.backends import backend
 from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY, MLXBackend, Prompts
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -113,7 +115,7 @@ def test_ragged_rows(each_way, mask, length):
     check(case, attend_cases.with_own_lengths)
 
 
-@pytest.mark.parametrize("mask", ["causal", "padding"])
+@pytest.mark.parametrize("mask", ["none", "causal"])
 def test_rows_with_channel_scales_of_their_own(each_way, mask):
     check(replace(MANY, mask=mask), attend_cases.with_own_scales)
 
@@ -121,3 +123,284 @@ def test_rows_with_channel_scales_of_their_own(each_way, mask):
 @pytest.mark.parametrize("change", [{"sink": 0}, {"missing": 0}, {"blocks": 1, "missing": 63}])
 def test_edges_of_the_packed_tokens(each_way, change):
     check(replace(MANY, mask="causal", **change))
+
+
+def test_calibrated_rotations(each_way):
+    """A matrix of its own for every KV head, none of which keeps lengths."""
+    case = replace(MANY, mask="causal", channel_scale="none")
+    made = attend_cases.problem(case)
+    matrices = np.random.default_rng(3).normal(size=(3, 64, 64)) + 8 * np.eye(64)
+    chosen = rotation.calibrated(matrices.astype(np.float32))
+    keys = replace(made.views[0], codec=Codec(KEY, 4, chosen))
+    given = (made.queries, keys, made.views[1])
+    expected = np.array(MLXBackend().attend(AttendCall(*given, **made.options)))
+    found = np.array(LIBRARY_RUNNER.attend(*given, **made.options))
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "bool"])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_broken_token_reaches_no_query_that_does_not_see_it(each_way, role, mask):
+    """Who does not see it answers bit for bit as if it were zero, who sees it with a NaN."""
+    made = attend_cases.problem(replace(MANY, mask=mask))
+    index, token = ROLES.index(role), 30
+    found = []
+    for scale in (0.0, np.nan):
+        views = list(made.views)
+        scales = views[index].packed.scales + 0
+        scales[:, :, 0, token - made.case.sink] = scale
+        views[index] = replace(views[index], packed=views[index].packed._replace(scales=scales))
+        found.append(np.array(LIBRARY_RUNNER.attend(made.queries, *views, **made.options)))
+    mask = made.options["mask"]
+    seen = True if isinstance(mask, str) else np.array(mask)[..., token]
+    seen = np.broadcast_to(seen, found[0].shape[:3])
+    assert np.isnan(found[1][seen]).all()
+    assert np.array_equal(found[0][~seen], found[1][~seen])
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "bool"])
+def test_a_broken_exact_key_reaches_no_query_that_does_not_see_it(each_way, mask):
+    made = attend_cases.problem(replace(MANY, mask=mask))
+    token = made.case.tokens - 20
+    found = []
+    for number in (0.0, np.nan):
+        exact = made.views[0].exact + 0
+        exact[:, :, token - made.case.packed_tokens, 3] = number
+        views = replace(made.views[0], exact=exact), made.views[1]
+        found.append(np.array(LIBRARY_RUNNER.attend(made.queries, *views, **made.options)))
+    mask = made.options["mask"]
+    seen = np.arange(36)[:, None] >= 16 if isinstance(mask, str) else np.array(mask)[..., token]
+    seen = np.broadcast_to(seen.reshape(-1) if seen.ndim < 3 else seen, found[0].shape[:3])
+    assert np.isnan(found[1][seen]).all()
+    assert np.array_equal(found[0][~seen], found[1][~seen])
+
+
+@pytest.mark.parametrize("mask", [False, -np.inf])
+def test_a_query_that_sees_nothing_gives_zero(each_way, mask):
+    made = attend_cases.problem(MANY)
+    options = {"scale": 0.1, "mask": mx.array(mask)}
+    assert np.array_equal(
+        LIBRARY_RUNNER.attend(made.queries, *made.views, **options), 0 * made.expected
+    )
+
+
+# ---- nothing packed -----------------------------------------------------------------------------
+
+TOKENS = 90
+
+
+def exact_views(dtype, rows=None):
+    """Keys and values with room behind their tokens, and those tokens."""
+    views, given = [], []
+    for role, dim in zip(ROLES, (64, 80), strict=True):
+        x = mx.random.normal((3, 2, TOKENS, dim)).astype(dtype)
+        chosen = codec(RotorConfig(), dim, layer=0, role=role)
+        room = mx.full((3, 2, 9, dim), mx.nan, dtype)
+        buffer = mx.concatenate([x, room], axis=2)
+        views.append(KVView(chosen, buffer, None, None, 4, 0, TOKENS, rows))
+        given.append(x)
+    return views, given
+
+
+@pytest.mark.parametrize("dtype", attend_cases.DTYPES)
+@pytest.mark.parametrize("length", [TOKENS, TOKENS - 2, 1])
+@pytest.mark.parametrize("mask", [*MASKS, "logits"])
+def test_the_first_chunk_is_that_of_an_exact_cache(mask, length, dtype):
+    """Bit for bit, whatever the number of queries, but for those that see nothing."""
+    dtype = attend_cases.DTYPES[dtype]
+    views, (keys, values) = exact_views(dtype)
+    queries = mx.random.normal((3, 4, length, 64)).astype(dtype)
+    logits = None
+    if mask == "logits":
+        mask, logits = "causal", mx.linspace(-1, 2, 4).astype(dtype)
+    case = Case(batch=3, kv_heads=2, length=length, blocks=0, tail=TOKENS - 4, mask=mask)
+    given, sees = attend_cases.make_mask(case), mx.array(True)
+    if isinstance(given, np.ndarray):
+        sees = mx.array((given if given.dtype == bool else given > -np.inf).any(-1, keepdims=True))
+        given = mx.array(given if given.dtype == bool else given.astype(np.float32))
+        given = given if given.dtype == mx.bool_ else given.astype(dtype)
+    options = {"scale": 0.125, "mask": given}
+    found = LIBRARY_RUNNER.attend(queries, *views, sink_logits=logits, **options)
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, sinks=logits, **options)
+    assert found.dtype == dtype
+    assert mx.array_equal(found, mx.where(sees, expected, mx.array(0, dtype))).item()
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_a_first_chunk_of_ragged_rows_is_that_of_each_alone(mask):
+    lengths = (TOKENS, 50, 0)
+    views, given = exact_views(mx.float32, tuple((0, n) for n in lengths))
+    queries = mx.random.normal((3, 4, 60, 64))
+    column, last = mx.arange(TOKENS), mx.arange(60)[:, None] + TOKENS - 60
+    window = (column <= last) & (column > last - 9)
+    found = LIBRARY_RUNNER.attend(
+        queries, *views, scale=0.1, mask=window if mask == "window" else mask
+    )
+    for row, tokens in enumerate(lengths):
+        first = max(0, 60 - tokens) if mask == "causal" else 0
+        keys, values = (x[row : row + 1, :, :tokens] for x in given)
+        own = window[:, :tokens] if mask == "window" else mask
+        q = queries[row : row + 1, :, first:]
+        expected = mx.zeros((1, 4, 60, 80))
+        if tokens:
+            expected[:, :, first:] = mx.fast.scaled_dot_product_attention(
+                q, keys, values, scale=0.1, mask=own
+            )
+        if mask == "window":
+            expected = mx.where(mx.any(own, axis=-1, keepdims=True), expected, mx.array(0.0))
+        assert mx.array_equal(found[row : row + 1], expected).item(), row
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "gemma3_text"])
+def test_a_prompt_in_one_chunk_has_the_logits_of_the_exact_cache(model_type, monkeypatch):
+    """gpt_oss has sink logits; both others but llama have sliding windows."""
+    monkeypatch.setenv("ROTORMLX_BACKEND", "mlx")
+    model, prompt = tiny.build(model_type), tiny.tokens(300)
+    exact = make_prompt_cache(model)
+    expected = tiny.logits(model, prompt, exact, chunk=300)
+    with hook.in_place():
+        caches = integration.make_prompt_cache(model, RotorConfig(window=16))
+        found = tiny.logits(model, prompt, caches, chunk=300)
+    assert any(isinstance(cache, RotorKVCache) for cache in caches)
+    assert mx.array_equal(found, expected).item()
+
+
+# ---- through the cache --------------------------------------------------------------------------
+
+
+def read_in_chunks(cache, keys, values, queries, chunk, mask=None):
+    """Outputs of a prompt that is read in chunks."""
+    outputs = []
+    for start in range(0, keys.shape[2], chunk):
+        part = slice(start, start + chunk)
+        own = cache.make_mask(keys[:, :, part].shape[2], *(() if mask is None else (mask,)))
+        views = cache.update_and_fetch(keys[:, :, part], values[:, :, part])
+        outputs.append(attend_view(queries[:, :, part], *views, scale=0.125, mask=own))
+        mx.eval(outputs[-1])
+    return np.array(mx.concatenate(outputs, axis=2))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_later_chunks_of_ragged_batches(each_backend, window):
+    """Left padding and own channel scales, as the backend's attention reads them."""
+    found = []
+    shape = (2, 2, 400, 64)
+    keys, values = mx.random.normal(shape), mx.random.normal(shape)
+    queries = mx.random.normal((2, 4, 400, 64))
+    with hook.in_place():
+        for prompts in (Prompts(LIBRARY, LIBRARY), Prompts(KERNEL, KERNEL)):
+            backend().prompts = prompts
+            cache = BatchRotorKVCache([0, 150], RotorConfig(window=16))
+            found.append(read_in_chunks(cache, keys, values, queries, 100, window))
+    # Queries of padding see nothing, or no other than padding.
+    found[0][1, :, :150] = found[1][1, :, :150] = 0
+    assert np.abs(found[0] - found[1]).max() <= 4e-6 * np.abs(found[1]).max()
+
+
+# ---- the choice ---------------------------------------------------------------------------------
+
+
+def call_of(case):
+    made = attend_cases.problem(case)
+    return AttendCall(made.queries, *made.views, **made.options)
+
+
+def test_the_faster_is_chosen(monkeypatch):
+    on_cpu = {"cpu": Prompts(KERNEL, KERNEL), "mlx": Prompts(LIBRARY, KERNEL)}
+    for name, prompts in on_cpu.items():
+        assert backends._BACKENDS[name][0]().prompts == prompts
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for name in ("metal", "mlx_cuda", "mlx"):
+        assert backends._BACKENDS[name][0]().prompts == Prompts(LIBRARY, LIBRARY)
+
+
+@pytest.mark.parametrize("first", [LIBRARY, KERNEL])
+@pytest.mark.parametrize("later", [LIBRARY, KERNEL])
+def test_the_choice_may_be_set(first, later):
+    chosen = MLXBackend()
+    chosen.prompts = Prompts(first, later)
+    assert prefill.choice(call_of(replace(MANY, blocks=0)), chosen) == first
+    assert prefill.choice(call_of(MANY), chosen) == later
+
+
+def test_what_the_library_cannot_do_well_is_left_to_the_backend(monkeypatch):
+    chosen = MLXBackend()
+    chosen.prompts = Prompts(LIBRARY, LIBRARY)
+    few = replace(MANY, length=LEAST_ROWS // MANY.repeats)
+    assert prefill.choice(call_of(few), chosen) == KERNEL
+    assert prefill.choice(call_of(replace(few, length=few.length + 1)), chosen) == LIBRARY
+    # A causal mask may hide packed tokens of a view that no step gives.
+    causal = replace(MANY, mask="causal")
+    assert prefill.choice(call_of(replace(causal, tail=36)), chosen) == LIBRARY
+    assert prefill.choice(call_of(replace(causal, tail=35)), chosen) == KERNEL
+    # Tokens of a KV head that do not fit; the key has a channel more.
+    head_bytes = 4 * max(65, 80) * MANY.tokens
+    monkeypatch.setattr(prefill, "MOST_BYTES", head_bytes)
+    assert prefill.choice(call_of(MANY), chosen) == LIBRARY
+    monkeypatch.setattr(prefill, "MOST_BYTES", head_bytes - 1)
+    assert prefill.choice(call_of(MANY), chosen) == KERNEL
+
+
+@pytest.mark.parametrize(
+    ("generation", "dims", "expected"),
+    [
+        (13, (64, 64), (72, 72, True)),
+        (13, (80, 80), (96, 96, True)),
+        (13, (96, 96), (128, 128, True)),
+        (13, (112, 112), (128, 128, True)),
+        (13, (128, 128), (128, 128, False)),
+        (13, (64, 96), (96, 96, True)),
+        (17, (64, 64), (96, 96, True)),
+        (17, (80, 80), (96, 96, True)),
+        (17, (128, 128), (128, 128, False)),
+        (13, (192, 192), (193, 192, True)),
+    ],
+    ids=str,
+)
+def test_the_noise_leaves_mlx_on_its_fast_path(generation, dims, expected, monkeypatch):
+    """head_dims of keys and values, and whether the noise is a channel, on Apple's GPUs."""
+    metal = (64, 72, 80, 96, 128)
+    monkeypatch.setattr(prefill, "_is_fast", lambda dim, *_: dim in metal)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": f"applegpu_g{generation}s"})
+    found = prefill._layout(call_of(Case(dims=dims, dtype="bf16")))
+    assert found[:3] == expected
+    assert found.is_fast == (dims[0] <= 128)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def peak_bytes(step):
+    """Bytes that a step takes at its peak, beside what there was."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(step())
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_memory_is_bounded(each_way, mask, monkeypatch):
+    """Tiles and scores take what they may, however long the history and the chunk are."""
+    # tiles of one of 8 heads
+    batch, kv_heads, repeats, length, packed, dim = 1, 8, 2, 256, 2048, 64
+    tokens = packed + length + 4
+    tile = tokens * dim * 4
+    monkeypatch.setattr(prefill, "TILE_BYTES", tile)
+    monkeypatch.setattr(prefill, "SCORE_BYTES", tile)
+    views = []
+    for role in ROLES:
+        chosen = codec(RotorConfig(), dim, layer=0, role=role)
+        x = mx.random.normal((batch, kv_heads, packed, dim))
+        exact = mx.random.normal((batch, kv_heads, length + 4, dim))
+        made = MLXBackend().encode(x, chosen)
+        views.append(KVView(chosen, exact, made, None, 4, packed, tokens))
+    queries = mx.random.normal((batch, kv_heads * repeats, length, dim))
+    given = "causal"
+    if mask == "window":
+        column, last = mx.arange(tokens), mx.arange(length)[:, None] + tokens - length
+        given = (column <= last) & (column > last - 500)
+    mx.eval(queries, given, *((v.exact, v.packed) for v in views))
+    del x, exact, made
+    taken = peak_bytes(lambda: LIBRARY_RUNNER.attend(queries, *views, scale=0.125, mask=given))
+    print(taken / tile, queries.nbytes / tile)
