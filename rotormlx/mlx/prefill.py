@@ -41,7 +41,7 @@ TILE_BYTES = 2**24
 MOST_BYTES = 2**26
 # Bytes of scores, or of a mask in their shape, where there must be some. On Metal 32 queries take
 # 64 bytes of it for each token; so it is 32 threadgroups at 32,768 tokens.
-SCORE_BYTES = 2**26
+SCORE_BYTES = 2**25
 # head_dims for which MLX may have a kernel that stores no scores and is the faster for it.
 _FAST_DIMS = range(8, 129, 8)
 # Those at which MLX uses the matrix units that Apple's GPUs have since generation 17 (M5).
@@ -163,33 +163,34 @@ def _attend_heads(
     if isinstance(mask, mx.array):
         # What hides a token hides its number. A weight of zero would not hide a NaN.
         broken = mx.isnan(_scales(keys)) | mx.isnan(_scales(values))
-        of_keys = mx.where(_between_ends(keys, broken), mx.array(mx.nan), of_keys)
+        of_keys = _spoiled(of_keys, _joined(keys, mx.zeros((1, 1, 1, 1), mx.bool_), broken))
         keys, values = _mended(keys), _mended(values)
+    if not layout.has_channel:
+        # A mask that is added does not hide one either.
+        broken = ~mx.all(mx.isfinite(keys.exact), axis=-1, keepdims=True)
+        of_keys = _spoiled(of_keys, _joined(keys, broken, mx.zeros((1, 1, 1, 1), mx.bool_)))
+        keys = replace(keys, exact=mx.where(broken, mx.array(0, keys.dtype), keys.exact))
     if earlier:
         keys = _begun_after(earlier[-1], keys)
     k = _in_place(keys, backend, dtype)
     v = _in_place(_begun_after(k, values), backend, dtype)
     if layout.has_channel:
-        k = mx.concatenate([k, of_keys.astype(dtype)], axis=-1)
-        queries = mx.concatenate([queries, of_queries.astype(dtype)], axis=-1)
+        k = _widened(k, layout.key_dim, of_keys.astype(dtype))
+        queries = _widened(queries, layout.key_dim, of_queries.astype(dtype))
     else:
-        # A mask that is added hides no NaN either.
-        broken = ~mx.all(mx.isfinite(k), axis=-1, keepdims=True)
-        k = mx.where(broken, mx.array(0, dtype), k)
-        of_keys = mx.where(broken, mx.array(mx.nan), of_keys)
         of_keys = mx.repeat(mx.swapaxes(of_keys, -1, -2), call.heads // call.kv_heads, axis=1)
-    queries, k = _padded(queries, layout.key_dim), _padded(k, layout.key_dim)
-    v = _padded(v, layout.value_dim)
+        queries, k = _widened(queries, layout.key_dim), _widened(k, layout.key_dim)
+    v = _widened(v, layout.value_dim)
     outputs: list[mx.array] = []
     for start, stop in tiles(call.length, _rows_at_once(call, layout)):
         # A causal mask hides what comes behind the last of these queries.
         seen = call.keys.tokens - (call.length - stop if call.is_causal else 0)
         part = queries[:, :, start:stop]
+        lost = (call.scale * of_queries[:, :, start:stop]).astype(dtype)
         if outputs:
-            part = after(outputs[-1], part)
+            part, lost = mx.depends([part, lost], [outputs[-1]])
         own = whole = _rows_of(mask, start, stop)
         if not layout.has_channel:
-            lost = (call.scale * of_queries[:, :, start:stop]).astype(dtype)
             whole = _with_noise(own, lost, of_keys[..., :seen].astype(dtype))
         output = _library(call, part, k[:, :, :seen], v[:, :, :seen], whole)
         outputs.append(_unless_blind(output[..., : call.value_dim], own))
@@ -209,10 +210,7 @@ def _in_place(view: KVView, backend: MLXBackend, dtype: mx.Dtype) -> mx.array:
     decoded = backend.decode(
         _counted(view), view.codec, channel_scale=view.channel_scale, dtype=dtype
     )
-    exact = view.exact[:, :, : view.exact_tokens].astype(dtype)
-    sink = min(view.sink, view.exact_tokens)
-    ends = exact[:, :, :sink], exact[:, :, sink:]
-    return mx.concatenate([ends[0], decoded[:, :, : view.packed_tokens], ends[1]], axis=2)
+    return _joined(view, view.exact.astype(dtype), decoded[:, :, : view.packed_tokens])
 
 
 def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
@@ -234,7 +232,7 @@ def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
     if call.queries.dtype == mx.float16:
         of_queries = mx.maximum(of_queries, -LARGEST_FLOAT16)
     of_queries = of_queries.reshape(call.batch, call.heads, call.length, 1)
-    return of_queries, _between_ends(keys, square / power)
+    return of_queries, _joined(keys, mx.zeros((1, 1, 1, 1)), square / power)
 
 
 def _with_noise(mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.array) -> mx.array:
@@ -248,7 +246,8 @@ def _with_noise(mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.a
         return taken
     if isinstance(mask, str):
         length = taken.shape[2]
-        own = taken[..., -length:]
+        # Not of what is taken, which is then written in place.
+        own = of_queries * of_keys[..., -length:]
         taken[..., -length:] = mx.where(mx.tri(length, dtype=mx.bool_), own, hidden)
         return taken
     return mx.where(mask, taken, hidden) if mask.dtype == mx.bool_ else taken + mask
@@ -321,10 +320,18 @@ def _begun_after(earlier: mx.array, view: KVView) -> KVView:
     return replace(view, packed=packed._replace(words=after(earlier, packed.words)))
 
 
-def _between_ends(view: KVView, of_packed: mx.array) -> mx.array:
-    """Something of the packed tokens, ``[B, K, T, 1]``, with zeros for sink and tail."""
-    sink = min(view.sink, view.exact_tokens)
-    return mx.pad(of_packed, [(0, 0), (0, 0), (sink, view.exact_tokens - sink), (0, 0)])
+def _joined(view: KVView, of_exact: mx.array, of_packed: mx.array) -> mx.array:
+    """Rows of exact tokens, or one row for all, and of packed ones, in the order of the tokens."""
+    sink, exact = min(view.sink, view.exact_tokens), view.exact_tokens
+    if of_exact.shape[2] == 1:
+        of_exact = mx.broadcast_to(of_exact, (*of_packed.shape[:2], exact, of_packed.shape[3]))
+    ends = of_exact[:, :, :sink], of_exact[:, :, sink:exact]
+    shape = (*ends[0].shape[:2], view.packed_tokens, ends[0].shape[3])
+    return mx.concatenate([ends[0], mx.broadcast_to(of_packed, shape), ends[1]], axis=2)
+
+
+def _spoiled(numbers: mx.array, broken: mx.array) -> mx.array:
+    return mx.where(broken, mx.array(mx.nan), numbers)
 
 
 # ---- MLX's attention ----------------------------------------------------------------------------
@@ -403,9 +410,12 @@ def _channels(head_dim: int, dtype: mx.Dtype) -> int:
     return head_dim if not has_units or head_dim in _UNIT_DIMS else 4 * head_dim
 
 
-def _padded(x: mx.array, dim: int) -> mx.array:
-    missing = dim - x.shape[-1]
-    return mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x
+def _widened(x: mx.array, dim: int, *channels: mx.array) -> mx.array:
+    """The rows with more channels, and zeros behind them up to ``dim``."""
+    missing = dim - x.shape[-1] - len(channels)
+    if missing:
+        channels += (mx.zeros((*x.shape[:-1], missing), x.dtype),)
+    return mx.concatenate([x, *channels], axis=-1) if channels else x
 
 
 def _rows_of(mask: mx.array | str | None, start: int, stop: int) -> mx.array | str | None:
