@@ -1,8 +1,10 @@
-"""Decode attention on the device at hand: ``python scripts/bench_attention.py``.
+"""Attention on the device at hand: ``python scripts/bench_attention.py``.
 
 One query token over a history, through rotormlx's packed cache, mlx-lm's own 4-bit quantized cache
-and MLX's attention on the exact cache. All run in this process, in turn, so that they share
-whatever else the machine is doing; the table gives medians.
+and MLX's attention on the exact cache. With ``--queries``, a chunk of a prompt behind the history:
+exact, and packed by MLX's attention over decoded tokens (library) and by the backend's (kernel),
+with the memory that each takes. All run in this process, in turn, so that they share whatever else
+the machine is doing; the table gives medians.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from rich.table import Table
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend
+from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY, Prompts
 from rotormlx.mlx.cache.single import RotorKVCache
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -71,6 +74,58 @@ def contenders(
     }
 
 
+def chunk_contenders(
+    tokens: int,
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: mx.Dtype,
+    bits: list[int],
+) -> dict[str, Callable[[], mx.array]]:
+    """A chunk of ``queries`` tokens behind ``tokens`` others, by each cache and each attention."""
+    shape = (1, kv_heads, tokens + queries, head_dim)
+    keys, values = (mx.random.normal(shape).astype(dtype) for _ in "kv")
+    query = mx.random.normal((1, heads, queries, head_dim)).astype(dtype)
+    mx.eval(keys, values, query)
+    attention = {"scale": head_dim**-0.5, "mask": "causal"}
+
+    def rotor(width: int, way: str) -> Callable[[], mx.array]:
+        cache = RotorKVCache(RotorConfig(width, width))
+        for start in range(0, tokens, FILL_TOKENS):
+            part = slice(start, min(start + FILL_TOKENS, tokens))
+            cache.update_and_fetch(keys[:, :, part], values[:, :, part])
+            mx.eval(cache.state)
+        views = cache.update_and_fetch(keys[:, :, tokens:], values[:, :, tokens:])
+        mx.eval(*((view.exact, view.packed) for view in views))
+
+        def step() -> mx.array:
+            backend().prompts = Prompts(way, way)
+            return attend_view(query, *views, **attention)
+
+        return step
+
+    return {
+        "exact (mx.fast)": lambda: mx.fast.scaled_dot_product_attention(
+            query, keys, values, **attention
+        ),
+        **{
+            f"rotormlx {width} bit, {way}": rotor(width, way)
+            for width in bits
+            for way in (LIBRARY, KERNEL)
+        },
+    }
+
+
+def peak_megabytes(step: Callable[[], mx.array]) -> float:
+    """Memory that a step takes beside what there is before it."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(step())
+    return (mx.get_peak_memory() - before) / 1e6
+
+
 def median_ms(steps: dict[str, Callable[[], mx.array]], runs: int) -> dict[str, float]:
     """Median time of each step in milliseconds, the steps taken in turn."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
@@ -90,32 +145,37 @@ def main(
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 2,
     head_dim: int = 128,
+    queries: Annotated[int, typer.Option(help="Tokens attended at once; 1 is a decode step.")] = 1,
     runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 11,
     output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """Time one decode step of attention against mlx-lm's own caches."""
-    console = Console()
-    medians = {
-        tokens: median_ms(
-            contenders(
-                tokens, heads, kv_heads, head_dim, DTYPES[dtype], [int(b) for b in bits.split(",")]
-            ),
-            runs,
-        )
-        for tokens in track([int(c) for c in contexts.split(",")], "Timing", console=console)
-    }
+    """Time attention against mlx-lm's own caches."""
+    console, widths = Console(), [int(b) for b in bits.split(",")]
+    shape = (heads, kv_heads, head_dim, DTYPES[dtype], widths)
+    medians, megabytes = {}, {}
+    for tokens in track([int(c) for c in contexts.split(",")], "Timing", console=console):
+        if queries == 1:
+            medians[tokens] = median_ms(contenders(tokens, *shape), runs)
+            continue
+        steps = chunk_contenders(tokens, queries, *shape)
+        medians[tokens] = median_ms(steps, runs)
+        megabytes[tokens] = {name: peak_megabytes(step) for name, step in steps.items()}
     title = (
-        f"Decode attention, ms: {heads} query and {kv_heads} KV heads, head_dim {head_dim}, "
-        f"{dtype}, {mx.default_device()}, backend {backend().name}"
+        f"Attention of {queries} tokens, ms: {heads} query and {kv_heads} KV heads, head_dim "
+        f"{head_dim}, {dtype}, {mx.default_device()}, backend {backend().name}"
     )
-    table = Table("tokens", *next(iter(medians.values())), title=title)
+    other = "mlx-lm 4 bit" if queries == 1 else "exact (mx.fast)"
+    table = Table("history", *next(iter(medians.values())), title=title)
     for tokens, row in medians.items():
-        reference = row["mlx-lm 4 bit"]
-        table.add_row(f"{tokens:,}", *(f"{ms:.2f} ({ms / reference:.2f}x)" for ms in row.values()))
+        cells = [f"{ms:.2f} ({ms / row[other]:.2f}x)" for ms in row.values()]
+        if queries > 1:
+            taken = megabytes[tokens].values()
+            cells = [f"{cell}, {mb:.0f} MB" for cell, mb in zip(cells, taken, strict=True)]
+        table.add_row(f"{tokens:,}", *cells)
     console.print(table)
-    console.print("In brackets: time relative to mlx-lm's 4-bit attention.")
+    console.print(f"In brackets: time relative to {other}.")
     if output is not None:
-        facts = {"title": title, "runs": runs, "median_ms": medians}
+        facts = {"title": title, "runs": runs, "median_ms": medians, "peak_mb": megabytes}
         output.write_text(json.dumps(facts, indent=2) + "\n")
 
 
