@@ -100,7 +100,7 @@ def chunk_contenders(
         mx.eval(*((view.exact, view.packed) for view in views))
 
         def step() -> mx.array:
-            backend().prompts = Prompts(way, way)
+            backend().timed_prompts = Prompts(way, way)
             return attend_view(query, *views, **attention)
 
         return step

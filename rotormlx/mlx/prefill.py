@@ -90,14 +90,15 @@ def attend(call: AttendCall, backend: MLXBackend) -> mx.array:
 def choice(call: AttendCall, backend: MLXBackend) -> str:
     """What does a call: ``"library"``, MLX's own attention, or ``"kernel"``, the backend's.
 
-    Where both can, ``backend.prompts`` decides, which whoever has timed them may set.
+    Where both can, it is what ``backend.timed_prompts`` says, else ``backend.prompts``.
     """
     if 0 in call.output_shape or not call.keys.tokens:
         return KERNEL
     many = call.group_rows > LEAST_ROWS
+    prompts = backend.timed_prompts or backend.prompts(call.queries.dtype)
     if not call.keys.packed_tokens:
-        return backend.prompts.first if many or _is_alike(call) else KERNEL
-    return backend.prompts.later if many and _is_able(call) else KERNEL
+        return prompts.first if many or _is_alike(call) else KERNEL
+    return prompts.later if many and _is_able(call) else KERNEL
 
 
 def _is_alike(call: AttendCall) -> bool:

@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, K KV heads, L queries, N blocks, D head_dim.
 from __future__ import annotations
 
 import math
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -39,9 +39,8 @@ class CPUBackend(MLXBackend):
 
     name = "cpu"
 
-    @cached_property
-    def prompts(self) -> Prompts:
-        """The library of this package: MLX's attention is 13 to 50 times as slow on a CPU."""
+    def prompts(self, dtype: mx.Dtype) -> Prompts:
+        """Native code: MLX's own attention takes 30 times as long on a CPU; docs/CPU.md."""
         return Prompts(KERNEL, KERNEL)
 
     def _encode(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -70,11 +70,15 @@ class MLXBackend:
 
     name = "mlx"
 
-    @cached_property
-    def prompts(self) -> Prompts:
-        """The faster attention for prompts, by estimate or measured; see docs/KERNELS.md."""
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        return Prompts(LIBRARY, LIBRARY if on_gpu else KERNEL)
+    # What somebody who has timed both on this device prefers to `prompts`.
+    timed_prompts: Prompts | None = None
+
+    def prompts(self, dtype: mx.Dtype) -> Prompts:
+        """The faster attention for prompts, by estimate or measured: docs/KERNELS.md."""
+        if mx.default_device().type == mx.DeviceType.gpu:
+            return Prompts(LIBRARY, LIBRARY)
+        # MLX multiplies 16 bits more slowly on a CPU than float32, which the operations here use.
+        return Prompts(LIBRARY if dtype == mx.float32 else KERNEL, KERNEL)
 
     def encode(
         self,
