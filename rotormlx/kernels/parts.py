@@ -1,12 +1,8 @@
-"""How attention is cut: by the number of query rows, and a sequence into parts."""
+"""How a sequence is cut into parts, each done by its own threadgroups."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-# With fewer query rows of a KV head, attention reads packed tokens as they are; with more, a host's
-# own attention over decoded ones may be the faster.
-LEAST_ROWS = 64
 
 
 class Parts(NamedTuple):

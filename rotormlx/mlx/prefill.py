@@ -24,10 +24,10 @@ from rotormlx.codec import codebook
 from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.codec.rotation import calibrated
-from rotormlx.kernels.parts import LEAST_ROWS
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.mlx_ops import (
     KERNEL,
+    LIBRARY,
     MLXBackend,
     after,
     rotated_queries,
@@ -35,18 +35,21 @@ from rotormlx.mlx.backends.mlx_ops import (
 )
 from rotormlx.mlx.cache.view import KVView
 
+# With fewer query rows of a KV head, the backend's attention reads packed tokens as they are: on
+# Metal, decoding them costs what is saved on 200 to 300 rows, by estimate (docs/KERNELS.md).
+LEAST_ROWS = 256
 # Bytes of decoded keys, and of decoded values: KV heads are done together up to so many.
 TILE_BYTES = 2**24
 # Those of a single KV head may be more: 262,144 tokens at head_dim 128 in 16 bits.
 MOST_BYTES = 2**26
-# Bytes of scores, or of a mask in their shape, where there must be some. On Metal 32 queries take
-# 64 bytes of it for each token; so it is 32 threadgroups at 32,768 tokens.
+# Bytes of scores, or of a mask in their shape, where there must be some: 512 query rows at 32,768
+# tokens in 16 bits.
 SCORE_BYTES = 2**25
 # head_dims for which MLX may have a kernel that stores no scores and is the faster for it.
 _FAST_DIMS = range(8, 129, 8)
 # Those at which MLX uses the matrix units that Apple's GPUs have since generation 17 (M5).
 _UNIT_DIMS = (64, 96, 128)
-# What a mask costs a score, in channels: by estimate, docs/KERNELS.md says how.
+# What a mask costs a score, in channels, by estimate (docs/KERNELS.md).
 _MASK_CHANNELS = 32
 _SMALLEST = 1e-30
 _EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
@@ -94,11 +97,11 @@ def choice(call: AttendCall, backend: MLXBackend) -> str:
     """
     if 0 in call.output_shape or not call.keys.tokens:
         return KERNEL
-    many = call.group_rows > LEAST_ROWS
+    many = call.group_rows >= LEAST_ROWS
     prompts = backend.timed_prompts or backend.prompts(call.queries.dtype)
     if not call.keys.packed_tokens:
         return prompts.first if many or _is_alike(call) else KERNEL
-    return prompts.later if many and _is_able(call) else KERNEL
+    return LIBRARY if many and prompts.later == LIBRARY and _is_able(call) else KERNEL
 
 
 def _is_alike(call: AttendCall) -> bool:
@@ -374,9 +377,9 @@ def _unless_blind(output: mx.array, mask: mx.array | str | None) -> mx.array:
 def _layout(call: AttendCall) -> Layout:
     """The cheapest way, in channels of a score."""
     dtype, has_mask = call.queries.dtype, call.mask_array is not None
-    device = str(mx.default_device())
-    dims = [dim for dim in _FAST_DIMS if _is_fast(dim, dtype, has_mask, device)]
-    masked_dims = [dim for dim in _FAST_DIMS if _is_fast(dim, dtype, True, device)]
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    dims = [dim for dim in _FAST_DIMS if _is_fast(dim, dtype, has_mask, on_gpu)]
+    masked_dims = [dim for dim in _FAST_DIMS if _is_fast(dim, dtype, True, on_gpu)]
     ways = [
         (_channels(dim, dtype), Layout(dim, dim, True, True))
         for dim in dims
@@ -393,8 +396,10 @@ def _layout(call: AttendCall) -> Layout:
 
 
 @cache
-def _is_fast(head_dim: int, dtype: mx.Dtype, has_mask: bool, _device: str, /) -> bool:
-    """Whether MLX has a kernel for prompts that stores no scores, on its default device."""
+def _is_fast(head_dim: int, dtype: mx.Dtype, has_mask: bool, on_gpu: bool) -> bool:
+    """Whether MLX has a kernel for prompts that stores no scores: it refuses a call if not."""
+    if not on_gpu:
+        return False
     x = mx.zeros((1, 1, 16, head_dim), dtype)
     mask = mx.zeros((16, 16), dtype) if has_mask else None
     try:

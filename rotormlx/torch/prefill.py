@@ -20,11 +20,12 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from rotormlx.codec import codebook
 from rotormlx.codec.format import BLOCK, Packed
-from rotormlx.kernels.parts import LEAST_ROWS
 from rotormlx.torch import ops, torch_ops
 from rotormlx.torch.store import Rows, groups
 from rotormlx.torch.torch_ops import AttendCall, KVView
 
+# With fewer query rows of a KV head, attention reads packed tokens as they are.
+LEAST_ROWS = 64
 # Numbers of keys that are decoded at once: 32 MiB in 16 bits, and as much for values.
 TILE_NUMBERS = 2**24
 # Rows for torch's attention are multiples of 16 bytes in every dtype.

@@ -10,7 +10,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from rotormlx.codec import rotation
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, codec
 from rotormlx.config import BITS, ROTATIONS, RotorConfig
-from rotormlx.kernels.parts import LEAST_ROWS
 from rotormlx.mlx import backends, hook, integration, prefill
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
@@ -45,7 +44,8 @@ LIBRARY_RUNNER = Library()
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """One KV head and a few queries at once, so that every case takes several."""
+    """One KV head and a few queries at once, so that every case takes several; few are many."""
+    monkeypatch.setattr(prefill, "LEAST_ROWS", 64)
     monkeypatch.setattr(prefill, "TILE_BYTES", 1)
     monkeypatch.setattr(prefill, "SCORE_BYTES", 2**15)
 
@@ -332,9 +332,8 @@ def test_the_choice_may_be_set(first, later):
 def test_what_the_library_cannot_do_well_is_left_to_the_backend(monkeypatch):
     chosen = MLXBackend()
     chosen.timed_prompts = Prompts(LIBRARY, LIBRARY)
-    few = replace(MANY, length=LEAST_ROWS // MANY.repeats)
-    assert prefill.choice(call_of(few), chosen) == KERNEL
-    assert prefill.choice(call_of(replace(few, length=few.length + 1)), chosen) == LIBRARY
+    assert prefill.choice(call_of(replace(MANY, length=31)), chosen) == KERNEL
+    assert prefill.choice(call_of(replace(MANY, length=32)), chosen) == LIBRARY
     # A causal mask may hide packed tokens of a view that no step gives.
     causal = replace(MANY, mask="causal")
     assert prefill.choice(call_of(replace(causal, tail=36)), chosen) == LIBRARY

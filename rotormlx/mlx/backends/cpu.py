@@ -40,7 +40,7 @@ class CPUBackend(MLXBackend):
     name = "cpu"
 
     def prompts(self, dtype: mx.Dtype) -> Prompts:
-        """Native code: MLX's own attention takes 30 times as long on a CPU; docs/CPU.md."""
+        """Native code: MLX's own attention takes 30 times as long: docs/KERNELS.md."""
         return Prompts(KERNEL, KERNEL)
 
     def _encode(
