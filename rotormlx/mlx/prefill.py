@@ -25,14 +25,8 @@ from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.codec.rotation import calibrated
 from rotormlx.mlx.attend_call import AttendCall
-from rotormlx.mlx.backends.mlx_ops import (
-    KERNEL,
-    LIBRARY,
-    MLXBackend,
-    after,
-    rotated_queries,
-    tiles,
-)
+from rotormlx.mlx.backends import Backend
+from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY, after, rotated_queries, tiles
 from rotormlx.mlx.cache.view import KVView
 
 # With fewer query rows of a KV head, the backend's attention reads packed tokens as they are: on
@@ -75,7 +69,7 @@ class Layout(NamedTuple):
         return not (self.is_fast and self.has_channel)
 
 
-def attend(call: AttendCall, backend: MLXBackend) -> mx.array:
+def attend(call: AttendCall, backend: Backend) -> mx.array:
     """Attention over a partly packed cache, by MLX's own or by the backend.
 
     Returns:
@@ -90,7 +84,7 @@ def attend(call: AttendCall, backend: MLXBackend) -> mx.array:
     return mx.concatenate([_attend_alike(row, backend) for row in call.rows()])
 
 
-def choice(call: AttendCall, backend: MLXBackend) -> str:
+def choice(call: AttendCall, backend: Backend) -> str:
     """What does a call: ``"library"``, MLX's own attention, or ``"kernel"``, the backend's.
 
     Where both can, it is what ``backend.timed_prompts`` says, else ``backend.prompts``.
@@ -123,7 +117,7 @@ def _is_able(call: AttendCall) -> bool:
     )
 
 
-def _attend_alike(call: AttendCall, backend: MLXBackend) -> mx.array:
+def _attend_alike(call: AttendCall, backend: Backend) -> mx.array:
     """The same for batch rows that are alike."""
     tokens, length = call.keys.tokens, call.length
     if not tokens:
@@ -143,7 +137,7 @@ def _attend_alike(call: AttendCall, backend: MLXBackend) -> mx.array:
 # ---- packed tokens, decoded ---------------------------------------------------------------------
 
 
-def _attend_decoded(call: AttendCall, backend: MLXBackend) -> mx.array:
+def _attend_decoded(call: AttendCall, backend: Backend) -> mx.array:
     """The KV heads, as many at once as fit."""
     layout = _layout(call)
     widest = max(layout.key_dim, layout.value_dim)
@@ -158,7 +152,7 @@ def _attend_decoded(call: AttendCall, backend: MLXBackend) -> mx.array:
 
 
 def _attend_heads(
-    call: AttendCall, backend: MLXBackend, layout: Layout, earlier: list[mx.array]
+    call: AttendCall, backend: Backend, layout: Layout, earlier: list[mx.array]
 ) -> list[mx.array]:
     """The outputs of some KV heads, begun when an earlier output is there."""
     queries, keys, values = call.queries, call.keys, call.values
@@ -209,7 +203,7 @@ def _rows_at_once(call: AttendCall, layout: Layout) -> int:
     return max(1, SCORE_BYTES // a_query)
 
 
-def _in_place(view: KVView, backend: MLXBackend, dtype: mx.Dtype) -> mx.array:
+def _in_place(view: KVView, backend: Backend, dtype: mx.Dtype) -> mx.array:
     """All tokens, ``[B, K, S, D]``: sink, decoded ones, tail."""
     decoded = backend.decode(
         _counted(view), view.codec, channel_scale=view.channel_scale, dtype=dtype

@@ -11,6 +11,9 @@ import mlx.core as mx
 from rotormlx.mlx.backends import cpu, cuda, metal
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 
+# All backends have its operations.
+Backend = MLXBackend
+
 _CPU = mx.Device(mx.cpu)
 
 # Best first, each with what tells why this process cannot run it.
