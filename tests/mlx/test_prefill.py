@@ -93,9 +93,18 @@ def test_bits(each_backend, bits):
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize("mask", ["causal", "bool"])
+@pytest.mark.parametrize("mask", ["causal", "bool", "additive"])
 def test_16_bits(each_way, mask, dtype):
-    check(replace(MANY, dtype=dtype, mask=mask), roundings=8)
+    """With sink logits, and masks to add, of float32."""
+    check(replace(MANY, dtype=dtype, mask=mask, sink_logits=True), roundings=8)
+
+
+def test_noise_beyond_float16_is_no_nan(each_way):
+    """Exact tokens, off whose scores nothing is taken, go on."""
+    made = attend_cases.problem(replace(MANY, bits=(2, 2), dtype="f16", mask="causal"))
+    queries = made.queries * 300
+    output = LIBRARY_RUNNER.attend(queries, *made.views, scale=1.0, mask="causal")
+    assert mx.all(mx.isfinite(output)).item()
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
@@ -232,7 +241,7 @@ def test_the_first_chunk_is_that_of_an_exact_cache(mask, length, dtype):
     assert mx.array_equal(found, mx.where(sees, expected, mx.array(0, dtype))).item()
 
 
-@pytest.mark.parametrize("mask", ["causal", "window"])
+@pytest.mark.parametrize("mask", [None, "causal", "window"])
 def test_a_first_chunk_of_ragged_rows_is_that_of_each_alone(mask):
     lengths = (TOKENS, 50, 0)
     views, given = exact_views(mx.float32, tuple((0, n) for n in lengths))
@@ -436,3 +445,22 @@ def test_memory_is_bounded(each_way, mask, monkeypatch):
     # 10 to 14 tiles: those in use, some on their way, and the queries and the output, 2 each. With
     # all KV heads at once it is 37 and more; with all queries, 40, where there are scores.
     assert peak_bytes(lambda: prefill.attend(call, Counted())) < 20 * tile
+
+
+def test_batch_rows_are_done_by_themselves_if_a_kv_head_of_all_does_not_fit(monkeypatch):
+    shapes = []
+
+    class Recorded(Counted):
+        def decode(self, packed, codec, **options):
+            shapes.append(packed.scales.shape[:2])
+            return super().decode(packed, codec, **options)
+
+    def shapes_within(most):
+        monkeypatch.setattr(prefill, "MOST_BYTES", most)
+        shapes.clear()
+        mx.eval(prefill.attend(call_of(MANY), Recorded()))
+        return set(shapes)
+
+    head_bytes = 4 * max(65, 80) * MANY.tokens
+    assert shapes_within(2 * head_bytes) == {(2, 1)}
+    assert shapes_within(2 * head_bytes - 1) == {(1, 1)}
