@@ -171,7 +171,7 @@ def _attend_heads(
     if earlier:
         keys = _begun_after(earlier[-1], keys)
     k = _in_place(keys, backend, dtype)
-    v = _in_place(_begun_after(k, values), backend, dtype)
+    v = _in_place(values, backend, dtype)
     if layout.has_channel:
         k = _widened(k, layout.key_dim, of_keys.astype(dtype))
         queries = _widened(queries, layout.key_dim, of_queries.astype(dtype))
