@@ -1,8 +1,10 @@
-"""Decode attention on the device at hand: ``python scripts/bench_attention.py``.
+"""Attention on the device at hand: ``python scripts/bench_attention.py``.
 
 One query token over a history, through rotormlx's packed cache, mlx-lm's own 4-bit quantized cache
-and MLX's attention on the exact cache. All run in this process, in turn, so that they share
-whatever else the machine is doing; the table gives medians.
+and MLX's attention on the exact cache. With ``--queries``, a chunk of a prompt behind the history:
+exact, and packed by MLX's attention over decoded tokens (library) and by the backend's (kernel),
+with the memory that each takes. All run in this process, in turn, so that they share whatever else
+the machine is doing; the table gives medians.
 """
 
 from __future__ import annotations
@@ -17,8 +19,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from rotormlx.measure.attention_time import QUANTIZED, Shape, decode_steps, median_ms
+from rotormlx.measure.attention_time import (
+    EXACT,
+    QUANTIZED,
+    Shape,
+    decode_steps,
+    median_ms,
+    peak_megabytes,
+    prompt_steps,
+)
 from rotormlx.mlx.backends import backend
+from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -30,29 +41,37 @@ def main(
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 2,
     head_dim: int = 128,
+    queries: Annotated[int, typer.Option(help="Tokens attended at once; 1 is a decode step.")] = 1,
     runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 11,
     output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """Time one decode step of attention against mlx-lm's own caches."""
-    console = Console()
+    """Time attention against mlx-lm's own caches."""
+    console, widths = Console(), [int(b) for b in bits.split(",")]
     shape = Shape(1, heads, kv_heads, head_dim, DTYPES[dtype])
-    widths = [int(b) for b in bits.split(",")]
-    medians = {
-        tokens: median_ms(decode_steps(shape, tokens, widths), runs)
-        for tokens in track([int(c) for c in contexts.split(",")], "Timing", console=console)
-    }
+    medians, megabytes = {}, {}
+    for tokens in track([int(c) for c in contexts.split(",")], "Timing", console=console):
+        if queries == 1:
+            medians[tokens] = median_ms(decode_steps(shape, tokens, widths), runs)
+            continue
+        steps = prompt_steps(shape, tokens, queries, widths, (LIBRARY, KERNEL))
+        medians[tokens] = median_ms(steps, runs)
+        megabytes[tokens] = {name: peak_megabytes(step) for name, step in steps.items()}
     title = (
-        f"Decode attention, ms: {heads} query and {kv_heads} KV heads, head_dim {head_dim}, "
-        f"{dtype}, {mx.default_device()}, backend {backend().name}"
+        f"Attention of {queries} tokens, ms: {heads} query and {kv_heads} KV heads, head_dim "
+        f"{head_dim}, {dtype}, {mx.default_device()}, backend {backend().name}"
     )
-    table = Table("tokens", *next(iter(medians.values())), title=title)
+    other = QUANTIZED if queries == 1 else EXACT
+    table = Table("history", *next(iter(medians.values())), title=title)
     for tokens, row in medians.items():
-        reference = row[QUANTIZED]
-        table.add_row(f"{tokens:,}", *(f"{ms:.2f} ({ms / reference:.2f}x)" for ms in row.values()))
+        cells = [f"{ms:.2f} ({ms / row[other]:.2f}x)" for ms in row.values()]
+        if queries > 1:
+            taken = megabytes[tokens].values()
+            cells = [f"{cell}, {mb:.0f} MB" for cell, mb in zip(cells, taken, strict=True)]
+        table.add_row(f"{tokens:,}", *cells)
     console.print(table)
-    console.print("In brackets: time relative to mlx-lm's 4-bit attention.")
+    console.print(f"In brackets: time relative to {other}.")
     if output is not None:
-        facts = {"title": title, "runs": runs, "median_ms": medians}
+        facts = {"title": title, "runs": runs, "median_ms": medians, "peak_mb": megabytes}
         output.write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -35,7 +35,13 @@ from rotormlx.measure.attention_time import (
 )
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.backends.metal import rotor3_quantize_dequantize
-from rotormlx.mlx.backends.mlx_ops import levels_of_codes, matrix, nearest_magnitude
+from rotormlx.mlx.backends.mlx_ops import (
+    KERNEL,
+    LIBRARY,
+    levels_of_codes,
+    matrix,
+    nearest_magnitude,
+)
 
 HEAD_DIM, KV_HEADS = 128, 8
 PAPER_BITS = 3
@@ -92,7 +98,7 @@ def prefill(contexts: list[int], runs: int, length: int) -> list[Row]:
     rows = []
     shape = Shape(1, 4 * KV_HEADS, KV_HEADS, HEAD_DIM, mx.float16)
     for tokens in contexts:
-        steps = prompt_steps(shape, tokens, length, [4])
+        steps = prompt_steps(shape, tokens, length, [4], (LIBRARY, KERNEL))
         for name, ms in median_ms(steps, runs).items():
             rows.append({"tokens": tokens, "queries": length, "contender": name, "ms": ms})
     return rows

@@ -14,6 +14,8 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.attention import attend_view
+from rotormlx.mlx.backends import backend
+from rotormlx.mlx.backends.mlx_ops import Prompts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
 
@@ -77,7 +79,9 @@ def decode_steps(shape: Shape, tokens: int, bits: Sequence[int]) -> Steps:
     return steps
 
 
-def prompt_steps(shape: Shape, tokens: int, length: int, bits: Sequence[int]) -> Steps:
+def prompt_steps(
+    shape: Shape, tokens: int, length: int, bits: Sequence[int], ways: Sequence[str] = ()
+) -> Steps:
     """A chunk of a prompt behind a history, causally, with an exact cache and with ours.
 
     Args:
@@ -85,6 +89,8 @@ def prompt_steps(shape: Shape, tokens: int, length: int, bits: Sequence[int]) ->
         tokens: Of the history.
         length: Tokens of the chunk.
         bits: Widths of our caches.
+        ways: Attention that is tried, ``"library"`` or ``"kernel"`` (see
+            :func:`rotormlx.mlx.prefill.choice`); by default what is chosen here.
     """
     keys, values = (shape.random(shape.kv_heads, tokens + length) for _ in "kv")
     query = shape.random(shape.heads, length)
@@ -95,10 +101,21 @@ def prompt_steps(shape: Shape, tokens: int, length: int, bits: Sequence[int]) ->
     }
     for width in bits:
         views = _views(keys, values, width, last=length)
-        steps[rotor_name(width)] = partial(
-            attend_view, query, *views, scale=shape.scale, mask="causal"
-        )
+        step = partial(attend_view, query, *views, scale=shape.scale, mask="causal")
+        for way in ways:
+            steps[f"{rotor_name(width)}, {way}"] = partial(_in_way, way, step)
+        if not ways:
+            steps[rotor_name(width)] = step
     return steps
+
+
+def _in_way(way: str, step: Callable[[], mx.array]) -> mx.array:
+    chosen = backend()
+    before, chosen.timed_prompts = chosen.timed_prompts, Prompts(way, way)
+    try:
+        return step()
+    finally:
+        chosen.timed_prompts = before
 
 
 def _views(keys: mx.array, values: mx.array, bits: int, *, last: int) -> tuple[KVView, KVView]:
@@ -112,6 +129,15 @@ def _views(keys: mx.array, values: mx.array, bits: int, *, last: int) -> tuple[K
     views = cache.update_and_fetch(keys[:, :, history:], values[:, :, history:])
     mx.eval(cache.state)
     return views
+
+
+def peak_megabytes(step: Callable[[], mx.array]) -> float:
+    """Memory that a step takes beside what there is before it."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(step())
+    return (mx.get_peak_memory() - before) / 1e6
 
 
 def median_ms(steps: Steps, runs: int) -> dict[str, float]:

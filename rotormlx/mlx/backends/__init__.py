@@ -14,6 +14,9 @@ from rotormlx.mlx.backends.kept import findings
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.backends.vectors import Operation, operations
 
+# All backends have its operations.
+Backend = MLXBackend
+
 _CPU = mx.Device(mx.cpu)
 
 # Best first, each with what tells why this process cannot run it.

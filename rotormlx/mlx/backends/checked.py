@@ -16,7 +16,7 @@ from rotormlx.codec.format import Codec, Packed
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends.first_call import KernelError
 from rotormlx.mlx.backends.kept import Findings, device_name, findings
-from rotormlx.mlx.backends.mlx_ops import MLXBackend
+from rotormlx.mlx.backends.mlx_ops import MLXBackend, Prompts
 from rotormlx.mlx.backends.vectors import RIGHT, Operation, check
 
 # The file of vectors that decides at first use.
@@ -40,6 +40,10 @@ class CheckedBackend(MLXBackend):
     @cached_property
     def _findings(self) -> Findings:
         return findings(self.name)
+
+    def prompts(self, dtype: mx.Dtype) -> Prompts:
+        """Those of the backend."""
+        return self.fused.prompts(dtype)
 
     def replaced(self) -> dict[Operation, str]:
         """The operations that MLX's own do, as far as this process knows, and why."""

@@ -109,10 +109,21 @@ DEVICE_FN void place_packed(rotormlx_packed& packed, const uint32_t* words, cons
 _CODEC_TEXT = """
 struct CODEC {{
   enum {{ IS_KEY = {is_key}, BITS = {bits}, D = {d}, LANES = NS::LANES, HELD = NS::HELD }};
+  enum {{ NEIGHBOURS = NS::NEIGHBOURS, CELL_COUNT = NS::CELL_COUNT }};
+  enum {{ CELLS_OF_UNIT = NS::CELLS_OF_UNIT }};
   static DEVICE_FN const float* boundaries() {{ return NS::BOUNDARIES; }}
+  static DEVICE_FN const uint2* cells() {{ return NS::CELLS; }}
   template <int ROWS>
   static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {{
     NS::rotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }}
+  template <int NEAR_LANES, int ROWS>
+  static DEVICE_FN void rotate_near(float* rows, const float* coefficients, uint lane) {{
+    NS::rotate_near<NEAR_LANES, ROWS>(rows, coefficients, lane);
+  }}
+  template <int ROWS>
+  static DEVICE_FN void rotate_far(float* rows, const float* coefficients, uint lane) {{
+    NS::rotate_far<LANES, ROWS>(rows, coefficients, lane);
   }}
   template <int ROWS>
   static DEVICE_FN void unrotate(float* rows, const float* coefficients, uint lane) {{
