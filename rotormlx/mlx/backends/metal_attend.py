@@ -196,7 +196,7 @@ def variants(key_bits: int, value_bits: int) -> tuple[str, ...]:
 
     Where only one of the two widths has a way, the other takes the table.
     """
-    return tuple(dict.fromkeys(LEVELS[key_bits] + LEVELS[value_bits]))
+    return max(LEVELS[key_bits], LEVELS[value_bits], key=len)
 
 
 def chosen_variant(key_bits: int, value_bits: int) -> str:
