@@ -277,7 +277,7 @@ for (int row = 0; row < ROWS; ++row) {
   totals[row] = 0.0f;
 #ifdef ALONE
   if (HAS_SINK_LOGITS) {
-    tops[row] = float(sink_logits[kv_head * (ROWS / length) + row / length]);
+    tops[row] = float(sink_logits[(kv_head * (ROWS / length) + row / length) * sink_logits_strides[0]]);
     if (thread_index == 0) totals[row] = 1.0f;
   }
 #endif

@@ -53,7 +53,8 @@ for (int r = int(simdgroup_index_in_threadgroup); r < ROWS; r += SIMDGROUPS) {
   for (int part = lane; part < parts; part += 32) top = max(top, row_tops[part]);
   top = simd_max(top);
   if (HAS_SINK_LOGITS) {
-    const float sink = float(sink_logits[kv_head * (group_rows / length) + row / length]);
+    const int head = kv_head * (group_rows / length) + row / length;
+    const float sink = float(sink_logits[head * sink_logits_strides[0]]);
     top = max(top, sink);
     if (lane == 0) total = exp(sink - top);
   }

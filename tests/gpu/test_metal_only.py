@@ -120,6 +120,14 @@ def test_longer_vectors_take_the_operations_of_mlx():
         problem(Case(dims=(320, 64), batch=1, kv_heads=1, missing=0)).check(METAL)
 
 
+@pytest.mark.parametrize("kernels", [1, 2])
+def test_attention_sink_logits_may_have_gaps(runner, kernels):
+    posed = problem(Case(sink_logits=True, launch=Launch(kernels=kernels)))
+    logits = mx.repeat(posed.options["sink_logits"], 2)
+    logits = mx.where(mx.arange(logits.size) % 2 == 0, logits, 99.0)[::2]
+    replace(posed, options={**posed.options, "sink_logits": logits}).check(runner)
+
+
 @emulated
 def test_nothing_short_comes_to_a_kernel():
     """MLX binds fewer than 8 numbers to another address space: the kernel is compiled anew."""

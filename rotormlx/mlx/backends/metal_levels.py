@@ -41,7 +41,7 @@ def ways(key_bits: int, value_bits: int) -> tuple[str, ...]:
 
     Where only one of the two widths has a way, the other takes the table.
     """
-    return tuple(dict.fromkeys(OF_BITS[key_bits] + OF_BITS[value_bits]))
+    return max(OF_BITS[key_bits], OF_BITS[value_bits], key=len)
 
 
 def chosen(key_bits: int, value_bits: int, run: Run) -> str:
