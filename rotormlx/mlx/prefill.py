@@ -13,9 +13,10 @@ Dv of values.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -24,8 +25,11 @@ from rotormlx.codec import codebook
 from rotormlx.codec.derived import derived
 from rotormlx.codec.format import BLOCK, LARGEST_FLOAT16, Codec, Packed
 from rotormlx.codec.rotation import calibrated
+from rotormlx.config import RotorConfig
 from rotormlx.mlx.attend_call import AttendCall
-from rotormlx.mlx.backends import Backend
+from rotormlx.mlx.backends import Backend, choices, example
+from rotormlx.mlx.backends.example import Size
+from rotormlx.mlx.backends.kept import findings
 from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY, after, rotated_queries, tiles
 from rotormlx.mlx.cache.view import KVView
 
@@ -45,6 +49,10 @@ _FAST_DIMS = range(8, 129, 8)
 _UNIT_DIMS = (64, 96, 128)
 # What a mask costs a score, in channels, by estimate (docs/KERNELS.md).
 _MASK_CHANNELS = 32
+# Names what does chunks of a prompt behind packed tokens.
+VARIABLE = "ROTORMLX_PROMPTS"
+# The chunk that is timed on a GPU.
+SIZE = Size(heads=32, kv_heads=8, head_dim=128, length=512, packed_tokens=4096)
 _SMALLEST = 1e-30
 _EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
 
@@ -87,7 +95,11 @@ def attend(call: AttendCall, backend: Backend) -> mx.array:
 def choice(call: AttendCall, backend: Backend) -> str:
     """What does a call: ``"library"``, MLX's own attention, or ``"kernel"``, the backend's.
 
-    Where both can, it is what ``backend.timed_prompts`` says, else ``backend.prompts``.
+    Where both can, it is what ``ROTORMLX_PROMPTS`` names, else what ``backend.timed_prompts`` says,
+    else ``backend.prompts``; but on a GPU both are timed when the first chunk meets packed tokens.
+
+    Raises:
+        RuntimeError: If the variable names neither.
     """
     if 0 in call.output_shape or not call.keys.tokens:
         return KERNEL
@@ -95,7 +107,35 @@ def choice(call: AttendCall, backend: Backend) -> str:
     prompts = backend.timed_prompts or backend.prompts(call.queries.dtype)
     if not call.keys.packed_tokens:
         return prompts.first if many or _is_alike(call) else KERNEL
-    return LIBRARY if many and prompts.later == LIBRARY and _is_able(call) else KERNEL
+    if not (many and _is_able(call)):
+        return KERNEL
+    if (named := _named()) is not None:
+        return named
+    if backend.timed_prompts is None and mx.default_device().type == mx.DeviceType.gpu:
+        return _fastest(backend, call.keys.codec.bits, call.key_dim, call.queries.dtype)
+    return prompts.later
+
+
+def _named() -> str | None:
+    name = os.environ.get(VARIABLE)
+    if name not in (None, LIBRARY, KERNEL):
+        raise RuntimeError(
+            f"[attend] {VARIABLE} must be {LIBRARY} or {KERNEL}, but it is {name!r}; unset it."
+        )
+    return name
+
+
+@cache
+def _fastest(backend: Backend, bits: int, head_dim: int, dtype: mx.Dtype) -> str:
+    """What does a chunk behind packed tokens sooner on this device."""
+    size = SIZE._replace(head_dim=head_dim)
+    timed = example.call(RotorConfig(bits, bits), size, dtype)
+    ways = {
+        LIBRARY: partial(_attend_alike, timed, backend),
+        KERNEL: partial(backend.attend, timed),
+    }
+    name = f"attention of prompts, {bits} bits, head_dim {head_dim}, {str(dtype).split('.')[-1]}"
+    return choices.fastest(findings(backend.name), name, ways)
 
 
 def _is_alike(call: AttendCall) -> bool:

@@ -10,6 +10,7 @@ from rotormlx.codec import codebook
 from rotormlx.codec.format import TRELLIS_BITS
 from rotormlx.kernels.source import metal_text, read
 from rotormlx.mlx.backends import choices, kept, metal_attend, metal_levels
+from rotormlx.mlx.backends.example import Size
 from rotormlx.mlx.backends.metal_levels import OF_BITS, WAYS
 from tests.support import vectors as shared_vectors
 from tests.support.attend_cases import Case, Launch, of_vectors, problem
@@ -164,8 +165,7 @@ def test_the_fastest_way_on_the_device_is_taken(monkeypatch, tmp_path):
     monkeypatch.setenv("ROTORMLX_CACHE", str(tmp_path))
     monkeypatch.delenv("ROTORMLX_METAL_LEVELS", raising=False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    for name, small in {"TOKENS": 128, "HEADS": 2, "KV_HEADS": 1, "HEAD_DIM": 64}.items():
-        monkeypatch.setattr(metal_levels, name, small)
+    monkeypatch.setattr(metal_levels, "SIZE", Size(2, 1, 64, length=1, packed_tokens=128))
     monkeypatch.setattr(choices, "RUNS", 1)
     clock, outputs = [0.0], {}
 

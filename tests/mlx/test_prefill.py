@@ -13,7 +13,8 @@ from rotormlx.config import BITS, ROTATIONS, RotorConfig
 from rotormlx.mlx import backends, hook, integration, prefill
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
-from rotormlx.mlx.backends import backend
+from rotormlx.mlx.backends import backend, choices, kept
+from rotormlx.mlx.backends.example import Size
 from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY, MLXBackend, Prompts
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -349,6 +350,51 @@ def test_the_choice_may_be_set(first, later):
     chosen.timed_prompts = Prompts(first, later)
     assert prefill.choice(call_of(replace(MANY, blocks=0)), chosen) == first
     assert prefill.choice(call_of(MANY), chosen) == later
+
+
+@pytest.mark.parametrize("faster", [LIBRARY, KERNEL])
+def test_on_a_gpu_both_are_timed_once(faster, monkeypatch, tmp_path):
+    """The same chunk goes through both; the one that took less is kept."""
+    monkeypatch.setenv("ROTORMLX_CACHE", str(tmp_path))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(prefill, "SIZE", Size(4, 2, 128, length=36, packed_tokens=128))
+    monkeypatch.setattr(prefill, "_is_fast", lambda *_: False)
+    monkeypatch.setattr(choices, "RUNS", 1)
+    clock, outputs = [0.0], {}
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: clock[0])
+
+    def timed(name, attend):
+        def attended(call, *backend):
+            clock[0] += 1 if name == faster else 2
+            outputs[name] = attend(call, *backend)
+            return outputs[name]
+
+        return attended
+
+    monkeypatch.setattr(prefill, "_attend_alike", timed(LIBRARY, prefill._attend_alike))
+    chosen = MLXBackend()
+    monkeypatch.setattr(chosen, "attend", timed(KERNEL, chosen.attend))
+    call = call_of(replace(MANY, bits=(3, 4), dims=(64, 64), dtype="f16"))
+    assert prefill.choice(call, chosen) == faster
+    found = [np.array(output.astype(mx.float32)) for output in outputs.values()]
+    assert len(found) == 2
+    assert found[0].shape == (1, 4, 36, 64)
+    assert np.abs(found[0] - found[1]).max() <= 2**-8 * np.abs(found[0]).max()
+    (kept_as,) = kept.findings("mlx").everything().items()
+    assert kept_as == ("attention of prompts, 3 bits, head_dim 64, float16", faster)
+    outputs.clear()
+    assert prefill.choice(call, chosen) == faster
+    assert outputs == {}
+
+
+def test_the_choice_may_be_named(monkeypatch):
+    chosen, call = MLXBackend(), call_of(MANY)
+    for name in (LIBRARY, KERNEL):
+        monkeypatch.setenv("ROTORMLX_PROMPTS", name)
+        assert prefill.choice(call, chosen) == name
+    monkeypatch.setenv("ROTORMLX_PROMPTS", "abacus")
+    with pytest.raises(RuntimeError, match="must be library or kernel, but it is 'abacus'"):
+        prefill.choice(call, chosen)
 
 
 def test_what_the_library_cannot_do_well_is_left_to_the_backend(monkeypatch):
