@@ -1,11 +1,13 @@
 // Raw keys or values to packed words, scales and centres (docs/FORMAT.md, section 5).
 //
-// One thread block a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from
-// the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte
-// each, then meet in shared memory, where every thread packs whole words. For trellis codes numbers meet there before,
-// slice by slice, and two lanes find the path of one sequence.
+// One thread block a block of one KV head; a warp has the same tokens throughout. At first a row is near: each of
+// NEAR_LANES lanes has NEIGHBOURS neighbouring channels of it, as they lie in memory, takes the centre off and does
+// those stages of the rotation whose groups lie so. Then rows turn, through shared memory, and are far: each of LANES
+// lanes has channels of the whole row, and does the other stages, the norm and the codes. The codes, a byte each, meet
+// in shared memory, where every thread packs whole words. For trellis codes numbers meet there before, slice by slice,
+// and two lanes find the path of one sequence.
 //
-// Codec names bits, D, the rotation and the table of boundaries of keys or of values; see codecs.cuh.
+// Codec names bits, D, the rotation and the tables of keys or of values; see codecs.cuh.
 #pragma once
 
 // Where a block comes from and goes to. Arrays of the block alone.
@@ -23,155 +25,298 @@ struct BlockCall {
   const uint* state;           // [D], or null
 };
 
-// How the threads of a block share its rows, and the shared memory that they need.
+// How the threads of a block share its rows, and the shared memory that they need, in words.
 template <typename Codec, int THREADS>
 struct EncodePlan {
-  static constexpr int D = Codec::D, LANES = Codec::LANES, HELD = Codec::HELD;
-  static constexpr int WORKERS = THREADS / LANES, WARP_ROWS = 32 / LANES, WARPS = THREADS / 32;
-  static constexpr int ROWS = BLOCK / WORKERS;  // tokens of a lane: every WORKERS-th
-  using Encoder = BlockEncoder<Codec::BITS, Codec::IS_KEY != 0, D, LANES, HELD, BLOCK, THREADS, 48 * 1024>;
-  // A row of tokens as loaded, of any dtype. 16 numbers more, so that rows side by side begin at other banks.
-  static constexpr int ROW_WORDS = D + 16, WARP_WORDS = WARP_ROWS * ROW_WORDS;
+  static constexpr int D = Codec::D, LANES = Codec::LANES, HELD = Codec::HELD, WARPS = THREADS / 32;
+  // Far rows: those of a thread, of which its warp has WARP_ROWS side by side.
+  static constexpr int WORKERS = THREADS / LANES, WARP_ROWS = 32 / LANES, ROWS = BLOCK / WORKERS;
+  using Channels = LaneRow<D, LANES, HELD>;
+  // Near rows likewise. Some lanes may have no channels.
+  static constexpr int NEIGHBOURS = Codec::NEIGHBOURS, FILLED = (D + NEIGHBOURS - 1) / NEIGHBOURS;
+  static constexpr int NEAR_LANES = FILLED > 16 ? 32 : FILLED > 8 ? 16 : FILLED > 4 ? 8 : 4;
+  static constexpr int NEAR_WORKERS = THREADS / NEAR_LANES, WARP_NEAR_ROWS = 32 / NEAR_LANES;
+  static constexpr int NEAR_ROWS = BLOCK / NEAR_WORKERS;
+  using NearChannels = LaneRow<D, NEAR_LANES, NEIGHBOURS>;
+  // A warp turns AT_ONCE rows at once: NEAR_TURN near ones of a lane become FAR_TURN far ones.
+  static constexpr int AT_ONCE = WARP_ROWS > WARP_NEAR_ROWS ? WARP_ROWS : WARP_NEAR_ROWS;
+  static constexpr int NEAR_TURN = AT_ONCE / WARP_NEAR_ROWS, FAR_TURN = AT_ONCE / WARP_ROWS;
+  static constexpr int TURNS = ROWS / FAR_TURN;
+  // Many rows turn in parts of their channels.
+  static constexpr int PART = LANES < 16 ? 64 : NEAR_LANES * NEIGHBOURS, PARTS = (D + PART - 1) / PART;
+  // Behind NEIGHBOURS numbers are four words more, behind a row as many as make it an odd number of half the banks:
+  // lanes then meet no bank twice, neither side by side nor in rows side by side.
+  static constexpr int SPREAD = NEIGHBOURS + 4, ROW_CHANNELS = PART < D ? PART : FILLED * NEIGHBOURS;
+  static constexpr int ROW_SPREAD = ROW_CHANNELS / NEIGHBOURS * SPREAD;
+  static constexpr int ROW_WORDS = (ROW_SPREAD + 15) / 32 * 32 + 16, WARP_WORDS = AT_ONCE * ROW_WORDS;
+  // Tables: centres, two a word, the levels of all codes, and at 8 bits the cells of |z|.
+  static constexpr int LEVELS = D / 2, CELLS = LEVELS + Stored<Codec::BITS>::LEVELS;
+  static constexpr int TABLE_WORDS = CELLS + 2 * Codec::CELL_COUNT;
+  using Encoder = BlockEncoder<Codec::BITS, Codec::IS_KEY != 0, D, LANES, HELD, BLOCK, THREADS,
+                               48 * 1024 - 4 * TABLE_WORDS>;
   static constexpr int ROWS_WORDS = WARPS * WARP_WORDS, NUMBERS = Encoder::NUMBERS;
   static constexpr int CODES = BLOCK * Encoder::CODE_STRIDE;
-  static constexpr int WORDS = ROWS_WORDS > NUMBERS ? ROWS_WORDS : NUMBERS;
+  // The tables begin where the rows, or numbers of sequences, end.
+  static constexpr int TABLES = ((ROWS_WORDS > NUMBERS ? ROWS_WORDS : NUMBERS) + 3) / 4 * 4;
+  static constexpr int WORDS = TABLES + TABLE_WORDS;
+
+  // The token of row i of the AT_ONCE of a turn.
+  static DEVICE_FN uint token_of(uint warp, uint turn, uint i) {
+    return warp * WARP_ROWS + i % WARP_ROWS + (i / WARP_ROWS * TURNS + turn) * WORKERS;
+  }
+  // That of near row q of this thread.
+  static DEVICE_FN uint near_token(uint q) {
+    const uint i = threadIdx.x % 32 / NEAR_LANES + q % NEAR_TURN * WARP_NEAR_ROWS;
+    return token_of(threadIdx.x / 32, q / NEAR_TURN, i);
+  }
 };
 
-// rows [ROWS, CHANNELS] of a lane from x [64, D], in pieces of 16 bytes that go through the warp's part of shared
-// memory; channels that do not exist become 0.
+// Near rows [NEAR_ROWS, NEIGHBOURS] of a thread from x [64, D], by 16 bytes; channels that do not exist become 0.
 template <typename Codec, int THREADS, typename T>
-DEVICE_FN void load_rows(const T* x, int64_t x_stride, uint* shared, float* rows) {
+DEVICE_FN void load_rows(const T* x, int64_t x_stride, float* near) {
   using Plan = EncodePlan<Codec, THREADS>;
-  using Channels = LaneRow<Plan::D, Plan::LANES, Plan::HELD>;
-  constexpr int CHANNELS = Channels::CHANNELS, A_PIECE = 16 / sizeof(T), PIECES = Plan::D / A_PIECE;
-  constexpr int ALL = Plan::WARP_ROWS * PIECES, LOADS = (ALL + 31) / 32;
-  constexpr int AT_ONCE = divisor(Plan::ROWS, LOADS < 8 ? 8 / LOADS : 1);  // rows that are under way
-  const int warp = int(threadIdx.x) / 32, warp_lane = int(threadIdx.x) % 32;
-  uint* of_warp = shared + warp * Plan::WARP_WORDS;
+  constexpr int NEIGHBOURS = Plan::NEIGHBOURS, A_PIECE = 16 / sizeof(T);
+  const uint first = threadIdx.x % Plan::NEAR_LANES * NEIGHBOURS;
 #pragma unroll
-  for (int first = 0; first < Plan::ROWS; first += AT_ONCE) {
-    uint4 pieces[AT_ONCE][LOADS];
+  for (int q = 0; q < Plan::NEAR_ROWS; ++q) {
+    const T* row = x + Plan::near_token(q) * x_stride + first;
 #pragma unroll
-    for (int r = 0; r < AT_ONCE; ++r) {
+    for (int p = 0; p < NEIGHBOURS; p += A_PIECE) {
+      uint4 piece = {0, 0, 0, 0};
+      if (Plan::NearChannels::exists(first + p)) piece = *reinterpret_cast<const uint4*>(row + p);
+      T numbers[A_PIECE];
+      memcpy(numbers, &piece, sizeof(piece));
 #pragma unroll
-      for (int n = 0; n < LOADS; ++n) {
-        const int i = warp_lane + 32 * n;
-        if (i < ALL) {
-          const int token = warp * Plan::WARP_ROWS + i / PIECES + (first + r) * Plan::WORKERS;
-          pieces[r][n] = *reinterpret_cast<const uint4*>(x + token * x_stride + i % PIECES * A_PIECE);
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < AT_ONCE; ++r) {
-#pragma unroll
-      for (int n = 0; n < LOADS; ++n) {
-        const int i = warp_lane + 32 * n;
-        T* row = reinterpret_cast<T*>(of_warp) + i / PIECES * Plan::ROW_WORDS;
-        if (i < ALL) *reinterpret_cast<uint4*>(row + i % PIECES * A_PIECE) = pieces[r][n];
-      }
-      __syncwarp();  // the pieces are there
-      const T* row = reinterpret_cast<const T*>(of_warp) + warp_lane / Plan::LANES * Plan::ROW_WORDS;
-#pragma unroll
-      for (int p = 0; p < CHANNELS; ++p) {
-        const int c = Channels::channel(warp_lane % Plan::LANES, p);
-        rows[(first + r) * CHANNELS + p] = Channels::exists(c) ? to_float(row[c]) : 0.0f;
-      }
-      __syncwarp();  // no pieces are in use
+      for (int i = 0; i < A_PIECE; ++i) near[q * NEIGHBOURS + p + i] = to_float(numbers[i]);
     }
   }
 }
 
+// The sum over the tokens of a warp of each channel of this lane, /64, to `of_warp` [D]. Rows that are not finite are
+// left out. The order is that of far rows: first those of a worker.
+template <typename Codec, int THREADS>
+DEVICE_FN void sum_rows(const float* near, uint* of_warp) {
+  using Plan = EncodePlan<Codec, THREADS>;
+  constexpr int NEIGHBOURS = Plan::NEIGHBOURS, NEAR_ROWS = Plan::NEAR_ROWS, NEAR_TURN = Plan::NEAR_TURN;
+  // SIDE lanes have the first rows of workers, the next SIDE lanes the next, and so on.
+  constexpr int NEAR_LANES = Plan::NEAR_LANES, FAR_TURN = Plan::FAR_TURN, SIDE = 32 / FAR_TURN, WIDTH = 8;
+  const uint lane = threadIdx.x % 32;
+  uint broken = 0;
+#pragma unroll
+  for (int q = 0; q < NEAR_ROWS; ++q) {
+#pragma unroll
+    for (int p = 0; p < NEIGHBOURS; ++p) broken |= is_finite(near[q * NEIGHBOURS + p]) ? 0u : 1u << q;
+  }
+  broken = lane_any<NEAR_LANES>(broken);
+  // Few channels at once, for want of registers.
+#pragma unroll
+  for (int first = 0; first < NEIGHBOURS; first += WIDTH) {
+    float sums[NEAR_TURN * WIDTH];
+#pragma unroll
+    for (int i = 0; i < NEAR_TURN * WIDTH; ++i) sums[i] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < FAR_TURN; ++j) {
+      // Each goes on from what the lanes before it have, so that the last are right.
+#pragma unroll
+      for (int i = 0; i < (j > 0 ? WIDTH : 0); ++i) sums[i] = __shfl_sync(~0u, sums[i], (lane - SIDE) & 31);
+#pragma unroll
+      for (int q = 0; q < NEAR_ROWS; ++q) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+          const float x = broken >> q & 1u ? 0.0f : near[q * NEIGHBOURS + first + i];
+          // Divided first: a power of two, and the sum cannot overflow.
+          const float weight = 1.0f / BLOCK;
+          float& sum = sums[q % NEAR_TURN * WIDTH + i];
+          sum = fmaf(weight, x, sum);
+        }
+      }
+    }
+#pragma unroll
+    for (int mask = NEAR_LANES; mask < SIDE; mask *= 2) {
+#pragma unroll
+      for (int i = 0; i < NEAR_TURN * WIDTH; ++i) sums[i] += shuffle_xor(sums[i], ushort(mask));
+    }
+#pragma unroll
+    for (int step = 1; step < NEAR_TURN; step *= 2) {
+#pragma unroll
+      for (int n = 0; n < NEAR_TURN; n += 2 * step) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) sums[n * WIDTH + i] += sums[(n + step) * WIDTH + i];
+      }
+    }
+    const uint c = lane % NEAR_LANES * NEIGHBOURS + first;
+    if (lane / NEAR_LANES == (FAR_TURN - 1) * SIDE / NEAR_LANES && Plan::NearChannels::exists(c)) {
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) of_warp[c + i] = bits_of_float(sums[i]);
+    }
+  }
+}
+
+// Takes the centre off near rows: the mean of the block, which becomes the block's, or the block's own.
+template <typename Codec, int THREADS>
+DEVICE_FN void subtract_centre(const BlockCall& call, float* near, uint* shared) {
+  using Plan = EncodePlan<Codec, THREADS>;
+  constexpr int D = Plan::D, NEIGHBOURS = Plan::NEIGHBOURS;
+  const int thread = int(threadIdx.x);
+  uint* centres = shared + Plan::TABLES;  // [D / 2], two a word
+  if (call.takes_means) {
+    sum_rows<Codec, THREADS>(near, shared + threadIdx.x / 32 * D);
+    __syncthreads();  // sums written
+  }
+  if (thread < D / 2) {
+    __half centre[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int c = 2 * thread + i;
+      if (call.takes_means) {
+        float mean = 0.0f;
+#pragma unroll
+        for (int w = 0; w < Plan::WARPS; ++w) mean += float_of_bits(shared[w * D + c]);
+        centre[i] = __float2half_rn(fminf(fmaxf(mean, -65504.0f), 65504.0f));
+        call.centres[c] = centre[i];
+      } else {
+        centre[i] = call.centres[c];
+      }
+    }
+    centres[thread] = half_pair(__half2float(centre[0]), __half2float(centre[1]));
+  }
+  __syncthreads();  // centres written
+  const uint first = uint(thread) % Plan::NEAR_LANES * NEIGHBOURS;
+#pragma unroll
+  for (int p = 0; p < NEIGHBOURS; p += 2) {
+    if (Plan::NearChannels::exists(first + p)) {
+      const uint pair = centres[(first + p) / 2];
+      const float low = __half2float(half_of_bits(ushort(pair))), high = __half2float(half_of_bits(ushort(pair >> 16)));
+#pragma unroll
+      for (int q = 0; q < Plan::NEAR_ROWS; ++q) {
+        near[q * NEIGHBOURS + p] -= low;
+        near[q * NEIGHBOURS + p + 1] -= high;
+      }
+    }
+  }
+}
+
+// Near rows [NEAR_ROWS, NEIGHBOURS] of a thread become far rows [ROWS, CHANNELS], through the warp's part of shared
+// memory; channels that do not exist become 0.
+template <typename Codec, int THREADS>
+DEVICE_FN void turn_rows(const float* near, uint* shared, float* rows) {
+  using Plan = EncodePlan<Codec, THREADS>;
+  using Channels = typename Plan::Channels;
+  constexpr int CHANNELS = Channels::CHANNELS, NEIGHBOURS = Plan::NEIGHBOURS, PART = Plan::PART;
+  const uint warp_lane = threadIdx.x % 32, near_lane = warp_lane % Plan::NEAR_LANES;
+  uint* of_warp = shared + threadIdx.x / 32 * Plan::WARP_WORDS;
+#pragma unroll
+  for (int turn = 0; turn < Plan::TURNS; ++turn) {
+#pragma unroll
+    for (int part = 0; part < Plan::PARTS; ++part) {
+      __syncwarp();  // no rows are in use
+#pragma unroll
+      for (int n = 0; n < Plan::NEAR_TURN; ++n) {
+        const float* row = near + (turn * Plan::NEAR_TURN + n) * NEIGHBOURS;
+        const uint i = warp_lane / Plan::NEAR_LANES + n * Plan::WARP_NEAR_ROWS;
+        uint* to = of_warp + i * Plan::ROW_WORDS + near_lane % (PART / NEIGHBOURS) * Plan::SPREAD;
+#pragma unroll
+        for (int p = 0; p < NEIGHBOURS; p += 4) {
+          const bool is_of_part = Plan::PARTS == 1 || near_lane / (PART / NEIGHBOURS) == part;
+          if (is_of_part && Plan::NearChannels::exists(near_lane * NEIGHBOURS + p)) {
+            *reinterpret_cast<uint4*>(to + p) = uint4{bits_of_float(row[p]), bits_of_float(row[p + 1]),
+                                                      bits_of_float(row[p + 2]), bits_of_float(row[p + 3])};
+          }
+        }
+      }
+      __syncwarp();  // the rows are there
+#pragma unroll
+      for (int n = 0; n < Plan::FAR_TURN; ++n) {
+        const uint* row = of_warp + (warp_lane / Plan::LANES + n * Plan::WARP_ROWS) * Plan::ROW_WORDS;
+#pragma unroll
+        for (int p = 0; p < CHANNELS; ++p) {
+          if (Channels::channel(0, p) / PART == part) {
+            const uint c = Channels::channel(warp_lane % Plan::LANES, p), place = c - part * PART;
+            rows[(n * Plan::TURNS + turn) * CHANNELS + p] =
+                Channels::exists(c) ? float_of_bits(row[place / NEIGHBOURS * Plan::SPREAD + place % NEIGHBOURS]) : 0.0f;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The cells of |z| in place of the table of boundaries.
+template <typename Codec>
+struct Cells {
+  const uint2* table;  // [CELL_COUNT], in shared memory
+};
+
+// As of the table of boundaries. At most one boundary lies in the cell of a size.
+template <int BITS, typename Codec>
+DEVICE_FN uint index_of_size(float size, Cells<Codec> cells) {
+  // The number of the cell in the low bits of 2^23 and it.
+  const float scaled = fminf(size, float(Codec::CELL_COUNT - 1) / Codec::CELLS_OF_UNIT);
+  const uint cell = bits_of_float(fmaf(scaled, Codec::CELLS_OF_UNIT, 8388608.0f)) - 0x4B000000u;
+  const uint2 found = cells.table[cell];
+  return found.y + (size >= float_of_bits(found.x) ? 1u : 0u);
+}
+
+// What tells the index of the magnitude nearest to |z|; tables: of the plan.
+template <typename Codec, int THREADS>
+DEVICE_FN auto boundaries_of(const uint* tables) {
+  if constexpr (Codec::CELL_COUNT > 0) {
+    return Cells<Codec>{reinterpret_cast<const uint2*>(tables + EncodePlan<Codec, THREADS>::CELLS)};
+  } else {
+    return Codec::boundaries();
+  }
+}
+
 // Encodes a block with all threads of the thread block. codes [CODES], shared [WORDS]: shared memory of the plan.
-// `scaled_by(rows)` may give the channel scale of rows from which the centre has been subtracted.
+// `scaled_by(near)` may give the channel scale of near rows from which the centre has been subtracted.
 template <typename Codec, int THREADS, typename ScaledBy>
 DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, const ScaledBy& scaled_by) {
   using Plan = EncodePlan<Codec, THREADS>;
   using Encoder = typename Plan::Encoder;
   constexpr int D = Plan::D, LANES = Plan::LANES, WORKERS = Plan::WORKERS, ROWS = Plan::ROWS;
-  constexpr int CODE_STRIDE = Encoder::CODE_STRIDE;
-  using Channels = LaneRow<D, LANES, Plan::HELD>;
-  constexpr int CHANNELS = Channels::CHANNELS;
+  constexpr int NEIGHBOURS = Plan::NEIGHBOURS, CODE_STRIDE = Encoder::CODE_STRIDE;
   const int thread = int(threadIdx.x);
-  const int worker = thread / LANES;
-  const uint lane = uint(thread % LANES);
+  const uint worker = threadIdx.x / LANES, lane = threadIdx.x % LANES, near_lane = threadIdx.x % Plan::NEAR_LANES;
 
-  float rows[ROWS * CHANNELS];  // [ROWS, CHANNELS]
-  with_dtype(call.x, call.dtype, [&](const auto* x) {
-    load_rows<Codec, THREADS>(x, call.x_stride, shared, rows);
-  });
+  float near[Plan::NEAR_ROWS * NEIGHBOURS];  // [NEAR_ROWS, NEIGHBOURS]
+  with_dtype(call.x, call.dtype, [&](const auto* x) { load_rows<Codec, THREADS>(x, call.x_stride, near); });
 
-  if (call.takes_means) {
-    // Each lane sums its rows, each warp its lanes of a channel, and everybody the warps' sums.
-    float sum[CHANNELS];
+  uint* tables = shared + Plan::TABLES;
+  float* levels = reinterpret_cast<float*>(tables + Plan::LEVELS);
+  fill_levels<Codec::BITS>(levels, uint(thread), THREADS);
 #pragma unroll
-    for (int p = 0; p < CHANNELS; ++p) sum[p] = 0.0f;
-    uint broken = 0;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-      for (int p = 0; p < CHANNELS; ++p) broken |= is_finite(rows[r * CHANNELS + p]) ? 0u : 1u << r;
-    }
-    broken = lane_any<LANES>(broken);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      // Divided first: a power of two, and the sum cannot overflow.
-      const float weight = 1.0f / BLOCK;
-      if (!(broken >> r & 1u)) {
-#pragma unroll
-        for (int p = 0; p < CHANNELS; ++p) sum[p] = fmaf(weight, rows[r * CHANNELS + p], sum[p]);
-      }
-    }
-#pragma unroll
-    for (int p = 0; p < CHANNELS; ++p) {
-      for (int mask = LANES; mask < 32; mask *= 2) sum[p] += shuffle_xor(sum[p], ushort(mask));
-      const int c = Channels::channel(lane, p);
-      if (worker % Plan::WARP_ROWS == 0 && Channels::exists(c)) {
-        shared[thread / 32 * Plan::WARP_WORDS + c] = bits_of_float(sum[p]);
-      }
-    }
-    __syncthreads();  // sums written
-  }
-
-  if (Codec::IS_KEY) {
-#pragma unroll
-    for (int p = 0; p < CHANNELS; ++p) {
-      const int c = Channels::channel(lane, p);
-      if (Channels::exists(c)) {
-        __half centre;
-        if (call.takes_means) {
-          float mean = 0.0f;
-          for (int w = 0; w < Plan::WARPS; ++w) mean += float_of_bits(shared[w * Plan::WARP_WORDS + c]);
-          centre = __float2half_rn(fminf(fmaxf(mean, -65504.0f), 65504.0f));
-          if (worker == 0) call.centres[c] = centre;
-        } else {
-          centre = call.centres[c];
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) rows[r * CHANNELS + p] -= __half2float(centre);
-      }
+  for (int n = 0; n < int(Codec::CELL_COUNT); n += THREADS) {
+    if (thread + n < int(Codec::CELL_COUNT)) {
+      reinterpret_cast<uint2*>(tables + Plan::CELLS)[thread + n] = Codec::cells()[thread + n];
     }
   }
 
-  if (const float* channel_scale = scaled_by(rows)) {
+  if (Codec::IS_KEY) subtract_centre<Codec, THREADS>(call, near, shared);
+
+  if (const float* channel_scale = scaled_by(near)) {
 #pragma unroll
-    for (int p = 0; p < CHANNELS; ++p) {
-      const int c = Channels::channel(lane, p);
-      if (Channels::exists(c)) {
+    for (int p = 0; p < NEIGHBOURS; ++p) {
+      const uint c = near_lane * NEIGHBOURS + p;
+      if (Plan::NearChannels::exists(c)) {
         const float factor = channel_scale[c];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) rows[r * CHANNELS + p] /= factor;
+        for (int q = 0; q < Plan::NEAR_ROWS; ++q) near[q * NEIGHBOURS + p] /= factor;
       }
     }
   }
 
-  Codec::template rotate<ROWS>(rows, call.coefficients, lane);
+  float rows[ROWS * Plan::Channels::CHANNELS];  // [ROWS, CHANNELS]
+  Codec::template rotate_near<Plan::NEAR_LANES, Plan::NEAR_ROWS>(near, call.coefficients, near_lane);
+  turn_rows<Codec, THREADS>(near, shared, rows);
+  Codec::template rotate_far<ROWS>(rows, call.coefficients, lane);
 
   __half row_scales[ROWS];
   if (Stored<Codec::BITS>::HAS_TRELLIS) {
-    Encoder::find_paths(rows, row_scales, codes, shared, uint(thread), call.start, call.state, 1);
+    Encoder::find_paths(rows, row_scales, codes, shared, uint(thread), call.start, call.state, 1, levels);
   } else {
-    Encoder::round(rows, row_scales, codes, uint(thread), Codec::boundaries());
+    // For keys, that is so since the centres are.
+    if (!Codec::IS_KEY) __syncthreads();  // the tables are there
+    Encoder::round(rows, row_scales, codes, uint(thread), boundaries_of<Codec, THREADS>(tables), levels);
     __syncthreads();  // codes written
   }
 #pragma unroll
@@ -181,9 +326,12 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
 
   constexpr int PACKED = Codec::IS_KEY ? D : BLOCK;      // codes along the packed axis
   constexpr int WORD_LANES = Codec::IS_KEY ? BLOCK : D;  // words beside each other
-  constexpr int WORD_ROWS = WordRows<Codec::BITS, PACKED>::ALL;
-  for (int i = thread; i < WORD_ROWS * WORD_LANES; i += THREADS) {
-    const int word_lane = i % WORD_LANES;
+  constexpr int WORDS = WordRows<Codec::BITS, PACKED>::ALL * WORD_LANES;
+#pragma unroll
+  for (int n = 0; n < WORDS; n += THREADS) {
+    // What it is divided by is known, and with it that no word begins behind the last code.
+    const int i = int(threadIdx.x % THREADS) + n, word_lane = i % WORD_LANES;
+    if (WORDS % THREADS != 0 && i >= WORDS) break;
     const uchar* first = codes + word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1);
     call.words[i] = packed_word<Codec::BITS, PACKED>(
         first, Codec::IS_KEY ? 1 : CODE_STRIDE, uint(i / WORD_LANES));

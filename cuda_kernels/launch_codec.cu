@@ -10,7 +10,7 @@ namespace {
 // Thread blocks that a multiprocessor shall have room for: three, where a thread can do with 80 registers and not spill.
 template <typename Codec>
 constexpr int blocks_at_once() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return Codec::BITS == 3 && Codec::IS_KEY == 0 ? 2 : 3;
 #else
   return 3;

@@ -25,7 +25,8 @@ DEVICE_FN void quantize_dequantize(const rotormlx_rotor3_arguments& call) {
 
   uint code[CHANNELS];
   const float scale =
-      __half2float(encode_row<Codec::BITS, D, LANES, HELD>(row, code, Codec::boundaries(), 1.0f));
+      __half2float(encode_row<Codec::BITS, D, LANES, HELD>(
+          row, code, Codec::boundaries(), NearestLevels<Codec::BITS>(), 1.0f));
 #pragma unroll
   for (int p = 0; p < CHANNELS; ++p) row[p] = scale * level_of_code<Codec::BITS>(code[p]);
 

@@ -60,40 +60,42 @@ DEVICE_FN void move_and_append(const StoreRole& role, const StoreRow& row, int s
   copy_tokens<D * BYTES, THREADS>(exact + row.left() * stride, stride, fresh, fresh_stride, row.added);
 }
 
-// The channel scale `prefill` of a block (docs/FORMAT.md, section 5) to `scale` [D], from `rows` [ROWS, CHANNELS]
-// without their centre. Sums are those of torch_ops.sum_in_order. shared: as of encode_one.
+// The channel scale `prefill` of a block (docs/FORMAT.md, section 5) to `scale` [D], from near rows without their
+// centre. Sums are those of torch_ops.sum_in_order. shared: as of encode_one.
 template <typename Codec, int THREADS>
-DEVICE_FN void scale_of_block(const float* rows, uint* shared, float* scale) {
+DEVICE_FN void scale_of_block(const float* near, uint* shared, float* scale) {
   using Plan = EncodePlan<Codec, THREADS>;
-  using Channels = LaneRow<Plan::D, Plan::LANES, Plan::HELD>;
-  constexpr int D = Plan::D, LANES = Plan::LANES, CHANNELS = Channels::CHANNELS;
-  static_assert(THREADS + D <= Plan::WORDS, "sums and squares lie in shared memory");
-  const int thread = int(threadIdx.x), worker = thread / LANES, lane = thread % LANES;
-  uint *sums = shared, *squares = shared + THREADS;
+  constexpr int D = Plan::D, NEAR_LANES = Plan::NEAR_LANES, NEIGHBOURS = Plan::NEIGHBOURS;
+  static_assert(BLOCK * NEAR_LANES + D <= Plan::TABLES, "sums and squares lie in shared memory");
+  const int thread = int(threadIdx.x);
+  const uint lane = threadIdx.x % NEAR_LANES;
+  const bool is_first = thread < NEAR_LANES;
+  uint *sums = shared, *squares = shared + BLOCK * NEAR_LANES;
   const auto add = [](uint& to, uint x) { to = bits_of_float(float_of_bits(to) + float_of_bits(x)); };
 
-  float square[CHANNELS];
-#pragma unroll
-  for (int p = 0; p < CHANNELS; ++p) {
-    float sum[Plan::ROWS];
-    // Not to be contracted with the additions.
-#pragma unroll
-    for (int r = 0; r < Plan::ROWS; ++r) sum[r] = __fmul_rn(rows[r * CHANNELS + p], rows[r * CHANNELS + p]);
-#pragma unroll
-    for (int half = Plan::ROWS / 2; half > 0; half /= 2) {
-#pragma unroll
-      for (int r = 0; r < half; ++r) sum[r] += sum[r + half];
-    }
+  for (int p = 0; p < NEIGHBOURS; ++p) {
     __syncthreads();  // no sums are in use
-    sums[thread] = bits_of_float(sum[0]);
-    for (int half = Plan::WORKERS / 2; half > 0; half /= 2) {
-      __syncthreads();  // the sums of so many workers are there
-      if (worker < half) add(sums[thread], sums[thread + half * LANES]);
+#pragma unroll
+    for (int q = 0; q < Plan::NEAR_ROWS; ++q) {
+      float x = 0.0f;
+#pragma unroll
+      for (int i = 0; i < NEIGHBOURS; ++i) x = i == p ? near[q * NEIGHBOURS + i] : x;
+      // Not to be contracted with the additions.
+      sums[Plan::near_token(q) * NEAR_LANES + lane] = bits_of_float(__fmul_rn(x, x));
     }
-    __syncthreads();  // the sums of all tokens are there
-    square[p] = float_of_bits(sums[lane]) / BLOCK;
-    const int c = Channels::channel(lane, p);
-    if (worker == 0 && Channels::exists(c)) squares[c] = bits_of_float(square[p]);
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+      __syncthreads();  // the sums of so many tokens are there
+      for (int i = thread; i < half * NEAR_LANES; i += THREADS) add(sums[i], sums[i + half * NEAR_LANES]);
+    }
+    // Each of these threads has added the last sum of its channel itself.
+    const uint c = lane * NEIGHBOURS + p;
+    if (is_first && Plan::NearChannels::exists(c)) squares[c] = bits_of_float(float_of_bits(sums[lane]) / BLOCK);
+  }
+  float square[NEIGHBOURS];
+#pragma unroll
+  for (int p = 0; p < NEIGHBOURS; ++p) {
+    const uint c = lane * NEIGHBOURS + p;
+    square[p] = is_first && Plan::NearChannels::exists(c) ? float_of_bits(squares[c]) : 0.0f;
   }
   for (int count = D; count > 1; count = count / 2 + count % 2) {
     __syncthreads();  // so many squares are there
@@ -104,9 +106,9 @@ DEVICE_FN void scale_of_block(const float* rows, uint* shared, float* scale) {
   __syncthreads();  // the sum of all is there
   const float whole = float_of_bits(squares[0]) / D;
 #pragma unroll
-  for (int p = 0; p < CHANNELS; ++p) {
-    const int c = Channels::channel(lane, p);
-    if (worker == 0 && Channels::exists(c)) {
+  for (int p = 0; p < NEIGHBOURS; ++p) {
+    const uint c = lane * NEIGHBOURS + p;
+    if (is_first && Plan::NearChannels::exists(c)) {
       scale[c] = is_finite(whole) && whole > 0.0f ? sqrtf(sqrtf(fmaxf(square[p] / whole, 1.0f / 4096))) : 1.0f;
     }
   }
@@ -131,9 +133,9 @@ DEVICE_FN void store_role(const rotormlx_store_arguments& call, const StoreRole&
     one.coefficients = role.coefficients + head * role.coefficients_stride;
     float* channel_scale = role.channel_scale;
     if (channel_scale != nullptr) channel_scale += batch * role.channel_scale_stride + head * D;
-    encode_one<Codec, THREADS>(one, codes, shared, [&](const float* rows) {
+    encode_one<Codec, THREADS>(one, codes, shared, [&](const float* near) {
       const bool is_first = call.own_scale && row.packed == 0 && channel_scale != nullptr;
-      if (is_first) scale_of_block<Codec, THREADS>(rows, shared, channel_scale);
+      if (is_first) scale_of_block<Codec, THREADS>(near, shared, channel_scale);
       return channel_scale;
     });
   }

@@ -127,9 +127,10 @@
     const long state_stride = 0;
 #endif
     Encoder::find_paths(
-        rows, row_scales, codes, shared, thread_index, first_token, block_state, state_stride);
+        rows, row_scales, codes, shared, thread_index, first_token, block_state, state_stride,
+        StoredLevels<BITS>());
   } else {
-    Encoder::round(rows, row_scales, codes, thread_index, BOUNDARIES);
+    Encoder::round(rows, row_scales, codes, thread_index, BOUNDARIES, NearestLevels<BITS>());
     threadgroup_barrier(mem_flags::mem_threadgroup);  // codes written
   }
   UNROLL

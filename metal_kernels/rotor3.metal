@@ -30,7 +30,7 @@
   rotate_rows<LANES, 1>(row, coefficients, lane);
 
   uint code[CHANNELS];
-  const float scale = float(encode_row<BITS, D, LANES, HELD>(row, code, BOUNDARIES, 1.0f));
+  const float scale = float(encode_row<BITS, D, LANES, HELD>(row, code, BOUNDARIES, NearestLevels<BITS>(), 1.0f));
   UNROLL
   for (uint p = 0; p < CHANNELS; ++p) row[p] = scale * level_of_code<BITS>(code[p]);
 

@@ -9,7 +9,6 @@ Writes JSON and a plot. It runs on any device, so that a small run can be tried 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +16,6 @@ from typing import Annotated
 import mlx.core as mx
 import mlx_lm
 import typer
-from bench_attention import contenders, median_ms
 from bench_report import Row, add_rates, plot_cases, write_figures
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
@@ -27,11 +25,23 @@ from rotormlx.cli.terminal import wide_console
 from rotormlx.codec.format import KEY, VALUE, codec
 from rotormlx.codec.rotation import rotation
 from rotormlx.config import RotorConfig
-from rotormlx.mlx.attention import attend_view
+from rotormlx.measure.attention_time import (
+    EXACT,
+    QUANTIZED,
+    Shape,
+    decode_steps,
+    median_ms,
+    prompt_steps,
+)
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.backends.metal import rotor3_quantize_dequantize
-from rotormlx.mlx.backends.mlx_ops import levels_of_codes, matrix, nearest_magnitude
-from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.backends.mlx_ops import (
+    KERNEL,
+    LIBRARY,
+    levels_of_codes,
+    matrix,
+    nearest_magnitude,
+)
 
 HEAD_DIM, KV_HEADS = 128, 8
 PAPER_BITS = 3
@@ -52,9 +62,9 @@ def decode_attention(contexts: list[int], runs: int) -> list[Row]:
     cases = list(product((1, 4, 8), (1, 8), contexts))
     for repeats, batch, tokens in track(cases, "Decode attention"):
         heads = KV_HEADS * repeats
-        steps = contenders(tokens, heads, KV_HEADS, HEAD_DIM, mx.float16, [4, 3], batch=batch)
+        steps = decode_steps(Shape(batch, heads, KV_HEADS, HEAD_DIM, mx.float16), tokens, [4, 3])
         values = 2 * batch * KV_HEADS * tokens * HEAD_DIM
-        bits = {"exact (mx.fast)": 16, "mlx-lm 4 bit": 4.5}
+        bits = {EXACT: 16, QUANTIZED: 4.5}
         for name, ms in median_ms(steps, runs).items():
             width = bits.get(name) or rotor_bits(name)
             case = {"gqa": repeats, "batch": batch, "tokens": tokens}
@@ -86,23 +96,9 @@ def encoding(runs: int) -> list[Row]:
 def prefill(contexts: list[int], runs: int, length: int) -> list[Row]:
     """A chunk of queries over a history, causally."""
     rows = []
+    shape = Shape(1, 4 * KV_HEADS, KV_HEADS, HEAD_DIM, mx.float16)
     for tokens in contexts:
-        keys, values = (
-            mx.random.normal((1, KV_HEADS, tokens + length, HEAD_DIM)).astype(mx.float16)
-            for _ in "kv"
-        )
-        query = mx.random.normal((1, 4 * KV_HEADS, length, HEAD_DIM)).astype(mx.float16)
-        cache = RotorKVCache()
-        cache.update_and_fetch(keys[:, :, :tokens], values[:, :, :tokens])
-        views = cache.update_and_fetch(keys[:, :, tokens:], values[:, :, tokens:])
-        mx.eval(keys, values, query, cache.state)
-        exact = partial(mx.fast.scaled_dot_product_attention, query, keys, values)
-        steps = {
-            "exact (mx.fast)": partial(exact, scale=HEAD_DIM**-0.5, mask="causal"),
-            "rotormlx 4 bit": partial(
-                attend_view, query, *views, scale=HEAD_DIM**-0.5, mask="causal"
-            ),
-        }
+        steps = prompt_steps(shape, tokens, length, [4], (LIBRARY, KERNEL))
         for name, ms in median_ms(steps, runs).items():
             rows.append({"tokens": tokens, "queries": length, "contender": name, "ms": ms})
     return rows

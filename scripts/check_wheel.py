@@ -18,12 +18,14 @@ from importlib import metadata
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[1]
-# What the package consists of; anything else has come in by mistake.
-KINDS = {
-    "rotormlx": {".py", ".typed", ".html"},
-    "cuda_kernels": {".cu", ".cuh", ".h", ".cpp"},
-    "metal_kernels": {".metal", ".h"},
-    "shared_kernels": {".h"},
+# What the package consists of: folders of the clone, where each lies in a wheel, and the kinds of
+# files there; anything else has come in by mistake.
+PARTS = {
+    "rotormlx": ("rotormlx", {".py", ".typed", ".html"}),
+    "cuda_kernels": ("rotormlx/cuda_kernels", {".cu", ".cuh", ".h", ".cpp"}),
+    "metal_kernels": ("rotormlx/metal_kernels", {".metal", ".h"}),
+    "shared_kernels": ("rotormlx/shared_kernels", {".h"}),
+    "tests/vectors": ("rotormlx/vectors", {".safetensors"}),
 }
 LIBRARY = "rotormlx/librotormlx_cpu.so"
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
@@ -121,8 +123,8 @@ def in_sdist(path: Path) -> list[str]:
 def wanted_in_wheel(path: Path) -> set[str]:
     """The package, the kernels, the CPU library unless the wheel is for any machine."""
     of_package = {
-        name if folder == "rotormlx" else f"rotormlx/{name}"
-        for folder, kinds in KINDS.items()
+        place + name.removeprefix(folder)
+        for folder, (place, kinds) in PARTS.items()
         for name in files_of_clone(folder)
         if Path(name).suffix in kinds
     }

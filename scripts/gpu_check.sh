@@ -3,7 +3,8 @@
 #
 # Installs what is missing (into .venv-gpu), runs every test that needs the GPU, runs some of them under compute-sanitizer,
 # and measures. Each stage has a limit of its own, and what it prints and measures lands in the folder $OUT, by default
-# gpu-check. A stage that has passed is skipped, unless it is named; one that was cut goes on where it can.
+# gpu-check. A stage that has passed with these sources is skipped, unless it is named; one that was cut goes on where it
+# can.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu-check}
@@ -99,12 +100,14 @@ mkdir -p "$out/done"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
 nvcc --version | tail -2 | head -1 | tee -a "$out/gpu.txt"
 
+sources=$(find cuda_kernels shared_kernels rotormlx scripts tests -type f ! -name '*.so' ! -name '*.pyc' -print0 |
+  sort -z | xargs -0 cat | sha256sum)
 failed=0
 while read -r name limit what; do
   if [ $# -gt 0 ]; then
     [[ " $* " == *" $name "* ]] || continue
-  elif [ -e "$out/done/$name" ]; then
-    echo "$name: has passed; name it to run it again"
+  elif [ "$(cat "$out/done/$name" 2>/dev/null)" = "$sources" ]; then
+    echo "$name: has passed with these sources; name it to run it again"
     continue
   fi
   printf '\n== %s: %s\n' "$name" "$what"
@@ -112,7 +115,7 @@ while read -r name limit what; do
   timeout "$limit" bash scripts/gpu_check.sh --run "$name" </dev/null 2>&1 | tee "$out/$name.txt"
   code=${PIPESTATUS[0]}
   if [ "$code" = 0 ]; then
-    touch "$out/done/$name"
+    echo "$sources" >"$out/done/$name"
   else
     failed=1
     echo "$name: $([ "$code" = 124 ] && echo "cut after $limit s; the same command goes on" || echo "exit status $code")"

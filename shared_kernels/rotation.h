@@ -185,6 +185,22 @@ DEVICE_FN void rotate_across_lanes(
   }
 }
 
+// A group of ROWS rows in registers: RADIX numbers, STEP apart, from `first` on; rows are CHANNELS apart.
+template <typename Block, int CHANNELS, int ROWS, int STEP, bool BACK>
+DEVICE_FN void rotate_group(THREAD float* first, GLOBAL const float* coefficients) {
+  enum { RADIX = Block::RADIX };
+  UNROLL
+  for (uint row = 0; row < ROWS; ++row) {
+    THREAD float* of_row = first + row * CHANNELS;
+    float x[RADIX];
+    UNROLL
+    for (uint r = 0; r < RADIX; ++r) x[r] = of_row[r * STEP];
+    Block::template rotate<BACK>(x, coefficients);
+    UNROLL
+    for (uint r = 0; r < RADIX; ++r) of_row[r * STEP] = x[r];
+  }
+}
+
 // A stage whose groups each lie in one lane, STRIDE / LANES registers apart.
 template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
 DEVICE_FN void rotate_in_lanes(
@@ -193,16 +209,23 @@ DEVICE_FN void rotate_in_lanes(
   enum { RADIX = Block::RADIX, CHANNELS = D / LANES, STEP = STRIDE / LANES };
   UNROLL
   for (uint g = 0; g < CHANNELS / RADIX; ++g) {
-    GLOBAL const float* of_group = coefficients + (g * LANES + lane) * Block::COEFFICIENTS;
-    UNROLL
-    for (uint row = 0; row < ROWS; ++row) {
-      THREAD float* first = rows + row * CHANNELS + g / STEP * (RADIX * STEP) + g % STEP;
-      float x[RADIX];
-      UNROLL
-      for (uint r = 0; r < RADIX; ++r) x[r] = first[r * STEP];
-      Block::template rotate<BACK>(x, of_group);
-      UNROLL
-      for (uint r = 0; r < RADIX; ++r) first[r * STEP] = x[r];
+    rotate_group<Block, CHANNELS, ROWS, STEP, BACK>(
+        rows + g / STEP * (RADIX * STEP) + g % STEP, coefficients + (g * LANES + lane) * Block::COEFFICIENTS);
+  }
+}
+
+// A stage whose groups each lie in one lane, where lane l of LANES has the HELD neighbouring channels from l * HELD on.
+template <typename Block, int D, int LANES, int HELD, int ROWS, int STRIDE, bool BACK>
+DEVICE_FN void rotate_neighbours(
+    THREAD float* rows,  // [ROWS][HELD]
+    GLOBAL const float* coefficients, uint lane) {
+  enum { RADIX = Block::RADIX, GROUPS = HELD / RADIX };
+  UNROLL
+  for (uint g = 0; g < GROUPS; ++g) {
+    const uint start = g / STRIDE * (RADIX * STRIDE) + g % STRIDE;
+    if (LANES * HELD == D || lane * HELD + start < D) {
+      rotate_group<Block, HELD, ROWS, STRIDE, BACK>(
+          rows + start, coefficients + (lane * GROUPS + g) * Block::COEFFICIENTS);
     }
   }
 }
@@ -273,15 +296,45 @@ DEVICE_FN bool is_finite(float x) {
   return (bits_of_float(x) & 0x7f800000u) != 0x7f800000u;
 }
 
-// The code of the nearest level. The index of the magnitude counts the boundaries up to |z|, from a table of
-// 2^(BITS - 1) - 1: a tie goes to the larger magnitude. Either zero, and a NaN, get code 0.
+// Levels as tables, without a table: of codes that are nearest ones, and of indices of stored codes.
+template <int BITS>
+struct NearestLevels {
+  DEVICE_FN float operator[](uint code) const { return level_of_code<BITS>(code); }
+};
+template <int BITS>
+struct StoredLevels {
+  DEVICE_FN float operator[](uint index) const { return stored_level<BITS>(index); }
+};
+
+// The index of the magnitude nearest to |z|: how many boundaries, of a table of 2^(BITS - 1) - 1, are at most |z|. A tie
+// goes to the larger magnitude.
+template <int BITS, typename Table>
+DEVICE_FN uint index_of_size(float size, Table boundaries) {
+  uint index = 0;
+  if (BITS <= 4) {
+    // The boundaries that are left, in registers: constants to begin with.
+    float left[7];
+    UNROLL
+    for (uint i = 0; i < (1u << (BITS - 1)) - 1u; ++i) left[i] = boundaries[i];
+    UNROLL
+    for (uint step = 1u << (BITS - 2); step > 0; step /= 2) {
+      const bool above = size >= left[step - 1];
+      index += above ? step : 0u;
+      UNROLL
+      for (uint i = 0; i + 1 < step; ++i) left[i] = above ? left[i + step] : left[i];
+    }
+  } else {
+    for (uint step = 1u << (BITS - 2); step > 0; step /= 2) {
+      if (size >= boundaries[index + step - 1]) index += step;
+    }
+  }
+  return index;
+}
+
+// The code of the nearest level. Either zero, and a NaN, get code 0.
 template <int BITS, typename Table>
 DEVICE_FN uint nearest_code(float z, Table boundaries) {
-  const float size = fabs(z);
-  uint index = 0;
-  for (uint step = 1u << (BITS - 2); step > 0; step /= 2) {
-    if (size >= boundaries[index + step - 1]) index += step;
-  }
+  const uint index = index_of_size<BITS>(fabs(z), boundaries);
   return z < 0.0f ? index | (1u << (BITS - 1)) : index;
 }
 
@@ -317,15 +370,15 @@ DEVICE_FN float to_unit_variance(THREAD float* row) {
 }
 
 // Rounds a row to nearest levels: code[p] of each channel of this lane, zero where the channel does not exist, and the
-// scale, which all lanes get. The row's numbers become z.
-template <int BITS, int D, int LANES, int HELD, typename Table>
-DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries, float shrink) {
+// scale, which all lanes get. The row's numbers become z. levels: of all codes.
+template <int BITS, int D, int LANES, int HELD, typename Table, typename Levels>
+DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries, Levels levels, float shrink) {
   const float norm = to_unit_variance<D, LANES, HELD>(row);
   float along = 0.0f;
   UNROLL
   for (uint p = 0; p < LaneRow<D, LANES, HELD>::CHANNELS; ++p) {
     code[p] = nearest_code<BITS>(row[p], boundaries);
-    along = fma(level_of_code<BITS>(code[p]), row[p], along);
+    along = fma(levels[code[p]], row[p], along);
   }
   return stored_scale<D>(norm, lane_sum<LANES>(along), shrink);
 }
@@ -432,16 +485,17 @@ struct BlockEncoder {
     NUMBERS = Stored<BITS>::HAS_TRELLIS ? SLICE * STRIDE : 1
   };
 
-  // Codes that are nearest levels. A barrier must follow.
-  template <typename Table>
+  // Codes that are nearest levels, of all of which `levels` is a table. A barrier must follow.
+  template <typename Table, typename Levels>
   static DEVICE_FN void round(
-      THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, uint thread_index, Table boundaries) {
+      THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, uint thread_index, Table boundaries,
+      Levels levels) {
     const uint worker = thread_index / LANES, lane = thread_index % LANES;
     UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       uint code[CHANNELS];
       scales[r] = encode_row<BITS, D, LANES, HELD>(
-          rows + r * CHANNELS, code, boundaries, KEY ? 1.0f : value_shrink(BITS));
+          rows + r * CHANNELS, code, boundaries, levels, KEY ? 1.0f : value_shrink(BITS));
       UNROLL
       for (uint p = 0; p < CHANNELS; ++p) {
         const uint c = Channels::channel(lane, p);
@@ -451,10 +505,12 @@ struct BlockEncoder {
   }
 
   // Codes of trellises: a slice of the sequences meets in `numbers`, and two lanes have each of them. `state`: what the
-  // positions before `start` leave to each sequence, `state_stride` apart, or null for 0. No barrier need follow.
+  // positions before `start` leave to each sequence, `state_stride` apart, or null for 0. levels: of all indices. No
+  // barrier need follow.
+  template <typename Levels>
   static DEVICE_FN void find_paths(
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, THREADGROUP uint* numbers, uint thread_index,
-      uint start, GLOBAL const uint* state, long state_stride) {
+      uint start, GLOBAL const uint* state, long state_stride, Levels levels) {
     const uint worker = thread_index / LANES, lane = thread_index % LANES;
     float norms[ROWS];
     UNROLL
@@ -491,7 +547,7 @@ struct BlockEncoder {
         const uint c = Channels::channel(lane, p);
         if (Channels::exists(c)) {
           const uint index = codes[(worker + r * WORKERS) * CODE_STRIDE + c] >> 4;
-          along = fma(stored_level<BITS>(index), rows[r * CHANNELS + p], along);
+          along = fma(levels[index], rows[r * CHANNELS + p], along);
         }
       }
       scales[r] = stored_scale<D>(norms[r], lane_sum<LANES>(along), KEY ? 1.0f : value_shrink(BITS));
@@ -500,26 +556,6 @@ struct BlockEncoder {
 };
 
 // ---- words ----------------------------------------------------------------------------------------
-
-// The bits of a code in its one or two planes.
-template <int BITS>
-struct Planes {
-  enum { FIRST = BITS, SECOND = 0 };
-};
-template <>
-struct Planes<3> {
-  enum { FIRST = 2, SECOND = 1 };
-};
-
-// Rows of words in each plane, for COUNT codes along the packed axis.
-template <int BITS, int COUNT>
-struct WordRows {
-  enum {
-    FIRST = (COUNT * Planes<BITS>::FIRST + 31) / 32,
-    SECOND = (COUNT * Planes<BITS>::SECOND + 31) / 32,
-    ALL = FIRST + SECOND
-  };
-};
 
 // Row `row` of the words of one lane, whose COUNT codes lie `step` apart.
 template <int BITS, int COUNT>

@@ -29,6 +29,26 @@ DEVICE_FN void fill_levels(THREADGROUP float* table, uint thread_index, uint thr
 
 // ---- words to indices -----------------------------------------------------------------------------
 
+// The bits of a code in its one or two planes.
+template <int BITS>
+struct Planes {
+  enum { FIRST = BITS, SECOND = 0 };
+};
+template <>
+struct Planes<3> {
+  enum { FIRST = 2, SECOND = 1 };
+};
+
+// Rows of words in each plane, for COUNT codes along the packed axis.
+template <int BITS, int COUNT>
+struct WordRows {
+  enum {
+    FIRST = (COUNT * Planes<BITS>::FIRST + 31) / 32,
+    SECOND = (COUNT * Planes<BITS>::SECOND + 31) / 32,
+    ALL = FIRST + SECOND
+  };
+};
+
 // The codes of a word as indices of levels: those at even places of a trellis in eight fields of 4 bits, and those at
 // odd places; other codes as they are, in `even`.
 template <typename Bits>

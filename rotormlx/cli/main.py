@@ -153,6 +153,24 @@ def info(
 
 
 @app.command()
+def doctor(
+    *,
+    output: Annotated[
+        Path, typer.Option(help="Where to write what was found, to attach to an issue.")
+    ] = Path("rotormlx-doctor.json"),
+    time: Annotated[bool, typer.Option(help="Time attention against MLX's own.")] = True,
+    runs: Annotated[int, count("Timed runs of each.")] = 5,
+) -> None:
+    """Check the kernels on this machine, time them, and say whether to use rotormlx here.
+
+    Exits with 1 if a kernel is not right; MLX's operations then do its work.
+    """
+    outputs.check_file("doctor", output)
+    found = importlib.import_module("rotormlx.cli.doctor").run(output, timed=time, runs=runs)
+    raise typer.Exit(1 if found.wrong else 0)
+
+
+@app.command()
 def demo(
     *,
     model: Annotated[

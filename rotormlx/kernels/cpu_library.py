@@ -30,6 +30,8 @@ PATH = Path(__file__).parents[1] / "librotormlx_cpu.so"
 INTERFACE_VERSION = 5
 # As in cpu_kernels/pool.h.
 MAX_THREADS = 1024
+# Products of numbers of queries with tokens that one thread has done before another one wakes.
+FEW_PRODUCTS = 2**19
 
 
 class Blocks(NamedTuple):
@@ -91,6 +93,17 @@ def thread_count() -> int:
     return os.cpu_count() or 1
 
 
+def threads_for(query_numbers: int, tokens: int, most: int) -> int:
+    """Threads of a call of :func:`attend`: one for little work, else as many as there may be.
+
+    Args:
+        query_numbers: Numbers of all queries, B * H * L * D.
+        tokens: Tokens of the longest batch row.
+        most: Threads that there may be.
+    """
+    return 1 if query_numbers * tokens <= FEW_PRODUCTS else most
+
+
 def encode(
     rows: Any,
     blocks: Blocks,
@@ -133,7 +146,7 @@ def attend(
     output: Any,
     keys: Source,
     values: Source,
-    lengths: Iterable[tuple[int, int]],
+    lengths: Iterable[Iterable[int]],
     *,
     sink: int,
     scale: float,
@@ -171,13 +184,11 @@ def attend(
         # They wake while the arguments are made.
         _check(library.rotormlx_announce(threads))
     capsules = _described((queries, output, mask, sink_logits))
-    numbers = (*_addresses(capsules), sink, causal, threads, variant, scale)
+    options = (sink, causal, threads, variant, scale)
     counts = [n for pair in lengths for n in pair]
-    call = (
-        struct.pack("=8qd", *numbers)
-        + keys.described
-        + values.described
-        + struct.pack(f"={len(counts)}q", *counts)
+    call = struct.pack(
+        f"=8qd64s64s{len(counts)}q",
+        *(*_addresses(capsules), *options, keys.described, values.described, *counts),
     )
     _check(library.rotormlx_attend(call))
 

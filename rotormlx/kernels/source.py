@@ -86,7 +86,36 @@ def boundaries_text(bits: int) -> str:
     return f"CONSTANT float BOUNDARIES[{len(limits)}] = {{{listed}}};\n"
 
 
+# Cells of a unit, so narrow that none holds two boundaries of 8 bits.
+_CELLS_OF_UNIT = 64
+
+
+def cells_text(bits: int) -> str:
+    """The table ``CELLS`` of CUDA at 8 bits, a pair of words per cell of |z|.
+
+    They are the boundary in the cell, infinite where there is none, and how many lie below the
+    cell. A size lies in cell ``size * CELLS_OF_UNIT``, rounded; all behind the last share it.
+    """
+    if bits != 8:
+        return "constexpr int CELL_COUNT = 0;\nCONSTANT uint2 CELLS[1] = {{0u, 0u}};\n"
+    limits = codebook.boundaries(bits)
+    # To an even number at a tie, as an addition in float32 rounds on the GPU.
+    cells = np.rint(limits * np.float32(_CELLS_OF_UNIT)).astype(int)
+    count = int(cells[-1]) + 2
+    table = np.empty((count, 2), np.uint32)
+    table[:, 0] = np.float32(np.inf).view(np.uint32)
+    table[cells, 0] = limits.view(np.uint32)
+    table[:, 1] = np.searchsorted(cells, np.arange(count))
+    listed = ", ".join(f"{{0x{limit:X}u, {below}u}}" for limit, below in table.tolist())
+    return f"constexpr int CELL_COUNT = {count};\nCONSTANT uint2 CELLS[{count}] = {{{listed}}};\n"
+
+
 # ---- rotations ----------------------------------------------------------------------------------
+
+
+# Neighbouring channels of a lane where CUDA does the first stages. Any number of lanes divides it,
+# so groups that lie across lanes elsewhere lie in one lane there.
+NEIGHBOURS = 16
 
 
 def lanes_of_row(rotation: Rotation) -> int:
@@ -134,10 +163,35 @@ def rotation_text(rotation: Rotation) -> str:
         unrotations.append(f"{call}, true>{arguments}")
         offset += stage.coefficients.size
     if not rotation.has_stages:
-        rotations = unrotations = [
-            f"rotate_by_matrix<{rotation.head_dim}, LANES, ROWS>(rows, coefficients, lane);"
-        ]
+        rotations = unrotations = [_product_call(rotation)]
     return _function("rotate_rows", rotations) + _function("unrotate_rows", unrotations[::-1])
+
+
+def split_rotation_text(rotation: Rotation) -> str:
+    """The same rotation in two functions, ``rotate_near`` and ``rotate_far``.
+
+    The first does the stages that lie across lanes in ``rotate_rows``, for lanes with
+    ``NEIGHBOURS`` neighbouring channels each; the second does the others.
+    """
+    lanes, offset = lanes_of_row(rotation), 0
+    near, far = [], []
+    for stage in rotation.stages:
+        arguments = f"false>(rows, coefficients + {offset}, lane);"
+        offset += stage.coefficients.size
+        if _held(rotation) == 1 and stage.stride < lanes:
+            near.append(
+                f"rotate_neighbours<{stage.kind}, {rotation.head_dim}, LANES, {NEIGHBOURS}, ROWS, "
+                f"{stage.stride}, {arguments}"
+            )
+        else:
+            far.append(f"{_stage_call(rotation, stage)}, {arguments}")
+    if not rotation.has_stages:
+        far = [_product_call(rotation)]
+    return _function("rotate_near", near) + _function("rotate_far", far)
+
+
+def _product_call(rotation: Rotation) -> str:
+    return f"rotate_by_matrix<{rotation.head_dim}, LANES, ROWS>(rows, coefficients, lane);"
 
 
 def _stage_call(rotation: Rotation, stage: Stage) -> str:
@@ -192,8 +246,10 @@ def cuda_header(codec: Codec) -> str:
     lanes, held = lanes_of_row(codec.rotation), _held(codec.rotation)
     return (
         f"namespace {codec.role}_rotation {{\nconstexpr int LANES = {lanes}, HELD = {held};\n"
+        f"constexpr int NEIGHBOURS = {NEIGHBOURS}, CELLS_OF_UNIT = {_CELLS_OF_UNIT};\n"
         f"constexpr bool HAS_STAGES = {str(codec.rotation.has_stages).lower()};\n"
-        f"{boundaries_text(codec.bits)}{rotation_text(codec.rotation)}}}\n"
+        f"{boundaries_text(codec.bits)}{cells_text(codec.bits)}{rotation_text(codec.rotation)}"
+        f"{split_rotation_text(codec.rotation)}}}\n"
     )
 
 

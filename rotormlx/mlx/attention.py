@@ -1,9 +1,10 @@
-"""Attention over a compressed cache: checks, then the backend."""
+"""Attention over a compressed cache: checks, then MLX's own or the backend."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from rotormlx.mlx import prefill
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.view import KVView
@@ -39,7 +40,7 @@ def attend_view(
     """
     call = AttendCall(queries, keys, values, scale, mask, sink_logits)
     check(call)
-    return backend().attend(call)
+    return prefill.attend(call, backend())
 
 
 def check(call: AttendCall) -> None:

@@ -27,6 +27,8 @@ from rotormlx.torch.store_step import Step
 from rotormlx.torch.torch_ops import AttendCall, KVView
 
 _ALIGNMENT = 16
+# Elements from one token or block to the next; see launch.h.
+_STRIDE_LIMIT = 2**29
 
 # Loaded libraries, newest last.
 _loaded: dict[Configuration, Any] = {}
@@ -298,13 +300,14 @@ def _blocks(packed: Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor
 
 
 def _aligned(x: Tensor) -> Tensor:
-    return x if _is_aligned(x) else x.contiguous()
+    return x if _is_readable(x) else x.contiguous()
 
 
-def _is_aligned(x: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes, as the kernels load them."""
+def _is_readable(x: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, as kernels load them, at strides of 32 bits."""
     steps = (x.storage_offset(), *x.stride()[:-1])
-    return x.stride(-1) == 1 and all(n * x.itemsize % _ALIGNMENT == 0 for n in steps)
+    aligned = x.stride(-1) == 1 and all(n * x.itemsize % _ALIGNMENT == 0 for n in steps)
+    return aligned and x.stride(2) < _STRIDE_LIMIT
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -1,6 +1,7 @@
 """The operators on the CPU: the native library where it is there, else torch operations.
 
-Both write the same bytes. The library reads tensors where they lie and takes any strides.
+Both write the same bytes. The library reads tensors where they lie and takes any strides. It
+has as many threads as ``torch.get_num_threads`` says.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ def encode(
         centres = x.new_empty((*front, codec.head_dim), dtype=torch.float16)
     packed = Packed(words, scales, centres)
     blocks = _blocks(codec, packed, channel_scale)
-    cpu_library.encode(x.detach(), blocks, given_centres=given, start=start, state=state)
+    cpu_library.encode(
+        x.detach(),
+        blocks,
+        given_centres=given,
+        start=start,
+        state=state,
+        threads=torch.get_num_threads(),
+    )
     return packed
 
 
@@ -52,7 +60,8 @@ def decode(
         return torch_ops.decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
     batch, heads, blocks = packed.words.shape[:3]
     rows = packed.scales.new_empty((batch, heads, blocks * BLOCK, codec.head_dim), dtype=dtype)
-    cpu_library.decode(_blocks(codec, packed, channel_scale), rows)
+    source = _blocks(codec, packed, channel_scale)
+    cpu_library.decode(source, rows, threads=torch.get_num_threads())
     return rows
 
 
@@ -60,19 +69,23 @@ def attend(call: AttendCall) -> Tensor:
     """As :func:`rotormlx.torch.torch_ops.attend`."""
     if cpu_library.missing() is not None:
         return torch_ops.attend(call)
-    query = call.query
+    query, lengths = call.query, call.lengths.tolist()
     output = query.new_empty(call.output_shape)
+    threads = cpu_library.threads_for(
+        query.numel(), max(tokens for _, tokens in lengths), torch.get_num_threads()
+    )
     cpu_library.attend(
         to_dlpack(query.detach()),
         to_dlpack(output),
         _source(call.keys),
         _source(call.values),
-        call.lengths.tolist(),
+        lengths,
         sink=call.sink,
         scale=call.scale,
         mask=_plain(call.mask),
         sink_logits=_plain(call.sink_logits),
         causal=call.causal,
+        threads=threads,
     )
     return output
 

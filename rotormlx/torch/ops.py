@@ -368,18 +368,13 @@ def _attend_with(
         checks.require_vectors(
             "attend", query=query, exact_keys=key_exact, exact_values=value_exact
         )
-        key_codec = codec_of(key_exact.shape[-1], KEY, bits=key_bits, rotation=rotation, **coding)
-        value_codec = codec_of(
-            value_exact.shape[-1],
-            VALUE,
-            bits=value_bits,
-            rotation=value_rotation or rotation,
+        keys, values = views_of(
+            (key_exact, _packed(key_words, key_scales, key_centres), key_channel_scale),
+            (value_exact, _packed(value_words, value_scales, None), value_channel_scale),
+            bits=(key_bits, value_bits),
+            rotations=(rotation, value_rotation or rotation),
             **coding,
         )
-        key_packed = _packed(key_words, key_scales, key_centres)
-        value_packed = _packed(value_words, value_scales, None)
-        keys = KVView(key_codec, key_exact, key_packed, key_channel_scale)
-        values = KVView(value_codec, value_exact, value_packed, value_channel_scale)
         call = AttendCall(query, lengths, keys, values, sink, scale, causal, mask, sink_logits)
         checks.check_call(call)
         if reads_lengths:
@@ -387,6 +382,20 @@ def _attend_with(
         return implementation(call) if query.numel() else fake_attend(call)
 
     return attend
+
+
+def views_of(
+    *sources: tuple[Tensor, Packed | None, Tensor | None],
+    bits: tuple[int, int],
+    rotations: tuple[str, str],
+    **coding: Any,
+) -> tuple[KVView, KVView]:
+    """Keys and values from what operators get: exact and packed tokens, and the channel scale."""
+    keys, values = (
+        KVView(codec_of(x[0].shape[-1], role, bits=width, rotation=name, **coding), *x)
+        for x, role, width, name in zip(sources, ROLES, bits, rotations, strict=True)
+    )
+    return keys, values
 
 
 def codec_of(head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int) -> Codec:

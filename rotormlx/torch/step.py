@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotormlx.codec.format import KEY, VALUE, Packed
+from rotormlx.codec.format import Packed
 from rotormlx.torch import checks, cuda, native, ops
 from rotormlx.torch.store_step import Step, store
-from rotormlx.torch.torch_ops import AttendCall, KVView
+from rotormlx.torch.torch_ops import AttendCall
 
 torch.library.define(
     "rotormlx::step",
@@ -86,14 +86,13 @@ def _step_with(implementation: Callable[[Step, AttendCall], Tensor]) -> Callable
         names = ("query", "keys", "values", "exact_keys", "exact_values", "mask", "sink_logits")
         checks.require_no_gradient("step", **dict(zip(names, tensors, strict=True)))
         checks.require_vectors("step", query=query, keys=keys, values=values)
-        key_codec = ops.codec_of(keys.shape[-1], KEY, bits=key_bits, rotation=rotation, **coding)
-        value_codec = ops.codec_of(
-            values.shape[-1], VALUE, bits=value_bits, rotation=value_rotation, **coding
+        key_view, value_view = ops.views_of(
+            (key_exact, Packed(key_words, key_scales, key_centres), key_channel_scale),
+            (value_exact, Packed(value_words, value_scales, None), value_channel_scale),
+            bits=(key_bits, value_bits),
+            rotations=(rotation, value_rotation),
+            **coding,
         )
-        key_packed = Packed(key_words, key_scales, key_centres)
-        value_packed = Packed(value_words, value_scales, None)
-        key_view = KVView(key_codec, key_exact, key_packed, key_channel_scale)
-        value_view = KVView(value_codec, value_exact, value_packed, value_channel_scale)
         stored = Step(
             (keys, values), lengths, counter, key_view, value_view, sink, window, own_scale
         )

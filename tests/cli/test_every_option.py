@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
 from rotormlx.cli import main, mlx_lm_commands
+from rotormlx.measure import doctor
 from rotormlx.mlx import hook
 from tests.support import models as tiny
 
@@ -48,10 +49,12 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path, files):
-    """No hub, no lm_eval and no server: what is tried is what stands before them."""
+    """No hub, no lm_eval, no server, no kernels: what is tried is what stands before them."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlx_lm.server.run", lambda *args: None)
+    monkeypatch.setattr(doctor, "operations", list)
+    monkeypatch.setattr(doctor, "CONTEXTS", ())
     for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     lm_eval = sys.modules["lm_eval"]
@@ -81,6 +84,7 @@ def base(command: str, files: dict[str, str]) -> list[str]:
         ],
         "batch": [files["prompts"], *model, "--max-tokens", "1"],
         "info": [files["model"]],
+        "doctor": ["--output", "c.json"],
         "demo": [*model, "--score-tokens", "256", "--max-tokens", "1"],
         "quality": [
             files["model"], *measured, "--text", files["text"], "--tokens", "200", "--greedy", "1",

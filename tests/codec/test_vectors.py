@@ -17,7 +17,7 @@ from tests.support.vectors import (
     check_decoded,
     check_encoded,
     codec_of,
-    load,
+    load_case,
     name_of,
     packed_of,
     views_of,
@@ -26,7 +26,7 @@ from tests.support.vectors import (
 
 @pytest.fixture(params=CASES, ids=name_of)
 def vectors(request):
-    return request.param, *load(request.param)
+    return request.param, *load_case(request.param)
 
 
 @pytest.mark.slow

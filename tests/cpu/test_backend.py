@@ -142,6 +142,19 @@ def test_output_does_not_change_with_what_comes_later():
 
 
 @needs_library
+@pytest.mark.parametrize(("tokens", "threads"), [(300, 1), (4000, 3)])
+def test_little_work_takes_one_thread(monkeypatch, tokens, threads):
+    """Another one would wake too late."""
+    seen, attend = [], cpu_library.attend
+    monkeypatch.setattr(cpu_library, "thread_count", lambda: 3)
+    monkeypatch.setattr(
+        cpu_library, "attend", lambda *a, **k: seen.append(k["threads"]) or attend(*a, **k)
+    )
+    attend_view(query(), *filled(tokens).keys_and_values(), scale=0.1)
+    assert seen == [threads]
+
+
+@needs_library
 @pytest.mark.parametrize("of_cache", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("of_query", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_dtypes_may_differ(of_query, of_cache):

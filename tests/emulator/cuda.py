@@ -268,7 +268,7 @@ def _compile(
     shared = re.compile(r"\bextern\s+__shared__\s+(\w+)\s+(\w+)\[\];")
     rewritten = shared.sub(r"EMULATOR_DYNAMIC_SHARED(\1, \2);", without_comments(text))
     rewritten = share_threadgroup_variables(
-        re.sub(r"\b__shared__\b(\s+alignas\(\d+\))?", "threadgroup", rewritten)
+        re.sub(r"\b__shared__\b(\s+alignas\(\d+\))?", "threadgroup ", rewritten)
     )
     defined = "".join(f"#define {macro} {value}\n" for macro, value in macros)
     module = toolchain.kernel_module(f'{defined}#line 1 "{name}"\n{rewritten}', prelude)

@@ -8,10 +8,12 @@ from rotormlx.codec.format import KEY, VALUE
 from tests.emulator import missing
 from tests.support.attend_cases import Case, Launch, problem, with_own_scales
 from tests.support.codec_cases import (
+    check_badly_met_rows,
     check_centre_of_finite_rows,
     check_filled_up_path,
     check_own_scales_of_rows,
     check_rotor3,
+    check_ties,
     decodes,
     encodes,
     fills_up,
@@ -34,11 +36,16 @@ SHAPE = (2, 2, 2)
 encodes_blocks, decodes_blocks = of(encodes, shape=SHAPE), of(decodes, shape=SHAPE)
 own_scales_of_rows = of(check_own_scales_of_rows, 4)
 fills_up_blocks, finite_rows = of(fills_up, 3), of(check_centre_of_finite_rows, 3)
+values = of(encodes, role=VALUE, shape=SHAPE)
+# Where a lane has several near rows of a turn, and rows turn in parts.
+in_parts = of(encodes, head_dim=72, bits=8)
+# Where |z| is larger than all boundaries.
+far_behind = of(check_badly_met_rows, 8)
 
 CODEC_MUTATIONS = [
     *(
         (f"__syncthreads();  // {place}", "", of(encodes, bits=4, shape=SHAPE))
-        for place in ("sums written", "codes written")
+        for place in ("sums written", "centres written", "codes written")
     ),
     *(
         (f"MEET();  // {place}", "", encodes_blocks)
@@ -69,23 +76,40 @@ CODEC_MUTATIONS = [
         encodes_blocks,
     ),
     ("call.dtype == ROTORMLX_FLOAT32 ? 4 : 2", "2", encodes_blocks),
-    ("__syncwarp();  // the pieces are there", "", encodes_blocks),
-    ("__syncwarp();  // no pieces are in use", "", encodes_blocks),
-    ("warp * Plan::WARP_ROWS + i / PIECES", "i / PIECES", encodes_blocks),
-    ("shared + warp * Plan::WARP_WORDS", "shared", encodes_blocks),
-    ("if (i < ALL) {", "if (true) {", of(encodes, head_dim=72, bits=8)),
+    ("__syncthreads();  // the tables are there", "", of(encodes, role=VALUE, bits=4)),
+    ("__syncwarp();  // the rows are there", "", encodes_blocks),
+    ("__syncwarp();  // no rows are in use", "", encodes_blocks),
+    ("+ turn) * WORKERS", ") * WORKERS", encodes_blocks),
+    ("i / WARP_ROWS * TURNS", "i / WARP_ROWS", encodes_blocks),
+    ("warp * WARP_ROWS + i", "i", encodes_blocks),
+    ("+ q % NEAR_TURN * WARP_NEAR_ROWS", "", in_parts),
+    ("if (Plan::NearChannels::exists(first + p)) piece", "if (true) piece", in_parts),
+    ("near_lane / (PART / NEIGHBOURS) == part", "true", in_parts),
+    ("near_lane % (PART / NEIGHBOURS) * Plan", "near_lane * Plan", in_parts),
+    ("place = c - part * PART", "place = c", in_parts),
+    ("Channels::channel(0, p) / PART == part", "true", in_parts),
+    ("threadIdx.x / 32 * Plan::WARP_WORDS", "0", encodes_blocks),
+    ("near_lane * NEIGHBOURS + p)) {\n            *", "0)) {\n            *", encodes_blocks),
+    ("(n * Plan::TURNS + turn) * CHANNELS", "(n + turn) * CHANNELS", encodes_blocks),
+    ("+ n * Plan::WARP_ROWS) *", ") *", encodes_blocks),
+    ("+ n * Plan::WARP_NEAR_ROWS;", ";", in_parts),
     ("Codec::IS_KEY && !call.given_centres", "Codec::IS_KEY", fills_up_blocks),
-    ("if (!(broken >> r & 1u))", "if (true)", finite_rows),
-    ("if (!(broken >> r & 1u))", "if (broken == 0)", finite_rows),
-    ("broken = lane_any<LANES>(broken);", "", finite_rows),
+    ("broken >> q & 1u ?", "false ?", finite_rows),
+    ("broken >> q & 1u ?", "broken != 0 ?", finite_rows),
+    ("broken = lane_any<NEAR_LANES>(broken);", "", finite_rows),
     ("weight = 1.0f / BLOCK", "weight = 1.0f", encodes_blocks),
-    ("mask = LANES; mask < 32", "mask = 2 * LANES; mask < 32", encodes_blocks),
-    ("shared[thread / 32 * Plan::WARP_WORDS + c] =", "shared[c] =", encodes_blocks),
+    ("mask = NEAR_LANES; mask < SIDE", "mask = 2 * NEAR_LANES; mask < SIDE", encodes_blocks),
+    ("sums[i], (lane - SIDE) & 31)", "sums[i], lane)", encodes_blocks),
+    ("lane / NEAR_LANES == (FAR_TURN - 1)", "lane == (FAR_TURN - 1)", encodes_blocks),
+    ("+= sums[(n + step) * WIDTH + i];", "+= 0.0f;", in_parts),
+    ("shared + threadIdx.x / 32 * D", "shared", encodes_blocks),
     ("w < Plan::WARPS; ++w) mean", "w < Plan::WARPS - 1; ++w) mean", encodes_blocks),
     ("fminf(fmaxf(mean, -65504.0f), 65504.0f)", "mean", finite_rows),
-    ("rows[r * CHANNELS + p] -= __half2float(centre);", ";", encodes_blocks),
-    ("centre = call.centres[c];", "centre = __half(0.0f);", fills_up_blocks),
-    ("rows[r * CHANNELS + p] /= factor;", ";", encodes_blocks),
+    ("near[q * NEIGHBOURS + p] -= low;", ";", encodes_blocks),
+    ("near[q * NEIGHBOURS + p + 1] -= high;", ";", encodes_blocks),
+    ("ushort(pair >> 16)", "ushort(pair)", encodes_blocks),
+    ("centre[i] = call.centres[c];", "centre[i] = __half(0.0f);", fills_up_blocks),
+    ("near[q * NEIGHBOURS + p] /= factor;", ";", encodes_blocks),
     (
         "one.channel_scale += batch * call.channel_scale_stride + head * Codec::D;",
         "one.channel_scale += batch * call.channel_scale_stride;",
@@ -102,10 +126,21 @@ CODEC_MUTATIONS = [
         own_scales_of_rows,
     ),
     (
-        "Codec::template rotate<ROWS>(rows, call.coefficients, lane);",
+        "Codec::template rotate_near<Plan::NEAR_LANES, Plan::NEAR_ROWS>"
+        "(near, call.coefficients, near_lane);",
         "",
         encodes_blocks,
     ),
+    ("Codec::template rotate_far<ROWS>(rows, call.coefficients, lane);", "", encodes_blocks),
+    ("LANES * HELD == D || lane * HELD + start < D", "true", of(encodes, "iso4")),
+    ("coefficients + (lane * GROUPS + g)", "coefficients + g", encodes_blocks),
+    ("g / STRIDE * (RADIX * STRIDE) + g % STRIDE", "g * RADIX", encodes_blocks),
+    ("HELD, ROWS, STRIDE, BACK>(", "HELD, ROWS - 1, STRIDE, BACK>(", encodes_blocks),
+    ("fill_levels<Codec::BITS>(levels, uint(thread), THREADS);", "", encodes_blocks),
+    ("fminf(size, float(Codec::CELL_COUNT - 1) / Codec::CELLS_OF_UNIT)", "size", far_behind),
+    ("size >= float_of_bits(found.x)", "size > float_of_bits(found.x)", of(check_ties, 8)),
+    ("(size >= float_of_bits(found.x) ? 1u : 0u)", "0u", of(encodes, bits=8)),
+    ("size >= left[step - 1]", "size > left[step - 1]", of(check_ties, 4)),
     (
         "CODE_STRIDE + c] = uchar(code[p])",
         "CODE_STRIDE + (c ^ 1)] = uchar(code[p])",
@@ -116,16 +151,8 @@ CODEC_MUTATIONS = [
         "if (lane == 0 && r > 0) call.scales[worker + r * WORKERS]",
         encodes_blocks,
     ),
-    (
-        "i < WORD_ROWS * WORD_LANES; i += THREADS",
-        "i < WORD_ROWS * WORD_LANES - 1; i += THREADS",
-        encodes_blocks,
-    ),
-    (
-        "i < WORD_ROWS * WORD_LANES; i += THREADS",
-        "i < WORD_ROWS * WORD_LANES + 1; i += THREADS",
-        encodes_blocks,
-    ),
+    ("i >= WORDS) break;", "i >= WORDS - 1) break;", in_parts),
+    ("i >= WORDS) break;", "i >= WORDS + 1) break;", in_parts),
     (
         "word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1)",
         "word_lane * (Codec::IS_KEY ? D : 1)",
@@ -174,12 +201,11 @@ CODEC_MUTATIONS = [
     ("row[p] = scale * level_of_code", "row[p] = level_of_code", check_rotor3),
     ("(at < call.rows ? at : call.rows - 1)", "at", check_rotor3),
     ("&& at < call.rows) store", ") store", check_rotor3),
-    ("key_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);", "", encodes_blocks),
-    (
-        "value_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);",
-        "",
-        of(encodes, role=VALUE, shape=SHAPE),
-    ),
+    ("key_rotation::rotate_near<NEAR_LANES, ROWS>(rows, coefficients, lane);", "", encodes_blocks),
+    ("key_rotation::rotate_far<LANES, ROWS>(rows, coefficients, lane);", "", encodes_blocks),
+    ("value_rotation::rotate_near<NEAR_LANES, ROWS>(rows, coefficients, lane);", "", values),
+    ("value_rotation::rotate_far<LANES, ROWS>(rows, coefficients, lane);", "", values),
+    ("value_rotation::rotate_rows<LANES, ROWS>(rows, coefficients, lane);", "", check_rotor3),
 ]
 
 
@@ -199,8 +225,7 @@ STORE_MUTATIONS = [
     ("__syncthreads();  // the places behind the tail have been read", "", STORE),
     ("to < row.left(); to += BLOCK", "to < sink + BLOCK; to += BLOCK", LONG_TAIL),
     ("__syncthreads();  // no sums are in use", "", STORE),
-    ("__syncthreads();  // the sums of so many workers are there", "", STORE),
-    ("__syncthreads();  // the sums of all tokens are there", "", STORE),
+    ("__syncthreads();  // the sums of so many tokens are there", "", STORE),
     ("__syncthreads();  // so many squares are there", "", STORE),
     ("__syncthreads();  // the sum of all is there", "", STORE),
     ("__syncthreads();  // the scale is there", "", STORE),
@@ -234,8 +259,10 @@ STORE_MUTATIONS = [
     ("&& channel_scale != nullptr;", ";", replace(STORE, scale="none")),
     ("head * role.coefficients_stride", "head * 0", SHARED_SCALE),
     ("batch * role.channel_scale_stride + head * D", "head * D", STORE),
-    ("sum[r] += sum[r + half];", "sum[r] += sum[half];", STORE),
-    ("if (worker < half) add", "if (worker <= half) add", STORE),
+    ("x = i == p ? near", "x = i == 0 ? near", STORE),
+    ("add(sums[i], sums[i + half * NEAR_LANES]);", "add(sums[i], sums[half * NEAR_LANES]);", STORE),
+    ("i < half * NEAR_LANES;", "i < half * NEAR_LANES - 1;", STORE),
+    ("sums[Plan::near_token(q) * NEAR_LANES", "sums[q * NEAR_LANES", STORE),
     ("squares[count / 2] = squares[count - 1];", ";", STORE),
     ("1.0f / 4096", "1.0f / 64", replace(STORE, quiet=True)),
     ("is_finite(whole) && whole > 0.0f", "true", replace(STORE, quiet=True)),

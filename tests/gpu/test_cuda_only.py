@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import re
 import subprocess
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from rotormlx.codec import codebook
 from rotormlx.codec.format import KEY, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import cuda_plan
-from rotormlx.kernels.source import cuda_header
+from rotormlx.kernels.source import cells_text, cuda_header
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends import cuda_text
 from tests.emulator import missing
@@ -59,6 +60,24 @@ def test_header_depends_on_nothing_else():
         for seed, layer in itertools.product((0, 5), (0, 9))
     }
     assert len(texts) == 1
+
+
+def test_cells_find_what_the_boundaries_say():
+    """At 8 bits: for each boundary, the float32 before it, and sizes from 0 to far behind them."""
+    text = cells_text(8)
+    words = re.findall(r"\{0x(\w+)u, (\d+)u\}", text)
+    limits = np.array([int(limit, 16) for limit, _ in words], np.uint32).view(np.float32)
+    below = np.array([int(count) for _, count in words])
+    boundaries = codebook.boundaries(8)
+    before = np.nextafter(boundaries, np.float32(0))
+    sizes = np.concatenate([boundaries, before, np.linspace(0, 20, 10_001, dtype=np.float32)])
+
+    # As the kernel does: 2^23 is added in float32.
+    last = np.float32((len(words) - 1) / 64)
+    shifted = np.minimum(sizes, last) * np.float32(64) + np.float32(2**23)
+    cell = shifted.view(np.uint32) - 0x4B000000
+    found = below[cell] + (sizes >= limits[cell])
+    assert np.array_equal(found, np.searchsorted(boundaries, sizes, side="right"))
 
 
 @needs_emulator

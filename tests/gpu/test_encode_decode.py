@@ -54,7 +54,7 @@ def on(*runners):
 
 @pytest.fixture(params=shared_vectors.CASES, ids=shared_vectors.name_of, scope="module")
 def vectors(request):
-    return shared_vectors.load(request.param)
+    return shared_vectors.load_case(request.param)
 
 
 @metal_and_cuda

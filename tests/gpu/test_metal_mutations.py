@@ -79,8 +79,8 @@ def bound_mutations():
         ("r < N; ++r) x[r]", "r < N - 1; ++r) x[r]", wide),
         ("g < CHANNELS / RADIX", "g < CHANNELS / RADIX - 1", wide),
         ("g < CHANNELS / RADIX", "g < CHANNELS / RADIX + 1", wide),
-        ("row < ROWS; ++row) {\n      thread", "row < ROWS - 1; ++row) {\n      thread", wide),
-        ("r < RADIX; ++r) first", "r < RADIX - 1; ++r) first", wide),
+        ("row < ROWS; ++row) {\n    thread", "row < ROWS - 1; ++row) {\n    thread", wide),
+        ("r < RADIX; ++r) of_row", "r < RADIX - 1; ++r) of_row", wide),
         ("p < CHANNELS / HELD;", "p < CHANNELS / HELD - 1;", threes),
         ("place < FIRST + GROUPS", "place < FIRST + GROUPS - 1", threes),
         ("place < FIRST + GROUPS", "place < FIRST + GROUPS + 1", threes),
@@ -269,10 +269,21 @@ def rule_mutations():
     """Ties, the sign of zero, special rows, planes."""
     special = of(check_special_rows, 4, VALUE)
     return [
-        ("size >= boundaries", "size > boundaries", of(check_ties, 4)),
+        ("size >= left", "size > left", of(check_ties, 4)),
+        ("size >= boundaries", "size > boundaries", of(check_ties, 8)),
+        ("? left[i + step] : left[i]", "? left[i] : left[i]", of(encodes, bits=4)),
         ("z < 0.0f ?", "z <= 0.0f ?", of(check_ties, 4)),
         ("z < 0.0f ?", "z > 0.0f ?", of(encodes, bits=4)),
-        ("step = 1u << (BITS - 2)", "step = 1u << (BITS - 3)", of(encodes, bits=4)),
+        (
+            "UNROLL\n    for (uint step = 1u << (BITS - 2)",
+            "UNROLL\n    for (uint step = 1u << (BITS - 3)",
+            of(encodes, bits=4),
+        ),
+        (
+            "else {\n    for (uint step = 1u << (BITS - 2)",
+            "else {\n    for (uint step = 1u << (BITS - 3)",
+            of(encodes, bits=8),
+        ),
         ("is_finite(size) && scale < 65520.0f ?", "true ?", special),
         ("size == 0.0f) return", "false) return", special),
         ("return half(norm / sqrt(float(D)));", "return half(norm);", special),

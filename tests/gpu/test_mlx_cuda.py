@@ -2,6 +2,7 @@
 it is chosen.
 """
 
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -58,6 +59,29 @@ def test_shared_memory_of_the_other_kernels(head_dim, rows):
     )
     sizes = (cuda_plan.query_shared_bytes, cuda_plan.merge_shared_bytes)
     assert found.tolist() == [size(head_dim, rows) for size in sizes]
+
+
+# Words and numbers, strings, and runs of signs that C++ reads as one.
+TOKEN = re.compile(r'\w+|"(?:[^"\\]|\\.)*"|[-+*/&|<>=!:]+|\S')
+
+
+def test_a_minified_text_has_the_same_tokens():
+    folders = ("cuda_kernels", "shared_kernels")
+    paths = [path for name in folders for path in source.folder(name).iterdir()]
+    assert len(paths) > 10
+    for path in paths:
+        text = re.sub(r"//.*$", "", path.read_text(), flags=re.MULTILINE)
+        assert TOKEN.findall(cuda_text.minified(text)) == TOKEN.findall(text), path.name
+    assert cuda_text.minified("a - -b; // c\n\n  x = &y;") == "a- -b;\nx= &y;\n"
+
+
+def test_the_text_of_a_step_is_short():
+    """MLX hashes it at every call."""
+    lengths = {"attend": len(cuda_text.attend_header())}
+    for name in ("query", "merge"):
+        lengths[name] = len(cuda_text.header_of(source.read(f"cuda_kernels/attend_{name}.cu")))
+    budget = {"attend": 57_500, "query": 14_500, "merge": 18_500}
+    assert {name: n for name, n in lengths.items() if n > budget[name]} == {}
 
 
 @pytest.mark.parametrize("runner", ["mlx_cuda"], indirect=True)

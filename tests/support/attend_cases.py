@@ -328,7 +328,7 @@ def with_factors(case, query, value):
 @functools.cache
 def of_vectors(file, bits, dtype):
     """The problem of a file of shared vectors."""
-    arrays, facts = shared_vectors.load(file)
+    arrays, facts = shared_vectors.load_case(file)
     views = shared_vectors.views_of(arrays, facts, bits, DTYPES[dtype])
     queries = mx.array(arrays["query"]).astype(DTYPES[dtype])
     expected = arrays[f"output.{bits}"]

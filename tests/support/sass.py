@@ -1,8 +1,10 @@
 """What the machine code of a kernel does: instructions of its hot loop, counted in a cubin."""
 
 import functools
+import heapq
 import re
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import NamedTuple
@@ -114,6 +116,50 @@ def hot_loop(blocks: list[Block]) -> tuple[str, ...]:
     way = rest(head)
     assert way is not None, "the loop has no way back"
     return way[2]
+
+
+def way_through(
+    blocks: list[Block], must: Callable[[Block], bool], may: Callable[[Block], bool]
+) -> tuple[str, ...]:
+    """Instructions from the first block to the end, by the shortest way that is asked for.
+
+    It goes through every block that it must, and only through those that it may. No loop is gone
+    through twice, and only a loop of which it must have a part is gone through at all.
+    """
+    bits = {b: 1 << i for i, b in enumerate(b for b, block in enumerate(blocks) if must(block))}
+    whole = (1 << len(bits)) - 1
+    start = (0, bits.get(0, 0))
+    before: dict[tuple[int, int], tuple[int, int] | None] = {start: None}
+    waiting = [(len(blocks[0].names), start)]
+    settled: set[tuple[int, int]] = set()
+    cost = {start: len(blocks[0].names)}
+    while waiting:
+        length, place = heapq.heappop(waiting)
+        if place in settled:
+            continue
+        settled.add(place)
+        at, met = place
+        if met == whole and "EXIT" in blocks[at].names and not blocks[at].next:
+            way = []
+            step: tuple[int, int] | None = place
+            while step is not None:
+                way.append(step[0])
+                step = before[step]
+            return tuple(n for b in reversed(way) for n in blocks[b].names)
+        for b in blocks[at].next:
+            if b >= len(blocks) or not may(blocks[b]):
+                continue
+            following = (b, met | bits.get(b, 0))
+            new = length + len(blocks[b].names)
+            if new < cost.get(following, new + 1):
+                cost[following], before[following] = new, place
+                heapq.heappush(waiting, (new, following))
+    raise AssertionError("no way goes through all these blocks")
+
+
+def loops_of(blocks: list[Block]) -> list[tuple[str, ...]]:
+    """All instructions of each loop that holds no other, in order."""
+    return [tuple(n for b in sorted(loop) for n in blocks[b].names) for loop in _loops(blocks)]
 
 
 def _loops(blocks: list[Block]) -> list[set[int]]:

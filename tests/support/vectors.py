@@ -1,15 +1,12 @@
-"""The shared test vectors as what a backend takes."""
+"""Whether packed and decoded rows are those of the shared test vectors."""
 
-import json
-
-import mlx.core as mx
 import numpy as np
 
-from rotormlx.codec.format import BLOCK, KEY, ROLES, Packed, codec
-from rotormlx.config import RotorConfig
-from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage import tensor_file
+from rotormlx.codec.format import KEY
+from rotormlx.mlx.backends.vectors import channel_scale, codec_of, load, packed_of, views_of
 from scripts import make_vectors
+
+__all__ = ["CASES", "channel_scale", "codec_of", "load_case", "packed_of", "views_of"]
 
 CASES = make_vectors.CASES
 
@@ -19,44 +16,9 @@ def name_of(case):
     return case.file_name.split(".")[0]
 
 
-def load(case):
+def load_case(case):
     """The arrays of a file, and the facts about them."""
-    path = make_vectors.DIRECTORY / case.file_name
-    arrays, texts = tensor_file.read_arrays(path, where="test vectors", checksum_required=False)
-    return arrays, json.loads(texts["rotormlx"])
-
-
-def codec_of(facts, bits, role):
-    """The codec that has written a role's blocks of this width."""
-    config = RotorConfig(bits, bits, facts["rotation"], seed=facts["seed"])
-    return codec(config, facts["head_dim"], layer=facts["layer"], role=role)
-
-
-def channel_scale(arrays, role):
-    """The channel scale of a role, an MLX array, or None."""
-    scale = arrays.get(f"{role}.channel_scale")
-    return None if scale is None else mx.array(scale)
-
-
-def packed_of(arrays, role, bits):
-    """The packed rows of a role, MLX arrays."""
-    centres = mx.array(arrays["key.centres"]) if role == KEY else None
-    words, scales = (mx.array(arrays[f"{role}.{part}.{bits}"]) for part in ("words", "scales"))
-    return Packed(words, scales, centres)
-
-
-def views_of(arrays, facts, bits, dtype=mx.float32):
-    """Views of keys and of values, exact tokens in this dtype."""
-    views = []
-    for role in ROLES:
-        packed = packed_of(arrays, role, bits)
-        packed_tokens = packed.scales.shape[2] * BLOCK - facts["missing"]
-        exact = mx.array(arrays[f"{role}.exact"]).astype(dtype)
-        tokens = packed_tokens + exact.shape[2]
-        scale = channel_scale(arrays, role)
-        counts = facts["sink"], packed_tokens, tokens
-        views.append(KVView(codec_of(facts, bits, role), exact, packed, scale, *counts))
-    return views
+    return load(name_of(case))
 
 
 def check_encoded(packed, arrays, role, bits):

@@ -85,14 +85,17 @@ def test_what_has_passed_is_skipped_unless_it_is_named(stubs, tmp_path):
     again = check(**stubs)
     assert again.returncode == 0, again.stdout
     assert re.findall(r"^== (\S+):", again.stdout, re.MULTILINE) == ["bench-decode"]
-    assert again.stdout.count("has passed; name it to run it again") == len(names) - 1
+    assert again.stdout.count("has passed with these sources; name it") == len(names) - 1
+    (tmp_path / "out" / "done" / "build").write_text("other sources")
+    changed = check(**stubs)
+    assert re.findall(r"^== (\S+):", changed.stdout, re.MULTILINE) == ["build"]
     named = check("build", "sanitizer", **stubs)
     assert re.findall(r"^== (\S+):", named.stdout, re.MULTILINE) == ["build", "sanitizer"]
     # What each stage printed is kept.
     kept = {path.stem for path in (tmp_path / "out").glob("*.txt")}
     assert kept == {*names, "gpu"}
     calls = Path(stubs["CALLS"]).read_text()
-    assert calls.count("rotormlx.torch build --head-dim 128") == 2 * 4
+    assert calls.count("rotormlx.torch build --head-dim 128") == 3 * 4
     assert calls.count("--tables encode") == 1
 
 

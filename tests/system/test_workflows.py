@@ -96,15 +96,17 @@ def test_macos_runs_the_readmes_command_without_the_emulator():
     assert "github.event_name != 'pull_request' && vars.MACOS_RUNNER" in job["runs-on"]
 
 
-def test_macos_keeps_the_figures_of_a_benchmark():
+def test_macos_keeps_what_it_measures():
     job = workflow("macos")["jobs"]["metal"]
     script = commands(job)
+    assert "rotormlx doctor --output doctor.json" in script
     assert "scripts/bench_metal.py --short --output bench-metal" in script
-    assert '>> "$GITHUB_STEP_SUMMARY"' in script
-    upload = next(step for step in job["steps"] if "upload-artifact" in step.get("uses", ""))
-    assert upload["with"]["path"] == "bench-metal/"
-    # It tells most where a test has failed.
-    assert upload["if"] == "${{ !cancelled() }}"
+    assert script.count('>> "$GITHUB_STEP_SUMMARY"') == 2
+    uploads = [step for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert [step["with"]["path"] for step in uploads] == ["doctor.json", "bench-metal/"]
+    for step in uploads:
+        # They tell most where a test has failed.
+        assert step["if"] == "${{ !cancelled() }}"
 
 
 def test_a_short_benchmark_is_short(monkeypatch, tmp_path):

@@ -485,3 +485,10 @@ def test_large_head_dims_take_torch_operations(kernels):
     chosen = codec(CONFIG, 320, layer=LAYER, role="value")
     x = torch.randn(1, 1, BLOCK, 320)
     assert torch.equal(cuda.encode(x, chosen).words, torch_ops.encode(x, chosen).words)
+
+
+def test_strides_that_kernels_cannot_follow_are_copied():
+    """On the meta device, since such a tensor takes gigabytes."""
+    for stride, same in ((2**29 - 8, True), (2**29, False)):
+        x = torch.empty_strided((1, 1, 2, 64), (8, 8, stride, 1), device="meta")
+        assert (cuda._aligned(x) is x) == same

@@ -38,6 +38,10 @@ from tests.support.torch_attend import (
     rows,
 )
 
+needs_library = pytest.mark.skipif(
+    cpu_library.missing() is not None, reason=f"no CPU library: {cpu_library.missing()}"
+)
+
 
 @pytest.fixture(params=["native", "torch"])
 def path(request, monkeypatch):
@@ -447,6 +451,34 @@ def test_operators_compile_without_graph_breaks():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for found, expected in zip(compiled(x, *arguments), step(x, *arguments), strict=True):
         assert torch.equal(found, expected)
+
+
+@needs_library
+@pytest.mark.parametrize(("tokens", "threads"), [(100, 1), (6000, 3)])
+def test_the_library_has_torch_s_threads(monkeypatch, tokens, threads):
+    """But for a call of attention that one thread has done before another one wakes."""
+    seen = {}
+
+    def recorded(name, function):
+        def call(*args, **options):
+            seen[name] = options["threads"]
+            return function(*args, **options)
+
+        return call
+
+    for name in ("encode", "decode", "attend"):
+        monkeypatch.setattr(cpu_library, name, recorded(name, getattr(cpu_library, name)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    config = RotorConfig()
+    exact = torch.randn(1, 1, tokens, 64)
+    packed = rt.encode(exact[:, :, :BLOCK], config, layer=0, role=KEY)
+    rt.decode(packed, config, head_dim=64, layer=0, role=KEY)
+    views = (
+        KVView(codec(config, 64, layer=0, role=role), exact, None, None) for role in (KEY, VALUE)
+    )
+    lengths = torch.tensor([[0, tokens]], dtype=torch.int32)
+    rt.attend(torch.randn(1, 2, 1, 64), lengths, *views, config, layer=0, scale=0.1)
+    assert seen == {"encode": 3, "decode": 3, "attend": threads}
 
 
 def test_torch_operations_never_wait_for_the_device():

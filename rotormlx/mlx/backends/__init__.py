@@ -9,7 +9,12 @@ from functools import cache
 import mlx.core as mx
 
 from rotormlx.mlx.backends import cpu, cuda, metal
+from rotormlx.mlx.backends.checked import CheckedBackend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
+from rotormlx.mlx.backends.vectors import Operation
+
+# All backends have its operations.
+Backend = MLXBackend
 
 _CPU = mx.Device(mx.cpu)
 
@@ -20,6 +25,8 @@ _BACKENDS: dict[str, tuple[type[MLXBackend], Callable[[], str | None]]] = {
     "cpu": (cpu.CPUBackend, cpu.missing),
     "mlx": (MLXBackend, lambda: None),
 }
+# Their kernels are compiled where they run, by a compiler that nobody here has seen.
+_COMPILED_LATER = ("metal", "mlx_cuda")
 
 
 def available() -> list[str]:
@@ -29,6 +36,9 @@ def available() -> list[str]:
 
 def backend() -> MLXBackend:
     """The backend of this process: the one named by ``ROTORMLX_BACKEND``, else the best there is.
+
+    The best one gives way to MLX's operations where its kernels are not right on this machine; one
+    that is named does not.
 
     Raises:
         RuntimeError: If the name is not of a backend, or this process cannot run it.
@@ -42,12 +52,14 @@ def choose(_on_cpu: bool, /) -> MLXBackend:
     name = os.environ.get("ROTORMLX_BACKEND")
     if name is None:
         name = next(name for name, (_, lack) in _BACKENDS.items() if lack() is None)
-    elif name not in _BACKENDS:
+        made = _BACKENDS[name][0]()
+        return CheckedBackend(made) if name in _COMPILED_LATER else made
+    if name not in _BACKENDS:
         raise RuntimeError(
             f"[backend] ROTORMLX_BACKEND must be one of {', '.join(_BACKENDS)}, but it is "
             f"{name!r}; unset it for the automatic choice."
         )
-    elif (reason := _BACKENDS[name][1]()) is not None:
+    if (reason := _BACKENDS[name][1]()) is not None:
         raise RuntimeError(
             f"[backend] ROTORMLX_BACKEND is {name!r}, but {reason}; unset it for the automatic "
             "choice."
@@ -55,9 +67,28 @@ def choose(_on_cpu: bool, /) -> MLXBackend:
     return _BACKENDS[name][0]()
 
 
+def fused() -> MLXBackend:
+    """The same without giving way: its kernels run, or fail."""
+    chosen = backend()
+    return chosen.fused if isinstance(chosen, CheckedBackend) else chosen
+
+
+def keep(operation: Operation, found: str) -> None:
+    """Let :func:`backend` know what was found about an operation of it: ``RIGHT``, or what else."""
+    chosen = backend()
+    if isinstance(chosen, CheckedBackend):
+        chosen.keep(operation, found)
+
+
 def describe() -> str:
-    """The backend's name, and why the automatic choice took no better one."""
-    name = backend().name
+    """The backend, why the automatic choice took no better one, and what it leaves to MLX."""
+    chosen = backend()
+    replaced = chosen.replaced() if isinstance(chosen, CheckedBackend) else {}
+    left = "".join(f"; MLX's operations do: {op}, which {why}" for op, why in replaced.items())
+    return _described(chosen.name) + left
+
+
+def _described(name: str) -> str:
     if "ROTORMLX_BACKEND" in os.environ:
         return f"{name} (named by ROTORMLX_BACKEND)"
     better = list(_BACKENDS)[: list(_BACKENDS).index(name)]

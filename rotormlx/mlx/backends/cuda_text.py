@@ -19,6 +19,8 @@ from rotormlx.kernels import cuda_plan
 from rotormlx.kernels.source import cuda_header, matrices, read
 from rotormlx.mlx.backends.first_call import FirstCallKernel
 
+_SIGN = r"[-+*/&|<>=!:]"
+_NEEDLESS = re.compile(rf" +(?!(?<=\w )\w)(?!(?<={_SIGN} ){_SIGN})")
 # Threads of a thread block that encodes or decodes.
 CODEC_THREADS = 256
 
@@ -46,17 +48,32 @@ def text_of(codec: Codec) -> CodecText:
 
 
 def header_of(*texts: str) -> str:
-    """Texts behind what all kernels need, without what MLX includes itself.
-
-    Without comments and indentation too: MLX puts the text together and hashes it at every call.
-    """
+    """Texts behind what all kernels need, minified, without what MLX includes itself."""
     common = [
         *(read("cuda_kernels/vocabulary.cuh"), f"constexpr int BLOCK = {BLOCK};\n"),
         *(read("cuda_kernels/launch.h"), read("cuda_kernels/scores.cuh")),
     ]
     text = "\n".join([*common, *texts])
-    text = re.sub(r"//.*$|^#(include|pragma once).*$", "", text, flags=re.MULTILINE)
-    return re.sub(r"\n\s+", "\n", text) + "\n"
+    return minified(re.sub(r"^#(include|pragma once).*$", "", text, flags=re.MULTILINE))
+
+
+def minified(text: str) -> str:
+    """A text without comments and needless spaces: MLX hashes it at every call.
+
+    Lines stay lines, so that the compiler's messages can be followed.
+    """
+    text = re.sub(r"//.*$", "", text, flags=re.MULTILINE)
+    lines = (line.strip() for line in text.splitlines())
+    return "".join(_without_spaces(line) + "\n" for line in lines if line)
+
+
+def _without_spaces(line: str) -> str:
+    """A line without spaces, but for those between two words or two signs of operators."""
+    if line.startswith("#"):
+        return line
+    parts = re.split(r'("(?:[^"\\]|\\.)*")', line)  # strings, at odd places, stay as they are
+    parts[::2] = (_NEEDLESS.sub("", part) for part in parts[::2])
+    return "".join(parts)
 
 
 def codec_header(*texts: str) -> str:
@@ -67,8 +84,9 @@ def codec_header(*texts: str) -> str:
 
 def attend_header() -> str:
     """The same with what does a part of the tokens."""
+    shared = (read(f"shared_kernels/{name}.h") for name in ("levels", "trellis"))
     files = ("fragments.cuh", "attend.cu", "attend_plain.cu")
-    return codec_header(*(read(f"cuda_kernels/{name}") for name in files))
+    return header_of(*shared, *(read(f"cuda_kernels/{name}") for name in files))
 
 
 # Axes (B, K, N) of contiguous packed arrays.
@@ -91,10 +109,21 @@ DEVICE_FN void place_packed(rotormlx_packed& packed, const uint32_t* words, cons
 _CODEC_TEXT = """
 struct CODEC {{
   enum {{ IS_KEY = {is_key}, BITS = {bits}, D = {d}, LANES = NS::LANES, HELD = NS::HELD }};
+  enum {{ NEIGHBOURS = NS::NEIGHBOURS, CELL_COUNT = NS::CELL_COUNT }};
+  enum {{ CELLS_OF_UNIT = NS::CELLS_OF_UNIT }};
   static DEVICE_FN const float* boundaries() {{ return NS::BOUNDARIES; }}
+  static DEVICE_FN const uint2* cells() {{ return NS::CELLS; }}
   template <int ROWS>
   static DEVICE_FN void rotate(float* rows, const float* coefficients, uint lane) {{
     NS::rotate_rows<LANES, ROWS>(rows, coefficients, lane);
+  }}
+  template <int NEAR_LANES, int ROWS>
+  static DEVICE_FN void rotate_near(float* rows, const float* coefficients, uint lane) {{
+    NS::rotate_near<NEAR_LANES, ROWS>(rows, coefficients, lane);
+  }}
+  template <int ROWS>
+  static DEVICE_FN void rotate_far(float* rows, const float* coefficients, uint lane) {{
+    NS::rotate_far<LANES, ROWS>(rows, coefficients, lane);
   }}
   template <int ROWS>
   static DEVICE_FN void unrotate(float* rows, const float* coefficients, uint lane) {{

@@ -12,6 +12,26 @@ from typing import Any
 import mlx.core as mx
 
 
+class KernelError(RuntimeError):
+    """A kernel does not compile or run; the message names it and says what to do.
+
+    Args:
+        name: The kernel.
+        said: What MLX says.
+    """
+
+    def __init__(self, name: str, said: str) -> None:
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        #: The end of a sentence that begins with what the kernel does.
+        self.brief = f"does not compile or run: {lines[0] if lines else 'MLX does not say why'}"
+        device = mx.device_info().get("device_name", mx.default_device())
+        super().__init__(
+            f"[kernel] The kernel {name} must compile and run on {device}, but it does not; "
+            "rotormlx.remove(model) gives a model its own caches back, and ROTORMLX_BACKEND=mlx "
+            f"needs no kernels. MLX says: {said}"
+        )
+
+
 class FirstCallKernel:
     """A kernel that evaluates the result of its first call for each template and set of dtypes.
 
@@ -21,7 +41,7 @@ class FirstCallKernel:
         **options: What it takes beside the name.
 
     Raises:
-        RuntimeError: If the kernel cannot be made; calls raise it if it cannot be compiled or run.
+        KernelError: If the kernel cannot be made; calls raise it if it cannot be compiled or run.
     """
 
     def __init__(self, name: str, make: Callable[..., Any], **options: Any) -> None:
@@ -30,8 +50,7 @@ class FirstCallKernel:
         try:
             self._kernel = make(name=name, **options)
         except RuntimeError as error:
-            self._explain(error)
-            raise
+            raise KernelError(name, str(error)) from error
 
     def __call__(self, **call: Any) -> list[mx.array]:
         """Call the kernel with MLX's arguments."""
@@ -44,19 +63,9 @@ class FirstCallKernel:
             made = self._kernel(**call)
             mx.eval(made)
         except RuntimeError as error:
-            self._explain(error)
-            raise
+            raise KernelError(self.name, str(error)) from error
         self._done.add(types)
         return made
-
-    def _explain(self, error: RuntimeError) -> None:
-        """Let an error name the kernel and the device, and say what to do."""
-        device = mx.device_info().get("device_name", mx.default_device())
-        error.args = (
-            f"[kernel] The kernel {self.name} must compile and run on {device}, but it does not; "
-            "rotormlx.remove(model) gives a model its own caches back, and ROTORMLX_BACKEND=mlx "
-            f"needs no kernels. MLX says: {error}",
-        )
 
 
 def _evaluated(arrays: list[Any]) -> bool:

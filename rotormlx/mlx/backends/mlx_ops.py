@@ -32,6 +32,9 @@ TILE_VALUES = 2**17
 TILE_SCORES = 2**22
 TILE_TOKENS = 2048
 
+# What reads a prompt: MLX's attention, see rotormlx/mlx/prefill.py, or that of a backend.
+LIBRARY, KERNEL = "library", "kernel"
+
 
 # From the first and the last-plus-one token of a tile to its mask ``[B or 1, K or 1, G, T]``,
 # boolean or additive, or None where every token is visible.
@@ -51,10 +54,31 @@ class Softmax(NamedTuple):
     output: mx.array
 
 
+class Prompts(NamedTuple):
+    """Which attention does a chunk of a prompt, ``LIBRARY`` or ``KERNEL``.
+
+    first: While nothing is packed; ``LIBRARY`` gives what an exact cache gives, bit for bit.
+    later: Once something is packed.
+    """
+
+    first: str
+    later: str
+
+
 class MLXBackend:
     """Every operation of the codec in MLX operations; other backends replace what they fuse."""
 
     name = "mlx"
+
+    # What somebody who has timed both on this device prefers to `prompts`.
+    timed_prompts: Prompts | None = None
+
+    def prompts(self, dtype: mx.Dtype) -> Prompts:
+        """The faster attention for prompts, by estimate or measured: docs/KERNELS.md."""
+        if mx.default_device().type == mx.DeviceType.gpu:
+            return Prompts(LIBRARY, LIBRARY)
+        # MLX multiplies 16 bits more slowly on a CPU than float32, which the operations here use.
+        return Prompts(LIBRARY if dtype == mx.float32 else KERNEL, KERNEL)
 
     def encode(
         self,

@@ -1,0 +1,47 @@
+"""The command ``rotormlx doctor``: a table, a file and one line of advice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from rotormlx.cli import outputs
+from rotormlx.cli.refusal import Refusal, refusing, sentence
+from rotormlx.cli.terminal import wide_console
+from rotormlx.measure import doctor
+from rotormlx.measure.doctor import Findings
+
+
+def run(output: Path, *, timed: bool, runs: int) -> Findings:
+    """Find out, print it, and write it to a file.
+
+    Args:
+        output: The file; JSON.
+        timed: Whether attention is timed.
+        runs: Timed runs of each contender.
+
+    Raises:
+        Refusal: If the backend that is asked for cannot run here, or the file cannot be written.
+    """
+    console = wide_console()
+    with console.status("starting") as status, refusing(RuntimeError, where=("[backend]",)):
+        found = doctor.find_out(timed=timed, runs=runs, say=status.update)
+    names, *rows = doctor.rows(found)
+    table = Table(title=f"{found.machine}; MLX {found.versions['mlx']}")
+    table.add_column(names[0])
+    for name in names[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for operation, why in found.wrong.items():
+        console.print(f"{operation}: {why}", highlight=False)
+    console.print(found.verdict, highlight=False)
+    try:
+        outputs.write_whole(output, json.dumps(found.as_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise Refusal(f"[doctor] {output} cannot be written: {sentence(error)}.") from error
+    console.print(f"Written: {output}", highlight=False)
+    return found

@@ -1,0 +1,176 @@
+"""Whether the kernels are right on this machine, and how fast: what ``rotormlx doctor`` finds out.
+
+Every operation runs on every file of the shared test vectors; decode steps and chunks of a prompt
+take turns with MLX's own attention over an exact cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import mlx.core as mx
+
+from rotormlx.config import BITS
+from rotormlx.measure.attention_time import (
+    EXACT,
+    QUANTIZED,
+    Shape,
+    decode_steps,
+    median_ms,
+    prompt_steps,
+    rotor_name,
+)
+from rotormlx.measure.machine import machine, versions
+from rotormlx.mlx import backends
+from rotormlx.mlx.backends.vectors import NAMES, RIGHT, Operation, check, names, operations
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+CONTEXTS = (4096, 32768)
+# Tokens of a chunk of a prompt.
+CHUNK = 256
+# The width that the verdict speaks of, the default of the package.
+WIDTH = 4
+WIDTHS = tuple(sorted(BITS, reverse=True))
+
+Said = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Attention with each kind of cache, medians in milliseconds by contender.
+
+    Args:
+        what: ``"decode step"`` or ``"prompt chunk"``.
+        tokens: Of the history.
+        queries: Tokens of the step.
+        ms: By contender, see :mod:`rotormlx.measure.attention_time`.
+    """
+
+    what: str
+    tokens: int
+    queries: int
+    ms: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """Our time at the default width, of MLX's own."""
+        return self.ms[rotor_name(WIDTH)] / self.ms[EXACT]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out.
+
+    Args:
+        date: When, UTC.
+        machine: On what.
+        versions: Of the packages.
+        backend: The backend, and why it was chosen.
+        files: Files of the test vectors.
+        wrong: Operations that are not right, and the end of a sentence on each.
+        timings: None where they were not asked for.
+    """
+
+    date: str
+    machine: str
+    versions: dict[str, str]
+    backend: str
+    files: tuple[str, ...]
+    wrong: dict[Operation, str]
+    timings: tuple[Timing, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self),
+            "wrong": {str(operation): found for operation, found in self.wrong.items()},
+            "verdict": self.verdict,
+        }
+
+    @property
+    def verdict(self) -> str:
+        """Whether to use rotormlx on this machine, in one line."""
+        if self.wrong:
+            return (
+                f"Use rotormlx here for memory only: {len(self.wrong)} of {len(operations())} "
+                "operations are not right in its kernels, so MLX's operations do them, slower."
+            )
+        steps = [timing for timing in self.timings if timing.what == "decode step"]
+        if not steps:
+            return "Every kernel is right here; speed was not measured."
+        last = steps[-1]
+        ours, exact = readable(last.ms[rotor_name(WIDTH)]), readable(last.ms[EXACT])
+        found = (
+            f"at {WIDTH} bits a decode step behind {last.tokens:,} tokens takes {ours} ms, with "
+            f"MLX's exact cache {exact} ms."
+        )
+        if last.ratio <= 1:
+            return f"Use rotormlx here: every kernel is right, and {found}"
+        return f"Use rotormlx here where memory counts: every kernel is right, but {found}"
+
+
+def find_out(*, timed: bool = True, runs: int = 5, say: Said = lambda _: None) -> Findings:
+    """Check every operation, and time attention.
+
+    Args:
+        timed: Whether to time.
+        runs: Counted runs of each contender.
+        say: Told what is done next.
+    """
+    chosen, files = backends.fused(), names()
+    wrong: dict[Operation, str] = {}
+    for operation in operations():
+        say(f"checking: {operation}")
+        found = next((f for name in files if (f := check(chosen, operation, name)) != RIGHT), RIGHT)
+        backends.keep(operation, found)
+        if found != RIGHT:
+            wrong[operation] = found
+    return Findings(
+        datetime.now(UTC).date().isoformat(),
+        machine(),
+        versions(),
+        backends.describe(),
+        tuple(files),
+        wrong,
+        tuple(_timings(runs, say)) if timed else (),
+    )
+
+
+def _timings(runs: int, say: Said) -> list[Timing]:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    # MLX multiplies 16-bit numbers slowly on a CPU.
+    shape = Shape(1, HEADS, KV_HEADS, HEAD_DIM, mx.float32 if on_cpu else mx.float16)
+    found = []
+    for tokens in CONTEXTS:
+        say(f"timing: a decode step behind {tokens:,} tokens")
+        ms = median_ms(decode_steps(shape, tokens, WIDTHS), runs)
+        found.append(Timing("decode step", tokens, 1, ms))
+        say(f"timing: {CHUNK} tokens of a prompt behind {tokens:,}")
+        ms = median_ms(prompt_steps(shape, tokens, CHUNK, WIDTHS), max(1, runs // 2))
+        found.append(Timing("prompt chunk", tokens, CHUNK, ms))
+    return found
+
+
+def readable(ms: float) -> str:
+    """Milliseconds in about three digits."""
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}"
+
+
+def rows(findings: Findings) -> list[list[str]]:
+    """The table: a row per operation, a column per width, then MLX's own caches.
+
+    The first row names the columns.
+    """
+    table = [["", *(f"{bits} bits" for bits in WIDTHS), "exact", "mlx-lm 4 bits"]]
+    for name in NAMES:
+        cells = ("wrong" if Operation(name, bits) in findings.wrong else RIGHT for bits in WIDTHS)
+        table.append([name, *cells, "", ""])
+    for timing in findings.timings:
+        named = f"{timing.what}, {timing.tokens:,} tokens, ms"
+        contenders = (*map(rotor_name, WIDTHS), EXACT, QUANTIZED)
+        cells = (readable(timing.ms[c]) if c in timing.ms else "" for c in contenders)
+        table.append([named, *cells])
+    return table

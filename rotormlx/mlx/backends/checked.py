@@ -1,0 +1,110 @@
+"""Kernels that are trusted once they have reproduced the shared test vectors on this device.
+
+An operation whose kernels do not compile, or compute something else than the vectors, is left to
+MLX's operations, with a warning. What was found out is kept between processes (``kept.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+
+from rotormlx.codec.format import Codec, Packed
+from rotormlx.mlx.attend_call import AttendCall
+from rotormlx.mlx.backends.first_call import KernelError
+from rotormlx.mlx.backends.kept import Findings, device_name, findings
+from rotormlx.mlx.backends.mlx_ops import MLXBackend, Prompts
+from rotormlx.mlx.backends.vectors import RIGHT, Operation, check
+
+# The file of vectors that decides at first use.
+FILE = "cascade-d128"
+# Up to so many query rows of a KV head are few: other kernels do more of them.
+FEW_ROWS = 8
+
+
+class CheckedBackend(MLXBackend):
+    """A backend with kernels, each checked at its first use.
+
+    Args:
+        fused: The backend.
+    """
+
+    def __init__(self, fused: MLXBackend) -> None:
+        self.fused = fused
+        self.name = fused.name
+        self._found: dict[Operation, str] = {}
+
+    @cached_property
+    def _findings(self) -> Findings:
+        return findings(self.name)
+
+    def prompts(self, dtype: mx.Dtype) -> Prompts:
+        """Those of the backend."""
+        return self.fused.prompts(dtype)
+
+    def replaced(self) -> dict[Operation, str]:
+        """The operations that MLX's own do, as far as this process knows, and why."""
+        return {op: found for op, found in self._found.items() if found != RIGHT}
+
+    def keep(self, operation: Operation, found: str) -> None:
+        """Keep what was found about an operation: ``RIGHT``, or the end of a sentence on it."""
+        self._found[operation] = found
+        self._findings.keep(str(operation), found)
+
+    def _encode(
+        self,
+        x: mx.array,
+        codec: Codec,
+        channel_scale: mx.array | None,
+        centres: mx.array | None,
+        start: int,
+        state: mx.array | None,
+    ) -> Packed:
+        asked = [Operation(f"encode {codec.role}s", codec.bits)]
+        return self._done("_encode", asked, x, codec, channel_scale, centres, start, state)
+
+    def _decode(
+        self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
+    ) -> mx.array:
+        asked = [Operation(f"decode {codec.role}s", codec.bits)]
+        return self._done("_decode", asked, packed, codec, channel_scale, dtype)
+
+    def _attend(self, call: AttendCall) -> mx.array:
+        name = "attend" if call.group_rows <= FEW_ROWS else "attend, many query rows"
+        widths = {call.keys.codec.bits, call.values.codec.bits}
+        return self._done("_attend", [Operation(name, bits) for bits in widths], call)
+
+    def _done(self, method: str, asked: list[Operation], *args: Any) -> Any:
+        """What the kernels make of a call, or MLX's operations."""
+        if all(map(self._trusts, asked)):
+            try:
+                return getattr(self.fused, method)(*args)
+            except KernelError as error:
+                # Of this process only: another head_dim may do.
+                for operation in asked:
+                    self._distrust(operation, error.brief)
+        return getattr(super(), method)(*args)
+
+    def _trusts(self, operation: Operation) -> bool:
+        found = self._found.get(operation)
+        if found is None:
+            found = self._findings.get(str(operation))
+            if found is None:
+                found = check(self.fused, operation, FILE)
+                self.keep(operation, found)
+            self._found[operation] = found
+            if found != RIGHT:
+                self._distrust(operation, found)
+        return found == RIGHT
+
+    def _distrust(self, operation: Operation, found: str) -> None:
+        self._found[operation] = found
+        warnings.warn(
+            f"[kernels] On {device_name()} the {self.name} kernel of this operation cannot be "
+            f"used: {operation}. It {found}. MLX's operations do its work, right but slower; run "
+            "rotormlx doctor and attach the file that it writes to an issue.",
+            stacklevel=2,
+        )

@@ -1,0 +1,57 @@
+"""Which of several kernels that give the same numbers is the fastest on this device.
+
+They are timed when one is first wanted, for a fraction of a second, and the choice is kept between
+processes (``kept.py``).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+from rotormlx.mlx.backends.first_call import KernelError
+from rotormlx.mlx.backends.kept import Findings
+
+Ways = Mapping[str, Callable[[], mx.array]]
+# Runs of each way. The first compiles it, which does not move the median.
+RUNS = 9
+
+
+def fastest(findings: Findings, name: str, ways: Ways) -> str:
+    """The way that took the least time on this device; the first one where none can run.
+
+    Args:
+        findings: Of the backend; keeps the choice.
+        name: What is chosen.
+        ways: By name, each a call whose result is evaluated.
+    """
+    known = findings.get(name)
+    if known in ways:
+        return str(known)
+    times = _median_seconds(ways)
+    if not times:
+        return next(iter(ways))
+    chosen = min(times, key=lambda way: times[way])
+    findings.keep(name, chosen)
+    return chosen
+
+
+def _median_seconds(ways: Ways) -> dict[str, float]:
+    """By way, taken in turn; without those that do not compile or run."""
+    taken: dict[str, list[float]] = {}
+    failed: set[str] = set()
+    for _ in range(RUNS):
+        for way, step in ways.items():
+            if way in failed:
+                continue
+            start = time.perf_counter()
+            try:
+                mx.eval(step())
+            except KernelError:
+                failed.add(way)
+                continue
+            taken.setdefault(way, []).append(time.perf_counter() - start)
+    return {way: statistics.median(times) for way, times in taken.items() if way not in failed}

@@ -1,0 +1,191 @@
+"""The shared test vectors as what a backend takes, and whether it reproduces them.
+
+Source: docs/FORMAT.md, section 9.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE, Codec, Packed, codec
+from rotormlx.config import BITS, RotorConfig
+from rotormlx.mlx.attend_call import AttendCall
+from rotormlx.mlx.backends.first_call import KernelError
+from rotormlx.mlx.backends.mlx_ops import MLXBackend
+from rotormlx.mlx.cache.view import KVView
+from rotormlx.storage import tensor_file
+
+# What a check finds where all is well.
+RIGHT = "right"
+Arrays = dict[str, Any]
+Facts = dict[str, Any]
+
+# Decoded vectors and outputs may differ by so much of the largest number.
+TOLERANCE = 1e-5
+# Query heads of a KV head are repeated so often where many query rows are wanted.
+MANY = 4
+
+
+class Operation(NamedTuple):
+    """What kernels do: an operation at one width of codes.
+
+    name: One of :data:`NAMES`.
+    bits: Bits of a code.
+    """
+
+    name: str
+    bits: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.bits} bits"
+
+
+NAMES = (
+    *(f"{verb} {role}s" for verb in ("encode", "decode") for role in ROLES),
+    *("attend", "attend, many query rows"),
+)
+
+
+def operations() -> list[Operation]:
+    """Every operation at every width."""
+    return [Operation(name, bits) for name in NAMES for bits in BITS]
+
+
+def folder() -> Path:
+    """Where the files lie: inside the package in a wheel, in ``tests/`` in the repository.
+
+    Raises:
+        RuntimeError: If the installation lacks them.
+    """
+    package = Path(__file__).parents[2]
+    for place in (package / "vectors", package.parent / "tests" / "vectors"):
+        if place.is_dir():
+            return place
+    raise RuntimeError(
+        f"[vectors] The test vectors must lie in {package / 'vectors'}, but they do not; install "
+        "rotormlx anew."
+    )
+
+
+def names() -> list[str]:
+    """Names of the files, such as ``cascade-d128``: a rotation and a head_dim."""
+    return sorted(path.stem for path in folder().glob("*.safetensors"))
+
+
+@cache
+def load(name: str) -> tuple[Arrays, Facts]:
+    """The arrays of a file, and the facts about them."""
+    path = folder() / f"{name}.safetensors"
+    arrays, texts = tensor_file.read_arrays(path, where="test vectors", checksum_required=False)
+    return dict(arrays), json.loads(texts["rotormlx"])
+
+
+def codec_of(facts: Facts, bits: int, role: str) -> Codec:
+    """The codec that has written a role's blocks of this width."""
+    config = RotorConfig(bits, bits, facts["rotation"], seed=facts["seed"])
+    return codec(config, facts["head_dim"], layer=facts["layer"], role=role)
+
+
+def channel_scale(arrays: Arrays, role: str) -> mx.array | None:
+    """The channel scale of a role, or None."""
+    scale = arrays.get(f"{role}.channel_scale")
+    return None if scale is None else mx.array(scale)
+
+
+def packed_of(arrays: Arrays, role: str, bits: int) -> Packed:
+    """The packed rows of a role."""
+    centres = mx.array(arrays["key.centres"]) if role == KEY else None
+    words, scales = (mx.array(arrays[f"{role}.{part}.{bits}"]) for part in ("words", "scales"))
+    return Packed(words, scales, centres)
+
+
+def views_of(
+    arrays: Arrays, facts: Facts, bits: int, dtype: mx.Dtype = mx.float32
+) -> tuple[KVView, KVView]:
+    """Views of keys and of values, exact tokens in this dtype."""
+    views = []
+    for role in ROLES:
+        packed = packed_of(arrays, role, bits)
+        packed_tokens = packed.scales.shape[2] * BLOCK - facts["missing"]
+        exact = mx.array(arrays[f"{role}.exact"]).astype(dtype)
+        tokens = packed_tokens + exact.shape[2]
+        scale = channel_scale(arrays, role)
+        counts = facts["sink"], packed_tokens, tokens
+        views.append(KVView(codec_of(facts, bits, role), exact, packed, scale, *counts))
+    return views[0], views[1]
+
+
+# ---- whether a backend reproduces them ----------------------------------------------------------
+
+
+def check(backend: MLXBackend, operation: Operation, name: str) -> str:
+    """Whether an operation of a backend reproduces a file.
+
+    Returns:
+        ``RIGHT``, or the end of a sentence that begins with the operation.
+    """
+    try:
+        return difference(backend, operation, name) or RIGHT
+    except KernelError as error:
+        return error.brief
+
+
+def difference(backend: MLXBackend, operation: Operation, name: str) -> str | None:
+    """What a backend does not reproduce of a file.
+
+    Args:
+        backend: Runs the operation.
+        operation: Which, and at which width.
+        name: The file.
+
+    Returns:
+        The end of a sentence that begins with the operation; None if it is reproduced.
+    """
+    arrays, facts = load(name)
+    verb, _, rest = operation.name.partition(" ")
+    role = KEY if rest.startswith(KEY) else VALUE
+    if verb == "encode":
+        return _encodes(backend, operation.bits, arrays, facts, role)
+    if verb == "decode":
+        found = backend.decode(
+            packed_of(arrays, role, operation.bits),
+            codec_of(facts, operation.bits, role),
+            channel_scale=channel_scale(arrays, role),
+        )
+        expected = arrays[f"{role}.decoded.{operation.bits}"]
+        return _is_near(found[:, :, : expected.shape[2]], expected)
+    repeats = MANY if rest else 1
+    query, expected = (arrays[part] for part in ("query", f"output.{operation.bits}"))
+    # Heads of one KV head stand side by side.
+    query, expected = (np.repeat(x, repeats, axis=1) for x in (query, expected))
+    views = views_of(arrays, facts, operation.bits)
+    call = AttendCall(mx.array(query), *views, facts["head_dim"] ** -0.5, "causal")
+    return _is_near(backend.attend(call), expected)
+
+
+def _encodes(backend: MLXBackend, bits: int, arrays: Arrays, facts: Facts, role: str) -> str | None:
+    """Every bit of words, scales and centres must be that of the vectors."""
+    x, scale = mx.array(arrays[f"{role}.input"]), channel_scale(arrays, role)
+    packed = backend.encode(x, codec_of(facts, bits, role), channel_scale=scale)
+    for part in ("words", "scales", "centres"):
+        expected = arrays.get(f"{role}.{part}.{bits}", arrays.get(f"{role}.{part}"))
+        if expected is None:
+            continue
+        wrong = int((np.array(getattr(packed, part)) != expected).sum())
+        if wrong:
+            return f"gives {wrong:,} of {expected.size:,} {part} wrong"
+    return None
+
+
+def _is_near(found: mx.array, expected: Any) -> str | None:
+    largest = np.abs(expected).max()
+    error = np.abs(np.array(found.astype(mx.float32)) - expected).max() / largest
+    if error <= TOLERANCE:  # not so if it is NaN
+        return None
+    return f"is wrong by {error:.1e} of the largest number, where {TOLERANCE} is allowed"
