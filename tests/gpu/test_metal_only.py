@@ -258,12 +258,12 @@ def test_lint_accepts_every_kernel_of_the_codec():
     ids=str,
 )
 def test_lint_accepts_attention(case):
-    """Both ways, where there are two."""
+    """By one kernel and by two, and each way to find levels."""
     complaints = []
-    for kernels in (1, 2):
-        posed = problem(replace(case, launch=Launch(kernels=kernels)))
+    for kernels, levels in ((1, "quad"), (2, "arithmetic"), (2, "table")):
+        posed = problem(replace(case, launch=Launch(kernels=kernels, levels=levels)))
         complaints += complaints_about(lambda posed=posed: posed.run(METAL))
-    assert len(complaints) == (3 if case.length == 1 else 4)
+    assert len(complaints) == (5 if case.length == 1 else 6)
     assert [line for lines in complaints for line in lines] == []
 
 

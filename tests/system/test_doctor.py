@@ -168,6 +168,18 @@ def test_text_stays_right(metal_here, fault, part):
 
 @needs_emulator
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", ["attend_alone", "attend_parts", "attend_merge"])
+def test_every_kernel_of_few_query_rows_is_judged(metal_here, part):
+    """A short sequence takes one kernel, a long one two others."""
+    operation = Operation("attend", WIDTH)
+    with METAL.kernels(planted("miscomputes", part)):
+        assert "is wrong by" in vectors.check(metal.MetalBackend(), operation, "cascade-d64")
+    with METAL.kernels(planted("miscomputes", "none")):
+        assert vectors.check(metal.MetalBackend(), operation, "cascade-d64") == RIGHT
+
+
+@needs_emulator
+@pytest.mark.gpu
 def test_a_named_backend_does_not_give_way(metal_here, monkeypatch):
     monkeypatch.setenv("ROTORMLX_BACKEND", "metal")
     operation = Operation("encode keys", WIDTH)
