@@ -30,6 +30,7 @@ from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend, cuda_text, metal, metal_attend
 from rotormlx.mlx.backends import cuda as mlx_cuda
+from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache import batch as batch_module
 from rotormlx.mlx.cache import batch_store, store
 from rotormlx.mlx.cache import single as cache_module
@@ -414,7 +415,7 @@ def test_layers_of_a_model_meet_again_after_a_failed_step(monkeypatch, offsets):
     caches = integration.make_prompt_cache(model, config)
     tiny_models.logits(model, ids[:, :260], caches)
 
-    class Broken:
+    class Broken(MLXBackend):
         def attend(self, call):
             if [cache.offset for cache in caches] == offsets:
                 raise RuntimeError("device lost")
