@@ -15,6 +15,7 @@ FEW, SOME, MANY = 100, 300, 4000
         *(("metal", FEW, Counted(1, 1)), ("metal", SOME, Counted(1, 1))),
         ("metal", MANY, Counted(2, 2)),
         *(("mlx_cuda", FEW, Counted(3, 2)), ("mlx_cuda", MANY, Counted(4, 3))),
+        *(("mlx", FEW, Counted(49, 26)), ("mlx", SOME, Counted(213, 106))),
     ],
 )
 def test_launches_of_a_step(name, tokens, attention):

@@ -307,7 +307,9 @@ def attend_exact(
     q: mx.array, keys: KVView, values: KVView, masks: Masks, tile: int, state: Softmax
 ) -> Softmax:
     """Go over the sink and the tail; q is ``[B, K, G, D]``, already scaled."""
-    sink = min(keys.sink, keys.exact_tokens) if keys.packed_tokens else 0
+    # Sink and tail lie side by side. Where a mask asks for their places, they are two runs.
+    apart = keys.packed_tokens and masks(0, keys.tokens) is not None
+    sink = min(keys.sink, keys.exact_tokens) if apart else 0
     runs = [(0, sink, 0)] if sink else []
     runs += [
         (sink + a, sink + b, keys.packed_tokens) for a, b in tiles(keys.exact_tokens - sink, tile)
