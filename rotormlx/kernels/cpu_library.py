@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,13 +184,18 @@ def attend(
         # They wake while the arguments are made.
         _check(library.rotormlx_announce(threads))
     capsules = _described((queries, output, mask, sink_logits))
-    options = (sink, causal, threads, variant, scale)
     counts = [n for pair in lengths for n in pair]
-    call = struct.pack(
-        f"=8qd64s64s{len(counts)}q",
-        *(*_addresses(capsules), *options, keys.described, values.described, *counts),
+    call = _attend_call(len(counts)).pack(
+        *(*_addresses(capsules), sink, causal, threads, variant, scale),
+        *(keys.described, values.described, *counts),
     )
     _check(library.rotormlx_attend(call))
+
+
+@lru_cache
+def _attend_call(counts: int) -> struct.Struct:
+    """``AttendCall`` of cpu_kernels/problem.h, with so many numbers behind it."""
+    return struct.Struct(f"=8qd64s64s{counts}q")
 
 
 def _codec_call(

@@ -70,8 +70,7 @@ class KVHandle:
         self.step = step
         self.role = role
         self.layer = layer
-        self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
-        self._like, self._tokens = like.shape, tokens
+        self._like, self._tokens = like, tokens
 
     def goes_with(self, values: object) -> bool:
         """Whether these are keys, and those the values of the same step."""
@@ -84,8 +83,23 @@ class KVHandle:
     @property
     def shape(self) -> torch.Size:
         """Like a tensor's, with all tokens."""
-        batch, heads, _, head_dim = self._like
+        batch, heads, _, head_dim = self._like.shape
         return torch.Size((batch, heads, self._tokens, head_dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Like a tensor's."""
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Like a tensor's."""
+        return self._like.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Like a tensor's."""
+        return self._like.requires_grad
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """Like a tensor's."""

@@ -69,33 +69,34 @@ def attend(call: AttendCall) -> Tensor:
     """As :func:`rotormlx.torch.torch_ops.attend`."""
     if cpu_library.missing() is not None:
         return torch_ops.attend(call)
-    query, lengths = call.query, call.lengths.tolist()
-    output = query.new_empty(call.output_shape)
-    threads = cpu_library.threads_for(
-        query.numel(), max(tokens for _, tokens in lengths), torch.get_num_threads()
+    query, keys, values = call.query.detach(), call.keys, call.values
+    lengths = call.lengths.tolist()
+    # Laid out like the queries, as those of a model are, the output needs no copy in the end.
+    like = (
+        query if query.shape[-1] == values.exact.shape[-1] else query.new_empty(call.output_shape)
     )
+    output = torch.empty_like(like)
+    tokens = max(lengths)[1]
     cpu_library.attend(
-        to_dlpack(query.detach()),
+        to_dlpack(query),
         to_dlpack(output),
-        _source(call.keys),
-        _source(call.values),
+        keys.prepared.get("cpu") or _source(keys),
+        values.prepared.get("cpu") or _source(values),
         lengths,
         sink=call.sink,
         scale=call.scale,
-        mask=_plain(call.mask),
-        sink_logits=_plain(call.sink_logits),
+        mask=None if call.mask is None else call.mask.detach(),
+        sink_logits=None if call.sink_logits is None else call.sink_logits.detach(),
         causal=call.causal,
-        threads=threads,
+        threads=cpu_library.threads_for(query.numel(), tokens, torch.get_num_threads()),
     )
     return output
 
 
 def _source(view: KVView) -> Source:
-    """A view as the library reads it."""
-    source: Source | None = view.prepared.get("cpu")
-    if source is None:
-        blocks = _blocks(view.codec, view.packed, view.channel_scale)
-        source = view.prepared["cpu"] = Source(view.exact.detach(), blocks)
+    """A view as the library reads it, which is kept with the view."""
+    blocks = _blocks(view.codec, view.packed, view.channel_scale)
+    source = view.prepared["cpu"] = Source(view.exact.detach(), blocks)
     return source
 
 
