@@ -35,6 +35,7 @@ _KINDS = (
     ("threadgroup stores", r"ds_write"),
     ("spills", r"(buffer|scratch)_(load|store)"),
     ("branches", r"s_c?branch|s_setpc|s_endpgm"),
+    ("barriers", r"(simdgroup_)?barrier"),
     ("64-bit", r"\w*_([iub]64|co_|co_ci_)"),
     ("moves", r"[vs]_mov_"),
     ("float", r"v_\w+_f(16|32)"),
