@@ -92,24 +92,24 @@ def whole(kernel):
 def main():
     """Print the tables."""
     title = f"Loops of attention, GQA {GQA}, head_dim {HEAD_DIM}: instructions of a code beside fma"
-    loops = Table("bits", "way", "keys", "values", "exact", "bytes", "registers", title=title)
+    loops = Table("bits", "way", "keys", "values", "exact", "bytes", "spilled", title=title)
     for bits, way in WAYS:
         kernels = compiled(in_parts(bits, way))
         (kernel,) = (kernel for name, kernel in kernels.items() if "attend_parts" in name)
         exact, keys, values = metal_machine.products(kernel, GQA)
         found = [f"{products.beside:.2f}" for products in (keys, values, exact)]
         read = keys.kinds["threadgroup bytes"] / keys.numbers
-        loops.add_row(str(bits), way, *found, f"{read:.1f}", str(kernel.registers))
+        loops.add_row(str(bits), way, *found, f"{read:.1f}", str(kernel.spilled))
     console = Console(width=160)
     console.print(loops)
-    kernels = Table("kernel", "all", *KINDS, "registers", title="Whole kernels")
+    kernels = Table("kernel", "all", *KINDS, "registers", "spilled", title="Whole kernels")
     for name, call in CALLS.items():
         for kernel_name, kernel in compiled(call).items():
             own = "merge" if "attend_merge" in kernel_name else name
             counts = whole(kernel)
             total = sum(map(len, kernel.blocks))
             cells = (str(counts[kind]) for kind in KINDS)
-            kernels.add_row(own, str(total), *cells, str(kernel.registers))
+            kernels.add_row(own, str(total), *cells, str(kernel.registers), str(kernel.spilled))
     console.print(kernels)
 
 

@@ -2,9 +2,10 @@
 
 Nobody outside Apple's compiler sees its instructions, so clang compiles the text that MLX would
 hand to it for AMD's RDNA 2: like Apple's GPU it runs 32 lanes at once, has instructions of one lane
-for everything here, loads of 1 to 16 bytes, and 32-bit registers, up to 256 of them. What Apple's
-GPU has instructions of its own for (``simd_sum``, shuffles, ``exp``) counts as one. Its registers
-and the instructions that it needs for 64-bit numbers are estimates for Apple's.
+for everything here, loads of 1 to 16 bytes, and 32-bit registers. It may use as many of them as a
+thread has on Apple's GPU, 128 (dougallj.github.io/applegpu). What Apple's GPU has instructions of
+its own for (``simd_sum``, shuffles, ``exp``) counts as one. What is spilled, and the instructions
+that it needs for 64-bit numbers, are estimates for Apple's.
 """
 
 import re
@@ -15,6 +16,8 @@ from typing import NamedTuple
 from tests.emulator import msl_text, toolchain
 from tests.emulator.lint import COMPILER
 
+# Of a thread, 32 bits each.
+REGISTERS = 128
 _FLAGS = (
     *("-xclcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-O3", "-ffast-math", "-S", "-o", "-"),
     *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_int64,+__opencl_c_generic_address_space"),
@@ -106,7 +109,7 @@ def _called(instance: str, parameters: list[msl_text.Parameter]) -> str:
             passed.append(f"{'*' if parameter.is_reference else ''}{parameter.name}")
     return (
         "#undef kernel\n"
-        f"__kernel __attribute__((reqd_work_group_size(128, 1, 1))) void machine_entry("
+        f"__kernel __attribute__((amdgpu_num_vgpr({REGISTERS}))) void machine_entry("
         f"{', '.join(declared)}) {{\n  {instance}({', '.join(passed)});\n}}\n"
     )
 
