@@ -164,17 +164,18 @@ def readable(ms: float) -> str:
 
 
 def rows(findings: Findings) -> list[list[str]]:
-    """The table: a row per operation, a column per width, then MLX's own caches.
+    """The table: a row per operation, a column per width, then MLX's own caches if they were timed.
 
     The first row names the columns.
     """
-    table = [["", *(f"{bits} bits" for bits in WIDTHS), "exact", "mlx-lm 4 bits"]]
+    others = (EXACT, QUANTIZED) if findings.timings else ()
+    table = [["", *(f"{bits} bits" for bits in WIDTHS), *others]]
     for name in NAMES:
         cells = ("wrong" if Operation(name, bits) in findings.wrong else RIGHT for bits in WIDTHS)
-        table.append([name, *cells, "", ""])
+        table.append([name, *cells, *("" for _ in others)])
     for timing in findings.timings:
         named = f"{timing.what}, {timing.tokens:,} tokens, ms"
-        contenders = (*map(rotor_name, WIDTHS), EXACT, QUANTIZED)
+        contenders = (*map(rotor_name, WIDTHS), *others)
         cells = (readable(timing.ms[c]) if c in timing.ms else "" for c in contenders)
         table.append([named, *cells])
     return table

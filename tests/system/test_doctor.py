@@ -17,6 +17,7 @@ from rotormlx.measure import doctor
 from rotormlx.measure.attention_time import EXACT, QUANTIZED, rotor_name
 from rotormlx.mlx import backends, hook
 from rotormlx.mlx.backends import kept, metal, vectors
+from rotormlx.mlx.backends.first_call import KernelError
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.backends.vectors import NAMES, RIGHT, Operation
 from tests import emulator
@@ -192,6 +193,46 @@ def test_a_named_backend_does_not_give_way(metal_here, monkeypatch):
             )
 
 
+@pytest.mark.parametrize(
+    ("said", "lacks"),
+    [
+        ("[metal::malloc] Unable to allocate 9 bytes.", True),
+        ("[METAL] Command buffer execution failed: Insufficient Memory", True),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", True),
+        ("Threadgroup memory size (33024) exceeds the maximum allowed (32768)", False),
+        ("error: use of undeclared identifier 'abacus'", False),
+    ],
+)
+def test_missing_memory_is_told_by_what_mlx_says(said, lacks):
+    assert KernelError("attend", said).lacks_memory == lacks
+
+
+@needs_emulator
+@pytest.mark.gpu
+@pytest.mark.parametrize("checked", [False, True], ids=["at the check", "later"])
+def test_missing_memory_is_no_fault_of_a_kernel(metal_here, checked):
+    """It is raised, and the kernel is trusted, or checked, the next time."""
+    arrays, facts = vectors.load("cascade-d64")
+    chosen, x = vectors.codec_of(facts, WIDTH, "key"), mx.array(arrays["key.input"])
+    operation = Operation("encode keys", WIDTH)
+
+    def make(**made):
+        def call(**launch):
+            raise RuntimeError("[metal::malloc] Unable to allocate 9 bytes.")
+
+        return call
+
+    if checked:
+        backends.backend().keep(operation, RIGHT)
+    with METAL.kernels(make), pytest.raises(RuntimeError, match="Unable to allocate 9 bytes"):
+        backends.backend().encode(x, chosen)
+    assert kept.findings("metal").get(str(operation)) == (RIGHT if checked else None)
+    assert backends.backend().replaced() == {}
+    with METAL.kernels():
+        packed = backends.backend().encode(x, chosen)
+    assert np.array_equal(np.array(packed.words), arrays[f"key.words.{WIDTH}"])
+
+
 @needs_emulator
 @pytest.mark.gpu
 def test_right_kernels_are_checked_once(metal_here):
@@ -280,6 +321,7 @@ def test_doctor_names_what_is_wrong(metal_here, monkeypatch, tmp_path):
         assert list(backends.backend().replaced()) == asked[:1]
     assert "encode keys, 3 bits: gives " in done.output
     assert "fastest levels of keys: quad\n" in done.output
+    assert "exact" not in done.output  # nothing was timed
     assert "1 of 2 operations are not right" in " ".join(done.output.split())
     found = json.loads(path.read_text())
     assert list(found["wrong"]) == ["encode keys, 3 bits"]

@@ -83,6 +83,8 @@ class CheckedBackend(MLXBackend):
             try:
                 return getattr(self.fused, method)(*args)
             except KernelError as error:
+                if error.lacks_memory:
+                    raise
                 # Of this process only: another head_dim may do.
                 for operation in asked:
                     self._distrust(operation, error.brief)

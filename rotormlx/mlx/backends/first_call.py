@@ -6,10 +6,14 @@ says what the compiler said but not for which kernel.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+
+# What MLX says then on Apple's GPUs and in CUDA, but not of threadgroup memory.
+_NO_MEMORY = re.compile(r"unable to allocate|(out of|insufficient) memory", re.IGNORECASE)
 
 
 class KernelError(RuntimeError):
@@ -24,6 +28,8 @@ class KernelError(RuntimeError):
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         #: The end of a sentence that begins with what the kernel does.
         self.brief = f"does not compile or run: {lines[0] if lines else 'MLX does not say why'}"
+        #: Whether it is memory that is missing: then the kernel may be right.
+        self.lacks_memory = _NO_MEMORY.search(said) is not None
         device = mx.device_info().get("device_name", mx.default_device())
         super().__init__(
             f"[kernel] The kernel {name} must compile and run on {device}, but it does not; "

@@ -132,10 +132,15 @@ def check(backend: MLXBackend, operation: Operation, name: str) -> str:
 
     Returns:
         ``RIGHT``, or the end of a sentence that begins with the operation.
+
+    Raises:
+        KernelError: If memory is missing, which says nothing about the kernel.
     """
     try:
         return difference(backend, operation, name) or RIGHT
     except KernelError as error:
+        if error.lacks_memory:
+            raise
         return error.brief
 
 
