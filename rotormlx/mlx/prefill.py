@@ -104,11 +104,11 @@ def choice(call: AttendCall, backend: Backend) -> str:
     if 0 in call.output_shape or not call.keys.tokens:
         return KERNEL
     many = call.group_rows >= LEAST_ROWS
+    if call.keys.packed_tokens and not (many and _is_able(call)):
+        return KERNEL  # every decode step behind packed tokens
     prompts = backend.timed_prompts or backend.prompts(call.queries.dtype)
     if not call.keys.packed_tokens:
         return prompts.first if many or _is_alike(call) else KERNEL
-    if not (many and _is_able(call)):
-        return KERNEL
     if (named := _named()) is not None:
         return named
     if backend.timed_prompts is None and mx.default_device().type == mx.DeviceType.gpu:
