@@ -5,4 +5,4 @@ from rotormlx.mlx.cache.single import RotorKVCache
 
 # mlx-lm makes a batch by ``type(cache).merge(caches)``, and single caches again from its rows, so
 # each class makes the other. They meet here, where everyone comes by who imports either.
-RotorKVCache.merge = BatchRotorKVCache.merge
+RotorKVCache.batch, RotorKVCache.merge = BatchRotorKVCache, BatchRotorKVCache.merge

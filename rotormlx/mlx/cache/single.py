@@ -46,7 +46,9 @@ class RotorKVCache(StoredCache[Store]):
     """
 
     _store = Store
-    # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
+    # The class of batches of such caches, and what makes one of several caches:
+    # rotormlx/mlx/__init__.py says which.
+    batch: ClassVar[Callable[..., Any]]
     merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
 
     def __init__(
@@ -175,6 +177,17 @@ class RotorKVCache(StoredCache[Store]):
             _keys=key_store,
             _values=value_store,
         )
+
+    def to_batch(self, left_padding: Sequence[int]) -> Any:
+        """An empty batch of sequences with this padding before them, as mlx-vlm asks for it."""
+        return type(self).batch(
+            left_padding, self.config, self.layer, self.max_size, self.calibrated
+        )
+
+    def prefix_cache_merge(self, rows: Sequence[Any], prefix_lens: Sequence[int]) -> Any:
+        """A batch of the caches that mlx-vlm's prefix cache gives back, else None."""
+        alike = all(type(row) is type(self) for row in rows)
+        return type(self).merge(rows) if alike else None
 
     # ---- beyond the contract --------------------------------------------------------------------
 
