@@ -32,6 +32,7 @@ from rotormlx.codec.format import BLOCK
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view, check
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
@@ -43,15 +44,18 @@ TESTED_VERSIONS = ("0.32.2",)
 _VARARGS = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
 
 # load_prompt_cache and CacheList look a class up by its name in the globals of their module.
-_CLASSES = (RotorKVCache, BatchRotorKVCache)
+_CLASSES = (
+    *(RotorKVCache, BatchRotorKVCache),
+    *(DecodedRotorKVCache, BatchDecodedRotorKVCache),
+)
 
 
 class Attended(NamedTuple):
-    """What reached :func:`attend` with compressed keys: queries ``[B, H, L, D]`` and handles."""
+    """What reached :func:`attend`: queries ``[B, H, L, D]``, keys and values, handles mostly."""
 
     queries: mx.array
-    keys: KVView
-    values: KVView
+    keys: Any
+    values: Any
 
 
 _attended: ContextVar[list[Attended] | None] = ContextVar("attended", default=None)
@@ -220,7 +224,8 @@ def record_attention(*, pretend: bool = False) -> Iterator[list[Attended]]:
     """Collect the queries and handles that reach :func:`attend` in this context.
 
     Args:
-        pretend: Whether attention over handles only checks its arguments and gives zeros.
+        pretend: Whether attention over handles only checks its arguments and gives zeros; arrays
+            that reach it are collected too then.
     """
     seen: list[Attended] = []
     tokens = _attended.set(seen), _pretend.set(pretend)
@@ -255,13 +260,13 @@ def attend(
     Returns:
         ``[B, H, L, D]``.
     """
-    if not isinstance(keys, KVView):
+    seen, is_view = _attended.get(), isinstance(keys, KVView)
+    if seen is not None and (is_view or _pretend.get()):
+        seen.append(Attended(queries, keys, values))
+    if not is_view:
         arguments = (queries, keys, values, cache, scale, mask, sinks)
         out: mx.array = _run("scaled_dot_product_attention", *arguments)
         return out
-    seen = _attended.get()
-    if seen is not None:
-        seen.append(Attended(queries, keys, values))
     if _pretend.get():
         check(AttendCall(queries, keys, values, scale, mask, sinks))
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)

@@ -68,7 +68,8 @@ class CompressedCaches:
         # A copy of a model outlives remove() of the model it was copied from.
         hook.use(self if model is None else model)
         own = _own_caches(model, self.own)
-        return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
+        make = cache_factory(self.config, self.calibration, max_kv_size)
+        return compress(own, make, self.report)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
         """A copy for the copy of the model that is being made."""
@@ -192,7 +193,8 @@ def make_prompt_cache(
     config = config or RotorConfig()
     own = _own_attribute(model)
     report, calibration = _probe(model, own, config, None)
-    return compress(_own_caches(model, own), cache_factory(report.config, calibration, max_kv_size))
+    make = cache_factory(report.config, calibration, max_kv_size)
+    return compress(_own_caches(model, own), make, report)
 
 
 def cache_factory(

@@ -12,6 +12,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.lists import compress_plain, leaves
 from rotormlx.mlx.cache.saved import DTYPE_NAMES
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -22,6 +23,7 @@ from rotormlx.mlx.probe import dims
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage import cache_file
 from rotormlx.storage import fingerprint as fingerprints
+from rotormlx.storage.cache_fields import LAYOUTS, SINGLE
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL
@@ -33,6 +35,7 @@ _CLASSES: dict[str, Any] = {
     for kind in (
         *(KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache),
         *(RotorKVCache, BatchRotorKVCache),
+        *(DecodedRotorKVCache, BatchDecodedRotorKVCache),
     )
 }
 
@@ -149,7 +152,9 @@ def _array(array: Array, dtype: str) -> mx.array:
 
 
 def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
-    """Check that caches fit a compressed model, and compress plain ones in place.
+    """Check that caches fit a compressed model, and make them such as it has, in place.
+
+    Plain ones are compressed; a compressed one of another class keeps its bytes.
 
     Args:
         path: Where they come from, for messages.
@@ -193,7 +198,7 @@ def _shape(cache: Any) -> Shape:
     """What of a cache must fit a model."""
     name = type(cache).__name__
     if isinstance(cache, RotorKVCache):
-        return Shape(name, cache.config, cache.layer, dims=dims(cache))
+        return Shape(LAYOUTS.get(name, name), cache.config, cache.layer, dims=dims(cache))
     window = cache.max_size if isinstance(cache, RotatingKVCache) else None
     return Shape(name, window=window, dims=dims(cache) if name in _CLASSES else None)
 
@@ -221,7 +226,7 @@ class _Fit(NamedTuple):
             self._check_layer(layer, index, want, shape)
 
     def _check_layer(self, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
-        if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
+        if isinstance(want, RotorKVCache) and shape.name == SINGLE:
             if shape.layer != index:
                 raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
         elif shape.name != (KVCache if layer.compressed else type(want)).__name__:

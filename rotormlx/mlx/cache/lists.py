@@ -22,7 +22,7 @@ def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
 
 
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
-    """Compress mlx-lm's growing caches in place.
+    """Compress mlx-lm's growing caches in place, and give others the class that the model needs.
 
     Args:
         caches: The caches of a model.
@@ -39,9 +39,13 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
             cache.caches = tuple(parts)
             continue
         like = next(own)
-        if type(cache) is KVCache:
+        if not isinstance(like, RotorKVCache):
+            continue
+        if isinstance(cache, RotorKVCache):
+            caches[index] = cache if type(cache) is type(like) else type(like).of(cache)
+        elif type(cache) is KVCache:
             # Layer by layer, so that a plain layer is freed before the next one is packed.
-            made = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
+            made = type(like).from_kv_cache(cache, like.config, like.layer, like.calibrated)
             mx.eval(made.state)
             caches[index] = made
             count += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
@@ -66,7 +66,7 @@ class RotorKVCache(StoredCache[Store]):
         """The position of the next token."""
         return self.counts.offset
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens.
 
         Args:
@@ -74,7 +74,7 @@ class RotorKVCache(StoredCache[Store]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, in which the tokens just appended are still exact.
+            :class:`KVView` of all keys and values, in which the tokens just appended are exact.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -94,12 +94,17 @@ class RotorKVCache(StoredCache[Store]):
         counts.tokens += keys.shape[2]
         sink = self.config.sink
         views = key_store.view(sink, counts), value_store.view(sink, counts)
+        served = self._served(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
         vars(self).update(_keys=key_store, _values=value_store, counts=counts)
-        return views
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
         """Views of all keys and values."""
         key_store, value_store = self._filled()
         sink = self.config.sink
@@ -179,13 +184,20 @@ class RotorKVCache(StoredCache[Store]):
     # ---- beyond the contract --------------------------------------------------------------------
 
     @classmethod
+    def of(cls, cache: RotorKVCache) -> Self:
+        """A cache of this class with what another one holds; the buffers are shared."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(cache))
+        return made
+
+    @classmethod
     def from_kv_cache(
         cls,
         cache: KVCache,
         config: RotorConfig | None = None,
         layer: int = 0,
         calibrated: Calibrated | None = None,
-    ) -> RotorKVCache:
+    ) -> Self:
         """Compress a filled cache of mlx-lm; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
