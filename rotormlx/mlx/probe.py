@@ -5,16 +5,26 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook
-from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.host_caches import (
+    ARRAYS,
+    CHUNKED,
+    GROWING,
+    ROTATING,
+    is_a,
+    is_exactly,
+    leaves,
+    list_of,
+    parts,
+)
 from rotormlx.mlx.ways import DECODED, FUSED, WAYS, Way, named
 from rotormlx.report import LayerReport, Report, megabytes
 
@@ -26,10 +36,10 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
     """Run the model without computing, since MLX is lazy, and see which way suits each cache.
 
     A run in which a way fails a cache is repeated with the next way for that cache; a cache that
-    none suits is left alone. The hook must be installed.
+    none suits is left alone. The host must be changed to read compressed caches.
 
     Args:
-        model: The model.
+        model: The part of the model that takes tokens and caches; it stays as it is.
         caches: Its own caches, empty; they are the pattern and stay empty.
         config: How keys and values would be compressed.
 
@@ -90,14 +100,15 @@ def compress(
 
 def _replaced(cache: Any, new: dict[int, Any]) -> Any:
     """A cache with the leaves that ``new`` has by the id of what was there."""
-    if type(cache) is CacheList:
-        return CacheList(*(_replaced(part, new) for part in cache.caches))
-    return new.get(id(cache), cache)
+    inner = parts(cache)
+    if inner is None:
+        return new.get(id(cache), cache)
+    return list_of(cache, [_replaced(part, new) for part in inner])
 
 
 def _is_growing(cache: Any) -> bool:
     # Exactly this class: what derives from it may promise more than a compressed cache keeps.
-    return type(cache) is KVCache
+    return is_exactly(cache, GROWING)
 
 
 # ---- the trial run ------------------------------------------------------------------------------
@@ -239,7 +250,7 @@ class _TrialRun:
         self.caches = [_replaced(cache, new) for cache in own]
         for tokens in PROBE_TOKENS:
             failed: Exception | None = None
-            with hook.record_attention(pretend=True) as attended:
+            with hook.record_attention(pretend=True) as attended, _unchanged(self.model):
                 try:
                     self.model(mx.zeros((1, tokens), dtype=mx.int32), cache=self.caches)
                 except Exception as error:  # a model may use a handle in any way
@@ -280,6 +291,20 @@ def _astray(trials: Sequence[_Trial], reached: set[tuple[int, int]]) -> list[tup
     return [(trial, _TOUCHED) for trial in trials if trial.is_astray(reached, known)]
 
 
+@contextmanager
+def _unchanged(model: Module) -> Iterator[None]:
+    """Undo what a run leaves on the parts of a model: positions of a prompt, say."""
+    kept = [(d, dict(d)) for part in model.modules() for d in (part, vars(part))]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            for name in now.keys() - before.keys():
+                dict.pop(now, name)
+            changed = {k: v for k, v in before.items() if k not in now or now[k] is not v}
+            dict.update(now, changed)
+
+
 _TOUCHED = "the model computes with keys and values itself"
 
 
@@ -307,7 +332,7 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
         keys, values = cache.views()
         return LayerReport(
             index,
-            label.replace(type(cache).__name__, KVCache.__name__),
+            label.replace(type(cache).__name__, GROWING),
             True,
             trial.reasons[0] if trial.reasons else "",
             *shape,
@@ -318,27 +343,27 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
         )
     if trial is not None:
         return LayerReport(index, label, False, trial.reasons[-1], *shape)
-    if isinstance(cache, (RotatingKVCache, ChunkedKVCache)):
+    if is_a(cache, ROTATING, CHUNKED):
         limit = _limit(cache)
         reason = f"it never keeps more than {limit} tokens"
         return LayerReport(index, label, False, reason, *shape, max_tokens=limit)
-    if isinstance(cache, ArraysCache):
+    if is_a(cache, ARRAYS):
         reason = "a state of constant size, no keys and values"
         return LayerReport(index, label, False, reason, state_bytes=cache.nbytes)
     return LayerReport(index, label, False, "a kind of cache that rotormlx does not know", *shape)
 
 
-def _limit(cache: RotatingKVCache | ChunkedKVCache) -> int:
+def _limit(cache: Any) -> int:
     """The most tokens that a cache keeps."""
-    return int(cache.max_size if isinstance(cache, RotatingKVCache) else cache.chunk_size)
+    return int(cache.max_size if is_a(cache, ROTATING) else cache.chunk_size)
 
 
 def _all_it_keeps(caches: list[Any]) -> str:
     """What a model without growing caches keeps: a part of a sentence."""
     held = [cache for _, _, cache in leaves(caches)]
-    states = [cache for cache in held if isinstance(cache, ArraysCache)]
-    windows = {_limit(c) for c in held if isinstance(c, (RotatingKVCache, ChunkedKVCache))}
-    others = {type(c).__name__ for c in held if not isinstance(c, _KNOWN)}
+    states = [cache for cache in held if is_a(cache, ARRAYS)]
+    windows = {_limit(c) for c in held if is_a(c, ROTATING, CHUNKED)}
+    others = {type(c).__name__ for c in held if not is_a(c, ARRAYS, ROTATING, CHUNKED)}
     parts = []
     if states:
         size = megabytes(sum(cache.nbytes for cache in states))
@@ -348,9 +373,6 @@ def _all_it_keeps(caches: list[Any]) -> str:
     if others:
         parts.append(f"tokens in caches of its own ({', '.join(sorted(others))})")
     return f"keeps {' and '.join(parts) or 'nothing'}"
-
-
-_KNOWN = (ArraysCache, RotatingKVCache, ChunkedKVCache)
 
 
 def dims(cache: Any) -> tuple[int, int, int] | None:

@@ -16,9 +16,10 @@ from mlx_lm.models.cache import (
 
 import rotormlx
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook, prompt_cache
+from rotormlx.mlx import prompt_cache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.hosts import MLX_LM
 from tests.support import models as tiny
 
 K, D, DV = 2, 64, 80
@@ -29,9 +30,9 @@ CLOSE = 0.02
 
 @pytest.fixture(autouse=True)
 def original_code():
-    hook.remove()
+    MLX_LM.remove()
     yield
-    hook.remove()
+    MLX_LM.remove()
 
 
 def tokens(rows: int, count: int, seed: int = 0, dtype: mx.Dtype = mx.float32):
@@ -220,7 +221,7 @@ def test_no_change_of_mlx_lm_is_needed():
     inputs = tiny.tokens(200)
     want = tiny.logits(model, inputs, make_prompt_cache(model))
     got = tiny.logits(model, inputs, caches)
-    assert not hook.installed()
+    assert not MLX_LM.installed()
     assert 0 < largest_error(got, want) < 0.05
 
 
