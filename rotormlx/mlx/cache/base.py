@@ -12,6 +12,7 @@ from rotormlx.codec.counts import max_blocks
 from rotormlx.codec.format import ROLES
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.store import Calibrated, Store
+from rotormlx.mlx.cache.view import KVView
 
 S = TypeVar("S", bound=Store)
 
@@ -114,6 +115,22 @@ class StoredCache(Generic[S]):
     def values(self) -> mx.array | None:
         """An empty array that stands for the values, as :attr:`keys` does."""
         return None if self._values is None else self._values.exact[:, :, :0]
+
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        _, store = self._filled()
+        store.exact = mx.depends(store.exact, values)
+
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, Any]:
+        """What a model gets of keys and values: handles for the fused attention.
+
+        Args:
+            views: Of keys and values.
+            new: The keys and values just appended, if some were.
+        """
+        return views
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
         """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
