@@ -32,6 +32,12 @@ from rotormlx.codec.format import BLOCK
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view, check
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.latent import (
+    BatchDecodedLatentKVCache,
+    BatchLatentKVCache,
+    DecodedLatentKVCache,
+    LatentKVCache,
+)
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
@@ -43,7 +49,10 @@ TESTED_VERSIONS = ("0.32.2",)
 _VARARGS = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
 
 # load_prompt_cache and CacheList look a class up by its name in the globals of their module.
-_CLASSES = (RotorKVCache, BatchRotorKVCache)
+_CLASSES = (
+    *(RotorKVCache, LatentKVCache, DecodedLatentKVCache),
+    *(BatchRotorKVCache, BatchLatentKVCache, BatchDecodedLatentKVCache),
+)
 
 
 class Attended(NamedTuple):

@@ -12,6 +12,12 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.latent import (
+    BatchDecodedLatentKVCache,
+    BatchLatentKVCache,
+    DecodedLatentKVCache,
+    LatentKVCache,
+)
 from rotormlx.mlx.cache.lists import compress_plain, leaves
 from rotormlx.mlx.cache.saved import DTYPE_NAMES
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -32,7 +38,8 @@ _CLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         *(KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache),
-        *(RotorKVCache, BatchRotorKVCache),
+        *(RotorKVCache, LatentKVCache, DecodedLatentKVCache),
+        *(BatchRotorKVCache, BatchLatentKVCache, BatchDecodedLatentKVCache),
     )
 }
 
@@ -221,7 +228,7 @@ class _Fit(NamedTuple):
             self._check_layer(layer, index, want, shape)
 
     def _check_layer(self, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
-        if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
+        if isinstance(want, RotorKVCache) and shape.name == want.kind:
             if shape.layer != index:
                 raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
         elif shape.name != (KVCache if layer.compressed else type(want)).__name__:

@@ -16,7 +16,11 @@ from rotormlx.codec.format import FORMAT_VERSION
 from rotormlx.config import RotorConfig
 from rotormlx.storage.cache_fields import (
     BATCH,
+    DECODED_LATENT,
+    DECODED_LATENT_BATCH,
     FLOATS,
+    LATENT,
+    LATENT_BATCH,
     SINGLE,
     Field,
     SavedBatch,
@@ -197,6 +201,6 @@ _RULES: dict[str, Callable[[_Rules], Shape]] = {
     "RotatingKVCache": _sliding,
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,
-    SINGLE: _compressed,
-    BATCH: _compressed_batch,
+    **dict.fromkeys((SINGLE, LATENT, DECODED_LATENT), _compressed),
+    **dict.fromkeys((BATCH, LATENT_BATCH, DECODED_LATENT_BATCH), _compressed_batch),
 }

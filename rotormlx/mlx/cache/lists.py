@@ -21,6 +21,14 @@ def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
             yield index, type(cache).__name__, cache
 
 
+def with_leaves(caches: Sequence[Any], new: Iterator[Any]) -> list[Any]:
+    """The list with other leaves, taken from ``new`` in the order of :func:`leaves`."""
+    return [
+        CacheList(*with_leaves(cache.caches, new)) if isinstance(cache, CacheList) else next(new)
+        for cache in caches
+    ]
+
+
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
     """Compress mlx-lm's growing caches in place.
 
@@ -39,9 +47,9 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
             cache.caches = tuple(parts)
             continue
         like = next(own)
-        if type(cache) is KVCache:
+        if type(cache) is KVCache and isinstance(like, RotorKVCache):
             # Layer by layer, so that a plain layer is freed before the next one is packed.
-            made = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
+            made = type(like).from_kv_cache(cache, like.config, like.layer, like.calibrated)
             mx.eval(made.state)
             caches[index] = made
             count += 1

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
-from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import SINGLE, SavedCache
+from rotormlx.storage.cache_fields import SINGLE, SavedCache, parts
 
 # Tokens of a filled cache that are converted at once: bounds the memory a conversion takes.
 CONVERSION_TOKENS = 2048
@@ -45,6 +44,7 @@ class RotorKVCache(StoredCache[Store]):
     Source: docs/FORMAT.md, section 8.
     """
 
+    kind = SINGLE
     _store = Store
     # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
     merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
@@ -66,7 +66,11 @@ class RotorKVCache(StoredCache[Store]):
         """The position of the next token."""
         return self.counts.offset
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append tokens; see :meth:`append`."""
+        return self.append(keys, values)
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
         """Append tokens.
 
         Args:
@@ -85,7 +89,7 @@ class RotorKVCache(StoredCache[Store]):
         check_update(keys, values, self._keys, self._values)
         counts = replace(self.counts)
         if self._keys is None or self._values is None:
-            key_store, value_store = self._new_store(KEY, keys), self._new_store(VALUE, values)
+            key_store, value_store = self._new_stores(keys, values)
         else:
             key_store, value_store = self._keys.twin(), self._values.twin()
         check_growth((key_store, value_store), [counts], keys.shape[2], self.config)
@@ -158,11 +162,11 @@ class RotorKVCache(StoredCache[Store]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedCache.read(state, MLXReader(SINGLE))
+        saved = SavedCache.read(state, MLXReader(self.kind))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
-            Store.from_saved(saved.config, saved.layer, role, store, blocks)
-            for role, store in zip(ROLES, saved.stores, strict=False)
+            Store.from_saved(part.config, saved.layer, part.role, store, blocks)
+            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
         ]
         key_store, value_store = stores or (None, None)
         vars(self).update(
@@ -185,7 +189,7 @@ class RotorKVCache(StoredCache[Store]):
         config: RotorConfig | None = None,
         layer: int = 0,
         calibrated: Calibrated | None = None,
-    ) -> RotorKVCache:
+    ) -> Self:
         """Compress a filled cache of mlx-lm; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
@@ -196,7 +200,7 @@ class RotorKVCache(StoredCache[Store]):
         keys, values = cache.keys_and_values()
         for start in range(0, cache.offset, CONVERSION_TOKENS):
             part = slice(start, start + CONVERSION_TOKENS)
-            out.update_and_fetch(keys[:, :, part], values[:, :, part])
+            out.append(keys[:, :, part], values[:, :, part])
             mx.eval(out.state)
         return out
 
