@@ -40,4 +40,6 @@ def keys_and_values(config: RotorConfig) -> tuple[Part, Part]:
 def latent_and_rope(config: RotorConfig) -> tuple[Part, Part]:
     """Of multi-head latent attention: a latent has the bits of keys or of values, if more."""
     latent = replace(config, key_bits=max(config.key_bits, config.value_bits))
-    return Part("latents", KEY, latent), Part("RoPE parts", KEY, replace(config, key_bits=ROPE_BITS))
+    return Part("latents", KEY, latent), Part(
+        "RoPE parts", KEY, replace(config, key_bits=ROPE_BITS)
+    )

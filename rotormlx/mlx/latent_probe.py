@@ -38,6 +38,7 @@ class ProbeLatents(LatentKVCache):
         self.handed_out: list[KVView] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
+        """Append tokens, and remember the view."""
         latents, rope = super().update_and_fetch(keys, values)
         if isinstance(latents, KVView):
             self.handed_out.append(latents)

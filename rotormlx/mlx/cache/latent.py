@@ -13,7 +13,7 @@ Source: docs/MLA.md.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 
