@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,8 +85,8 @@ def attention_error(tokens: int = 2048, heads: int = 64) -> None:
         cells = []
         for bits in WIDTHS:
             cache = LatentKVCache(RotorConfig(bits, bits, sink=0, window=0))
-            cache.append(as_tokens(latents), as_tokens(rope))
-            coded = [np.array(decoded(view))[0, 0] for view in cache.stored_views()]
+            cache.update_and_fetch(as_tokens(latents), as_tokens(rope))
+            coded = [np.array(decoded(view))[0, 0] for view in cache.views()]
             got_weights, got = attention(q, q_rope, *coded)
             kl = (weights * np.log(weights / got_weights)).sum(1).mean()
             error = np.linalg.norm(got - output) / np.linalg.norm(output)
@@ -179,8 +179,8 @@ def step_time(tokens: int, runs: int) -> None:
     }
     for bits in WIDTHS:
         cache = LatentKVCache(RotorConfig(bits, bits))
-        cache.append(latents, rope)
-        view, _ = cache.stored_views()
+        cache.update_and_fetch(latents, rope)
+        view, _ = cache.views()
         ways[f"{bits} bits, packed"] = lambda view=view: attend_view(  # type: ignore[misc]
             queries, view, view, scale=scale, mask=pe_scores
         )

@@ -1,6 +1,7 @@
 """The package's MLX side: backends, caches and what is built into mlx-lm."""
 
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.latent import (
     BatchDecodedLatentKVCache,
     BatchLatentKVCache,
@@ -12,5 +13,6 @@ from rotormlx.mlx.cache.single import RotorKVCache
 # mlx-lm makes a batch by ``type(cache).merge(caches)``, and single caches again from its rows, so
 # each class makes the other. They meet here, where everyone comes by who imports either.
 RotorKVCache.merge = BatchRotorKVCache.merge
+DecodedRotorKVCache.merge = BatchDecodedRotorKVCache.merge
 LatentKVCache.merge = BatchLatentKVCache.merge
 DecodedLatentKVCache.merge = BatchDecodedLatentKVCache.merge

@@ -15,13 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import KVCache
 
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook
-from rotormlx.mlx.cache.latent import Fetched, LatentKVCache
-from rotormlx.mlx.cache.lists import leaves, with_leaves
+from rotormlx.mlx.cache.latent import LatentKVCache
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.host_caches import GROWING, is_exactly, leaves, replaced
 
 # A prompt of a few tokens, and a long text that is all zeros and never computed.
 PROMPT_TOKENS, LONG_TOKENS = 3, 2**16
@@ -37,9 +36,10 @@ class ProbeLatents(LatentKVCache):
         self.hands_out_views = hands_out_views  # type: ignore[misc]
         self.handed_out: list[KVView] = []
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
-        """Append tokens, and remember the view."""
-        latents, rope = super().update_and_fetch(keys, values)
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, mx.array]:
+        latents, rope = super()._served(views, new)
         if isinstance(latents, KVView):
             self.handed_out.append(latents)
         return latents, rope
@@ -65,23 +65,19 @@ def find(model: Module, caches: Sequence[Any], config: RotorConfig) -> list[Prob
     Returns:
         For each leaf of ``caches`` None, or, where it holds latents, a cache that has seen a few of
         them; its ``hands_out_views`` says whether views may be handed out.
-
-    Raises:
-        Exception: What the model raises where it needs arrays in a decode step of a short text.
     """
-    all_leaves = [cache for _, _, cache in leaves(caches)]
-    tried = _trial(caches, config, [type(cache) is KVCache for cache in all_leaves], views=True)
-    found = _reaching(tried, _run(model, tried, long=False))
-    if not any(found):
-        return [None] * len(found)
+    growing = [is_exactly(cache, GROWING) for _, _, cache in leaves(caches)]
+    nothing: list[ProbeLatents | None] = [None] * len(growing)
+    trial = _trial(caches, config, growing, views=True)
+    reached = _run(model, trial, long=False)
+    if reached is None or not any(found := _reaching(trial, reached)):
+        return nothing
     trial = _trial(caches, config, found, views=True)
-    try:
-        as_views = _reaching(trial, _run(model, trial, long=True)) == found
-    except Exception:  # a model may use the view in any way, so anything may come
-        as_views = False
-    if not as_views:
+    reached = _run(model, trial, long=True)
+    if reached is None or _reaching(trial, reached) != found:
         trial = _trial(caches, config, found, views=False)
-        _run(model, trial, long=True)
+        if _run(model, trial, long=True) is None:
+            return nothing
     return [cache if isinstance(cache, ProbeLatents) else None for _, _, cache in leaves(trial)]
 
 
@@ -90,31 +86,40 @@ def _trial(
 ) -> list[Any]:
     """The caches with a probe in place of each chosen leaf."""
     own = copy.deepcopy(list(caches))
-    new = [
-        ProbeLatents(config, index, hands_out_views=views) if is_chosen else cache
+    new = {
+        id(cache): ProbeLatents(config, index, hands_out_views=views)
         for (index, _, cache), is_chosen in zip(leaves(own), chosen, strict=True)
-    ]
-    return with_leaves(own, iter(new))
+        if is_chosen
+    }
+    return [replaced(cache, new) for cache in own]
 
 
-def _run(model: Module, caches: list[Any], *, long: bool) -> set[int]:
-    """A prompt and a decode step; returns ids of the views that were keys and values at once."""
-    reached = set()
+def _run(model: Module, caches: list[Any], *, long: bool) -> set[int] | None:
+    """A prompt and a decode step.
+
+    Returns:
+        Ids of the views that were keys and values at once; None where the model failed.
+    """
     with hook.record_attention(pretend=True) as attended:
-        model(mx.zeros((1, PROMPT_TOKENS), dtype=mx.int32), cache=caches)
-        if long:
-            for _, _, cache in leaves(caches):
-                _lengthen(cache)
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
-        reached = {id(keys) for _, keys, values in attended if keys is values}
-    return reached
+        try:
+            model(mx.zeros((1, PROMPT_TOKENS), dtype=mx.int32), cache=caches)
+            if long:
+                for _, _, cache in leaves(caches):
+                    _lengthen(cache)
+            model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+        except Exception:  # a model may use a view in any way, so anything may come
+            return None
+        return {id(keys) for _, keys, values in attended if keys is values}
 
 
 def _lengthen(cache: Any) -> None:
     """Append zeros for a long text, lazily, to what grows with it."""
-    if not isinstance(cache, (KVCache, ProbeLatents)) or cache.empty():
+    if isinstance(cache, ProbeLatents) and not cache.empty():
+        keys, values = cache.views()
+    elif is_exactly(cache, GROWING) and cache.keys is not None:
+        keys, values = cache.keys, cache.values
+    else:
         return
-    keys, values = cache.keys_and_values()
     like = [(*a.shape[:2], LONG_TOKENS, a.shape[3]) for a in (keys, values)]
     cache.update_and_fetch(*(mx.zeros(shape, keys.dtype) for shape in like))
 

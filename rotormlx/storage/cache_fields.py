@@ -27,7 +27,13 @@ SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
 # Of latents: for attention that reads them packed, and for models that need them as arrays.
 LATENT, LATENT_BATCH = "LatentKVCache", "BatchLatentKVCache"
 DECODED_LATENT, DECODED_LATENT_BATCH = "DecodedLatentKVCache", "BatchDecodedLatentKVCache"
-_OF_LATENTS = (LATENT, LATENT_BATCH, DECODED_LATENT, DECODED_LATENT_BATCH)
+# Those that a file may name, with the one whose state each has.
+LAYOUTS = {
+    **{SINGLE: SINGLE, "DecodedRotorKVCache": SINGLE},
+    **{BATCH: BATCH, "BatchDecodedRotorKVCache": BATCH},
+    **{LATENT: LATENT, DECODED_LATENT: LATENT},
+    **{LATENT_BATCH: LATENT_BATCH, DECODED_LATENT_BATCH: LATENT_BATCH},
+}
 # What exact tokens may be, as files name dtypes.
 FLOATS = ("F16", "BF16", "F32")
 
@@ -228,7 +234,8 @@ class StateReader(ABC):
 
 def parts(name: str, config: RotorConfig) -> tuple[Part, Part]:
     """What a cache of the class ``name`` holds two of."""
-    return latent_and_rope(config) if name in _OF_LATENTS else keys_and_values(config)
+    is_latent = LAYOUTS.get(name) in (LATENT, LATENT_BATCH)
+    return latent_and_rope(config) if is_latent else keys_and_values(config)
 
 
 def _stores(state: Sequence[Any]) -> tuple[SavedStore, ...]:

@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 from rotormlx.codec.format import FORMAT_VERSION
 from rotormlx.config import RotorConfig
 from rotormlx.storage.cache_fields import (
-    BATCH,
-    DECODED_LATENT,
-    DECODED_LATENT_BATCH,
     FLOATS,
     LATENT,
-    LATENT_BATCH,
+    LAYOUTS,
     SINGLE,
     Field,
     SavedBatch,
@@ -37,7 +34,7 @@ State = list[Any]
 class Shape(NamedTuple):
     """What a file says of one cache, as far as it must fit a model.
 
-    name: Its class.
+    name: Its class; of a compressed one :data:`LAYOUTS` says which of two.
     config, layer, limited: Of a compressed one; limited if it holds no more than so many tokens.
     window: The most tokens of a sliding window.
     dims: KV heads, key dimension and value dimension, where it holds keys and values.
@@ -187,13 +184,17 @@ def _arrays(rules: _Rules) -> Shape:
 def _compressed(rules: _Rules) -> Shape:
     saved = SavedCache.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(rules.name, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    return Shape(
+        LAYOUTS[rules.name], saved.config, saved.layer, limited, dims=kv_dims(saved.stores)
+    )
 
 
 def _compressed_batch(rules: _Rules) -> Shape:
     saved = SavedBatch.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(rules.name, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    return Shape(
+        LAYOUTS[rules.name], saved.config, saved.layer, limited, dims=kv_dims(saved.stores)
+    )
 
 
 _RULES: dict[str, Callable[[_Rules], Shape]] = {
@@ -201,6 +202,8 @@ _RULES: dict[str, Callable[[_Rules], Shape]] = {
     "RotatingKVCache": _sliding,
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,
-    **dict.fromkeys((SINGLE, LATENT, DECODED_LATENT), _compressed),
-    **dict.fromkeys((BATCH, LATENT_BATCH, DECODED_LATENT_BATCH), _compressed_batch),
+    **{
+        name: _compressed if layout in (SINGLE, LATENT) else _compressed_batch
+        for name, layout in LAYOUTS.items()
+    },
 }

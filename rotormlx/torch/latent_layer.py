@@ -1,9 +1,9 @@
-"""Layers of multi-head latent attention (MLA): one packed copy of the latent, key and value at once.
+"""Layers of multi-head latent attention (MLA): one packed copy of the latent, key and value.
 
 Models of transformers give their cache the latent and the RoPE part of a token in the place of keys
 and values, and expand what comes back to keys and values of all heads in every step, whatever the
-attention function. So they get tensors: all tokens of one layer, decoded, which are far smaller than
-what the model makes of them. Left padding is held like any token, and the model's mask hides it.
+attention function. So they get tensors: all tokens of one layer, decoded, which are far smaller
+than what the model makes of them. Left padding is held like any token; the model's mask hides it.
 
 Source: docs/MLA.md.
 """
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from rotormlx.codec.format import BLOCK, Packed
 from rotormlx.config import RotorConfig
-from rotormlx.storage.cache_fields import DECODED_LATENT, DECODED_LATENT_BATCH
+from rotormlx.storage.cache_fields import LATENT, LATENT_BATCH
 from rotormlx.torch import ops
 from rotormlx.torch.handle import untraced
 from rotormlx.torch.layer import RotorLayer
@@ -41,7 +41,7 @@ class RotorLatentLayer(RotorLayer):
         ValueError: If the configuration is a calibrated one.
     """
 
-    kinds = DECODED_LATENT, DECODED_LATENT_BATCH
+    kinds = LATENT, LATENT_BATCH
 
     def __init__(
         self, config: RotorConfig, layer: int, calibrated: Calibrated | None = None

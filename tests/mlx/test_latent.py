@@ -114,14 +114,14 @@ def test_packed_bytes_do_not_depend_on_chunks(kind, bits):
 
 def test_the_latent_has_the_more_bits_and_the_rope_part_8():
     cache = fill(LatentKVCache(RotorConfig(3, 4)), *tokens(200), 200)
-    latent, rope = cache.keys_and_values()
+    latent, rope = cache.views()
     assert (latent.codec.role, latent.codec.bits) == (KEY, 4)
     assert (rope.codec.role, rope.codec.bits) == (KEY, ROPE_BITS)
 
 
 def test_there_is_one_copy_in_packed_bytes():
     cache = fill(LatentKVCache(RotorConfig(4, 4, window=0, sink=0)), *tokens(64 * 40), 640)
-    latent, rope = (view.codec.block_bytes for view in cache.keys_and_values())
+    latent, rope = (view.codec.block_bytes for view in cache.views())
     assert latent == BLOCK * (R // 2 + 2) + 2 * R  # codes, scales, centre
     assert rope == BLOCK * (P + 2) + 2 * P
     scales = 4 * (R + P)
@@ -165,7 +165,7 @@ def test_trim_and_go_on():
     assert cache.size() == 400
     # Whole blocks before the cut are as they were.
     assert np.array_equal(np.array(cache.state[6])[:, :, :3], words[:, :, :3])
-    latent, _ = cache.keys_and_values()
+    latent, _ = cache.views()
     assert relative_error(decoded(latent), latents) < 0.1
 
 
@@ -174,7 +174,7 @@ def test_a_limit_evicts_the_oldest_block_and_keeps_the_sink():
     cache = fill(LatentKVCache(RotorConfig(8, 8), max_size=400), latents, rope, 50)
     assert cache.size() <= 400
     assert cache.offset == 1000
-    latent, _ = cache.keys_and_values()
+    latent, _ = cache.views()
     places = cache.counts.positions(cache.config)
     assert relative_error(decoded(latent), np.array(latents)[:, :, places]) < 0.01
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar, Generic, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import _BaseCache
 
 from rotormlx.codec.counts import max_blocks
 from rotormlx.codec.parts import Part
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.store import Calibrated, Store
+from rotormlx.mlx.cache.view import KVView
 from rotormlx.storage import cache_fields
 
 S = TypeVar("S", bound=Store)
 
+# The hosts whose attention handles compressed keys now, by name.
+readers: set[str] = set()
 
-class StoredCache(_BaseCache, Generic[S]):
+
+class StoredCache(Generic[S]):
     """A cache of one layer that holds its keys in one store and its values in another.
 
     Args:
@@ -56,6 +59,26 @@ class StoredCache(_BaseCache, Generic[S]):
         return self._keys is None
 
     @property
+    def meta_state(self) -> str:
+        """Empty: ``state`` is everything. mlx-lm before 0.32 and mlx-vlm ask for it."""
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, nothing: Any) -> None:
+        pass
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any], meta_state: Any = "") -> Self:
+        """The cache that had this state; ``meta_state`` is what older hosts give, and empty.
+
+        Raises:
+            ValueError: If it is not the state of such a cache, or of another format version.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state  # type: ignore[attr-defined]  # each class has its own
+        return cache
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
         return sum(store.nbytes for store in self._stores)
@@ -78,6 +101,22 @@ class StoredCache(_BaseCache, Generic[S]):
     def values(self) -> mx.array | None:
         """An empty array that stands for the values, as :attr:`keys` does."""
         return None if self._values is None else self._values.exact[:, :, :0]
+
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        _, store = self._filled()
+        store.exact = mx.depends(store.exact, values)
+
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, Any]:
+        """What a model gets of keys and values: handles for the fused attention.
+
+        Args:
+            views: Of keys and values.
+            new: The keys and values just appended, if some were.
+        """
+        return views
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
         """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
@@ -102,9 +141,8 @@ class StoredCache(_BaseCache, Generic[S]):
         raise AttributeError(f"{type(self).__name__} has no bits")
 
     def _check_readable(self) -> None:
-        """Refuse to serve a model while mlx-lm's attention cannot read compressed caches."""
-        # Where rotormlx/mlx/hook.py puts the class while it is installed.
-        if not hasattr(mlx_lm_cache, "RotorKVCache"):
+        """Refuse to serve a model while no host's attention can read compressed caches."""
+        if not readers:
             raise ValueError(
                 f"[{type(self).__name__}] A model must be compressed before its attention can read "
                 "compressed caches, but none is now; call rotormlx.apply(model) first."

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch_store import BatchStore
+from rotormlx.mlx.cache.masks import causal_mask, growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
 from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
@@ -90,7 +89,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         super().__init__(config, layer, max_size, calibrated)
         self.rows = [Row(left=int(n)) for n in left_padding]
 
-    # ---- mlx-lm's contract ----------------------------------------------------------------------
+    # ---- the hosts' contract ---------------------------------------------------------------------
 
     @property
     def offset(self) -> mx.array:
@@ -98,18 +97,14 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return mx.array([row.counts.offset + row.right - row.left for row in self.rows], mx.int32)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Append tokens; see :meth:`append`."""
-        return self.append(keys, values)
-
-    def append(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
-        """Append tokens; see :meth:`RotorKVCache.append`.
+        """Append tokens; see :meth:`RotorKVCache.update_and_fetch`.
 
         Args:
             keys: ``[B, K, S, D]``, float16, bfloat16 or float32.
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, with the lengths of each row.
+            :class:`KVView` of all keys and values, with the lengths of each row.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -134,13 +129,17 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         skipped = [row.append(keys.shape[2]) for row in rows]
         for store, x in zip(stores, (keys, values), strict=True):
             store.append_rows(x, exact, skipped)
-        views = self._views(stores, rows)
+        served = self._served(self._views(stores, rows), (keys, values))
         self._pack_tails(stores, rows)
         # One step, between whose halves no interrupt comes.
         vars(self).update(_keys=stores[0], _values=stores[1], rows=rows)
-        return views
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
         """Views of all keys and values."""
         return self._views(self._filled(), self.rows)
 
@@ -154,7 +153,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """
         self._check_readable()
         if window_size is None and not return_array:
-            return create_attention_mask(N, 0, return_array, window_size)
+            return growing_mask(N, 0, window_size, return_array)
         singles = [self._mask_of(row, N, window_size) for row in self.rows]
         longest = max(mask.shape[-1] for mask in singles)
         masks = [mx.pad(mask, [(0, 0), (0, longest - mask.shape[-1])]) for mask in singles]
@@ -308,8 +307,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     def _mask_of(self, row: Row, length: int, window_size: int | None) -> mx.array:
         """``[length, tokens]``: what the next queries of a row see."""
         if row.left:
-            mask = create_causal_mask(length, window_size=window_size)
-            return mask[:, min(row.left, length) :]
+            return causal_mask(length, window=window_size)[:, min(row.left, length) :]
         mask = attention_mask(row.counts, self.config, length, window_size, return_array=True)
         if not isinstance(mask, mx.array):  # a single query sees everything
             mask = mx.ones((length, row.counts.tokens + length), mx.bool_)

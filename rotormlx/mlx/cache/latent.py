@@ -13,28 +13,25 @@ Source: docs/MLA.md.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.decoded import begun_after
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import (
-    DECODED_LATENT,
-    DECODED_LATENT_BATCH,
-    LATENT,
-    LATENT_BATCH,
-)
-
-# What update_and_fetch returns: the latent, decoded or as a view, and the decoded RoPE part.
-Fetched = tuple[mx.array | KVView, mx.array]
+from rotormlx.mlx.in_place import in_place
+from rotormlx.storage.cache_fields import LATENT, LATENT_BATCH
 
 
 class LatentKVCache(RotorKVCache):
     """The latents and RoPE parts of one layer, compressed; arguments as :class:`RotorKVCache`.
 
+    ``update_and_fetch`` takes latents ``[B, 1, L, R]`` and RoPE parts ``[B, 1, L, P]`` and returns
+    all of them, ``[B, 1, S, R]`` and ``[B, 1, S, P]``: arrays, but the latents as a view if L is 1.
     The latent has the bits of keys or of values, whichever are more, and the RoPE part 8.
     """
 
@@ -42,22 +39,10 @@ class LatentKVCache(RotorKVCache):
     # Whether a decode step gets the latent as a view.
     hands_out_views: ClassVar[bool] = True
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
-        """Append tokens.
-
-        Args:
-            keys: Latents, ``[B, 1, L, R]``, float16, bfloat16 or float32.
-            values: RoPE parts, ``[B, 1, L, P]``, likewise.
-
-        Returns:
-            All latents, ``[B, 1, S, R]``: a view if L is 1 and they may be views, else an array;
-            and all RoPE parts, an array ``[B, 1, S, P]``.
-
-        Raises:
-            ValueError: If a shape or dtype does not fit.
-            MemoryError: If MLX's memory limit leaves no room for them.
-        """
-        return _fetched(self.append(keys, values), self.hands_out_views and keys.shape[2] == 1)
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, mx.array]:
+        return _served(views, new, as_view=self.hands_out_views)
 
 
 class DecodedLatentKVCache(LatentKVCache):
@@ -66,26 +51,25 @@ class DecodedLatentKVCache(LatentKVCache):
     For models that pick tokens out of the latents in a decode step (sparse attention).
     """
 
-    kind = DECODED_LATENT
     hands_out_views = False
 
 
 class BatchLatentKVCache(BatchRotorKVCache):
     """The latents and RoPE parts of one layer for B sequences, compressed.
 
-    Arguments are those of :class:`BatchRotorKVCache`.
+    Arguments are those of :class:`BatchRotorKVCache`, and what is handed out is that of
+    :class:`LatentKVCache`. S is that of the longest row; arrays of a shorter one end in zeros,
+    which a mask of :meth:`make_mask` hides.
     """
 
     kind = LATENT_BATCH
     _single = LatentKVCache
     hands_out_views: ClassVar[bool] = True
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
-        """Append tokens; see :meth:`LatentKVCache.update_and_fetch`.
-
-        S is that of the longest row; a shorter one ends in what a mask of :meth:`make_mask` hides.
-        """
-        return _fetched(self.append(keys, values), self.hands_out_views and keys.shape[2] == 1)
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, mx.array]:
+        return _served(views, new, as_view=self.hands_out_views)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -97,14 +81,17 @@ class BatchLatentKVCache(BatchRotorKVCache):
 class BatchDecodedLatentKVCache(BatchLatentKVCache):
     """A :class:`BatchLatentKVCache` that never hands out views."""
 
-    kind = DECODED_LATENT_BATCH
     _single = DecodedLatentKVCache
     hands_out_views = False
 
 
-def _fetched(views: tuple[KVView, KVView], as_view: bool) -> Fetched:
+def _served(
+    views: tuple[KVView, KVView], new: Sequence[mx.array], *, as_view: bool
+) -> tuple[Any, mx.array]:
     latents, rope = views
-    return latents if as_view else decoded(latents), decoded(rope)
+    is_step = bool(new) and new[0].shape[2] == 1
+    of_rope = decoded(begun_after(new, rope))
+    return latents if as_view and is_step else decoded(begun_after(new, latents)), of_rope
 
 
 def decoded(view: KVView) -> mx.array:
@@ -113,18 +100,10 @@ def decoded(view: KVView) -> mx.array:
     Returns:
         ``[B, K, S, D]`` in the view's dtype; rows with fewer tokens end in zeros.
     """
-    if view.rows_differ:
-        rows = [decoded(view.row(index)) for index in range(view.exact.shape[0])]
-        return mx.concatenate([_widened(row, view.tokens) for row in rows])
-    if view.packed is None or not view.packed_tokens:
-        return view.exact[:, :, : view.tokens]
-    packed = backend().decode(
-        view.packed, view.codec, channel_scale=view.channel_scale, dtype=view.dtype
-    )
-    sink = min(view.sink, view.exact_tokens)
-    exact = view.exact[:, :, : view.exact_tokens]
-    parts = [exact[:, :, :sink], packed[:, :, : view.packed_tokens], exact[:, :, sink:]]
-    return mx.concatenate(parts, axis=2)
+    if not view.rows_differ:
+        return in_place(view, backend(), view.dtype)
+    rows = [in_place(view.row(i), backend(), view.dtype) for i in range(len(view.lengths))]
+    return mx.concatenate([_widened(row, view.tokens) for row in rows])
 
 
 def _widened(row: mx.array, tokens: int) -> mx.array:

@@ -1,4 +1,4 @@
-"""The compressed cache of one layer, in the shape that mlx-lm expects.
+"""The compressed cache of one layer, in the shape that hosts expect.
 
 A sequence is three parts, in order: the **sink** (first tokens, exact), **packed** blocks of 64
 tokens, and the **tail** (exact). New tokens enter the tail; whenever it holds ``window + 64``, its
@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
+from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
@@ -59,7 +59,7 @@ class RotorKVCache(StoredCache[Store]):
         super().__init__(config, layer, max_size, calibrated)
         self.counts = Counts()
 
-    # ---- mlx-lm's contract ----------------------------------------------------------------------
+    # ---- the hosts' contract ---------------------------------------------------------------------
 
     @property
     def offset(self) -> int:
@@ -67,10 +67,6 @@ class RotorKVCache(StoredCache[Store]):
         return self.counts.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Append tokens; see :meth:`append`."""
-        return self.append(keys, values)
-
-    def append(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
         """Append tokens.
 
         Args:
@@ -78,7 +74,7 @@ class RotorKVCache(StoredCache[Store]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, in which the tokens just appended are still exact.
+            :class:`KVView` of all keys and values, in which the tokens just appended are exact.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -86,6 +82,11 @@ class RotorKVCache(StoredCache[Store]):
 
             Whatever is raised, an interrupt too: the cache is then unchanged.
         """
+        return self._append(keys, values, self._served)
+
+    def _append(
+        self, keys: mx.array, values: mx.array, serve: Callable[..., tuple[Any, Any]]
+    ) -> tuple[Any, Any]:
         check_update(keys, values, self._keys, self._values)
         counts = replace(self.counts)
         if self._keys is None or self._values is None:
@@ -98,12 +99,17 @@ class RotorKVCache(StoredCache[Store]):
         counts.tokens += keys.shape[2]
         sink = self.config.sink
         views = key_store.view(sink, counts), value_store.view(sink, counts)
+        served = serve(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
         vars(self).update(_keys=key_store, _values=value_store, counts=counts)
-        return views
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
         """Views of all keys and values."""
         key_store, value_store = self._filled()
         sink = self.config.sink
@@ -183,24 +189,32 @@ class RotorKVCache(StoredCache[Store]):
     # ---- beyond the contract --------------------------------------------------------------------
 
     @classmethod
+    def of(cls, cache: RotorKVCache) -> Self:
+        """A cache of this class with what another one holds; the buffers are shared."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(cache))
+        return made
+
+    @classmethod
     def from_kv_cache(
         cls,
-        cache: KVCache,
+        cache: Any,
         config: RotorConfig | None = None,
         layer: int = 0,
         calibrated: Calibrated | None = None,
     ) -> Self:
-        """Compress a filled cache of mlx-lm; the source is left as it is.
+        """Compress a filled ``KVCache`` of a host; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
         """
         out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
             return out
-        keys, values = cache.keys_and_values()
+        keys, values = cache.keys, cache.values
         for start in range(0, cache.offset, CONVERSION_TOKENS):
-            part = slice(start, start + CONVERSION_TOKENS)
-            out.append(keys[:, :, part], values[:, :, part])
+            part = slice(start, min(start + CONVERSION_TOKENS, cache.offset))
+            # Nobody reads it yet, so nothing is decoded.
+            out._append(keys[:, :, part], values[:, :, part], lambda views, new: views)
             mx.eval(out.state)
         return out
 
@@ -237,7 +251,7 @@ def attention_mask(
 ) -> mx.array | str | None:
     """The attention mask for ``length`` new tokens behind those counted, as mlx-lm makes it."""
     if window_size is None or not counts.evicted:
-        return create_attention_mask(length, counts.tokens, return_array, window_size)
+        return growing_mask(length, counts.tokens, window_size, return_array)
     new = mx.arange(counts.offset, counts.offset + length)
     held = mx.concatenate([mx.array(counts.positions(config)), new])
     return (held <= new[:, None]) & (held > new[:, None] - window_size)
