@@ -41,11 +41,10 @@ def main(
     runs: Annotated[int, typer.Option(help="Timed steps of each kind.")] = 5,
 ) -> None:
     """Print the tables."""
-    with hook.in_place():
-        bytes_per_token()
-        attention_error()
-        model_divergence()
-        step_time(tokens, runs)
+    bytes_per_token()
+    attention_error()
+    model_divergence()
+    step_time(tokens, runs)
 
 
 def bytes_per_token() -> None:

@@ -12,7 +12,7 @@ from rotormlx.codec import codebook, reference
 from rotormlx.codec.format import BLOCK, KEY
 from rotormlx.codec.parts import ROPE_BITS
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import choose
 from rotormlx.mlx.cache.latent import (
@@ -32,7 +32,7 @@ BITS = (2, 3, 4, 8)
 
 @pytest.fixture(autouse=True)
 def clean():
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import mlx.core as mx
@@ -59,6 +59,15 @@ class StoredCache(Generic[S]):
         return self._keys is None
 
     @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything that is saved: numbers, texts, arrays and None."""
+        raise NotImplementedError
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        raise NotImplementedError
+
+    @property
     def meta_state(self) -> str:
         """Empty: ``state`` is everything. mlx-lm before 0.32 and mlx-vlm ask for it."""
         return ""
@@ -75,8 +84,16 @@ class StoredCache(Generic[S]):
             ValueError: If it is not the state of such a cache, or of another format version.
         """
         cache = cls.__new__(cls)
-        cache.state = state  # type: ignore[attr-defined]  # each class has its own
+        cache.state = state
         return cache
+
+    def prefix_cache_snapshot(self) -> dict[str, Any]:
+        """What a prefix cache of mlx-vlm keeps; nothing is copied."""
+        return {"state": self.state, "meta_state": self.meta_state}
+
+    def prefix_cache_restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take what :meth:`prefix_cache_snapshot` gave."""
+        self.state = snapshot["state"]
 
     @property
     def nbytes(self) -> int:

@@ -38,12 +38,14 @@ class Row:
         expected: Tokens that will still come before right padding; None for no limit.
         right: Right padding just appended: it lies behind the tokens and counts in attention, so
             that the last query of every row is the last appended, until the next step.
+        rejected: Tokens at the end that go when padding is over: a draft that was not accepted.
     """
 
     counts: Counts = field(default_factory=Counts)
     left: int = 0
     expected: int | None = None
     right: int = 0
+    rejected: int = 0
 
     def copy(self) -> Row:
         """A row of the same counts that is counted by itself."""
@@ -184,7 +186,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Args:
             left_padding: Tokens before each row; only while the cache is empty.
             lengths: Tokens of each row before its right padding.
-            right_padding: Tokens behind each row, until :meth:`finalize`.
+            right_padding: Tokens behind each row, until :meth:`finalize`. Without ``lengths`` they
+                are the last ones that each row holds then.
 
         Raises:
             ValueError: If left padding meets a filled cache.
@@ -197,7 +200,12 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
                 )
             for row, left in zip(self.rows, left_padding, strict=True):
                 row.left += int(left)
-        if right_padding is not None and lengths is not None and max(right_padding) > 0:
+        if right_padding is None or max(right_padding) <= 0:
+            return
+        if lengths is None:
+            for row, count in zip(self.rows, right_padding, strict=True):
+                row.rejected = int(count)
+        else:
             for row, length in zip(self.rows, lengths, strict=True):
                 row.expected = int(length)
 
@@ -206,6 +214,17 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         self._forget_padding()
         for row in self.rows:
             row.expected = None
+            row.counts.trim(row.rejected, self.config)
+            row.rejected = 0
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    def is_single_row(self) -> bool:
+        """Whether there is one sequence."""
+        return len(self.rows) == 1
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows, in this order."""

@@ -8,7 +8,7 @@ packed bytes do not depend on how a prompt was cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -46,8 +46,8 @@ class RotorKVCache(StoredCache[Store]):
 
     kind = SINGLE
     _store = Store
-    # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
-    merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
+    # The class of batches of such caches; rotormlx/mlx/__init__.py says which.
+    batch: ClassVar[Any]
 
     def __init__(
         self,
@@ -185,6 +185,25 @@ class RotorKVCache(StoredCache[Store]):
             _keys=key_store,
             _values=value_store,
         )
+
+    @classmethod
+    def merge(cls, caches: Sequence[RotorKVCache]) -> Any:
+        """A batch with a row for each sequence of these caches, which stay as they are.
+
+        Raises:
+            ValueError: If they do not share configuration, layer and ``max_size``.
+        """
+        return cls.batch.merge(caches)
+
+    def to_batch(self, left_padding: Sequence[int]) -> Any:
+        """An empty batch of sequences with this padding before them, as mlx-vlm asks for it."""
+        settings = self.config, self.layer, self.max_size, self.calibrated
+        return type(self).batch(left_padding, *settings)
+
+    def prefix_cache_merge(self, rows: Sequence[Any], prefix_lens: Sequence[int]) -> Any:
+        """A batch of the caches that mlx-vlm's prefix cache gives back, else None."""
+        alike = all(type(row) is type(self) for row in rows)
+        return type(self).merge(rows) if alike else None
 
     # ---- beyond the contract --------------------------------------------------------------------
 
