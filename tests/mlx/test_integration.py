@@ -58,7 +58,6 @@ DECODED = {
     "gemma2": ["DecodedRotorKVCache"] * 2,
     "stablelm": ["DecodedRotorKVCache"] * 2,
     "phi3small": ["DecodedRotorKVCache", "RotorKVCache"],
-    "deepseek_v3": ["DecodedRotorKVCache"] * 2,
 }
 
 
