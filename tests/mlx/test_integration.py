@@ -37,6 +37,7 @@ from rotormlx.mlx.probe import compress
 from rotormlx.storage import cache_file, tensor_file
 from rotormlx.storage.fingerprint import MODEL
 from tests.support import models as tiny
+from tests.support.mlx_lm_versions import model_types, since_0_32
 
 K8V8 = RotorConfig(key_bits=8, value_bits=8)
 COARSE = RotorConfig(key_bits=2, value_bits=2)
@@ -57,7 +58,6 @@ DECODED = {
     "gemma2": ["DecodedRotorKVCache"] * 2,
     "stablelm": ["DecodedRotorKVCache"] * 2,
     "phi3small": ["DecodedRotorKVCache", "RotorKVCache"],
-    "deepseek_v3": ["DecodedRotorKVCache"] * 2,
 }
 
 
@@ -132,7 +132,7 @@ def fill(caches: list, model: nn.Module, count: int) -> list:
 # ---- apply --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", COMPRESSED)
+@pytest.mark.parametrize("model_type", model_types(COMPRESSED))
 def test_apply_replaces_exactly_the_growing_caches(model_type: str) -> None:
     model = tiny.build(model_type)
     report = integration.apply(model, COARSE)
@@ -163,7 +163,9 @@ def test_a_layer_with_attention_of_its_own_gets_decoded_tokens(model_type: str) 
     assert lines[-1].endswith(f", {count} decoded for the model's own attention")
 
 
-@pytest.mark.parametrize("model_type", [*COMPRESSED, "gemma2", "stablelm", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type", model_types([*COMPRESSED, "gemma2", "stablelm", "deepseek_v3"])
+)
 def test_packed_logits_are_close_to_the_float_cache(model_type: str) -> None:
     model = tiny.build(model_type)
     inputs = tiny.tokens(300)
@@ -647,6 +649,7 @@ def sealed_file(path) -> tuple[Any, list]:
     return model, caches
 
 
+@since_0_32("reads our files by our own code, which looks at the checksum")
 def test_a_changed_number_is_seen_by_the_checksum(tmp_path) -> None:
     path = tmp_path / "cache.safetensors"
     model, _ = sealed_file(path)
@@ -857,7 +860,7 @@ def test_max_kv_size_of_an_uncompressed_model_is_mlx_lms() -> None:
 
 
 @pytest.mark.parametrize("start", [0, 5000])
-@pytest.mark.parametrize("model_type", COMPRESSED)
+@pytest.mark.parametrize("model_type", model_types(COMPRESSED))
 def test_kv_bits_is_a_warning_whatever_else_a_model_has(model_type: str, start: int) -> None:
     """mlx-lm cannot quantize a sliding window, and says so in the middle of the prompt."""
     model = tiny.build(model_type)
@@ -887,7 +890,7 @@ def by_hand(model: nn.Module) -> list:
 
 
 @pytest.mark.parametrize("make", [by_hand, integration.make_prompt_cache])
-@pytest.mark.parametrize("model_type", sorted(COMPRESSED))
+@pytest.mark.parametrize("model_type", model_types(sorted(COMPRESSED)))
 def test_without_a_compressed_model_a_cache_is_refused(model_type: str, make) -> None:
     model = tiny.build(model_type)
     caches = make(model)

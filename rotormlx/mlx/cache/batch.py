@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 
 from rotormlx.codec.counts import Counts, max_blocks
-from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
+from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch_store import BatchStore
@@ -25,7 +25,7 @@ from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
 from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import BATCH, SavedBatch
+from rotormlx.storage.cache_fields import BATCH, SavedBatch, parts
 
 
 @dataclass
@@ -38,12 +38,14 @@ class Row:
         expected: Tokens that will still come before right padding; None for no limit.
         right: Right padding just appended: it lies behind the tokens and counts in attention, so
             that the last query of every row is the last appended, until the next step.
+        rejected: Tokens at the end that go when padding is over: a draft that was not accepted.
     """
 
     counts: Counts = field(default_factory=Counts)
     left: int = 0
     expected: int | None = None
     right: int = 0
+    rejected: int = 0
 
     def copy(self) -> Row:
         """A row of the same counts that is counted by itself."""
@@ -73,6 +75,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         calibrated: See :class:`RotorKVCache`.
     """
 
+    kind = BATCH
     _store = BatchStore
     # The class of a row by itself.
     _single: ClassVar[type[RotorKVCache]] = RotorKVCache
@@ -119,7 +122,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             )
         rows = [row.copy() for row in self.rows]
         if self._keys is None or self._values is None:
-            stores = self._new_store(KEY, keys), self._new_store(VALUE, values)
+            stores = self._new_stores(keys, values)
         else:
             stores = self._keys.twin(), self._values.twin()
         if rows:
@@ -183,7 +186,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Args:
             left_padding: Tokens before each row; only while the cache is empty.
             lengths: Tokens of each row before its right padding.
-            right_padding: Tokens behind each row, until :meth:`finalize`.
+            right_padding: Tokens behind each row, until :meth:`finalize`. Without ``lengths`` they
+                are the last ones that each row holds then.
 
         Raises:
             ValueError: If left padding meets a filled cache.
@@ -196,7 +200,12 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
                 )
             for row, left in zip(self.rows, left_padding, strict=True):
                 row.left += int(left)
-        if right_padding is not None and lengths is not None and max(right_padding) > 0:
+        if right_padding is None or max(right_padding) <= 0:
+            return
+        if lengths is None:
+            for row, count in zip(self.rows, right_padding, strict=True):
+                row.rejected = int(count)
+        else:
             for row, length in zip(self.rows, lengths, strict=True):
                 row.expected = int(length)
 
@@ -205,6 +214,22 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         self._forget_padding()
         for row in self.rows:
             row.expected = None
+            row.counts.trim(row.rejected, self.config)
+            row.rejected = 0
+
+    @property
+    def _idx(self) -> int:
+        """The column that comes next in prompts padded to one length; mlx-vlm asks for it."""
+        return max((row.counts.offset + row.right - row.left for row in self.rows), default=0)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    def is_single_row(self) -> bool:
+        """Whether there is one sequence."""
+        return len(self.rows) == 1
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows, in this order."""
@@ -233,8 +258,9 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
-            single._keys = self._keys.single(idx, single.counts, self.config)
-            single._values = self._values.single(idx, single.counts, self.config)
+            key_part, value_part = self.parts
+            single._keys = self._keys.single(idx, single.counts, key_part.config)
+            single._values = self._values.single(idx, single.counts, value_part.config)
             # Now, or the copy would keep the buffers of the whole batch until it is used.
             mx.eval(single._keys.arrays, single._values.arrays)
         return single
@@ -278,11 +304,11 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedBatch.read(state, MLXReader(BATCH))
+        saved = SavedBatch.read(state, MLXReader(self.kind))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
-            BatchStore.from_saved(saved.config, saved.layer, role, store, blocks)
-            for role, store in zip(ROLES, saved.stores, strict=False)
+            BatchStore.from_saved(part.config, saved.layer, part.role, store, blocks)
+            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
         ]
         key_store, value_store = stores or (None, None)
         vars(self).update(
