@@ -27,7 +27,9 @@ class LayerReport:
         key_bits: True bits of one packed key coordinate, everything included.
         value_bits: The same for values.
         exact_bytes: Bytes of one coordinate in the sink and the tail.
-        max_tokens: The most tokens that the cache ever keeps, or None.
+        max_tokens: The most tokens that a token sees, or that a cache left alone ever keeps; None
+            for no limit.
+        max_blocks: Of a compressed sliding window, the most packed blocks; else None.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
     """
 
@@ -42,7 +44,13 @@ class LayerReport:
     value_bits: float = 0.0
     exact_bytes: int = FLOAT16_BYTES
     max_tokens: int | None = None
+    max_blocks: int | None = None
     state_bytes: int = 0
+
+    @property
+    def is_window(self) -> bool:
+        """Whether a sliding window, or chunked attention, is compressed."""
+        return self.compressed and self.max_tokens is not None
 
     @property
     def values_per_token(self) -> int:
@@ -65,6 +73,13 @@ class LayerReport:
         """True bits of one packed coordinate, the mean over keys and values."""
         return self.packed_bits_per_token / self.values_per_token
 
+    def with_bits_of(self, config: RotorConfig) -> LayerReport:
+        """The same with the bits of a configuration."""
+        config = config.uncalibrated
+        key = codec(config, self.head_dim_k, layer=self.index, role=KEY)
+        value = codec(config, self.head_dim_v, layer=self.index, role=VALUE)
+        return replace(self, key_bits=key.bits_per_value, value_bits=value.bits_per_value)
+
     def float_bytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens with keys and values in float16."""
         kept = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
@@ -74,8 +89,14 @@ class LayerReport:
         """Bytes at ``tokens`` tokens with rotormlx, sink and tail included."""
         if not self.compressed:
             return self.float_bytes(tokens)
+        if self.is_window:
+            config = config.uncalibrated
+        if self.is_window and self.max_blocks is None and self.max_tokens is not None:
+            tokens = min(tokens, self.max_tokens)  # a full chunk
         packed = packed_tokens(tokens, config)
         exact = (tokens - packed) * self.values_per_token * self.exact_bytes
+        if self.max_blocks is not None:
+            packed = min(packed, self.max_blocks * BLOCK)
         scale = self.values_per_token * FLOAT32_BYTES if packed and config.scales_channels else 0
         return exact + round(packed * self.packed_bits_per_token / 8) + scale
 
@@ -85,6 +106,7 @@ class LayerReport:
         return (
             f"layer {self.index}: {self.cache} compressed, {self.kv_heads} KV heads, "
             f"head_dim {self.head_dims}, {self.bits_per_value:.3f} bits a value"
+            f"{f', window of {self.max_tokens} tokens' if self.is_window else ''}"
         )
 
 
@@ -107,23 +129,25 @@ class Report:
     has_mean: bool = True
 
     def by_layer(self, config_of: Callable[[int], RotorConfig]) -> Report:
-        """The same with bits of their own for the layers."""
+        """The same with bits of their own for the layers; windows keep those of all."""
 
         def own(layer: LayerReport) -> LayerReport:
-            if not layer.compressed:
-                return layer
-            config, index = config_of(layer.index).uncalibrated, layer.index
-            key = codec(config, layer.head_dim_k, layer=index, role=KEY)
-            value = codec(config, layer.head_dim_v, layer=index, role=VALUE)
-            return replace(layer, key_bits=key.bits_per_value, value_bits=value.bits_per_value)
+            calibrated = layer.compressed and not layer.is_window
+            return layer.with_bits_of(config_of(layer.index)) if calibrated else layer
 
         return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
 
     def with_configs(self, own: Mapping[int, RotorConfig]) -> Report:
         """The same for caches with these configurations, by the index of their layer."""
-        first = next(iter(own.values()), self.config)
-        differ = len(set(own.values())) > 1
-        made = replace(self, config=first).by_layer(own.__getitem__)
+        layers = tuple(
+            layer.with_bits_of(own[layer.index]) if layer.index in own else layer
+            for layer in self.layers
+        )
+        windows = {layer.index for layer in layers if layer.is_window}
+        growing = [config for index, config in own.items() if index not in windows]
+        first = next(iter(growing or own.values()), self.config)
+        differ = len(set(growing)) > 1
+        made = replace(self, config=first, layers=layers)
         return replace(made, layers_differ=differ, has_mean=not differ)
 
     @property

@@ -32,8 +32,10 @@ from rotormlx.codec.format import BLOCK
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view, check
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 from rotormlx.mlx.cache.view import KVView
 
 # The attribute of mlx_lm is the function of that name.
@@ -43,7 +45,10 @@ TESTED_VERSIONS = ("0.32.2",)
 _VARARGS = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
 
 # load_prompt_cache and CacheList look a class up by its name in the globals of their module.
-_CLASSES = (RotorKVCache, BatchRotorKVCache)
+_CLASSES = (
+    *(RotorKVCache, BatchRotorKVCache),
+    *(SlidingRotorKVCache, BatchSlidingRotorKVCache, ChunkedRotorKVCache),
+)
 
 
 class Attended(NamedTuple):
@@ -318,6 +323,9 @@ def speculate(**options: Any) -> Any:
 def _room(cache: Any) -> int | None:
     """How many tokens a cache takes until it cannot be trimmed; None if it always can."""
     size = getattr(cache, "max_size", None)
+    if isinstance(cache, ChunkedRotorKVCache):
+        size = cache.chunk_size
+        return size - cache.offset if cache.is_trimmable() else 0
     if size is None:
         return None
     if isinstance(cache, RotorKVCache):

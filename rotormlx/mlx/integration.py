@@ -16,6 +16,7 @@ from mlx_lm.models.cache import KVCache
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
 from rotormlx.mlx import hook
+from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import arrays_of
 from rotormlx.mlx.fingerprint import weights
@@ -37,6 +38,7 @@ class CompressedCaches:
         config: How keys and values are compressed.
         report: What the model's caches become.
         calibration: Of a calibrated configuration, else None.
+        sliding_windows: Whether they are to be compressed where they can be.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class CompressedCaches:
         config: RotorConfig,
         report: Report,
         calibration: Calibration | None,
+        sliding_windows: bool,
     ) -> None:
         # Not the model itself: a cycle would keep its weights after the last use of the model.
         self.model = weakref.ref(model)
@@ -53,6 +56,7 @@ class CompressedCaches:
         self.config = config
         self.report = report
         self.calibration = calibration
+        self.sliding_windows = sliding_windows
 
     def __call__(self) -> list[Any]:
         """Make caches for one sequence."""
@@ -68,17 +72,22 @@ class CompressedCaches:
         # A copy of a model outlives remove() of the model it was copied from.
         hook.use(self if model is None else model)
         own = _own_caches(model, self.own)
-        return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
+        return _compressed(own, self.report, self.calibration, max_kv_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
         """A copy for the copy of the model that is being made."""
         model: Any = self.model()
         twin = memo.get(id(model), model)
-        return CompressedCaches(twin, self.own, self.config, self.report, self.calibration)
+        settings = (self.config, self.report, self.calibration, self.sliding_windows)
+        return CompressedCaches(twin, self.own, *settings)
 
 
 def apply(
-    model: Module, config: RotorConfig | None = None, calibration: GivenCalibration | None = None
+    model: Module,
+    config: RotorConfig | None = None,
+    calibration: GivenCalibration | None = None,
+    *,
+    sliding_windows: bool = True,
 ) -> Report:
     """Make a model use compressed caches from now on.
 
@@ -91,6 +100,8 @@ def apply(
         calibration: What :func:`rotormlx.calibrate` made of this model, or its file; the
             configuration becomes a calibrated one then. A calibrated configuration without it takes
             the calibration that is kept for the model.
+        sliding_windows: Whether sliding windows and chunked attention of at least 512 tokens are
+            compressed too.
 
     Returns:
         What is compressed, layer by layer, and what is left alone and why.
@@ -102,8 +113,9 @@ def apply(
     """
     config = config or RotorConfig()
     own = _own_attribute(model)
-    report, made = _probe(model, own, config, calibration)
-    model.make_cache = CompressedCaches(model, own, report.config, report, made)
+    report, made = _probe(model, own, config, calibration, sliding_windows)
+    settings = (report.config, report, made, sliding_windows)
+    model.make_cache = CompressedCaches(model, own, *settings)
     return report
 
 
@@ -127,6 +139,8 @@ def load(
     path_or_repo: str,
     config: RotorConfig | None = None,
     calibration: GivenCalibration | None = None,
+    *,
+    sliding_windows: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """Load a model and its tokenizer, with compressed caches.
@@ -138,6 +152,7 @@ def load(
         path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
         config: How keys and values are compressed; the default configuration if None.
         calibration: A calibration or its file, instead of the one that is kept for the model.
+        sliding_windows: As in :func:`apply`.
         **kwargs: Everything else that ``mlx_lm.load`` takes.
 
     Returns:
@@ -150,13 +165,14 @@ def load(
     config = config or RotorConfig()
     loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
     model = loaded[0]
-    apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
+    apply_with = partial(apply, model, sliding_windows=sliding_windows)
+    apply_with(config.uncalibrated)  # refuses before a calibration makes it read weights
     try:
         is_open = config.rotation == ROTATIONS[0] and config.channel_scale is None
         if calibration is None and is_open:
             calibration = calibration_file.find(model)
         if calibration is not None or config.is_calibrated:
-            apply(model, config, calibration)
+            apply_with(config, calibration)
     except BaseException:
         remove(model)
         raise
@@ -166,7 +182,11 @@ def load(
 
 
 def make_prompt_cache(
-    model: Module, config: RotorConfig | None = None, max_kv_size: int | None = None
+    model: Module,
+    config: RotorConfig | None = None,
+    max_kv_size: int | None = None,
+    *,
+    sliding_windows: bool | None = None,
 ) -> list[Any]:
     """Make compressed caches for one conversation, to be passed as ``prompt_cache=``.
 
@@ -178,6 +198,7 @@ def make_prompt_cache(
             default one if the model has none.
         max_kv_size: The most tokens that a compressed cache holds; None for no limit. Beyond it
             the oldest packed block goes, the sink stays, and positions keep growing.
+        sliding_windows: As in :func:`apply`; None for the model's own setting.
 
     Returns:
         One cache a layer, compressed where it can be.
@@ -187,12 +208,26 @@ def make_prompt_cache(
             block.
     """
     maker = _maker(model)
-    if maker is not None and config in (None, maker.config):
+    if sliding_windows is None:
+        sliding_windows = maker is None or maker.sliding_windows
+    if maker is not None and (config or maker.config, sliding_windows) == (
+        maker.config,
+        maker.sliding_windows,
+    ):
         return maker.limited(max_kv_size)
-    config = config or RotorConfig()
+    config = config or (RotorConfig() if maker is None else maker.config)
     own = _own_attribute(model)
-    report, calibration = _probe(model, own, config, None)
-    return compress(_own_caches(model, own), cache_factory(report.config, calibration, max_kv_size))
+    report, calibration = _probe(model, own, config, None, sliding_windows)
+    return _compressed(_own_caches(model, own), report, calibration, max_kv_size)
+
+
+def _compressed(
+    own: list[Any], report: Report, calibration: Calibration | None, max_kv_size: int | None
+) -> list[Any]:
+    """A model's own caches, those compressed that its report says."""
+    make = cache_factory(report.config, calibration, max_kv_size)
+    has_windows = any(layer.is_window for layer in report.layers)
+    return compress(own, make, windows.maker(report.config, max_kv_size) if has_windows else None)
 
 
 def cache_factory(
@@ -231,11 +266,16 @@ def _maker(model: Module) -> CompressedCaches | None:
 
 
 def _probe(
-    model: Module, own: CacheMaker | None, config: RotorConfig, given: GivenCalibration | None
+    model: Module,
+    own: CacheMaker | None,
+    config: RotorConfig,
+    given: GivenCalibration | None,
+    sliding_windows: bool,
 ) -> tuple[Report, Calibration | None]:
     """Probe a model and see to its calibration; it uses the hook from now on."""
     with hook.in_place():
-        report = probe(model, _own_caches(model, own), config)
+        caches = _own_caches(model, own)
+        report = probe(model, caches, config, sliding_windows=sliding_windows)
         made = None
         if given is not None or config.is_calibrated:
             report, made = calibrated(report, weights(model), given)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
+from rotormlx.codec.counts import max_blocks
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook
+from rotormlx.mlx.cache import windows
+from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
 from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.sliding import SlidingRotorKVCache
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.report import LayerReport, Report
 
@@ -20,7 +26,9 @@ from rotormlx.report import LayerReport, Report
 PROBE_TOKENS = (3, 1)
 
 
-def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
+def probe(
+    model: Module, caches: list[Any], config: RotorConfig, *, sliding_windows: bool = True
+) -> Report:
     """Run the model once without computing, since MLX is lazy, and see who meets whom.
 
     The hook must be installed.
@@ -29,6 +37,8 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
         model: The model.
         caches: Its own caches, empty; they are the pattern and stay empty.
         config: How keys and values would be compressed.
+        sliding_windows: Whether sliding windows and chunked attention are to be compressed; they
+            are left alone too where only a model without them can be.
 
     Returns:
         What would be compressed, layer by layer.
@@ -37,9 +47,22 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
         ValueError: If there is nothing to compress, or a cache's keys and values do not reach
             mlx-lm's attention as they were handed out.
     """
+    if sliding_windows and any(windows.is_compressible(c) for _, _, c in leaves(caches)):
+        try:
+            return _probe(model, copy.deepcopy(caches), config, _probe_windows(config))
+        except ValueError as error:
+            with suppress(ValueError):
+                return _probe(model, caches, config, None)
+            raise error from error.__cause__
+    return _probe(model, caches, config, None)
+
+
+def _probe(
+    model: Module, caches: list[Any], config: RotorConfig, of_windows: windows.WindowMaker | None
+) -> Report:
     model_type = str(getattr(model, "model_type", type(model).__name__))
     # Shapes and bits are the same with a calibration, which needs what is measured here.
-    caches = compress(caches, lambda layer: _ProbeCache(config.uncalibrated, layer))
+    caches = compress(caches, lambda layer: _ProbeCache(config.uncalibrated, layer), of_windows)
     if not any(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
         has = ", ".join(sorted({label for _, label, _ in leaves(caches)})) or "nothing"
         reason = f"it must have at least one KVCache, but all it has is {has}"
@@ -50,7 +73,7 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
 
 
 def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) -> None:
-    probes = [(i, cache) for i, _, cache in leaves(caches) if isinstance(cache, _ProbeCache)]
+    probes = [(i, cache) for i, _, cache in leaves(caches) if isinstance(cache, _Remembering)]
     try:
         with hook.record_attention(pretend=True) as attended:
             model(mx.zeros((1, tokens), dtype=mx.int32), cache=caches)
@@ -67,25 +90,43 @@ def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) 
             raise _refusal(model_type, f"layer {index} must use mlx-lm's attention, but does not")
 
 
-def compress(caches: list[Any], make: Callable[[int], RotorKVCache]) -> list[Any]:
-    """The same caches with every plain growing one replaced by what ``make(layer)`` gives."""
-    return [_replace(cache, layer, make) for layer, cache in enumerate(caches)]
+def compress(
+    caches: list[Any],
+    make: Callable[[int], RotorKVCache],
+    of_windows: windows.WindowMaker | None = None,
+) -> list[Any]:
+    """The same caches with every plain growing one replaced by what ``make(layer)`` gives.
+
+    Args:
+        caches: Those that a model makes itself.
+        make: Gives the compressed cache of a layer, by its index.
+        of_windows: Gives it for a sliding window or chunked attention; None leaves them alone.
+    """
+    return [_replace(cache, layer, make, of_windows) for layer, cache in enumerate(caches)]
 
 
-def _replace(cache: Any, layer: int, make: Callable[[int], RotorKVCache]) -> Any:
+def _replace(
+    cache: Any,
+    layer: int,
+    make: Callable[[int], RotorKVCache],
+    of_windows: windows.WindowMaker | None,
+) -> Any:
     # Exactly this class: what derives from it may promise more than a compressed cache keeps.
     if type(cache) is KVCache:
         return make(layer)
     if type(cache) is CacheList:
-        return CacheList(*(_replace(part, layer, make) for part in cache.caches))
-    return cache
+        return CacheList(*(_replace(part, layer, make, of_windows) for part in cache.caches))
+    made = None if of_windows is None else of_windows(layer, cache)
+    return cache if made is None else made
 
 
-class _ProbeCache(RotorKVCache):
+class _Remembering(RotorKVCache):
     """Remembers what it handed out, to see whether it reaches the attention."""
 
-    def __init__(self, config: RotorConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    stands_for: type
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.handed_out: list[tuple[KVView, KVView]] = []
         self.refusal = ""
 
@@ -103,6 +144,34 @@ class _ProbeCache(RotorKVCache):
         views = super().keys_and_values()
         self.handed_out.append(views)
         return views
+
+
+class _ProbeCache(_Remembering):
+    """Stands for a ``KVCache``."""
+
+    stands_for = KVCache
+
+
+class _ProbeSliding(_Remembering, SlidingRotorKVCache):
+    """Stands for a ``RotatingKVCache``."""
+
+    stands_for = RotatingKVCache
+
+
+class _ProbeChunked(_Remembering, ChunkedRotorKVCache):
+    """Stands for a ``ChunkedKVCache``."""
+
+    stands_for = ChunkedKVCache
+
+
+def _probe_windows(config: RotorConfig) -> windows.WindowMaker:
+    def make(layer: int, cache: Any) -> RotorKVCache | None:
+        if not windows.is_compressible(cache):
+            return None
+        kind = _ProbeSliding if isinstance(cache, RotatingKVCache) else _ProbeChunked
+        return kind(windows.size(cache), config.uncalibrated, layer)
+
+    return make
 
 
 def _refusal(model_type: str, reason: str) -> ValueError:
@@ -124,9 +193,10 @@ def _layer_reports(caches: list[Any]) -> list[LayerReport]:
     reports = []
     for index, label, cache in leaves(caches):
         shape = dims(cache) or (0, 0, 0)
-        if isinstance(cache, RotorKVCache):
+        if isinstance(cache, _Remembering):
             keys, values = cache.keys_and_values()
-            name = label.replace(type(cache).__name__, KVCache.__name__)
+            name = label.replace(type(cache).__name__, cache.stands_for.__name__)
+            sliding = isinstance(cache, SlidingRotorKVCache)
             reports.append(
                 LayerReport(
                     index,
@@ -137,11 +207,12 @@ def _layer_reports(caches: list[Any]) -> list[LayerReport]:
                     key_bits=keys.codec.bits_per_value,
                     value_bits=values.codec.bits_per_value,
                     exact_bytes=keys.dtype.size,
+                    max_tokens=windows.size(cache),
+                    max_blocks=max_blocks(cache.max_size, cache.config) if sliding else None,
                 )
             )
-        elif isinstance(cache, (RotatingKVCache, ChunkedKVCache)):
-            limit = cache.max_size if isinstance(cache, RotatingKVCache) else cache.chunk_size
-            reason = f"it never keeps more than {limit} tokens"
+        elif (limit := windows.size(cache)) is not None:
+            reason = windows.reason_alone(cache)
             reports.append(LayerReport(index, label, False, reason, *shape, max_tokens=limit))
         elif isinstance(cache, ArraysCache):
             reason = "a state of constant size, no keys and values"

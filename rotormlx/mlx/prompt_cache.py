@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,14 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
+from rotormlx.codec.counts import max_blocks
+from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
 from rotormlx.mlx.cache.lists import compress_plain, leaves
 from rotormlx.mlx.cache.saved import DTYPE_NAMES
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 from rotormlx.mlx.cache.store import same_calibrated
 from rotormlx.mlx.fingerprint import fingerprint, weights
 from rotormlx.mlx.integration import model_report
@@ -33,6 +38,7 @@ _CLASSES: dict[str, Any] = {
     for kind in (
         *(KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache),
         *(RotorKVCache, BatchRotorKVCache),
+        *(SlidingRotorKVCache, BatchSlidingRotorKVCache, ChunkedRotorKVCache),
     )
 }
 
@@ -174,11 +180,17 @@ def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> in
 def report_of(model: Module, caches: list[Any]) -> Report:
     """The report of a model with these caches; its own if they are compressed as it does it."""
     report = model_report(model)
-    pairs = [
-        (layer.index, own, held)
+    all_pairs = [
+        (layer, own, held)
         for layer, (_, _, own), (_, _, held) in zip(
             report.layers, leaves(model.make_cache()), leaves(caches), strict=True
         )
+    ]
+    layers = tuple(_as_held(layer, held) for layer, _, held in all_pairs)
+    report = report if layers == report.layers else replace(report, layers=layers)
+    pairs = [
+        (layer.index, own, held)
+        for layer, own, held in all_pairs
         if isinstance(own, RotorKVCache) and isinstance(held, RotorKVCache)
     ]
     if all(
@@ -189,12 +201,38 @@ def report_of(model: Module, caches: list[Any]) -> Report:
     return report.with_configs({index: held.config for index, _, held in pairs})
 
 
+def _as_held(layer: LayerReport, held: Any) -> LayerReport:
+    """A layer of a report where a file has its window in another form than the model makes."""
+    is_compressed = isinstance(held, RotorKVCache)
+    if is_compressed == layer.compressed or layer.max_tokens is None:
+        return layer
+    if not is_compressed:
+        return replace(layer, compressed=False, reason="it comes from a file without rotormlx")
+    sliding = isinstance(held, SlidingRotorKVCache)
+    blocks = max_blocks(held.max_size, held.config) if sliding else None
+    made = replace(layer, compressed=True, reason="", max_blocks=blocks)
+    return made.with_bits_of(held.config)
+
+
+def _alike(want: Any, shape: Shape) -> set[str]:
+    """The classes that do for a cache: compressed or plain, whatever the model makes now."""
+    kind = type(want)
+    if kind in (RotatingKVCache, SlidingRotorKVCache):
+        # With a limit below the window, it is what any other layer has with that limit.
+        limited = {RotorKVCache.__name__} if shape.limited else set()
+        return {RotatingKVCache.__name__, SlidingRotorKVCache.__name__} | limited
+    if kind in (ChunkedKVCache, ChunkedRotorKVCache):
+        return {ChunkedKVCache.__name__, ChunkedRotorKVCache.__name__}
+    return {kind.__name__} | ({KVCache.__name__} if kind is RotorKVCache else set())
+
+
 def _shape(cache: Any) -> Shape:
     """What of a cache must fit a model."""
     name = type(cache).__name__
+    window = windows.size(cache)
     if isinstance(cache, RotorKVCache):
-        return Shape(name, cache.config, cache.layer, dims=dims(cache))
-    window = cache.max_size if isinstance(cache, RotatingKVCache) else None
+        limited = cache.max_size is not None
+        return Shape(name, cache.config, cache.layer, limited, window, dims(cache))
     return Shape(name, window=window, dims=dims(cache) if name in _CLASSES else None)
 
 
@@ -221,14 +259,13 @@ class _Fit(NamedTuple):
             self._check_layer(layer, index, want, shape)
 
     def _check_layer(self, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
-        if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
-            if shape.layer != index:
-                raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
-        elif shape.name != (KVCache if layer.compressed else type(want)).__name__:
+        if shape.name not in _alike(want, shape):
             raise self._mismatch(f"{layer.cache} in layer {index}", shape.name)
-        elif shape.window is not None and shape.window != want.max_size:
+        if shape.layer is not None and shape.layer != index:
+            raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
+        if shape.window is not None and shape.window != windows.size(want):
             raise self._mismatch(
-                f"a window of {want.max_size} tokens in layer {index}", str(shape.window)
+                f"a window of {windows.size(want)} tokens in layer {index}", str(shape.window)
             )
         came = shape.dims
         if came is not None and came != (layer.kv_heads, layer.head_dim_k, layer.head_dim_v):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -75,6 +75,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     """
 
     _store = BatchStore
+    # What a file calls the class.
+    _saved_as: ClassVar[str] = BATCH
 
     def __init__(
         self,
@@ -224,7 +226,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     def extract(self, idx: int) -> RotorKVCache:
         """A row as a cache by itself; it shares no buffer with the batch."""
-        single = RotorKVCache(self.config, self.layer, self.max_size, self.calibrated)
+        single = self._single()
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
@@ -241,9 +243,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Raises:
             ValueError: If they do not share configuration, layer and ``max_size``.
         """
-        first = caches[0]
         _check_same(caches)
-        batch = cls([], first.config, first.layer, first.max_size, first.calibrated)
+        batch = cls._like(caches[0])
         sizes = [1 if c._keys is None else c._keys.exact.shape[0] for c in caches]
         batch.rows = [
             Row(replace(cache.counts))
@@ -273,7 +274,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedBatch.read(state, MLXReader(BATCH))
+        saved = SavedBatch.read(state, MLXReader(self._saved_as))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
             BatchStore.from_saved(saved.config, saved.layer, role, store, blocks)
@@ -292,6 +293,15 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         )
 
     # ---- inside ---------------------------------------------------------------------------------
+
+    def _single(self) -> RotorKVCache:
+        """An empty cache for a row."""
+        return RotorKVCache(self.config, self.layer, self.max_size, self.calibrated)
+
+    @classmethod
+    def _like(cls, cache: Any) -> Self:
+        """A batch without rows for such caches."""
+        return cls([], cache.config, cache.layer, cache.max_size, cache.calibrated)
 
     def _forget_padding(self) -> None:
         for row in self.rows:
@@ -358,6 +368,7 @@ def _check_same(caches: Sequence[Any]) -> None:
         for name, own, its in (
             ("layer", first.layer, other.layer),
             ("max_kv_size", first.max_size, other.max_size),
+            ("sliding window", *(getattr(c, "sliding_window", None) for c in (first, other))),
         ):
             differ = differ or (None if own == its else (name, own, its))
         if differ is not None:

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache
 
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.windows import compressed
 
 
 def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
@@ -22,7 +23,10 @@ def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
 
 
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
-    """Compress mlx-lm's growing caches in place.
+    """Compress mlx-lm's caches in place, where the model's own are compressed.
+
+    A sliding window that has dropped tokens stays as it is: some are missing that a compressed
+    cache holds.
 
     Args:
         caches: The caches of a model.
@@ -39,10 +43,15 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
             cache.caches = tuple(parts)
             continue
         like = next(own)
+        # Layer by layer, so that a plain layer is freed before the next one is packed.
+        made: RotorKVCache | None
         if type(cache) is KVCache:
-            # Layer by layer, so that a plain layer is freed before the next one is packed.
             made = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
-            mx.eval(made.state)
-            caches[index] = made
-            count += 1
+        else:
+            made = compressed(cache, like)
+        if made is None:
+            continue
+        mx.eval(made.state)
+        caches[index] = made
+        count += 1
     return count

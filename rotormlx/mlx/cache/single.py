@@ -46,6 +46,8 @@ class RotorKVCache(StoredCache[Store]):
     """
 
     _store = Store
+    # What a file calls the class.
+    _saved_as: ClassVar[str] = SINGLE
     # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
     merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
 
@@ -92,8 +94,7 @@ class RotorKVCache(StoredCache[Store]):
         key_store.append(keys, counts.exact)
         value_store.append(values, counts.exact)
         counts.tokens += keys.shape[2]
-        sink = self.config.sink
-        views = key_store.view(sink, counts), value_store.view(sink, counts)
+        views = self._views((key_store, value_store), counts)
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
         vars(self).update(_keys=key_store, _values=value_store, counts=counts)
@@ -101,9 +102,7 @@ class RotorKVCache(StoredCache[Store]):
 
     def keys_and_values(self) -> tuple[KVView, KVView]:
         """Views of all keys and values."""
-        key_store, value_store = self._filled()
-        sink = self.config.sink
-        return key_store.view(sink, self.counts), value_store.view(sink, self.counts)
+        return self._views(self._filled(), self.counts)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -158,7 +157,7 @@ class RotorKVCache(StoredCache[Store]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedCache.read(state, MLXReader(SINGLE))
+        saved = SavedCache.read(state, MLXReader(self._saved_as))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
             Store.from_saved(saved.config, saved.layer, role, store, blocks)
@@ -193,12 +192,15 @@ class RotorKVCache(StoredCache[Store]):
         out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
             return out
-        keys, values = cache.keys_and_values()
-        for start in range(0, cache.offset, CONVERSION_TOKENS):
-            part = slice(start, start + CONVERSION_TOKENS)
-            out.update_and_fetch(keys[:, :, part], values[:, :, part])
-            mx.eval(out.state)
+        out.append_all(*cache.keys_and_values())
         return out
+
+    def append_all(self, keys: mx.array, values: mx.array) -> None:
+        """Append and compute many tokens, ``CONVERSION_TOKENS`` at a time."""
+        for start in range(0, keys.shape[2], CONVERSION_TOKENS):
+            part = slice(start, start + CONVERSION_TOKENS)
+            self.update_and_fetch(keys[:, :, part], values[:, :, part])
+            mx.eval(self.state)
 
     @property
     def packed_tokens(self) -> int:
@@ -219,6 +221,10 @@ class RotorKVCache(StoredCache[Store]):
         return bits / sum(c.head_dim for c in codecs)
 
     # ---- inside ---------------------------------------------------------------------------------
+
+    def _views(self, stores: tuple[Store, Store], counts: Counts) -> tuple[KVView, KVView]:
+        sink = self.config.sink
+        return stores[0].view(sink, counts), stores[1].view(sink, counts)
 
     def _pack_tail(self, stores: Sequence[Store], counts: Counts) -> None:
         """Pack what the tail holds beyond the window, a block's worth at a time."""
