@@ -45,12 +45,9 @@ def reason_alone(cache: Any) -> str:
     """Why a cache of mlx-lm with such a number is left alone."""
     tokens = size(cache) or 0
     if tokens < LEAST_SLIDING_WINDOW:
-        return (
-            f"it never keeps more than {tokens} tokens, and compression pays off from "
-            f"{LEAST_SLIDING_WINDOW} on"
-        )
+        return f"its window of {tokens} tokens is below {LEAST_SLIDING_WINDOW}"
     if is_compressible(cache):
-        return f"it never keeps more than {tokens} tokens, and sliding windows stay as they are"
+        return f"its window of {tokens} tokens stays exact"
     return f"it keeps {tokens} tokens in a way of its own"
 
 
