@@ -13,6 +13,7 @@ from rotormlx.codec.counts import max_blocks
 from rotormlx.codec.format import ROLES
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.store import Calibrated, Store
+from rotormlx.mlx.cache.view import KVView
 
 S = TypeVar("S", bound=Store)
 
@@ -32,6 +33,9 @@ class StoredCache(_BaseCache, Generic[S]):
 
     # The class of the stores.
     _store: ClassVar[type[Store]]
+    # What the latest step attends, where it has dropped tokens that its first queries see: layers
+    # that read the keys and values of another ask for them in the same step.
+    _latest: tuple[KVView, KVView] | None = None
 
     def __init__(
         self,

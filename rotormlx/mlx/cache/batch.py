@@ -132,12 +132,15 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         views = self._views(stores, rows)
         self._pack_tails(stores, rows)
         # One step, between whose halves no interrupt comes.
-        vars(self).update(_keys=stores[0], _values=stores[1], rows=rows)
+        pairs = zip(rows, self.rows, strict=True)
+        has_dropped = any(new.counts.evicted > old.counts.evicted for new, old in pairs)
+        latest = views if has_dropped else None
+        vars(self).update(_keys=stores[0], _values=stores[1], rows=rows, _latest=latest)
         return views
 
     def keys_and_values(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values."""
-        return self._views(self._filled(), self.rows)
+        """Views of all keys and values, those of the latest step until it is computed."""
+        return self._latest or self._views(self._filled(), self.rows)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -213,7 +216,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         for store in stores:
             store.take(indices, blocks)
         key_store, value_store = stores or (None, None)
-        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows, _latest=None)
 
     def extend(self, other: BatchRotorKVCache) -> None:
         """Append the rows of another batch."""
@@ -222,7 +225,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         key_store = BatchStore.join(zip((self._keys, other._keys), sizes, strict=True))
         value_store = BatchStore.join(zip((self._values, other._values), sizes, strict=True))
         rows = self.rows + [row.copy() for row in other.rows]
-        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows, _latest=None)
 
     def extract(self, idx: int) -> RotorKVCache:
         """A row as a cache by itself; it shares no buffer with the batch."""
@@ -261,6 +264,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedBatch` names the entries.
         """
+        self._latest = None  # mlx-lm reads the state to compute it
         counts = [[r.counts.tokens, r.counts.packed, r.counts.evicted] for r in self.rows]
         table = mx.array(counts, mx.int32).reshape(-1, 3)
         longest = _longest(self.rows)
@@ -304,6 +308,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return cls([], cache.config, cache.layer, cache.max_size, cache.calibrated)
 
     def _forget_padding(self) -> None:
+        self._latest = None
         for row in self.rows:
             row.right = 0
 

@@ -75,6 +75,7 @@ class ChunkedRotorKVCache(RotorKVCache):
             new = whole.offset - latest.start_position
             latest.update_and_fetch(keys[:, :, -new:], values[:, :, -new:])
             whole = latest
+            whole._latest = views
         vars(self).update(vars(whole))
         return views
 
@@ -124,8 +125,8 @@ class ChunkedRotorKVCache(RotorKVCache):
 
     def _begun(self, start: int) -> ChunkedRotorKVCache:
         begun = copy.copy(self)
-        fresh = {"counts": Counts(), "_keys": None, "_values": None, "start_position": start}
-        vars(begun).update(fresh)
+        empty = {"counts": Counts(), "_keys": None, "_values": None, "_latest": None}
+        vars(begun).update(empty, start_position=start)
         return begun
 
     def _views(self, stores: tuple[Store, Store], counts: Counts) -> tuple[KVView, KVView]:

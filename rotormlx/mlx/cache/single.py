@@ -97,12 +97,13 @@ class RotorKVCache(StoredCache[Store]):
         views = self._views((key_store, value_store), counts)
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
-        vars(self).update(_keys=key_store, _values=value_store, counts=counts)
+        latest = views if counts.evicted > self.counts.evicted else None
+        vars(self).update(_keys=key_store, _values=value_store, counts=counts, _latest=latest)
         return views
 
     def keys_and_values(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values."""
-        return self._views(self._filled(), self.counts)
+        """Views of all keys and values, those of the latest step until it is computed."""
+        return self._latest or self._views(self._filled(), self.counts)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -134,6 +135,7 @@ class RotorKVCache(StoredCache[Store]):
             How many tokens were forgotten: n, or all there were; once tokens were evicted, no more
             than the tail holds.
         """
+        self._latest = None
         packed = self.counts.packed
         n = self.counts.trim(n, self.config)
         if packed and not self.counts.packed:
@@ -147,6 +149,7 @@ class RotorKVCache(StoredCache[Store]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedCache` names the entries.
         """
+        self._latest = None  # mlx-lm reads the state to compute it
         stores = tuple(store.saved(self.counts) for store in self._stores)
         return SavedCache(self.config, self.layer, self.max_size, self.counts, stores).state
 
