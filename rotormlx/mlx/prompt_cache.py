@@ -210,7 +210,8 @@ def _as_held(layer: LayerReport, held: Any) -> LayerReport:
         return replace(layer, compressed=False, reason="it comes from a file without rotormlx")
     sliding = isinstance(held, SlidingRotorKVCache)
     blocks = max_blocks(held.max_size, held.config) if sliding else None
-    made = replace(layer, compressed=True, reason="", max_blocks=blocks)
+    exact = layer.exact_bytes if held.keys is None else held.keys.itemsize
+    made = replace(layer, compressed=True, reason="", max_blocks=blocks, exact_bytes=exact)
     return made.with_bits_of(held.config)
 
 
