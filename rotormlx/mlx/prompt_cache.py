@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-import numpy as np
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from rotormlx.codec.counts import max_blocks
-from rotormlx.mlx.cache import windows
-from rotormlx.mlx.cache.batch import BatchRotorKVCache
-from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
-from rotormlx.mlx.cache.lists import compress_plain, leaves
-from rotormlx.mlx.cache.saved import DTYPE_NAMES
+from rotormlx.mlx import hosts
+from rotormlx.mlx.cache import files, windows
+from rotormlx.mlx.cache.lists import compress_plain
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 from rotormlx.mlx.cache.store import same_calibrated
 from rotormlx.mlx.fingerprint import fingerprint, weights
+from rotormlx.mlx.host_caches import ATTRIBUTES, CHUNKED, GROWING, ROTATING, is_a, leaves
 from rotormlx.mlx.integration import model_report
 from rotormlx.mlx.probe import dims
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage import cache_file
 from rotormlx.storage import fingerprint as fingerprints
+from rotormlx.storage.cache_fields import CHUNKED as CHUNKED_ROTOR
+from rotormlx.storage.cache_fields import LAYOUTS, SINGLE, SLIDING
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL
-from rotormlx.storage.tensor_file import Array
-
-# What a file may name, besides CacheList: rotormlx/storage/cache_rules.py has a rule for each.
-_CLASSES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        *(KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache),
-        *(RotorKVCache, BatchRotorKVCache),
-        *(SlidingRotorKVCache, BatchSlidingRotorKVCache, ChunkedRotorKVCache),
-    )
-}
 
 
 def save_prompt_cache(
@@ -62,10 +48,7 @@ def save_prompt_cache(
         ValueError: If a cache holds what no file can hold, or ``path`` is no place for a file.
         OSError: If the disk is full, or the directory is read-only.
     """
-    kept = {**(metadata or {}), MODEL: fingerprint(model).text}
-    classes = [type(cache).__name__ for cache in caches]
-    states = [cache.state for cache in caches]
-    cache_file.write(cache_file.with_suffix(path), classes, states, kept, _tensor)
+    files.write(path, caches, {**(metadata or {}), MODEL: fingerprint(model).text})
 
 
 def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
@@ -122,40 +105,15 @@ def read_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[
 
 
 def _read(path: str | Path, saved: SavedCaches, model: Module, report: Report) -> list[Any]:
-    _Fit(path, report).check(model.make_cache(), saved.shapes)
-    states = saved.read(_array)
-    return [_restored(name, state) for name, state in zip(saved.classes, states, strict=True)]
-
-
-def _restored(name: str, state: list[Any]) -> Any:
-    if name == CacheList.__name__:
-        return CacheList(*(_restored(part_name, part) for part, part_name in state))
-    return _CLASSES[name].from_state(state)
-
-
-def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
-    """Dtype, shape and bytes of an array, which are made when their turn comes."""
-    if not isinstance(array, mx.array) or array.dtype not in DTYPE_NAMES:
-        raise ValueError(
-            "[prompt cache] A cache must hold arrays, numbers, texts and None to be saved, but one "
-            f"holds {array!r:.80}; keep it in memory."
-        )
-
-    def give() -> Array:
-        is_wide = array.dtype == mx.bfloat16  # numpy has none
-        whole = mx.contiguous(array)
-        return np.array(whole.view(mx.uint16) if is_wide else whole, copy=False)
-
-    return DTYPE_NAMES[array.dtype], array.shape, give
-
-
-def _array(array: Array, dtype: str) -> mx.array:
-    made = mx.array(array)
-    return made.view(mx.bfloat16) if dtype == "BF16" else made
+    host = hosts.of(model)
+    _Fit(path, report).check(host.target(model).make_cache(), saved.shapes)
+    return files.read(saved, host.caches)
 
 
 def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
-    """Check that caches fit a compressed model, and compress plain ones in place.
+    """Check that caches fit a compressed model, and make them such as it has, in place.
+
+    Plain ones are compressed; a compressed one of another class keeps its bytes.
 
     Args:
         path: Where they come from, for messages.
@@ -171,7 +129,7 @@ def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> in
     """
     fit = _Fit(path, model_report(model))
     shapes = [(index, _shape(cache)) for index, _, cache in leaves(caches)]
-    fresh = model.make_cache()
+    fresh = hosts.of(model).target(model).make_cache()
     fit.check(fresh, shapes)
     fit.share_calibration(fresh, caches)
     return compress_plain(caches, (own for _, _, own in leaves(fresh)))
@@ -180,17 +138,18 @@ def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> in
 def report_of(model: Module, caches: list[Any]) -> Report:
     """The report of a model with these caches; its own if they are compressed as it does it."""
     report = model_report(model)
-    all_pairs = [
+    fresh = leaves(hosts.of(model).target(model).make_cache())
+    triples = [
         (layer, own, held)
         for layer, (_, _, own), (_, _, held) in zip(
-            report.layers, leaves(model.make_cache()), leaves(caches), strict=True
+            report.layers, fresh, leaves(caches), strict=True
         )
     ]
-    layers = tuple(_as_held(layer, held) for layer, _, held in all_pairs)
+    layers = tuple(_as_held(layer, held) for layer, _, held in triples)
     report = report if layers == report.layers else replace(report, layers=layers)
     pairs = [
         (layer.index, own, held)
-        for layer, own, held in all_pairs
+        for layer, own, held in triples
         if isinstance(own, RotorKVCache) and isinstance(held, RotorKVCache)
     ]
     if all(
@@ -208,8 +167,7 @@ def _as_held(layer: LayerReport, held: Any) -> LayerReport:
         return layer
     if not is_compressed:
         return replace(layer, compressed=False, reason="it comes from a file without rotormlx")
-    sliding = isinstance(held, SlidingRotorKVCache)
-    blocks = max_blocks(held.max_size, held.config) if sliding else None
+    blocks = max_blocks(held.max_size, held.config)
     exact = layer.exact_bytes if held.keys is None else held.keys.itemsize
     made = replace(layer, compressed=True, reason="", max_blocks=blocks, exact_bytes=exact)
     return made.with_bits_of(held.config)
@@ -217,24 +175,23 @@ def _as_held(layer: LayerReport, held: Any) -> LayerReport:
 
 def _alike(want: Any, shape: Shape) -> set[str]:
     """The classes that do for a cache: compressed or plain, whatever the model makes now."""
-    kind = type(want)
-    if kind in (RotatingKVCache, SlidingRotorKVCache):
+    name = LAYOUTS.get(type(want).__name__, type(want).__name__)
+    if name in (ROTATING, SLIDING):
         # With a limit below the window, it is what any other layer has with that limit.
-        limited = {RotorKVCache.__name__} if shape.limited else set()
-        return {RotatingKVCache.__name__, SlidingRotorKVCache.__name__} | limited
-    if kind in (ChunkedKVCache, ChunkedRotorKVCache):
-        return {ChunkedKVCache.__name__, ChunkedRotorKVCache.__name__}
-    return {kind.__name__} | ({KVCache.__name__} if kind is RotorKVCache else set())
+        return {ROTATING, SLIDING} | ({SINGLE} if shape.limited else set())
+    if name in (CHUNKED, CHUNKED_ROTOR):
+        return {CHUNKED, CHUNKED_ROTOR}
+    return {name, GROWING} if name == SINGLE else {name}
 
 
 def _shape(cache: Any) -> Shape:
     """What of a cache must fit a model."""
-    name = type(cache).__name__
-    window = windows.size(cache)
+    name, window = type(cache).__name__, windows.size(cache)
     if isinstance(cache, RotorKVCache):
         limited = cache.max_size is not None
-        return Shape(name, cache.config, cache.layer, limited, window, dims(cache))
-    return Shape(name, window=window, dims=dims(cache) if name in _CLASSES else None)
+        layout = LAYOUTS.get(name, name)
+        return Shape(layout, cache.config, cache.layer, limited, window, dims(cache))
+    return Shape(name, window=window, dims=dims(cache) if is_a(cache, *ATTRIBUTES) else None)
 
 
 class _Fit(NamedTuple):

@@ -25,6 +25,12 @@ from rotormlx.config import RotorConfig
 SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
 SLIDING, BATCH_SLIDING = "SlidingRotorKVCache", "BatchSlidingRotorKVCache"
 CHUNKED = "ChunkedRotorKVCache"
+# Those that a file may name, with the one whose state each has.
+LAYOUTS = {
+    **{SINGLE: SINGLE, "DecodedRotorKVCache": SINGLE},
+    **{BATCH: BATCH, "BatchDecodedRotorKVCache": BATCH},
+    **{SLIDING: SLIDING, BATCH_SLIDING: BATCH_SLIDING, CHUNKED: CHUNKED},
+}
 # What exact tokens may be, as files name dtypes.
 FLOATS = ("F16", "BF16", "F32")
 

@@ -19,7 +19,7 @@ from rotormlx.storage.cache_fields import (
     BATCH_SLIDING,
     CHUNKED,
     FLOATS,
-    SINGLE,
+    LAYOUTS,
     SLIDING,
     Field,
     SavedBatch,
@@ -36,7 +36,7 @@ State = list[Any]
 class Shape(NamedTuple):
     """What a file says of one cache, as far as it must fit a model.
 
-    name: Its class.
+    name: Its class; of a compressed one :data:`LAYOUTS` says which.
     config, layer, limited: Of a compressed one; limited if it holds no more than so many tokens.
     window: The tokens of a sliding window, or of a chunk.
     dims: KV heads, key dimension and value dimension, where it holds keys and values.
@@ -187,17 +187,18 @@ def _compressed(rules: _Rules) -> Shape:
     saved = SavedCache.read(rules.state, rules)
     limited = saved.max_size is not None
     dims = kv_dims(saved.stores)
-    return Shape(rules.name, saved.config, saved.layer, limited, _window(rules), dims)
+    return Shape(LAYOUTS[rules.name], saved.config, saved.layer, limited, _window(rules), dims)
 
 
 def _compressed_batch(rules: _Rules) -> Shape:
     saved = SavedBatch.read(rules.state, rules)
     limited = saved.max_size is not None
     dims = kv_dims(saved.stores)
-    return Shape(rules.name, saved.config, saved.layer, limited, _window(rules), dims)
+    return Shape(LAYOUTS[rules.name], saved.config, saved.layer, limited, _window(rules), dims)
 
 
 def _window(rules: _Rules) -> int | None:
+    """The window, or the size of a chunk, of a class that has one."""
     places = {SLIDING: -1, BATCH_SLIDING: -1, CHUNKED: -2}
     place = places.get(rules.name)
     return None if place is None else rules.state[place]
@@ -208,9 +209,8 @@ _RULES: dict[str, Callable[[_Rules], Shape]] = {
     "RotatingKVCache": _sliding,
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,
-    SINGLE: _compressed,
-    BATCH: _compressed_batch,
-    SLIDING: _compressed,
-    BATCH_SLIDING: _compressed_batch,
-    CHUNKED: _compressed,
+    **{
+        name: _compressed_batch if layout in (BATCH, BATCH_SLIDING) else _compressed
+        for name, layout in LAYOUTS.items()
+    },
 }

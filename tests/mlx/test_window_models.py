@@ -1,6 +1,7 @@
 """Models with sliding windows and chunked attention, compressed, over several windows."""
 
 import copy
+import importlib
 import json
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 import rotormlx
 from rotormlx.cli import usage
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook, integration, prompt_cache
-from rotormlx.mlx.cache.lists import leaves
+from rotormlx.mlx import integration, prompt_cache
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.sliding import SlidingRotorKVCache
-from rotormlx.mlx.hook import generate
+from rotormlx.mlx.host_caches import leaves
+from rotormlx.mlx.hosts import MLX_LM
 from tests.support import models as tiny
 
 W = 512
+# The attribute of mlx_lm is the function of that name.
+generate = importlib.import_module("mlx_lm.generate")
 K8V8 = RotorConfig(key_bits=8, value_bits=8)
 ZOO = json.loads((Path(tiny.__file__).with_name("zoo.json")).read_text())
 
@@ -40,7 +43,7 @@ def of_512(model_type, **changes):
 def clean(monkeypatch):
     monkeypatch.setitem(tiny.CONFIGS, "gemma3n", {})
     yield
-    hook.remove()
+    MLX_LM.remove()
 
 
 def classes(caches):
@@ -124,7 +127,7 @@ def test_windows_below_512_are_left_alone_for_a_reason():
 def test_a_window_with_first_tokens_kept_is_a_limit_and_left_alone():
     model = of_512("gemma3_text")
     model.make_cache = lambda: [RotatingKVCache(W, keep=4) for _ in model.layers]
-    with pytest.raises(ValueError, match="all it has is RotatingKVCache"):
+    with pytest.raises(ValueError, match="it keeps no more than the last 512 tokens"):
         integration.apply(model, K8V8)
 
 

@@ -10,11 +10,11 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
+from rotormlx.mlx.hosts import MLX_LM
 
 K, H, D, DV = 2, 4, 32, 64
 W, CHUNK = 150, 200  # neither is a multiple of a block
@@ -33,7 +33,7 @@ def config(request):
 
 @pytest.fixture(autouse=True)
 def installed():
-    with hook.in_place():
+    with MLX_LM.in_place():
         yield
 
 

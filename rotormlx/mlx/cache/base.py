@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar, Generic, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import _BaseCache
 
 from rotormlx.codec.counts import max_blocks
 from rotormlx.codec.format import ROLES
@@ -17,8 +16,11 @@ from rotormlx.mlx.cache.view import KVView
 
 S = TypeVar("S", bound=Store)
 
+# The hosts whose attention handles compressed keys now, by name.
+readers: set[str] = set()
 
-class StoredCache(_BaseCache, Generic[S]):
+
+class StoredCache(Generic[S]):
     """A cache of one layer that holds its keys in one store and its values in another.
 
     Args:
@@ -52,9 +54,51 @@ class StoredCache(_BaseCache, Generic[S]):
         self._keys: S | None = None
         self._values: S | None = None
 
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        """What makes an empty cache like this one, of its class or of that of its batches."""
+        return self.config, self.layer, self.max_size, self.calibrated
+
     def empty(self) -> bool:
         """Whether nothing was ever appended."""
         return self._keys is None
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything that is saved: numbers, texts, arrays and None."""
+        raise NotImplementedError
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        raise NotImplementedError
+
+    @property
+    def meta_state(self) -> str:
+        """Empty: ``state`` is everything. mlx-lm before 0.32 and mlx-vlm ask for it."""
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, nothing: Any) -> None:
+        pass
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any], meta_state: Any = "") -> Self:
+        """The cache that had this state; ``meta_state`` is what older hosts give, and empty.
+
+        Raises:
+            ValueError: If it is not the state of such a cache, or of another format version.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    def prefix_cache_snapshot(self) -> dict[str, Any]:
+        """What a prefix cache of mlx-vlm keeps; nothing is copied."""
+        return {"state": self.state, "meta_state": self.meta_state}
+
+    def prefix_cache_restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take what :meth:`prefix_cache_snapshot` gave."""
+        self.state = snapshot["state"]
 
     @property
     def nbytes(self) -> int:
@@ -80,6 +124,22 @@ class StoredCache(_BaseCache, Generic[S]):
         """An empty array that stands for the values, as :attr:`keys` does."""
         return None if self._values is None else self._values.exact[:, :, :0]
 
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        _, store = self._filled()
+        store.exact = mx.depends(store.exact, values)
+
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, Any]:
+        """What a model gets of keys and values: handles for the fused attention.
+
+        Args:
+            views: Of keys and values.
+            new: The keys and values just appended, if some were.
+        """
+        return views
+
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
         """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
         config = self.config
@@ -103,9 +163,8 @@ class StoredCache(_BaseCache, Generic[S]):
         raise AttributeError(f"{type(self).__name__} has no bits")
 
     def _check_readable(self) -> None:
-        """Refuse to serve a model while mlx-lm's attention cannot read compressed caches."""
-        # Where rotormlx/mlx/hook.py puts the class while it is installed.
-        if not hasattr(mlx_lm_cache, "RotorKVCache"):
+        """Refuse to serve a model while no host's attention can read compressed caches."""
+        if not readers:
             raise ValueError(
                 f"[{type(self).__name__}] A model must be compressed before its attention can read "
                 "compressed caches, but none is now; call rotormlx.apply(model) first."

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch_store import BatchStore
+from rotormlx.mlx.cache.masks import causal_mask, growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
 from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
@@ -39,12 +38,14 @@ class Row:
         expected: Tokens that will still come before right padding; None for no limit.
         right: Right padding just appended: it lies behind the tokens and counts in attention, so
             that the last query of every row is the last appended, until the next step.
+        rejected: Tokens at the end that go when padding is over: a draft that was not accepted.
     """
 
     counts: Counts = field(default_factory=Counts)
     left: int = 0
     expected: int | None = None
     right: int = 0
+    rejected: int = 0
 
     def copy(self) -> Row:
         """A row of the same counts that is counted by itself."""
@@ -77,6 +78,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     _store = BatchStore
     # What a file calls the class.
     _saved_as: ClassVar[str] = BATCH
+    # The class of a row by itself.
+    _single: ClassVar[type[RotorKVCache]] = RotorKVCache
 
     def __init__(
         self,
@@ -89,14 +92,14 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         super().__init__(config, layer, max_size, calibrated)
         self.rows = [Row(left=int(n)) for n in left_padding]
 
-    # ---- mlx-lm's contract ----------------------------------------------------------------------
+    # ---- the hosts' contract ---------------------------------------------------------------------
 
     @property
     def offset(self) -> mx.array:
         """The position of the next token of every row, int32 ``[B]``."""
         return mx.array([row.counts.offset + row.right - row.left for row in self.rows], mx.int32)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens; see :meth:`RotorKVCache.update_and_fetch`.
 
         Args:
@@ -104,7 +107,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, with the lengths of each row.
+            :class:`KVView` of all keys and values, with the lengths of each row.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -130,15 +133,20 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         for store, x in zip(stores, (keys, values), strict=True):
             store.append_rows(x, exact, skipped)
         views = self._views(stores, rows)
+        served = self._served(views, (keys, values))
         self._pack_tails(stores, rows)
         # One step, between whose halves no interrupt comes.
         pairs = zip(rows, self.rows, strict=True)
         has_dropped = any(new.counts.evicted > old.counts.evicted for new, old in pairs)
         latest = views if has_dropped else None
         vars(self).update(_keys=stores[0], _values=stores[1], rows=rows, _latest=latest)
-        return views
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
         """Views of all keys and values, those of the latest step until it is computed."""
         return self._latest or self._views(self._filled(), self.rows)
 
@@ -152,7 +160,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """
         self._check_readable()
         if window_size is None and not return_array:
-            return create_attention_mask(N, 0, return_array, window_size)
+            return growing_mask(N, 0, window_size, return_array)
         singles = [self._mask_of(row, N, window_size) for row in self.rows]
         longest = max(mask.shape[-1] for mask in singles)
         masks = [mx.pad(mask, [(0, 0), (0, longest - mask.shape[-1])]) for mask in singles]
@@ -183,7 +191,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Args:
             left_padding: Tokens before each row; only while the cache is empty.
             lengths: Tokens of each row before its right padding.
-            right_padding: Tokens behind each row, until :meth:`finalize`.
+            right_padding: Tokens behind each row, until :meth:`finalize`. Without ``lengths`` they
+                are the last ones that each row holds then.
 
         Raises:
             ValueError: If left padding meets a filled cache.
@@ -196,7 +205,12 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
                 )
             for row, left in zip(self.rows, left_padding, strict=True):
                 row.left += int(left)
-        if right_padding is not None and lengths is not None and max(right_padding) > 0:
+        if right_padding is None or max(right_padding) <= 0:
+            return
+        if lengths is None:
+            for row, count in zip(self.rows, right_padding, strict=True):
+                row.rejected = int(count)
+        else:
             for row, length in zip(self.rows, lengths, strict=True):
                 row.expected = int(length)
 
@@ -205,6 +219,17 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         self._forget_padding()
         for row in self.rows:
             row.expected = None
+            row.counts.trim(row.rejected, self.config)
+            row.rejected = 0
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    def is_single_row(self) -> bool:
+        """Whether there is one sequence."""
+        return len(self.rows) == 1
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows, in this order."""
@@ -229,7 +254,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     def extract(self, idx: int) -> RotorKVCache:
         """A row as a cache by itself; it shares no buffer with the batch."""
-        single = self._single()
+        single = self._single(*self._settings)
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
@@ -240,14 +265,15 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return single
 
     @classmethod
-    def merge(cls, caches: Sequence[RotorKVCache]) -> BatchRotorKVCache:
+    def merge(cls, caches: Sequence[RotorKVCache]) -> Self:
         """A batch with a row for each sequence of these caches, which stay as they are.
 
         Raises:
             ValueError: If they do not share configuration, layer and ``max_size``.
         """
+        first = caches[0]
         _check_same(caches)
-        batch = cls._like(caches[0])
+        batch = cls([], *first._settings)
         sizes = [1 if c._keys is None else c._keys.exact.shape[0] for c in caches]
         batch.rows = [
             Row(replace(cache.counts))
@@ -264,7 +290,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedBatch` names the entries.
         """
-        self._latest = None  # mlx-lm reads the state to compute it
+        self._latest = None  # hosts read the state to compute it
         counts = [[r.counts.tokens, r.counts.packed, r.counts.evicted] for r in self.rows]
         table = mx.array(counts, mx.int32).reshape(-1, 3)
         longest = _longest(self.rows)
@@ -298,15 +324,6 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     # ---- inside ---------------------------------------------------------------------------------
 
-    def _single(self) -> RotorKVCache:
-        """An empty cache for a row."""
-        return RotorKVCache(self.config, self.layer, self.max_size, self.calibrated)
-
-    @classmethod
-    def _like(cls, cache: Any) -> Self:
-        """A batch without rows for such caches."""
-        return cls([], cache.config, cache.layer, cache.max_size, cache.calibrated)
-
     def _forget_padding(self) -> None:
         self._latest = None
         for row in self.rows:
@@ -315,8 +332,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     def _mask_of(self, row: Row, length: int, window_size: int | None) -> mx.array:
         """``[length, tokens]``: what the next queries of a row see."""
         if row.left:
-            mask = create_causal_mask(length, window_size=window_size)
-            return mask[:, min(row.left, length) :]
+            return causal_mask(length, window=window_size)[:, min(row.left, length) :]
         mask = attention_mask(row.counts, self.config, length, window_size, return_array=True)
         if not isinstance(mask, mx.array):  # a single query sees everything
             mask = mx.ones((length, row.counts.tokens + length), mx.bool_)
@@ -372,8 +388,8 @@ def _check_same(caches: Sequence[Any]) -> None:
         differ = first.config.difference(other.config)
         for name, own, its in (
             ("layer", first.layer, other.layer),
-            ("max_kv_size", first.max_size, other.max_size),
             ("sliding window", *(getattr(c, "sliding_window", None) for c in (first, other))),
+            ("max_kv_size", first.max_size, other.max_size),
         ):
             differ = differ or (None if own == its else (name, own, its))
         if differ is not None:

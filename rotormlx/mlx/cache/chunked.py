@@ -13,15 +13,25 @@ from functools import partial
 from typing import Any, NoReturn
 
 import mlx.core as mx
-from mlx_lm.models.cache import create_attention_mask
 
 from rotormlx.codec import limits
 from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
+from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.store import Calibrated, Store
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.storage.cache_fields import CHUNKED
+
+
+class _Absent:
+    """A method that a class does not have, though the one that it derives from does."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.message = f"{owner.__name__} has no batches"
+
+    def __get__(self, cache: Any, owner: type) -> NoReturn:
+        raise AttributeError(self.message)
 
 
 class ChunkedRotorKVCache(RotorKVCache):
@@ -91,7 +101,7 @@ class ChunkedRotorKVCache(RotorKVCache):
         mask = visible(self.start_position, self.offset + N, self.chunk_size, N)
         if mask is not None:
             return mask
-        return create_attention_mask(N, self.counts.tokens, return_array, None)
+        return growing_mask(N, self.counts.tokens, None, return_array)
 
     def is_trimmable(self) -> bool:
         """Whether any number of tokens can be forgotten: not once a chunk was."""
@@ -110,14 +120,8 @@ class ChunkedRotorKVCache(RotorKVCache):
         RotorKVCache.state.__set__(self, state)  # type: ignore[attr-defined]
         self.chunk_size, self.start_position = state[-2:]
 
-    @property
-    def merge(self) -> NoReturn:  # type: ignore[override]
-        """There is no batch: models with chunks read one position for all rows.
-
-        Raises:
-            AttributeError: Always, so that servers do without.
-        """
-        raise AttributeError(f"{type(self).__name__} has no merge")
+    # There are no batches: models with chunks read one position for all rows.
+    merge = to_batch = prefix_cache_merge = _Absent()
 
     def begun_for(self, stop: int) -> ChunkedRotorKVCache:
         """An empty cache like this, for the tokens of the chunk that ends before ``stop``."""

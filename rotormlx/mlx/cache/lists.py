@@ -1,29 +1,20 @@
-"""The list of caches that a model makes, some of them lists again."""
+"""The caches of a model, compressed in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache
 
+from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.cache.windows import compressed
-
-
-def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
-    """Each cache that holds something itself: index in the list, label, cache."""
-    for index, cache in enumerate(caches):
-        if isinstance(cache, CacheList):
-            for place, (_, label, leaf) in enumerate(leaves(cache.caches)):
-                yield index, f"{label} [{place}]", leaf
-        else:
-            yield index, type(cache).__name__, cache
+from rotormlx.mlx.host_caches import GROWING, is_exactly, list_of, parts
+from rotormlx.storage.cache_fields import LAYOUTS, SINGLE
 
 
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
-    """Compress mlx-lm's caches in place, where the model's own are compressed.
+    """Compress a host's caches in place, and give others the class that the model needs.
 
     A sliding window that has dropped tokens stays as it is: some are missing that a compressed
     cache holds.
@@ -37,21 +28,27 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
     """
     count = 0
     for index, cache in enumerate(caches):
-        if isinstance(cache, CacheList):
-            parts = list(cache.caches)
-            count += compress_plain(parts, own)
-            cache.caches = tuple(parts)
+        inner = parts(cache)
+        if inner is not None:
+            made = list(inner)
+            count += compress_plain(made, own)
+            caches[index] = list_of(cache, made)
             continue
         like = next(own)
-        # Layer by layer, so that a plain layer is freed before the next one is packed.
-        made: RotorKVCache | None
-        if type(cache) is KVCache:
-            made = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
-        else:
-            made = compressed(cache, like)
-        if made is None:
+        if not isinstance(like, RotorKVCache):
             continue
-        mx.eval(made.state)
-        caches[index] = made
-        count += 1
+        if isinstance(cache, RotorKVCache):
+            if {LAYOUTS.get(type(c).__name__) for c in (cache, like)} == {SINGLE}:
+                caches[index] = cache if type(cache) is type(like) else type(like).of(cache)
+            continue
+        # Layer by layer, so that a plain layer is freed before the next one is packed.
+        packed: RotorKVCache | None
+        if is_exactly(cache, GROWING):
+            packed = type(like).from_kv_cache(cache, like.config, like.layer, like.calibrated)
+        else:
+            packed = windows.compressed(cache, like)
+        if packed is not None:
+            mx.eval(packed.state)
+            caches[index] = packed
+            count += 1
     return count

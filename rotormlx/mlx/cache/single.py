@@ -1,4 +1,4 @@
-"""The compressed cache of one layer, in the shape that mlx-lm expects.
+"""The compressed cache of one layer, in the shape that hosts expect.
 
 A sequence is three parts, in order: the **sink** (first tokens, exact), **packed** blocks of 64
 tokens, and the **tail** (exact). New tokens enter the tail; whenever it holds ``window + 64``, its
@@ -8,17 +8,17 @@ packed bytes do not depend on how a prompt was cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
+from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
@@ -48,8 +48,8 @@ class RotorKVCache(StoredCache[Store]):
     _store = Store
     # What a file calls the class.
     _saved_as: ClassVar[str] = SINGLE
-    # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
-    merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
+    # The class of batches of such caches; rotormlx/mlx/__init__.py says which.
+    batch: ClassVar[Any]
 
     def __init__(
         self,
@@ -61,14 +61,14 @@ class RotorKVCache(StoredCache[Store]):
         super().__init__(config, layer, max_size, calibrated)
         self.counts = Counts()
 
-    # ---- mlx-lm's contract ----------------------------------------------------------------------
+    # ---- the hosts' contract ---------------------------------------------------------------------
 
     @property
     def offset(self) -> int:
         """The position of the next token."""
         return self.counts.offset
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens.
 
         Args:
@@ -76,7 +76,7 @@ class RotorKVCache(StoredCache[Store]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, in which the tokens just appended are still exact.
+            :class:`KVView` of all keys and values, in which the tokens just appended are exact.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -95,13 +95,18 @@ class RotorKVCache(StoredCache[Store]):
         value_store.append(values, counts.exact)
         counts.tokens += keys.shape[2]
         views = self._views((key_store, value_store), counts)
+        served = self._served(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
         latest = views if counts.evicted > self.counts.evicted else None
         vars(self).update(_keys=key_store, _values=value_store, counts=counts, _latest=latest)
-        return views
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
         """Views of all keys and values, those of the latest step until it is computed."""
         return self._latest or self._views(self._filled(), self.counts)
 
@@ -149,7 +154,7 @@ class RotorKVCache(StoredCache[Store]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedCache` names the entries.
         """
-        self._latest = None  # mlx-lm reads the state to compute it
+        self._latest = None  # hosts read the state to compute it
         stores = tuple(store.saved(self.counts) for store in self._stores)
         return SavedCache(self.config, self.layer, self.max_size, self.counts, stores).state
 
@@ -178,30 +183,55 @@ class RotorKVCache(StoredCache[Store]):
             _values=value_store,
         )
 
+    @classmethod
+    def merge(cls, caches: Sequence[RotorKVCache]) -> Any:
+        """A batch with a row for each sequence of these caches, which stay as they are.
+
+        Raises:
+            ValueError: If they do not share configuration, layer and ``max_size``.
+        """
+        return cls.batch.merge(caches)
+
+    def to_batch(self, left_padding: Sequence[int]) -> Any:
+        """An empty batch of sequences with this padding before them, as mlx-vlm asks for it."""
+        return type(self).batch(left_padding, *self._settings)
+
+    def prefix_cache_merge(self, rows: Sequence[Any], prefix_lens: Sequence[int]) -> Any:
+        """A batch of the caches that mlx-vlm's prefix cache gives back, else None."""
+        alike = all(type(row) is type(self) for row in rows)
+        return type(self).merge(rows) if alike else None
+
     # ---- beyond the contract --------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, cache: RotorKVCache) -> Self:
+        """A cache of this class with what another one holds; the buffers are shared."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(cache))
+        return made
 
     @classmethod
     def from_kv_cache(
         cls,
-        cache: KVCache,
+        cache: Any,
         config: RotorConfig | None = None,
         layer: int = 0,
         calibrated: Calibrated | None = None,
-    ) -> RotorKVCache:
-        """Compress a filled cache of mlx-lm; the source is left as it is.
+    ) -> Self:
+        """Compress a filled ``KVCache`` of a host; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
         """
         out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
             return out
-        out.append_all(*cache.keys_and_values())
+        out.append_all(cache.keys, cache.values, 0, cache.offset)
         return out
 
-    def append_all(self, keys: mx.array, values: mx.array) -> None:
-        """Append and compute many tokens, ``CONVERSION_TOKENS`` at a time."""
-        for start in range(0, keys.shape[2], CONVERSION_TOKENS):
-            part = slice(start, start + CONVERSION_TOKENS)
+    def append_all(self, keys: mx.array, values: mx.array, start: int, stop: int) -> None:
+        """Append and compute tokens of long arrays, ``CONVERSION_TOKENS`` at a time."""
+        for first in range(start, stop, CONVERSION_TOKENS):
+            part = slice(first, min(first + CONVERSION_TOKENS, stop))
             self.update_and_fetch(keys[:, :, part], values[:, :, part])
             mx.eval(self.state)
 
@@ -242,7 +272,7 @@ def attention_mask(
 ) -> mx.array | str | None:
     """The attention mask for ``length`` new tokens behind those counted, as mlx-lm makes it."""
     if window_size is None or not counts.evicted:
-        return create_attention_mask(length, counts.tokens, return_array, window_size)
+        return growing_mask(length, counts.tokens, window_size, return_array)
     new = mx.arange(counts.offset, counts.offset + length)
     held = mx.concatenate([mx.array(counts.positions(config)), new])
     return (held <= new[:, None]) & (held > new[:, None] - window_size)

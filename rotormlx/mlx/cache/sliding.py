@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import create_attention_mask
 
 from rotormlx.codec.counts import Counts, sliding_size
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.batch import BatchRotorKVCache, Row
 from rotormlx.mlx.cache.batch_store import BatchStore
+from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.store import Calibrated, Store
 from rotormlx.mlx.cache.view import KVView
@@ -62,7 +62,7 @@ class SlidingRotorKVCache(RotorKVCache):
         mask = visible([after], self.config, window, N)
         if mask is not None:
             return mask[0, 0]
-        return create_attention_mask(N, self.counts.tokens, return_array, None)
+        return growing_mask(N, self.counts.tokens, None, return_array)
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -76,6 +76,10 @@ class SlidingRotorKVCache(RotorKVCache):
     def state(self, state: Sequence[Any]) -> None:
         RotorKVCache.state.__set__(self, state)  # type: ignore[attr-defined]
         self.sliding_window = state[-1]
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.sliding_window, self.config, self.layer, self.calibrated
 
     def _views(self, stores: tuple[Store, Store], counts: Counts) -> tuple[KVView, KVView]:
         keys, values = super()._views(stores, counts)
@@ -94,6 +98,7 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
         calibrated: See :class:`RotorKVCache`.
     """
 
+    _single = SlidingRotorKVCache
     _saved_as = BATCH_SLIDING
 
     def __init__(
@@ -138,12 +143,9 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
         BatchRotorKVCache.state.__set__(self, state)  # type: ignore[attr-defined]
         self.sliding_window = state[-1]
 
-    def _single(self) -> SlidingRotorKVCache:
-        return SlidingRotorKVCache(self.sliding_window, self.config, self.layer, self.calibrated)
-
-    @classmethod
-    def _like(cls, cache: Any) -> Self:
-        return cls([], cache.sliding_window, cache.config, cache.layer, cache.calibrated)
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.sliding_window, self.config, self.layer, self.calibrated
 
     def _views(
         self, stores: tuple[BatchStore, BatchStore], rows: Sequence[Row]
