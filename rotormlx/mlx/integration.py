@@ -15,7 +15,7 @@ from mlx_lm.models.cache import KVCache
 
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
-from rotormlx.mlx import hook
+from rotormlx.mlx import hook, switch
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import arrays_of
 from rotormlx.mlx.fingerprint import weights
@@ -148,7 +148,8 @@ def load(
     """
     lazy = kwargs.pop("lazy", False)
     config = config or RotorConfig()
-    loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
+    with switch.off():
+        loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
     model = loaded[0]
     apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
     try:

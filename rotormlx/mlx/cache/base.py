@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, NoReturn, Self, TypeVar
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
@@ -72,9 +72,16 @@ class StoredCache(_BaseCache, Generic[S]):
         store.exact = mx.depends(store.exact, keys)
 
     @property
-    def values(self) -> mx.array | None:
-        """An empty array that stands for the values, as :attr:`keys` does."""
-        return None if self._values is None else self._values.exact[:, :, :0]
+    def values(self) -> NoReturn:
+        """Absent, so that nobody who copies ``keys`` and ``values`` takes :attr:`keys` for keys.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError(
+            f"[{type(self).__name__}] A compressed cache has no array of values; copy it with "
+            "copy.deepcopy, or through its state."
+        )
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
         """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
