@@ -31,7 +31,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 import rotormlx
-from rotormlx.mlx.cache.lists import leaves
+from rotormlx.mlx.host_caches import leaves
 from rotormlx.mlx.probe import brief
 
 if __name__ == "__main__":
