@@ -16,6 +16,9 @@ from typing import Any
 # By module: its functions, and what is called in place of each with the function in front of the
 # arguments. The loaders of models, and what prefix stores of servers do to caches.
 WRAPPED = {
+    "mlx_lm.generate": {
+        "BatchGenerator._make_new_cache": "rotormlx.mlx.prefix_stores:made_anew",
+    },
     "mlx_lm.utils": {"load_model": "rotormlx.mlx.switch:load_model"},
     "mlx_vlm.utils": {"load_model": "rotormlx.mlx.switch:load_model"},
     "rapid_mlx.memory_cache": {
@@ -26,7 +29,12 @@ WRAPPED = {
         "_detach_cache_for_storage": "rotormlx.mlx.prefix_stores:copied",
         "_dequantize_cache": "rotormlx.mlx.prefix_stores:copied",
     },
+    "vllm_mlx.scheduler": {
+        "Scheduler._bound_cache_layers": "rotormlx.mlx.prefix_stores:limited",
+    },
 }
+# In some versions only.
+OPTIONAL = {"BatchGenerator._make_new_cache"}
 
 
 class Finder:
@@ -53,26 +61,30 @@ class Finder:
 def wrap(module: ModuleType) -> None:
     """Wrap the functions of a module that was just executed; nobody has bound them yet."""
     for name, place in WRAPPED[module.__name__].items():
-        function = getattr(module, name, None)
-        if function is None:
+        holder, _, own_name = name.rpartition(".")
+        home = vars(module).get(holder) if holder else module
+        function = None if home is None else vars(home).get(own_name)
+        if function is not None:
+            setattr(home, own_name, _calling(place, function))
+        elif name not in OPTIONAL:
             print(
                 f"rotormlx: ROTORMLX needs {module.__name__}.{name}, but the installed version "
-                "has no such function, so nothing of it is compressed; docs/SERVERS.md names the "
-                "versions that work.",
+                "has no such function, so caches of this package may stay exact or be refused; "
+                "docs/SERVERS.md names the versions that work.",
                 file=sys.stderr,
             )
-        else:
-            setattr(module, name, _calling(place, function))
 
 
 def _calling(place: str, function: Any) -> Any:
     home, _, name = place.partition(":")
+    is_static = isinstance(function, staticmethod)
+    own = function.__func__ if is_static else function
 
-    @functools.wraps(function)
+    @functools.wraps(own)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(home), name)(function, *args, **kwargs)
+        return getattr(importlib.import_module(home), name)(own, *args, **kwargs)
 
-    return wrapper
+    return staticmethod(wrapper) if is_static else wrapper
 
 
 if not any(isinstance(finder, Finder) for finder in sys.meta_path):

@@ -132,7 +132,8 @@ def wanted_in_wheel(path: Path) -> set[str]:
     }
     name, version, *tag = path.name.removesuffix(".whl").split("-")
     library = set() if tag == ["py3", "none", "any"] else {LIBRARY}
-    return of_package | SWITCH | library | {f"{name}-{version}.dist-info/{file}" for file in METADATA}
+    about = {f"{name}-{version}.dist-info/{file}" for file in METADATA}
+    return of_package | SWITCH | library | about
 
 
 def wanted_in_sdist() -> set[str]:

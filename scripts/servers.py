@@ -45,8 +45,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
 # Runs in every process of the server: writes how many bytes the caches of all layers hold, now and
-# at most. A cache is whatever has update_and_fetch and comes from mlx-lm, mlx-vlm, the server or us.
-PROBE = '''
+# at most. A cache is whatever has update_and_fetch.
+PROBE = """
 import gc, json, os, sys, threading, time
 
 def held():
@@ -80,7 +80,7 @@ def watch():
         os.replace(path + ".new", path)
 
 threading.Thread(target=watch, daemon=True).start()
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,9 @@ def compare(exact: list[str], compressed: list[str]) -> None:
     print(f"compressed caches: {equal} of {len(exact)} texts equal those of exact caches")
     for number, (a, b) in enumerate(zip(exact, compressed, strict=True)):
         if a != b:
-            first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), "the end")
-            print(f"  request {number}: {a!r}, {b!r}: they differ at {first}")
+            pairs = enumerate(zip(a, b, strict=False))
+            first = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+            print(f"  request {number}: {a!r}, {b!r}: equal up to character {first}")
 
 
 # ---- the requests -------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 vllm-mlx and rapid-mlx keep the caches of prompts, and take one that fits by making another cache
 from its arrays. A compressed cache has no such arrays, so these functions stand in for theirs; they
-are called with the function of the server, which does the caches of other kinds.
+are called with the function of the server, which does the caches of other kinds. So do those that
+limit a cache, where a server limits caches of mlx-lm's class only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from rotormlx.mlx.cache.base import StoredCache
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.host_caches import leaves
 
 Layers = list[Any]
 
@@ -54,10 +57,49 @@ def copied(own: Callable[..., Layers], caches: Layers, **options: Any) -> Layers
         **options: Others of ``own``.
 
     Returns:
-        One per layer; compressed ones evaluated and without room for growth.
+        One per layer; compressed ones are evaluated.
     """
     made = _each(caches, _compact, lambda others: own(others, **options))
     return made or []
+
+
+def limited(own: Callable[..., Layers], caches: Layers, max_kv_size: int) -> Layers:
+    """Empty caches that hold at most so many tokens.
+
+    Args:
+        own: What the server does this with: a function of the other two.
+        caches: One per layer, empty.
+        max_kv_size: The most tokens of a cache.
+
+    Returns:
+        One per layer.
+
+    Raises:
+        ValueError: If a compressed cache needs more for its sink, its window and a block.
+    """
+    made = own(caches, max_kv_size)
+    for _, _, cache in leaves(made):
+        if isinstance(cache, RotorKVCache):
+            RotorKVCache.__init__(cache, cache.config, cache.layer, max_kv_size, cache.calibrated)
+    return made
+
+
+def made_anew(own: Callable[..., Layers], generator: Any) -> Layers:
+    """The caches of one more sequence, limited as the ``BatchGenerator`` of mlx-lm 0.31 is.
+
+    Args:
+        own: What mlx-lm does this with: it limits caches of its own class only.
+        generator: The ``BatchGenerator``.
+
+    Returns:
+        One per layer.
+
+    Raises:
+        ValueError: As :func:`limited`.
+    """
+    made = own(generator)
+    size = generator.max_kv_size
+    return made if size is None else limited(lambda caches, _: caches, made, size)
 
 
 def _compact(cache: StoredCache[Any]) -> StoredCache[Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rotormlx.config import RotorConfig
+from rotormlx.mlx import switch
 from tests.support import models
 
 CLONE = Path(__file__).resolve().parents[2]
@@ -66,41 +68,71 @@ def test_a_model_that_any_program_loads_is_compressed_and_reported(site, llama):
     assert "ROTORMLX=k8v4,window=0: llama: 2 of 2 caches compressed, K8 V4" in said[0]
 
 
-@pytest.mark.parametrize("setting", [None, "", "0", "off"])
-def test_without_it_caches_are_those_of_mlx_lm(site, llama, setting):
-    done = python(site, LOAD, llama, setting=setting)
+def test_without_it_caches_are_those_of_mlx_lm(site, llama):
+    done = python(site, LOAD, llama)
     assert "['KVCache', 'KVCache']" in done.stdout
-    assert done.stderr == ""
+    assert "rotormlx" not in done.stderr
 
 
 def test_a_refused_model_keeps_its_own_caches_and_says_why(site, tmp_path):
-    done = python(site, LOAD, models.save(tmp_path / "mamba2", "mamba2"), setting="4")
+    done = python(site, LOAD, models.save(tmp_path / "mamba2", "mamba2", expand=1), setting="4")
     assert "['ArraysCache', 'ArraysCache']" in done.stdout
     (said,) = (line for line in done.stderr.splitlines() if line.startswith("rotormlx:"))
     assert "ROTORMLX=4: a model keeps its own caches: [apply] mamba2 cannot be" in said
 
 
-def test_a_setting_that_means_nothing_stops_the_load_in_one_sentence(site, llama):
-    done = python(site, LOAD, llama, setting="5bits")
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("ValueError: [ROTORMLX] Bits (4 or k8v4), a quality")
-    assert "'5bits' was given" in last
+@pytest.mark.parametrize("setting", ["", " ", "0", "off", "OFF", None])
+def test_nothing_is_requested(monkeypatch, setting):
+    monkeypatch.delenv("ROTORMLX", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("ROTORMLX", setting)
+    assert switch.requested() is None
+
+
+def test_what_is_requested_is_the_configuration_in_the_environment(monkeypatch):
+    monkeypatch.setenv("ROTORMLX", " K8v4 , window=0")
+    assert switch.requested() == RotorConfig(key_bits=8, value_bits=4, window=0)
+    with switch.off():
+        assert switch.requested() is None
+    assert switch.requested() is not None
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("5bits", r"Bits \(4 or k8v4\), a quality .*, but '5bits' was given"),
+        ("5", "key_bits must be one of 2, 3, 4, 8, but 5 was given"),
+    ],
+)
+def test_a_setting_that_means_nothing_stops_a_load_before_it_reads(monkeypatch, setting, says):
+    monkeypatch.setenv("ROTORMLX", setting)
+    with pytest.raises(ValueError, match=rf"^\[ROTORMLX\] {says}"):
+        switch.load_model(lambda: pytest.fail("was loaded"))
+
+
+def test_a_fault_while_compressing_does_not_end_the_program(monkeypatch, capfd):
+    """Whatever is raised is reported, and the model is given back as it is."""
+    monkeypatch.setenv("ROTORMLX", "4")
+    monkeypatch.setattr("rotormlx.mlx.integration.apply", lambda *_: {}["layers"])
+    monkeypatch.setattr(switch.logging.getLogger("rotormlx"), "handlers", [])
+    assert switch.load_model(lambda path: (path, {}), "model") == ("model", {})
+    said = "rotormlx: ROTORMLX=4: a model keeps its own caches: KeyError: 'layers'\n"
+    assert capfd.readouterr().err == said
 
 
 def test_what_a_caller_of_rotormlx_asks_for_is_not_overridden(site, llama):
     code = LOAD.replace("mlx_lm.load(sys.argv[1])", "rotormlx.load(sys.argv[1])")
     done = python(site, "import rotormlx" + code, llama, setting="k8v8")
     assert "key_bits=4, value_bits=4" in done.stdout
-    assert done.stderr == ""
+    assert "ROTORMLX" not in done.stderr
 
 
 def test_the_handlers_of_a_program_get_the_report(site, llama):
     log = "import logging\nlog = logging.getLogger('rotormlx')\nlog.setLevel('INFO')\n"
-    log += "log.addHandler(logging.StreamHandler(sys.stdout))"
-    done = python(site, LOAD.replace("import mlx_lm\n", log + "\nimport mlx_lm\n"), llama, setting="4")
+    log += "log.addHandler(logging.StreamHandler(sys.stdout))\n"
+    done = python(site, "import sys\n" + log + LOAD, llama, setting="4")
     assert "rotormlx: ROTORMLX=4: llama: 2 of 2 caches compressed" in done.stdout
-    assert done.stderr == ""
+    assert "rotormlx" not in done.stderr
 
 
 def test_an_interpreter_without_it_loads_nothing(site):
@@ -124,7 +156,7 @@ def test_what_an_uninstallation_leaves_harms_no_interpreter(site, tmp_path, left
         assert done.stderr == ""
 
 
-def test_a_host_without_the_loader_is_named(site, tmp_path):
+def test_a_host_that_has_no_such_loader_is_named(site, tmp_path):
     package = tmp_path / "mlx_vlm"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -149,7 +181,8 @@ from pathlib import Path
 sys.path.insert(0, {str(tmp_path)!r})
 from mlx_vlm.utils import load_model
 print(inspect.signature(load_model), load_model.__doc__)
-print(type(load_model(Path(sys.argv[1])).make_cache()[0]).__name__)
+model = load_model(Path(sys.argv[1]))
+print(type(model.make_cache()[0]).__name__)
 """
     done = python(site, code, llama, setting="4")
     assert done.stdout == "(path, lazy=False) Own.\nRotorKVCache\n", done.stderr
