@@ -116,7 +116,7 @@ SERVERS = {
     ),
     "rapid-mlx": Server(
         ("rapid-mlx", "serve", "{model}", "--port", "{port}", "--no-preflight", "--yes"),
-        stats="/v1/status",
+        stats="/v1/cache/stats",
     ),
     "mlx-openai-server": Server(
         (
