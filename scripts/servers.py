@@ -44,35 +44,45 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-# Runs in every process of the server: writes how many bytes the caches of all layers hold, now and
-# at most. A cache is whatever has update_and_fetch.
+# Runs in every process of the server: writes how many bytes all caches of layers hold, now and at
+# most. It knows them from the time that they are made.
 PROBE = """
-import gc, json, os, sys, threading, time
+import json, os, sys, threading, time, weakref
+
+BASES = {"mlx_lm.models.cache": "_BaseCache", "rotormlx.mlx.cache.base": "StoredCache"}
+made = weakref.WeakSet()
+
+def new(kind, *args, **kwargs):
+    cache = object.__new__(kind)
+    made.add(cache)
+    return cache
+
+def bytes_of(cache):
+    try:
+        return sum(getattr(array, "nbytes", 0) for array in (cache.keys, cache.values))
+    except AttributeError:
+        return cache.nbytes
 
 def held():
     found = {}
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if hasattr(kind, "update_and_fetch") and not hasattr(thing, "caches"):
-            try:
-                arrays = [thing.keys, thing.values]
-                size = sum(getattr(a, "nbytes", 0) for a in arrays)
-            except AttributeError:
-                size = thing.nbytes
-            count, total = found.get(kind.__name__, (0, 0))
-            found[kind.__name__] = count + 1, total + size
+    for cache in list(made):
+        kind = type(cache).__name__
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + 1, total + bytes_of(cache)
     return found
 
 def watch():
     most = 0
     path = os.path.join(os.environ["CACHE_BYTES"], str(os.getpid()))
     while True:
-        time.sleep(0.5)
-        if "mlx.core" not in sys.modules:
-            continue
+        time.sleep(0.1)
+        for module, name in BASES.items():
+            base = getattr(sys.modules.get(module), name, None)
+            if base is not None and base.__new__ is not new:
+                base.__new__ = new
         try:
             now = held()
-        except Exception:
+        except RuntimeError:  # another thread made one meanwhile
             continue
         most = max(most, sum(size for _, size in now.values()))
         with open(path + ".new", "w") as file:
