@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rotormlx.mlx import hook
-from scripts import coverage
-from scripts.coverage_table import ROOT, VERDICTS, verdicts
+from scripts.coverage_mlx import CONFIGS, MlxLm
+from scripts.coverage_table import VERDICTS, verdicts
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ STEPS = (66, 9, 1)
 @pytest.fixture(scope="module")
 def documented() -> dict[str, str]:
     """The verdicts of docs/COVERAGE.md."""
-    return verdicts(ROOT / "docs" / "COVERAGE.md")
+    return verdicts(MlxLm.path)
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def clean():
 
 
 @pytest.mark.filterwarnings("ignore")  # what mlx-lm's models warn of is not ours
-@pytest.mark.parametrize("model_type", sorted(coverage.CONFIGS))
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_model(model_type: str, documented: dict[str, str]) -> None:
-    result = coverage.examine(model_type, STEPS)
+    result = MlxLm().examine(model_type, STEPS)
     # Models whose mlx-lm code needs a Metal GPU or a missing package are "not run".
     assert result.verdict in VERDICTS, result
     assert result.verdict == documented[model_type], result
@@ -44,7 +44,7 @@ def test_model(model_type: str, documented: dict[str, str]) -> None:
 
 def test_most_models_work(documented: dict[str, str]) -> None:
     """And every one that mlx-lm has is in the table."""
-    assert sorted(documented) == coverage.model_types()
+    assert sorted(documented) == MlxLm().model_types()
     found = list(documented.values())
     assert set(found) <= set(VERDICTS)
     assert found.count("works") >= 67
