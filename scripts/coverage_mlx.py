@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 import rotormlx
-from rotormlx.mlx.cache.lists import leaves
+from rotormlx.mlx.host_caches import leaves
 from rotormlx.mlx.probe import brief
 from scripts.coverage_table import COLUMNS, CONFIG, ROOT, STEPS, Result, begin, judge, refused
 from tests.support.models import visible

@@ -22,7 +22,7 @@ from rotormlx.measure.intervals import mean_interval
 from rotormlx.measure.quality_plan import first_packed
 from rotormlx.measure.scoring import CHUNK, Scores
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.probe import compress
 
@@ -55,7 +55,7 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
         kl, top1 = distance.kl.mean(), distance.same.mean()
         print(f"| {dtype} | {label} | {kl:z.5f} | {low:z.5f} to {high:z.5f} | {top1:.1%} |")
 
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         of, coded = (
             {dtype: read(make, dtype) for dtype in ("bfloat16", "float32")}
             for make in (exact, four.make)

@@ -26,7 +26,7 @@ from rotormlx.measure.baselines import Turbo
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.machine import machine
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 
 PAGE = Path(__file__).parent.parent / "docs" / "PAPER.md"
 TEMPLATE = Path(__file__).with_name("paper.md.jinja")
@@ -163,7 +163,7 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
     """Attention of SmolLM2-135M: every layer and head, the last 64 queries."""
     model, tokenizer = mlx_lm.load(str(demo_model.fetch(progress)))[:2]
     ids = tokenizer.encode(default_text()[: 8 * tokens])[: tokens + 1]
-    with hook.in_place(), numpy_linear(), attention_error.record_queries() as latest:
+    with hosts.MLX_LM.in_place(), numpy_linear(), attention_error.record_queries() as latest:
         caches = schemes.scheme(schemes.EXACT).caches(model)
         task = progress.add_task("Reading", total=tokens)
         scoring.score(model, ids, caches, progress=lambda n: progress.advance(task, n))

@@ -12,7 +12,7 @@ import mlx_lm
 import pytest
 
 from rotormlx.cli.demo_model import fetch
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.backends import available, choose
 from rotormlx.storage import calibration
 from tests.support import progress
@@ -62,9 +62,9 @@ def own_mlx_lm() -> Iterator[None]:
     """Files share a process: a model that one leaves compressed would change the next."""
     yield
     gc.collect()
-    hook.release(None)
-    left = hook.installed()
-    hook.remove()
+    hosts.MLX_LM.release(None)
+    left = hosts.MLX_LM.installed()
+    hosts.MLX_LM.remove()
     assert not left, "a model or a run still uses compressed caches"
 
 

@@ -27,7 +27,7 @@ from rotormlx.measure import cache_contents, scoring
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import integration
-from rotormlx.mlx.cache.lists import leaves
+from rotormlx.mlx.host_caches import leaves
 
 DEFAULT_PROMPT = "What does this text say about objects? Answer in two sentences."
 # The first 132 tokens are exact in a rotormlx cache; predictions behind them are what is compared.

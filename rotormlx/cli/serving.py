@@ -15,7 +15,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from rotormlx.cli.usage import Usage, measure
 from rotormlx.mlx.cache import trim
-from rotormlx.mlx.cache.lists import leaves
+from rotormlx.mlx.host_caches import leaves
 from rotormlx.report import Report, megabytes
 
 # Connections that may wait until the server takes them.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rotormlx.codec.format import BLOCK
-from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.host_caches import leaves
 from rotormlx.report import Report, megabytes
 
 

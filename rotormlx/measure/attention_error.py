@@ -75,9 +75,11 @@ def record_queries() -> Iterator[dict[int, tuple[mx.array, float]]]:
     latest: dict[int, tuple[mx.array, float]] = {}
     attend: Callable[..., mx.array] = hook.attend
 
-    def recording(queries: mx.array, keys: Any, values: Any, **rest: Any) -> mx.array:
-        latest[id(rest["cache"])] = queries, rest["scale"]
-        return attend(queries, keys, values, **rest)
+    def recording(
+        own: Any, queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, *rest: Any
+    ) -> mx.array:
+        latest[id(cache)] = queries, scale
+        return attend(own, queries, keys, values, cache, scale, *rest)
 
     with patch.object(hook, "attend", recording):
         yield latest

@@ -26,7 +26,7 @@ from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import Scheme, scheme
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.report import megabytes
 
 PROMPT_CHUNK = 512  # tokens of a prompt that are read at once
@@ -140,7 +140,7 @@ def run(
         )
 
     with (
-        hook.in_place(),
+        hosts.MLX_LM.in_place(),
         numpy_linear() if numpy else nullcontext(),
         scoring.computing_in(model, dtype),
     ):

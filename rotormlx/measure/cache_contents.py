@@ -15,9 +15,9 @@ from rotormlx.codec import reference
 from rotormlx.codec.format import BLOCK, Packed
 from rotormlx.measure.baselines import SimulatedCache
 from rotormlx.mlx.backends import backend
-from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.host_caches import leaves
 
 
 def decoded(cache: Any) -> tuple[mx.array, mx.array]:

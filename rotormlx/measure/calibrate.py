@@ -34,10 +34,10 @@ from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.layer_losses import losses
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import hook
-from rotormlx.mlx.cache.lists import leaves
+from rotormlx.mlx import hook, hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
+from rotormlx.mlx.host_caches import leaves
 from rotormlx.mlx.learned import fitted
 from rotormlx.mlx.probe import compress
 from rotormlx.storage.calibration import LOSS, TRANSFORMS, Calibration
@@ -146,7 +146,7 @@ def _moments(
             "use it without a calibration."
         )
     queries: dict[int, _Sum] = {}
-    with hook.in_place(), numpy_linear(), hook.record_attention() as attended:
+    with hosts.MLX_LM.in_place(), numpy_linear(), hook.record_attention() as attended:
         for start in range(0, len(ids), CHUNK):
             part = ids[start : start + CHUNK]
             model(mx.array(part)[None], cache=caches)

@@ -19,7 +19,7 @@ from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.measure import scoring
 from rotormlx.measure.cpu_linear import numpy_linear
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.probe import compress
 
@@ -57,7 +57,7 @@ def losses(
         return scoring.score(model, ids, compress(make_prompt_cache(model), make), progress=tell)
 
     lost = np.zeros((len(layers), len(_ONE_ROLE)))
-    with hook.in_place(), numpy_linear(), scoring.computing_in(model, "float32"):
+    with hosts.MLX_LM.in_place(), numpy_linear(), scoring.computing_in(model, "float32"):
         reference = read(None)
         for place, layer in enumerate(layers):
             for role, config in enumerate(_ONE_ROLE):

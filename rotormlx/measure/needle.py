@@ -27,7 +27,7 @@ from rotormlx.measure.haystack import KINDS, PLACES, Haystack, texts_for
 from rotormlx.measure.intervals import Interval, wilson
 from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 
 DEPTHS = 5  # equal parts of a text
 PROMPT_CHUNK = 256  # tokens read at once: a text of 512 is read in chunks too
@@ -187,7 +187,12 @@ def run(
 
     # MLX is slow in 16 bits on a CPU.
     dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else None
-    with hook.in_place(), numpy_linear(), numpy_attention(), scoring.computing_in(model, dtype):
+    with (
+        hosts.MLX_LM.in_place(),
+        numpy_linear(),
+        numpy_attention(),
+        scoring.computing_in(model, dtype),
+    ):
         for stack in stacks:
             for chosen in schemes:
                 progress.update(task, description=f"{stack.kind}: {chosen.name}")

@@ -29,7 +29,7 @@ from rotormlx.measure.reading import Coded, Exact, Text
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.measure.scoring import CHUNK, Differences
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def run(
     solved: list[tasks.Solved] = []  # of the exact cache first
     with (
         unfinished.folder(output, "quality") as folder,
-        hook.in_place(),
+        hosts.MLX_LM.in_place(),
         numpy_linear(),
         numpy_attention(),
         scoring.computing_in(model, dtype),

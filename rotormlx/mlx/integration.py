@@ -1,4 +1,4 @@
-"""Compressed caches for a whole mlx-lm model."""
+"""Compressed caches for a whole model, of whichever host."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import KVCache
 
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import arrays_of
 from rotormlx.mlx.fingerprint import weights
@@ -32,7 +30,8 @@ class CompressedCaches:
     """Stands in for ``model.make_cache`` and makes compressed caches.
 
     Args:
-        model: Its own caches are the pattern.
+        host: What the model is of.
+        model: The part of it that makes caches; its own are the pattern.
         own: What ``make_cache`` the instance had, if it did not have its class's.
         config: How keys and values are compressed.
         report: What the model's caches become.
@@ -41,12 +40,14 @@ class CompressedCaches:
 
     def __init__(
         self,
+        host: hosts.Host,
         model: Module,
         own: CacheMaker | None,
         config: RotorConfig,
         report: Report,
         calibration: Calibration | None,
     ) -> None:
+        self.host = host
         # Not the model itself: a cycle would keep its weights after the last use of the model.
         self.model = weakref.ref(model)
         self.own = own
@@ -66,15 +67,17 @@ class CompressedCaches:
         """
         model = self.model()
         # A copy of a model outlives remove() of the model it was copied from.
-        hook.use(self if model is None else model)
-        own = _own_caches(model, self.own)
+        self.host.use(self if model is None else model)
+        own = _own_caches(self.host, model, self.own)
         return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
         """A copy for the copy of the model that is being made."""
         model: Any = self.model()
         twin = memo.get(id(model), model)
-        return CompressedCaches(twin, self.own, self.config, self.report, self.calibration)
+        return CompressedCaches(
+            self.host, twin, self.own, self.config, self.report, self.calibration
+        )
 
 
 def apply(
@@ -82,11 +85,11 @@ def apply(
 ) -> Report:
     """Make a model use compressed caches from now on.
 
-    ``generate``, ``stream_generate`` and everything else of mlx-lm that asks the model for its
+    ``generate``, ``stream_generate`` and everything else of its host that asks the model for its
     caches gets them. Applying again replaces the configuration; caches made before keep theirs.
 
     Args:
-        model: What ``mlx_lm.load`` returned first.
+        model: What ``mlx_lm.load`` or ``mlx_vlm.load`` returned first.
         config: How keys and values are compressed; the default configuration if None.
         calibration: What :func:`rotormlx.calibrate` made of this model, or its file; the
             configuration becomes a calibrated one then. A calibrated configuration without it takes
@@ -97,39 +100,42 @@ def apply(
 
     Raises:
         ValueError: If nothing in the model can be compressed, its attention does not go through
-            mlx-lm's, or a calibration is missing or of another model; nothing is changed then.
-        RuntimeError: If the installed mlx-lm is not one that rotormlx can extend.
+            its host's, or a calibration is missing or of another model; nothing is changed then.
+        RuntimeError: If the installed host is not one that rotormlx can extend.
     """
     config = config or RotorConfig()
-    own = _own_attribute(model)
-    report, made = _probe(model, own, config, calibration)
-    model.make_cache = CompressedCaches(model, own, report.config, report, made)
+    host, target = _host_and_target(model)
+    own = _own_attribute(target)
+    report, made = _probe(host, target, own, config, calibration)
+    target.make_cache = CompressedCaches(host, target, own, report.config, report, made)
     return report
 
 
 def remove(model: Module) -> None:
     """Give a model its own caches back; without effect on one that has them.
 
-    mlx-lm itself is restored when no compressed model remains.
+    The host itself is restored when no compressed model of it remains.
 
     Args:
         model: A model that :func:`apply`, :func:`load` or :func:`make_prompt_cache` was given.
     """
-    maker = _maker(model)
+    host, target = _host_and_target(model)
+    maker = _maker(target)
     if maker is not None:
-        del model.make_cache
+        del target.make_cache
         if maker.own is not None:
-            model.make_cache = maker.own
-    hook.release(model)
+            target.make_cache = maker.own
+    host.release(target)
 
 
 def load(
     path_or_repo: str,
     config: RotorConfig | None = None,
     calibration: GivenCalibration | None = None,
+    host: str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """Load a model and its tokenizer, with compressed caches.
+    """Load a model and its tokenizer or processor, with compressed caches.
 
     Where ``rotormlx calibrate`` has kept a calibration of the model, it is used, unless the
     configuration names another rotation than the default or a channel scale (``"none"``, say).
@@ -138,17 +144,21 @@ def load(
         path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
         config: How keys and values are compressed; the default configuration if None.
         calibration: A calibration or its file, instead of the one that is kept for the model.
-        **kwargs: Everything else that ``mlx_lm.load`` takes.
+        host: ``"mlx-lm"`` or ``"mlx-vlm"``, which reads images too. None for mlx-lm, and for
+            mlx-vlm where it is installed and mlx-lm does not know the type of the model.
+        **kwargs: Everything else that the ``load`` of the host takes.
 
     Returns:
-        What ``mlx_lm.load`` returns: ``(model, tokenizer)``.
+        What the ``load`` of the host returns: ``(model, tokenizer)``, or ``(model, processor)``.
 
     Raises:
-        ValueError: As :func:`apply`, before any weight is read unless there is a calibration.
+        ValueError: As :func:`apply`, before any weight is read unless there is a calibration; or
+            if there is no such host.
+        ImportError: If the host is not installed.
     """
     lazy = kwargs.pop("lazy", False)
     config = config or RotorConfig()
-    loaded: tuple[Any, ...] = mlx_lm.load(path_or_repo, lazy=True, **kwargs)
+    loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
     model = loaded[0]
     apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
     try:
@@ -186,13 +196,15 @@ def make_prompt_cache(
         ValueError: As :func:`apply`, or if ``max_kv_size`` is too small for sink, window and a
             block.
     """
-    maker = _maker(model)
+    host, target = _host_and_target(model)
+    maker = _maker(target)
     if maker is not None and config in (None, maker.config):
         return maker.limited(max_kv_size)
     config = config or RotorConfig()
-    own = _own_attribute(model)
-    report, calibration = _probe(model, own, config, None)
-    return compress(_own_caches(model, own), cache_factory(report.config, calibration, max_kv_size))
+    own = _own_attribute(target)
+    report, calibration = _probe(host, target, own, config, None)
+    factory = cache_factory(report.config, calibration, max_kv_size)
+    return compress(_own_caches(host, target, own), factory)
 
 
 def cache_factory(
@@ -211,7 +223,7 @@ def model_report(model: Module) -> Report:
     Raises:
         ValueError: If the model does not use compressed caches.
     """
-    maker = _maker(model)
+    maker = _maker(_host_and_target(model)[1])
     if maker is None:
         raise ValueError(
             "[model_report] A model with compressed caches is required, but this one has its own; "
@@ -220,38 +232,40 @@ def model_report(model: Module) -> Report:
     return maker.report
 
 
-def _maker(model: Module) -> CompressedCaches | None:
-    if not isinstance(model, Module):
-        raise ValueError(
-            f"[rotormlx] A model from mlx_lm.load is required, but a {type(model).__name__} was "
-            "given; mlx_lm.load returns (model, tokenizer), pass the first."
-        )
-    maker = vars(model).get("make_cache")
+def _host_and_target(model: Module) -> tuple[hosts.Host, Module]:
+    """What a model is of, and the part of it that makes caches."""
+    host = hosts.of(model)
+    return host, host.target(model)
+
+
+def _maker(target: Module) -> CompressedCaches | None:
+    maker = vars(target).get("make_cache")
     return maker if isinstance(maker, CompressedCaches) else None
 
 
 def _probe(
-    model: Module, own: CacheMaker | None, config: RotorConfig, given: GivenCalibration | None
+    host: hosts.Host,
+    target: Module,
+    own: CacheMaker | None,
+    config: RotorConfig,
+    given: GivenCalibration | None,
 ) -> tuple[Report, Calibration | None]:
-    """Probe a model and see to its calibration; it uses the hook from now on."""
-    with hook.in_place():
-        report = probe(model, _own_caches(model, own), config)
+    """Probe a model and see to its calibration; it uses its host's change from now on."""
+    with host.in_place():
+        report = probe(host, target, _own_caches(host, target, own), config)
         made = None
         if given is not None or config.is_calibrated:
-            report, made = calibrated(report, weights(model), given)
-        hook.use(model)
+            report, made = calibrated(report, weights(target), given)
+        host.use(target)
     return report, made
 
 
-def _own_attribute(model: Module) -> CacheMaker | None:
+def _own_attribute(target: Module) -> CacheMaker | None:
     """The ``make_cache`` of the instance, without rotormlx, if it has another than its class."""
-    maker = _maker(model)
-    return maker.own if maker else vars(model).get("make_cache")
+    maker = _maker(target)
+    return maker.own if maker else vars(target).get("make_cache")
 
 
-def _own_caches(model: Any, own: CacheMaker | None) -> list[Any]:
+def _own_caches(host: hosts.Host, target: Any, own: CacheMaker | None) -> list[Any]:
     """The caches that a model uses by itself, whether it is compressed now or not."""
-    if own is not None:
-        return list(own())
-    make = getattr(type(model), "make_cache", None)
-    return [KVCache() for _ in model.layers] if make is None else list(make(model))
+    return host.own_caches(target) if own is None else list(own())

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
-from rotormlx.mlx.cache.lists import leaves
+from rotormlx.mlx import hook, hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.host_caches import (
+    ARRAYS,
+    CHUNKED,
+    GROWING,
+    ROTATING,
+    is_a,
+    is_exactly,
+    leaves,
+    list_of,
+    parts,
+)
 from rotormlx.report import LayerReport, Report
 
 # Prefill and decode: some models take another path for a single token.
 PROBE_TOKENS = (3, 1)
 
 
-def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
+def probe(host: hosts.Host, model: Module, caches: list[Any], config: RotorConfig) -> Report:
     """Run the model once without computing, since MLX is lazy, and see who meets whom.
 
-    The hook must be installed.
+    The host must be changed to read compressed caches.
 
     Args:
-        model: The model.
+        host: What the model is of.
+        model: The part of the model that takes tokens and caches; it stays as it is.
         caches: Its own caches, empty; they are the pattern and stay empty.
         config: How keys and values would be compressed.
 
@@ -35,7 +46,7 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
 
     Raises:
         ValueError: If there is nothing to compress, or a cache's keys and values do not reach
-            mlx-lm's attention as they were handed out.
+            the host's attention as they were handed out.
     """
     model_type = str(getattr(model, "model_type", type(model).__name__))
     # Shapes and bits are the same with a calibration, which needs what is measured here.
@@ -45,18 +56,23 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
         reason = f"it must have at least one KVCache, but all it has is {has}"
         raise _refusal(model_type, reason)
     for tokens in PROBE_TOKENS:
-        _probe_step(model, model_type, caches, tokens)
+        with _unchanged(model):
+            _probe_step(host, model, model_type, caches, tokens)
     return Report(config, model_type, tuple(_layer_reports(caches)))
 
 
-def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) -> None:
+def _probe_step(
+    host: hosts.Host, model: Module, model_type: str, caches: list[Any], tokens: int
+) -> None:
     probes = [(i, cache) for i, _, cache in leaves(caches) if isinstance(cache, _ProbeCache)]
     try:
         with hook.record_attention(pretend=True) as attended:
             model(mx.zeros((1, tokens), dtype=mx.int32), cache=caches)
     except Exception as error:  # a model may use the handle in any way, so anything may come
         refused = next((f"layer {i}: {p.refusal}" for i, p in probes if p.refusal), "")
-        touched = f"mlx-lm's attention must get its keys and values untouched, but {brief(error)}"
+        touched = (
+            f"{host.name}'s attention must get its keys and values untouched, but {brief(error)}"
+        )
         raise _refusal(model_type, refused or touched) from error
     handed_out = {(id(k), id(v)) for _, probe in probes for k, v in probe.handed_out}
     if any((id(keys), id(values)) not in handed_out for _, keys, values in attended):
@@ -64,7 +80,23 @@ def _probe_step(model: Module, model_type: str, caches: list[Any], tokens: int) 
     reached = {(id(keys), id(values)) for _, keys, values in attended}
     for index, probe in probes:
         if not any((id(keys), id(values)) in reached for keys, values in probe.handed_out):
-            raise _refusal(model_type, f"layer {index} must use mlx-lm's attention, but does not")
+            raise _refusal(
+                model_type, f"layer {index} must use {host.name}'s attention, but does not"
+            )
+
+
+@contextmanager
+def _unchanged(model: Module) -> Iterator[None]:
+    """Undo what a run leaves on the parts of a model: positions of a prompt, say."""
+    kept = [(d, dict(d)) for part in model.modules() for d in (part, vars(part))]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            for name in now.keys() - before.keys():
+                dict.pop(now, name)
+            changed = {k: v for k, v in before.items() if k not in now or now[k] is not v}
+            dict.update(now, changed)
 
 
 def compress(caches: list[Any], make: Callable[[int], RotorKVCache]) -> list[Any]:
@@ -74,11 +106,10 @@ def compress(caches: list[Any], make: Callable[[int], RotorKVCache]) -> list[Any
 
 def _replace(cache: Any, layer: int, make: Callable[[int], RotorKVCache]) -> Any:
     # Exactly this class: what derives from it may promise more than a compressed cache keeps.
-    if type(cache) is KVCache:
+    if is_exactly(cache, GROWING):
         return make(layer)
-    if type(cache) is CacheList:
-        return CacheList(*(_replace(part, layer, make) for part in cache.caches))
-    return cache
+    inner = parts(cache)
+    return cache if inner is None else list_of(cache, [_replace(c, layer, make) for c in inner])
 
 
 class _ProbeCache(RotorKVCache):
@@ -126,7 +157,7 @@ def _layer_reports(caches: list[Any]) -> list[LayerReport]:
         shape = dims(cache) or (0, 0, 0)
         if isinstance(cache, RotorKVCache):
             keys, values = cache.keys_and_values()
-            name = label.replace(type(cache).__name__, KVCache.__name__)
+            name = label.replace(type(cache).__name__, GROWING)
             reports.append(
                 LayerReport(
                     index,
@@ -139,11 +170,11 @@ def _layer_reports(caches: list[Any]) -> list[LayerReport]:
                     exact_bytes=keys.dtype.size,
                 )
             )
-        elif isinstance(cache, (RotatingKVCache, ChunkedKVCache)):
-            limit = cache.max_size if isinstance(cache, RotatingKVCache) else cache.chunk_size
+        elif is_a(cache, ROTATING, CHUNKED):
+            limit = cache.max_size if is_a(cache, ROTATING) else cache.chunk_size
             reason = f"it never keeps more than {limit} tokens"
             reports.append(LayerReport(index, label, False, reason, *shape, max_tokens=limit))
-        elif isinstance(cache, ArraysCache):
+        elif is_a(cache, ARRAYS):
             reason = "a state of constant size, no keys and values"
             reports.append(LayerReport(index, label, False, reason, state_bytes=cache.nbytes))
         else:

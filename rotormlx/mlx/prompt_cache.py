@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-import numpy as np
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
-from rotormlx.mlx.cache.batch import BatchRotorKVCache
-from rotormlx.mlx.cache.lists import compress_plain, leaves
-from rotormlx.mlx.cache.saved import DTYPE_NAMES
+from rotormlx.mlx import hosts
+from rotormlx.mlx.cache import files
+from rotormlx.mlx.cache.lists import compress_plain
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.store import same_calibrated
 from rotormlx.mlx.fingerprint import fingerprint, weights
+from rotormlx.mlx.host_caches import ATTRIBUTES, GROWING, ROTATING, is_a, leaves
 from rotormlx.mlx.integration import model_report
 from rotormlx.mlx.probe import dims
 from rotormlx.report import LayerReport, Report
@@ -25,16 +23,6 @@ from rotormlx.storage import fingerprint as fingerprints
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL
-from rotormlx.storage.tensor_file import Array
-
-# What a file may name, besides CacheList: rotormlx/storage/cache_rules.py has a rule for each.
-_CLASSES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        *(KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache),
-        *(RotorKVCache, BatchRotorKVCache),
-    )
-}
 
 
 def save_prompt_cache(
@@ -56,10 +44,7 @@ def save_prompt_cache(
         ValueError: If a cache holds what no file can hold, or ``path`` is no place for a file.
         OSError: If the disk is full, or the directory is read-only.
     """
-    kept = {**(metadata or {}), MODEL: fingerprint(model).text}
-    classes = [type(cache).__name__ for cache in caches]
-    states = [cache.state for cache in caches]
-    cache_file.write(cache_file.with_suffix(path), classes, states, kept, _tensor)
+    files.write(path, caches, {**(metadata or {}), MODEL: fingerprint(model).text})
 
 
 def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
@@ -116,36 +101,9 @@ def read_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[
 
 
 def _read(path: str | Path, saved: SavedCaches, model: Module, report: Report) -> list[Any]:
-    _Fit(path, report).check(model.make_cache(), saved.shapes)
-    states = saved.read(_array)
-    return [_restored(name, state) for name, state in zip(saved.classes, states, strict=True)]
-
-
-def _restored(name: str, state: list[Any]) -> Any:
-    if name == CacheList.__name__:
-        return CacheList(*(_restored(part_name, part) for part, part_name in state))
-    return _CLASSES[name].from_state(state)
-
-
-def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
-    """Dtype, shape and bytes of an array, which are made when their turn comes."""
-    if not isinstance(array, mx.array) or array.dtype not in DTYPE_NAMES:
-        raise ValueError(
-            "[prompt cache] A cache must hold arrays, numbers, texts and None to be saved, but one "
-            f"holds {array!r:.80}; keep it in memory."
-        )
-
-    def give() -> Array:
-        is_wide = array.dtype == mx.bfloat16  # numpy has none
-        whole = mx.contiguous(array)
-        return np.array(whole.view(mx.uint16) if is_wide else whole, copy=False)
-
-    return DTYPE_NAMES[array.dtype], array.shape, give
-
-
-def _array(array: Array, dtype: str) -> mx.array:
-    made = mx.array(array)
-    return made.view(mx.bfloat16) if dtype == "BF16" else made
+    host = hosts.of(model)
+    _Fit(path, report).check(host.target(model).make_cache(), saved.shapes)
+    return files.read(saved, host.caches)
 
 
 def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
@@ -165,7 +123,7 @@ def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> in
     """
     fit = _Fit(path, model_report(model))
     shapes = [(index, _shape(cache)) for index, _, cache in leaves(caches)]
-    fresh = model.make_cache()
+    fresh = hosts.of(model).target(model).make_cache()
     fit.check(fresh, shapes)
     fit.share_calibration(fresh, caches)
     return compress_plain(caches, (own for _, _, own in leaves(fresh)))
@@ -177,7 +135,10 @@ def report_of(model: Module, caches: list[Any]) -> Report:
     pairs = [
         (layer.index, own, held)
         for layer, (_, _, own), (_, _, held) in zip(
-            report.layers, leaves(model.make_cache()), leaves(caches), strict=True
+            report.layers,
+            leaves(hosts.of(model).target(model).make_cache()),
+            leaves(caches),
+            strict=True,
         )
         if isinstance(own, RotorKVCache) and isinstance(held, RotorKVCache)
     ]
@@ -194,8 +155,8 @@ def _shape(cache: Any) -> Shape:
     name = type(cache).__name__
     if isinstance(cache, RotorKVCache):
         return Shape(name, cache.config, cache.layer, dims=dims(cache))
-    window = cache.max_size if isinstance(cache, RotatingKVCache) else None
-    return Shape(name, window=window, dims=dims(cache) if name in _CLASSES else None)
+    window = cache.max_size if is_a(cache, ROTATING) else None
+    return Shape(name, window=window, dims=dims(cache) if is_a(cache, *ATTRIBUTES) else None)
 
 
 class _Fit(NamedTuple):
@@ -224,7 +185,7 @@ class _Fit(NamedTuple):
         if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
             if shape.layer != index:
                 raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
-        elif shape.name != (KVCache if layer.compressed else type(want)).__name__:
+        elif shape.name != (GROWING if layer.compressed else type(want).__name__):
             raise self._mismatch(f"{layer.cache} in layer {index}", shape.name)
         elif shape.window is not None and shape.window != want.max_size:
             raise self._mismatch(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from rotormlx.cli import demo, main, mlx_lm_commands
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import backends, hook, integration
+from rotormlx.mlx import backends, hosts, integration
 from rotormlx.mlx.backends import describe
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.storage import calibration as calibration_file
@@ -34,9 +34,9 @@ QUIET = ["--verbose", "False"]
 
 @pytest.fixture(autouse=True)
 def clean():
-    hook.remove()
+    hosts.MLX_LM.remove()
     yield
-    hook.remove()
+    hosts.MLX_LM.remove()
 
 
 @pytest.fixture(scope="module")

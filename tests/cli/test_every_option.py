@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from rotormlx.cli import main, mlx_lm_commands
 from rotormlx.measure import doctor
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from tests.support import models as tiny
 
 COMMANDS: dict[str, Any] = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ def alone(monkeypatch, tmp_path, files):
     monkeypatch.delitem(sys.modules, "mlx_lm.evaluate", raising=False)
     yield
     sys.modules.pop("mlx_lm.evaluate", None)
-    hook.remove()
+    hosts.MLX_LM.remove()
 
 
 def base(command: str, files: dict[str, str]) -> list[str]:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from rotormlx.cli import batching, main, mlx_lm_commands, server_guard, serving
 from rotormlx.measure import bench, free_running, needle, quality_run
-from rotormlx.mlx import hook, integration
+from rotormlx.mlx import hosts, integration
 from tests.support import models as tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -34,7 +34,7 @@ WRITERS = ("batch", "quality", "needle", "bench", "calibrate", "cache_prompt")
 def clean(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield
-    hook.remove()
+    hosts.MLX_LM.remove()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from rotormlx.config import RotorConfig
 from rotormlx.measure import scoring
-from rotormlx.mlx import attention, hook, integration
+from rotormlx.mlx import attention, hosts, integration
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache import store
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -31,7 +31,7 @@ def use(monkeypatch):
             monkeypatch.setattr(module, "backend", lambda: backend)
 
     yield choose
-    hook.remove()
+    hosts.MLX_LM.remove()
 
 
 def read(model, tokens):

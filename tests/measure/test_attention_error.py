@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache
 from rotormlx.codec import reference
 from rotormlx.measure import attention_error, cache_contents, schemes, scoring
 from rotormlx.measure.attention_error import Attended, layer_error
-from rotormlx.mlx import hook
+from rotormlx.mlx import hook, hosts
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.view import KVView
 from tests.support import models as tiny_models
@@ -136,7 +136,7 @@ def test_recorded_queries_are_those_of_the_model() -> None:
     caches = schemes.scheme("exact").caches(model)
     seen: list[mx.array] = []
     attend = hook.attend
-    hook.install()
+    hosts.MLX_LM.install()
     try:
         with attention_error.record_queries() as latest:
             recording = hook.attend
@@ -151,7 +151,7 @@ def test_recorded_queries_are_those_of_the_model() -> None:
         layers = list(attention_error.attended(caches, latest))
     finally:
         hook.attend = attend
-        hook.remove()
+        hosts.MLX_LM.remove()
     assert hook.attend is attend
     assert [one.layer for one in layers] == [0, 1]
     for one, output in zip(layers, seen[-2:], strict=True):

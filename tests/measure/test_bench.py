@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from rotormlx.cli import main
 from rotormlx.measure import bench, schemes
 from rotormlx.measure.bench import Timing
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from tests.support import models as tiny_models
 
 
@@ -63,7 +63,7 @@ def test_schemes_take_turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
     # The first of 12 turns is number 3; its medians are those of turns 3, 7 and 11: 1 + 7.
     assert result.medians[0] == timing("exact", 100, 8)
     assert [(m.scheme, m.context) for m in result.medians] == [(n, c) for n, c, _ in once]
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
 
 @pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="needs MLX on the CPU")
@@ -95,7 +95,7 @@ def test_median_is_of_each_number() -> None:
 def test_turn_reads_and_writes_what_it_says(model: Any) -> None:
     """The cache holds prompt and written tokens, and the peak holds the cache."""
     prompt = Bytes().encode("The answer is in the text. " * 30)[:600]
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         found = {
             name: bench.turn(model, prompt, schemes.scheme(name), 9)
             for name in ("exact", "affine-k4v4", "k4v4")

@@ -35,7 +35,7 @@ from rotormlx.measure import (
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.free_running import Settings
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from tests.support import models as tiny_models
 from tests.support.models import Bytes
 
@@ -65,7 +65,7 @@ def result(model: Any) -> quality_run.Result:
 
 def read(model: Any, name: str, ids: list[int]) -> tuple[scoring.Scores, list[Any]]:
     caches = schemes.scheme(name).caches(model)
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         return scoring.score(model, ids, caches), caches
 
 
@@ -161,7 +161,7 @@ def test_run_computes_in_another_dtype_and_leaves_the_model_as_it_was() -> None:
 
 
 def test_run_leaves_the_hook_as_it_was(result: quality_run.Result) -> None:
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
 
 def run_short(model: Any) -> quality_run.Result:

@@ -18,7 +18,7 @@ from rotormlx.measure.haystack import haystack
 from rotormlx.measure.needle import search
 from rotormlx.measure.schemes import scheme
 from rotormlx.measure.text import default_text
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 
 CHUNK = 64
@@ -64,7 +64,7 @@ def compared(smollm2):
         assert found.predictions == predictions
         return found, exact.perplexity(FIRST)
 
-    with hook.in_place(), numpy_linear():
+    with hosts.MLX_LM.in_place(), numpy_linear():
         yield compared
 
 
@@ -132,7 +132,7 @@ def test_chains_are_neither_too_easy_nor_too_hard(smollm2, figure):
     """Random digits would solve less than one in a hundred."""
     model, tokenizer = smollm2
     made = haystack(tokenizer, "chain", 512, 16, seed=0)
-    with hook.in_place(), numpy_linear(), numpy_attention():
+    with hosts.MLX_LM.in_place(), numpy_linear(), numpy_attention():
         found = [trial.found for trial in search(model, made, scheme("exact"))]
     figure(f"chains of two sums through the exact cache: {sum(found)} of 16 solved")
     assert 3 <= sum(found) <= 15

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rotormlx.measure import haystack, needle, quality_report, quality_run, schemes, tasks
 from rotormlx.measure.free_running import Settings
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from tests.support import models as tiny_models
 from tests.support.models import Bytes
 
@@ -147,7 +147,7 @@ def test_a_run_scores_what_search_finds_and_resumes(
     asked: list[str] = []
 
     def search(model: Any, stack: Any, chosen: schemes.Scheme, advance: Any) -> Any:
-        assert hook.installed()
+        assert hosts.MLX_LM.installed()
         asked.append(f"{chosen.name} {stack.kind}")
         if len(asked) == 14:  # the second text of the last scheme
             raise KeyboardInterrupt
@@ -206,5 +206,5 @@ def test_the_rule_of_packed_answers_is_the_one_that_search_holds() -> None:
     made = haystack.haystack(Bytes(), "copy", 1000, 8, seed=0)
     chosen = schemes.scheme(f"k4v4:sink={tasks.MOST_SINK},window={tasks.MOST_WINDOW}")
     model = tiny_models.build("llama", seed=3)
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         assert len(list(needle.search(model, made, chosen))) == 8

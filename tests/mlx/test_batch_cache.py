@@ -16,7 +16,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, load_prompt_cache, save_p
 
 import rotormlx
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
+from rotormlx.mlx import hook, hosts
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -39,7 +39,7 @@ def config(request):
 
 @pytest.fixture(autouse=True)
 def clean():
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         yield
 
 

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 from rotormlx.codec.format import BLOCK, FORMAT_VERSION
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.trim import trim_prompt_cache
@@ -35,7 +35,7 @@ def config(request):
 @pytest.fixture(autouse=True)
 def registered():
     """``load_prompt_cache`` finds our class only where the hook has put it."""
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         yield
 
 

@@ -19,7 +19,7 @@ from rotormlx.codec import learned_rotors, reference, rotation
 from rotormlx.codec.format import BLOCK, ROLES, Codec, codec
 from rotormlx.config import RotorConfig
 from rotormlx.measure import calibrate
-from rotormlx.mlx import calibration, fingerprint, hook, integration, learned
+from rotormlx.mlx import calibration, fingerprint, hosts, integration, learned
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.store import same_calibrated
 from rotormlx.storage import calibration as calibration_file
@@ -194,7 +194,7 @@ def test_moments_are_those_of_an_exact_run(llama, monkeypatch):
     """Queries and keys behind RoPE, keys less the mean of their block, the sink left out."""
     ids = [n % 257 for n in range(7, 7 + TOKENS)]
     found = calibrate._moments(llama, ids, lambda n: None)
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
     queries = []
     exact = mx.fast.scaled_dot_product_attention
@@ -341,7 +341,7 @@ def test_shapes_of_another_model_are_refused(llama, made, tmp_path, changes):
     found = calibration.load(path, llama)
     with pytest.raises(ValueError, match=r"^\[calibration\] .* must be calibrated with shape"):
         rotormlx.apply(llama, calibration=found)
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ def test_an_empty_cache_of_another_calibration_is_refused(llama, made, tmp_path)
 def test_what_a_calibration_would_replace_is_refused(llama, made, transform, config, says):
     with pytest.raises(ValueError, match=says):
         rotormlx.apply(llama, config, made[transform])
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
 
 def test_what_a_calibration_leaves_alone_is_taken(llama, made):
@@ -539,7 +539,7 @@ def test_an_object_or_a_file_of_another_model_is_refused(llama, made, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"^\[calibration\] {name} must be of this model"):
             rotormlx.apply(other, SMALL, given)
-        assert not hook.installed()
+        assert not hosts.MLX_LM.installed()
         assert rotormlx.apply(llama, SMALL, given).config.channel_scale == "calibrated"
         rotormlx.remove(llama)
 

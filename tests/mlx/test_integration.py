@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import mlx_lm.models.base as base
 import numpy as np
 import pytest
@@ -26,11 +27,12 @@ from mlx_lm.models.cache import (
 
 from rotormlx.cli import usage
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook, integration, prompt_cache
+from rotormlx.mlx import hosts, integration, prompt_cache
+from rotormlx.mlx.cache import files
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
-from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
+from rotormlx.mlx.host_caches import leaves
 from rotormlx.mlx.probe import compress
 from rotormlx.storage import cache_file, tensor_file
 from rotormlx.storage.fingerprint import MODEL
@@ -103,9 +105,9 @@ class ToyModel(nn.Module):
 @pytest.fixture(autouse=True)
 def original_code():
     """mlx-lm as it came, before and after each test."""
-    hook.remove()
+    hosts.MLX_LM.remove()
     yield base.scaled_dot_product_attention.__code__
-    hook.remove()
+    hosts.MLX_LM.remove()
 
 
 def classes(caches: list) -> list[str]:
@@ -241,11 +243,12 @@ def test_a_refused_model_leaves_the_hook_of_another_in_place() -> None:
     integration.apply(model)
     with pytest.raises(ValueError, match="mamba2"):
         integration.apply(tiny.build("mamba2"))
-    assert hook.installed()
+    assert hosts.MLX_LM.installed()
 
 
 def test_an_incompatible_mlx_lm_changes_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(hook.mlx_lm, "__version__", "0.1.0")
+    monkeypatch.setattr(mlx_lm, "__version__", "0.1.0")
+    monkeypatch.delattr(base, "scaled_dot_product_attention")
     model = tiny.build("llama")
     with pytest.raises(RuntimeError, match=r"0\.1\.0"):
         integration.apply(model)
@@ -299,10 +302,10 @@ def test_what_makes_the_caches_outlives_its_model() -> None:
     maker = model.make_cache
     del model
     gc.collect()
-    hook.release(None)
-    assert not hook.installed()
+    hosts.MLX_LM.release(None)
+    assert not hosts.MLX_LM.installed()
     assert classes(maker()) == ["RotorKVCache"]
-    assert hook.installed()
+    assert hosts.MLX_LM.installed()
 
 
 def test_two_models_live_side_by_side(original_code) -> None:
@@ -314,7 +317,7 @@ def test_two_models_live_side_by_side(original_code) -> None:
     assert mx.array_equal(tiny.logits(models[2], inputs, make_prompt_cache(models[2])), want)
     integration.remove(models[0])
     integration.remove(models[2])  # never applied
-    assert hook.installed()
+    assert hosts.MLX_LM.installed()
     assert classes(make_prompt_cache(models[0])) == ["KVCache", "KVCache"]
     assert [cache.config for cache in make_prompt_cache(models[1])] == [K8V8, K8V8]
     fill(make_prompt_cache(models[1]), models[1], 150)
@@ -463,7 +466,7 @@ def test_a_saved_compressed_cache_continues_bit_for_bit(tmp_path) -> None:
     integration.apply(model, COARSE)
     path = saved(tmp_path / "cache.safetensors", model)
     want = tiny.logits(model, tiny.tokens(70, seed=2), fill(make_prompt_cache(model), model, 150))
-    hook.remove()
+    hosts.MLX_LM.remove()
     caches, metadata = prompt_cache.read_prompt_cache(path, model)
     assert metadata == {"model": "m"}
     assert prompt_cache.adopt_prompt_cache("c.safetensors", model, caches) == 0
@@ -711,7 +714,7 @@ def test_a_state_that_does_not_add_up_is_refused(tmp_path, monkeypatch, name, in
         tensor_file.TensorFile, "tensors", lambda self: pytest.fail("arrays were read")
     )
     message = message.replace("a RotorKVCache", f"a {type(held).__name__}")
-    cache_file.write(path, [type(held).__name__], [state], {}, prompt_cache._tensor)
+    cache_file.write(path, [type(held).__name__], [state], {}, files._tensor)
     with pytest.raises(ValueError, match=rf"^\[prompt cache\] .*{message}"):
         prompt_cache.load_prompt_cache(str(path), model)
 

@@ -19,7 +19,7 @@ from rotormlx.codec import layer_bits, reference
 from rotormlx.codec.format import BLOCK, KEY, codec
 from rotormlx.config import BITS, RotorConfig
 from rotormlx.measure import cache_contents, layer_losses, schemes, scoring
-from rotormlx.mlx import calibration, hook
+from rotormlx.mlx import calibration, hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.storage import tensor_file
 from rotormlx.storage.calibration import Calibration
@@ -124,7 +124,7 @@ def test_a_loss_is_that_of_one_layer(
     ids = Bytes().encode(TEXT[-TOKENS:])
     caches: list[Any] = [KVCache(), KVCache()]
     caches[layer] = RotorKVCache(RotorConfig(*bits, window=0), layer)
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         exact, coded = (scoring.score(llama, ids, c) for c in ([KVCache(), KVCache()], caches))
     wanted = scoring.differences(exact, coded, start=128).kl.mean()
     role = ("key", "value")[bits.index(3)]
@@ -145,7 +145,7 @@ def test_measuring_computes_in_float32_and_leaves_the_model_as_it_was() -> None:
     assert sum(told) == 3 * (TOKENS - 1)
     after = tree_flatten(model.parameters())
     assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True))
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
 
 def test_predictions_that_are_not_finite_are_refused() -> None:

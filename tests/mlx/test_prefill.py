@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from rotormlx.codec import rotation
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, codec
 from rotormlx.config import BITS, ROTATIONS, RotorConfig
-from rotormlx.mlx import backends, hook, integration, prefill
+from rotormlx.mlx import backends, hosts, integration, prefill
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend, choices, kept
@@ -281,7 +281,7 @@ def test_a_prompt_in_one_chunk_has_the_logits_of_the_exact_cache(model_type, mon
     model, prompt = tiny.build(model_type), tiny.tokens(300)
     exact = make_prompt_cache(model)
     expected = tiny.logits(model, prompt, exact, chunk=300)
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         caches = integration.make_prompt_cache(model, RotorConfig(window=16))
         found = tiny.logits(model, prompt, caches, chunk=300)
     assert any(isinstance(cache, RotorKVCache) for cache in caches)
@@ -310,7 +310,7 @@ def test_later_chunks_of_ragged_batches(each_backend, window):
     shape = (2, 2, 400, 64)
     keys, values = mx.random.normal(shape), mx.random.normal(shape)
     queries = mx.random.normal((2, 4, 400, 64))
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         for prompts in (Prompts(LIBRARY, LIBRARY), Prompts(KERNEL, KERNEL)):
             backend().timed_prompts = prompts
             cache = BatchRotorKVCache([0, 150], RotorConfig(window=16))

@@ -35,7 +35,7 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from rotormlx.codec.format import BLOCK, ROLES, Packed, codec
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -89,12 +89,12 @@ class Caches(RuleBasedStateMachine):
         self.dtype = getattr(mx, dtype)
         self.seeds = itertools.count()
         self.alive = []
-        hook.install()
+        hosts.MLX_LM.install()
 
     def teardown(self):
         for cache, rows in getattr(self, "alive", ()):
             self.check(cache, rows)
-        hook.remove()
+        hosts.MLX_LM.remove()
 
     # ---- vectors --------------------------------------------------------------------------------
 

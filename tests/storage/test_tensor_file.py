@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rotormlx.mlx import prompt_cache
+from rotormlx.mlx.cache import files
 from rotormlx.storage import cache_file, tensor_file
 
 ARRAYS = {
@@ -506,13 +506,13 @@ def test_an_interrupt_leaves_the_old_file(path):
 READER = """
 import sys
 import mlx.core as mx
-from rotormlx.mlx import prompt_cache
+from rotormlx.mlx.cache import files
 from rotormlx.storage import cache_file
 from tests.support.memory import peak_bytes
 before = peak_bytes()
 try:
     with cache_file.opened(sys.argv[1]) as saved:
-        kept = saved.read(prompt_cache._array)
+        kept = saved.read(files._array)
 except ValueError as error:
     assert "match its checksum" in str(error), error
     print("refused", end=" ")
@@ -526,7 +526,7 @@ def test_reading_takes_the_memory_of_the_file_and_of_one_array(tmp_path, is_dama
     path = tmp_path / "a.safetensors"
     parts = [mx.full((1, 2, 2**14, 32), i, mx.float32) for i in range(16)]  # 4 MiB each
     states = [(keys, values, 2**14) for keys, values in zip(parts, reversed(parts), strict=True)]
-    cache_file.write(path, ["KVCache"] * len(states), states, {}, prompt_cache._tensor)
+    cache_file.write(path, ["KVCache"] * len(states), states, {}, files._tensor)
     size = path.stat().st_size
     if is_damaged:
         with open(path, "r+b") as file:

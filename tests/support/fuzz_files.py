@@ -28,9 +28,9 @@ from rotormlx.codec.learned_rotors import learned_size
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import calibration, integration, prompt_cache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
-from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
+from rotormlx.mlx.host_caches import leaves
 from rotormlx.storage import tensor_file
 from rotormlx.storage.calibration import TRANSFORMS, Calibration
 from rotormlx.storage.fingerprint import MODEL

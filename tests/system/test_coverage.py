@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from scripts.coverage_mlx import CONFIGS, MlxLm
 from scripts.coverage_table import VERDICTS, verdicts
 
@@ -22,9 +22,9 @@ def documented() -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def clean():
-    hook.remove()
+    hosts.MLX_LM.remove()
     yield
-    assert not hook.installed(), "a model was left compressed"
+    assert not hosts.MLX_LM.installed(), "a model was left compressed"
 
 
 @pytest.mark.filterwarnings("ignore")  # what mlx-lm's models warn of is not ours

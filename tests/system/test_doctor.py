@@ -15,7 +15,7 @@ from rotormlx.codec.format import ROLES
 from rotormlx.config import BITS, RotorConfig
 from rotormlx.measure import doctor
 from rotormlx.measure.attention_time import EXACT, QUANTIZED, rotor_name
-from rotormlx.mlx import backends, hook
+from rotormlx.mlx import backends, hosts
 from rotormlx.mlx.backends import kept, metal, vectors
 from rotormlx.mlx.backends.first_call import KernelError
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
@@ -147,7 +147,7 @@ def test_text_stays_right(metal_here, fault, part):
         try:
             return [token for token, _ in generate_step(prompt, model, max_tokens=4)]
         finally:
-            hook.remove()
+            hosts.MLX_LM.remove()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROTORMLX_BACKEND", "mlx")

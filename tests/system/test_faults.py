@@ -25,7 +25,7 @@ from rotormlx.codec import limits
 from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import attention, hook, integration
+from rotormlx.mlx import attention, hosts, integration
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.backends import backend, cuda_text, metal, metal_attend
@@ -496,7 +496,7 @@ def test_a_kernel_that_fails_names_itself_and_the_model_stays_usable(
         gc.collect()  # models of other tests, which would count as users
         rotormlx.remove(model)
         clear_kernels(name)
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
     assert text() == expected
 
 

@@ -21,7 +21,7 @@ import rotormlx
 from rotormlx.codec.format import BLOCK, KEY, ROLES, codec
 from rotormlx.config import RotorConfig
 from rotormlx.kernels import cpu_library
-from rotormlx.mlx import hook, integration
+from rotormlx.mlx import hosts, integration
 from tests.support import models as tiny_models
 
 CONFIG = RotorConfig(4, 3, sink=2, window=16)
@@ -30,9 +30,9 @@ NEW = 30
 
 @pytest.fixture(autouse=True)
 def clean():
-    hook.remove()
+    hosts.MLX_LM.remove()
     yield
-    hook.remove()
+    hosts.MLX_LM.remove()
 
 
 def in_threads(*functions):
@@ -95,7 +95,7 @@ def test_models_come_and_go_while_another_generates():
         rounds = 0
         while not done.is_set() or rounds < 3:
             rotormlx.apply(model, CONFIG)
-            assert hook.installed()
+            assert hosts.MLX_LM.installed()
             rotormlx.apply(stays, CONFIG)  # again, while it generates
             logits = model(prompt[None, :90], cache=model.make_cache())
             mx.eval(logits)
@@ -106,7 +106,7 @@ def test_models_come_and_go_while_another_generates():
     texts, *rounds = in_threads(generate, *(lambda m=m: come_and_go(m) for m in others))
     assert all(same(text, expected) for text in texts)
     assert min(rounds) >= 3
-    assert hook.installed()
+    assert hosts.MLX_LM.installed()
     rotormlx.remove(stays)
     assert base.scaled_dot_product_attention.__code__ is own_code
 
@@ -116,20 +116,20 @@ def test_runs_and_models_come_and_go_in_any_order():
     model = tiny_models.build("llama")
     runs = [ExitStack() for _ in range(3)]
     for run in runs[:2]:
-        run.enter_context(hook.in_place())
+        run.enter_context(hosts.MLX_LM.in_place())
     runs[0].close()
-    assert hook.installed()  # for the run that began later
+    assert hosts.MLX_LM.installed()  # for the run that began later
     rotormlx.apply(model, CONFIG)
     runs[1].close()
-    assert hook.installed()  # for the model
-    runs[2].enter_context(hook.in_place())
+    assert hosts.MLX_LM.installed()  # for the model
+    runs[2].enter_context(hosts.MLX_LM.in_place())
     rotormlx.remove(model)
-    assert hook.installed()  # for the run
+    assert hosts.MLX_LM.installed()  # for the run
     with pytest.raises(ValueError, match="calibration"):
         rotormlx.apply(tiny_models.build("llama"), RotorConfig(rotation="calibrated"))
-    assert hook.installed()
+    assert hosts.MLX_LM.installed()
     runs[2].close()
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
 
 def test_a_copy_keeps_the_hook_that_it_uses():
@@ -143,7 +143,7 @@ def test_a_copy_keeps_the_hook_that_it_uses():
     rotormlx.remove(model)
     assert np.array_equal(np.array(twin(tokens, cache=caches)), expected)
     rotormlx.remove(twin)
-    assert not hook.installed()
+    assert not hosts.MLX_LM.installed()
 
 
 @pytest.mark.skipif(cpu_library.missing() is not None, reason=f"{cpu_library.missing()}")

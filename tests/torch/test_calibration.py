@@ -15,7 +15,7 @@ from rotormlx.codec import reference, rotation
 from rotormlx.codec.format import BLOCK, KEY, ROLES, Codec, Packed, codec
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import calibration as mlx_calibration
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
 from rotormlx.storage.calibration import TRANSFORMS, default_path
@@ -428,7 +428,7 @@ def test_a_fingerprint_that_is_none_is_refused(models, tmp_path):
     rotormlx.apply(model)
     caches = read_by_mlx(model)
     where = str(tmp_path / "a.safetensors")
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         for texts, says in (({"rotormlx_model": "f" * 64}, "fingerprint of version 1"), ({}, None)):
             save_prompt_cache(where, caches, texts)
             for load, reader in (

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import rotormlx.torch as rt
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
+from rotormlx.mlx import hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.storage.fingerprint import MODEL
 from rotormlx.torch.fingerprint import fingerprint
@@ -28,7 +28,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @pytest.fixture(scope="module", autouse=True)
 def mlx_knows_the_class():
-    with hook.in_place():
+    with hosts.MLX_LM.in_place():
         yield
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar, Generic, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import _BaseCache
 
 from rotormlx.codec.counts import max_blocks
 from rotormlx.codec.format import ROLES
@@ -16,8 +15,11 @@ from rotormlx.mlx.cache.store import Calibrated, Store
 
 S = TypeVar("S", bound=Store)
 
+# The hosts whose attention handles compressed keys now, by name.
+readers: set[str] = set()
 
-class StoredCache(_BaseCache, Generic[S]):
+
+class StoredCache(Generic[S]):
     """A cache of one layer that holds its keys in one store and its values in another.
 
     Args:
@@ -51,6 +53,26 @@ class StoredCache(_BaseCache, Generic[S]):
     def empty(self) -> bool:
         """Whether nothing was ever appended."""
         return self._keys is None
+
+    @property
+    def meta_state(self) -> str:
+        """Empty: ``state`` is everything. mlx-lm before 0.32 and mlx-vlm ask for it."""
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, nothing: Any) -> None:
+        pass
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any], meta_state: Any = "") -> Self:
+        """The cache that had this state; ``meta_state`` is what older hosts give, and empty.
+
+        Raises:
+            ValueError: If it is not the state of such a cache, or of another format version.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state  # type: ignore[attr-defined]  # each class has its own
+        return cache
 
     @property
     def nbytes(self) -> int:
@@ -99,9 +121,8 @@ class StoredCache(_BaseCache, Generic[S]):
         raise AttributeError(f"{type(self).__name__} has no bits")
 
     def _check_readable(self) -> None:
-        """Refuse to serve a model while mlx-lm's attention cannot read compressed caches."""
-        # Where rotormlx/mlx/hook.py puts the class while it is installed.
-        if not hasattr(mlx_lm_cache, "RotorKVCache"):
+        """Refuse to serve a model while no host's attention can read compressed caches."""
+        if not readers:
             raise ValueError(
                 f"[{type(self).__name__}] A model must be compressed before its attention can read "
                 "compressed caches, but none is now; call rotormlx.apply(model) first."

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch_store import BatchStore
+from rotormlx.mlx.cache.masks import causal_mask, growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
 from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
@@ -87,7 +86,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         super().__init__(config, layer, max_size, calibrated)
         self.rows = [Row(left=int(n)) for n in left_padding]
 
-    # ---- mlx-lm's contract ----------------------------------------------------------------------
+    # ---- the hosts' contract ---------------------------------------------------------------------
 
     @property
     def offset(self) -> mx.array:
@@ -147,7 +146,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """
         self._check_readable()
         if window_size is None and not return_array:
-            return create_attention_mask(N, 0, return_array, window_size)
+            return growing_mask(N, 0, window_size, return_array)
         singles = [self._mask_of(row, N, window_size) for row in self.rows]
         longest = max(mask.shape[-1] for mask in singles)
         masks = [mx.pad(mask, [(0, 0), (0, longest - mask.shape[-1])]) for mask in singles]
@@ -300,8 +299,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     def _mask_of(self, row: Row, length: int, window_size: int | None) -> mx.array:
         """``[length, tokens]``: what the next queries of a row see."""
         if row.left:
-            mask = create_causal_mask(length, window_size=window_size)
-            return mask[:, min(row.left, length) :]
+            return causal_mask(length, window=window_size)[:, min(row.left, length) :]
         mask = attention_mask(row.counts, self.config, length, window_size, return_array=True)
         if not isinstance(mask, mx.array):  # a single query sees everything
             mask = mx.ones((length, row.counts.tokens + length), mx.bool_)

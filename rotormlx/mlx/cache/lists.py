@@ -1,28 +1,18 @@
-"""The list of caches that a model makes, some of them lists again."""
+"""The caches of a model, compressed in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache
 
 from rotormlx.mlx.cache.single import RotorKVCache
-
-
-def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
-    """Each cache that holds something itself: index in the list, label, cache."""
-    for index, cache in enumerate(caches):
-        if isinstance(cache, CacheList):
-            for place, (_, label, leaf) in enumerate(leaves(cache.caches)):
-                yield index, f"{label} [{place}]", leaf
-        else:
-            yield index, type(cache).__name__, cache
+from rotormlx.mlx.host_caches import GROWING, is_exactly, list_of, parts
 
 
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
-    """Compress mlx-lm's growing caches in place.
+    """Compress a host's growing caches in place.
 
     Args:
         caches: The caches of a model.
@@ -33,16 +23,17 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
     """
     count = 0
     for index, cache in enumerate(caches):
-        if isinstance(cache, CacheList):
-            parts = list(cache.caches)
-            count += compress_plain(parts, own)
-            cache.caches = tuple(parts)
+        inner = parts(cache)
+        if inner is not None:
+            made = list(inner)
+            count += compress_plain(made, own)
+            caches[index] = list_of(cache, made)
             continue
         like = next(own)
-        if type(cache) is KVCache:
+        if is_exactly(cache, GROWING):
             # Layer by layer, so that a plain layer is freed before the next one is packed.
-            made = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
-            mx.eval(made.state)
-            caches[index] = made
+            packed = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
+            mx.eval(packed.state)
+            caches[index] = packed
             count += 1
     return count

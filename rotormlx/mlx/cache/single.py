@@ -1,4 +1,4 @@
-"""The compressed cache of one layer, in the shape that mlx-lm expects.
+"""The compressed cache of one layer, in the shape that hosts expect.
 
 A sequence is three parts, in order: the **sink** (first tokens, exact), **packed** blocks of 64
 tokens, and the **tail** (exact). New tokens enter the tail; whenever it holds ``window + 64``, its
@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from rotormlx.codec.counts import Counts, max_blocks
 from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
+from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
@@ -59,7 +59,7 @@ class RotorKVCache(StoredCache[Store]):
         super().__init__(config, layer, max_size, calibrated)
         self.counts = Counts()
 
-    # ---- mlx-lm's contract ----------------------------------------------------------------------
+    # ---- the hosts' contract ---------------------------------------------------------------------
 
     @property
     def offset(self) -> int:
@@ -181,21 +181,21 @@ class RotorKVCache(StoredCache[Store]):
     @classmethod
     def from_kv_cache(
         cls,
-        cache: KVCache,
+        cache: Any,
         config: RotorConfig | None = None,
         layer: int = 0,
         calibrated: Calibrated | None = None,
     ) -> RotorKVCache:
-        """Compress a filled cache of mlx-lm; the source is left as it is.
+        """Compress a filled ``KVCache`` of a host; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
         """
         out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
             return out
-        keys, values = cache.keys_and_values()
+        keys, values = cache.keys, cache.values
         for start in range(0, cache.offset, CONVERSION_TOKENS):
-            part = slice(start, start + CONVERSION_TOKENS)
+            part = slice(start, min(start + CONVERSION_TOKENS, cache.offset))
             out.update_and_fetch(keys[:, :, part], values[:, :, part])
             mx.eval(out.state)
         return out
@@ -233,7 +233,7 @@ def attention_mask(
 ) -> mx.array | str | None:
     """The attention mask for ``length`` new tokens behind those counted, as mlx-lm makes it."""
     if window_size is None or not counts.evicted:
-        return create_attention_mask(length, counts.tokens, return_array, window_size)
+        return growing_mask(length, counts.tokens, window_size, return_array)
     new = mx.arange(counts.offset, counts.offset + length)
     held = mx.concatenate([mx.array(counts.positions(config)), new])
     return (held <= new[:, None]) & (held > new[:, None] - window_size)

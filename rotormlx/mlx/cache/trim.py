@@ -6,13 +6,10 @@ the first time is gone. It comes back when the last tokens before the cut are re
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from mlx_lm.models import cache as mlx_lm_cache
-
-from rotormlx.mlx.cache.lists import leaves
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.host_caches import leaves
 
 
 def trim_prompt_cache(caches: list[Any], num_tokens: int) -> int:
@@ -29,14 +26,16 @@ def trim_prompt_cache(caches: list[Any], num_tokens: int) -> int:
         How many were forgotten: 0 if a cache cannot be trimmed, else ``num_tokens``, or all there
         were, and 0 to ``window + 63`` more. Give the model the tokens from there on.
     """
-    if not mlx_lm_cache.can_trim_prompt_cache(caches):
+    if not caches or not all(cache.is_trimmable() for cache in caches):
         return 0
-    trim: Callable[..., Any] = mlx_lm_cache.trim_prompt_cache
-    count: int = trim(caches, max(0, num_tokens))
-    again = tokens_to_reread(caches)
-    if again:
-        trim(caches, again)
-    return count + again
+    count = _trim(caches, max(0, num_tokens))
+    return count + _trim(caches, tokens_to_reread(caches))
+
+
+def _trim(caches: list[Any], count: int) -> int:
+    """Forget tokens of every cache; returns how many."""
+    counts = [int(cache.trim(count)) for cache in caches if count]
+    return counts[0] if counts else 0
 
 
 def tokens_to_reread(caches: list[Any]) -> int:

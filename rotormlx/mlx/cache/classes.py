@@ -1,0 +1,13 @@
+"""The compressed caches by their names, as files and hosts look them up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rotormlx.mlx.cache.base import StoredCache
+from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.single import RotorKVCache
+
+CLASSES: dict[str, type[StoredCache[Any]]] = {
+    kind.__name__: kind for kind in (RotorKVCache, BatchRotorKVCache)
+}

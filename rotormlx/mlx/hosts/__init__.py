@@ -1,0 +1,75 @@
+"""The packages that run models, each in a file of its own behind one interface.
+
+Importing this package imports none of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx.nn.layers.base import Module
+
+from rotormlx.mlx.hosts.host import Host
+from rotormlx.mlx.hosts.mlx_lm import MLX_LM
+from rotormlx.mlx.hosts.mlx_vlm import MLX_VLM
+
+HOSTS: tuple[Host, ...] = (MLX_LM, MLX_VLM)
+
+__all__ = ["HOSTS", "MLX_LM", "MLX_VLM", "Host", "load", "named", "of"]
+
+
+def of(model: Any) -> Host:
+    """The host whose code a model is made of; mlx-lm where nothing says another.
+
+    Raises:
+        ValueError: If it is no model.
+    """
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"[rotormlx] A model from mlx_lm.load or mlx_vlm.load is required, but a "
+            f"{type(model).__name__} was given; load returns a pair, pass the first of it."
+        )
+    packages = {type(part).__module__.partition(".")[0] for part in model.modules()}
+    return next((host for host in HOSTS if host.package in packages), MLX_LM)
+
+
+def named(name: str) -> Host:
+    """The host of a name.
+
+    Raises:
+        ValueError: If there is no such host.
+        ImportError: If it is not installed.
+    """
+    host = next((host for host in HOSTS if host.name == name), None)
+    if host is None:
+        known = " or ".join(host.name for host in HOSTS)
+        raise ValueError(f"[rotormlx] A host must be {known}, but {name!r} was given.")
+    if not host.is_available:
+        raise ImportError(
+            f"[rotormlx] {host.name} is required to load this model, but it is not installed; "
+            f"install it: pip install {host.name}."
+        )
+    return host
+
+
+def load(path_or_repo: str, name: str | None, **options: Any) -> tuple[Any, ...]:
+    """Load a model lazily with the host of a name, or with the one that knows its type.
+
+    Args:
+        path_or_repo: A directory, or the name of a repository.
+        name: The host; None for mlx-lm, or for mlx-vlm where only that knows the type.
+        **options: What else its ``load`` takes.
+
+    Raises:
+        ValueError: If there is no such host, or none knows the type of the model.
+        ImportError: If the host is not installed.
+    """
+    if name is not None:
+        return named(name).load(path_or_repo, **options)
+    try:
+        return MLX_LM.load(path_or_repo, **options)
+    except ValueError as error:
+        is_unknown = "not supported" in str(error)
+        if is_unknown and MLX_VLM.is_available:
+            return MLX_VLM.load(path_or_repo, **options)
+        raise

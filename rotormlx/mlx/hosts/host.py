@@ -1,0 +1,233 @@
+"""What a package that runs models has in common with the others, and how it is extended.
+
+About 105 model files of mlx-lm bind ``scaled_dot_product_attention`` by name when they are
+imported, and 150 of mlx-vlm, so replacing the attribute of a module would reach none of them. The
+function object is the same everywhere: its ``__code__`` is exchanged for code that looks at the
+type of the keys. Keys that are arrays run the code that was there before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+from mlx.nn.layers.base import Module
+
+from rotormlx.mlx.cache import base
+from rotormlx.mlx.cache.classes import CLASSES
+from rotormlx.mlx.host_caches import GROWING
+
+_VARARGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+# Held while a host is changed, and while who uses a change is counted.
+_lock = threading.RLock()
+
+
+class Exchange(NamedTuple):
+    """A function of a host whose code is exchanged.
+
+    module: Where it is defined, by its full name.
+    name: Its name there.
+    replacement: The function whose code it gets. One that takes ``*args`` and ``**options`` serves
+        every signature that has the parameters ``needs``; any other must have the same.
+    """
+
+    module: str
+    name: str
+    replacement: Any
+    needs: tuple[str, ...] = ()
+
+    @property
+    def function(self) -> Any:
+        """The function object, the same wherever it was bound."""
+        return vars(importlib.import_module(self.module))[self.name]
+
+
+class _Run:
+    """A user of a change that is no model."""
+
+
+class Host(ABC):
+    """A package that makes caches for models and attends over what they hand out."""
+
+    # As pip calls it, and as Python does.
+    name: ClassVar[str]
+    package: ClassVar[str]
+    # The oldest and the newest version that the tests ran with.
+    tested: ClassVar[tuple[str, str]]
+
+    def __init__(self) -> None:
+        # By name, a function with the code that the host came with; empty while it is unchanged.
+        self._original: dict[str, FunctionType] = {}
+        # What uses the change, by id: models, and runs that :meth:`in_place` stands for.
+        self._users: dict[int, weakref.ref[Any]] = {}
+
+    # ---- what a host says of itself -------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The functions whose code is exchanged."""
+
+    @property
+    def caches(self) -> ModuleType:
+        """The module of its caches, where it also looks classes up by their names."""
+        return importlib.import_module(f"{self.package}.models.cache")
+
+    @property
+    def version(self) -> str:
+        """The version that is installed."""
+        return str(importlib.import_module(self.package).__version__)
+
+    @property
+    def is_available(self) -> bool:
+        """Whether it is installed."""
+        return importlib.util.find_spec(self.package) is not None
+
+    def load(self, path_or_repo: str, **options: Any) -> tuple[Any, ...]:
+        """What its own ``load`` gives, a model first; no weight is read yet."""
+        own = importlib.import_module(self.package).load
+        loaded: tuple[Any, ...] = own(path_or_repo, lazy=True, **options)
+        return loaded
+
+    def target(self, model: Module) -> Module:
+        """The part of a model that makes caches and takes tokens: the model itself."""
+        return model
+
+    def own_caches(self, model: Any) -> list[Any]:
+        """The caches that a model makes by its class, whatever its instance was given."""
+        make = getattr(type(model), "make_cache", None)
+        growing = getattr(self.caches, GROWING)
+        return [growing() for _ in model.layers] if make is None else list(make(model))
+
+    # ---- changing it ----------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Teach the host's attention, its caches and its files about compressed caches.
+
+        Calling it again changes nothing. It lasts until :meth:`remove`, or until the last user is
+        released. A version that nobody tested is tried: its functions must have what we need.
+
+        Raises:
+            RuntimeError: If a function is missing or has another signature; nothing is changed
+                then.
+        """
+        with _lock:
+            if self._original:
+                return
+            exchanges = self.exchanges
+            for exchange in exchanges:
+                self._check(exchange)
+            for exchange in exchanges:
+                self._original[exchange.name] = _exchanged(exchange)
+            vars(self.caches).update(CLASSES)
+            base.readers.add(self.name)
+
+    def remove(self) -> None:
+        """Give the host back the code objects it came with, whoever uses the change.
+
+        Calling it again changes nothing.
+        """
+        with _lock:
+            self._users.clear()
+            if not self._original:
+                return
+            for exchange in self.exchanges:
+                function = exchange.function
+                function.__code__ = self._original.pop(exchange.name).__code__
+                vars(function).pop("__signature__", None)
+            for name in CLASSES:
+                vars(self.caches).pop(name, None)
+            base.readers.discard(self.name)
+
+    def installed(self) -> bool:
+        """Whether the host's attention handles compressed keys now."""
+        return bool(self._original)
+
+    def use(self, user: Any) -> None:
+        """Install for a user, a model say, until :meth:`release` or its end.
+
+        Raises:
+            RuntimeError: As :meth:`install`.
+        """
+        with _lock:
+            self.install()
+            self._users[id(user)] = weakref.ref(user)
+
+    def release(self, user: Any) -> None:
+        """End a use, if it is one; the host gets its code objects back when no user is left."""
+        with _lock:
+            self._users.pop(id(user), None)
+            if all(other() is None for other in self._users.values()):
+                self.remove()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Use the change for a while.
+
+        Raises:
+            RuntimeError: As :meth:`install`.
+        """
+        run = _Run()
+        self.use(run)
+        try:
+            yield
+        finally:
+            self.release(run)
+
+    def own(self, name: str) -> Any:
+        """A function of the host with the code that it came with."""
+        # Not among them if another thread called remove() just now: then it has that code again.
+        function = next(exchange.function for exchange in self.exchanges if exchange.name == name)
+        return self._original.get(name, function)
+
+    # ---- inside ---------------------------------------------------------------------------------
+
+    def _check(self, exchange: Exchange) -> None:
+        """Refuse a function that is missing or has another signature."""
+        try:
+            function = exchange.function
+        except (ImportError, KeyError):
+            raise self._incompatible(f"a function {exchange.name}") from None
+        if not isinstance(function, FunctionType) or function.__code__.co_freevars:
+            raise self._incompatible(f"a plain function {exchange.name}")
+        ours = inspect.signature(exchange.replacement)
+        if exchange.needs:
+            missing = set(exchange.needs) - set(inspect.signature(function).parameters)
+            if missing:
+                raise self._incompatible(f"{exchange.name}(..., {', '.join(sorted(missing))})")
+        elif function.__code__.co_flags & _VARARGS or _names(function) != _names(ours):
+            raise self._incompatible(f"{exchange.name}({', '.join(ours.parameters)})")
+
+    def _incompatible(self, wanted: str) -> RuntimeError:
+        oldest, newest = self.tested
+        return RuntimeError(
+            f"[hook] rotormlx needs {self.name} with {wanted}, but {self.name} {self.version} has "
+            f"none; versions {oldest} to {newest} work: pip install '{self.name}=={newest}'."
+        )
+
+
+def _exchanged(exchange: Exchange) -> FunctionType:
+    """Exchange the code of a function; returns a function with the code that it came with."""
+    function = exchange.function
+    own = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    if exchange.needs:
+        function.__signature__ = inspect.signature(function)
+    function.__code__ = exchange.replacement.__code__
+    return own
+
+
+def _names(function: Any) -> list[tuple[str, Any, Any]]:
+    """Names, kinds and defaults of parameters, without types."""
+    signature = function if isinstance(function, inspect.Signature) else inspect.signature(function)
+    return [(p.name, p.kind, p.default) for p in signature.parameters.values()]

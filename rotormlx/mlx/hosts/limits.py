@@ -1,0 +1,80 @@
+"""What hosts may ask of a model's compressed caches: a limit, quantization, a draft model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rotormlx.codec.counts import max_blocks
+from rotormlx.codec.format import BLOCK
+from rotormlx.mlx.cache.base import StoredCache
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.host_caches import leaves
+
+
+def make_caches(own: Callable[..., list[Any]], model: Any, max_kv_size: int | None) -> list[Any]:
+    """Make the caches of a model; ``max_kv_size`` reaches what makes compressed ones.
+
+    Args:
+        own: The host's function.
+        model: The model that the host asks for caches.
+        max_kv_size: The most tokens that a cache holds, or None.
+    """
+    limited = getattr(vars(model).get("make_cache"), "limited", None)
+    if limited is not None and max_kv_size is not None:
+        made: list[Any] = limited(max_kv_size)
+        return made
+    return own(model, max_kv_size)
+
+
+def quantize(
+    own: Callable[..., None], caches: list[Any], start: int, group_size: int, bits: int | None
+) -> None:
+    """Do what ``kv_bits`` asks for: a warning, once there is a compressed cache among them."""
+    if bits is None:
+        return
+    for _, _, cache in leaves(caches):
+        if isinstance(cache, StoredCache):
+            cache.to_quantized(group_size, bits)
+            return
+    own(caches, start, group_size, bits)
+
+
+def check_speculation(options: Mapping[str, Any], make: Callable[[Any], list[Any]]) -> None:
+    """Refuse a draft model unless every cache can forget tokens until the end.
+
+    Args:
+        options: Those of a host's ``speculative_generate_step``.
+        make: Makes the caches of a model.
+
+    Raises:
+        ValueError: If a cache would reach its limit: it could forget no rejected token then.
+    """
+    caches = options["prompt_cache"]
+    if caches is None:
+        models = (options["model"], options["draft_model"])
+        caches = [cache for model in models for cache in make(model)]
+    limits = [limit for _, _, cache in leaves(caches) if (limit := _room(cache)) is not None]
+    tokens = options["max_tokens"]
+    needed = len(options["prompt"]) + tokens + options["num_draft_tokens"]
+    if limits and (tokens < 0 or needed > min(limits)):
+        wanted = "any number of" if tokens < 0 else needed
+        raise ValueError(
+            f"[speculation] Rejected tokens of a draft must be forgotten, but a cache with a limit "
+            f"or a sliding window has room for {max(0, min(limits))} tokens until it cannot, and "
+            f"{wanted} tokens may come; use caches without a limit, or no draft model."
+        )
+
+
+def _room(cache: Any) -> int | None:
+    """How many tokens a cache takes until it cannot be trimmed; None if it always can."""
+    size = getattr(cache, "max_size", None)
+    if size is None:
+        return None
+    if isinstance(cache, RotorKVCache):
+        if not cache.is_trimmable():
+            return 0
+        config = cache.config
+        blocks = max_blocks(size, config) or 0
+        size = config.sink + blocks * BLOCK + config.window + BLOCK - 1
+    return int(size) - int(cache.offset)

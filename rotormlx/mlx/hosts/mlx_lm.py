@@ -1,0 +1,118 @@
+"""mlx-lm: language models, from 0.31.3 on.
+
+Besides its attention, four functions get our code. ``make_prompt_cache`` drops ``max_kv_size``
+where a model makes its caches itself. ``speculative_generate_step`` forgets no rejected token once
+a cache has reached its limit, and says nothing. ``maybe_quantize_kv_cache`` raises in the middle of
+a prompt where a model has sliding windows besides. Before 0.32, files of caches hold arrays only,
+and what else a compressed cache is would be lost.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from rotormlx.mlx.hosts.host import Exchange, Host
+
+# This code runs with the globals of mlx-lm's modules, hence the imports.
+# ruff: noqa: PLC0415
+
+
+def _attention(  # type: ignore[no-untyped-def]
+    queries, keys, values, cache, scale, mask, sinks=None
+):
+    from rotormlx.mlx import hook
+    from rotormlx.mlx.hosts.mlx_lm import MLX_LM
+
+    own = MLX_LM.own("scaled_dot_product_attention")
+    return hook.attend(own, queries, keys, values, cache, scale, mask, sinks)
+
+
+def _make_caches(model, max_kv_size=None):  # type: ignore[no-untyped-def]
+    from rotormlx.mlx.hosts import limits
+    from rotormlx.mlx.hosts.mlx_lm import MLX_LM
+
+    return limits.make_caches(MLX_LM.own("make_prompt_cache"), model, max_kv_size)
+
+
+def _quantize(  # type: ignore[no-untyped-def]
+    prompt_cache, quantized_kv_start, kv_group_size, kv_bits
+):
+    from rotormlx.mlx.hosts import limits
+    from rotormlx.mlx.hosts.mlx_lm import MLX_LM
+
+    own = MLX_LM.own("maybe_quantize_kv_cache")
+    limits.quantize(own, prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+
+def _speculate(*args, **options):  # type: ignore[no-untyped-def]
+    from rotormlx.mlx.hosts.mlx_lm import MLX_LM
+
+    return MLX_LM.speculate(args, options)
+
+
+def _save(file_name, cache, metadata={}):  # type: ignore[no-untyped-def]  # noqa: B006
+    from rotormlx.mlx.hosts import old_files
+    from rotormlx.mlx.hosts.mlx_lm import MLX_LM
+
+    old_files.save(MLX_LM.own("save_prompt_cache"), file_name, cache, metadata)
+
+
+def _load(file_name, return_metadata=False):  # type: ignore[no-untyped-def]
+    from rotormlx.mlx.hosts import old_files
+    from rotormlx.mlx.hosts.mlx_lm import MLX_LM
+
+    own = MLX_LM.own("load_prompt_cache")
+    return old_files.load(own, MLX_LM.caches, file_name, return_metadata)
+
+
+_SPECULATION = ("prompt", "model", "draft_model", "prompt_cache", "max_tokens", "num_draft_tokens")
+
+
+class MlxLm(Host):
+    """mlx-lm."""
+
+    name = "mlx-lm"
+    package = "mlx_lm"
+    tested = ("0.31.3", "0.32.2")
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Its attention, and what it asks of caches."""
+        cache, generate = "mlx_lm.models.cache", "mlx_lm.generate"
+        exchanges = (
+            Exchange("mlx_lm.models.base", "scaled_dot_product_attention", _attention),
+            Exchange(cache, "make_prompt_cache", _make_caches),
+            Exchange(generate, "speculative_generate_step", _speculate, _SPECULATION),
+            Exchange(generate, "maybe_quantize_kv_cache", _quantize),
+        )
+        if not self._files_hold_arrays_only:
+            return exchanges
+        files = (
+            Exchange(cache, "save_prompt_cache", _save),
+            Exchange(cache, "load_prompt_cache", _load),
+        )
+        return exchanges + files
+
+    @property
+    def _files_hold_arrays_only(self) -> bool:
+        """Whether this is the contract before 0.32, where a cache has a ``meta_state`` too."""
+        return hasattr(importlib.import_module("mlx_lm.models.cache").KVCache, "meta_state")
+
+    def speculate(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Generate with a draft model, if every cache can forget tokens until the end.
+
+        Raises:
+            ValueError: If a cache would reach its limit.
+        """
+        from rotormlx.mlx.hosts import limits
+
+        own = self.own("speculative_generate_step")
+        call = inspect.signature(own).bind(*args, **options)
+        call.apply_defaults()
+        limits.check_speculation(call.arguments, self.caches.make_prompt_cache)
+        return own(*args, **options)
+
+
+MLX_LM = MlxLm()
