@@ -81,8 +81,8 @@ class MlxLm:
         """New caches for one sequence, as the host makes them."""
         return make_prompt_cache(model)
 
-    def begin_sequence(self, model: Any) -> None:
-        """Make a model forget the sequence before; those of mlx-lm keep nothing."""
+    def begin_sequence(self, model: Any, tokens: mx.array) -> None:
+        """Tell a model of a new sequence ``[1, L]``; those of mlx-lm need not know."""
 
     def logits(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
         """The logits ``[1, L, V]`` of tokens ``[1, L]``."""
@@ -124,7 +124,7 @@ class MlxLm:
         """Logits ``[tokens, V]`` and, for each router, its choice for each token."""
         tokens = mx.random.randint(0, SMALLEST_VOCABULARY, (1, sum(steps)), key=mx.random.key(1))
         logits, routes, start = [], [], 0
-        self.begin_sequence(model)
+        self.begin_sequence(model, tokens)
         for count in steps:
             with recorded_routing() as seen:
                 out = self.logits(model, tokens[:, start : start + count], caches)
@@ -132,8 +132,20 @@ class MlxLm:
             logits.append(np.array(out[0].astype(mx.float32)))
             routes.append([np.array(r).reshape(count, -1) for r in seen if r.size % count == 0])
             start += count
-        by_layer = [np.concatenate(layer) for layer in zip(*routes, strict=True)]
-        return np.concatenate(logits), by_layer
+        return np.concatenate(logits), by_layer(routes)
+
+
+def by_layer(routes: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Each router's choice for each token, ``[tokens, experts]``.
+
+    Args:
+        routes: For each step, what was chosen one after another, ``[step, experts]``. Other users
+            of the same functions choose more or less in another step, and are left out.
+    """
+    if len({len(step) for step in routes}) > 1:
+        return []
+    layers = zip(*routes, strict=True)
+    return [np.concatenate(x) for x in layers if len({choice.shape[1] for choice in x}) == 1]
 
 
 @contextmanager

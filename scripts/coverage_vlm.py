@@ -53,9 +53,9 @@ class MlxVlm(MlxLm):
         """New caches for one sequence, as the host makes them."""
         return make_prompt_cache(model.language_model)
 
-    def begin_sequence(self, model: Any) -> None:
-        """Make a model forget the positions of the prompt before."""
-        vlm_models.begin_sequence(model)
+    def begin_sequence(self, model: Any, tokens: mx.array) -> None:
+        """Make a model forget the prompt before, and give it the positions of this one."""
+        vlm_models.begin_sequence(model, tokens)
 
     def logits(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
         """The logits ``[1, L, V]`` of tokens ``[1, L]``."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_vlm.models
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from tests.support.models import visible
 
@@ -19,6 +19,8 @@ CONFIGS: dict[str, dict[str, Any]] = _ZOO["configs"]
 NOT_RUN: dict[str, str] = _ZOO["not run"]
 # What an encoder gives a decoder, of these types: noise of this width.
 ENCODED_WIDTHS = {"florence2": 128, "nemotron_parse": 128}
+# Types whose language model takes positions from the model around it.
+POSITIONED = ("minicpmo",)
 # Parts of a configuration that have a class of their own, as mlx-vlm's loader knows them.
 PARTS = ("text", "vision", "perceiver", "projector", "audio")
 
@@ -46,8 +48,9 @@ def build(model_type: str) -> Any:
     package = importlib.import_module(f"mlx_vlm.models.{model_type}")
     mx.random.seed(0)
     model = package.Model(config(model_type))
-    language_model = model.language_model
-    language_model.update(tree_map(visible, language_model.parameters()))
+    weights = tree_flatten(model.language_model.parameters())
+    read = [(name, visible(p)) for name, p in weights if "vision" not in name]
+    model.language_model.update(tree_unflatten(read))
     return model.eval()
 
 
@@ -57,11 +60,13 @@ def model_types() -> list[str]:
     return sorted({path.parent.name for path in packages.glob("*/language.py")} | set(CONFIGS))
 
 
-def begin_sequence(model: Any) -> None:
-    """Make a model forget the positions of the prompt before, as ``generate`` does."""
+def begin_sequence(model: Any, tokens: mx.array) -> None:
+    """Make a model forget the prompt before, and give it the positions of tokens ``[1, L]``."""
     for name in ("_position_ids", "_rope_deltas"):
         if hasattr(model.language_model, name):
             setattr(model.language_model, name, None)
+    if model.config.model_type in POSITIONED:
+        model.get_input_embeddings(tokens)
 
 
 def logits(model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
