@@ -37,7 +37,8 @@ configuration and random float32 weights, {tokens} tokens in chunks of {chunks},
 no sink and no window, so that nearly everything is read from packed bytes. *error* is the largest
 error of a token's logits against the float cache, relative to their norm. Where a router chooses
 experts, *other experts* counts the tokens for which the codec's error tipped the choice in some
-layer; the error is then of the tokens before the first of them.
+layer; the error is then of the tokens before the first of them. After `remove`, all logits are
+those from before, bit for bit.
 
 """
     + COLUMNS
@@ -110,12 +111,14 @@ class MlxLm:
             return result
         finally:
             rotormlx.remove(model)
+        judge(result, want, got, want_routes, routes)
         packed = [c for _, _, c in leaves(caches) if isinstance(c, rotormlx.RotorKVCache)]
         full = sum(steps) // 64 * 64
         if len(packed) != result.compressed or any(c.packed_tokens != full for c in packed):
             result.verdict, result.note = "differs", "a cache that was to be packed is not"
-            return result
-        judge(result, want, got, want_routes, routes)
+        again, _ = self.read(model, self.caches(model), steps)
+        if not np.array_equal(again, want, equal_nan=True):
+            result.verdict, result.note = "differs", "remove does not give the model back"
         return result
 
     def read(

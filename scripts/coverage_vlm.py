@@ -54,7 +54,7 @@ class MlxVlm(MlxLm):
         return make_prompt_cache(model.language_model)
 
     def begin_sequence(self, model: Any, tokens: mx.array) -> None:
-        """Make a model forget the prompt before, and give it the positions of this one."""
+        """Give a model the positions of a new sequence ``[1, L]``, if it wants them."""
         vlm_models.begin_sequence(model, tokens)
 
     def logits(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:

@@ -61,10 +61,7 @@ def model_types() -> list[str]:
 
 
 def begin_sequence(model: Any, tokens: mx.array) -> None:
-    """Make a model forget the prompt before, and give it the positions of tokens ``[1, L]``."""
-    for name in ("_position_ids", "_rope_deltas"):
-        if hasattr(model.language_model, name):
-            setattr(model.language_model, name, None)
+    """Give a model the positions of tokens ``[1, L]``, if it does not count them itself."""
     if model.config.model_type in POSITIONED:
         model.get_input_embeddings(tokens)
 
