@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,8 +20,8 @@ class LayerReport:
     Args:
         index: Position in the model's list of caches.
         cache: Class of the cache the model uses, with its place if it is one of several.
-        compressed: Whether :class:`RotorKVCache` takes its place.
-        reason: Why it is left alone; empty if it is compressed.
+        compressed: Whether a compressed cache takes its place.
+        reason: Why it is left alone, or why its ``way`` is not the first.
         kv_heads: KV heads, 0 if the cache holds no keys and values.
         head_dim_k: Dimension of a key.
         head_dim_v: Dimension of a value.
@@ -29,6 +30,7 @@ class LayerReport:
         exact_bytes: Bytes of one coordinate in the sink and the tail.
         max_tokens: The most tokens that the cache ever keeps, or None.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
+        way: How a compressed cache serves the model, where the fused attention does not.
     """
 
     index: int
@@ -43,6 +45,7 @@ class LayerReport:
     exact_bytes: int = FLOAT16_BYTES
     max_tokens: int | None = None
     state_bytes: int = 0
+    way: str = ""
 
     @property
     def values_per_token(self) -> int:
@@ -84,8 +87,13 @@ class LayerReport:
             return f"layer {self.index}: {self.cache} left alone, {self.reason}"
         return (
             f"layer {self.index}: {self.cache} compressed, {self.kv_heads} KV heads, "
-            f"head_dim {self.head_dims}, {self.bits_per_value:.3f} bits a value"
+            f"head_dim {self.head_dims}, {self.bits_per_value:.3f} bits a value{self.way_and_why}"
         )
+
+    @property
+    def way_and_why(self) -> str:
+        """How a compressed cache serves the model, and why not by the fused attention."""
+        return f", {self.way}, since {self.reason}" if self.way else ""
 
 
 @dataclass(frozen=True)
@@ -151,8 +159,13 @@ class Report:
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
-            f"{self._bits}{self._transform}, {self.bits_per_value:.3f} bits a value"
+            f"{self._bits}{self._transform}, {self.bits_per_value:.3f} bits a value{self._ways}"
         )
+
+    @property
+    def _ways(self) -> str:
+        counts = Counter(layer.way for layer in self.layers if layer.way)
+        return "".join(f", {count} {way}" for way, count in counts.items())
 
     @property
     def _bits(self) -> str:

@@ -24,7 +24,7 @@ def layer_table(report: Report) -> Table:
             str(layer.kv_heads) if layer.kv_heads else "",
             layer.head_dims if layer.kv_heads else "",
             f"{layer.bits_per_value:.3f}" if layer.compressed else "",
-            layer.reason,
+            layer.way_and_why.removeprefix(", ") if layer.compressed else layer.reason,
         )
     return table
 

@@ -69,7 +69,8 @@ class CompressedCaches:
         # A copy of a model outlives remove() of the model it was copied from.
         self.host.use(self if model is None else model)
         own = _own_caches(self.host, model, self.own)
-        return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
+        make = cache_factory(self.config, self.calibration, max_kv_size)
+        return compress(own, make, self.report)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
         """A copy for the copy of the model that is being made."""
@@ -204,7 +205,7 @@ def make_prompt_cache(
     own = _own_attribute(target)
     report, calibration = _probe(host, target, own, config, None)
     factory = cache_factory(report.config, calibration, max_kv_size)
-    return compress(_own_caches(host, target, own), factory)
+    return compress(_own_caches(host, target, own), factory, report)
 
 
 def cache_factory(
@@ -252,7 +253,7 @@ def _probe(
 ) -> tuple[Report, Calibration | None]:
     """Probe a model and see to its calibration; it uses its host's change from now on."""
     with host.in_place():
-        report = probe(host, target, _own_caches(host, target, own), config)
+        report = probe(target, _own_caches(host, target, own), config)
         made = None
         if given is not None or config.is_calibrated:
             report, made = calibrated(report, weights(target), given)

@@ -20,6 +20,7 @@ from rotormlx.mlx.probe import dims
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage import cache_file
 from rotormlx.storage import fingerprint as fingerprints
+from rotormlx.storage.cache_fields import LAYOUTS, SINGLE
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL
@@ -107,7 +108,9 @@ def _read(path: str | Path, saved: SavedCaches, model: Module, report: Report) -
 
 
 def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
-    """Check that caches fit a compressed model, and compress plain ones in place.
+    """Check that caches fit a compressed model, and make them such as it has, in place.
+
+    Plain ones are compressed; a compressed one of another class keeps its bytes.
 
     Args:
         path: Where they come from, for messages.
@@ -154,7 +157,7 @@ def _shape(cache: Any) -> Shape:
     """What of a cache must fit a model."""
     name = type(cache).__name__
     if isinstance(cache, RotorKVCache):
-        return Shape(name, cache.config, cache.layer, dims=dims(cache))
+        return Shape(LAYOUTS.get(name, name), cache.config, cache.layer, dims=dims(cache))
     window = cache.max_size if is_a(cache, ROTATING) else None
     return Shape(name, window=window, dims=dims(cache) if is_a(cache, *ATTRIBUTES) else None)
 
@@ -182,7 +185,7 @@ class _Fit(NamedTuple):
             self._check_layer(layer, index, want, shape)
 
     def _check_layer(self, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
-        if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
+        if isinstance(want, RotorKVCache) and shape.name == SINGLE:
             if shape.layer != index:
                 raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
         elif shape.name != (GROWING if layer.compressed else type(want).__name__):

@@ -23,6 +23,11 @@ from rotormlx.config import RotorConfig
 
 # The classes of a file that this module describes.
 SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
+# Those that a file may name, with the one whose state each has.
+LAYOUTS = {
+    **{SINGLE: SINGLE, "DecodedRotorKVCache": SINGLE},
+    **{BATCH: BATCH, "BatchDecodedRotorKVCache": BATCH},
+}
 # What exact tokens may be, as files name dtypes.
 FLOATS = ("F16", "BF16", "F32")
 

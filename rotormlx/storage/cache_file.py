@@ -293,7 +293,7 @@ def _value(array: Array, kind: str, file: TensorFile) -> Any:
 
 
 def is_old_layout(texts: Mapping[str, str]) -> bool:
-    """Whether a file is laid out as mlx-lm did it before 0.32: with a class where we have digits."""
+    """Whether a file is laid out as mlx-lm did it before 0.32: a class stands for our digits."""
     return re.fullmatch(r"[A-Z]\w*", texts.get("2.0", "")) is not None
 
 

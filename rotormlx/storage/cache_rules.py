@@ -17,6 +17,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.storage.cache_fields import (
     BATCH,
     FLOATS,
+    LAYOUTS,
     SINGLE,
     Field,
     SavedBatch,
@@ -33,7 +34,7 @@ State = list[Any]
 class Shape(NamedTuple):
     """What a file says of one cache, as far as it must fit a model.
 
-    name: Its class.
+    name: Its class; of a compressed one :data:`LAYOUTS` says which of two.
     config, layer, limited: Of a compressed one; limited if it holds no more than so many tokens.
     window: The most tokens of a sliding window.
     dims: KV heads, key dimension and value dimension, where it holds keys and values.
@@ -183,13 +184,13 @@ def _arrays(rules: _Rules) -> Shape:
 def _compressed(rules: _Rules) -> Shape:
     saved = SavedCache.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(rules.name, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    return Shape(SINGLE, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
 
 
 def _compressed_batch(rules: _Rules) -> Shape:
     saved = SavedBatch.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(rules.name, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    return Shape(BATCH, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
 
 
 _RULES: dict[str, Callable[[_Rules], Shape]] = {
@@ -197,6 +198,8 @@ _RULES: dict[str, Callable[[_Rules], Shape]] = {
     "RotatingKVCache": _sliding,
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,
-    SINGLE: _compressed,
-    BATCH: _compressed_batch,
+    **{
+        name: _compressed if layout == SINGLE else _compressed_batch
+        for name, layout in LAYOUTS.items()
+    },
 }

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.storage import cache_file
-from rotormlx.storage.cache_fields import BATCH, SINGLE, SavedBatch, SavedCache
+from rotormlx.storage.cache_fields import BATCH, LAYOUTS, SINGLE, SavedBatch, SavedCache
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL, check_file
@@ -107,7 +107,7 @@ def load_prompt_cache(
         check_file(path, saved.metadata, own, fit.text.model_type)
         states = saved.read(_array)
     device = torch.device(model.device if device is None else device)
-    entries = zip(cache.layers, saved.classes, states, strict=True)
+    entries = zip(cache.layers, _layouts(saved), states, strict=True)
     for index, (layer, name, state) in enumerate(entries):
         if isinstance(layer, RotorLayer):
             _fill(layer, name, state, device)
@@ -171,7 +171,7 @@ class _Fit(NamedTuple):
 
     def check(self, saved: SavedCaches) -> None:
         """Refuse a file whose layers are of other kinds or shapes than the model's."""
-        layers, classes = self.cache.layers, saved.classes
+        layers, classes = self.cache.layers, _layouts(saved)
         if len(layers) != len(classes):
             raise self.misfit(f"{len(layers)} layers", f"{len(classes)}")
         names: dict[type, tuple[str, ...]] = {
@@ -225,6 +225,11 @@ class _Fit(NamedTuple):
             f"[prompt cache] {self.path} must hold {required}, but it holds {came!r}; it is "
             "damaged: make it again."
         )
+
+
+def _layouts(saved: SavedCaches) -> list[str]:
+    """The class of each cache, of those that differ in MLX's attention alone the first."""
+    return [LAYOUTS.get(name, name) for name in saved.classes]
 
 
 def _head_dims(text: PreTrainedConfig) -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ from rotormlx.codec.counts import max_blocks
 from rotormlx.codec.format import ROLES
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.store import Calibrated, Store
+from rotormlx.mlx.cache.view import KVView
 
 S = TypeVar("S", bound=Store)
 
@@ -55,6 +56,15 @@ class StoredCache(Generic[S]):
         return self._keys is None
 
     @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything that is saved: numbers, texts, arrays and None."""
+        raise NotImplementedError
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        raise NotImplementedError
+
+    @property
     def meta_state(self) -> str:
         """Empty: ``state`` is everything. mlx-lm before 0.32 and mlx-vlm ask for it."""
         return ""
@@ -71,8 +81,16 @@ class StoredCache(Generic[S]):
             ValueError: If it is not the state of such a cache, or of another format version.
         """
         cache = cls.__new__(cls)
-        cache.state = state  # type: ignore[attr-defined]  # each class has its own
+        cache.state = state
         return cache
+
+    def prefix_cache_snapshot(self) -> dict[str, Any]:
+        """What a prefix cache of mlx-vlm keeps; nothing is copied."""
+        return {"state": self.state, "meta_state": self.meta_state}
+
+    def prefix_cache_restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take what :meth:`prefix_cache_snapshot` gave."""
+        self.state = snapshot["state"]
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +115,22 @@ class StoredCache(Generic[S]):
     def values(self) -> mx.array | None:
         """An empty array that stands for the values, as :attr:`keys` does."""
         return None if self._values is None else self._values.exact[:, :, :0]
+
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        _, store = self._filled()
+        store.exact = mx.depends(store.exact, values)
+
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, Any]:
+        """What a model gets of keys and values: handles for the fused attention.
+
+        Args:
+            views: Of keys and values.
+            new: The keys and values just appended, if some were.
+        """
+        return views
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
         """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""

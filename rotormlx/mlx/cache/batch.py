@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
@@ -38,12 +38,14 @@ class Row:
         expected: Tokens that will still come before right padding; None for no limit.
         right: Right padding just appended: it lies behind the tokens and counts in attention, so
             that the last query of every row is the last appended, until the next step.
+        rejected: Tokens at the end that go when padding is over: a draft that was not accepted.
     """
 
     counts: Counts = field(default_factory=Counts)
     left: int = 0
     expected: int | None = None
     right: int = 0
+    rejected: int = 0
 
     def copy(self) -> Row:
         """A row of the same counts that is counted by itself."""
@@ -74,6 +76,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     """
 
     _store = BatchStore
+    # The class of a row by itself.
+    _single: ClassVar[type[RotorKVCache]] = RotorKVCache
 
     def __init__(
         self,
@@ -93,7 +97,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """The position of the next token of every row, int32 ``[B]``."""
         return mx.array([row.counts.offset + row.right - row.left for row in self.rows], mx.int32)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens; see :meth:`RotorKVCache.update_and_fetch`.
 
         Args:
@@ -101,7 +105,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, with the lengths of each row.
+            :class:`KVView` of all keys and values, with the lengths of each row.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -126,13 +130,17 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         skipped = [row.append(keys.shape[2]) for row in rows]
         for store, x in zip(stores, (keys, values), strict=True):
             store.append_rows(x, exact, skipped)
-        views = self._views(stores, rows)
+        served = self._served(self._views(stores, rows), (keys, values))
         self._pack_tails(stores, rows)
         # One step, between whose halves no interrupt comes.
         vars(self).update(_keys=stores[0], _values=stores[1], rows=rows)
-        return views
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
         """Views of all keys and values."""
         return self._views(self._filled(), self.rows)
 
@@ -177,7 +185,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Args:
             left_padding: Tokens before each row; only while the cache is empty.
             lengths: Tokens of each row before its right padding.
-            right_padding: Tokens behind each row, until :meth:`finalize`.
+            right_padding: Tokens behind each row, until :meth:`finalize`. Without ``lengths`` they
+                are the last ones that each row holds then.
 
         Raises:
             ValueError: If left padding meets a filled cache.
@@ -190,7 +199,12 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
                 )
             for row, left in zip(self.rows, left_padding, strict=True):
                 row.left += int(left)
-        if right_padding is not None and lengths is not None and max(right_padding) > 0:
+        if right_padding is None or max(right_padding) <= 0:
+            return
+        if lengths is None:
+            for row, count in zip(self.rows, right_padding, strict=True):
+                row.rejected = int(count)
+        else:
             for row, length in zip(self.rows, lengths, strict=True):
                 row.expected = int(length)
 
@@ -199,6 +213,17 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         self._forget_padding()
         for row in self.rows:
             row.expected = None
+            row.counts.trim(row.rejected, self.config)
+            row.rejected = 0
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    def is_single_row(self) -> bool:
+        """Whether there is one sequence."""
+        return len(self.rows) == 1
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows, in this order."""
@@ -223,7 +248,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     def extract(self, idx: int) -> RotorKVCache:
         """A row as a cache by itself; it shares no buffer with the batch."""
-        single = RotorKVCache(self.config, self.layer, self.max_size, self.calibrated)
+        single = self._single(self.config, self.layer, self.max_size, self.calibrated)
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
@@ -234,7 +259,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return single
 
     @classmethod
-    def merge(cls, caches: Sequence[RotorKVCache]) -> BatchRotorKVCache:
+    def merge(cls, caches: Sequence[RotorKVCache]) -> Self:
         """A batch with a row for each sequence of these caches, which stay as they are.
 
         Raises:

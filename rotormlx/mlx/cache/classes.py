@@ -6,8 +6,13 @@ from typing import Any
 
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
 
 CLASSES: dict[str, type[StoredCache[Any]]] = {
-    kind.__name__: kind for kind in (RotorKVCache, BatchRotorKVCache)
+    kind.__name__: kind
+    for kind in (
+        *(RotorKVCache, BatchRotorKVCache),
+        *(DecodedRotorKVCache, BatchDecodedRotorKVCache),
+    )
 }

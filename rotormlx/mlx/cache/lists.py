@@ -12,7 +12,7 @@ from rotormlx.mlx.host_caches import GROWING, is_exactly, list_of, parts
 
 
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
-    """Compress a host's growing caches in place.
+    """Compress a host's growing caches in place, and give others the class that the model needs.
 
     Args:
         caches: The caches of a model.
@@ -30,9 +30,13 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
             caches[index] = list_of(cache, made)
             continue
         like = next(own)
-        if is_exactly(cache, GROWING):
+        if not isinstance(like, RotorKVCache):
+            continue
+        if isinstance(cache, RotorKVCache):
+            caches[index] = cache if type(cache) is type(like) else type(like).of(cache)
+        elif is_exactly(cache, GROWING):
             # Layer by layer, so that a plain layer is freed before the next one is packed.
-            packed = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
+            packed = type(like).from_kv_cache(cache, like.config, like.layer, like.calibrated)
             mx.eval(packed.state)
             caches[index] = packed
             count += 1

@@ -8,9 +8,9 @@ packed bytes do not depend on how a prompt was cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
@@ -46,8 +46,8 @@ class RotorKVCache(StoredCache[Store]):
     """
 
     _store = Store
-    # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
-    merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
+    # The class of batches of such caches; rotormlx/mlx/__init__.py says which.
+    batch: ClassVar[Any]
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class RotorKVCache(StoredCache[Store]):
         """The position of the next token."""
         return self.counts.offset
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens.
 
         Args:
@@ -74,7 +74,7 @@ class RotorKVCache(StoredCache[Store]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, in which the tokens just appended are still exact.
+            :class:`KVView` of all keys and values, in which the tokens just appended are exact.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -94,12 +94,17 @@ class RotorKVCache(StoredCache[Store]):
         counts.tokens += keys.shape[2]
         sink = self.config.sink
         views = key_store.view(sink, counts), value_store.view(sink, counts)
+        served = self._served(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
         vars(self).update(_keys=key_store, _values=value_store, counts=counts)
-        return views
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
         """Views of all keys and values."""
         key_store, value_store = self._filled()
         sink = self.config.sink
@@ -176,7 +181,33 @@ class RotorKVCache(StoredCache[Store]):
             _values=value_store,
         )
 
+    @classmethod
+    def merge(cls, caches: Sequence[RotorKVCache]) -> Any:
+        """A batch with a row for each sequence of these caches, which stay as they are.
+
+        Raises:
+            ValueError: If they do not share configuration, layer and ``max_size``.
+        """
+        return cls.batch.merge(caches)
+
+    def to_batch(self, left_padding: Sequence[int]) -> Any:
+        """An empty batch of sequences with this padding before them, as mlx-vlm asks for it."""
+        settings = self.config, self.layer, self.max_size, self.calibrated
+        return type(self).batch(left_padding, *settings)
+
+    def prefix_cache_merge(self, rows: Sequence[Any], prefix_lens: Sequence[int]) -> Any:
+        """A batch of the caches that mlx-vlm's prefix cache gives back, else None."""
+        alike = all(type(row) is type(self) for row in rows)
+        return type(self).merge(rows) if alike else None
+
     # ---- beyond the contract --------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, cache: RotorKVCache) -> Self:
+        """A cache of this class with what another one holds; the buffers are shared."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(cache))
+        return made
 
     @classmethod
     def from_kv_cache(
@@ -185,7 +216,7 @@ class RotorKVCache(StoredCache[Store]):
         config: RotorConfig | None = None,
         layer: int = 0,
         calibrated: Calibrated | None = None,
-    ) -> RotorKVCache:
+    ) -> Self:
         """Compress a filled ``KVCache`` of a host; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
