@@ -25,7 +25,7 @@ VERDICTS = ("works", "refused", "not run")
 COLUMNS = """{works} of {total} model types work, {refused} are refused with the reason, \
 {not_run} were not run.
 
-| model type | | caches compressed | error | other experts | left alone, or why not |
+| model type | | caches compressed | error | other experts | left alone, decoded, or why not |
 |---|---|---|---|---|---|"""
 
 
@@ -39,7 +39,8 @@ class Result:
         note: Why, where there is something to say.
         compressed: Caches that are compressed.
         caches: Caches of the model.
-        left_alone: Kinds of caches left alone, with the reason.
+        notes: Kinds of caches that are left alone, with the reason, or not read by the fused
+            attention, with the way that they are.
         error: Largest error of a token's logits, relative to their norm, before routing differs.
         flips: Tokens whose experts differ from those of the float cache, and tokens.
     """
@@ -49,7 +50,7 @@ class Result:
     note: str = ""
     compressed: int = 0
     caches: int = 0
-    left_alone: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     error: float = 0.0
     flips: tuple[int, int] | None = None
 
@@ -58,9 +59,10 @@ def begin(model_type: str, report: Report) -> Result:
     """A result that knows what the report promises."""
     result = Result(model_type, "works", caches=len(report.layers))
     result.compressed = sum(layer.compressed for layer in report.layers)
-    result.left_alone = sorted(
-        {f"{layer.cache}: {layer.reason}" for layer in report.layers if not layer.compressed}
-    )
+    for layer in report.layers:
+        said = layer.way_and_why.removeprefix(", ") or layer.reason
+        result.notes += [f"{layer.cache}: {said}"] if said else []
+    result.notes = sorted(set(result.notes))
     return result
 
 
@@ -140,7 +142,7 @@ def table(head: str, results: list[Result], version: str) -> str:
         caches = f"{r.compressed} of {r.caches}" if r.caches else ""
         error = f"{r.error:.4f}" if r.caches else ""
         flips = f"{r.flips[0]} of {r.flips[1]} tokens" if r.flips and r.caches else ""
-        why = "; ".join([r.note] * bool(r.note) + r.left_alone).replace("|", "\\|")
+        why = "; ".join([r.note] * bool(r.note) + r.notes).replace("|", "\\|")
         lines.append(f"| {r.model_type} | {r.verdict} | {caches} | {error} | {flips} | {why} |")
     return "\n".join(lines) + "\n"
 
