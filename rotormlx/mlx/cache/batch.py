@@ -217,6 +217,11 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             row.rejected = 0
 
     @property
+    def _idx(self) -> int:
+        """The column that comes next in prompts padded to one length; mlx-vlm asks for it."""
+        return max((row.counts.offset + row.right - row.left for row in self.rows), default=0)
+
+    @property
     def batch_size(self) -> int:
         """B."""
         return len(self.rows)
