@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
+from rotormlx.codec.format import BLOCK, codec
+from rotormlx.codec.parts import ROPE_BITS, keys_and_values, latent_and_rope
 from rotormlx.config import CALIBRATED, RotorConfig
 
 FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
@@ -30,6 +31,7 @@ class LayerReport:
         exact_bytes: Bytes of one coordinate in the sink and the tail.
         max_tokens: The most tokens that the cache ever keeps, or None.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
+        holds_latents: Whether what stands for keys and values are latents and RoPE parts (MLA).
         way: How a compressed cache serves the model, where the fused attention does not.
     """
 
@@ -45,6 +47,7 @@ class LayerReport:
     exact_bytes: int = FLOAT16_BYTES
     max_tokens: int | None = None
     state_bytes: int = 0
+    holds_latents: bool = False
     way: str = ""
 
     @property
@@ -85,10 +88,15 @@ class LayerReport:
     def __str__(self) -> str:
         if not self.compressed:
             return f"layer {self.index}: {self.cache} left alone, {self.reason}"
-        return (
-            f"layer {self.index}: {self.cache} compressed, {self.kv_heads} KV heads, "
-            f"head_dim {self.head_dims}, {self.bits_per_value:.3f} bits a value{self.way_and_why}"
-        )
+        shape = f"{self.kv_heads} KV heads, head_dim {self.head_dims}"
+        if self.holds_latents:
+            shape = (
+                f"latent of {self.head_dim_k} and RoPE part of {self.head_dim_v}, "
+                f"{self.packed_bits_per_token / 8:.0f} bytes per token instead of "
+                f"{self.values_per_token * FLOAT16_BYTES}"
+            )
+        label = f"layer {self.index}: {self.cache} compressed"
+        return f"{label}, {shape}, {self.bits_per_value:.3f} bits a value{self.way_and_why}"
 
     @property
     def way_and_why(self) -> str:
@@ -120,10 +128,16 @@ class Report:
         def own(layer: LayerReport) -> LayerReport:
             if not layer.compressed:
                 return layer
-            config, index = config_of(layer.index).uncalibrated, layer.index
-            key = codec(config, layer.head_dim_k, layer=index, role=KEY)
-            value = codec(config, layer.head_dim_v, layer=index, role=VALUE)
-            return replace(layer, key_bits=key.bits_per_value, value_bits=value.bits_per_value)
+            parts = latent_and_rope if layer.holds_latents else keys_and_values
+            key_bits, value_bits = (
+                codec(part.config, dim, layer=layer.index, role=part.role).bits_per_value
+                for part, dim in zip(
+                    parts(config_of(layer.index).uncalibrated),
+                    (layer.head_dim_k, layer.head_dim_v),
+                    strict=True,
+                )
+            )
+            return replace(layer, key_bits=key_bits, value_bits=value_bits)
 
         return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
 
@@ -172,6 +186,9 @@ class Report:
         if not self.has_mean:
             return "bits by layer, "
         average = "on average, by layer, " if self.layers_differ else ""
+        if all(layer.holds_latents for layer in self.layers if layer.compressed):
+            latent, _ = latent_and_rope(self.config)
+            return f"latents at {latent.config.key_bits} bits, RoPE at {ROPE_BITS}, {average}"
         return f"K{self.config.key_bits} V{self.config.value_bits} {average}"
 
     @property

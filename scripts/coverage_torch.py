@@ -186,7 +186,7 @@ def compare(model: Any, result: Result, plain: tuple[Any, ...], steps: Sequence[
         got, routes, cache = read(model, steps)
         caches = [(cache, sum(steps))]
         if no_generation:
-            result.notes.append(f"generate itself fails: {no_generation}")
+            result.left_alone.append(f"generate itself fails: {no_generation}")
         else:
             first, cache = generated(model)
             caches.append((cache, STEPS[0]))

@@ -2,9 +2,17 @@
 
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
+from rotormlx.mlx.cache.latent import (
+    BatchDecodedLatentKVCache,
+    BatchLatentKVCache,
+    DecodedLatentKVCache,
+    LatentKVCache,
+)
 from rotormlx.mlx.cache.single import RotorKVCache
 
 # Hosts make a batch by ``type(cache).merge(caches)``, and single caches again from its rows, so
 # each class makes the other. They meet here, where everyone comes by who imports either.
 RotorKVCache.batch = BatchRotorKVCache
 DecodedRotorKVCache.batch = BatchDecodedRotorKVCache
+LatentKVCache.batch = BatchLatentKVCache
+DecodedLatentKVCache.batch = BatchDecodedLatentKVCache

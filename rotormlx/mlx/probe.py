@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
+from rotormlx.mlx import hook, latent_probe
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.host_caches import (
     ARRAYS,
@@ -23,10 +23,9 @@ from rotormlx.mlx.host_caches import (
     is_a,
     is_exactly,
     leaves,
-    list_of,
-    parts,
+    replaced,
 )
-from rotormlx.mlx.ways import DECODED, FUSED, WAYS, Way, named
+from rotormlx.mlx.ways import DECODED, DECODED_LATENT, FUSED, LATENT, WAYS, Way, named
 from rotormlx.report import LayerReport, Report, megabytes
 
 # Prefill and decode: some models take another path for a single token.
@@ -56,6 +55,8 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
     model_type = str(getattr(model, "model_type", type(model).__name__))
     # Shapes and bits are the same with a calibration, which needs what is measured here.
     run = _TrialRun(model, caches, config.uncalibrated)
+    if run.failures():
+        run.find_latents()
     while failures := run.failures():
         # A run with handles ends at the first cache that they do not suit: see all at once.
         failures = run.bypassing() or failures
@@ -99,15 +100,7 @@ def compress(
         if way is not None:
             made = make(index)
             new[id(cache)] = made if way is FUSED else way.cache.of(made)
-    return [_replaced(cache, new) for cache in caches]
-
-
-def _replaced(cache: Any, new: dict[int, Any]) -> Any:
-    """A cache with the leaves that ``new`` has by the id of what was there."""
-    inner = parts(cache)
-    if inner is None:
-        return new.get(id(cache), cache)
-    return list_of(cache, [_replaced(part, new) for part in inner])
+    return [replaced(cache, new) for cache in caches]
 
 
 def _is_growing(cache: Any) -> bool:
@@ -123,10 +116,14 @@ class _Trial:
 
     Args:
         index: Of its layer.
+        ways: Those to be tried, best first.
+        why: Why the first of them is not the fused attention.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, ways: Sequence[Way] = WAYS, why: str = "") -> None:
         self.index = index
+        self.ways = ways
+        self.why = why
         # Why the ways before this one did not suit.
         self.reasons: list[str] = []
         # What was handed out in the latest run, and what was refused.
@@ -139,7 +136,7 @@ class _Trial:
     def way(self) -> Way | None:
         """The way that is tried; None if all were."""
         tried = len(self.reasons)
-        return WAYS[tried] if tried < len(WAYS) else None
+        return self.ways[tried] if tried < len(self.ways) else None
 
     def cache(
         self, config: RotorConfig, asked: list[_Trial], kind: type[RotorKVCache] | None
@@ -214,6 +211,17 @@ class _TrialRun:
         # Those of the latest run.
         self.caches: list[Any] = []
 
+    def find_latents(self) -> None:
+        """See which caches hold latents; only their ways are tried for these."""
+        with _unchanged(self.model):
+            found = latent_probe.find(self.model, self.pattern, self.config)
+        for place, probe in enumerate(found):
+            if probe is not None:
+                way, why = LATENT, "the model keeps latents"
+                if not probe.hands_out_views:
+                    way, why = DECODED_LATENT, f"{why} and picks tokens out of them"
+                self.trials[place] = _Trial(self.trials[place].index, (way,), why)
+
     def failures(self) -> list[tuple[_Trial, str]]:
         """Run the model; the trials whose way does not suit, with the reasons."""
         asked = list[_Trial]()
@@ -255,7 +263,7 @@ class _TrialRun:
             trial = self.trials.get(place)
             made = None if trial is None else trial.cache(self.config, asked, kind)
             new[id(cache)] = cache if made is None else made
-        self.caches = [_replaced(cache, new) for cache in own]
+        self.caches = [replaced(cache, new) for cache in own]
         for tokens, pretended in (*((count, 0) for count in PROBE_TOKENS), (1, FAR_TOKENS)):
             for trial in self.trials.values():
                 trial.pretended = pretended
@@ -344,12 +352,13 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
             index,
             label.replace(type(cache).__name__, GROWING),
             True,
-            trial.reasons[0] if trial.reasons else "",
+            trial.reasons[0] if trial.reasons else trial.why,
             *shape,
             key_bits=keys.codec.bits_per_value,
             value_bits=values.codec.bits_per_value,
             exact_bytes=keys.dtype.size,
             way=trial.way.name,
+            holds_latents=trial.way in (LATENT, DECODED_LATENT),
         )
     if trial is not None:
         return LayerReport(index, label, False, trial.reasons[-1], *shape)

@@ -20,7 +20,7 @@ from rotormlx.mlx.probe import dims
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage import cache_file
 from rotormlx.storage import fingerprint as fingerprints
-from rotormlx.storage.cache_fields import LAYOUTS, SINGLE
+from rotormlx.storage.cache_fields import LAYOUTS
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL
@@ -185,7 +185,7 @@ class _Fit(NamedTuple):
             self._check_layer(layer, index, want, shape)
 
     def _check_layer(self, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
-        if isinstance(want, RotorKVCache) and shape.name == SINGLE:
+        if isinstance(want, RotorKVCache) and shape.name == want.kind:
             if shape.layer != index:
                 raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
         elif shape.name != (GROWING if layer.compressed else type(want).__name__):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from rotormlx.codec.format import FORMAT_VERSION
 from rotormlx.config import RotorConfig
 from rotormlx.storage.cache_fields import (
-    BATCH,
     FLOATS,
+    LATENT,
     LAYOUTS,
     SINGLE,
     Field,
@@ -184,13 +184,17 @@ def _arrays(rules: _Rules) -> Shape:
 def _compressed(rules: _Rules) -> Shape:
     saved = SavedCache.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(SINGLE, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    return Shape(
+        LAYOUTS[rules.name], saved.config, saved.layer, limited, dims=kv_dims(saved.stores)
+    )
 
 
 def _compressed_batch(rules: _Rules) -> Shape:
     saved = SavedBatch.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(BATCH, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    return Shape(
+        LAYOUTS[rules.name], saved.config, saved.layer, limited, dims=kv_dims(saved.stores)
+    )
 
 
 _RULES: dict[str, Callable[[_Rules], Shape]] = {
@@ -199,7 +203,7 @@ _RULES: dict[str, Callable[[_Rules], Shape]] = {
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,
     **{
-        name: _compressed if layout == SINGLE else _compressed_batch
+        name: _compressed if layout in (SINGLE, LATENT) else _compressed_batch
         for name, layout in LAYOUTS.items()
     },
 }

@@ -7,6 +7,12 @@ from typing import Any
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
+from rotormlx.mlx.cache.latent import (
+    BatchDecodedLatentKVCache,
+    BatchLatentKVCache,
+    DecodedLatentKVCache,
+    LatentKVCache,
+)
 from rotormlx.mlx.cache.single import RotorKVCache
 
 CLASSES: dict[str, type[StoredCache[Any]]] = {
@@ -14,5 +20,7 @@ CLASSES: dict[str, type[StoredCache[Any]]] = {
     for kind in (
         *(RotorKVCache, BatchRotorKVCache),
         *(DecodedRotorKVCache, BatchDecodedRotorKVCache),
+        *(LatentKVCache, BatchLatentKVCache),
+        *(DecodedLatentKVCache, BatchDecodedLatentKVCache),
     )
 }
