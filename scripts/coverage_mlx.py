@@ -91,6 +91,9 @@ class MlxLm:
         """New caches for one sequence, as the host makes them."""
         return make_prompt_cache(model)
 
+    def forget(self, model: Any) -> None:
+        """Make a model as it was loaded; those of mlx-lm keep nothing of a prompt."""
+
     def begin_sequence(self, model: Any, tokens: mx.array) -> None:
         """Tell a model of a new sequence ``[1, L]``; those of mlx-lm need not know."""
 
@@ -108,6 +111,7 @@ class MlxLm:
         except (Exception, SystemExit) as error:
             reason = f"{self.name} itself does not run it here: {brief(error)}"
             return Result(model_type, "not run", reason)
+        self.forget(model)
         try:
             result = begin(model_type, rotormlx.apply(model, CONFIG))
         except ValueError as error:

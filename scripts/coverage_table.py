@@ -23,7 +23,7 @@ STEPS = (130, 70, 40, 1, 1, 1)
 LARGEST_ERROR = 0.05
 VERDICTS = ("works", "nothing to compress", "refused", "not run")
 # The end of every table's head.
-COLUMNS = """{works} of {total} model types work, {nothing_to_compress} keep nothing that could be
+COLUMNS = """{works} of {total} model types work, {nothing_to_compress} keep nothing that could be \
 compressed, {refused} are refused with the reason, {not_run} were not run.
 
 | model type | | caches compressed | error | other experts | left alone, or why not |

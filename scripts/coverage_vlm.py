@@ -53,6 +53,10 @@ class MlxVlm(MlxLm):
         """New caches for one sequence, as the host makes them."""
         return make_prompt_cache(model.language_model)
 
+    def forget(self, model: Any) -> None:
+        """Make a model as it was loaded: without the positions of an earlier prompt."""
+        vlm_models.forget(model)
+
     def begin_sequence(self, model: Any, tokens: mx.array) -> None:
         """Give a model the positions of a new sequence ``[1, L]``, if it wants them."""
         vlm_models.begin_sequence(model, tokens)

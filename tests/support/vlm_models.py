@@ -60,6 +60,13 @@ def model_types() -> list[str]:
     return sorted({path.parent.name for path in packages.glob("*/language.py")} | set(CONFIGS))
 
 
+def forget(model: Any) -> None:
+    """Make a model as it was loaded: without the positions of an earlier prompt."""
+    for name in ("_position_ids", "_rope_deltas"):
+        if hasattr(model.language_model, name):
+            setattr(model.language_model, name, None)
+
+
 def begin_sequence(model: Any, tokens: mx.array) -> None:
     """Give a model the positions of tokens ``[1, L]``, if it does not count them itself."""
     if model.config.model_type in POSITIONED:

@@ -22,7 +22,7 @@ STEPS = (66, 9, 1)
 WORK = {
     "text": ("llama", "mixtral"),
     "sliding windows": ("gemma3", "gpt_oss"),
-    "positions in three directions": ("qwen2_vl", "paddleocr_vl", "minicpmo"),
+    "positions in three directions": ("qwen2_vl", "paddleocr_vl"),
     "linear attention": ("qwen3_5", "lfm2_vl"),
     "state spaces": ("falcon_h1",),
     "a model that is its own language model": ("molmo_point",),
