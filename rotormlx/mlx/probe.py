@@ -177,7 +177,7 @@ class _Trial:
                     # What is required and what came; what to do is said by the one who asks.
                     self.refusal = str(error).partition("] ")[2].partition(";")[0].rstrip(".")
                     raise
-                if self.pretended and way.hands_out_handles:
+                if self.pretended and kind is None and way.hands_out_handles:
                     served = tuple(replace(v, tokens=v.tokens + self.pretended) for v in served)
                 if not way.hands_out_handles and len({id(array) for array in arrays}) == 1:
                     self.refusal = "the model chooses tokens by it, for which it must be exact"
@@ -295,7 +295,7 @@ class _TrialRun:
         self.caches = [replaced(cache, new) for cache in own]
         for tokens, pretended in (*((count, 0) for count in PROBE_TOKENS), (1, FAR_TOKENS)):
             for trial in self.trials.values():
-                trial.pretended = pretended
+                trial.pretended = pretended if windows.size(trial.own) is None else 0
             failed: Exception | None = None
             with hook.record_attention(pretend=True) as attended, _unchanged(self.model):
                 try:
