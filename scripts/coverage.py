@@ -57,8 +57,8 @@ error of a token's logits against the float cache, relative to their norm. Where
 experts, *other experts* counts the tokens for which the codec's error tipped the choice in some
 layer; the error is then of the tokens before the first of them.
 
-Caches counted as *decoded* are read by attention of the model's own: it gets their tokens decoded,
-one layer at a time.
+Caches counted as *decoded* are read by attention of the model's own, which gets their tokens
+decoded, one layer at a time; those of *latents* are what a model with MLA keeps.
 
 {works} of {total} model types work, {nothing_to_compress} keep nothing that could be compressed,
 {refused} are refused with the reason, {not_run} were not run.

@@ -56,8 +56,9 @@ def begin(model_type: str, report: Report) -> Result:
     """A result that knows what the report promises."""
     result = Result(model_type, "works", caches=len(report.layers))
     result.compressed = sum(layer.compressed for layer in report.layers)
-    ways = Counter(layer.way.partition(" ")[0] for layer in report.layers if layer.way)
-    result.otherwise = ", ".join(f"{count} {way}" for way, count in ways.items())
+    others = Counter(layer.holds_latents for layer in report.layers if layer.way)
+    words = {True: "latents", False: "decoded"}
+    result.otherwise = ", ".join(f"{count} {words[kind]}" for kind, count in others.items())
     result.left_alone = sorted(
         {f"{layer.cache}: {layer.reason}" for layer in report.layers if not layer.compressed}
     )
