@@ -16,6 +16,7 @@ from mlx_lm.models.cache import (
 
 import rotormlx
 from rotormlx.config import RotorConfig
+from rotormlx.measure.schemes import scheme
 from rotormlx.mlx import prompt_cache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -308,3 +309,28 @@ def test_a_limit_is_kept():
     assert len(greedy(model, tiny.tokens(350)[0], 20, prompt_cache=caches)) == 20
     assert all(cache.counts.evicted and cache.size() <= 200 for cache in caches)
     assert np.isfinite(np.array(caches[0].keys_and_values()[0])).all()
+
+
+class Letters:
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % tiny.VOCABULARY for letter in text]
+
+
+def test_a_calibration_is_refused_in_a_sentence():
+    """Its queries never meet the attention that would listen."""
+    model = tiny.build("stablelm")
+    with pytest.raises(
+        ValueError, match=r"^\[calibration\] .*layer 0 is decoded for .*, since the"
+    ):
+        rotormlx.calibrate(model, Letters(), tokens=200, text="a text " * 100)
+    assert not MLX_LM.installed()
+
+
+def test_measurements_read_decoded_caches():
+    model = tiny.build("stablelm")
+    caches = scheme("k8v8").caches(model)
+    assert {type(cache) for cache in caches} == {DecodedRotorKVCache}
+    exact = scheme("exact").caches(model)
+    inputs = tiny.tokens(200)
+    got, want = (tiny.logits(model, inputs, held) for held in (caches, exact))
+    assert 0 < largest_error(got, want) < 0.05
