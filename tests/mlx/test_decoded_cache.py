@@ -13,8 +13,10 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     save_prompt_cache,
 )
+from rich.console import Console
 
 import rotormlx
+from rotormlx.cli.report_tables import layer_table
 from rotormlx.config import RotorConfig
 from rotormlx.measure.schemes import scheme
 from rotormlx.mlx import prompt_cache
@@ -334,3 +336,13 @@ def test_measurements_read_decoded_caches():
     inputs = tiny.tokens(200)
     got, want = (tiny.logits(model, inputs, held) for held in (caches, exact))
     assert 0 < largest_error(got, want) < 0.05
+
+
+def test_info_says_how_a_layer_is_read():
+    report = rotormlx.apply(tiny.build("phi3small"))
+    console = Console(width=300)
+    with console.capture() as shown:
+        console.print(layer_table(report))
+    decoded, fused = (line for line in shown.get().splitlines() if "KVCache" in line)
+    assert "decoded for the model's own attention, since the model computes with" in decoded
+    assert "decoded" not in fused

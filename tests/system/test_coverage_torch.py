@@ -76,7 +76,7 @@ def test_every_model_type_is_in_the_table(documented: dict[str, str]) -> None:
     found = list(documented.values())
     assert set(found) <= set(VERDICTS)
     assert found.count("works") >= 232
-    works, refused, _ = (found.count(verdict) for verdict in VERDICTS)
+    works, refused = (found.count(verdict) for verdict in ("works", "refused"))
     assert f"{works} of {len(found)} model types work, {refused} are refused" in text
 
 
