@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +28,14 @@ from rotormlx.codec.parts import latent_and_rope
 from rotormlx.config import BITS, RotorConfig
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.latent import LatentKVCache, decoded
+from rotormlx.mlx.cache.single import RotorKVCache
 
 ROOT = Path(__file__).resolve().parents[1]
 LATENT, ROPE, LAYERS, HEADS = 512, 64, 61, 128
 MODELS = ("deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash", "deepseek_v32")
 WIDTHS = tuple(reversed(BITS))
+# Weights of attention, and its output.
+Attended = tuple[np.ndarray, np.ndarray]
 
 
 def main(
@@ -53,9 +56,8 @@ def bytes_per_token() -> None:
         "| | bytes per token and layer | of which RoPE part | per token, 61 layers "
         "| 128k tokens | smaller |\n" + "|---" * 6 + "|"
     )
-    row(
-        "bfloat16", exact, 2 * ROPE, f"{exact * LAYERS:,}", f"{exact * LAYERS * 2**17 / 1e9:.2f} GB"
-    )
+    large = f"{exact * LAYERS * 2**17 / 1e9:.2f} GB"
+    row("bfloat16", exact, 2 * ROPE, f"{exact * LAYERS:,}", large, "")
     for bits in WIDTHS:
         latent, rope = (
             codec(part.config, dim, layer=0, role=part.role).block_bytes / 64
@@ -79,17 +81,40 @@ def attention_error(tokens: int = 2048, heads: int = 64) -> None:
         q, q_rope = (
             spread(rng.normal(size=(heads, x.shape[1])), x, deviation=2.0) for x in (latents, rope)
         )
-        weights, output = attention(q, q_rope, latents, rope)
-        cells = []
-        for bits in WIDTHS:
-            cache = LatentKVCache(RotorConfig(bits, bits, sink=0, window=0))
-            cache.update_and_fetch(as_tokens(latents), as_tokens(rope))
-            coded = [np.array(decoded(view))[0, 0] for view in cache.views()]
-            got_weights, got = attention(q, q_rope, *coded)
-            kl = (weights * np.log(weights / got_weights)).sum(1).mean()
-            error = np.linalg.norm(got - output) / np.linalg.norm(output)
-            cells.append(f"{kl:.5f}, {error:.4f}")
-        row(kind, *cells)
+        exact = attention(q, q_rope, latents, rope)
+        row(kind, *(f"{d[0]:.4f}, {d[1]:.3f}" for d in distances(q, q_rope, latents, rope, exact)))
+    # Ordinary keys and values of as many bits, whose scores spread as far.
+    rng = np.random.default_rng(0)
+    keys, values = (rng.normal(size=(tokens, 128)).astype(np.float32) for _ in range(2))
+    q = spread(rng.normal(size=(heads, 128)), keys, deviation=2.0 * 2**0.5)
+    exact = ordinary(q, keys, values)
+    cells = []
+    for bits in WIDTHS:
+        coded = through(RotorKVCache(RotorConfig(bits, bits, sink=0, window=0)), keys, values)
+        kl, error = distance(ordinary(q, *coded), exact)
+        cells.append(f"{kl:.4f}, {error:.3f}")
+    row("for comparison: keys and values of 128", *cells)
+
+
+def distances(
+    q: np.ndarray, q_rope: np.ndarray, latents: np.ndarray, rope: np.ndarray, exact: Attended
+) -> Iterator[tuple[float, float]]:
+    """KL and error for each width."""
+    for bits in WIDTHS:
+        cache = LatentKVCache(RotorConfig(bits, bits, sink=0, window=0))
+        yield distance(attention(q, q_rope, *through(cache, latents, rope)), exact)
+
+
+def through(cache: RotorKVCache, *tokens: np.ndarray) -> list[np.ndarray]:
+    """What a cache makes of its tokens."""
+    cache.update_and_fetch(*(mx.array(x)[None, None] for x in tokens))
+    return [np.array(decoded(view))[0, 0] for view in cache.views()]
+
+
+def distance(got: Attended, want: Attended) -> tuple[float, float]:
+    """KL of the weights, and the relative error of the output."""
+    kl = (want[0] * np.log(want[0] / got[0])).sum(1).mean()
+    return float(kl), float(np.linalg.norm(got[1] - want[1]) / np.linalg.norm(want[1]))
 
 
 def made_latents(kind: str, tokens: int, rng: np.random.Generator) -> np.ndarray:
@@ -121,14 +146,21 @@ def spread(q: np.ndarray, keys: np.ndarray, deviation: float) -> np.ndarray:
     return scaled
 
 
-def attention(
-    q: np.ndarray, q_rope: np.ndarray, latents: np.ndarray, rope: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and output of absorbed attention."""
-    scores = q @ latents.T + q_rope @ rope.T
+def attention(q: np.ndarray, q_rope: np.ndarray, latents: np.ndarray, rope: np.ndarray) -> Attended:
+    """Absorbed attention."""
+    return softmax(q @ latents.T + q_rope @ rope.T, latents)
+
+
+def ordinary(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> Attended:
+    """Ordinary attention."""
+    return softmax(q @ keys.T, values)
+
+
+def softmax(scores: np.ndarray, values: np.ndarray) -> Attended:
+    """Weights of these scores, and the values under them."""
     weights = np.exp(scores - scores.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
-    return weights, weights @ latents
+    return weights, weights @ values
 
 
 def model_divergence(tokens: int = 300) -> None:
@@ -191,11 +223,6 @@ def step_time(tokens: int, runs: int) -> None:
     print("|---|---|---|")
     for name, seconds in taken.items():
         row(name, f"{1e3 * statistics.median(seconds):.0f} ms", f"{1e3 * min(seconds):.0f} ms")
-
-
-def as_tokens(x: np.ndarray) -> mx.array:
-    """``[1, 1, tokens, D]``."""
-    return mx.array(x)[None, None]
 
 
 def row(*cells: object) -> None:

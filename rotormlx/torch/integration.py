@@ -204,13 +204,6 @@ def apply(
         RuntimeError: If the installed transformers makes its caches in another way.
     """
     made, used = report(model, config), None
-    if any(layer.holds_latents for layer in made.layers) and (
-        calibration is not None or made.config.is_calibrated
-    ):
-        raise ValueError(
-            f"[apply] A calibration must be of keys and values, but {made.model_type} keeps "
-            "latents; leave the calibration out."
-        )
     if calibration is not None or made.config.is_calibrated:
         made, used = calibrated(made, weights(model), calibration, own_heads(model))
     remove(model)
