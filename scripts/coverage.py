@@ -60,8 +60,8 @@ layer; the error is then of the tokens before the first of them.
 Caches counted as *decoded* are read by attention of the model's own, which gets their tokens
 decoded, one layer at a time; those of *latents* are what a model with MLA keeps.
 
-{works} of {total} model types work, {nothing_to_compress} keep nothing that could be compressed,
-{refused} are refused with the reason, {not_run} were not run.
+{works} of {total} model types work. Nothing to compress: {nothing_to_compress}. Refused with the
+reason: {refused}. Not run: {not_run}.
 
 | model type | | caches compressed | error | other experts | left alone, or why not |
 |---|---|---|---|---|---|"""
@@ -184,7 +184,7 @@ def main() -> int:
     text = table(HEAD, results, mlx_lm.__version__)
     if not chosen:
         (ROOT / "docs" / "COVERAGE.md").write_text(text, encoding="utf-8")
-    print(text.partition("\n\n| ")[0].splitlines()[-1])
+    print("\n".join(text.partition("\n\n| ")[0].splitlines()[-2:]))
     return int(any(r.verdict in ("crashes", "differs") for r in results))
 
 
