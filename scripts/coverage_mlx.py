@@ -41,11 +41,11 @@ configuration and random float32 weights, {tokens} tokens in chunks of {chunks},
 no sink and no window, so that nearly everything is read from packed bytes. *error* is the largest
 error of a token's logits against the float cache, relative to their norm. Where a router chooses
 experts, *other experts* counts the tokens for which the codec's error tipped the choice in some
-layer; the error is then of the tokens before the first of them. After `remove`, all logits are
-those from before, bit for bit.
+layer; the error is then of the tokens before the first of them.
+After `remove`, all logits are those from before, bit for bit.
 
-Caches counted as *decoded* are read by attention of the model's own: it gets their tokens decoded,
-one layer at a time. Those *read packed in decode steps* hold latents (MLA).
+Caches counted as *decoded* are read by attention of the model's own, which gets their tokens
+decoded, one layer at a time; those of *latents* are what a model with MLA keeps.
 
 """
     + COLUMNS

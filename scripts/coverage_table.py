@@ -23,8 +23,8 @@ STEPS = (130, 70, 40, 1, 1, 1)
 LARGEST_ERROR = 0.05
 VERDICTS = ("works", "nothing to compress", "refused", "not run")
 # The end of every table's head.
-COLUMNS = """{works} of {total} model types work, {nothing_to_compress} keep nothing that could be \
-compressed, {refused} are refused with the reason, {not_run} were not run.
+COLUMNS = """{works} of {total} model types work. Nothing to compress: {nothing_to_compress}. \
+Refused with the reason: {refused}. Not run: {not_run}.
 
 | model type | | caches compressed | error | other experts | left alone, or why not |
 |---|---|---|---|---|---|"""
@@ -62,8 +62,9 @@ def begin(model_type: str, report: Report) -> Result:
     """A result that knows what the report promises."""
     result = Result(model_type, "works", caches=len(report.layers))
     result.compressed = sum(layer.compressed for layer in report.layers)
-    ways = Counter(layer.way.partition(" for ")[0] for layer in report.layers if layer.way)
-    result.otherwise = ", ".join(f"{count} {way}" for way, count in ways.items())
+    others = Counter(layer.holds_latents for layer in report.layers if layer.way)
+    words = {True: "latents", False: "decoded"}
+    result.otherwise = ", ".join(f"{count} {words[kind]}" for kind, count in others.items())
     result.left_alone = sorted(
         {f"{layer.cache}: {layer.reason}" for layer in report.layers if not layer.compressed}
     )

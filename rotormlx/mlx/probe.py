@@ -76,8 +76,8 @@ def probe(
             )
     if not run.trials:
         raise ValueError(
-            f"[apply] {model_type} cannot be compressed: it {_all_it_keeps(run.caches)}, so there "
-            "is nothing to compress; use the model without rotormlx."
+            f"[apply] {model_type} cannot be compressed: it keeps {_all_it_keeps(run.caches)}; use "
+            "the model without rotormlx."
         )
     reports = [
         _layer_report(*leaf, run.trials.get(place)) for place, leaf in enumerate(leaves(run.caches))
@@ -409,15 +409,15 @@ def _all_it_keeps(caches: list[Any]) -> str:
     states = [cache for cache in held if is_a(cache, ARRAYS)]
     limits = [limit for c in held if (limit := windows.size(c)) is not None]
     others = {type(c).__name__ for c in held if not is_a(c, ARRAYS, ROTATING, CHUNKED)}
+    if others:
+        return f"tokens in caches that rotormlx does not know ({', '.join(sorted(others))})"
     parts = []
     if states:
         size = megabytes(sum(cache.nbytes for cache in states))
         parts.append(f"a state of constant size ({size})")
     if limits:
         parts.append(f"no more than the last {max(limits)} tokens of sliding windows")
-    if others:
-        parts.append(f"tokens in caches of its own ({', '.join(sorted(others))})")
-    return f"keeps {' and '.join(parts) or 'nothing'}"
+    return f"{' and '.join(parts) or 'no tokens'}, so there is nothing to compress"
 
 
 def dims(cache: Any) -> tuple[int, int, int] | None:
