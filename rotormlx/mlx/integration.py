@@ -247,6 +247,18 @@ def cache_factory(
     return lambda layer: RotorKVCache(own(layer), layer, max_kv_size, of(layer))
 
 
+def examine(model: Module, config: RotorConfig) -> Report:
+    """What :func:`apply` would report of a configuration without a calibration; nothing is changed.
+
+    Raises:
+        ValueError: As :func:`apply`.
+        RuntimeError: As :func:`apply`.
+    """
+    host, target = _host_and_target(model)
+    with host.in_place():
+        return probe(target, _own_caches(host, target, _own_attribute(target)), config)
+
+
 def model_report(model: Module) -> Report:
     """The report of the latest :func:`apply`.
 
