@@ -174,7 +174,7 @@ def test_masks_show_the_positions_that_mlx_lms_own_show(count, length, window_si
             assert np.array_equal(seen, held <= new) or window_size == 40
 
 
-def test_a_window_holds_less_than_two_blocks_and_the_sink_more(config):
+def test_a_window_holds_its_blocks_the_sink_and_the_tail(config):
     keys, values = tokens()
     cache = sliding(config)
     blocks = -(-W // BLOCK)
