@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
+from rotormlx.codec.format import BLOCK, codec
+from rotormlx.codec.parts import ROPE_BITS, keys_and_values, latent_and_rope
 from rotormlx.config import CALIBRATED, RotorConfig
 
 FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
@@ -32,6 +33,7 @@ class LayerReport:
             for no limit.
         max_blocks: Of a compressed sliding window, the most packed blocks; else None.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
+        holds_latents: Whether what stands for keys and values are latents and RoPE parts (MLA).
         way: How a compressed cache serves the model, where the fused attention does not.
     """
 
@@ -48,6 +50,7 @@ class LayerReport:
     max_tokens: int | None = None
     max_blocks: int | None = None
     state_bytes: int = 0
+    holds_latents: bool = False
     way: str = ""
 
     @property
@@ -78,10 +81,14 @@ class LayerReport:
 
     def with_bits_of(self, config: RotorConfig) -> LayerReport:
         """The same with the bits of a configuration."""
-        config = config.uncalibrated
-        key = codec(config, self.head_dim_k, layer=self.index, role=KEY)
-        value = codec(config, self.head_dim_v, layer=self.index, role=VALUE)
-        return replace(self, key_bits=key.bits_per_value, value_bits=value.bits_per_value)
+        parts = latent_and_rope if self.holds_latents else keys_and_values
+        key_bits, value_bits = (
+            codec(part.config, dim, layer=self.index, role=part.role).bits_per_value
+            for part, dim in zip(
+                parts(config.uncalibrated), (self.head_dim_k, self.head_dim_v), strict=True
+            )
+        )
+        return replace(self, key_bits=key_bits, value_bits=value_bits)
 
     def float_bytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens with keys and values in float16."""
@@ -106,11 +113,16 @@ class LayerReport:
     def __str__(self) -> str:
         if not self.compressed:
             return f"layer {self.index}: {self.cache} left alone, {self.reason}"
-        return (
-            f"layer {self.index}: {self.cache} compressed, {self.kv_heads} KV heads, "
-            f"head_dim {self.head_dims}, {self.bits_per_value:.3f} bits a value{self.way_and_why}"
-            f"{f', window of {self.max_tokens} tokens' if self.is_window else ''}"
-        )
+        shape = f"{self.kv_heads} KV heads, head_dim {self.head_dims}"
+        if self.holds_latents:
+            shape = (
+                f"latent of {self.head_dim_k} and RoPE part of {self.head_dim_v}, "
+                f"{self.packed_bits_per_token / 8:.0f} bytes per token instead of "
+                f"{self.values_per_token * FLOAT16_BYTES}"
+            )
+        label = f"layer {self.index}: {self.cache} compressed"
+        window = f", window of {self.max_tokens} tokens" if self.is_window else ""
+        return f"{label}, {shape}, {self.bits_per_value:.3f} bits a value{self.way_and_why}{window}"
 
     @property
     def way_and_why(self) -> str:
@@ -196,6 +208,9 @@ class Report:
         if not self.has_mean:
             return "bits by layer, "
         average = "on average, by layer, " if self.layers_differ else ""
+        if all(layer.holds_latents for layer in self.layers if layer.compressed):
+            latent, _ = latent_and_rope(self.config)
+            return f"latents at {latent.config.key_bits} bits, RoPE at {ROPE_BITS}, {average}"
         return f"K{self.config.key_bits} V{self.config.value_bits} {average}"
 
     @property

@@ -2,6 +2,12 @@
 
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
+from rotormlx.mlx.cache.latent import (
+    BatchDecodedLatentKVCache,
+    BatchLatentKVCache,
+    DecodedLatentKVCache,
+    LatentKVCache,
+)
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 
@@ -9,4 +15,6 @@ from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVC
 # each class makes the other. They meet here, where everyone comes by who imports either.
 RotorKVCache.batch = BatchRotorKVCache
 DecodedRotorKVCache.batch = BatchDecodedRotorKVCache
+LatentKVCache.batch = BatchLatentKVCache
+DecodedLatentKVCache.batch = BatchDecodedLatentKVCache
 SlidingRotorKVCache.batch = BatchSlidingRotorKVCache

@@ -14,7 +14,7 @@ from mlx.nn.layers.base import Module
 
 from rotormlx.codec.counts import max_blocks
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook
+from rotormlx.mlx import hook, latent_probe
 from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.host_caches import (
@@ -25,10 +25,9 @@ from rotormlx.mlx.host_caches import (
     is_a,
     is_exactly,
     leaves,
-    list_of,
-    parts,
+    replaced,
 )
-from rotormlx.mlx.ways import DECODED, FUSED, WAYS, Way, named
+from rotormlx.mlx.ways import DECODED, DECODED_LATENT, FUSED, LATENT, WAYS, Way, named
 from rotormlx.report import LayerReport, Report, megabytes
 
 # Prefill and decode: some models take another path for a single token.
@@ -58,6 +57,8 @@ def probe(
     model_type = str(getattr(model, "model_type", type(model).__name__))
     # Shapes and bits are the same with a calibration, which needs what is measured here.
     run = _TrialRun(model, caches, config.uncalibrated, sliding_windows)
+    if run.failures():
+        run.find_latents()
     while failures := run.failures():
         # A run with handles ends at the first cache that they do not suit: see all at once.
         failures = run.bypassing() or failures
@@ -107,15 +108,7 @@ def compress(
         elif way is not None:
             made = make(index)
             new[id(cache)] = made if way is FUSED else way.cache.of(made)
-    return [_replaced(cache, new) for cache in caches]
-
-
-def _replaced(cache: Any, new: dict[int, Any]) -> Any:
-    """A cache with the leaves that ``new`` has by the id of what was there."""
-    inner = parts(cache)
-    if inner is None:
-        return new.get(id(cache), cache)
-    return list_of(cache, [_replaced(part, new) for part in inner])
+    return [replaced(cache, new) for cache in caches]
 
 
 def _is_growing(cache: Any) -> bool:
@@ -132,12 +125,17 @@ class _Trial:
     Args:
         index: Of its layer.
         own: The model's own cache.
+        ways: Those to be tried, best first; None for those of its kind.
+        why: Why the first of them is not the fused attention.
     """
 
-    def __init__(self, index: int, own: Any) -> None:
+    def __init__(
+        self, index: int, own: Any, ways: Sequence[Way] | None = None, why: str = ""
+    ) -> None:
         self.index = index
         self.own = own
-        self.ways = WAYS if _is_growing(own) else (FUSED,)
+        self.ways = ways or (WAYS if _is_growing(own) else (FUSED,))
+        self.why = why
         # Why the ways before this one did not suit.
         self.reasons: list[str] = []
         # What was handed out in the latest run, and what was refused.
@@ -233,6 +231,18 @@ class _TrialRun:
         # Those of the latest run.
         self.caches: list[Any] = []
 
+    def find_latents(self) -> None:
+        """See which caches hold latents; only their ways are tried for these."""
+        with _unchanged(self.model):
+            found = latent_probe.find(self.model, self.pattern, self.config)
+        for place, probe in enumerate(found):
+            if probe is not None:
+                way, why = LATENT, "the model keeps latents"
+                if not probe.hands_out_views:
+                    way, why = DECODED_LATENT, f"{why} and picks tokens out of them"
+                own = self.trials[place]
+                self.trials[place] = _Trial(own.index, own.own, (way,), why)
+
     def failures(self) -> list[tuple[_Trial, str]]:
         """Run the model; the trials whose way does not suit, with the reasons."""
         asked = list[_Trial]()
@@ -274,7 +284,7 @@ class _TrialRun:
             trial = self.trials.get(place)
             made = None if trial is None else trial.cache(self.config, asked, kind)
             new[id(cache)] = cache if made is None else made
-        self.caches = [_replaced(cache, new) for cache in own]
+        self.caches = [replaced(cache, new) for cache in own]
         for tokens in PROBE_TOKENS:
             failed: Exception | None = None
             with hook.record_attention(pretend=True) as attended, _unchanged(self.model):
@@ -361,7 +371,7 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
             index,
             label.replace(type(cache).__name__, type(trial.own).__name__),
             True,
-            trial.reasons[0] if trial.reasons else "",
+            trial.reasons[0] if trial.reasons else trial.why,
             *shape,
             key_bits=keys.codec.bits_per_value,
             value_bits=values.codec.bits_per_value,
@@ -369,6 +379,7 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
             max_tokens=windows.size(trial.own),
             max_blocks=max_blocks(cache.max_size, cache.config),
             way=trial.way.name,
+            holds_latents=trial.way in (LATENT, DECODED_LATENT),
         )
     limit = windows.size(cache)
     if trial is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rotormlx.mlx.cache.decoded import DecodedRotorKVCache
+from rotormlx.mlx.cache.latent import DecodedLatentKVCache, LatentKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
 
 
@@ -30,8 +31,11 @@ class Way:
 FUSED = Way("", RotorKVCache, hands_out_handles=True)
 DECODED = Way("decoded for the model's own attention", DecodedRotorKVCache, hands_out_handles=False)
 WAYS = (FUSED, DECODED)
+# Of caches that hold latents (MLA), which rotormlx/mlx/latent_probe.py finds.
+LATENT = Way("read packed in decode steps", LatentKVCache, hands_out_handles=False)
+DECODED_LATENT = Way("decoded in every step", DecodedLatentKVCache, hands_out_handles=False)
 
 
 def named(name: str) -> Way:
     """The way of that name."""
-    return next(way for way in WAYS if way.name == name)
+    return next(way for way in (*WAYS, LATENT, DECODED_LATENT) if way.name == name)

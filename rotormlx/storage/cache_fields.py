@@ -18,17 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 from rotormlx.codec.counts import Counts, are_possible, least_size, max_blocks, sliding_size
-from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, words_shape
+from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, words_shape
+from rotormlx.codec.parts import Part, keys_and_values, latent_and_rope
 from rotormlx.config import RotorConfig
 
 # The classes of a file that this module describes.
 SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
+# Of latents: for attention that reads them packed, and for models that need them as arrays.
+LATENT, LATENT_BATCH = "LatentKVCache", "BatchLatentKVCache"
+DECODED_LATENT, DECODED_LATENT_BATCH = "DecodedLatentKVCache", "BatchDecodedLatentKVCache"
 SLIDING, BATCH_SLIDING = "SlidingRotorKVCache", "BatchSlidingRotorKVCache"
 CHUNKED = "ChunkedRotorKVCache"
 # Those that a file may name, with the one whose state each has.
 LAYOUTS = {
     **{SINGLE: SINGLE, "DecodedRotorKVCache": SINGLE},
     **{BATCH: BATCH, "BatchDecodedRotorKVCache": BATCH},
+    **{LATENT: LATENT, DECODED_LATENT: LATENT},
+    **{LATENT_BATCH: LATENT_BATCH, DECODED_LATENT_BATCH: LATENT_BATCH},
     **{SLIDING: SLIDING, BATCH_SLIDING: BATCH_SLIDING, CHUNKED: CHUNKED},
 }
 # What exact tokens may be, as files name dtypes.
@@ -68,7 +74,7 @@ _OWN = {SLIDING: 1, BATCH_SLIDING: 1, CHUNKED: 2}
 
 
 class SavedCache(NamedTuple):
-    """The state of a ``RotorKVCache``.
+    """The state of a ``RotorKVCache``, or of a ``LatentKVCache``, whose values are RoPE parts.
 
     Its entries are: format version, configuration, layer, tokens, packed tokens; the arrays of keys
     and values, if it ever held any; limit and evicted tokens, if it has a limit.
@@ -122,7 +128,7 @@ class SavedCache(NamedTuple):
 
 
 class SavedBatch(NamedTuple):
-    """The state of a ``BatchRotorKVCache``.
+    """The state of a ``BatchRotorKVCache``, or of a ``BatchLatentKVCache``.
 
     Its entries are: format version, configuration, layer, limit or None, the table of counts (int32
     ``[B, 3]``: tokens, packed and evicted tokens of each row); the arrays of keys and values, if it
@@ -206,6 +212,10 @@ class StateReader(ABC):
         """The configuration of this text."""
         return RotorConfig.from_json(text)
 
+    def parts(self, config: RotorConfig) -> tuple[Part, Part]:
+        """What a cache of this class and configuration holds two of."""
+        return parts(self.name, config)
+
     def require(self, holds: bool, required: str, came: object) -> None:
         """Refuse the state unless something holds."""
         if not holds:
@@ -232,6 +242,12 @@ class StateReader(ABC):
         came = self.field(entry)
         shown = None if wanted is None else tuple(wanted)
         self.require(came == wanted, f"{what} of dtype and shape {shown}", came)
+
+
+def parts(name: str, config: RotorConfig) -> tuple[Part, Part]:
+    """What a cache of the class ``name`` holds two of."""
+    is_latent = LAYOUTS.get(name) in (LATENT, LATENT_BATCH)
+    return latent_and_rope(config) if is_latent else keys_and_values(config)
 
 
 def _stores(state: Sequence[Any]) -> tuple[SavedStore, ...]:
@@ -305,11 +321,12 @@ def _check_stores(
 ) -> None:
     """Require the arrays that follow from the longest row; ``rows`` is B where it is known."""
     fronts = set()
-    for role, store in zip(ROLES, saved.stores, strict=True):
-        exact = reader.floating(f"exact {role}s", store.exact)
-        wanted = _fields(saved.config, role, exact, longest, rows)
+    for part, store in zip(reader.parts(saved.config), saved.stores, strict=True):
+        exact = reader.floating(f"exact {part.name}", store.exact)
+        wanted = _fields(part.config, part.role, exact, longest, rows)
         for name, array, field in zip(SavedStore._fields, store, wanted, strict=True):
-            what = f"exact {role}s" if name == "exact" else f"{role} {name.replace('_', ' ')}"
+            of = part.name.removesuffix("s")
+            what = f"exact {part.name}" if name == "exact" else f"{of} {name.replace('_', ' ')}"
             reader.array(what, array, field)
         fronts.add(exact.shape[:2])
     reader.require(len(fronts) == 1, "keys and values that agree in batch and KV heads", fronts)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from rotormlx.codec.format import FORMAT_VERSION
 from rotormlx.config import RotorConfig
 from rotormlx.storage.cache_fields import (
-    BATCH,
     BATCH_SLIDING,
     CHUNKED,
     FLOATS,
@@ -210,7 +209,7 @@ _RULES: dict[str, Callable[[_Rules], Shape]] = {
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,
     **{
-        name: _compressed_batch if layout in (BATCH, BATCH_SLIDING) else _compressed
+        name: _compressed_batch if layout.startswith("Batch") else _compressed
         for name, layout in LAYOUTS.items()
     },
 }

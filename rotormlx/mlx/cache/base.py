@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import mlx.core as mx
 
 from rotormlx.codec.counts import max_blocks
-from rotormlx.codec.format import ROLES
+from rotormlx.codec.parts import Part
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.store import Calibrated, Store
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.storage import cache_fields
 
 S = TypeVar("S", bound=Store)
 
@@ -33,6 +34,8 @@ class StoredCache(Generic[S]):
         ValueError: If ``max_size`` has no room for sink, window and a block.
     """
 
+    # Its class in files: what it holds two of, and how, follows from that.
+    kind: ClassVar[str]
     # The class of the stores.
     _store: ClassVar[type[Store]]
     # What the latest step attends, where it has dropped tokens that its first queries see: layers
@@ -181,9 +184,18 @@ class StoredCache(Generic[S]):
             )
         return self._keys, self._values
 
-    def _new_store(self, role: str, like: mx.array) -> S:
-        calibrated = None if self.calibrated is None else self.calibrated[ROLES.index(role)]
-        made = self._store(
-            self.config, self.layer, role, like[:, :, :0], calibrated, self._max_blocks
-        )
-        return made  # type: ignore[return-value]  # _store is S's class
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        """What the first store holds, and what the second."""
+        return cache_fields.parts(self.kind, self.config)
+
+    def _new_stores(self, *like: mx.array) -> tuple[S, S]:
+        made = [
+            self._store(
+                part.config, self.layer, part.role, x[:, :, :0], calibrated, self._max_blocks
+            )
+            for part, x, calibrated in zip(
+                self.parts, like, self.calibrated or (None, None), strict=True
+            )
+        ]
+        return made[0], made[1]  # type: ignore[return-value]  # _store is S's class

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 
 from rotormlx.codec.counts import Counts, max_blocks
-from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
+from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch_store import BatchStore
@@ -25,7 +25,7 @@ from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
 from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import BATCH, SavedBatch
+from rotormlx.storage.cache_fields import BATCH, SavedBatch, parts
 
 
 @dataclass
@@ -75,9 +75,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         calibrated: See :class:`RotorKVCache`.
     """
 
+    kind = BATCH
     _store = BatchStore
-    # What a file calls the class.
-    _saved_as: ClassVar[str] = BATCH
     # The class of a row by itself.
     _single: ClassVar[type[RotorKVCache]] = RotorKVCache
 
@@ -123,7 +122,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             )
         rows = [row.copy() for row in self.rows]
         if self._keys is None or self._values is None:
-            stores = self._new_store(KEY, keys), self._new_store(VALUE, values)
+            stores = self._new_stores(keys, values)
         else:
             stores = self._keys.twin(), self._values.twin()
         if rows:
@@ -223,6 +222,11 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             row.rejected = 0
 
     @property
+    def _idx(self) -> int:
+        """The column that comes next in prompts padded to one length; mlx-vlm asks for it."""
+        return max((row.counts.offset + row.right - row.left for row in self.rows), default=0)
+
+    @property
     def batch_size(self) -> int:
         """B."""
         return len(self.rows)
@@ -258,8 +262,9 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
-            single._keys = self._keys.single(idx, single.counts, self.config)
-            single._values = self._values.single(idx, single.counts, self.config)
+            key_part, value_part = self.parts
+            single._keys = self._keys.single(idx, single.counts, key_part.config)
+            single._values = self._values.single(idx, single.counts, value_part.config)
             # Now, or the copy would keep the buffers of the whole batch until it is used.
             mx.eval(single._keys.arrays, single._values.arrays)
         return single
@@ -304,11 +309,11 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedBatch.read(state, MLXReader(self._saved_as))
+        saved = SavedBatch.read(state, MLXReader(self.kind))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
-            BatchStore.from_saved(saved.config, saved.layer, role, store, blocks)
-            for role, store in zip(ROLES, saved.stores, strict=False)
+            BatchStore.from_saved(part.config, saved.layer, part.role, store, blocks)
+            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
         ]
         key_store, value_store = stores or (None, None)
         vars(self).update(

@@ -47,7 +47,7 @@ class ChunkedRotorKVCache(RotorKVCache):
         start_position: The position of the first token held.
     """
 
-    _saved_as = CHUNKED
+    kind = CHUNKED
 
     def __init__(
         self,

@@ -8,6 +8,12 @@ from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
+from rotormlx.mlx.cache.latent import (
+    BatchDecodedLatentKVCache,
+    BatchLatentKVCache,
+    DecodedLatentKVCache,
+    LatentKVCache,
+)
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 
@@ -16,6 +22,8 @@ CLASSES: dict[str, type[StoredCache[Any]]] = {
     for kind in (
         *(RotorKVCache, BatchRotorKVCache),
         *(DecodedRotorKVCache, BatchDecodedRotorKVCache),
+        *(LatentKVCache, BatchLatentKVCache),
+        *(DecodedLatentKVCache, BatchDecodedLatentKVCache),
         *(SlidingRotorKVCache, BatchSlidingRotorKVCache, ChunkedRotorKVCache),
     )
 }

@@ -30,7 +30,7 @@ class DecodedRotorKVCache(RotorKVCache):
     def _served(
         self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
     ) -> tuple[Any, Any]:
-        keys, values = (_begun_after(new, view) for view in views)
+        keys, values = (begun_after(new, view) for view in views)
         return in_place(keys, backend(), keys.dtype), in_place(values, backend(), values.dtype)
 
     def _check_readable(self) -> None:
@@ -64,7 +64,7 @@ class BatchDecodedRotorKVCache(BatchRotorKVCache):
         if new:
             self._front = max(0, new[0].shape[2] - keys.tokens)
         columns = self._front + keys.tokens
-        return _rows(_begun_after(new, keys), columns), _rows(_begun_after(new, values), columns)
+        return _rows(begun_after(new, keys), columns), _rows(begun_after(new, values), columns)
 
     def _check_readable(self) -> None:
         """Any attention reads arrays."""
@@ -82,7 +82,7 @@ def _behind(count: int, a: mx.array, axis: int) -> mx.array:
     return mx.pad(a, [(count if i == axis else 0, 0) for i in range(a.ndim)]) if count else a
 
 
-def _begun_after(new: Sequence[mx.array], view: KVView) -> KVView:
+def begun_after(new: Sequence[mx.array], view: KVView) -> KVView:
     """A view that is not decoded before new tokens are there: one layer at a time in memory."""
     if not new or view.packed is None:
         return view

@@ -8,21 +8,20 @@ packed bytes do not depend on how a prompt was cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
 from rotormlx.codec.counts import Counts, max_blocks
-from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import SINGLE, SavedCache
+from rotormlx.storage.cache_fields import SINGLE, SavedCache, parts
 
 # Tokens of a filled cache that are converted at once: bounds the memory a conversion takes.
 CONVERSION_TOKENS = 2048
@@ -45,9 +44,8 @@ class RotorKVCache(StoredCache[Store]):
     Source: docs/FORMAT.md, section 8.
     """
 
+    kind = SINGLE
     _store = Store
-    # What a file calls the class.
-    _saved_as: ClassVar[str] = SINGLE
     # The class of batches of such caches; rotormlx/mlx/__init__.py says which.
     batch: ClassVar[Any]
 
@@ -84,10 +82,15 @@ class RotorKVCache(StoredCache[Store]):
 
             Whatever is raised, an interrupt too: the cache is then unchanged.
         """
+        return self._append(keys, values, self._served)
+
+    def _append(
+        self, keys: mx.array, values: mx.array, serve: Callable[..., tuple[Any, Any]]
+    ) -> tuple[Any, Any]:
         check_update(keys, values, self._keys, self._values)
         counts = replace(self.counts)
         if self._keys is None or self._values is None:
-            key_store, value_store = self._new_store(KEY, keys), self._new_store(VALUE, values)
+            key_store, value_store = self._new_stores(keys, values)
         else:
             key_store, value_store = self._keys.twin(), self._values.twin()
         check_growth((key_store, value_store), [counts], keys.shape[2], self.config)
@@ -95,7 +98,7 @@ class RotorKVCache(StoredCache[Store]):
         value_store.append(values, counts.exact)
         counts.tokens += keys.shape[2]
         views = self._views((key_store, value_store), counts)
-        served = self._served(views, (keys, values))
+        served = serve(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
         latest = views if counts.evicted > self.counts.evicted else None
@@ -165,11 +168,11 @@ class RotorKVCache(StoredCache[Store]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedCache.read(state, MLXReader(self._saved_as))
+        saved = SavedCache.read(state, MLXReader(self.kind))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
-            Store.from_saved(saved.config, saved.layer, role, store, blocks)
-            for role, store in zip(ROLES, saved.stores, strict=False)
+            Store.from_saved(part.config, saved.layer, part.role, store, blocks)
+            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
         ]
         key_store, value_store = stores or (None, None)
         vars(self).update(

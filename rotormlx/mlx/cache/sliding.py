@@ -36,7 +36,7 @@ class SlidingRotorKVCache(RotorKVCache):
         calibrated: See :class:`RotorKVCache`.
     """
 
-    _saved_as = SLIDING
+    kind = SLIDING
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
     """
 
     _single = SlidingRotorKVCache
-    _saved_as = BATCH_SLIDING
+    kind = BATCH_SLIDING
 
     def __init__(
         self,
