@@ -198,8 +198,8 @@ class _Fit(NamedTuple):
         }
         if windows := {SLIDING, BATCH_SLIDING, CHUNKED}.intersection(classes):
             raise ValueError(
-                f"[prompt cache] {self.path} holds compressed windows ({min(windows)}), which torch "
-                "caches do not have; make it with sliding_windows=False."
+                f"[prompt cache] {self.path} holds compressed windows ({min(windows)}), which "
+                "torch caches do not have; make it with sliding_windows=False."
             )
         for index, (layer, name) in enumerate(zip(layers, classes, strict=True)):
             if name not in names.get(type(layer), ()):
