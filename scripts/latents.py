@@ -26,7 +26,6 @@ import rotormlx
 from rotormlx.codec.format import codec
 from rotormlx.codec.parts import latent_and_rope
 from rotormlx.config import BITS, RotorConfig
-from rotormlx.mlx import hook
 from rotormlx.mlx.attention import attend_view
 from rotormlx.mlx.cache.latent import LatentKVCache, decoded
 from rotormlx.mlx.cache.single import RotorKVCache

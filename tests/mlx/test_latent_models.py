@@ -211,7 +211,7 @@ def test_a_file_of_keys_and_values_is_not_taken_for_latents(tmp_path):
         cache.update_and_fetch(mx.ones((1, 1, 3, 32)), mx.ones((1, 1, 3, 32)))
     path = tmp_path / "cache.safetensors"
     rotormlx.save_prompt_cache(path, model, caches)
-    with pytest.raises(ValueError, match="requires KVCache in layer 0, but .* has RotorKVCache"):
+    with pytest.raises(ValueError, match=r"requires KVCache in layer 0, but .* has RotorKVCache"):
         rotormlx.load_prompt_cache(path, model)
 
 
