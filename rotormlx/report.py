@@ -29,7 +29,9 @@ class LayerReport:
         key_bits: True bits of one packed key coordinate, everything included.
         value_bits: The same for values.
         exact_bytes: Bytes of one coordinate in the sink and the tail.
-        max_tokens: The most tokens that the cache ever keeps, or None.
+        max_tokens: The most tokens that a token sees, or that a cache left alone ever keeps; None
+            for no limit.
+        max_blocks: Of a compressed sliding window, the most packed blocks; else None.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
         holds_latents: Whether what stands for keys and values are latents and RoPE parts (MLA).
         way: How a compressed cache serves the model, where the fused attention does not.
@@ -46,9 +48,15 @@ class LayerReport:
     value_bits: float = 0.0
     exact_bytes: int = FLOAT16_BYTES
     max_tokens: int | None = None
+    max_blocks: int | None = None
     state_bytes: int = 0
     holds_latents: bool = False
     way: str = ""
+
+    @property
+    def is_window(self) -> bool:
+        """Whether a sliding window, or chunked attention, is compressed."""
+        return self.compressed and self.max_tokens is not None
 
     @property
     def values_per_token(self) -> int:
@@ -71,6 +79,17 @@ class LayerReport:
         """True bits of one packed coordinate, the mean over keys and values."""
         return self.packed_bits_per_token / self.values_per_token
 
+    def with_bits_of(self, config: RotorConfig) -> LayerReport:
+        """The same with the bits of a configuration."""
+        parts = latent_and_rope if self.holds_latents else keys_and_values
+        key_bits, value_bits = (
+            codec(part.config, dim, layer=self.index, role=part.role).bits_per_value
+            for part, dim in zip(
+                parts(config.uncalibrated), (self.head_dim_k, self.head_dim_v), strict=True
+            )
+        )
+        return replace(self, key_bits=key_bits, value_bits=value_bits)
+
     def float_bytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens with keys and values in float16."""
         kept = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
@@ -80,8 +99,14 @@ class LayerReport:
         """Bytes at ``tokens`` tokens with rotormlx, sink and tail included."""
         if not self.compressed:
             return self.float_bytes(tokens)
+        if self.is_window:
+            config = config.uncalibrated
+        if self.is_window and self.max_blocks is None and self.max_tokens is not None:
+            tokens = min(tokens, self.max_tokens)  # a full chunk
         packed = packed_tokens(tokens, config)
         exact = (tokens - packed) * self.values_per_token * self.exact_bytes
+        if self.max_blocks is not None:
+            packed = min(packed, self.max_blocks * BLOCK)
         scale = self.values_per_token * FLOAT32_BYTES if packed and config.scales_channels else 0
         return exact + round(packed * self.packed_bits_per_token / 8) + scale
 
@@ -96,7 +121,8 @@ class LayerReport:
                 f"{self.values_per_token * FLOAT16_BYTES}"
             )
         label = f"layer {self.index}: {self.cache} compressed"
-        return f"{label}, {shape}, {self.bits_per_value:.3f} bits a value{self.way_and_why}"
+        window = f", window of {self.max_tokens} tokens" if self.is_window else ""
+        return f"{label}, {shape}, {self.bits_per_value:.3f} bits a value{self.way_and_why}{window}"
 
     @property
     def way_and_why(self) -> str:
@@ -123,29 +149,25 @@ class Report:
     has_mean: bool = True
 
     def by_layer(self, config_of: Callable[[int], RotorConfig]) -> Report:
-        """The same with bits of their own for the layers."""
+        """The same with bits of their own for the layers; windows keep those of all."""
 
         def own(layer: LayerReport) -> LayerReport:
-            if not layer.compressed:
-                return layer
-            parts = latent_and_rope if layer.holds_latents else keys_and_values
-            key_bits, value_bits = (
-                codec(part.config, dim, layer=layer.index, role=part.role).bits_per_value
-                for part, dim in zip(
-                    parts(config_of(layer.index).uncalibrated),
-                    (layer.head_dim_k, layer.head_dim_v),
-                    strict=True,
-                )
-            )
-            return replace(layer, key_bits=key_bits, value_bits=value_bits)
+            calibrated = layer.compressed and not layer.is_window
+            return layer.with_bits_of(config_of(layer.index)) if calibrated else layer
 
         return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
 
     def with_configs(self, own: Mapping[int, RotorConfig]) -> Report:
         """The same for caches with these configurations, by the index of their layer."""
-        first = next(iter(own.values()), self.config)
-        differ = len(set(own.values())) > 1
-        made = replace(self, config=first).by_layer(own.__getitem__)
+        layers = tuple(
+            layer.with_bits_of(own[layer.index]) if layer.index in own else layer
+            for layer in self.layers
+        )
+        windows = {layer.index for layer in layers if layer.is_window}
+        growing = [config for index, config in own.items() if index not in windows]
+        first = next(iter(growing or own.values()), self.config)
+        differ = len(set(growing)) > 1
+        made = replace(self, config=first, layers=layers)
         return replace(made, layers_differ=differ, has_mean=not differ)
 
     @property

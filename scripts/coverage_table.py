@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ STEPS = (130, 70, 40, 1, 1, 1)
 # Share of the logits' norm. At 8 bits a key or value is off by 1 %; layers of random weights
 # amplify that up to fivefold.
 LARGEST_ERROR = 0.05
-VERDICTS = ("works", "refused", "not run")
+VERDICTS = ("works", "nothing to compress", "refused", "not run")
 
 
 @dataclass
@@ -29,10 +30,12 @@ class Result:
 
     Args:
         model_type: The library's name.
-        verdict: ``works``, ``refused``, ``differs``, ``crashes`` or ``not run``.
+        verdict: One of ``VERDICTS``, ``differs`` or ``crashes``.
         note: Why, where there is something to say.
         compressed: Caches that are compressed.
         caches: Caches of the model.
+        otherwise: How many of the compressed ones the fused attention does not read, and how they
+            are read.
         left_alone: Kinds of caches left alone, with the reason.
         error: Largest error of a token's logits, relative to their norm, before routing differs.
         flips: Tokens whose experts differ from those of the float cache, and tokens.
@@ -43,6 +46,7 @@ class Result:
     note: str = ""
     compressed: int = 0
     caches: int = 0
+    otherwise: str = ""
     left_alone: list[str] = field(default_factory=list)
     error: float = 0.0
     flips: tuple[int, int] | None = None
@@ -52,6 +56,8 @@ def begin(model_type: str, report: Report) -> Result:
     """A result that knows what the report promises."""
     result = Result(model_type, "works", caches=len(report.layers))
     result.compressed = sum(layer.compressed for layer in report.layers)
+    ways = Counter(layer.way.partition(" ")[0] for layer in report.layers if layer.way)
+    result.otherwise = ", ".join(f"{count} {way}" for way, count in ways.items())
     result.left_alone = sorted(
         {f"{layer.cache}: {layer.reason}" for layer in report.layers if not layer.compressed}
     )
@@ -61,6 +67,9 @@ def begin(model_type: str, report: Report) -> Result:
 def refused(model_type: str, error: ValueError) -> Result:
     """A result for a model that ``apply`` refuses."""
     reason = str(error).partition("cannot be compressed: ")[2].partition("; use the")[0]
+    kept, nothing, _ = reason.partition(", so there is nothing to compress")
+    if nothing:
+        return Result(model_type, "nothing to compress", kept)
     return Result(model_type, "refused", reason or str(error))
 
 
@@ -132,6 +141,7 @@ def table(head: str, results: list[Result], version: str) -> str:
     ]
     for r in results:
         caches = f"{r.compressed} of {r.caches}" if r.caches else ""
+        caches += f" ({r.otherwise})" if r.otherwise else ""
         error = f"{r.error:.4f}" if r.caches else ""
         flips = f"{r.flips[0]} of {r.flips[1]} tokens" if r.flips and r.caches else ""
         why = "; ".join([r.note] * bool(r.note) + r.left_alone).replace("|", "\\|")

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from rotormlx import __version__
 from rotormlx.cli import measure, outputs, report_tables
-from rotormlx.cli.options import CalibrationFile, count, given_options, takes_config
+from rotormlx.cli.options import CalibrationFile, SlidingWindows, count, given_options, takes_config
 from rotormlx.cli.refusal import Refusal, RefusingGroup, refusing
 from rotormlx.config import RotorConfig
 
@@ -84,8 +84,11 @@ def _add_mlx_lm_command(name: str, does: str) -> None:
         *,
         config: RotorConfig,
         calibration: CalibrationFile = None,
+        sliding_windows: SlidingWindows = True,
     ) -> None:
-        _session().run(name, ctx.args, config, calibration, given_options(ctx))
+        _session().run(
+            name, ctx.args, config, calibration, given_options(ctx), sliding_windows=sliding_windows
+        )
 
 
 for _name, _does in MLX_LM_COMMANDS.items():
@@ -115,6 +118,7 @@ def batch(
     ] = False,
     config: RotorConfig,
     calibration: CalibrationFile = None,
+    sliding_windows: SlidingWindows = True,
 ) -> None:
     """Answer the prompts of a file, many at once; writes a JSON object a line."""
     if not math.isfinite(temp):
@@ -123,7 +127,7 @@ def batch(
     texts = batching.read_prompts(prompts)
     with outputs.lines("batch", output, prompts) as write:
         batching.answer(
-            session.Session(config, calibration),
+            session.Session(config, calibration, sliding_windows=sliding_windows),
             model,
             texts,
             max_tokens=max_tokens,
@@ -141,9 +145,10 @@ def info(
     *,
     config: RotorConfig,
     calibration: CalibrationFile = None,
+    sliding_windows: SlidingWindows = True,
 ) -> None:
     """Show what of a model would be compressed, and the memory that saves."""
-    loaded = _session().load_lazily(model, config, calibration)
+    loaded = _session().load_lazily(model, config, calibration, sliding_windows=sliding_windows)
     report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
     console = Console()
     console.print(report_tables.layer_table(report))

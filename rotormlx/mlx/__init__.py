@@ -9,6 +9,7 @@ from rotormlx.mlx.cache.latent import (
     LatentKVCache,
 )
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 
 # Hosts make a batch by ``type(cache).merge(caches)``, and single caches again from its rows, so
 # each class makes the other. They meet here, where everyone comes by who imports either.
@@ -16,3 +17,4 @@ RotorKVCache.batch = BatchRotorKVCache
 DecodedRotorKVCache.batch = BatchDecodedRotorKVCache
 LatentKVCache.batch = BatchLatentKVCache
 DecodedLatentKVCache.batch = BatchDecodedLatentKVCache
+SlidingRotorKVCache.batch = BatchSlidingRotorKVCache

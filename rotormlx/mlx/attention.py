@@ -30,7 +30,8 @@ def attend_view(
         scale: Factor of the scores.
         mask: None, ``"causal"``, or an array, boolean (True: visible) or additive, broadcastable
             to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row count from
-            its first, and the last query of a row is its last token.
+            its first, and the last query of a row is its last token. Where it is no array, what
+            ``keys.visible`` hides is hidden besides.
         sink_logits: Attention-sink logits ``[H]``.
 
     Returns:
@@ -39,6 +40,9 @@ def attend_view(
     Raises:
         ValueError: If shapes, dtypes or the mask do not fit together.
     """
+    if keys.visible is not None and not isinstance(mask, mx.array):
+        own = keys.visible(queries.shape[2])
+        mask = mask if own is None else own
     call = AttendCall(queries, keys, values, scale, mask, sink_logits)
     check(call)
     if keys is values:

@@ -6,13 +6,16 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from rotormlx.codec.counts import max_blocks
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook, latent_probe
+from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.host_caches import (
     ARRAYS,
@@ -31,7 +34,9 @@ from rotormlx.report import LayerReport, Report, megabytes
 PROBE_TOKENS = (3, 1)
 
 
-def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
+def probe(
+    model: Module, caches: list[Any], config: RotorConfig, *, sliding_windows: bool = True
+) -> Report:
     """Run the model without computing, since MLX is lazy, and see which way suits each cache.
 
     A run in which a way fails a cache is repeated with the next way for that cache; a cache that
@@ -41,6 +46,7 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
         model: The part of the model that takes tokens and caches; it stays as it is.
         caches: Its own caches, empty; they are the pattern and stay empty.
         config: How keys and values would be compressed.
+        sliding_windows: Whether sliding windows and chunked attention are to be compressed.
 
     Returns:
         What would be compressed, layer by layer.
@@ -50,7 +56,7 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
     """
     model_type = str(getattr(model, "model_type", type(model).__name__))
     # Shapes and bits are the same with a calibration, which needs what is measured here.
-    run = _TrialRun(model, caches, config.uncalibrated)
+    run = _TrialRun(model, caches, config.uncalibrated, sliding_windows)
     if run.failures():
         run.find_latents()
     while failures := run.failures():
@@ -76,15 +82,19 @@ def probe(model: Module, caches: list[Any], config: RotorConfig) -> Report:
 
 
 def compress(
-    caches: list[Any], make: Callable[[int], Any], report: Report | None = None
+    caches: list[Any],
+    make: Callable[[int], Any],
+    report: Report | None = None,
+    of_windows: windows.WindowMaker | None = None,
 ) -> list[Any]:
-    """The same caches with growing ones replaced.
+    """The same caches with growing ones replaced, and windows as the report says.
 
     Args:
         caches: Those that a model makes itself.
         make: Gives the compressed cache of a layer, by its index.
         report: What :func:`probe` found for the model: which caches to replace, and how each
             serves it. If None, all plain growing ones, by the fused attention.
+        of_windows: Gives the compressed cache of a sliding window or of chunked attention.
     """
     new = {}
     for place, (index, _, cache) in enumerate(leaves(caches)):
@@ -93,7 +103,9 @@ def compress(
         else:
             layer = report.layers[place]
             way = named(layer.way) if layer.compressed else None
-        if way is not None:
+        if way is not None and not _is_growing(cache):
+            new[id(cache)] = cache if of_windows is None else of_windows(index, cache)
+        elif way is not None:
             made = make(index)
             new[id(cache)] = made if way is FUSED else way.cache.of(made)
     return [replaced(cache, new) for cache in caches]
@@ -108,17 +120,21 @@ def _is_growing(cache: Any) -> bool:
 
 
 class _Trial:
-    """A growing cache of a model under trial.
+    """A cache of a model under trial.
 
     Args:
         index: Of its layer.
-        ways: Those to be tried, best first.
+        own: The model's own cache.
+        ways: Those to be tried, best first; None for those of its kind.
         why: Why the first of them is not the fused attention.
     """
 
-    def __init__(self, index: int, ways: Sequence[Way] = WAYS, why: str = "") -> None:
+    def __init__(
+        self, index: int, own: Any, ways: Sequence[Way] | None = None, why: str = ""
+    ) -> None:
         self.index = index
-        self.ways = ways
+        self.own = own
+        self.ways = ways or (WAYS if _is_growing(own) else (FUSED,))
         self.why = why
         # Why the ways before this one did not suit.
         self.reasons: list[str] = []
@@ -145,7 +161,7 @@ class _Trial:
         self.handed_out, self.refusal = [], ""
         if self.way is None:
             return None
-        way, cache = self.way, (kind or self.way.cache)(config, self.index)
+        way, cache = self.way, self._made(config, kind or self.way.cache)
 
         def watched(method: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arrays: mx.array) -> Any:
@@ -165,6 +181,15 @@ class _Trial:
 
         for name in ("update_and_fetch", "keys_and_values"):
             setattr(cache, name, watched(getattr(cache, name)))
+        return cache
+
+    def _made(self, config: RotorConfig, kind: type[RotorKVCache]) -> Any:
+        """An empty cache of this class; of a window one that hands out what this class does."""
+        cache = windows.maker(config)(self.index, self.own)
+        if cache is None:
+            return kind(config, self.index)
+        if kind is not FUSED.cache:
+            vars(cache)["_served"] = partial(kind._served, cast(Any, cache))
         return cache
 
     def is_astray(self, reached: set[tuple[int, int]], known: set[tuple[int, int]]) -> bool:
@@ -188,17 +213,20 @@ class _TrialRun:
         model: The model.
         pattern: Its own caches, empty.
         config: How keys and values would be compressed.
+        sliding_windows: Whether sliding windows are under trial too.
     """
 
-    def __init__(self, model: Module, pattern: list[Any], config: RotorConfig) -> None:
+    def __init__(
+        self, model: Module, pattern: list[Any], config: RotorConfig, sliding_windows: bool
+    ) -> None:
         self.model = model
         self.pattern = pattern
         self.config = config
         # By the place of the cache among the leaves.
         self.trials = {
-            place: _Trial(index)
+            place: _Trial(index, cache)
             for place, (index, _, cache) in enumerate(leaves(pattern))
-            if _is_growing(cache)
+            if _is_growing(cache) or (sliding_windows and windows.is_compressible(cache))
         }
         # Those of the latest run.
         self.caches: list[Any] = []
@@ -212,7 +240,8 @@ class _TrialRun:
                 way, why = LATENT, "the model keeps latents"
                 if not probe.hands_out_views:
                     way, why = DECODED_LATENT, f"{why} and picks tokens out of them"
-                self.trials[place] = _Trial(self.trials[place].index, (way,), why)
+                own = self.trials[place]
+                self.trials[place] = _Trial(own.index, own.own, (way,), why)
 
     def failures(self) -> list[tuple[_Trial, str]]:
         """Run the model; the trials whose way does not suit, with the reasons."""
@@ -340,21 +369,23 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
         keys, values = cache.views()
         return LayerReport(
             index,
-            label.replace(type(cache).__name__, GROWING),
+            label.replace(type(cache).__name__, type(trial.own).__name__),
             True,
             trial.reasons[0] if trial.reasons else trial.why,
             *shape,
             key_bits=keys.codec.bits_per_value,
             value_bits=values.codec.bits_per_value,
             exact_bytes=keys.dtype.size,
+            max_tokens=windows.size(trial.own),
+            max_blocks=max_blocks(cache.max_size, cache.config),
             way=trial.way.name,
             holds_latents=trial.way in (LATENT, DECODED_LATENT),
         )
+    limit = windows.size(cache)
     if trial is not None:
-        return LayerReport(index, label, False, trial.reasons[-1], *shape)
-    if is_a(cache, ROTATING, CHUNKED):
-        limit = _limit(cache)
-        reason = f"it never keeps more than {limit} tokens"
+        return LayerReport(index, label, False, trial.reasons[-1], *shape, max_tokens=limit)
+    if limit is not None:
+        reason = windows.reason_alone(cache)
         return LayerReport(index, label, False, reason, *shape, max_tokens=limit)
     if is_a(cache, ARRAYS):
         reason = "a state of constant size, no keys and values"
@@ -362,23 +393,18 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
     return LayerReport(index, label, False, "a kind of cache that rotormlx does not know", *shape)
 
 
-def _limit(cache: Any) -> int:
-    """The most tokens that a cache keeps."""
-    return int(cache.max_size if is_a(cache, ROTATING) else cache.chunk_size)
-
-
 def _all_it_keeps(caches: list[Any]) -> str:
     """What a model without growing caches keeps: a part of a sentence."""
     held = [cache for _, _, cache in leaves(caches)]
     states = [cache for cache in held if is_a(cache, ARRAYS)]
-    windows = {_limit(c) for c in held if is_a(c, ROTATING, CHUNKED)}
+    limits = [limit for c in held if (limit := windows.size(c)) is not None]
     others = {type(c).__name__ for c in held if not is_a(c, ARRAYS, ROTATING, CHUNKED)}
     parts = []
     if states:
         size = megabytes(sum(cache.nbytes for cache in states))
         parts.append(f"a state of constant size ({size})")
-    if windows:
-        parts.append(f"no more than the last {max(windows)} tokens of sliding windows")
+    if limits:
+        parts.append(f"no more than the last {max(limits)} tokens of sliding windows")
     if others:
         parts.append(f"tokens in caches of its own ({', '.join(sorted(others))})")
     return f"keeps {' and '.join(parts) or 'nothing'}"

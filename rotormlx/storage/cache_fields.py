@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from rotormlx.codec.counts import Counts, are_possible, least_size, max_blocks
+from rotormlx.codec.counts import Counts, are_possible, least_size, max_blocks, sliding_size
 from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, words_shape
 from rotormlx.codec.parts import Part, keys_and_values, latent_and_rope
 from rotormlx.config import RotorConfig
@@ -27,12 +27,15 @@ SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
 # Of latents: for attention that reads them packed, and for models that need them as arrays.
 LATENT, LATENT_BATCH = "LatentKVCache", "BatchLatentKVCache"
 DECODED_LATENT, DECODED_LATENT_BATCH = "DecodedLatentKVCache", "BatchDecodedLatentKVCache"
+SLIDING, BATCH_SLIDING = "SlidingRotorKVCache", "BatchSlidingRotorKVCache"
+CHUNKED = "ChunkedRotorKVCache"
 # Those that a file may name, with the one whose state each has.
 LAYOUTS = {
     **{SINGLE: SINGLE, "DecodedRotorKVCache": SINGLE},
     **{BATCH: BATCH, "BatchDecodedRotorKVCache": BATCH},
     **{LATENT: LATENT, DECODED_LATENT: LATENT},
     **{LATENT_BATCH: LATENT_BATCH, DECODED_LATENT_BATCH: LATENT_BATCH},
+    **{SLIDING: SLIDING, BATCH_SLIDING: BATCH_SLIDING, CHUNKED: CHUNKED},
 }
 # What exact tokens may be, as files name dtypes.
 FLOATS = ("F16", "BF16", "F32")
@@ -66,6 +69,8 @@ class SavedStore(NamedTuple):
 _HEADER = 5  # entries before the arrays, in either class
 _STORE = len(SavedStore._fields)
 _LIMIT = 2  # entries behind the arrays, where a single cache has a limit
+# Entries at the end that a class has besides: the sliding window; or chunk size and first position.
+_OWN = {SLIDING: 1, BATCH_SLIDING: 1, CHUNKED: 2}
 
 
 class SavedCache(NamedTuple):
@@ -108,6 +113,7 @@ class SavedCache(NamedTuple):
         Raises:
             ValueError: If the state is not that of such a cache, or of another format version.
         """
+        state, own = _without_own(state, reader)
         limited = len(state) % _STORE == _LIMIT
         reader.entries(len(state) - _LIMIT * limited, _HEADER, _HEADER + 2 * _STORE)
         saved = cls.named(state, _config(state, reader))
@@ -115,6 +121,7 @@ class SavedCache(NamedTuple):
         reader.integers(saved.layer, counts.tokens, counts.packed, counts.evicted, *limit)
         table = np.array([[counts.tokens, counts.packed, counts.evicted]])
         _check_counts(saved, table, reader)
+        _check_own(own, saved, counts.tokens, reader)
         if saved.stores:
             _check_stores(saved, counts, reader, rows=None)
         return saved
@@ -158,6 +165,7 @@ class SavedBatch(NamedTuple):
         Raises:
             ValueError: If the state is not that of such a cache, or of another format version.
         """
+        state, own = _without_own(state, reader)
         reader.entries(len(state), _HEADER, _HEADER + 2 * _STORE)
         saved = cls.named(state, _config(state, reader))
         layer, max_size, table = saved.layer, saved.max_size, saved.table
@@ -167,6 +175,7 @@ class SavedBatch(NamedTuple):
         reader.require(has_counts and field.shape[1] == 3, "three counts per row", field)
         counts = reader.numbers(table).astype(np.int64)
         _check_counts(saved, counts, reader)
+        _check_own(own, saved, 0, reader)
         if saved.stores:
             exact = int((counts[:, 0] - counts[:, 1]).max(initial=0))
             packed = int(counts[:, 1].max(initial=0))
@@ -175,9 +184,12 @@ class SavedBatch(NamedTuple):
 
 
 class StateReader(ABC):
-    """Who reads a state: how arrays look to it, and how it refuses what does not fit."""
+    """Who reads a state: how arrays look to it, and how it refuses what does not fit.
 
-    # The class of the cache whose state it is.
+    Attributes:
+        name: The class of the cache.
+    """
+
     name: str
 
     @abstractmethod
@@ -267,6 +279,28 @@ def _config(state: Sequence[Any], reader: StateReader) -> RotorConfig:
         raise reader.refuse_version(version)
     reader.require(type(text) is str, "a configuration in JSON", text)
     return reader.config(text)
+
+
+def _without_own(state: Sequence[Any], reader: StateReader) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The entries that every class has, and those at the end that only this one has."""
+    stop = len(state) - _OWN.get(reader.name, 0)
+    return state[:stop], state[stop:]
+
+
+def _check_own(
+    own: Sequence[Any], saved: SavedCache | SavedBatch, tokens: int, reader: StateReader
+) -> None:
+    """Require what a class has of its own to agree with the rest."""
+    reader.integers(*own)
+    if reader.name in (SLIDING, BATCH_SLIDING):
+        (window,) = own
+        limit = sliding_size(window, saved.config) if window else None
+        is_right = window > 0 and saved.max_size == limit
+        reader.require(is_right, f"a window, and its limit {limit}", (window, saved.max_size))
+    elif own:
+        size, start = own
+        is_right = size > 0 and start % size == 0 and tokens <= size and saved.max_size is None
+        reader.require(is_right, "a chunk that begins at a multiple of its size", (*own, tokens))
 
 
 def _check_counts(

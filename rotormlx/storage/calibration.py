@@ -168,7 +168,7 @@ class Calibration:
         """
         config = self.configured(report.config)
         for layer in report.layers:
-            if not layer.compressed:
+            if not layer.compressed or layer.is_window:
                 continue
             for role, head_dim in zip(ROLES, (layer.head_dim_k, layer.head_dim_v), strict=True):
                 wanted = config.calibrated_shape(layer.kv_heads, head_dim)

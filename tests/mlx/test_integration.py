@@ -242,7 +242,7 @@ def assert_refused(model: nn.Module, reason: str, original_code: object) -> None
         ("index", "left alone, the model chooses tokens by it, for which it must be exact"),
         ("attends elsewhere", "since the model computes with keys and values itself"),
         ("only at prefill", "since the model computes with keys and values itself"),
-        ("keys as values", "since the model keeps latents"),
+        ("keys as values", "read packed in decode steps, since the model keeps latents"),
     ],
 )
 def test_a_layer_that_handles_do_not_suit_is_served_otherwise(fault: str, reason: str) -> None:

@@ -38,6 +38,9 @@ class StoredCache(Generic[S]):
     kind: ClassVar[str]
     # The class of the stores.
     _store: ClassVar[type[Store]]
+    # What the latest step attends, where it has dropped tokens that its first queries see: layers
+    # that read the keys and values of another ask for them in the same step.
+    _latest: tuple[KVView, KVView] | None = None
 
     def __init__(
         self,
@@ -53,6 +56,11 @@ class StoredCache(Generic[S]):
         self._max_blocks = max_blocks(max_size, self.config)
         self._keys: S | None = None
         self._values: S | None = None
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        """What makes an empty cache like this one, of its class or of that of its batches."""
+        return self.config, self.layer, self.max_size, self.calibrated
 
     def empty(self) -> bool:
         """Whether nothing was ever appended."""

@@ -131,10 +131,14 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         skipped = [row.append(keys.shape[2]) for row in rows]
         for store, x in zip(stores, (keys, values), strict=True):
             store.append_rows(x, exact, skipped)
-        served = self._served(self._views(stores, rows), (keys, values))
+        views = self._views(stores, rows)
+        served = self._served(views, (keys, values))
         self._pack_tails(stores, rows)
         # One step, between whose halves no interrupt comes.
-        vars(self).update(_keys=stores[0], _values=stores[1], rows=rows)
+        pairs = zip(rows, self.rows, strict=True)
+        has_dropped = any(new.counts.evicted > old.counts.evicted for new, old in pairs)
+        latest = views if has_dropped else None
+        vars(self).update(_keys=stores[0], _values=stores[1], rows=rows, _latest=latest)
         return served
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -142,8 +146,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return self._served(self.views())
 
     def views(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values."""
-        return self._views(self._filled(), self.rows)
+        """Views of all keys and values, those of the latest step until it is computed."""
+        return self._latest or self._views(self._filled(), self.rows)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -218,6 +222,11 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             row.rejected = 0
 
     @property
+    def _idx(self) -> int:
+        """The column that comes next in prompts padded to one length; mlx-vlm asks for it."""
+        return max((row.counts.offset + row.right - row.left for row in self.rows), default=0)
+
+    @property
     def batch_size(self) -> int:
         """B."""
         return len(self.rows)
@@ -236,7 +245,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         for store in stores:
             store.take(indices, blocks)
         key_store, value_store = stores or (None, None)
-        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows, _latest=None)
 
     def extend(self, other: BatchRotorKVCache) -> None:
         """Append the rows of another batch."""
@@ -245,11 +254,11 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         key_store = BatchStore.join(zip((self._keys, other._keys), sizes, strict=True))
         value_store = BatchStore.join(zip((self._values, other._values), sizes, strict=True))
         rows = self.rows + [row.copy() for row in other.rows]
-        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows, _latest=None)
 
     def extract(self, idx: int) -> RotorKVCache:
         """A row as a cache by itself; it shares no buffer with the batch."""
-        single = self._single(self.config, self.layer, self.max_size, self.calibrated)
+        single = self._single(*self._settings)
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
@@ -269,7 +278,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """
         first = caches[0]
         _check_same(caches)
-        batch = cls([], first.config, first.layer, first.max_size, first.calibrated)
+        batch = cls([], *first._settings)
         sizes = [1 if c._keys is None else c._keys.exact.shape[0] for c in caches]
         batch.rows = [
             Row(replace(cache.counts))
@@ -286,6 +295,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedBatch` names the entries.
         """
+        self._latest = None  # hosts read the state to compute it
         counts = [[r.counts.tokens, r.counts.packed, r.counts.evicted] for r in self.rows]
         table = mx.array(counts, mx.int32).reshape(-1, 3)
         longest = _longest(self.rows)
@@ -320,6 +330,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     # ---- inside ---------------------------------------------------------------------------------
 
     def _forget_padding(self) -> None:
+        self._latest = None
         for row in self.rows:
             row.right = 0
 
@@ -382,6 +393,7 @@ def _check_same(caches: Sequence[Any]) -> None:
         differ = first.config.difference(other.config)
         for name, own, its in (
             ("layer", first.layer, other.layer),
+            ("sliding window", *(getattr(c, "sliding_window", None) for c in (first, other))),
             ("max_kv_size", first.max_size, other.max_size),
         ):
             differ = differ or (None if own == its else (name, own, its))

@@ -6,6 +6,7 @@ from typing import Any
 
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
+from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.latent import (
     BatchDecodedLatentKVCache,
@@ -14,6 +15,7 @@ from rotormlx.mlx.cache.latent import (
     LatentKVCache,
 )
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 
 CLASSES: dict[str, type[StoredCache[Any]]] = {
     kind.__name__: kind
@@ -22,5 +24,6 @@ CLASSES: dict[str, type[StoredCache[Any]]] = {
         *(DecodedRotorKVCache, BatchDecodedRotorKVCache),
         *(LatentKVCache, BatchLatentKVCache),
         *(DecodedLatentKVCache, BatchDecodedLatentKVCache),
+        *(SlidingRotorKVCache, BatchSlidingRotorKVCache, ChunkedRotorKVCache),
     )
 }

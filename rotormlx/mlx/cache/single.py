@@ -97,12 +97,12 @@ class RotorKVCache(StoredCache[Store]):
         key_store.append(keys, counts.exact)
         value_store.append(values, counts.exact)
         counts.tokens += keys.shape[2]
-        sink = self.config.sink
-        views = key_store.view(sink, counts), value_store.view(sink, counts)
+        views = self._views((key_store, value_store), counts)
         served = serve(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
-        vars(self).update(_keys=key_store, _values=value_store, counts=counts)
+        latest = views if counts.evicted > self.counts.evicted else None
+        vars(self).update(_keys=key_store, _values=value_store, counts=counts, _latest=latest)
         return served
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -110,10 +110,8 @@ class RotorKVCache(StoredCache[Store]):
         return self._served(self.views())
 
     def views(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values."""
-        key_store, value_store = self._filled()
-        sink = self.config.sink
-        return key_store.view(sink, self.counts), value_store.view(sink, self.counts)
+        """Views of all keys and values, those of the latest step until it is computed."""
+        return self._latest or self._views(self._filled(), self.counts)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -145,6 +143,7 @@ class RotorKVCache(StoredCache[Store]):
             How many tokens were forgotten: n, or all there were; once tokens were evicted, no more
             than the tail holds.
         """
+        self._latest = None
         packed = self.counts.packed
         n = self.counts.trim(n, self.config)
         if packed and not self.counts.packed:
@@ -158,6 +157,7 @@ class RotorKVCache(StoredCache[Store]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedCache` names the entries.
         """
+        self._latest = None  # hosts read the state to compute it
         stores = tuple(store.saved(self.counts) for store in self._stores)
         return SavedCache(self.config, self.layer, self.max_size, self.counts, stores).state
 
@@ -197,8 +197,7 @@ class RotorKVCache(StoredCache[Store]):
 
     def to_batch(self, left_padding: Sequence[int]) -> Any:
         """An empty batch of sequences with this padding before them, as mlx-vlm asks for it."""
-        settings = self.config, self.layer, self.max_size, self.calibrated
-        return type(self).batch(left_padding, *settings)
+        return type(self).batch(left_padding, *self._settings)
 
     def prefix_cache_merge(self, rows: Sequence[Any], prefix_lens: Sequence[int]) -> Any:
         """A batch of the caches that mlx-vlm's prefix cache gives back, else None."""
@@ -229,13 +228,15 @@ class RotorKVCache(StoredCache[Store]):
         out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
             return out
-        keys, values = cache.keys, cache.values
-        for start in range(0, cache.offset, CONVERSION_TOKENS):
-            part = slice(start, min(start + CONVERSION_TOKENS, cache.offset))
-            # Nobody reads it yet, so nothing is decoded.
-            out._append(keys[:, :, part], values[:, :, part], lambda views, new: views)
-            mx.eval(out.state)
+        out.append_all(cache.keys, cache.values, 0, cache.offset)
         return out
+
+    def append_all(self, keys: mx.array, values: mx.array, start: int, stop: int) -> None:
+        """Append and compute tokens of long arrays, ``CONVERSION_TOKENS`` at a time."""
+        for first in range(start, stop, CONVERSION_TOKENS):
+            part = slice(first, min(first + CONVERSION_TOKENS, stop))
+            self.update_and_fetch(keys[:, :, part], values[:, :, part])
+            mx.eval(self.state)
 
     @property
     def packed_tokens(self) -> int:
@@ -256,6 +257,10 @@ class RotorKVCache(StoredCache[Store]):
         return bits / sum(c.head_dim for c in codecs)
 
     # ---- inside ---------------------------------------------------------------------------------
+
+    def _views(self, stores: tuple[Store, Store], counts: Counts) -> tuple[KVView, KVView]:
+        sink = self.config.sink
+        return stores[0].view(sink, counts), stores[1].view(sink, counts)
 
     def _pack_tail(self, stores: Sequence[Store], counts: Counts) -> None:
         """Pack what the tail holds beyond the window, a block's worth at a time."""
