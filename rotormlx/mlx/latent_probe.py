@@ -35,6 +35,16 @@ class ProbeLatents(LatentKVCache):
         super().__init__(replace(config, window=_WINDOW), layer)
         self.hands_out_views = hands_out_views  # type: ignore[misc]
         self.handed_out: list[KVView] = []
+        # Whether what came cannot be compressed.
+        self.has_refused = False
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append tokens, and remember if they cannot be compressed."""
+        try:
+            return super().update_and_fetch(keys, values)
+        except ValueError:
+            self.has_refused = True
+            raise
 
     def _served(
         self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
@@ -69,8 +79,13 @@ def find(model: Module, caches: Sequence[Any], config: RotorConfig) -> list[Prob
     growing = [is_exactly(cache, GROWING) for _, _, cache in leaves(caches)]
     nothing: list[ProbeLatents | None] = [None] * len(growing)
     trial = _trial(caches, config, growing, views=True)
-    reached = _run(model, trial, long=False)
-    if reached is None or not any(found := _reaching(trial, reached)):
+    while (reached := _run(model, trial, long=False)) is None:
+        refused = [getattr(cache, "has_refused", False) for _, _, cache in leaves(trial)]
+        if not any(refused):
+            return nothing
+        growing = [g and not r for g, r in zip(growing, refused, strict=True)]
+        trial = _trial(caches, config, growing, views=True)
+    if not any(found := _reaching(trial, reached)):
         return nothing
     trial = _trial(caches, config, found, views=True)
     reached = _run(model, trial, long=True)
