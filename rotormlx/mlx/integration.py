@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
-from rotormlx.mlx import hosts, switch
+from rotormlx.mlx import environment, hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import arrays_of
 from rotormlx.mlx.fingerprint import weights
@@ -158,7 +158,7 @@ def load(
     """
     lazy = kwargs.pop("lazy", False)
     config = config or RotorConfig()
-    with switch.off():
+    with environment.off():
         loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
     model = loaded[0]
     apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
