@@ -21,6 +21,12 @@ WRAPPED = {
     },
     "mlx_lm.utils": {"load_model": "rotormlx.mlx.switch:load_model"},
     "mlx_vlm.utils": {"load_model": "rotormlx.mlx.switch:load_model"},
+    "rapid_mlx.prefix_cache": {
+        "BlockAwarePrefixCache.__init__": "rotormlx.mlx.prefix_stores:paged",
+    },
+    "vllm_mlx.prefix_cache": {
+        "BlockAwarePrefixCache.__init__": "rotormlx.mlx.prefix_stores:paged",
+    },
     "rapid_mlx.memory_cache": {
         "_trim_cache_offset": "rotormlx.mlx.prefix_stores:trimmed",
     },

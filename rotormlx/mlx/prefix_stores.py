@@ -102,7 +102,29 @@ def made_anew(own: Callable[..., Layers], generator: Any) -> Layers:
     return made if size is None else limited(lambda caches, _: caches, made, size)
 
 
-def _compact(cache: StoredCache[Any]) -> StoredCache[Any]:
+def paged(own: Callable[..., None], store: Any, model: Any, *args: Any, **options: Any) -> None:
+    """Make a store that cuts caches into blocks, for a model with exact ones.
+
+    Args:
+        own: Its ``__init__``.
+        store: What is made.
+        model: The model whose caches it is for.
+        *args: Other arguments.
+        **options: Likewise.
+
+    Raises:
+        ValueError: If the model has compressed caches.
+    """
+    make = getattr(model, "make_cache", None)
+    if make and any(isinstance(cache, StoredCache) for _, _, cache in leaves(make())):
+        raise ValueError(
+            "[prefix store] A paged cache needs exact keys and values to cut into blocks, but "
+            "ROTORMLX has compressed the caches of this model; leave --use-paged-cache out."
+        )
+    own(store, model, *args, **options)
+
+
+def _compact(cache: Any) -> Any:
     twin = copy.copy(cache)
     # A buffer that is longer than what is used would be kept alive by a view of it.
     twin.state = tuple(mx.contiguous(a) if isinstance(a, mx.array) else a for a in cache.state)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rotormlx.config import RotorConfig
-from rotormlx.mlx.requested import VARIABLE, requested
+from rotormlx.mlx.environment import VARIABLE, requested
 
 
 def load_model(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

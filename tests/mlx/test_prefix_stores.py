@@ -102,6 +102,21 @@ def test_a_batch_generator_limits_the_caches_that_it_makes(size):
     assert (made[0].max_size, made[1]) == (size, generator)
 
 
+def test_a_paged_store_is_for_exact_caches():
+    made = []
+
+    def own(store, model, manager, size=1):
+        made.append((store, model, manager, size))
+
+    exact, plain = SimpleNamespace(make_cache=lambda: [KVCache()]), SimpleNamespace()
+    for model in (exact, plain):
+        prefix_stores.paged(own, "store", model, "manager", size=3)
+    assert made == [("store", exact, "manager", 3), ("store", plain, "manager", 3)]
+    compressed = SimpleNamespace(make_cache=lambda: [KVCache(), RotorKVCache(CONFIG)])
+    with pytest.raises(ValueError, match="leave --use-paged-cache out"):
+        prefix_stores.paged(own, "store", compressed, "manager")
+
+
 def test_who_copies_keys_and_values_is_refused():
     """A server of another version gets an error, and no cache without its tokens."""
     with pytest.raises(AttributeError, match=r"copy it with copy\.deepcopy"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import requested, switch
+from rotormlx.mlx import environment, switch
 from tests.support import models
 
 CLONE = Path(__file__).resolve().parents[2]
@@ -86,15 +86,15 @@ def test_nothing_is_requested(monkeypatch, setting):
     monkeypatch.delenv("ROTORMLX", raising=False)
     if setting is not None:
         monkeypatch.setenv("ROTORMLX", setting)
-    assert requested.requested() is None
+    assert environment.requested() is None
 
 
 def test_what_is_requested_is_the_configuration_in_the_environment(monkeypatch):
     monkeypatch.setenv("ROTORMLX", " K8v4 , window=0")
-    assert requested.requested() == RotorConfig(key_bits=8, value_bits=4, window=0)
-    with requested.off():
-        assert requested.requested() is None
-    assert requested.requested() is not None
+    assert environment.requested() == RotorConfig(key_bits=8, value_bits=4, window=0)
+    with environment.off():
+        assert environment.requested() is None
+    assert environment.requested() is not None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What ROTORMLX in the environment asks for."""
+"""The configuration that ROTORMLX in the environment asks for."""
 
 from __future__ import annotations
 
