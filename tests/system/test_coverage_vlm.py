@@ -29,11 +29,11 @@ WORK = {
     "latents": ("deepseek_v3",),
     "keys and values that the model computes with": ("gemma2", "inkling"),
 }
-NOTHING = {
-    "encoder-decoder": ("florence2",),
-    "no keys and values": ("mamba", "rwkv7"),
+NOTHING = {"no keys and values": ("mamba", "rwkv7")}
+REFUSED = {
+    "an encoder-decoder's caches": ("florence2",),
+    "keys and values from the state of a cache": ("gemma3n",),
 }
-REFUSED = {"keys and values from the state of a cache": ("gemma3n",)}
 NOT_RUN = {"no language model": ("rfdetr",)}
 SAMPLE = [
     pytest.param(verdict, name, id=f"{kind}: {name}")
