@@ -1,4 +1,4 @@
-"""What the tables of models have in common: docs/COVERAGE.md and docs/COVERAGE_TORCH.md."""
+"""What the tables of models have in common: docs/COVERAGE.md and those of the other hosts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ STEPS = (130, 70, 40, 1, 1, 1)
 # amplify that up to fivefold.
 LARGEST_ERROR = 0.05
 VERDICTS = ("works", "nothing to compress", "refused", "not run")
+# The end of every table's head.
+COLUMNS = """{works} of {total} model types work. Nothing to compress: {nothing_to_compress}. \
+Refused with the reason: {refused}. Not run: {not_run}.
+
+| model type | | caches compressed | error | other experts | left alone, or why not |
+|---|---|---|---|---|---|"""
 
 
 @dataclass

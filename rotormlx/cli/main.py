@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -66,6 +67,8 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Generate text with mlx-lm and a compressed KV cache."""
+    # Commands take options: what they load as it is, to compare with it, must stay so.
+    os.environ.pop("ROTORMLX", None)
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
-from rotormlx.mlx import hosts
+from rotormlx.mlx import environment, hosts
 from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import arrays_of
@@ -171,7 +171,8 @@ def load(
     """
     lazy = kwargs.pop("lazy", False)
     config = config or RotorConfig()
-    loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
+    with environment.off():
+        loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
     model = loaded[0]
     apply_with = partial(apply, model, sliding_windows=sliding_windows)
     apply_with(config.uncalibrated)  # refuses before a calibration makes it read weights

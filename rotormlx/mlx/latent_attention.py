@@ -90,11 +90,10 @@ def _attend_packed(
         shrunk = state.top
         state, weights = advance(state, scores)
         weights = weights[:, :, 0]
-        # The scale or the centre of a hidden token may be anything, NaN among them.
+        # The scale of a hidden token may be anything, NaN among them.
         scaled = mx.where(weights == 0, mx.array(0.0), weights * scales)
         by_block = weights.reshape(*weights.shape[:-1], -1, BLOCK).sum(-1)
-        finite = mx.where(mx.isfinite(centres), centres, mx.array(0.0))
-        of_centres = of_centres * _shrink(shrunk, state.top) + backend.product(by_block, finite)
+        of_centres = of_centres * _shrink(shrunk, state.top) + backend.product(by_block, centres)
         state = state._replace(output=state.output + backend.product(scaled, levels))
 
     # Keys decode to their unbiased length; as values they are a little shorter.

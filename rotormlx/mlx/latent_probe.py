@@ -35,6 +35,16 @@ class ProbeLatents(LatentKVCache):
         super().__init__(replace(config, window=_WINDOW), layer)
         self.hands_out_views = hands_out_views  # type: ignore[misc]
         self.handed_out: list[KVView] = []
+        # Whether what came cannot be compressed.
+        self.has_refused = False
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append tokens, and remember if they cannot be compressed."""
+        try:
+            return super().update_and_fetch(keys, values)
+        except ValueError:
+            self.has_refused = True
+            raise
 
     def _served(
         self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
@@ -45,9 +55,9 @@ class ProbeLatents(LatentKVCache):
         return latents, rope
 
     @property
-    def values(self) -> mx.array | None:
-        """As of any cache; a model that writes it keeps something else than latents."""
-        return super().values
+    def values(self) -> Any:
+        """An array, as the cache of an index has it: sparse attention waits for that."""
+        return None if self._values is None else self._values.exact[:, :, :0]
 
     @values.setter
     def values(self, values: mx.array) -> None:
@@ -69,8 +79,13 @@ def find(model: Module, caches: Sequence[Any], config: RotorConfig) -> list[Prob
     growing = [is_exactly(cache, GROWING) for _, _, cache in leaves(caches)]
     nothing: list[ProbeLatents | None] = [None] * len(growing)
     trial = _trial(caches, config, growing, views=True)
-    reached = _run(model, trial, long=False)
-    if reached is None or not any(found := _reaching(trial, reached)):
+    while (reached := _run(model, trial, long=False)) is None:
+        refused = [getattr(cache, "has_refused", False) for _, _, cache in leaves(trial)]
+        if not any(refused):
+            return nothing
+        growing = [g and not r for g, r in zip(growing, refused, strict=True)]
+        trial = _trial(caches, config, growing, views=True)
+    if not any(found := _reaching(trial, reached)):
         return nothing
     trial = _trial(caches, config, found, views=True)
     reached = _run(model, trial, long=True)
