@@ -269,16 +269,16 @@ def test_a_missing_model_is_refused(no_load, tmp_path, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "info", "demo"])
-def test_a_model_that_bypasses_the_hook_is_refused(directory: Path, command: str) -> None:
-    path = tiny.save(directory / "gemma2", "gemma2")
+def test_a_model_with_nothing_to_compress_is_refused(directory: Path, command: str) -> None:
+    path = tiny.save(directory / "mamba2", "mamba2", num_heads=16)
     options = [path] if command == "info" else ["--model", path]
-    assert_refused(run(command, *options), "[apply] gemma2 cannot be compressed")
+    assert_refused(run(command, *options), "[apply] mamba2 cannot be compressed")
 
 
-def test_a_draft_model_that_bypasses_the_hook_is_refused(directory: Path, llama: str) -> None:
-    path = tiny.save(directory / "gemma2", "gemma2")
+def test_a_draft_model_with_nothing_to_compress_is_refused(directory: Path, llama: str) -> None:
+    path = tiny.save(directory / "mamba2", "mamba2", num_heads=16)
     result = run("generate", "--model", llama, *SHORT, "--draft-model", path)
-    assert_refused(result, "[apply] gemma2 cannot be compressed")
+    assert_refused(result, "[apply] mamba2 cannot be compressed")
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path) -> None:

@@ -207,7 +207,7 @@ def test_ctrl_c_ends_a_server_with_its_usage(models: Path, tmp_path: Path, draft
 
 
 def test_a_model_that_cannot_be_compressed_is_refused_before_serving(tmp_path: Path) -> None:
-    path = tiny.save(tmp_path / "gemma2", "gemma2")
+    path = tiny.save(tmp_path / "mamba2", "mamba2", num_heads=16)
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "rotormlx", "server", "--model", path, "--port", "0"],
@@ -217,4 +217,4 @@ def test_a_model_that_cannot_be_compressed_is_refused_before_serving(tmp_path: P
         check=False,
     )
     assert done.returncode == 2, (done.stderr, time.monotonic() - start)
-    assert done.stderr.startswith("rotormlx: [apply] gemma2 cannot be compressed: ")
+    assert done.stderr.startswith("rotormlx: [apply] mamba2 cannot be compressed: ")
