@@ -34,6 +34,8 @@ DEPENDENCIES = [
     "tokenizers>=0.23",  # the demo model's tokenizer, made from its GGUF file
     "typer>=0.20",  # the command line
 ]
+# Imports rotormlx_switch.py in every interpreter that has ROTORMLX in its environment.
+SWITCH = "rotormlx_switch.pth"
 
 
 class DependenciesHook(MetadataHookInterface):
@@ -49,6 +51,8 @@ class CPULibraryHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it builds a wheel, standard or editable."""
+        # Beside the package, where Python reads .pth files; the rest is found in the clone.
+        build_data["force_include_editable"][str(Path(self.root, SWITCH))] = SWITCH
         done = subprocess.run(
             [sys.executable, str(Path(self.root, "cpu_kernels", "build.py"))],
             capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -144,6 +145,28 @@ class RotorConfig:
             return self
         return replace(self, rotation=ROTATIONS[0], channel_scale=None)
 
+    @classmethod
+    def from_text(cls, text: str) -> RotorConfig:
+        """Read what a person writes: ``4``, ``k8v4``, ``balanced``, ``key_bits=4,value_bits=2``.
+
+        Args:
+            text: Bits of keys and values (``4``), bits of each (``k8v4``) or the name of a quality,
+                once at most; and fields by name (``window=0``); separated by commas.
+
+        Raises:
+            ValueError: If it is something else, a field is given twice, or one is out of range.
+        """
+        given: dict[str, Any] = {}
+        for part in (part.strip() for part in text.split(",")):
+            for name, value in _fields_of(part).items():
+                if name in given:
+                    raise ValueError(
+                        f"[RotorConfig] Every field may be given once, but {text!r} gives {name} "
+                        "twice; leave one out."
+                    )
+                given[name] = value
+        return cls(**given)
+
     def to_json(self) -> str:
         """The configuration as one line of JSON, the form it has inside a saved cache."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -171,6 +194,24 @@ class RotorConfig:
                 "version: make it again."
             )
         return cls(**values)
+
+
+def _fields_of(part: str) -> dict[str, Any]:
+    """The fields that one part of a configuration in text sets."""
+    name, equals, value = (side.strip() for side in part.partition("="))
+    kinds = {f.name: f.type for f in fields(RotorConfig)}
+    if equals and name in kinds:
+        return {name: int(value) if kinds[name] == "int" and value.isdecimal() else value}
+    if part in QUALITIES:
+        return dict(zip(("key_bits", "value_bits"), QUALITIES[part], strict=True))
+    if bits := re.fullmatch(r"(?:k(\d+)v(\d+)|(\d+))", part.lower()):
+        key_bits, value_bits, both = bits.groups()
+        return {"key_bits": int(both or key_bits), "value_bits": int(both or value_bits)}
+    raise ValueError(
+        f"[RotorConfig] Bits (4 or k8v4), a quality ({', '.join(QUALITIES)}) or a field "
+        f"({', '.join(kinds)}) with its value are required, but {part!r} was given; "
+        "write 4, or key_bits=4,value_bits=2."
+    )
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

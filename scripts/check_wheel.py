@@ -27,6 +27,8 @@ PARTS = {
     "shared_kernels": ("rotormlx/shared_kernels", {".h"}),
     "tests/vectors": ("rotormlx/vectors", {".safetensors"}),
 }
+# What lies beside the package: ROTORMLX in the environment needs both.
+SWITCH = {"rotormlx_switch.pth", "rotormlx_switch.py"}
 LIBRARY = "rotormlx/librotormlx_cpu.so"
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 # The machines of a release, by the end of the wheel's tag.
@@ -130,7 +132,8 @@ def wanted_in_wheel(path: Path) -> set[str]:
     }
     name, version, *tag = path.name.removesuffix(".whl").split("-")
     library = set() if tag == ["py3", "none", "any"] else {LIBRARY}
-    return of_package | library | {f"{name}-{version}.dist-info/{file}" for file in METADATA}
+    about = {f"{name}-{version}.dist-info/{file}" for file in METADATA}
+    return of_package | SWITCH | library | about
 
 
 def wanted_in_sdist() -> set[str]:

@@ -1,4 +1,4 @@
-"""What the tables of models have in common: docs/COVERAGE.md and docs/COVERAGE_TORCH.md."""
+"""What the tables of models have in common: docs/COVERAGE.md and those of the other hosts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ STEPS = (130, 70, 40, 1, 1, 1)
 # amplify that up to fivefold.
 LARGEST_ERROR = 0.05
 VERDICTS = ("works", "nothing to compress", "refused", "not run")
+# The end of every table's head.
+COLUMNS = """{works} of {total} model types work. Nothing to compress: {nothing_to_compress}. \
+Refused with the reason: {refused}. Not run: {not_run}.
+
+| model type | | caches compressed | error | other experts | left alone, or why not |
+|---|---|---|---|---|---|"""
 
 
 @dataclass
@@ -56,8 +62,9 @@ def begin(model_type: str, report: Report) -> Result:
     """A result that knows what the report promises."""
     result = Result(model_type, "works", caches=len(report.layers))
     result.compressed = sum(layer.compressed for layer in report.layers)
-    ways = Counter(layer.way.partition(" ")[0] for layer in report.layers if layer.way)
-    result.otherwise = ", ".join(f"{count} {way}" for way, count in ways.items())
+    others = Counter(layer.holds_latents for layer in report.layers if layer.way)
+    words = {True: "latents", False: "decoded"}
+    result.otherwise = ", ".join(f"{count} {words[kind]}" for kind, count in others.items())
     result.left_alone = sorted(
         {f"{layer.cache}: {layer.reason}" for layer in report.layers if not layer.compressed}
     )

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import json
 import math
+import os
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -66,6 +68,8 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Generate text with mlx-lm and a compressed KV cache."""
+    # Commands take options: what they load as it is, to compare with it, must stay so.
+    os.environ.pop("ROTORMLX", None)
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -93,6 +97,28 @@ def _add_mlx_lm_command(name: str, does: str) -> None:
 
 for _name, _does in MLX_LM_COMMANDS.items():
     _add_mlx_lm_command(_name, _does)
+
+
+class VlmCommand(StrEnum):
+    """Commands of mlx-vlm that run with compressed caches."""
+
+    GENERATE = "generate"
+    CHAT = "chat"
+    SERVER = "server"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@takes_config
+def vlm(
+    ctx: typer.Context,
+    name: Annotated[VlmCommand, typer.Argument(help="The command of mlx-vlm.")],
+    *,
+    config: RotorConfig,
+    sliding_windows: SlidingWindows = True,
+) -> None:
+    """Run a command of mlx-vlm, for models that read images; takes every option of it."""
+    commands = importlib.import_module("rotormlx.cli.mlx_vlm_commands")
+    commands.run(name.value, ctx.args, config, sliding_windows=sliding_windows)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
-from rotormlx.mlx import hosts
+from rotormlx.mlx import environment, hosts
 from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import arrays_of
@@ -171,7 +171,8 @@ def load(
     """
     lazy = kwargs.pop("lazy", False)
     config = config or RotorConfig()
-    loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
+    with environment.off():
+        loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
     model = loaded[0]
     apply_with = partial(apply, model, sliding_windows=sliding_windows)
     apply_with(config.uncalibrated)  # refuses before a calibration makes it read weights
@@ -244,6 +245,18 @@ def cache_factory(
         return lambda layer: RotorKVCache(config, layer, max_kv_size)
     of, own = partial(arrays_of, calibration), calibration.by_layer(config)
     return lambda layer: RotorKVCache(own(layer), layer, max_kv_size, of(layer))
+
+
+def examine(model: Module, config: RotorConfig) -> Report:
+    """What :func:`apply` would report of a configuration without a calibration; nothing is changed.
+
+    Raises:
+        ValueError: As :func:`apply`.
+        RuntimeError: As :func:`apply`.
+    """
+    host, target = _host_and_target(model)
+    with host.in_place():
+        return probe(target, _own_caches(host, target, _own_attribute(target)), config)
 
 
 def model_report(model: Module) -> Report:

@@ -55,9 +55,9 @@ class ProbeLatents(LatentKVCache):
         return latents, rope
 
     @property
-    def values(self) -> mx.array | None:
-        """As of any cache; a model that writes it keeps something else than latents."""
-        return super().values
+    def values(self) -> Any:
+        """An array, as the cache of an index has it: sparse attention waits for that."""
+        return None if self._values is None else self._values.exact[:, :, :0]
 
     @values.setter
     def values(self, values: mx.array) -> None:

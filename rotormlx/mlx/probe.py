@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -32,6 +33,9 @@ from rotormlx.report import LayerReport, Report, megabytes
 
 # Prefill and decode: some models take another path for a single token.
 PROBE_TOKENS = (3, 1)
+# In a last step handles say that so many tokens lie before them: some models take a window out of
+# long keys themselves. No window that models have is longer.
+FAR_TOKENS = 1 << 20
 
 
 def probe(
@@ -72,8 +76,8 @@ def probe(
             )
     if not run.trials:
         raise ValueError(
-            f"[apply] {model_type} cannot be compressed: it {_all_it_keeps(run.caches)}, so there "
-            "is nothing to compress; use the model without rotormlx."
+            f"[apply] {model_type} cannot be compressed: it keeps {_all_it_keeps(run.caches)}; use "
+            "the model without rotormlx."
         )
     reports = [
         _layer_report(*leaf, run.trials.get(place)) for place, leaf in enumerate(leaves(run.caches))
@@ -141,6 +145,8 @@ class _Trial:
         # What was handed out in the latest run, and what was refused.
         self.handed_out: list[tuple[Any, Any]] = []
         self.refusal = ""
+        # How many tokens more handles are to say that they have.
+        self.pretended = 0
 
     @property
     def way(self) -> Way | None:
@@ -158,7 +164,7 @@ class _Trial:
             asked: Gets this trial for each time.
             kind: Another class than that of the way.
         """
-        self.handed_out, self.refusal = [], ""
+        self.handed_out, self.refusal, self.pretended = [], "", 0
         if self.way is None:
             return None
         way, cache = self.way, self._made(config, kind or self.way.cache)
@@ -171,6 +177,8 @@ class _Trial:
                     # What is required and what came; what to do is said by the one who asks.
                     self.refusal = str(error).partition("] ")[2].partition(";")[0].rstrip(".")
                     raise
+                if self.pretended and kind is None and way.hands_out_handles:
+                    served = tuple(replace(v, tokens=v.tokens + self.pretended) for v in served)
                 if not way.hands_out_handles and len({id(array) for array in arrays}) == 1:
                     self.refusal = "the model chooses tokens by it, for which it must be exact"
                 self.handed_out.append(served)
@@ -269,7 +277,7 @@ class _TrialRun:
     def _steps(
         self, asked: list[_Trial], kind: type[RotorKVCache] | None = None
     ) -> Iterator[tuple[set[tuple[int, int]], Exception | None]]:
-        """Run the model for each of ``PROBE_TOKENS``.
+        """Run the model for each of ``PROBE_TOKENS``, and far from the first token.
 
         Args:
             asked: Gets the trials in the order in which the model asks their caches.
@@ -285,7 +293,9 @@ class _TrialRun:
             made = None if trial is None else trial.cache(self.config, asked, kind)
             new[id(cache)] = cache if made is None else made
         self.caches = [replaced(cache, new) for cache in own]
-        for tokens in PROBE_TOKENS:
+        for tokens, pretended in (*((count, 0) for count in PROBE_TOKENS), (1, FAR_TOKENS)):
+            for trial in self.trials.values():
+                trial.pretended = pretended if windows.size(trial.own) is None else 0
             failed: Exception | None = None
             with hook.record_attention(pretend=True) as attended, _unchanged(self.model):
                 try:
@@ -399,15 +409,15 @@ def _all_it_keeps(caches: list[Any]) -> str:
     states = [cache for cache in held if is_a(cache, ARRAYS)]
     limits = [limit for c in held if (limit := windows.size(c)) is not None]
     others = {type(c).__name__ for c in held if not is_a(c, ARRAYS, ROTATING, CHUNKED)}
+    if others:
+        return f"tokens in caches that rotormlx does not know ({', '.join(sorted(others))})"
     parts = []
     if states:
         size = megabytes(sum(cache.nbytes for cache in states))
         parts.append(f"a state of constant size ({size})")
     if limits:
         parts.append(f"no more than the last {max(limits)} tokens of sliding windows")
-    if others:
-        parts.append(f"tokens in caches of its own ({', '.join(sorted(others))})")
-    return f"keeps {' and '.join(parts) or 'nothing'}"
+    return f"{' and '.join(parts) or 'no tokens'}, so there is nothing to compress"
 
 
 def dims(cache: Any) -> tuple[int, int, int] | None:

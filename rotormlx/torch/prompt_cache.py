@@ -20,7 +20,14 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.storage import cache_file
-from rotormlx.storage.cache_fields import LAYOUTS, SavedBatch, SavedCache
+from rotormlx.storage.cache_fields import (
+    BATCH_SLIDING,
+    CHUNKED,
+    LAYOUTS,
+    SLIDING,
+    SavedBatch,
+    SavedCache,
+)
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL, check_file
@@ -189,6 +196,11 @@ class _Fit(NamedTuple):
             RotorLatentLayer: RotorLatentLayer.kinds,
             DynamicSlidingWindowLayer: (_SLIDING,),
         }
+        if windows := {SLIDING, BATCH_SLIDING, CHUNKED}.intersection(classes):
+            raise ValueError(
+                f"[prompt cache] {self.path} holds compressed windows ({min(windows)}), which "
+                "torch caches do not have; make it with sliding_windows=False."
+            )
         for index, (layer, name) in enumerate(zip(layers, classes, strict=True)):
             if name not in names.get(type(layer), ()):
                 raise self.misfit(f"a {type(layer).__name__} in layer {index}", f"a {name}")

@@ -69,3 +69,42 @@ def test_the_default_is_the_first_quality():
 def test_an_unknown_quality_is_refused():
     with pytest.raises(ValueError, match="quality must be one of high, balanced, small, but 'no'"):
         RotorConfig.of_quality("no")
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("4", RotorConfig()),
+        ("3", RotorConfig(3, 3)),
+        ("k8v4", RotorConfig(8, 4)),
+        ("K3V2", RotorConfig(3, 2)),
+        ("balanced", RotorConfig(3, 3)),
+        ("key_bits=4,value_bits=2", RotorConfig(4, 2)),
+        (" 8 , window = 0 ,sink=9", RotorConfig(8, 8, window=0, sink=9)),
+        (
+            "rotation=hadamard,channel_scale=none",
+            RotorConfig(rotation="hadamard", channel_scale="none"),
+        ),
+    ],
+)
+def test_a_configuration_in_text(text, config):
+    assert RotorConfig.from_text(text) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("five", r"Bits \(4 or k8v4\), a quality \(high, .*\) or a field .* but 'five' was given"),
+        ("", "but '' was given; write 4, or key_bits=4,value_bits=2"),
+        ("4,", "but '' was given"),
+        ("bits=4", "but 'bits=4' was given"),
+        ("k8", "but 'k8' was given"),
+        ("4,key_bits=2", "given once, but '4,key_bits=2' gives key_bits twice"),
+        ("5", "key_bits must be one of 2, 3, 4, 8, but 5 was given"),
+        ("window=all", "window must be an integer from 0 to 1048575, but 'all' was given"),
+        ("rotation=round", "rotation must be one of cascade, .* but 'round' was given"),
+    ],
+)
+def test_a_text_that_is_no_configuration_is_refused(text, says):
+    with pytest.raises(ValueError, match=rf"^\[RotorConfig\] .*{says}"):
+        RotorConfig.from_text(text)

@@ -516,7 +516,8 @@ def test_what_is_assigned_to_keys_is_computed_with_the_cache():
     """As pipeline-parallel models do with what they have sent; keys and values stay as they are."""
     cache = filled(RotorConfig(), *tokens(300), 300)
     before = copy.deepcopy(cache)
-    assert (cache.keys.shape, cache.values.shape) == ((B, K, 0, D), (B, K, 0, DV))
+    assert cache.keys.shape == (B, K, 0, D)
+    assert not hasattr(cache, "values")  # or a server would take what stands for keys for keys
     mx.eval(cache.state)
     gc.collect()
     base = mx.get_active_memory()

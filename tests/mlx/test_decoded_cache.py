@@ -13,9 +13,12 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     save_prompt_cache,
 )
+from rich.console import Console
 
 import rotormlx
+from rotormlx.cli.report_tables import layer_table
 from rotormlx.config import RotorConfig
+from rotormlx.measure.schemes import scheme
 from rotormlx.mlx import prompt_cache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
@@ -308,3 +311,38 @@ def test_a_limit_is_kept():
     assert len(greedy(model, tiny.tokens(350)[0], 20, prompt_cache=caches)) == 20
     assert all(cache.counts.evicted and cache.size() <= 200 for cache in caches)
     assert np.isfinite(np.array(caches[0].keys_and_values()[0])).all()
+
+
+class Letters:
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % tiny.VOCABULARY for letter in text]
+
+
+def test_a_calibration_is_refused_in_a_sentence():
+    """Its queries never meet the attention that would listen."""
+    model = tiny.build("stablelm")
+    with pytest.raises(
+        ValueError, match=r"^\[calibration\] .*layer 0 is decoded for .*, since the"
+    ):
+        rotormlx.calibrate(model, Letters(), tokens=200, text="a text " * 100)
+    assert not MLX_LM.installed()
+
+
+def test_measurements_read_decoded_caches():
+    model = tiny.build("stablelm")
+    caches = scheme("k8v8").caches(model)
+    assert {type(cache) for cache in caches} == {DecodedRotorKVCache}
+    exact = scheme("exact").caches(model)
+    inputs = tiny.tokens(200)
+    got, want = (tiny.logits(model, inputs, held) for held in (caches, exact))
+    assert 0 < largest_error(got, want) < 0.05
+
+
+def test_info_says_how_a_layer_is_read():
+    report = rotormlx.apply(tiny.build("phi3small"))
+    console = Console(width=300)
+    with console.capture() as shown:
+        console.print(layer_table(report))
+    decoded, fused = (line for line in shown.get().splitlines() if "KVCache" in line)
+    assert "decoded for the model's own attention, since the model computes with" in decoded
+    assert "decoded" not in fused

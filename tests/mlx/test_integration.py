@@ -78,13 +78,15 @@ class Attention(nn.Module):
             other = fresh
         keys, values = cache.update_and_fetch(fresh, other)
         if self.fault == "index":
-            keys = keys[:, :, -4:]
+            keys, values = keys[:, :, -4:], values[:, :, -4:]
         if self.fault == "attends elsewhere":
             keys = values = fresh
         if self.fault == "only at prefill" and x.shape[1] == 1:
             return x
         if self.fault == "keys as values":
             values = keys
+        if self.fault == "a window" and keys.shape[2] > 512:
+            keys, values = keys[:, :, -512:], values[:, :, -512:]
         if self.fault == "raises":
             raise KeyError("a bug. And more words.")
         mask = None
@@ -243,6 +245,7 @@ def assert_refused(model: nn.Module, reason: str, original_code: object) -> None
         ("attends elsewhere", "since the model computes with keys and values itself"),
         ("only at prefill", "since the model computes with keys and values itself"),
         ("keys as values", "read packed in decode steps, since the model keeps latents"),
+        ("a window", "since the model computes with keys and values itself"),
     ],
 )
 def test_a_layer_that_handles_do_not_suit_is_served_otherwise(fault: str, reason: str) -> None:

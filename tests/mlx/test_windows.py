@@ -174,7 +174,7 @@ def test_masks_show_the_positions_that_mlx_lms_own_show(count, length, window_si
             assert np.array_equal(seen, held <= new) or window_size == 40
 
 
-def test_a_window_holds_less_than_two_blocks_and_the_sink_more(config):
+def test_a_window_holds_its_blocks_the_sink_and_the_tail(config):
     keys, values = tokens()
     cache = sliding(config)
     blocks = -(-W // BLOCK)
@@ -361,6 +361,23 @@ def test_a_saved_batch_continues(config, tmp_path):
     (loaded,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     assert type(loaded) is BatchSlidingRotorKVCache
     assert_step(loaded, singles, 1)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_right_padding_is_no_part_of_a_window(asks):
+    """The first chunk of a row that ends within it, as the row reads it alone."""
+    config = RotorConfig()
+    keys, values = tokens(300, rows=2)
+    batch = sliding(config).merge([sliding(config) for _ in range(2)])
+    batch.prepare(lengths=[400, 250], right_padding=[0, 150])
+    mask = batch.make_mask(300, window_size=W) if asks else "causal"
+    views = batch.update_and_fetch(keys, values)
+    alone = sliding(config)
+    own = alone.make_mask(250, window_size=W)
+    q = queries(300, rows=2)
+    new = alone.update_and_fetch(keys[1:, :, :250], values[1:, :, :250])
+    found = attend(q, views, mask)[1:, :, :250]
+    assert np.allclose(found, attend(q[1:, :, :250], new, own), **TOLERANCE)
 
 
 def test_left_padding_is_no_part_of_a_window():

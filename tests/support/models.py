@@ -146,6 +146,14 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
+def visible(p: mx.array) -> mx.array:
+    """A parameter in float32; random where it starts from zeros, which would hide a layer."""
+    if not mx.issubdtype(p.dtype, mx.floating):
+        return p
+    p = p.astype(mx.float32)
+    return p if p.size == 0 or mx.any(p != 0) else 0.1 * mx.random.normal(p.shape)
+
+
 def save(directory: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> str:
     """Write a model directory with a tokenizer whose tokens are bytes; returns its path."""
     directory.mkdir(parents=True, exist_ok=True)

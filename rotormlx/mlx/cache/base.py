@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar
 
 import mlx.core as mx
 
@@ -123,9 +123,16 @@ class StoredCache(Generic[S]):
         store.exact = mx.depends(store.exact, keys)
 
     @property
-    def values(self) -> mx.array | None:
-        """An empty array that stands for the values, as :attr:`keys` does."""
-        return None if self._values is None else self._values.exact[:, :, :0]
+    def values(self) -> NoReturn:
+        """Absent, so that nobody who copies ``keys`` and ``values`` takes :attr:`keys` for keys.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError(
+            f"[{type(self).__name__}] A compressed cache has no array of values; copy it with "
+            "copy.deepcopy, or through its state."
+        )
 
     @values.setter
     def values(self, values: mx.array) -> None:

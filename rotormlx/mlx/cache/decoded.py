@@ -5,7 +5,7 @@ dtype of its keys: all tokens of one layer, made when they are asked for and gon
 used them. Such a cache needs no change of mlx-lm, and suits any attention.
 
 A softmax over decoded keys lacks the term that the fused attention takes off the score of a packed
-token (docs/FORMAT.md, section 7): at 2 and 3 bits it is a little less exact.
+token (docs/FORMAT.md, section 7): docs/MLX_LM.md says what that costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The compressed cache of a layer with a sliding window: a token sees the newest, itself included.
 
-It is a cache with a limit (:class:`RotorKVCache`): the oldest block goes as a new one comes. What
-is held beyond the window, less than two blocks and the sink, is masked.
+It is a cache with a limit (:class:`RotorKVCache`): the oldest block goes as a new one comes. As
+many packed tokens as the window has are held, sink and tail besides; what of them is beyond the
+window is masked.
 """
 
 from __future__ import annotations

@@ -1,0 +1,61 @@
+"""What ROTORMLX in the environment does to a model that is loaded; rotormlx_switch.py calls it.
+
+Every model is reported: one line of its report, or why it keeps its own caches. The lines go to the
+logger ``rotormlx``, which writes to standard error unless the program gave it a handler.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from rotormlx.config import RotorConfig
+from rotormlx.mlx.environment import VARIABLE, requested
+
+
+def load_model(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load a model, with compressed caches if the environment asks for them.
+
+    Args:
+        own: ``load_model`` of mlx-lm or mlx-vlm.
+        *args: Its arguments.
+        **kwargs: Likewise.
+
+    Returns:
+        What it returns: a model, or a tuple whose first entry is one. A model that cannot be
+        compressed has its own caches.
+
+    Raises:
+        ValueError: If ROTORMLX is no configuration.
+    """
+    config = requested()
+    loaded = own(*args, **kwargs)
+    if config is not None:
+        _compress(loaded[0] if isinstance(loaded, tuple) else loaded, config)
+    return loaded
+
+
+def _compress(model: Any, config: RotorConfig) -> None:
+    log, setting = _log(), f"{VARIABLE}={os.environ[VARIABLE]}"
+    try:
+        # Here and not above: an mlx-lm that it cannot be used with makes the import itself fail.
+        from rotormlx.mlx import integration  # noqa: PLC0415
+
+        report = integration.apply(model, config)
+    except Exception as error:  # the program must run as it would without ROTORMLX, and say so
+        known = isinstance(error, (ValueError, RuntimeError))
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        log.warning("rotormlx: %s: a model keeps its own caches: %s", setting, reason)
+    else:
+        log.info("rotormlx: %s: %s", setting, report.summary)
+
+
+def _log() -> logging.Logger:
+    log = logging.getLogger("rotormlx")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False  # a root handler would write the same line again
+    return log
