@@ -87,13 +87,13 @@ def _attend_packed(
         scores = (scores - noise * scales) * scales + mx.repeat(about_centres, BLOCK, axis=-1)
         scores = hide(scores[:, :, None], masks, latents.sink + start, latents.sink + stop)
 
-        shrunk = state.top
+        before = state.top
         state, weights = advance(state, scores)
         weights = weights[:, :, 0]
         # The scale of a hidden token may be anything, NaN among them.
         scaled = mx.where(weights == 0, mx.array(0.0), weights * scales)
         by_block = weights.reshape(*weights.shape[:-1], -1, BLOCK).sum(-1)
-        of_centres = of_centres * _shrink(shrunk, state.top) + backend.product(by_block, centres)
+        of_centres = of_centres * _shrink(before, state.top) + backend.product(by_block, centres)
         state = state._replace(output=state.output + backend.product(scaled, levels))
 
     # Keys decode to their unbiased length; as values they are a little shorter.
