@@ -124,7 +124,6 @@ SERVERS = {
         ("vllm-mlx", "serve", "{model}", "--port", "{port}", "--continuous-batching", "--offline"),
         stats="/v1/cache/stats",
     ),
-    "vllm-mlx-simple": Server(("vllm-mlx", "serve", "{model}", "--port", "{port}", "--offline")),
     "rapid-mlx": Server(
         ("rapid-mlx", "serve", "{model}", "--port", "{port}", "--no-preflight", "--yes"),
         stats="/v1/cache/stats",
