@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from rotormlx.codec.counts import Counts
-from rotormlx.codec.format import BLOCK, KEY, VALUE, codec
+from rotormlx.codec.format import BLOCK, codec
+from rotormlx.codec.parts import ROPE_BITS, keys_and_values, latent_and_rope
 from rotormlx.config import CALIBRATED, RotorConfig
 
 FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
@@ -19,16 +21,20 @@ class LayerReport:
     Args:
         index: Position in the model's list of caches.
         cache: Class of the cache the model uses, with its place if it is one of several.
-        compressed: Whether :class:`RotorKVCache` takes its place.
-        reason: Why it is left alone; empty if it is compressed.
+        compressed: Whether a compressed cache takes its place.
+        reason: Why it is left alone, or why its ``way`` is not the first.
         kv_heads: KV heads, 0 if the cache holds no keys and values.
         head_dim_k: Dimension of a key.
         head_dim_v: Dimension of a value.
         key_bits: True bits of one packed key coordinate, everything included.
         value_bits: The same for values.
         exact_bytes: Bytes of one coordinate in the sink and the tail.
-        max_tokens: The most tokens that the cache ever keeps, or None.
+        max_tokens: The most tokens that a token sees, or that a cache left alone ever keeps; None
+            for no limit.
+        max_blocks: Of a compressed sliding window, the most packed blocks; else None.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
+        holds_latents: Whether what stands for keys and values are latents and RoPE parts (MLA).
+        way: How a compressed cache serves the model, where the fused attention does not.
     """
 
     index: int
@@ -42,7 +48,15 @@ class LayerReport:
     value_bits: float = 0.0
     exact_bytes: int = FLOAT16_BYTES
     max_tokens: int | None = None
+    max_blocks: int | None = None
     state_bytes: int = 0
+    holds_latents: bool = False
+    way: str = ""
+
+    @property
+    def is_window(self) -> bool:
+        """Whether a sliding window, or chunked attention, is compressed."""
+        return self.compressed and self.max_tokens is not None
 
     @property
     def values_per_token(self) -> int:
@@ -65,6 +79,17 @@ class LayerReport:
         """True bits of one packed coordinate, the mean over keys and values."""
         return self.packed_bits_per_token / self.values_per_token
 
+    def with_bits_of(self, config: RotorConfig) -> LayerReport:
+        """The same with the bits of a configuration."""
+        parts = latent_and_rope if self.holds_latents else keys_and_values
+        key_bits, value_bits = (
+            codec(part.config, dim, layer=self.index, role=part.role).bits_per_value
+            for part, dim in zip(
+                parts(config.uncalibrated), (self.head_dim_k, self.head_dim_v), strict=True
+            )
+        )
+        return replace(self, key_bits=key_bits, value_bits=value_bits)
+
     def float_bytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens with keys and values in float16."""
         kept = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
@@ -74,18 +99,35 @@ class LayerReport:
         """Bytes at ``tokens`` tokens with rotormlx, sink and tail included."""
         if not self.compressed:
             return self.float_bytes(tokens)
+        if self.is_window:
+            config = config.uncalibrated
+        if self.is_window and self.max_blocks is None and self.max_tokens is not None:
+            tokens = min(tokens, self.max_tokens)  # a full chunk
         packed = packed_tokens(tokens, config)
         exact = (tokens - packed) * self.values_per_token * self.exact_bytes
+        if self.max_blocks is not None:
+            packed = min(packed, self.max_blocks * BLOCK)
         scale = self.values_per_token * FLOAT32_BYTES if packed and config.scales_channels else 0
         return exact + round(packed * self.packed_bits_per_token / 8) + scale
 
     def __str__(self) -> str:
         if not self.compressed:
             return f"layer {self.index}: {self.cache} left alone, {self.reason}"
-        return (
-            f"layer {self.index}: {self.cache} compressed, {self.kv_heads} KV heads, "
-            f"head_dim {self.head_dims}, {self.bits_per_value:.3f} bits a value"
-        )
+        shape = f"{self.kv_heads} KV heads, head_dim {self.head_dims}"
+        if self.holds_latents:
+            shape = (
+                f"latent of {self.head_dim_k} and RoPE part of {self.head_dim_v}, "
+                f"{self.packed_bits_per_token / 8:.0f} bytes per token instead of "
+                f"{self.values_per_token * FLOAT16_BYTES}"
+            )
+        label = f"layer {self.index}: {self.cache} compressed"
+        window = f", window of {self.max_tokens} tokens" if self.is_window else ""
+        return f"{label}, {shape}, {self.bits_per_value:.3f} bits a value{self.way_and_why}{window}"
+
+    @property
+    def way_and_why(self) -> str:
+        """How a compressed cache serves the model, and why not by the fused attention."""
+        return f", {self.way}, since {self.reason}" if self.way else ""
 
 
 @dataclass(frozen=True)
@@ -107,23 +149,25 @@ class Report:
     has_mean: bool = True
 
     def by_layer(self, config_of: Callable[[int], RotorConfig]) -> Report:
-        """The same with bits of their own for the layers."""
+        """The same with bits of their own for the layers; windows keep those of all."""
 
         def own(layer: LayerReport) -> LayerReport:
-            if not layer.compressed:
-                return layer
-            config, index = config_of(layer.index).uncalibrated, layer.index
-            key = codec(config, layer.head_dim_k, layer=index, role=KEY)
-            value = codec(config, layer.head_dim_v, layer=index, role=VALUE)
-            return replace(layer, key_bits=key.bits_per_value, value_bits=value.bits_per_value)
+            calibrated = layer.compressed and not layer.is_window
+            return layer.with_bits_of(config_of(layer.index)) if calibrated else layer
 
         return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
 
     def with_configs(self, own: Mapping[int, RotorConfig]) -> Report:
         """The same for caches with these configurations, by the index of their layer."""
-        first = next(iter(own.values()), self.config)
-        differ = len(set(own.values())) > 1
-        made = replace(self, config=first).by_layer(own.__getitem__)
+        layers = tuple(
+            layer.with_bits_of(own[layer.index]) if layer.index in own else layer
+            for layer in self.layers
+        )
+        windows = {layer.index for layer in layers if layer.is_window}
+        growing = [config for index, config in own.items() if index not in windows]
+        first = next(iter(growing or own.values()), self.config)
+        differ = len(set(growing)) > 1
+        made = replace(self, config=first, layers=layers)
         return replace(made, layers_differ=differ, has_mean=not differ)
 
     @property
@@ -151,14 +195,22 @@ class Report:
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
-            f"{self._bits}{self._transform}, {self.bits_per_value:.3f} bits a value"
+            f"{self._bits}{self._transform}, {self.bits_per_value:.3f} bits a value{self._ways}"
         )
+
+    @property
+    def _ways(self) -> str:
+        counts = Counter(layer.way for layer in self.layers if layer.way)
+        return "".join(f", {count} {way}" for way, count in counts.items())
 
     @property
     def _bits(self) -> str:
         if not self.has_mean:
             return "bits by layer, "
         average = "on average, by layer, " if self.layers_differ else ""
+        if all(layer.holds_latents for layer in self.layers if layer.compressed):
+            latent, _ = latent_and_rope(self.config)
+            return f"latents at {latent.config.key_bits} bits, RoPE at {ROPE_BITS}, {average}"
         return f"K{self.config.key_bits} V{self.config.value_bits} {average}"
 
     @property

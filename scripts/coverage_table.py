@@ -1,8 +1,9 @@
-"""What the tables of models have in common: docs/COVERAGE.md and docs/COVERAGE_TORCH.md."""
+"""What the tables of models have in common: docs/COVERAGE.md and those of the other hosts."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +21,13 @@ STEPS = (130, 70, 40, 1, 1, 1)
 # Share of the logits' norm. At 8 bits a key or value is off by 1 %; layers of random weights
 # amplify that up to fivefold.
 LARGEST_ERROR = 0.05
-VERDICTS = ("works", "refused", "not run")
+VERDICTS = ("works", "nothing to compress", "refused", "not run")
+# The end of every table's head.
+COLUMNS = """{works} of {total} model types work. Nothing to compress: {nothing_to_compress}. \
+Refused with the reason: {refused}. Not run: {not_run}.
+
+| model type | | caches compressed | error | other experts | left alone, or why not |
+|---|---|---|---|---|---|"""
 
 
 @dataclass
@@ -29,10 +36,12 @@ class Result:
 
     Args:
         model_type: The library's name.
-        verdict: ``works``, ``refused``, ``differs``, ``crashes`` or ``not run``.
+        verdict: One of ``VERDICTS``, ``differs`` or ``crashes``.
         note: Why, where there is something to say.
         compressed: Caches that are compressed.
         caches: Caches of the model.
+        otherwise: How many of the compressed ones the fused attention does not read, and how they
+            are read.
         left_alone: Kinds of caches left alone, with the reason.
         error: Largest error of a token's logits, relative to their norm, before routing differs.
         flips: Tokens whose experts differ from those of the float cache, and tokens.
@@ -43,6 +52,7 @@ class Result:
     note: str = ""
     compressed: int = 0
     caches: int = 0
+    otherwise: str = ""
     left_alone: list[str] = field(default_factory=list)
     error: float = 0.0
     flips: tuple[int, int] | None = None
@@ -52,6 +62,9 @@ def begin(model_type: str, report: Report) -> Result:
     """A result that knows what the report promises."""
     result = Result(model_type, "works", caches=len(report.layers))
     result.compressed = sum(layer.compressed for layer in report.layers)
+    others = Counter(layer.holds_latents for layer in report.layers if layer.way)
+    words = {True: "latents", False: "decoded"}
+    result.otherwise = ", ".join(f"{count} {words[kind]}" for kind, count in others.items())
     result.left_alone = sorted(
         {f"{layer.cache}: {layer.reason}" for layer in report.layers if not layer.compressed}
     )
@@ -61,6 +74,9 @@ def begin(model_type: str, report: Report) -> Result:
 def refused(model_type: str, error: ValueError) -> Result:
     """A result for a model that ``apply`` refuses."""
     reason = str(error).partition("cannot be compressed: ")[2].partition("; use the")[0]
+    kept, nothing, _ = reason.partition(", so there is nothing to compress")
+    if nothing:
+        return Result(model_type, "nothing to compress", kept)
     return Result(model_type, "refused", reason or str(error))
 
 
@@ -80,6 +96,10 @@ def judge(
         want_routes: For each router, its choice for each token.
         routes: The same with compressed caches.
     """
+    # Some models give -inf to tokens that stand for nothing.
+    hidden = np.isneginf(want)
+    same_hidden = np.array_equal(hidden, np.isneginf(got))
+    want, got = (np.where(hidden, 0.0, logits) for logits in (want, got))
     judged = slice(None)
     if want_routes:
         pairs = zip(want_routes, routes, strict=True)
@@ -89,7 +109,7 @@ def judge(
         first = int(np.argmax(flipped)) if flipped.any() else len(flipped)
         judged = slice(0, first)
     result.error = largest_error(want[judged], got[judged])
-    if not (np.isfinite(got).all() and is_close(want[judged], got[judged])):
+    if not (same_hidden and np.isfinite(got).all() and is_close(want[judged], got[judged])):
         result.verdict = "differs"
 
 
@@ -128,6 +148,7 @@ def table(head: str, results: list[Result], version: str) -> str:
     ]
     for r in results:
         caches = f"{r.compressed} of {r.caches}" if r.caches else ""
+        caches += f" ({r.otherwise})" if r.otherwise else ""
         error = f"{r.error:.4f}" if r.caches else ""
         flips = f"{r.flips[0]} of {r.flips[1]} tokens" if r.flips and r.caches else ""
         why = "; ".join([r.note] * bool(r.note) + r.left_alone).replace("|", "\\|")

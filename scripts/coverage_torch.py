@@ -1,22 +1,14 @@
-"""Which models of the installed transformers rotormlx compresses; writes docs/COVERAGE_TORCH.md.
+"""How the table of transformers' models is made: for ``scripts/coverage.py transformers``.
 
-    python scripts/coverage_torch.py            # all of them, some minutes
-    python scripts/coverage_torch.py llama bart # these only, without writing
-
-Every type of language model gets a tiny configuration (tests/support/torch_zoo.py) and random
-weights. The same tokens go through the model's own caches and through compressed ones: a prefill,
-a chunk and single steps, most of them reading packed bytes; then ``generate`` writes a few tokens.
-What scripts/coverage.py says of routers holds here too.
+Configurations are those of tests/support/torch_zoo.py. Beyond what scripts/coverage.py asks of
+every host, ``generate`` must write a few tokens.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,11 +19,8 @@ import transformers
 import rotormlx.torch
 from rotormlx.torch.cache import RotorCache
 from rotormlx.torch.probe import brief, cache_name, self_attention
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from scripts.coverage_table import (
+    COLUMNS,
     CONFIG,
     ROOT,
     STEPS,
@@ -40,29 +29,49 @@ from scripts.coverage_table import (
     is_close,
     judge,
     refused,
-    table,
 )
 from tests.support import torch_zoo
 
-PATH = ROOT / "docs" / "COVERAGE_TORCH.md"
 # Enough for generate to read its own tokens from the cache.
 NEW_TOKENS = 4
 
-HEAD = """# Models of transformers
+HEAD = (
+    """# Models of transformers
 
-Made on {date} by `python scripts/coverage_torch.py` from transformers {version}: every type of
-language model with a tiny configuration and random float32 weights, {tokens} tokens in chunks of
-{chunks}, K8 V8, no sink and no window, so that nearly everything is read from
+Made on {date} by `python scripts/coverage.py transformers` from transformers {version}: every
+type of language model with a tiny configuration and random float32 weights, {tokens} tokens in
+chunks of {chunks}, K8 V8, no sink and no window, so that nearly everything is read from
 packed bytes. Then `generate` must work with compressed caches, and begin with the text of the exact
 ones; and after `remove`, all logits must be those from before, bit for bit. Names without a folder
 are the causal types; `seq2seq/`, `speech/` and `image/` are those that transformers lists for these
 tasks, and what such a model hears or sees is left out, or noise. *error* and *other experts* are as
 in [COVERAGE.md](COVERAGE.md). A model that transformers itself cannot run so is not run.
 
-{works} of {total} model types work, {refused} are refused with the reason, {not_run} were not run.
+"""
+    + COLUMNS
+)
 
-| model type | | caches compressed | error | other experts | left alone, or why not |
-|---|---|---|---|---|---|"""
+
+class Transformers:
+    """transformers and its models."""
+
+    path = ROOT / "docs" / "COVERAGE_TORCH.md"
+    head = HEAD
+    version = transformers.__version__
+
+    def prepare_process(self) -> None:
+        """Set up a process that does nothing but examine models."""
+        transformers.logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)  # threads cost more than such small matrices
+
+    def model_types(self) -> list[str]:
+        """The types that transformers lists as language models."""
+        return torch_zoo.model_types()
+
+    def examine(self, model_type: str, steps: Sequence[int] = STEPS) -> Result:
+        """Compare a model's logits with and without compression, over tokens in these chunks."""
+        return examine(model_type, steps)
 
 
 @contextmanager
@@ -209,26 +218,3 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
         return call(), ""
     except Exception as error:
         return None, brief(error)
-
-
-def main() -> int:
-    """Examine models; the exit status tells whether one crashes or differs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_types", nargs="*", help="all by default")
-    chosen = parser.parse_args().model_types
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # threads cost more than such small matrices
-    results = []
-    for model_type in chosen or torch_zoo.model_types():
-        results.append(examine(model_type))
-        print(results[-1], file=sys.stderr, flush=True)
-    text = table(HEAD, results, transformers.__version__)
-    if not chosen:
-        PATH.write_text(text, encoding="utf-8")
-    print(text.partition("\n\n| ")[0].splitlines()[-1])
-    return int(any(r.verdict in ("crashes", "differs") for r in results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

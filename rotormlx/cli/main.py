@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from typer.core import TyperCommand
 
 from rotormlx import __version__
 from rotormlx.cli import measure, outputs, report_tables
-from rotormlx.cli.options import CalibrationFile, count, given_options, takes_config
+from rotormlx.cli.options import CalibrationFile, SlidingWindows, count, given_options, takes_config
 from rotormlx.cli.refusal import Refusal, RefusingGroup, refusing
 from rotormlx.config import RotorConfig
 
@@ -87,12 +88,37 @@ def _add_mlx_lm_command(name: str, does: str) -> None:
         *,
         config: RotorConfig,
         calibration: CalibrationFile = None,
+        sliding_windows: SlidingWindows = True,
     ) -> None:
-        _session().run(name, ctx.args, config, calibration, given_options(ctx))
+        _session().run(
+            name, ctx.args, config, calibration, given_options(ctx), sliding_windows=sliding_windows
+        )
 
 
 for _name, _does in MLX_LM_COMMANDS.items():
     _add_mlx_lm_command(_name, _does)
+
+
+class VlmCommand(StrEnum):
+    """Commands of mlx-vlm that run with compressed caches."""
+
+    GENERATE = "generate"
+    CHAT = "chat"
+    SERVER = "server"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@takes_config
+def vlm(
+    ctx: typer.Context,
+    name: Annotated[VlmCommand, typer.Argument(help="The command of mlx-vlm.")],
+    *,
+    config: RotorConfig,
+    sliding_windows: SlidingWindows = True,
+) -> None:
+    """Run a command of mlx-vlm, for models that read images; takes every option of it."""
+    commands = importlib.import_module("rotormlx.cli.mlx_vlm_commands")
+    commands.run(name.value, ctx.args, config, sliding_windows=sliding_windows)
 
 
 @app.command()
@@ -118,6 +144,7 @@ def batch(
     ] = False,
     config: RotorConfig,
     calibration: CalibrationFile = None,
+    sliding_windows: SlidingWindows = True,
 ) -> None:
     """Answer the prompts of a file, many at once; writes a JSON object a line."""
     if not math.isfinite(temp):
@@ -126,7 +153,7 @@ def batch(
     texts = batching.read_prompts(prompts)
     with outputs.lines("batch", output, prompts) as write:
         batching.answer(
-            session.Session(config, calibration),
+            session.Session(config, calibration, sliding_windows=sliding_windows),
             model,
             texts,
             max_tokens=max_tokens,
@@ -144,9 +171,10 @@ def info(
     *,
     config: RotorConfig,
     calibration: CalibrationFile = None,
+    sliding_windows: SlidingWindows = True,
 ) -> None:
     """Show what of a model would be compressed, and the memory that saves."""
-    loaded = _session().load_lazily(model, config, calibration)
+    loaded = _session().load_lazily(model, config, calibration, sliding_windows=sliding_windows)
     report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
     console = Console()
     console.print(report_tables.layer_table(report))

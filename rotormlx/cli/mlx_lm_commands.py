@@ -51,6 +51,7 @@ def run(
     config: RotorConfig,
     calibration: Path | None = None,
     given_options: dict[str, str] | None = None,
+    sliding_windows: bool = True,
 ) -> None:
     """Run ``mlx_lm <name>`` with compressed caches.
 
@@ -60,13 +61,14 @@ def run(
         config: How keys and values are compressed.
         calibration: A calibration file instead of the one that is kept for the model.
         given_options: The options of ``config`` that the user gave: their names by field.
+        sliding_windows: Whether sliding windows are compressed where they can be.
 
     Raises:
         Refusal: If the options, the model or a file cannot be used.
     """
     tool = tool_module(name)
     args, given = parse(parser_of(tool), name, argv)
-    session = Session(config, calibration, given_options)
+    session = Session(config, calibration, given_options, sliding_windows)
     session.prepare(name, args, given)
     with ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", [f"mlx_lm {name}", *argv]))
@@ -129,6 +131,7 @@ class Session:
         config: How keys and values are compressed.
         calibration: A calibration file instead of the one that is kept for a model.
         given_options: The options of ``config`` that the user gave: their names by field.
+        sliding_windows: Whether sliding windows are compressed where they can be.
     """
 
     def __init__(
@@ -136,8 +139,10 @@ class Session:
         config: RotorConfig,
         calibration: Path | None = None,
         given_options: dict[str, str] | None = None,
+        sliding_windows: bool = True,
     ) -> None:
         self.config = config
+        self.sliding_windows = sliding_windows
         self.calibration = calibration
         self._given_options = given_options or {}
         # Not the models themselves: a server drops one before it loads another.
@@ -232,7 +237,7 @@ class Session:
         """``mlx_lm.utils.sharded_load`` with compressed caches: a rank's are of its own heads."""
         loaded: tuple[Any, ...] = sharded_load(*args, **kwargs)
         with refusing(ValueError, RuntimeError):
-            report = integration.apply(loaded[0], self.config)
+            report = integration.apply(loaded[0], self.config, sliding_windows=self.sliding_windows)
         self._models.append((weakref.ref(loaded[0]), report))
         return loaded
 
@@ -327,7 +332,8 @@ class Session:
         return report
 
     def _load(self, path: str, **kwargs: Any) -> tuple[Any, ...]:
-        return load_lazily(path, self.config, self.calibration, **kwargs)
+        given = {"sliding_windows": self.sliding_windows, **kwargs}
+        return load_lazily(path, self.config, self.calibration, **given)
 
 
 def _check_tokenizer_config(path: str, text: str) -> None:

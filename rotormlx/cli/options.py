@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rotormlx.cli.refusal import Refusal, refusing
+from rotormlx.codec.counts import LEAST_SLIDING_WINDOW
 from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, QUALITIES, ROTATIONS, RotorConfig
 
 MOST = 2**31 - 1  # of anything that is counted
@@ -49,6 +50,15 @@ CalibrationFile = Annotated[
     Path | None,
     typer.Option(
         help="A file of rotormlx calibrate; by default the one that is kept for the model.",
+        rich_help_panel=PANEL,
+    ),
+]
+
+SlidingWindows = Annotated[
+    bool,
+    typer.Option(
+        "--sliding-windows/--no-sliding-windows",
+        help=f"Compress sliding windows of at least {LEAST_SLIDING_WINDOW} tokens too.",
         rich_help_panel=PANEL,
     ),
 ]

@@ -16,7 +16,7 @@ def layer_table(report: Report) -> Table:
     table.add_column("cache", no_wrap=True)
     for name in ("KV heads", "head_dim", "bits a value"):
         table.add_column(name, justify="right")
-    table.add_column("left alone because")
+    table.add_column("how it is read, or why it is left alone")
     for layer in report.layers:
         table.add_row(
             str(layer.index),
@@ -24,7 +24,7 @@ def layer_table(report: Report) -> Table:
             str(layer.kv_heads) if layer.kv_heads else "",
             layer.head_dims if layer.kv_heads else "",
             f"{layer.bits_per_value:.3f}" if layer.compressed else "",
-            layer.reason,
+            layer.way_and_why.removeprefix(", ") if layer.way else layer.reason,
         )
     return table
 

@@ -17,6 +17,10 @@ from rotormlx.codec import limits
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 
+# The narrowest sliding window, and the shortest chunk of chunked attention, that is compressed:
+# sink and tail alone take a quarter of it.
+LEAST_SLIDING_WINDOW = 512
+
 
 @dataclass
 class Counts:
@@ -147,6 +151,16 @@ def max_blocks(max_size: int | None, config: RotorConfig) -> int | None:
             f"and window {config.window}, but {max_size} was given; raise it, or lower the window."
         )
     return (max_size - least) // BLOCK + 1
+
+
+def sliding_size(sliding_window: int, config: RotorConfig) -> int:
+    """The limit of a cache whose tokens see the ``sliding_window`` newest of them, themselves too.
+
+    Its packed blocks alone are as long as the window, so that nothing visible is missing, however
+    much of the tail is trimmed.
+    """
+    blocks = -(-sliding_window // BLOCK)
+    return least_size(config) + (blocks - 1) * BLOCK
 
 
 def are_possible(

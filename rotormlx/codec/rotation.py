@@ -131,12 +131,12 @@ def check_head_dim(head_dim: int) -> None:
     """Refuse a head_dim that the rotations cannot do.
 
     Raises:
-        ValueError: If it is not a multiple of 8 from 16 to 1024 with no prime factor above 7.
+        ValueError: If it is not a multiple of 8 from 8 to 1024 with no prime factor above 7.
     """
-    if 16 <= head_dim <= 1024 and head_dim % 8 == 0 and factors(head_dim) is not None:
+    if 8 <= head_dim <= 1024 and head_dim % 8 == 0 and factors(head_dim) is not None:
         return
     raise ValueError(
-        f"[rotation] head_dim must be a multiple of 8 from 16 to 1024 whose prime factors are "
+        f"[rotation] head_dim must be a multiple of 8 from 8 to 1024 whose prime factors are "
         f"2, 3, 5 and 7, but {head_dim} was given; leave this model's cache uncompressed."
     )
 

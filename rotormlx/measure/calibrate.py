@@ -38,6 +38,7 @@ from rotormlx.mlx import hook, hosts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.fingerprint import fingerprint
 from rotormlx.mlx.host_caches import leaves
+from rotormlx.mlx.integration import examine
 from rotormlx.mlx.learned import fitted
 from rotormlx.mlx.probe import compress
 from rotormlx.storage.calibration import LOSS, TRANSFORMS, Calibration
@@ -138,7 +139,14 @@ def _moments(
 ) -> dict[int, tuple[Floats, Floats, Floats]]:
     """Second moments of queries, centred keys and values of each layer, ``[K, D, D]``."""
     exact = RotorConfig(window=len(ids))  # nothing is packed
-    caches = compress(make_prompt_cache(model), lambda layer: RotorKVCache(exact, layer))
+    report = examine(model, exact)
+    other = next((layer for layer in report.layers if layer.way), None)
+    if other is not None:
+        raise ValueError(
+            "[calibration] A calibration needs the queries that the fused attention gets, but "
+            f"layer {other.index} is {other.way}, since {other.reason}; use the model without one."
+        )
+    caches = compress(make_prompt_cache(model), lambda layer: RotorKVCache(exact, layer), report)
     held = {i: cache for i, _, cache in leaves(caches) if isinstance(cache, RotorKVCache)}
     if len(held) < sum(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
         raise ValueError(

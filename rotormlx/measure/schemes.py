@@ -23,7 +23,7 @@ from rotormlx.measure.kvarn import KVarN
 from rotormlx.measure.nvfp4 import Nvfp4
 from rotormlx.mlx import calibration
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.integration import cache_factory
+from rotormlx.mlx.integration import cache_factory, examine
 from rotormlx.mlx.probe import compress
 from rotormlx.storage.calibration import TRANSFORMS
 
@@ -111,7 +111,8 @@ class Scheme:
 
     def caches(self, model: Any) -> list[Any]:
         """Fresh caches for a model that has its own; what cannot be compressed stays as it is."""
-        return compress(make_prompt_cache(model), self.make)
+        report = None if self.config is None else examine(model, self.config)
+        return compress(make_prompt_cache(model), self.make, report)
 
 
 def scheme(name: str) -> Scheme:

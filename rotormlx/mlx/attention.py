@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from rotormlx.mlx import prefill
+from rotormlx.mlx import latent_attention, prefill
 from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.backends import backend
 from rotormlx.mlx.cache.view import KVView
@@ -25,11 +25,13 @@ def attend_view(
     Args:
         queries: ``[B, H, L, D]``, float16, bfloat16 or float32.
         keys: View of the keys, ``[B, K, S, D]``; H must be a multiple of K.
-        values: View of the values, ``[B, K, S, Dv]``.
+        values: View of the values, ``[B, K, S, Dv]``; the view of the keys itself for latents,
+            which are both.
         scale: Factor of the scores.
         mask: None, ``"causal"``, or an array, boolean (True: visible) or additive, broadcastable
             to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row count from
-            its first, and the last query of a row is its last token.
+            its first, and the last query of a row is its last token. Where it is no array, what
+            ``keys.visible`` hides is hidden besides.
         sink_logits: Attention-sink logits ``[H]``.
 
     Returns:
@@ -38,8 +40,13 @@ def attend_view(
     Raises:
         ValueError: If shapes, dtypes or the mask do not fit together.
     """
+    if keys.visible is not None and not isinstance(mask, mx.array):
+        own = keys.visible(queries.shape[2])
+        mask = mask if own is None else own
     call = AttendCall(queries, keys, values, scale, mask, sink_logits)
     check(call)
+    if keys is values:
+        return latent_attention.attend(call, backend())
     return prefill.attend(call, backend())
 
 

@@ -15,11 +15,11 @@ from rotormlx.mlx.cache.view import KVView
 
 
 class Attended(NamedTuple):
-    """What reached :func:`attend` with compressed keys: queries ``[B, H, L, D]`` and handles."""
+    """What reached :func:`attend`: queries ``[B, H, L, D]``, keys and values, handles mostly."""
 
     queries: mx.array
-    keys: KVView
-    values: KVView
+    keys: Any
+    values: Any
 
 
 _attended: ContextVar[list[Attended] | None] = ContextVar("attended", default=None)
@@ -31,7 +31,8 @@ def record_attention(*, pretend: bool = False) -> Iterator[list[Attended]]:
     """Collect the queries and handles that reach :func:`attend` in this context.
 
     Args:
-        pretend: Whether attention over handles only checks its arguments and gives zeros.
+        pretend: Whether attention over handles only checks its arguments and gives zeros; arrays
+            that reach it are collected too then.
     """
     seen: list[Attended] = []
     tokens = _attended.set(seen), _pretend.set(pretend)
@@ -67,11 +68,11 @@ def attend(
     Returns:
         ``[B, H, L, D]``.
     """
-    if not isinstance(keys, KVView):
-        return own(queries, keys, values, cache, scale, mask, sinks)
-    seen = _attended.get()
-    if seen is not None:
+    seen, is_view = _attended.get(), isinstance(keys, KVView)
+    if seen is not None and (is_view or _pretend.get()):
         seen.append(Attended(queries, keys, values))
+    if not is_view:
+        return own(queries, keys, values, cache, scale, mask, sinks)
     if _pretend.get():
         check(AttendCall(queries, keys, values, scale, mask, sinks))
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)

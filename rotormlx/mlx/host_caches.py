@@ -57,6 +57,14 @@ def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
             yield index, f"{label} [{place}]", leaf
 
 
+def replaced(cache: Any, new: dict[int, Any]) -> Any:
+    """A cache with the leaves that ``new`` has by the id of what was there."""
+    inner = parts(cache)
+    if inner is None:
+        return new.get(id(cache), cache)
+    return list_of(cache, [replaced(part, new) for part in inner])
+
+
 def held(cache: Any) -> list[Any]:
     """What a host's cache holds, by :data:`ATTRIBUTES`; the same for every host and version.
 

@@ -14,6 +14,7 @@ from mlx.nn.layers.base import Module
 from rotormlx.config import ROTATIONS, RotorConfig
 from rotormlx.mlx import calibration as calibration_file
 from rotormlx.mlx import environment, hosts
+from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.calibration import arrays_of
 from rotormlx.mlx.fingerprint import weights
@@ -36,6 +37,7 @@ class CompressedCaches:
         config: How keys and values are compressed.
         report: What the model's caches become.
         calibration: Of a calibrated configuration, else None.
+        sliding_windows: Whether they are to be compressed where they can be.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class CompressedCaches:
         config: RotorConfig,
         report: Report,
         calibration: Calibration | None,
+        sliding_windows: bool,
     ) -> None:
         self.host = host
         # Not the model itself: a cycle would keep its weights after the last use of the model.
@@ -54,6 +57,7 @@ class CompressedCaches:
         self.config = config
         self.report = report
         self.calibration = calibration
+        self.sliding_windows = sliding_windows
 
     def __call__(self) -> list[Any]:
         """Make caches for one sequence."""
@@ -69,19 +73,22 @@ class CompressedCaches:
         # A copy of a model outlives remove() of the model it was copied from.
         self.host.use(self if model is None else model)
         own = _own_caches(self.host, model, self.own)
-        return compress(own, cache_factory(self.config, self.calibration, max_kv_size))
+        return _compressed(own, self.report, self.calibration, max_kv_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
         """A copy for the copy of the model that is being made."""
         model: Any = self.model()
         twin = memo.get(id(model), model)
-        return CompressedCaches(
-            self.host, twin, self.own, self.config, self.report, self.calibration
-        )
+        settings = self.config, self.report, self.calibration, self.sliding_windows
+        return CompressedCaches(self.host, twin, self.own, *settings)
 
 
 def apply(
-    model: Module, config: RotorConfig | None = None, calibration: GivenCalibration | None = None
+    model: Module,
+    config: RotorConfig | None = None,
+    calibration: GivenCalibration | None = None,
+    *,
+    sliding_windows: bool = True,
 ) -> Report:
     """Make a model use compressed caches from now on.
 
@@ -94,6 +101,8 @@ def apply(
         calibration: What :func:`rotormlx.calibrate` made of this model, or its file; the
             configuration becomes a calibrated one then. A calibrated configuration without it takes
             the calibration that is kept for the model.
+        sliding_windows: Whether sliding windows and chunked attention of at least 512 tokens are
+            compressed too.
 
     Returns:
         What is compressed, layer by layer, and what is left alone and why.
@@ -106,8 +115,9 @@ def apply(
     config = config or RotorConfig()
     host, target = _host_and_target(model)
     own = _own_attribute(target)
-    report, made = _probe(host, target, own, config, calibration)
-    target.make_cache = CompressedCaches(host, target, own, report.config, report, made)
+    report, made = _probe(host, target, own, config, calibration, sliding_windows)
+    settings = report.config, report, made, sliding_windows
+    target.make_cache = CompressedCaches(host, target, own, *settings)
     return report
 
 
@@ -133,6 +143,8 @@ def load(
     config: RotorConfig | None = None,
     calibration: GivenCalibration | None = None,
     host: str | None = None,
+    *,
+    sliding_windows: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """Load a model and its tokenizer or processor, with compressed caches.
@@ -146,6 +158,7 @@ def load(
         calibration: A calibration or its file, instead of the one that is kept for the model.
         host: ``"mlx-lm"`` or ``"mlx-vlm"``, which reads images too. None for mlx-lm, and for
             mlx-vlm where it is installed and mlx-lm does not know the type of the model.
+        sliding_windows: As in :func:`apply`.
         **kwargs: Everything else that the ``load`` of the host takes.
 
     Returns:
@@ -161,13 +174,14 @@ def load(
     with environment.off():
         loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
     model = loaded[0]
-    apply(model, config.uncalibrated)  # refuses before a calibration makes it read weights
+    apply_with = partial(apply, model, sliding_windows=sliding_windows)
+    apply_with(config.uncalibrated)  # refuses before a calibration makes it read weights
     try:
         is_open = config.rotation == ROTATIONS[0] and config.channel_scale is None
         if calibration is None and is_open:
             calibration = calibration_file.find(model)
         if calibration is not None or config.is_calibrated:
-            apply(model, config, calibration)
+            apply_with(config, calibration)
     except BaseException:
         remove(model)
         raise
@@ -177,7 +191,11 @@ def load(
 
 
 def make_prompt_cache(
-    model: Module, config: RotorConfig | None = None, max_kv_size: int | None = None
+    model: Module,
+    config: RotorConfig | None = None,
+    max_kv_size: int | None = None,
+    *,
+    sliding_windows: bool | None = None,
 ) -> list[Any]:
     """Make compressed caches for one conversation, to be passed as ``prompt_cache=``.
 
@@ -189,6 +207,7 @@ def make_prompt_cache(
             default one if the model has none.
         max_kv_size: The most tokens that a compressed cache holds; None for no limit. Beyond it
             the oldest packed block goes, the sink stays, and positions keep growing.
+        sliding_windows: As in :func:`apply`; None for the model's own setting.
 
     Returns:
         One cache a layer, compressed where it can be.
@@ -199,13 +218,23 @@ def make_prompt_cache(
     """
     host, target = _host_and_target(model)
     maker = _maker(target)
-    if maker is not None and config in (None, maker.config):
-        return maker.limited(max_kv_size)
-    config = config or RotorConfig()
+    if sliding_windows is None:
+        sliding_windows = maker is None or maker.sliding_windows
+    if maker is not None:
+        config = config or maker.config
+        if (config, sliding_windows) == (maker.config, maker.sliding_windows):
+            return maker.limited(max_kv_size)
     own = _own_attribute(target)
-    report, calibration = _probe(host, target, own, config, None)
-    factory = cache_factory(report.config, calibration, max_kv_size)
-    return compress(_own_caches(host, target, own), factory)
+    report, calibration = _probe(host, target, own, config or RotorConfig(), None, sliding_windows)
+    return _compressed(_own_caches(host, target, own), report, calibration, max_kv_size)
+
+
+def _compressed(
+    own: list[Any], report: Report, calibration: Calibration | None, max_kv_size: int | None
+) -> list[Any]:
+    """A model's own caches, those compressed that its report says."""
+    make = cache_factory(report.config, calibration, max_kv_size)
+    return compress(own, make, report, windows.maker(report.config, max_kv_size))
 
 
 def cache_factory(
@@ -216,6 +245,18 @@ def cache_factory(
         return lambda layer: RotorKVCache(config, layer, max_kv_size)
     of, own = partial(arrays_of, calibration), calibration.by_layer(config)
     return lambda layer: RotorKVCache(own(layer), layer, max_kv_size, of(layer))
+
+
+def examine(model: Module, config: RotorConfig) -> Report:
+    """What :func:`apply` would report of a configuration without a calibration; nothing is changed.
+
+    Raises:
+        ValueError: As :func:`apply`.
+        RuntimeError: As :func:`apply`.
+    """
+    host, target = _host_and_target(model)
+    with host.in_place():
+        return probe(target, _own_caches(host, target, _own_attribute(target)), config)
 
 
 def model_report(model: Module) -> Report:
@@ -250,10 +291,12 @@ def _probe(
     own: CacheMaker | None,
     config: RotorConfig,
     given: GivenCalibration | None,
+    sliding_windows: bool,
 ) -> tuple[Report, Calibration | None]:
     """Probe a model and see to its calibration; it uses its host's change from now on."""
     with host.in_place():
-        report = probe(host, target, _own_caches(host, target, own), config)
+        caches = _own_caches(host, target, own)
+        report = probe(target, caches, config, sliding_windows=sliding_windows)
         made = None
         if given is not None or config.is_calibrated:
             report, made = calibrated(report, weights(target), given)

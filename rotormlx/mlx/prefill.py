@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from rotormlx.codec import codebook
 from rotormlx.codec.derived import derived
-from rotormlx.codec.format import BLOCK, LARGEST_FLOAT16, Codec, Packed
+from rotormlx.codec.format import LARGEST_FLOAT16, Codec, Packed
 from rotormlx.codec.rotation import calibrated
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.attend_call import AttendCall
@@ -32,6 +32,7 @@ from rotormlx.mlx.backends.example import Size
 from rotormlx.mlx.backends.kept import findings
 from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY, after, rotated_queries, tiles
 from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.in_place import counted, in_place, joined
 
 # With fewer query rows of a KV head, the backend's attention reads packed tokens as they are: on
 # Metal, decoding them costs what is saved on 200 to 300 rows, by estimate (docs/KERNELS.md).
@@ -201,17 +202,17 @@ def _attend_heads(
     if isinstance(mask, mx.array):
         # What hides a token hides its number. A weight of zero would not hide a NaN.
         broken = mx.isnan(_scales(keys)) | mx.isnan(_scales(values))
-        of_keys = _spoiled(of_keys, _joined(keys, mx.zeros((1, 1, 1, 1), mx.bool_), broken))
+        of_keys = _spoiled(of_keys, joined(keys, mx.zeros((1, 1, 1, 1), mx.bool_), broken))
         keys, values = _mended(keys), _mended(values)
     if not layout.has_channel:
         # A mask that is added does not hide one either.
         broken = ~mx.all(mx.isfinite(keys.exact), axis=-1, keepdims=True)
-        of_keys = _spoiled(of_keys, _joined(keys, broken, mx.zeros((1, 1, 1, 1), mx.bool_)))
+        of_keys = _spoiled(of_keys, joined(keys, broken, mx.zeros((1, 1, 1, 1), mx.bool_)))
         keys = replace(keys, exact=mx.where(broken, mx.array(0, keys.dtype), keys.exact))
     if earlier:
         keys = _begun_after(earlier[-1], keys)
-    k = _in_place(keys, backend, dtype)
-    v = _in_place(values, backend, dtype)
+    k = in_place(keys, backend, dtype)
+    v = in_place(values, backend, dtype)
     if layout.has_channel:
         k = _widened(k, layout.key_dim, of_keys.astype(dtype))
         queries = _widened(queries, layout.key_dim, of_queries.astype(dtype))
@@ -243,14 +244,6 @@ def _rows_at_once(call: AttendCall, layout: Layout) -> int:
     return max(1, SCORE_BYTES // a_query)
 
 
-def _in_place(view: KVView, backend: Backend, dtype: mx.Dtype) -> mx.array:
-    """All tokens, ``[B, K, S, D]``: sink, decoded ones, tail."""
-    decoded = backend.decode(
-        _counted(view), view.codec, channel_scale=view.channel_scale, dtype=dtype
-    )
-    return _joined(view, view.exact.astype(dtype), decoded[:, :, : view.packed_tokens])
-
-
 def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
     """Two numbers whose product a dot product of query and key lacks.
 
@@ -270,7 +263,7 @@ def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
     if call.queries.dtype == mx.float16:
         of_queries = mx.maximum(of_queries, -LARGEST_FLOAT16)
     of_queries = of_queries.reshape(call.batch, call.heads, call.length, 1)
-    return of_queries, _joined(keys, mx.zeros((1, 1, 1, 1)), square / power)
+    return of_queries, joined(keys, mx.zeros((1, 1, 1, 1)), square / power)
 
 
 def _with_noise(mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.array) -> mx.array:
@@ -332,40 +325,22 @@ def _own_codec(codec: Codec, first: int, stop: int) -> Codec:
     return replace(codec, rotation=calibrated(codec.rotation.matrix[first:stop]))
 
 
-def _counted(view: KVView) -> Packed:
-    """The blocks that count."""
-    if view.packed is None:
-        raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
-    blocks = -(-view.packed_tokens // BLOCK)
-    return Packed(*(None if a is None else a[:, :, :blocks] for a in view.packed))
-
-
 def _scales(view: KVView) -> mx.array:
     """Of the packed tokens, float16 ``[B, K, T, 1]``."""
-    return _counted(view).scales.flatten(2)[:, :, : view.packed_tokens, None]
+    return counted(view).scales.flatten(2)[:, :, : view.packed_tokens, None]
 
 
 def _mended(view: KVView) -> KVView:
     """The view with another number in the place of a scale that is NaN."""
-    packed = _counted(view)
+    packed = counted(view)
     scales = mx.where(mx.isnan(packed.scales), mx.array(0, mx.float16), packed.scales)
     return replace(view, packed=packed._replace(scales=scales))
 
 
 def _begun_after(earlier: mx.array, view: KVView) -> KVView:
     """A view that is not decoded before ``earlier`` is there."""
-    packed = _counted(view)
+    packed = counted(view)
     return replace(view, packed=packed._replace(words=after(earlier, packed.words)))
-
-
-def _joined(view: KVView, of_exact: mx.array, of_packed: mx.array) -> mx.array:
-    """Rows of exact tokens, or one row for all, and of packed ones, in the order of the tokens."""
-    sink, exact = min(view.sink, view.exact_tokens), view.exact_tokens
-    if of_exact.shape[2] == 1:
-        of_exact = mx.broadcast_to(of_exact, (*of_packed.shape[:2], exact, of_packed.shape[3]))
-    ends = of_exact[:, :, :sink], of_exact[:, :, sink:exact]
-    shape = (*ends[0].shape[:2], view.packed_tokens, ends[0].shape[3])
-    return mx.concatenate([ends[0], mx.broadcast_to(of_packed, shape), ends[1]], axis=2)
 
 
 def _spoiled(numbers: mx.array, broken: mx.array) -> mx.array:

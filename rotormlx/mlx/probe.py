@@ -1,18 +1,23 @@
-"""A trial run of a model: what can be compressed, and does all of it reach our attention?"""
+"""A trial run of a model: which of its caches can be compressed, and how each serves the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from rotormlx.codec.counts import max_blocks
 from rotormlx.config import RotorConfig
-from rotormlx.mlx import hook, hosts
+from rotormlx.mlx import hook, latent_probe
+from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
-from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.host_caches import (
     ARRAYS,
     CHUNKED,
@@ -21,68 +26,316 @@ from rotormlx.mlx.host_caches import (
     is_a,
     is_exactly,
     leaves,
-    list_of,
-    parts,
+    replaced,
 )
-from rotormlx.report import LayerReport, Report
+from rotormlx.mlx.ways import DECODED, DECODED_LATENT, FUSED, LATENT, WAYS, Way, named
+from rotormlx.report import LayerReport, Report, megabytes
 
 # Prefill and decode: some models take another path for a single token.
 PROBE_TOKENS = (3, 1)
+# In a last step handles say that so many tokens lie before them: some models take a window out of
+# long keys themselves. No window that models have is longer.
+FAR_TOKENS = 1 << 20
 
 
-def probe(host: hosts.Host, model: Module, caches: list[Any], config: RotorConfig) -> Report:
-    """Run the model once without computing, since MLX is lazy, and see who meets whom.
+def probe(
+    model: Module, caches: list[Any], config: RotorConfig, *, sliding_windows: bool = True
+) -> Report:
+    """Run the model without computing, since MLX is lazy, and see which way suits each cache.
 
-    The host must be changed to read compressed caches.
+    A run in which a way fails a cache is repeated with the next way for that cache; a cache that
+    none suits is left alone. The host must be changed to read compressed caches.
 
     Args:
-        host: What the model is of.
         model: The part of the model that takes tokens and caches; it stays as it is.
         caches: Its own caches, empty; they are the pattern and stay empty.
         config: How keys and values would be compressed.
+        sliding_windows: Whether sliding windows and chunked attention are to be compressed.
 
     Returns:
         What would be compressed, layer by layer.
 
     Raises:
-        ValueError: If there is nothing to compress, or a cache's keys and values do not reach
-            the host's attention as they were handed out.
+        ValueError: If there is nothing to compress, or no way suits any cache.
     """
     model_type = str(getattr(model, "model_type", type(model).__name__))
     # Shapes and bits are the same with a calibration, which needs what is measured here.
-    caches = compress(caches, lambda layer: _ProbeCache(config.uncalibrated, layer))
-    if not any(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
-        has = ", ".join(sorted({label for _, label, _ in leaves(caches)})) or "nothing"
-        reason = f"it must have at least one KVCache, but all it has is {has}"
-        raise _refusal(model_type, reason)
-    for tokens in PROBE_TOKENS:
-        with _unchanged(model):
-            _probe_step(host, model, model_type, caches, tokens)
-    return Report(config, model_type, tuple(_layer_reports(caches)))
-
-
-def _probe_step(
-    host: hosts.Host, model: Module, model_type: str, caches: list[Any], tokens: int
-) -> None:
-    probes = [(i, cache) for i, _, cache in leaves(caches) if isinstance(cache, _ProbeCache)]
-    try:
-        with hook.record_attention(pretend=True) as attended:
-            model(mx.zeros((1, tokens), dtype=mx.int32), cache=caches)
-    except Exception as error:  # a model may use the handle in any way, so anything may come
-        refused = next((f"layer {i}: {p.refusal}" for i, p in probes if p.refusal), "")
-        touched = (
-            f"{host.name}'s attention must get its keys and values untouched, but {brief(error)}"
-        )
-        raise _refusal(model_type, refused or touched) from error
-    handed_out = {(id(k), id(v)) for _, probe in probes for k, v in probe.handed_out}
-    if any((id(keys), id(values)) not in handed_out for _, keys, values in attended):
-        raise _refusal(model_type, "its attention must take keys with their values, but mixes them")
-    reached = {(id(keys), id(values)) for _, keys, values in attended}
-    for index, probe in probes:
-        if not any((id(keys), id(values)) in reached for keys, values in probe.handed_out):
-            raise _refusal(
-                model_type, f"layer {index} must use {host.name}'s attention, but does not"
+    run = _TrialRun(model, caches, config.uncalibrated, sliding_windows)
+    if run.failures():
+        run.find_latents()
+    while failures := run.failures():
+        # A run with handles ends at the first cache that they do not suit: see all at once.
+        failures = run.bypassing() or failures
+        for trial, reason in failures:
+            trial.reasons.append(reason)
+        if all(trial.way is None for trial in run.trials.values()):
+            first = next(iter(run.trials.values()))
+            raise ValueError(
+                f"[apply] {model_type} cannot be compressed: layer {first.index}: "
+                f"{first.reasons[-1]}; use the model without rotormlx."
             )
+    if not run.trials:
+        raise ValueError(
+            f"[apply] {model_type} cannot be compressed: it keeps {_all_it_keeps(run.caches)}; use "
+            "the model without rotormlx."
+        )
+    reports = [
+        _layer_report(*leaf, run.trials.get(place)) for place, leaf in enumerate(leaves(run.caches))
+    ]
+    return Report(config, model_type, tuple(reports))
+
+
+def compress(
+    caches: list[Any],
+    make: Callable[[int], Any],
+    report: Report | None = None,
+    of_windows: windows.WindowMaker | None = None,
+) -> list[Any]:
+    """The same caches with growing ones replaced, and windows as the report says.
+
+    Args:
+        caches: Those that a model makes itself.
+        make: Gives the compressed cache of a layer, by its index.
+        report: What :func:`probe` found for the model: which caches to replace, and how each
+            serves it. If None, all plain growing ones, by the fused attention.
+        of_windows: Gives the compressed cache of a sliding window or of chunked attention.
+    """
+    new = {}
+    for place, (index, _, cache) in enumerate(leaves(caches)):
+        if report is None:
+            way = FUSED if _is_growing(cache) else None
+        else:
+            layer = report.layers[place]
+            way = named(layer.way) if layer.compressed else None
+        if way is not None and not _is_growing(cache):
+            new[id(cache)] = cache if of_windows is None else of_windows(index, cache)
+        elif way is not None:
+            made = make(index)
+            new[id(cache)] = made if way is FUSED else way.cache.of(made)
+    return [replaced(cache, new) for cache in caches]
+
+
+def _is_growing(cache: Any) -> bool:
+    # Exactly this class: what derives from it may promise more than a compressed cache keeps.
+    return is_exactly(cache, GROWING)
+
+
+# ---- the trial run ------------------------------------------------------------------------------
+
+
+class _Trial:
+    """A cache of a model under trial.
+
+    Args:
+        index: Of its layer.
+        own: The model's own cache.
+        ways: Those to be tried, best first; None for those of its kind.
+        why: Why the first of them is not the fused attention.
+    """
+
+    def __init__(
+        self, index: int, own: Any, ways: Sequence[Way] | None = None, why: str = ""
+    ) -> None:
+        self.index = index
+        self.own = own
+        self.ways = ways or (WAYS if _is_growing(own) else (FUSED,))
+        self.why = why
+        # Why the ways before this one did not suit.
+        self.reasons: list[str] = []
+        # What was handed out in the latest run, and what was refused.
+        self.handed_out: list[tuple[Any, Any]] = []
+        self.refusal = ""
+        # How many tokens more handles are to say that they have.
+        self.pretended = 0
+
+    @property
+    def way(self) -> Way | None:
+        """The way that is tried; None if all were."""
+        tried = len(self.reasons)
+        return self.ways[tried] if tried < len(self.ways) else None
+
+    def cache(
+        self, config: RotorConfig, asked: list[_Trial], kind: type[RotorKVCache] | None
+    ) -> RotorKVCache | None:
+        """A cache for a run that notes here what it hands out, and in ``asked`` that it did.
+
+        Args:
+            config: How it compresses.
+            asked: Gets this trial for each time.
+            kind: Another class than that of the way.
+        """
+        self.handed_out, self.refusal, self.pretended = [], "", 0
+        if self.way is None:
+            return None
+        way, cache = self.way, self._made(config, kind or self.way.cache)
+
+        def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arrays: mx.array) -> Any:
+                try:
+                    served = method(*arrays)
+                except ValueError as error:
+                    # What is required and what came; what to do is said by the one who asks.
+                    self.refusal = str(error).partition("] ")[2].partition(";")[0].rstrip(".")
+                    raise
+                if self.pretended and kind is None and way.hands_out_handles:
+                    served = tuple(replace(v, tokens=v.tokens + self.pretended) for v in served)
+                if not way.hands_out_handles and len({id(array) for array in arrays}) == 1:
+                    self.refusal = "the model chooses tokens by it, for which it must be exact"
+                self.handed_out.append(served)
+                asked.append(self)
+                return served
+
+            return run
+
+        for name in ("update_and_fetch", "keys_and_values"):
+            setattr(cache, name, watched(getattr(cache, name)))
+        return cache
+
+    def _made(self, config: RotorConfig, kind: type[RotorKVCache]) -> Any:
+        """An empty cache of this class; of a window one that hands out what this class does."""
+        cache = windows.maker(config)(self.index, self.own)
+        if cache is None:
+            return kind(config, self.index)
+        if kind is not FUSED.cache:
+            vars(cache)["_served"] = partial(kind._served, cast(Any, cache))
+        return cache
+
+    def is_astray(self, reached: set[tuple[int, int]], known: set[tuple[int, int]]) -> bool:
+        """Whether handles did not all reach our attention as they are, keys with their values.
+
+        Args:
+            reached: Keys and values that reached our attention, by id.
+            known: Those that were handed out by any cache.
+        """
+        if self.way is None or not self.way.hands_out_handles:
+            return False
+        own = {(id(keys), id(values)) for keys, values in self.handed_out}
+        mixed = {part for pair in reached - known for part in pair}
+        return not own & reached or any(part in mixed for pair in own for part in pair)
+
+
+class _TrialRun:
+    """Runs of a model, each with new caches.
+
+    Args:
+        model: The model.
+        pattern: Its own caches, empty.
+        config: How keys and values would be compressed.
+        sliding_windows: Whether sliding windows are under trial too.
+    """
+
+    def __init__(
+        self, model: Module, pattern: list[Any], config: RotorConfig, sliding_windows: bool
+    ) -> None:
+        self.model = model
+        self.pattern = pattern
+        self.config = config
+        # By the place of the cache among the leaves.
+        self.trials = {
+            place: _Trial(index, cache)
+            for place, (index, _, cache) in enumerate(leaves(pattern))
+            if _is_growing(cache) or (sliding_windows and windows.is_compressible(cache))
+        }
+        # Those of the latest run.
+        self.caches: list[Any] = []
+
+    def find_latents(self) -> None:
+        """See which caches hold latents; only their ways are tried for these."""
+        with _unchanged(self.model):
+            found = latent_probe.find(self.model, self.pattern, self.config)
+        for place, probe in enumerate(found):
+            if probe is not None:
+                way, why = LATENT, "the model keeps latents"
+                if not probe.hands_out_views:
+                    way, why = DECODED_LATENT, f"{why} and picks tokens out of them"
+                own = self.trials[place]
+                self.trials[place] = _Trial(own.index, own.own, (way,), why)
+
+    def failures(self) -> list[tuple[_Trial, str]]:
+        """Run the model; the trials whose way does not suit, with the reasons."""
+        asked = list[_Trial]()
+        for reached, error in self._steps(asked):
+            if failures := _failures(self._active, reached, error, asked):
+                return failures
+        return []
+
+    def bypassing(self) -> list[tuple[_Trial, str]]:
+        """The trials of handles for which arrays would not reach our attention as they are."""
+        if any(trial.reasons for trial in self.trials.values()):
+            return []
+        found: dict[_Trial, str] = {}
+        for reached, error in self._steps([], DECODED.cache):
+            if error is not None:
+                return []
+            found |= dict(_astray(self._active, reached))
+        return list(found.items())
+
+    @property
+    def _active(self) -> list[_Trial]:
+        return [trial for trial in self.trials.values() if trial.way is not None]
+
+    def _steps(
+        self, asked: list[_Trial], kind: type[RotorKVCache] | None = None
+    ) -> Iterator[tuple[set[tuple[int, int]], Exception | None]]:
+        """Run the model for each of ``PROBE_TOKENS``, and far from the first token.
+
+        Args:
+            asked: Gets the trials in the order in which the model asks their caches.
+            kind: The class of all compressed caches; that of each one's way if None.
+
+        Yields:
+            Keys and values that reached our attention, by id, and what ended the step if it failed.
+        """
+        own = copy.deepcopy(self.pattern)
+        new = {}
+        for place, (_, _, cache) in enumerate(leaves(own)):
+            trial = self.trials.get(place)
+            made = None if trial is None else trial.cache(self.config, asked, kind)
+            new[id(cache)] = cache if made is None else made
+        self.caches = [replaced(cache, new) for cache in own]
+        for tokens, pretended in (*((count, 0) for count in PROBE_TOKENS), (1, FAR_TOKENS)):
+            for trial in self.trials.values():
+                trial.pretended = pretended if windows.size(trial.own) is None else 0
+            failed: Exception | None = None
+            with hook.record_attention(pretend=True) as attended, _unchanged(self.model):
+                try:
+                    self.model(mx.zeros((1, tokens), dtype=mx.int32), cache=self.caches)
+                except Exception as error:  # a model may use a handle in any way
+                    failed = error
+            yield {(id(keys), id(values)) for _, keys, values in attended}, failed
+
+
+def _failures(
+    active: Sequence[_Trial],
+    reached: set[tuple[int, int]],
+    error: Exception | None,
+    asked: Sequence[_Trial],
+) -> list[tuple[_Trial, str]]:
+    """The trials whose way did not suit in a run that ended, by an error or not.
+
+    Args:
+        active: The trials.
+        reached: Keys and values that reached our attention, by id.
+        error: What ended the run.
+        asked: The trials in the order in which the model asked their caches.
+    """
+    if refused := [(trial, trial.refusal) for trial in active if trial.refusal]:
+        return refused
+    astray = _astray([trial for trial in active if trial.handed_out], reached)
+    if error is None:
+        unused = [trial for trial in active if not trial.handed_out]
+        return astray or [(trial, "the model does not use this cache") for trial in unused]
+    reason = _what_failed(error)
+    # A handle that went astray was touched; else it was whoever was asked last.
+    if astray and reason == _TOUCHED:
+        return astray
+    return [(trial, reason) for trial in (asked[-1:] or active)]
+
+
+def _astray(trials: Sequence[_Trial], reached: set[tuple[int, int]]) -> list[tuple[_Trial, str]]:
+    """The trials of handles whose keys and values went elsewhere than to our attention."""
+    known = {(id(k), id(v)) for trial in trials for k, v in trial.handed_out}
+    return [(trial, _TOUCHED) for trial in trials if trial.is_astray(reached, known)]
 
 
 @contextmanager
@@ -99,94 +352,78 @@ def _unchanged(model: Module) -> Iterator[None]:
             dict.update(now, changed)
 
 
-def compress(caches: list[Any], make: Callable[[int], RotorKVCache]) -> list[Any]:
-    """The same caches with every plain growing one replaced by what ``make(layer)`` gives."""
-    return [_replace(cache, layer, make) for layer, cache in enumerate(caches)]
+_TOUCHED = "the model computes with keys and values itself"
 
 
-def _replace(cache: Any, layer: int, make: Callable[[int], RotorKVCache]) -> Any:
-    # Exactly this class: what derives from it may promise more than a compressed cache keeps.
-    if is_exactly(cache, GROWING):
-        return make(layer)
-    inner = parts(cache)
-    return cache if inner is None else list_of(cache, [_replace(c, layer, make) for c in inner])
-
-
-class _ProbeCache(RotorKVCache):
-    """Remembers what it handed out, to see whether it reaches the attention."""
-
-    def __init__(self, config: RotorConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.handed_out: list[tuple[KVView, KVView]] = []
-        self.refusal = ""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
-        try:
-            views = super().update_and_fetch(keys, values)
-        except ValueError as error:
-            # What is required and what came; what to do is said by the one who asks.
-            self.refusal = str(error).partition("] ")[2].partition(";")[0].rstrip(".")
-            raise
-        self.handed_out.append(views)
-        return views
-
-    def keys_and_values(self) -> tuple[KVView, KVView]:
-        views = super().keys_and_values()
-        self.handed_out.append(views)
-        return views
-
-
-def _refusal(model_type: str, reason: str) -> ValueError:
-    return ValueError(
-        f"[apply] {model_type} cannot be compressed: {reason}; use the model without rotormlx."
-    )
+def _what_failed(error: Exception) -> str:
+    """A reason for people to read."""
+    takes_no_handle = re.match(r"\w+\(\): incompatible function arguments", str(error))
+    if takes_no_handle or str(error).startswith("[KVView]"):
+        return _TOUCHED
+    return f"the model fails with compressed caches ({brief(error)})"
 
 
 def brief(error: Exception) -> str:
-    """Kind and first sentence of an error; of a view's refusal what came."""
-    if str(error).startswith("[KVView]"):
-        return str(error).partition("but ")[2].partition(";")[0]
+    """Kind and first sentence of an error."""
     # Only the first sentence: a wrong argument to mx makes it list all signatures.
     first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first}"
 
 
-def _layer_reports(caches: list[Any]) -> list[LayerReport]:
-    reports = []
-    for index, label, cache in leaves(caches):
-        shape = dims(cache) or (0, 0, 0)
-        if isinstance(cache, RotorKVCache):
-            keys, values = cache.keys_and_values()
-            name = label.replace(type(cache).__name__, GROWING)
-            reports.append(
-                LayerReport(
-                    index,
-                    name,
-                    True,
-                    "",
-                    *shape,
-                    key_bits=keys.codec.bits_per_value,
-                    value_bits=values.codec.bits_per_value,
-                    exact_bytes=keys.dtype.size,
-                )
-            )
-        elif is_a(cache, ROTATING, CHUNKED):
-            limit = cache.max_size if is_a(cache, ROTATING) else cache.chunk_size
-            reason = f"it never keeps more than {limit} tokens"
-            reports.append(LayerReport(index, label, False, reason, *shape, max_tokens=limit))
-        elif is_a(cache, ARRAYS):
-            reason = "a state of constant size, no keys and values"
-            reports.append(LayerReport(index, label, False, reason, state_bytes=cache.nbytes))
-        else:
-            reason = "a kind of cache that rotormlx does not know"
-            reports.append(LayerReport(index, label, False, reason, *shape))
-    return reports
+# ---- what was found -----------------------------------------------------------------------------
+
+
+def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> LayerReport:
+    shape = dims(cache) or (0, 0, 0)
+    if trial is not None and trial.way is not None:
+        keys, values = cache.views()
+        return LayerReport(
+            index,
+            label.replace(type(cache).__name__, type(trial.own).__name__),
+            True,
+            trial.reasons[0] if trial.reasons else trial.why,
+            *shape,
+            key_bits=keys.codec.bits_per_value,
+            value_bits=values.codec.bits_per_value,
+            exact_bytes=keys.dtype.size,
+            max_tokens=windows.size(trial.own),
+            max_blocks=max_blocks(cache.max_size, cache.config),
+            way=trial.way.name,
+            holds_latents=trial.way in (LATENT, DECODED_LATENT),
+        )
+    limit = windows.size(cache)
+    if trial is not None:
+        return LayerReport(index, label, False, trial.reasons[-1], *shape, max_tokens=limit)
+    if limit is not None:
+        reason = windows.reason_alone(cache)
+        return LayerReport(index, label, False, reason, *shape, max_tokens=limit)
+    if is_a(cache, ARRAYS):
+        reason = "a state of constant size, no keys and values"
+        return LayerReport(index, label, False, reason, state_bytes=cache.nbytes)
+    return LayerReport(index, label, False, "a kind of cache that rotormlx does not know", *shape)
+
+
+def _all_it_keeps(caches: list[Any]) -> str:
+    """What a model without growing caches keeps: a part of a sentence."""
+    held = [cache for _, _, cache in leaves(caches)]
+    states = [cache for cache in held if is_a(cache, ARRAYS)]
+    limits = [limit for c in held if (limit := windows.size(c)) is not None]
+    others = {type(c).__name__ for c in held if not is_a(c, ARRAYS, ROTATING, CHUNKED)}
+    if others:
+        return f"tokens in caches that rotormlx does not know ({', '.join(sorted(others))})"
+    parts = []
+    if states:
+        size = megabytes(sum(cache.nbytes for cache in states))
+        parts.append(f"a state of constant size ({size})")
+    if limits:
+        parts.append(f"no more than the last {max(limits)} tokens of sliding windows")
+    return f"{' and '.join(parts) or 'no tokens'}, so there is nothing to compress"
 
 
 def dims(cache: Any) -> tuple[int, int, int] | None:
     """KV heads, key dimension and value dimension of a filled cache that has them."""
     if isinstance(cache, RotorKVCache):
-        pair: tuple[Any, Any] = (None, None) if cache.empty() else cache.keys_and_values()
+        pair: tuple[Any, Any] = (None, None) if cache.empty() else cache.views()
     else:
         pair = getattr(cache, "keys", None), getattr(cache, "values", None)
     keys, values = pair

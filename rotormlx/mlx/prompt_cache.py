@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx.nn.layers.base import Module
 
+from rotormlx.codec.counts import max_blocks
 from rotormlx.mlx import hosts
-from rotormlx.mlx.cache import files
+from rotormlx.mlx.cache import files, windows
 from rotormlx.mlx.cache.lists import compress_plain
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.store import same_calibrated
 from rotormlx.mlx.fingerprint import fingerprint, weights
-from rotormlx.mlx.host_caches import ATTRIBUTES, GROWING, ROTATING, is_a, leaves
+from rotormlx.mlx.host_caches import ATTRIBUTES, CHUNKED, GROWING, ROTATING, is_a, leaves
 from rotormlx.mlx.integration import model_report
 from rotormlx.mlx.probe import dims
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage import cache_file
 from rotormlx.storage import fingerprint as fingerprints
+from rotormlx.storage.cache_fields import CHUNKED as CHUNKED_ROTOR
+from rotormlx.storage.cache_fields import LAYOUTS, SINGLE, SLIDING
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL
@@ -107,7 +111,9 @@ def _read(path: str | Path, saved: SavedCaches, model: Module, report: Report) -
 
 
 def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
-    """Check that caches fit a compressed model, and compress plain ones in place.
+    """Check that caches fit a compressed model, and make them such as it has, in place.
+
+    Plain ones are compressed; a compressed one of another class keeps its bytes.
 
     Args:
         path: Where they come from, for messages.
@@ -132,14 +138,18 @@ def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> in
 def report_of(model: Module, caches: list[Any]) -> Report:
     """The report of a model with these caches; its own if they are compressed as it does it."""
     report = model_report(model)
+    fresh = leaves(hosts.of(model).target(model).make_cache())
+    triples = [
+        (layer, own, held)
+        for layer, (_, _, own), (_, _, held) in zip(
+            report.layers, fresh, leaves(caches), strict=True
+        )
+    ]
+    layers = tuple(_as_held(layer, held) for layer, _, held in triples)
+    report = report if layers == report.layers else replace(report, layers=layers)
     pairs = [
         (layer.index, own, held)
-        for layer, (_, _, own), (_, _, held) in zip(
-            report.layers,
-            leaves(hosts.of(model).target(model).make_cache()),
-            leaves(caches),
-            strict=True,
-        )
+        for layer, own, held in triples
         if isinstance(own, RotorKVCache) and isinstance(held, RotorKVCache)
     ]
     if all(
@@ -150,12 +160,37 @@ def report_of(model: Module, caches: list[Any]) -> Report:
     return report.with_configs({index: held.config for index, _, held in pairs})
 
 
+def _as_held(layer: LayerReport, held: Any) -> LayerReport:
+    """A layer of a report where a file has its window in another form than the model makes."""
+    is_compressed = isinstance(held, RotorKVCache)
+    if is_compressed == layer.compressed or layer.max_tokens is None:
+        return layer
+    if not is_compressed:
+        return replace(layer, compressed=False, reason="it comes from a file without rotormlx")
+    blocks = max_blocks(held.max_size, held.config)
+    exact = layer.exact_bytes if held.keys is None else held.keys.itemsize
+    made = replace(layer, compressed=True, reason="", max_blocks=blocks, exact_bytes=exact)
+    return made.with_bits_of(held.config)
+
+
+def _alike(want: Any, shape: Shape) -> set[str]:
+    """The classes that do for a cache: compressed or plain, whatever the model makes now."""
+    name = LAYOUTS.get(type(want).__name__, type(want).__name__)
+    if name in (ROTATING, SLIDING):
+        # With a limit below the window, it is what any other layer has with that limit.
+        return {ROTATING, SLIDING} | ({SINGLE} if shape.limited else set())
+    if name in (CHUNKED, CHUNKED_ROTOR):
+        return {CHUNKED, CHUNKED_ROTOR}
+    return {name, GROWING} if name == SINGLE else {name}
+
+
 def _shape(cache: Any) -> Shape:
     """What of a cache must fit a model."""
-    name = type(cache).__name__
+    name, window = type(cache).__name__, windows.size(cache)
     if isinstance(cache, RotorKVCache):
-        return Shape(name, cache.config, cache.layer, dims=dims(cache))
-    window = cache.max_size if is_a(cache, ROTATING) else None
+        limited = cache.max_size is not None
+        layout = LAYOUTS.get(name, name)
+        return Shape(layout, cache.config, cache.layer, limited, window, dims(cache))
     return Shape(name, window=window, dims=dims(cache) if is_a(cache, *ATTRIBUTES) else None)
 
 
@@ -182,14 +217,13 @@ class _Fit(NamedTuple):
             self._check_layer(layer, index, want, shape)
 
     def _check_layer(self, layer: LayerReport, index: int, want: Any, shape: Shape) -> None:
-        if isinstance(want, RotorKVCache) and shape.name == RotorKVCache.__name__:
-            if shape.layer != index:
-                raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
-        elif shape.name != (GROWING if layer.compressed else type(want).__name__):
+        if shape.name not in _alike(want, shape):
             raise self._mismatch(f"{layer.cache} in layer {index}", shape.name)
-        elif shape.window is not None and shape.window != want.max_size:
+        if shape.layer is not None and shape.layer != index:
+            raise self._mismatch(f"layer {index} at position {index}", f"layer {shape.layer}")
+        if shape.window is not None and shape.window != windows.size(want):
             raise self._mismatch(
-                f"a window of {want.max_size} tokens in layer {index}", str(shape.window)
+                f"a window of {windows.size(want)} tokens in layer {index}", str(shape.window)
             )
         came = shape.dims
         if came is not None and came != (layer.kv_heads, layer.head_dim_k, layer.head_dim_v):

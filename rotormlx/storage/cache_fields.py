@@ -17,12 +17,26 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from rotormlx.codec.counts import Counts, are_possible, least_size, max_blocks
-from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, ROLES, words_shape
+from rotormlx.codec.counts import Counts, are_possible, least_size, max_blocks, sliding_size
+from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, words_shape
+from rotormlx.codec.parts import Part, keys_and_values, latent_and_rope
 from rotormlx.config import RotorConfig
 
 # The classes of a file that this module describes.
 SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
+# Of latents: for attention that reads them packed, and for models that need them as arrays.
+LATENT, LATENT_BATCH = "LatentKVCache", "BatchLatentKVCache"
+DECODED_LATENT, DECODED_LATENT_BATCH = "DecodedLatentKVCache", "BatchDecodedLatentKVCache"
+SLIDING, BATCH_SLIDING = "SlidingRotorKVCache", "BatchSlidingRotorKVCache"
+CHUNKED = "ChunkedRotorKVCache"
+# Those that a file may name, with the one whose state each has.
+LAYOUTS = {
+    **{SINGLE: SINGLE, "DecodedRotorKVCache": SINGLE},
+    **{BATCH: BATCH, "BatchDecodedRotorKVCache": BATCH},
+    **{LATENT: LATENT, DECODED_LATENT: LATENT},
+    **{LATENT_BATCH: LATENT_BATCH, DECODED_LATENT_BATCH: LATENT_BATCH},
+    **{SLIDING: SLIDING, BATCH_SLIDING: BATCH_SLIDING, CHUNKED: CHUNKED},
+}
 # What exact tokens may be, as files name dtypes.
 FLOATS = ("F16", "BF16", "F32")
 
@@ -55,10 +69,12 @@ class SavedStore(NamedTuple):
 _HEADER = 5  # entries before the arrays, in either class
 _STORE = len(SavedStore._fields)
 _LIMIT = 2  # entries behind the arrays, where a single cache has a limit
+# Entries at the end that a class has besides: the sliding window; or chunk size and first position.
+_OWN = {SLIDING: 1, BATCH_SLIDING: 1, CHUNKED: 2}
 
 
 class SavedCache(NamedTuple):
-    """The state of a ``RotorKVCache``.
+    """The state of a ``RotorKVCache``, or of a ``LatentKVCache``, whose values are RoPE parts.
 
     Its entries are: format version, configuration, layer, tokens, packed tokens; the arrays of keys
     and values, if it ever held any; limit and evicted tokens, if it has a limit.
@@ -97,6 +113,7 @@ class SavedCache(NamedTuple):
         Raises:
             ValueError: If the state is not that of such a cache, or of another format version.
         """
+        state, own = _without_own(state, reader)
         limited = len(state) % _STORE == _LIMIT
         reader.entries(len(state) - _LIMIT * limited, _HEADER, _HEADER + 2 * _STORE)
         saved = cls.named(state, _config(state, reader))
@@ -104,13 +121,14 @@ class SavedCache(NamedTuple):
         reader.integers(saved.layer, counts.tokens, counts.packed, counts.evicted, *limit)
         table = np.array([[counts.tokens, counts.packed, counts.evicted]])
         _check_counts(saved, table, reader)
+        _check_own(own, saved, counts.tokens, reader)
         if saved.stores:
             _check_stores(saved, counts, reader, rows=None)
         return saved
 
 
 class SavedBatch(NamedTuple):
-    """The state of a ``BatchRotorKVCache``.
+    """The state of a ``BatchRotorKVCache``, or of a ``BatchLatentKVCache``.
 
     Its entries are: format version, configuration, layer, limit or None, the table of counts (int32
     ``[B, 3]``: tokens, packed and evicted tokens of each row); the arrays of keys and values, if it
@@ -147,6 +165,7 @@ class SavedBatch(NamedTuple):
         Raises:
             ValueError: If the state is not that of such a cache, or of another format version.
         """
+        state, own = _without_own(state, reader)
         reader.entries(len(state), _HEADER, _HEADER + 2 * _STORE)
         saved = cls.named(state, _config(state, reader))
         layer, max_size, table = saved.layer, saved.max_size, saved.table
@@ -156,6 +175,7 @@ class SavedBatch(NamedTuple):
         reader.require(has_counts and field.shape[1] == 3, "three counts per row", field)
         counts = reader.numbers(table).astype(np.int64)
         _check_counts(saved, counts, reader)
+        _check_own(own, saved, 0, reader)
         if saved.stores:
             exact = int((counts[:, 0] - counts[:, 1]).max(initial=0))
             packed = int(counts[:, 1].max(initial=0))
@@ -164,7 +184,13 @@ class SavedBatch(NamedTuple):
 
 
 class StateReader(ABC):
-    """Who reads a state: how arrays look to it, and how it refuses what does not fit."""
+    """Who reads a state: how arrays look to it, and how it refuses what does not fit.
+
+    Attributes:
+        name: The class of the cache.
+    """
+
+    name: str
 
     @abstractmethod
     def field(self, entry: Any) -> Any:
@@ -185,6 +211,10 @@ class StateReader(ABC):
     def config(self, text: str) -> RotorConfig:
         """The configuration of this text."""
         return RotorConfig.from_json(text)
+
+    def parts(self, config: RotorConfig) -> tuple[Part, Part]:
+        """What a cache of this class and configuration holds two of."""
+        return parts(self.name, config)
 
     def require(self, holds: bool, required: str, came: object) -> None:
         """Refuse the state unless something holds."""
@@ -212,6 +242,12 @@ class StateReader(ABC):
         came = self.field(entry)
         shown = None if wanted is None else tuple(wanted)
         self.require(came == wanted, f"{what} of dtype and shape {shown}", came)
+
+
+def parts(name: str, config: RotorConfig) -> tuple[Part, Part]:
+    """What a cache of the class ``name`` holds two of."""
+    is_latent = LAYOUTS.get(name) in (LATENT, LATENT_BATCH)
+    return latent_and_rope(config) if is_latent else keys_and_values(config)
 
 
 def _stores(state: Sequence[Any]) -> tuple[SavedStore, ...]:
@@ -245,6 +281,28 @@ def _config(state: Sequence[Any], reader: StateReader) -> RotorConfig:
     return reader.config(text)
 
 
+def _without_own(state: Sequence[Any], reader: StateReader) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The entries that every class has, and those at the end that only this one has."""
+    stop = len(state) - _OWN.get(reader.name, 0)
+    return state[:stop], state[stop:]
+
+
+def _check_own(
+    own: Sequence[Any], saved: SavedCache | SavedBatch, tokens: int, reader: StateReader
+) -> None:
+    """Require what a class has of its own to agree with the rest."""
+    reader.integers(*own)
+    if reader.name in (SLIDING, BATCH_SLIDING):
+        (window,) = own
+        limit = sliding_size(window, saved.config) if window else None
+        is_right = window > 0 and saved.max_size == limit
+        reader.require(is_right, f"a window, and its limit {limit}", (window, saved.max_size))
+    elif own:
+        size, start = own
+        is_right = size > 0 and start % size == 0 and tokens <= size and saved.max_size is None
+        reader.require(is_right, "a chunk that begins at a multiple of its size", (*own, tokens))
+
+
 def _check_counts(
     saved: SavedCache | SavedBatch, table: npt.NDArray[Any], reader: StateReader
 ) -> None:
@@ -263,11 +321,12 @@ def _check_stores(
 ) -> None:
     """Require the arrays that follow from the longest row; ``rows`` is B where it is known."""
     fronts = set()
-    for role, store in zip(ROLES, saved.stores, strict=True):
-        exact = reader.floating(f"exact {role}s", store.exact)
-        wanted = _fields(saved.config, role, exact, longest, rows)
+    for part, store in zip(reader.parts(saved.config), saved.stores, strict=True):
+        exact = reader.floating(f"exact {part.name}", store.exact)
+        wanted = _fields(part.config, part.role, exact, longest, rows)
         for name, array, field in zip(SavedStore._fields, store, wanted, strict=True):
-            what = f"exact {role}s" if name == "exact" else f"{role} {name.replace('_', ' ')}"
+            of = part.name.removesuffix("s")
+            what = f"exact {part.name}" if name == "exact" else f"{of} {name.replace('_', ' ')}"
             reader.array(what, array, field)
         fronts.add(exact.shape[:2])
     reader.require(len(fronts) == 1, "keys and values that agree in batch and KV heads", fronts)

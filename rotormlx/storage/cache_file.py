@@ -129,7 +129,16 @@ class SavedCaches:
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file
-        texts = file.metadata
+        self._read_texts(file.metadata)
+        self.shapes: list[tuple[int, Shape]] = []
+        states = self._states(file.entries.__getitem__)
+        for index, (name, state) in enumerate(zip(self.classes, states, strict=True)):
+            for shape in check(name, state, file):
+                self.shapes.append((index, shape))
+
+    def _read_texts(self, texts: dict[str, str]) -> None:
+        """Take the classes, the metadata and the values that are no arrays."""
+        file = self._file
         if "1.0" not in texts:
             raise file.error("be a file of save_prompt_cache", "it is another safetensors file")
         if not file.names_checksum:
@@ -143,11 +152,6 @@ class SavedCaches:
             raise file.error("number its classes from 0", f"it has {count} others")
         self.classes = [texts[f"1.{i}"] for i in range(count)]
         self._values = dict(self._read_values(texts))
-        self.shapes: list[tuple[int, Shape]] = []
-        states = self._states(file.entries.__getitem__)
-        for index, (name, state) in enumerate(zip(self.classes, states, strict=True)):
-            for shape in check(name, state, file):
-                self.shapes.append((index, shape))
 
     def read(self, make: Callable[[Array, str], Any]) -> list[State]:
         """The states, with what ``make`` gives for each array and its dtype.
@@ -218,6 +222,58 @@ class SavedCaches:
         ]
 
 
+class OldSavedCaches(SavedCaches):
+    """A file of mlx-lm before 0.32, whose caches are mlx-lm's own: arrays, and texts beside them.
+
+    The metadata holds these texts (``0.i``, or lists of them), texts of the user (``1.name``) and
+    the class of each cache (``2.i``). Its states come out as mlx-lm writes them since 0.32.
+    """
+
+    def _read_texts(self, texts: dict[str, str]) -> None:
+        self._values = {}
+        self.metadata = {k[2:]: text for k, text in texts.items() if k.startswith("1.")}
+        self.classes = [text for k, text in texts.items() if re.fullmatch(rf"2\.{_NUMBER}", k)]
+        self._beside = [self._tree(texts, f"0.{i}") for i in range(len(self.classes))]
+
+    def _tree(self, texts: dict[str, str], name: str) -> Any:
+        """A text, or a list of what is below its name."""
+        if name in texts:
+            return texts[name]
+        count = len(
+            {k[len(name) + 1 :].partition(".")[0] for k in texts if k.startswith(f"{name}.")}
+        )
+        return [self._tree(texts, f"{name}.{i}") for i in range(count)]
+
+    def _states(self, leaf: Callable[[str], Any]) -> list[State]:
+        states = super()._states(leaf)
+        triples = zip(self.classes, states, self._beside, strict=True)
+        return [self._as_written_now(*triple) for triple in triples]
+
+    def _as_written_now(self, name: str, state: State, beside: Any) -> State:
+        """The state of a cache as mlx-lm writes it since 0.32."""
+        try:
+            if name == "CacheList":
+                names, texts = beside
+                parts = zip(names, state, texts, strict=True)
+                return [[self._as_written_now(*part), part[0]] for part in parts]
+            if name == "ArraysCache":
+                return [state, None, None]
+            keys, values = state
+            held = keys.shape[2]
+            if name == "KVCache":
+                return [keys, values, held]
+            numbers = [int(text) for text in beside]
+            if name == "RotatingKVCache":
+                keep, size, offset, place = numbers
+                return [keys, values, offset, keep, size, place]
+            if name == "ChunkedKVCache":
+                size, start = numbers
+                return [keys, values, start + held, size, start]
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise self._file.error(f"hold a {name}", "it holds something else") from None
+        raise self._file.error("hold caches of mlx-lm before 0.32", f"it has {name[:80]!a}")
+
+
 class _Leaf(NamedTuple):
     """Tells an entry, which is a tuple, from a list of entries."""
 
@@ -236,6 +292,11 @@ def _value(array: Array, kind: str, file: TensorFile) -> Any:
         raise file.error("hold letters in its texts", str(error.reason)) from error
 
 
+def is_old_layout(texts: Mapping[str, str]) -> bool:
+    """Whether a file is laid out as mlx-lm did it before 0.32: a class stands for our digits."""
+    return re.fullmatch(r"[A-Z]\w*", texts.get("2.0", "")) is not None
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[SavedCaches]:
     """Open a file of caches and check its header; no array is read yet.
@@ -243,5 +304,8 @@ def opened(path: str | Path) -> Iterator[SavedCaches]:
     Raises:
         ValueError: If there is no such file, or it is damaged or something else.
     """
-    with tensor_file.open_tensors(path, where=WHERE, checksum="2.0") as file:
-        yield SavedCaches(file)
+    with tensor_file.open_tensors(path, where=WHERE, checksum="") as file:
+        is_old = is_old_layout(file.metadata)
+    checksum = "" if is_old else "2.0"
+    with tensor_file.open_tensors(path, where=WHERE, checksum=checksum) as file:
+        yield OldSavedCaches(file) if is_old else SavedCaches(file)

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 from rotormlx.codec.format import FORMAT_VERSION
 from rotormlx.config import RotorConfig
 from rotormlx.storage.cache_fields import (
-    BATCH,
+    BATCH_SLIDING,
+    CHUNKED,
     FLOATS,
-    SINGLE,
+    LAYOUTS,
+    SLIDING,
     Field,
     SavedBatch,
     SavedCache,
@@ -33,9 +35,9 @@ State = list[Any]
 class Shape(NamedTuple):
     """What a file says of one cache, as far as it must fit a model.
 
-    name: Its class.
+    name: Its class; of a compressed one :data:`LAYOUTS` says which.
     config, layer, limited: Of a compressed one; limited if it holds no more than so many tokens.
-    window: The most tokens of a sliding window.
+    window: The tokens of a sliding window, or of a chunk.
     dims: KV heads, key dimension and value dimension, where it holds keys and values.
     """
 
@@ -158,7 +160,7 @@ def _chunked(rules: _Rules) -> Shape:
     rules.integers(offset, size, start)
     is_right = size > 0 and 0 <= offset - start <= tokens
     rules.require(is_right, f"counts that add up, with {tokens} places", rules.state[2:])
-    return Shape(rules.name, dims=dims)
+    return Shape(rules.name, window=size, dims=dims)
 
 
 def _arrays(rules: _Rules) -> Shape:
@@ -183,13 +185,22 @@ def _arrays(rules: _Rules) -> Shape:
 def _compressed(rules: _Rules) -> Shape:
     saved = SavedCache.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(rules.name, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    dims = kv_dims(saved.stores)
+    return Shape(LAYOUTS[rules.name], saved.config, saved.layer, limited, _window(rules), dims)
 
 
 def _compressed_batch(rules: _Rules) -> Shape:
     saved = SavedBatch.read(rules.state, rules)
     limited = saved.max_size is not None
-    return Shape(rules.name, saved.config, saved.layer, limited, dims=kv_dims(saved.stores))
+    dims = kv_dims(saved.stores)
+    return Shape(LAYOUTS[rules.name], saved.config, saved.layer, limited, _window(rules), dims)
+
+
+def _window(rules: _Rules) -> int | None:
+    """The window, or the size of a chunk, of a class that has one."""
+    places = {SLIDING: -1, BATCH_SLIDING: -1, CHUNKED: -2}
+    place = places.get(rules.name)
+    return None if place is None else rules.state[place]
 
 
 _RULES: dict[str, Callable[[_Rules], Shape]] = {
@@ -197,6 +208,8 @@ _RULES: dict[str, Callable[[_Rules], Shape]] = {
     "RotatingKVCache": _sliding,
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,
-    SINGLE: _compressed,
-    BATCH: _compressed_batch,
+    **{
+        name: _compressed_batch if layout.startswith("Batch") else _compressed
+        for name, layout in LAYOUTS.items()
+    },
 }

@@ -168,7 +168,7 @@ class Calibration:
         """
         config = self.configured(report.config)
         for layer in report.layers:
-            if not layer.compressed:
+            if not layer.compressed or layer.is_window:
                 continue
             for role, head_dim in zip(ROLES, (layer.head_dim_k, layer.head_dim_v), strict=True):
                 wanted = config.calibrated_shape(layer.kv_heads, head_dim)
@@ -255,8 +255,14 @@ def calibrated(
         The report, with the configuration and the bits of each layer, and the calibration.
 
     Raises:
-        ValueError: If a calibration is missing, or it is of another model.
+        ValueError: If a calibration is missing, or it is of another model, or the model keeps
+            latents.
     """
+    if any(layer.holds_latents for layer in report.layers):
+        raise ValueError(
+            f"[calibration] A calibration must be of keys and values, but {report.model_type} "
+            "keeps latents; leave the calibration out."
+        )
     if isinstance(given, (str, Path)):
         made = load(given, weights)
     elif given is None:

@@ -14,12 +14,19 @@ from rotormlx.storage.calibration import Calibration
 from rotormlx.torch import attention
 from rotormlx.torch.calibration import arrays_of
 from rotormlx.torch.implementations import attention_of
+from rotormlx.torch.latent_layer import (
+    RotorIndexedLatentLayer,
+    RotorLatentLayer,
+    latent_dim,
+)
 from rotormlx.torch.layer import RotorLayer
 from rotormlx.torch.static_layer import RotorStaticLayer
 from rotormlx.torch.store import Calibrated
 
-# Makes a compressed layer by its index and, of a static one, the most positions.
-LayerFactory = Callable[[int, int | None], RotorLayer]
+# Makes a compressed layer by its index, in place of an empty one of transformers.
+LayerFactory = Callable[[int, Any], RotorLayer]
+# Of transformers, besides those that it exports: a growing layer and the keys of an indexer.
+_INDEXED = "DynamicIndexedLayer"
 
 
 class RotorCache(DynamicCache):
@@ -56,8 +63,8 @@ class RotorCache(DynamicCache):
         max_cache_len: int | None = None,
     ) -> None:
         _check_model_config(config)
-        used = attention_of(config)
-        if used != attention.NAME:
+        used, holds_latents = attention_of(config), latent_dim(config) is not None
+        if used != attention.NAME and not holds_latents:
             raise ValueError(
                 f"[RotorCache] The model's attention must be {attention.NAME!r}, but it is "
                 f'{used!r}; call model.set_attn_implementation("{attention.NAME}") or '
@@ -70,12 +77,14 @@ class RotorCache(DynamicCache):
             else StaticCache(config=text, max_cache_len=max_cache_len)
         )
         layers = exact.layers
-        if not (growing := growing_layers(layers)):
+        if not (growing := growing_layers(layers, holds_latents=holds_latents)):
             raise ValueError(
                 f"[RotorCache] {text.model_type} must have {nothing_to_compress(layers)}; use "
                 "transformers' DynamicCache."
             )
-        make = layer_factory(rotor_config or RotorConfig(), calibration)
+        make = layer_factory(
+            rotor_config or RotorConfig(), calibration, holds_latents=holds_latents
+        )
         self._set(layers, growing, make)
 
     @classmethod
@@ -94,9 +103,7 @@ class RotorCache(DynamicCache):
         return made
 
     def _set(self, layers: list[Any], indices: Iterable[int], make: LayerFactory) -> None:
-        compressed: dict[int, Any] = {
-            index: make(index, getattr(layers[index], "max_cache_len", None)) for index in indices
-        }
+        compressed: dict[int, Any] = {index: make(index, layers[index]) for index in indices}
         Cache.__init__(self, layers=[compressed.get(i, x) for i, x in enumerate(layers)])
 
     @property
@@ -133,11 +140,21 @@ class RotorCache(DynamicCache):
         )
 
 
-def growing_layers(layers: list[Any]) -> list[int]:
-    """Indices of the layers that keep all tokens, and nothing but keys and values."""
+def growing_layers(layers: list[Any], *, holds_latents: bool = False) -> list[int]:
+    """Indices of the layers that keep all tokens, and nothing but keys and values.
+
+    Args:
+        layers: Empty ones, as transformers made them.
+        holds_latents: Whether they are of latents (MLA), which may have the keys of an indexer
+            beside them.
+    """
     # Exactly these classes: what derives from them keeps more, or less.
     plain = (DynamicLayer, StaticLayer)
-    return [index for index, layer in enumerate(layers) if type(layer) in plain]
+    return [
+        index
+        for index, layer in enumerate(layers)
+        if type(layer) in plain or (holds_latents and type(layer).__name__ == _INDEXED)
+    ]
 
 
 def nothing_to_compress(layers: list[Any]) -> str:
@@ -151,15 +168,23 @@ def is_compressed(cache: Any) -> bool:
     return any(isinstance(layer, RotorLayer) for layer in getattr(cache, "layers", ()))
 
 
-def layer_factory(config: RotorConfig, calibration: Calibration | None) -> LayerFactory:
+def layer_factory(
+    config: RotorConfig, calibration: Calibration | None, *, holds_latents: bool = False
+) -> LayerFactory:
     """A function that makes a compressed layer of a model.
 
-    It takes the layer's index, and the most positions of a static one or None.
+    Args:
+        config: How to compress.
+        calibration: Of a calibrated configuration, else None.
+        holds_latents: Whether the model keeps latents (MLA) in place of keys and values.
 
     Raises:
-        ValueError: If a calibrated configuration comes without a calibration; later, if that lacks
-            a layer.
+        ValueError: If a calibrated configuration comes without a calibration, or with one and the
+            model keeps latents; later, if the calibration lacks a layer, or a layer of latents
+            would be a static one.
     """
+    if holds_latents:
+        return partial(_latent_layer, config)
     if calibration is None and not config.is_calibrated:
         return partial(_layer, config, None)
     if not isinstance(calibration, Calibration):
@@ -170,16 +195,27 @@ def layer_factory(config: RotorConfig, calibration: Calibration | None) -> Layer
         )
     own = calibration.by_layer(calibration.configured(config))
 
-    def make(layer: int, max_cache_len: int | None = None) -> RotorLayer:
+    def make(layer: int, like: Any = None) -> RotorLayer:
         arrays = arrays_of(calibration, layer)  # refuses a layer that was not calibrated
-        return _layer(own(layer), arrays, layer, max_cache_len)
+        return _layer(own(layer), arrays, layer, like)
 
     return make
 
 
+def _latent_layer(config: RotorConfig, layer: int, like: Any) -> RotorLayer:
+    if isinstance(like, StaticLayer):
+        raise ValueError(
+            "[RotorCache] Compressed latents must be in a cache that grows, but a static one was "
+            "asked for; leave cache_implementation and max_cache_len out."
+        )
+    kind = RotorIndexedLatentLayer if type(like).__name__ == _INDEXED else RotorLatentLayer
+    return kind(config, layer)
+
+
 def _layer(
-    config: RotorConfig, arrays: Calibrated | None, layer: int, max_cache_len: int | None = None
+    config: RotorConfig, arrays: Calibrated | None, layer: int, like: Any = None
 ) -> RotorLayer:
+    max_cache_len = getattr(like, "max_cache_len", None)
     if max_cache_len is None:
         return RotorLayer(config, layer, arrays)
     return RotorStaticLayer(config, layer, arrays, max_cache_len=max_cache_len)

@@ -11,7 +11,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
-from rotormlx.codec.format import KEY, VALUE, codec
+from rotormlx.codec.format import codec
+from rotormlx.codec.parts import keys_and_values, latent_and_rope
 from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport, Report
 from rotormlx.storage.calibration import Calibration, calibrated
@@ -49,7 +50,8 @@ class CompressedCaches:
         calibration: Calibration | None,
     ) -> None:
         self._model = model
-        self._make = layer_factory(report.config, calibration)
+        latents = any(layer.holds_latents for layer in report.layers)
+        self._make = layer_factory(report.config, calibration, holds_latents=latents)
         self._compressed = [layer.index for layer in report.layers if layer.compressed]
         self._former = former
         self.cache_name = cache_name(model)
@@ -205,7 +207,9 @@ def apply(
     if calibration is not None or made.config.is_calibrated:
         made, used = calibrated(made, weights(model), calibration, own_heads(model))
     remove(model)
-    former = set_attention(model, attention.NAME, cache_name(model))
+    # A model that keeps latents gets tensors, for whatever attention it has.
+    latents = any(layer.holds_latents for layer in made.layers)
+    former = [] if latents else set_attention(model, attention.NAME, cache_name(model))
     vars(model)[PREPARE] = CompressedCaches(model, made, former, used)
     return made
 
@@ -252,8 +256,11 @@ def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
 def _with_bits(layer: LayerReport, config: RotorConfig) -> LayerReport:
     if not layer.compressed:
         return layer
+    parts = latent_and_rope if layer.holds_latents else keys_and_values
     key, value = (
-        codec(config.uncalibrated, dim, layer=layer.index, role=role).bits_per_value
-        for role, dim in ((KEY, layer.head_dim_k), (VALUE, layer.head_dim_v))
+        codec(part.config, dim, layer=layer.index, role=part.role).bits_per_value
+        for part, dim in zip(
+            parts(config.uncalibrated), (layer.head_dim_k, layer.head_dim_v), strict=True
+        )
     )
     return replace(layer, key_bits=key, value_bits=value)

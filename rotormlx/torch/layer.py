@@ -24,6 +24,7 @@ from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import KEY, VALUE
 from rotormlx.codec.limits import check_tokens
 from rotormlx.config import RotorConfig
+from rotormlx.storage.cache_fields import BATCH, SINGLE, parts
 from rotormlx.torch.dtypes import FLOATS, autocast_dtype
 from rotormlx.torch.handle import ADVICE, KVHandle, untraced
 from rotormlx.torch.store import Calibrated, Store, groups, lengths_on, new_store
@@ -83,6 +84,8 @@ class RotorLayer(CacheLayerMixin):
     Source: docs/FORMAT.md, section 8.
     """
 
+    # Its classes in files, for one row and for several: what it holds two of follows from that.
+    kinds = SINGLE, BATCH
     is_sliding = False
     is_compileable = False
     is_croppable = True
@@ -119,9 +122,10 @@ class RotorLayer(CacheLayerMixin):
         self.batch_size = key_states.shape[0]
         self.padding = [0] * self.batch_size
         self.rows = [Counts() for _ in range(self.batch_size)]
+        first, second = parts(self.kinds[0], self.config)
         self.stores = (
-            new_store(self.config, self.layer, KEY, key_states, self.calibrated),
-            new_store(self.config, self.layer, VALUE, value_states, self.calibrated),
+            new_store(first.config, self.layer, first.role, key_states, self.calibrated),
+            new_store(second.config, self.layer, second.role, value_states, self.calibrated),
         )
         self.is_initialized = True
 

@@ -11,8 +11,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,10 +34,16 @@ from rotormlx.codec.rotation import check_head_dim
 from rotormlx.config import RotorConfig
 from rotormlx.report import LayerReport
 from rotormlx.torch.attention import checked
-from rotormlx.torch.cache import RotorCache, growing_layers, nothing_to_compress
+from rotormlx.torch.cache import (
+    RotorCache,
+    growing_layers,
+    layer_factory,
+    nothing_to_compress,
+)
 from rotormlx.torch.exact import causality, check_options
 from rotormlx.torch.handle import KVHandle
 from rotormlx.torch.implementations import another_attention
+from rotormlx.torch.latent_layer import RotorLatentLayer, latent_dim
 from rotormlx.torch.layer import RotorLayer
 
 # What transformers calls to make a cache for ``generate``.
@@ -74,13 +79,15 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
         raise _refusal(model, reason)
     caches = own_cache(model)
     own = self_attention(caches)
-    if not (growing := growing_layers(own.layers)):
+    latents = latent_dim(model.config) is not None
+    if not (growing := growing_layers(own.layers, holds_latents=latents)):
         raise _refusal(model, f"it must have {nothing_to_compress(own.layers)}")
-    cache: Cache = RotorCache.in_place_of(own, growing, partial(RotorLayer, RotorConfig()))
+    make = layer_factory(RotorConfig(), None, holds_latents=latents)
+    cache: Cache = RotorCache.in_place_of(own, growing, make)
     layers = cache.layers
     if isinstance(caches, EncoderDecoderCache):
         cache = EncoderDecoderCache(cache, caches.cross_attention_cache)
-    with _prepared(model):
+    with _prepared(model, None if latents else _PRETENDING):
         for tokens in PROBE_TOKENS:
             _step(model, cache, tokens)
     for index, layer in enumerate(layers):
@@ -159,8 +166,8 @@ def _refusal(model: PreTrainedModel, reason: str) -> ValueError:
 
 
 @contextmanager
-def _prepared(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode, not compiled, with an attention that pretends; then as it was.
+def _prepared(model: PreTrainedModel, attention: str | None) -> Iterator[None]:
+    """The model in evaluation mode, not compiled, with another attention if any; then as it was.
 
     What a run may change comes back: attributes of modules, buffers, and the states of the random
     number generators. Buffers that are weights are not copied.
@@ -168,7 +175,9 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with (
         _kept_modules(model),
-        another_attention(model, _PRETENDING, cache_name(model)),
+        nullcontext()
+        if attention is None
+        else another_attention(model, attention, cache_name(model)),
         torch.random.fork_rng(devices=cuda),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
@@ -294,7 +303,15 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
             return LayerReport(index, DynamicLayer.__name__, False, reason)
         keys, values = (store.exact for store in layer.stores)
         shape, size = _dims(keys, values), keys.dtype.itemsize
-        return LayerReport(index, DynamicLayer.__name__, True, "", *shape, exact_bytes=size)
+        return LayerReport(
+            index,
+            DynamicLayer.__name__,
+            True,
+            "",
+            *shape,
+            exact_bytes=size,
+            holds_latents=isinstance(layer, RotorLatentLayer),
+        )
     name = type(layer).__name__
     pair = getattr(layer, "keys", None), getattr(layer, "values", None)
     is_full = all(isinstance(x, Tensor) and x.ndim == 4 for x in pair)

@@ -20,13 +20,25 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.storage import cache_file
-from rotormlx.storage.cache_fields import BATCH, SINGLE, SavedBatch, SavedCache
+from rotormlx.storage.cache_fields import (
+    BATCH_SLIDING,
+    CHUNKED,
+    LAYOUTS,
+    SLIDING,
+    SavedBatch,
+    SavedCache,
+)
 from rotormlx.storage.cache_file import SavedCaches
 from rotormlx.storage.cache_rules import Shape
 from rotormlx.storage.fingerprint import MODEL, check_file
 from rotormlx.storage.tensor_file import Array
 from rotormlx.torch.cache import RotorCache
 from rotormlx.torch.fingerprint import fingerprint, weights
+from rotormlx.torch.latent_layer import (
+    RotorIndexedLatentLayer,
+    RotorLatentLayer,
+    latent_dim,
+)
 from rotormlx.torch.layer import RotorLayer
 from rotormlx.torch.parallel import check_whole
 
@@ -107,7 +119,7 @@ def load_prompt_cache(
         check_file(path, saved.metadata, own, fit.text.model_type)
         states = saved.read(_array)
     device = torch.device(model.device if device is None else device)
-    entries = zip(cache.layers, saved.classes, states, strict=True)
+    entries = zip(cache.layers, _layouts(saved), states, strict=True)
     for index, (layer, name, state) in enumerate(entries):
         if isinstance(layer, RotorLayer):
             _fill(layer, name, state, device)
@@ -121,8 +133,13 @@ def load_prompt_cache(
 
 
 def _state_of(index: int, layer: Any) -> tuple[str, State]:
+    if isinstance(layer, RotorIndexedLatentLayer):
+        raise ValueError(
+            f"[prompt cache] A file can hold latents, but not the indexer's keys beside them in "
+            f"layer {index}; keep this cache in memory."
+        )
     if isinstance(layer, RotorLayer):
-        return (BATCH if len(layer.rows) > 1 else SINGLE), state_of(layer)
+        return layer.kinds[len(layer.rows) > 1], state_of(layer)
     if type(layer) is DynamicSlidingWindowLayer:
         return _SLIDING, _sliding_state(layer)
     raise ValueError(
@@ -171,13 +188,19 @@ class _Fit(NamedTuple):
 
     def check(self, saved: SavedCaches) -> None:
         """Refuse a file whose layers are of other kinds or shapes than the model's."""
-        layers, classes = self.cache.layers, saved.classes
+        layers, classes = self.cache.layers, _layouts(saved)
         if len(layers) != len(classes):
             raise self.misfit(f"{len(layers)} layers", f"{len(classes)}")
         names: dict[type, tuple[str, ...]] = {
-            RotorLayer: (SINGLE, BATCH),
+            RotorLayer: RotorLayer.kinds,
+            RotorLatentLayer: RotorLatentLayer.kinds,
             DynamicSlidingWindowLayer: (_SLIDING,),
         }
+        if windows := {SLIDING, BATCH_SLIDING, CHUNKED}.intersection(classes):
+            raise ValueError(
+                f"[prompt cache] {self.path} holds compressed windows ({min(windows)}), which "
+                "torch caches do not have; make it with sliding_windows=False."
+            )
         for index, (layer, name) in enumerate(zip(layers, classes, strict=True)):
             if name not in names.get(type(layer), ()):
                 raise self.misfit(f"a {type(layer).__name__} in layer {index}", f"a {name}")
@@ -191,7 +214,7 @@ class _Fit(NamedTuple):
             raise self._damaged("one number of tokens in all layers", sorted(lengths))
 
     def _check_shape(self, index: int, shape: Shape) -> None:
-        if shape.name in (SINGLE, BATCH) and shape.layer != index:
+        if shape.layer not in (None, index):
             raise self._damaged(f"layer {index} at position {index}", f"layer {shape.layer}")
         if shape.limited:
             raise ValueError(
@@ -227,9 +250,16 @@ class _Fit(NamedTuple):
         )
 
 
+def _layouts(saved: SavedCaches) -> list[str]:
+    """The class of each cache, of those that differ in MLX's attention alone the first."""
+    return [LAYOUTS.get(name, name) for name in saved.classes]
+
+
 def _head_dims(text: PreTrainedConfig) -> set[int]:
     """What a vector of this model may have as dimensions."""
     named = set(_named_dims(text.to_dict()))
+    if (latent := latent_dim(text)) is not None:
+        named.add(latent)
     heads, hidden = getattr(text, "num_attention_heads", 0), getattr(text, "hidden_size", 0)
     if heads and hidden:
         named.add(hidden // heads)
@@ -249,7 +279,7 @@ def _named_dims(settings: dict[Any, Any]) -> Iterator[int]:
 def _fill(layer: RotorLayer, name: str, state: State, device: torch.device) -> None:
     """Take what was saved, with the configuration that it was saved with."""
     layer.config = RotorConfig.from_json(state[1])
-    if name == BATCH:
+    if name == layer.kinds[1]:
         batch = SavedBatch.named(state, layer.config)
         calibrated, stores = batch.calibrated, batch.stores
         rows = [Counts(tokens, packed) for tokens, packed, _ in batch.table.tolist()]

@@ -670,7 +670,7 @@ def test_info_shows_every_layer_and_the_memory(directory: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in result.stdout.splitlines()]
     rows = [row for row in rows if row]
-    reason = "it never keeps more than 32 tokens"
+    reason = "its window of 32 tokens is below 512"
     # head_dim 32, K8 V4: (8 + 16 / 32 + 16 / 64 + 4 + 16 / 32) / 2.
     assert [row for row in rows if row[0] in "0123"] == [
         ["0", "RotatingKVCache", "2", "32", "", reason],

@@ -847,7 +847,7 @@ def test_too_large(bits):
 # ============================================================================ tests: the package
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_package_rotation(name, head_dim):
     """The one place where the package is held against the page directly."""

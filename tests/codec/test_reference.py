@@ -32,7 +32,7 @@ def bit_address(role, bits, token, channel, head_dim):
 
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", [KEY, VALUE])
-@pytest.mark.parametrize("head_dim", [80, 112, 128])
+@pytest.mark.parametrize("head_dim", [8, 80, 112, 128])
 def test_every_bit_has_its_address(role, bits, head_dim):
     chosen = make_codec(role, bits, head_dim)
     rng = np.random.default_rng(0)

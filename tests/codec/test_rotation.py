@@ -11,7 +11,7 @@ from rotormlx.codec.random_stream import Sphere, Stream
 from rotormlx.codec.rotation import check_head_dim, rotation
 from rotormlx.config import ROTATIONS, RotorConfig
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+HEAD_DIMS = (8, 64, 80, 96, 112, 128, 192, 256)
 OUTLIERS = 4
 
 # parameters, sign bits, multiply-adds of one vector at D = 128, counted by hand:
@@ -190,7 +190,7 @@ def test_distortion_of_unit_vectors_is_the_theory(name, bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS[1:])
 def test_cascade_handles_outlier_channels_like_dense(head_dim):
     """Four channels ten times as large: at most 10 % more error than the dense rotation."""
     rng = np.random.default_rng(2)
@@ -207,7 +207,7 @@ def test_cascade_handles_outlier_channels_like_dense(head_dim):
 # ---- refusal ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head_dim", [0, 8, 60, 88, 100, 104, 2048])
+@pytest.mark.parametrize("head_dim", [0, 4, 60, 88, 100, 104, 2048])
 def test_impossible_head_dim_is_refused(head_dim):
     with pytest.raises(ValueError, match=rf"head_dim must be .* but {head_dim} was given"):
         check_head_dim(head_dim)

@@ -221,7 +221,7 @@ BOUNDS = {np.float32: 2e-6, np.float16: 2**-10}
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("name", [*ROTATIONS, CALIBRATED])
-@pytest.mark.parametrize("head_dim", [16, 72, 112, 128])
+@pytest.mark.parametrize("head_dim", [8, 16, 72, 112, 128])
 def test_variants_write_the_same_bytes(head_dim, name, role, bits):
     """On any numbers, and with any number of threads."""
     chosen = codec_of(RotorConfig(bits, bits, name), head_dim, layer=2, role=role)

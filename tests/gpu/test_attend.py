@@ -152,7 +152,7 @@ def many_metal_cases():
     yield from varied(group, length=(2, 16, 17, 32))
     widths = [(2, 3), (3, 2), (4, 8), (8, 4), (3, 3)]
     yield from varied(few, bits=widths, dtype=DTYPES, length=(1, 20))
-    pairs = [(64, 64), (96, 112), (112, 96), (128, 128), (192, 128), (256, 256), (24, 40)]
+    pairs = [(64, 64), (96, 112), (112, 96), (128, 128), (192, 128), (256, 256), (24, 40), (8, 16)]
     narrow = replace(METAL_BASE, bits=(3, 4), batch=1, kv_heads=2, dtype="bf16")
     yield from varied(narrow, dims=pairs, length=(1, 17))
     every = Case(dims=(80, 80), dtype="f16", kv_heads=2, blocks=2, tail=5)
@@ -198,7 +198,7 @@ def one_kernel_cases():
     plain = replace(CUDA_BASE, channel_scale="none")
     yield from varied(plain, rotation=("rotor3", "iso4", "planar2", "hadamard", "identity"))
     # Rows that fewer lanes share.
-    yield from varied(replace(CUDA_BASE, dims=(24, 40)), length=(1, 9))
+    yield from varied(CUDA_BASE, dims=[(24, 40), (16, 8)], length=(1, 9))
     yield from varied(replace(CUDA_BASE, sink_logits=True), mask=("none", "bool"), length=(1, 17))
     for counts in COUNTS:
         few = replace(CUDA_BASE, kv_heads=1, **counts)

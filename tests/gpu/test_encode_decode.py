@@ -109,7 +109,7 @@ def test_decode_in_every_combination(runner, head_dim, role, bits, dtype):
 def metal_turns():
     """Each rotation meets each head_dim; bits, roles and dtypes take turns: every pair occurs."""
     turns = itertools.cycle(itertools.product(codebook.BITS, ROLES, DTYPES))
-    for name, head_dim in itertools.product(ROTATIONS, HEAD_DIMS):
+    for name, head_dim in itertools.product(ROTATIONS, (8, *HEAD_DIMS)):
         bits, role, dtype = next(turns)
         yield name, head_dim, bits, role, dtype, head_dim != 128
 
@@ -117,7 +117,7 @@ def metal_turns():
 def cuda_turns():
     """Each rotation meets three head_dims, in both roles; widths and dtypes take turns."""
     turns = itertools.cycle(itertools.product(DTYPES, codebook.BITS))
-    head_dims = itertools.cycle(HEAD_DIMS)
+    head_dims = itertools.cycle((*HEAD_DIMS, 8))
     for name, _ in itertools.product(ROTATIONS, range(3)):
         head_dim = next(head_dims)
         dtype, bits = next(turns)

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hook, hosts
 from rotormlx.mlx.cache.single import RotorKVCache
+from tests.support.mlx_lm_versions import since_0_32
 
 B, H, K, L, S, D = 1, 6, 3, 5, 11, 64
 SCALE = D**-0.5
@@ -108,6 +109,7 @@ def test_record_attention_collects_views_only_inside() -> None:
     assert (seen[0].keys, seen[0].values) == views
 
 
+@since_0_32("holds arrays only in files of its own")
 @pytest.mark.parametrize("in_list", [False, True])
 def test_prompt_cache_files_know_the_class_while_installed(tmp_path, in_list: bool) -> None:
     cache = RotorKVCache(RotorConfig(key_bits=3, seed=5), layer=7)
@@ -121,6 +123,37 @@ def test_prompt_cache_files_know_the_class_while_installed(tmp_path, in_list: bo
     loaded = loaded[1] if in_list else loaded
     assert type(loaded) is RotorKVCache
     assert (loaded.config, loaded.layer, loaded.offset) == (cache.config, 7, S)
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_every_version_saves_and_loads_compressed_caches(tmp_path, in_list: bool) -> None:
+    cache, plain = RotorKVCache(RotorConfig(key_bits=3, seed=5), layer=7), KVCache()
+    filled(cache)
+    filled(plain)
+    path = str(tmp_path / "cache.safetensors")
+    with hosts.MLX_LM.in_place():
+        save_prompt_cache(
+            path, [CacheList(plain, cache)] if in_list else [plain, cache], {"a": "b"}
+        )
+        loaded, metadata = load_prompt_cache(path, return_metadata=True)
+    exact, packed = loaded[0].caches if in_list else loaded
+    assert metadata == {"a": "b"}
+    assert (type(exact), type(packed)) == (KVCache, RotorKVCache)
+    assert exact.offset == packed.offset == S
+    assert mx.array_equal(exact.keys[:, :, :S], plain.keys[:, :, :S])
+    same = zip(packed.state, cache.state, strict=True)
+    assert all(mx.array_equal(a, b) if isinstance(a, mx.array) else a == b for a, b in same)
+
+
+def test_files_of_plain_caches_are_the_hosts_own(tmp_path) -> None:
+    filled(plain := KVCache())
+    path, own = tmp_path / "cache.safetensors", tmp_path / "own.safetensors"
+    save_prompt_cache(str(own), [plain])
+    with hosts.MLX_LM.in_place():
+        save_prompt_cache(str(path), [plain])
+        (loaded,) = load_prompt_cache(str(path))
+    assert path.read_bytes() == own.read_bytes()
+    assert mx.array_equal(loaded.keys[:, :, :S], plain.keys[:, :, :S])
 
 
 def more_parameters(queries, keys, values, cache, scale, mask, sinks=None, window=None):

@@ -57,7 +57,7 @@ def float64(a):
 @pytest.mark.parametrize("bits", codebook.BITS)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("head_dim", [64, 80, 112, 192])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 112, 192])
 def test_encode_is_the_reference(head_dim, name, role, bits):
     """Other codes are right only where float32 leaves a doubt."""
     config = RotorConfig(bits, bits, name)

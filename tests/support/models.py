@@ -37,6 +37,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": _BASE | {"head_dim": 32},
     "gemma3_text": _BASE
     | {"head_dim": 32, "num_hidden_layers": 4, "sliding_window": 32, "sliding_window_pattern": 2},
+    "stablelm": _BASE
+    | {
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000,
+        "use_qkv_bias": True,
+    },
+    # Every other layer computes its scores itself.
+    "phi3small": _BASE
+    | {
+        "dense_attention_every_n_layers": 2,
+        "ff_intermediate_size": 64,
+        "gegelu_limit": 1.0,
+        "layer_norm_epsilon": 1e-5,
+        "vocab_size": 100352,
+    },
     # Layers 2 and 3 attend over the keys and values of layers 0 and 1 with cache=None.
     "afm7": {
         "vocab_size": VOCABULARY,
@@ -128,6 +144,14 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     model = module.Model(module.ModelArgs.from_dict(config))
     mx.eval(model.parameters())
     return model.eval()
+
+
+def visible(p: mx.array) -> mx.array:
+    """A parameter in float32; random where it starts from zeros, which would hide a layer."""
+    if not mx.issubdtype(p.dtype, mx.floating):
+        return p
+    p = p.astype(mx.float32)
+    return p if p.size == 0 or mx.any(p != 0) else 0.1 * mx.random.normal(p.shape)
 
 
 def save(directory: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> str:

@@ -30,7 +30,7 @@ from tests.support.bounds import (
     rows,
 )
 
-HEAD_DIMS = (16, 24, 40, 56, 64, 72, 80, 96, 112, 128, 144, 160, 256)
+HEAD_DIMS = (8, 16, 24, 40, 56, 64, 72, 80, 96, 112, 128, 144, 160, 256)
 MLX_DTYPES = {"f16": mx.float16, "bf16": mx.bfloat16, "f32": mx.float32}
 TORCH_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -453,7 +453,7 @@ ATTENDED_KINDS = sorted(set(KINDS) - {"largest", "large", "one-hot", "heavy"})
 def attention_cases(**fixed):
     choices = {
         "bits": st.tuples(st.sampled_from(codebook.BITS), st.sampled_from(codebook.BITS)),
-        "head_dims": st.tuples(st.sampled_from(HEAD_DIMS[:10]), st.sampled_from(HEAD_DIMS[:10])),
+        "head_dims": st.tuples(st.sampled_from(HEAD_DIMS[:11]), st.sampled_from(HEAD_DIMS[:11])),
         "rotation": st.sampled_from(ROTATIONS),
         "scaled": st.booleans(),
         "dtype": st.sampled_from(sorted(MLX_DTYPES)),

@@ -146,7 +146,7 @@ def test_prefill_scale_is_reproduced(vectors, role):
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("head_dim", [80, 192])
+@pytest.mark.parametrize("head_dim", [8, 80, 192])
 def test_encode_is_the_reference(path, head_dim, name):
     """Other codes are right only where float32 leaves a doubt."""
     x = rows((B, K, 2 * BLOCK, head_dim))

@@ -22,10 +22,6 @@ def generate(model, ids, **more):
 
 # Types whose configuration looks like any other's, and what their attention does to the keys.
 REFUSED = {
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "axk1", "glm4_moe_lite"), "torch.linear on them"
-    ),
-    **dict.fromkeys(("minicpm3", "sarvam_mla", "youtu"), "torch.linear on them"),
     "diffllama": "torch.chunk on them",
     "doge": ".transpose on them",
     "jetmoe": ".repeat on them",

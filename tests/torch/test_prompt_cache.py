@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mlx_lm.models import cache as mlx_cache
+from mlx_lm.models.cache import RotatingKVCache
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +16,7 @@ import rotormlx.torch as rt
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hosts
 from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.sliding import SlidingRotorKVCache
 from rotormlx.storage.fingerprint import MODEL
 from rotormlx.torch.fingerprint import fingerprint
 from rotormlx.torch.prompt_cache import state_of
@@ -136,6 +138,26 @@ def test_a_conversation_goes_on_on_the_other_side(tmp_path, config):
                 assert a.numpy().tobytes() == np.array(b).tobytes()
             else:
                 assert a == b
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda layer: SlidingRotorKVCache(32, None, layer), lambda layer: RotatingKVCache(32)],
+    ids=["compressed", "exact"],
+)
+def test_compressed_windows_of_mlx_are_refused_with_what_to_do(tmp_path, make):
+    """The same file with exact windows is read."""
+    path = str(tmp_path / "a.safetensors")
+    caches = [RotorKVCache(None, layer) if layer % 2 else make(layer) for layer in range(4)]
+    for cache in caches:
+        cache.update_and_fetch(*(mx.ones((1, 2, 9, 32)) for _ in range(2)))
+    mlx_cache.save_prompt_cache(path, caches)
+    model = model_of("gemma3")
+    if isinstance(caches[0], RotatingKVCache):
+        assert rt.load_prompt_cache(path, model)[0].get_seq_length() == 9
+        return
+    with pytest.raises(ValueError, match=r"compressed windows \(Sliding.*sliding_windows=False"):
+        rt.load_prompt_cache(path, model)
 
 
 @pytest.mark.parametrize("count", [20, 31, 32, 230])

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from rotormlx.codec.format import BLOCK, KEY, Codec, Packed
 from rotormlx.kernels import cpu_library
@@ -77,6 +78,12 @@ class CPUBackend(MLXBackend):
         rows = _room((batch, heads, count * BLOCK, codec.head_dim), dtype)
         cpu_library.decode(cpu_library.Blocks(codec, *packed, channel_scale), rows)
         return rows
+
+    def product(self, a: mx.array, b: mx.array) -> mx.array:
+        """See :meth:`MLXBackend.product`; MLX's own takes 30 times as long as numpy's."""
+        if not _evaluated(a, b):
+            return super().product(a, b)
+        return mx.array(np.matmul(np.array(a, copy=False), np.array(b, copy=False)))
 
     def _attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""

@@ -191,12 +191,17 @@ class MLXBackend:
         """What :meth:`decode` does with at least one block."""
         level = in_natural_order(levels(packed.words, codec), codec)
         y = level * packed.scales.astype(mx.float32)[..., None]
-        y = multiplied(y, inverse_matrix(codec.rotation))
+        if codec.rotation.name != "identity":
+            y = multiplied(y, inverse_matrix(codec.rotation))
         if channel_scale is not None:
             y = y * channel_scale[:, None, None, :]
         if codec.role == KEY:
             y = y + packed.centres.astype(mx.float32)[..., None, :]
         return y.reshape(*y.shape[:2], -1, codec.head_dim).astype(dtype)
+
+    def product(self, a: mx.array, b: mx.array) -> mx.array:
+        """The matrix product of float32 ``[..., M, N]`` and ``[..., N, P]``."""
+        return a @ b
 
     def attend(self, call: AttendCall) -> mx.array:
         """Attention over a partly packed cache.

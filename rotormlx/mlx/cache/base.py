@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar
 
 import mlx.core as mx
 
 from rotormlx.codec.counts import max_blocks
-from rotormlx.codec.format import ROLES
+from rotormlx.codec.parts import Part
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.store import Calibrated, Store
+from rotormlx.mlx.cache.view import KVView
+from rotormlx.storage import cache_fields
 
 S = TypeVar("S", bound=Store)
 
@@ -32,8 +34,13 @@ class StoredCache(Generic[S]):
         ValueError: If ``max_size`` has no room for sink, window and a block.
     """
 
+    # Its class in files: what it holds two of, and how, follows from that.
+    kind: ClassVar[str]
     # The class of the stores.
     _store: ClassVar[type[Store]]
+    # What the latest step attends, where it has dropped tokens that its first queries see: layers
+    # that read the keys and values of another ask for them in the same step.
+    _latest: tuple[KVView, KVView] | None = None
 
     def __init__(
         self,
@@ -50,9 +57,23 @@ class StoredCache(Generic[S]):
         self._keys: S | None = None
         self._values: S | None = None
 
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        """What makes an empty cache like this one, of its class or of that of its batches."""
+        return self.config, self.layer, self.max_size, self.calibrated
+
     def empty(self) -> bool:
         """Whether nothing was ever appended."""
         return self._keys is None
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything that is saved: numbers, texts, arrays and None."""
+        raise NotImplementedError
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        raise NotImplementedError
 
     @property
     def meta_state(self) -> str:
@@ -71,8 +92,16 @@ class StoredCache(Generic[S]):
             ValueError: If it is not the state of such a cache, or of another format version.
         """
         cache = cls.__new__(cls)
-        cache.state = state  # type: ignore[attr-defined]  # each class has its own
+        cache.state = state
         return cache
+
+    def prefix_cache_snapshot(self) -> dict[str, Any]:
+        """What a prefix cache of mlx-vlm keeps; nothing is copied."""
+        return {"state": self.state, "meta_state": self.meta_state}
+
+    def prefix_cache_restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take what :meth:`prefix_cache_snapshot` gave."""
+        self.state = snapshot["state"]
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +133,22 @@ class StoredCache(Generic[S]):
             f"[{type(self).__name__}] A compressed cache has no array of values; copy it with "
             "copy.deepcopy, or through its state."
         )
+
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        _, store = self._filled()
+        store.exact = mx.depends(store.exact, values)
+
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, Any]:
+        """What a model gets of keys and values: handles for the fused attention.
+
+        Args:
+            views: Of keys and values.
+            new: The keys and values just appended, if some were.
+        """
+        return views
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
         """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
@@ -146,9 +191,18 @@ class StoredCache(Generic[S]):
             )
         return self._keys, self._values
 
-    def _new_store(self, role: str, like: mx.array) -> S:
-        calibrated = None if self.calibrated is None else self.calibrated[ROLES.index(role)]
-        made = self._store(
-            self.config, self.layer, role, like[:, :, :0], calibrated, self._max_blocks
-        )
-        return made  # type: ignore[return-value]  # _store is S's class
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        """What the first store holds, and what the second."""
+        return cache_fields.parts(self.kind, self.config)
+
+    def _new_stores(self, *like: mx.array) -> tuple[S, S]:
+        made = [
+            self._store(
+                part.config, self.layer, part.role, x[:, :, :0], calibrated, self._max_blocks
+            )
+            for part, x, calibrated in zip(
+                self.parts, like, self.calibrated or (None, None), strict=True
+            )
+        ]
+        return made[0], made[1]  # type: ignore[return-value]  # _store is S's class

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
 from rotormlx.codec.counts import Counts, max_blocks
-from rotormlx.codec.format import BLOCK, KEY, ROLES, VALUE
+from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.batch_store import BatchStore
@@ -25,7 +25,7 @@ from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
 from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import BATCH, SavedBatch
+from rotormlx.storage.cache_fields import BATCH, SavedBatch, parts
 
 
 @dataclass
@@ -38,12 +38,14 @@ class Row:
         expected: Tokens that will still come before right padding; None for no limit.
         right: Right padding just appended: it lies behind the tokens and counts in attention, so
             that the last query of every row is the last appended, until the next step.
+        rejected: Tokens at the end that go when padding is over: a draft that was not accepted.
     """
 
     counts: Counts = field(default_factory=Counts)
     left: int = 0
     expected: int | None = None
     right: int = 0
+    rejected: int = 0
 
     def copy(self) -> Row:
         """A row of the same counts that is counted by itself."""
@@ -73,7 +75,10 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         calibrated: See :class:`RotorKVCache`.
     """
 
+    kind = BATCH
     _store = BatchStore
+    # The class of a row by itself.
+    _single: ClassVar[type[RotorKVCache]] = RotorKVCache
 
     def __init__(
         self,
@@ -93,7 +98,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """The position of the next token of every row, int32 ``[B]``."""
         return mx.array([row.counts.offset + row.right - row.left for row in self.rows], mx.int32)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens; see :meth:`RotorKVCache.update_and_fetch`.
 
         Args:
@@ -101,7 +106,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, with the lengths of each row.
+            :class:`KVView` of all keys and values, with the lengths of each row.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -117,7 +122,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             )
         rows = [row.copy() for row in self.rows]
         if self._keys is None or self._values is None:
-            stores = self._new_store(KEY, keys), self._new_store(VALUE, values)
+            stores = self._new_stores(keys, values)
         else:
             stores = self._keys.twin(), self._values.twin()
         if rows:
@@ -127,14 +132,22 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         for store, x in zip(stores, (keys, values), strict=True):
             store.append_rows(x, exact, skipped)
         views = self._views(stores, rows)
+        served = self._served(views, (keys, values))
         self._pack_tails(stores, rows)
         # One step, between whose halves no interrupt comes.
-        vars(self).update(_keys=stores[0], _values=stores[1], rows=rows)
-        return views
+        pairs = zip(rows, self.rows, strict=True)
+        has_dropped = any(new.counts.evicted > old.counts.evicted for new, old in pairs)
+        latest = views if has_dropped else None
+        vars(self).update(_keys=stores[0], _values=stores[1], rows=rows, _latest=latest)
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values."""
-        return self._views(self._filled(), self.rows)
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
+        """Views of all keys and values, those of the latest step until it is computed."""
+        return self._latest or self._views(self._filled(), self.rows)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -177,7 +190,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Args:
             left_padding: Tokens before each row; only while the cache is empty.
             lengths: Tokens of each row before its right padding.
-            right_padding: Tokens behind each row, until :meth:`finalize`.
+            right_padding: Tokens behind each row, until :meth:`finalize`. Without ``lengths`` they
+                are the last ones that each row holds then.
 
         Raises:
             ValueError: If left padding meets a filled cache.
@@ -190,7 +204,12 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
                 )
             for row, left in zip(self.rows, left_padding, strict=True):
                 row.left += int(left)
-        if right_padding is not None and lengths is not None and max(right_padding) > 0:
+        if right_padding is None or max(right_padding) <= 0:
+            return
+        if lengths is None:
+            for row, count in zip(self.rows, right_padding, strict=True):
+                row.rejected = int(count)
+        else:
             for row, length in zip(self.rows, lengths, strict=True):
                 row.expected = int(length)
 
@@ -199,6 +218,22 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         self._forget_padding()
         for row in self.rows:
             row.expected = None
+            row.counts.trim(row.rejected, self.config)
+            row.rejected = 0
+
+    @property
+    def _idx(self) -> int:
+        """The column that comes next in prompts padded to one length; mlx-vlm asks for it."""
+        return max((row.counts.offset + row.right - row.left for row in self.rows), default=0)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    def is_single_row(self) -> bool:
+        """Whether there is one sequence."""
+        return len(self.rows) == 1
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows, in this order."""
@@ -210,7 +245,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         for store in stores:
             store.take(indices, blocks)
         key_store, value_store = stores or (None, None)
-        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows, _latest=None)
 
     def extend(self, other: BatchRotorKVCache) -> None:
         """Append the rows of another batch."""
@@ -219,22 +254,23 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         key_store = BatchStore.join(zip((self._keys, other._keys), sizes, strict=True))
         value_store = BatchStore.join(zip((self._values, other._values), sizes, strict=True))
         rows = self.rows + [row.copy() for row in other.rows]
-        vars(self).update(_keys=key_store, _values=value_store, rows=rows)
+        vars(self).update(_keys=key_store, _values=value_store, rows=rows, _latest=None)
 
     def extract(self, idx: int) -> RotorKVCache:
         """A row as a cache by itself; it shares no buffer with the batch."""
-        single = RotorKVCache(self.config, self.layer, self.max_size, self.calibrated)
+        single = self._single(*self._settings)
         row = self.rows[idx]
         single.counts = replace(row.counts)
         if single.counts.tokens and self._keys is not None and self._values is not None:
-            single._keys = self._keys.single(idx, single.counts, self.config)
-            single._values = self._values.single(idx, single.counts, self.config)
+            key_part, value_part = self.parts
+            single._keys = self._keys.single(idx, single.counts, key_part.config)
+            single._values = self._values.single(idx, single.counts, value_part.config)
             # Now, or the copy would keep the buffers of the whole batch until it is used.
             mx.eval(single._keys.arrays, single._values.arrays)
         return single
 
     @classmethod
-    def merge(cls, caches: Sequence[RotorKVCache]) -> BatchRotorKVCache:
+    def merge(cls, caches: Sequence[RotorKVCache]) -> Self:
         """A batch with a row for each sequence of these caches, which stay as they are.
 
         Raises:
@@ -242,7 +278,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """
         first = caches[0]
         _check_same(caches)
-        batch = cls([], first.config, first.layer, first.max_size, first.calibrated)
+        batch = cls([], *first._settings)
         sizes = [1 if c._keys is None else c._keys.exact.shape[0] for c in caches]
         batch.rows = [
             Row(replace(cache.counts))
@@ -259,6 +295,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedBatch` names the entries.
         """
+        self._latest = None  # hosts read the state to compute it
         counts = [[r.counts.tokens, r.counts.packed, r.counts.evicted] for r in self.rows]
         table = mx.array(counts, mx.int32).reshape(-1, 3)
         longest = _longest(self.rows)
@@ -272,11 +309,11 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedBatch.read(state, MLXReader(BATCH))
+        saved = SavedBatch.read(state, MLXReader(self.kind))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
-            BatchStore.from_saved(saved.config, saved.layer, role, store, blocks)
-            for role, store in zip(ROLES, saved.stores, strict=False)
+            BatchStore.from_saved(part.config, saved.layer, part.role, store, blocks)
+            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
         ]
         key_store, value_store = stores or (None, None)
         vars(self).update(
@@ -293,6 +330,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     # ---- inside ---------------------------------------------------------------------------------
 
     def _forget_padding(self) -> None:
+        self._latest = None
         for row in self.rows:
             row.right = 0
 
@@ -355,6 +393,7 @@ def _check_same(caches: Sequence[Any]) -> None:
         differ = first.config.difference(other.config)
         for name, own, its in (
             ("layer", first.layer, other.layer),
+            ("sliding window", *(getattr(c, "sliding_window", None) for c in (first, other))),
             ("max_kv_size", first.max_size, other.max_size),
         ):
             differ = differ or (None if own == its else (name, own, its))

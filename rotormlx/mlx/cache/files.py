@@ -60,7 +60,7 @@ def _state(cache: Any) -> Any:
     inner = parts(cache)
     if inner is not None:
         return [(_state(part), _name(part)) for part in inner]
-    return cache.state if isinstance(cache, StoredCache) else held(cache)  # type: ignore[attr-defined]
+    return cache.state if isinstance(cache, StoredCache) else held(cache)
 
 
 def _restored(name: str, state: Any, host_caches: ModuleType) -> Any:

@@ -7,12 +7,17 @@ from typing import Any
 
 import mlx.core as mx
 
+from rotormlx.mlx.cache import windows
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.host_caches import GROWING, is_exactly, list_of, parts
+from rotormlx.storage.cache_fields import LAYOUTS, SINGLE
 
 
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
-    """Compress a host's growing caches in place.
+    """Compress a host's caches in place, and give others the class that the model needs.
+
+    A sliding window that has dropped tokens stays as it is: some are missing that a compressed
+    cache holds.
 
     Args:
         caches: The caches of a model.
@@ -30,9 +35,19 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
             caches[index] = list_of(cache, made)
             continue
         like = next(own)
+        if not isinstance(like, RotorKVCache):
+            continue
+        if isinstance(cache, RotorKVCache):
+            if {LAYOUTS.get(type(c).__name__) for c in (cache, like)} == {SINGLE}:
+                caches[index] = cache if type(cache) is type(like) else type(like).of(cache)
+            continue
+        # Layer by layer, so that a plain layer is freed before the next one is packed.
+        packed: RotorKVCache | None
         if is_exactly(cache, GROWING):
-            # Layer by layer, so that a plain layer is freed before the next one is packed.
-            packed = RotorKVCache.from_kv_cache(cache, like.config, like.layer, like.calibrated)
+            packed = type(like).from_kv_cache(cache, like.config, like.layer, like.calibrated)
+        else:
+            packed = windows.compressed(cache, like)
+        if packed is not None:
             mx.eval(packed.state)
             caches[index] = packed
             count += 1

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
 from rotormlx.codec.counts import Counts, max_blocks
-from rotormlx.codec.format import KEY, ROLES, VALUE
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import SINGLE, SavedCache
+from rotormlx.storage.cache_fields import SINGLE, SavedCache, parts
 
 # Tokens of a filled cache that are converted at once: bounds the memory a conversion takes.
 CONVERSION_TOKENS = 2048
@@ -45,9 +44,10 @@ class RotorKVCache(StoredCache[Store]):
     Source: docs/FORMAT.md, section 8.
     """
 
+    kind = SINGLE
     _store = Store
-    # A batch with a row for each of these caches; rotormlx/mlx/__init__.py says which.
-    merge: ClassVar[Callable[[Sequence[RotorKVCache]], Any]]
+    # The class of batches of such caches; rotormlx/mlx/__init__.py says which.
+    batch: ClassVar[Any]
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class RotorKVCache(StoredCache[Store]):
         """The position of the next token."""
         return self.counts.offset
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens.
 
         Args:
@@ -74,7 +74,7 @@ class RotorKVCache(StoredCache[Store]):
             values: ``[B, K, S, Dv]``, likewise.
 
         Returns:
-            Views of all keys and values, in which the tokens just appended are still exact.
+            :class:`KVView` of all keys and values, in which the tokens just appended are exact.
 
         Raises:
             ValueError: If a shape or dtype does not fit.
@@ -82,28 +82,36 @@ class RotorKVCache(StoredCache[Store]):
 
             Whatever is raised, an interrupt too: the cache is then unchanged.
         """
+        return self._append(keys, values, self._served)
+
+    def _append(
+        self, keys: mx.array, values: mx.array, serve: Callable[..., tuple[Any, Any]]
+    ) -> tuple[Any, Any]:
         check_update(keys, values, self._keys, self._values)
         counts = replace(self.counts)
         if self._keys is None or self._values is None:
-            key_store, value_store = self._new_store(KEY, keys), self._new_store(VALUE, values)
+            key_store, value_store = self._new_stores(keys, values)
         else:
             key_store, value_store = self._keys.twin(), self._values.twin()
         check_growth((key_store, value_store), [counts], keys.shape[2], self.config)
         key_store.append(keys, counts.exact)
         value_store.append(values, counts.exact)
         counts.tokens += keys.shape[2]
-        sink = self.config.sink
-        views = key_store.view(sink, counts), value_store.view(sink, counts)
+        views = self._views((key_store, value_store), counts)
+        served = serve(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
-        vars(self).update(_keys=key_store, _values=value_store, counts=counts)
-        return views
+        latest = views if counts.evicted > self.counts.evicted else None
+        vars(self).update(_keys=key_store, _values=value_store, counts=counts, _latest=latest)
+        return served
 
-    def keys_and_values(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values."""
-        key_store, value_store = self._filled()
-        sink = self.config.sink
-        return key_store.view(sink, self.counts), value_store.view(sink, self.counts)
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        return self._served(self.views())
+
+    def views(self) -> tuple[KVView, KVView]:
+        """Views of all keys and values, those of the latest step until it is computed."""
+        return self._latest or self._views(self._filled(), self.counts)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -135,6 +143,7 @@ class RotorKVCache(StoredCache[Store]):
             How many tokens were forgotten: n, or all there were; once tokens were evicted, no more
             than the tail holds.
         """
+        self._latest = None
         packed = self.counts.packed
         n = self.counts.trim(n, self.config)
         if packed and not self.counts.packed:
@@ -148,6 +157,7 @@ class RotorKVCache(StoredCache[Store]):
 
         Source: docs/FORMAT.md, section 8; :class:`SavedCache` names the entries.
         """
+        self._latest = None  # hosts read the state to compute it
         stores = tuple(store.saved(self.counts) for store in self._stores)
         return SavedCache(self.config, self.layer, self.max_size, self.counts, stores).state
 
@@ -158,11 +168,11 @@ class RotorKVCache(StoredCache[Store]):
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
         """
-        saved = SavedCache.read(state, MLXReader(SINGLE))
+        saved = SavedCache.read(state, MLXReader(self.kind))
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
-            Store.from_saved(saved.config, saved.layer, role, store, blocks)
-            for role, store in zip(ROLES, saved.stores, strict=False)
+            Store.from_saved(part.config, saved.layer, part.role, store, blocks)
+            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
         ]
         key_store, value_store = stores or (None, None)
         vars(self).update(
@@ -176,7 +186,32 @@ class RotorKVCache(StoredCache[Store]):
             _values=value_store,
         )
 
+    @classmethod
+    def merge(cls, caches: Sequence[RotorKVCache]) -> Any:
+        """A batch with a row for each sequence of these caches, which stay as they are.
+
+        Raises:
+            ValueError: If they do not share configuration, layer and ``max_size``.
+        """
+        return cls.batch.merge(caches)
+
+    def to_batch(self, left_padding: Sequence[int]) -> Any:
+        """An empty batch of sequences with this padding before them, as mlx-vlm asks for it."""
+        return type(self).batch(left_padding, *self._settings)
+
+    def prefix_cache_merge(self, rows: Sequence[Any], prefix_lens: Sequence[int]) -> Any:
+        """A batch of the caches that mlx-vlm's prefix cache gives back, else None."""
+        alike = all(type(row) is type(self) for row in rows)
+        return type(self).merge(rows) if alike else None
+
     # ---- beyond the contract --------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, cache: RotorKVCache) -> Self:
+        """A cache of this class with what another one holds; the buffers are shared."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(cache))
+        return made
 
     @classmethod
     def from_kv_cache(
@@ -185,7 +220,7 @@ class RotorKVCache(StoredCache[Store]):
         config: RotorConfig | None = None,
         layer: int = 0,
         calibrated: Calibrated | None = None,
-    ) -> RotorKVCache:
+    ) -> Self:
         """Compress a filled ``KVCache`` of a host; the source is left as it is.
 
         The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
@@ -193,12 +228,15 @@ class RotorKVCache(StoredCache[Store]):
         out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
             return out
-        keys, values = cache.keys, cache.values
-        for start in range(0, cache.offset, CONVERSION_TOKENS):
-            part = slice(start, min(start + CONVERSION_TOKENS, cache.offset))
-            out.update_and_fetch(keys[:, :, part], values[:, :, part])
-            mx.eval(out.state)
+        out.append_all(cache.keys, cache.values, 0, cache.offset)
         return out
+
+    def append_all(self, keys: mx.array, values: mx.array, start: int, stop: int) -> None:
+        """Append and compute tokens of long arrays, ``CONVERSION_TOKENS`` at a time."""
+        for first in range(start, stop, CONVERSION_TOKENS):
+            part = slice(first, min(first + CONVERSION_TOKENS, stop))
+            self.update_and_fetch(keys[:, :, part], values[:, :, part])
+            mx.eval(self.state)
 
     @property
     def packed_tokens(self) -> int:
@@ -219,6 +257,10 @@ class RotorKVCache(StoredCache[Store]):
         return bits / sum(c.head_dim for c in codecs)
 
     # ---- inside ---------------------------------------------------------------------------------
+
+    def _views(self, stores: tuple[Store, Store], counts: Counts) -> tuple[KVView, KVView]:
+        sink = self.config.sink
+        return stores[0].view(sink, counts), stores[1].view(sink, counts)
 
     def _pack_tail(self, stores: Sequence[Store], counts: Counts) -> None:
         """Pack what the tail holds beyond the window, a block's worth at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -30,6 +31,9 @@ class KVView:
         tokens: All tokens, S.
         rows: (packed tokens, all tokens) of each batch row where rows differ; ``packed_tokens`` and
             ``tokens`` are then the largest. A row with fewer tokens than ``sink`` has no others.
+        visible: Of keys, where not every token is seen by all that come later: gives the boolean
+            mask of the last so many tokens, broadcastable to ``[B, H, L, S]``, or None while it
+            hides nothing but later tokens. It counts where attention is called without an array.
     """
 
     codec: Codec
@@ -40,6 +44,7 @@ class KVView:
     packed_tokens: int
     tokens: int
     rows: tuple[tuple[int, int], ...] | None = None
+    visible: Callable[[int], mx.array | None] | None = None
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:

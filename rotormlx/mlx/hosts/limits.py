@@ -8,6 +8,7 @@ from typing import Any
 from rotormlx.codec.counts import max_blocks
 from rotormlx.codec.format import BLOCK
 from rotormlx.mlx.cache.base import StoredCache
+from rotormlx.mlx.cache.chunked import ChunkedRotorKVCache
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.host_caches import leaves
 
@@ -68,6 +69,8 @@ def check_speculation(options: Mapping[str, Any], make: Callable[[Any], list[Any
 
 def _room(cache: Any) -> int | None:
     """How many tokens a cache takes until it cannot be trimmed; None if it always can."""
+    if isinstance(cache, ChunkedRotorKVCache):
+        return cache.chunk_size - cache.offset if cache.is_trimmable() else 0
     size = getattr(cache, "max_size", None)
     if size is None:
         return None

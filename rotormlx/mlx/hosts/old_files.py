@@ -10,7 +10,6 @@ import mlx.core as mx
 
 from rotormlx.mlx.cache import files
 from rotormlx.mlx.cache.base import StoredCache
-from rotormlx.mlx.cache.classes import CLASSES
 from rotormlx.mlx.host_caches import leaves
 from rotormlx.storage import cache_file
 
@@ -30,7 +29,7 @@ def load(
 ) -> Any:
     """Load what :func:`save` or the host itself has written."""
     _, texts = cast(tuple[Any, dict[str, str]], mx.load(file_name, return_metadata=True))
-    if not any(key.startswith("1.") and text in CLASSES for key, text in texts.items()):
+    if cache_file.is_old_layout(texts):
         return own(file_name, return_metadata)
     with cache_file.opened(file_name) as saved:
         caches = files.read(saved, host_caches)

@@ -1,0 +1,152 @@
+"""The compressed cache of a layer with chunked attention: a token sees its chunk only.
+
+Chunks are cut at multiples of their size. What is held is the latest chunk, as a sequence of its
+own with a sink, packed blocks and a tail; its first token begins it anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+import mlx.core as mx
+
+from rotormlx.codec import limits
+from rotormlx.codec.counts import Counts
+from rotormlx.config import RotorConfig
+from rotormlx.mlx.cache.masks import growing_mask
+from rotormlx.mlx.cache.single import RotorKVCache
+from rotormlx.mlx.cache.store import Calibrated, Store
+from rotormlx.mlx.cache.view import KVView
+from rotormlx.storage.cache_fields import CHUNKED
+
+
+class _Absent:
+    """A method that a class does not have, though the one that it derives from does."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.message = f"{owner.__name__} has no batches"
+
+    def __get__(self, cache: Any, owner: type) -> NoReturn:
+        raise AttributeError(self.message)
+
+
+class ChunkedRotorKVCache(RotorKVCache):
+    """The keys and values of a layer with chunked attention, compressed.
+
+    Args:
+        chunk_size: Tokens of a chunk.
+        config: How to compress.
+        layer: Index of the layer in the model; selects its rotations.
+        calibrated: See :class:`RotorKVCache`.
+
+    Attributes:
+        start_position: The position of the first token held.
+    """
+
+    kind = CHUNKED
+
+    def __init__(
+        self,
+        chunk_size: int,
+        config: RotorConfig | None = None,
+        layer: int = 0,
+        calibrated: Calibrated | None = None,
+    ) -> None:
+        super().__init__(config, layer, None, calibrated)
+        self.chunk_size = chunk_size
+        self.start_position = 0
+
+    @property
+    def offset(self) -> int:
+        """The position of the next token."""
+        return self.start_position + self.counts.tokens
+
+    def maybe_trim_front(self) -> None:
+        """Forget a whole chunk: the next token begins another. Models call it before they read."""
+        if self.counts.tokens and self.offset % self.chunk_size == 0:
+            vars(self).update(vars(self._begun(self.offset)))
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+        """Append tokens; see :meth:`RotorKVCache.update_and_fetch`.
+
+        The views have the tokens of earlier chunks too, where some of the new ones see them.
+        """
+        limits.check_tokens("RotorKVCache", self.offset + keys.shape[2])
+        whole = copy.copy(self)
+        views = RotorKVCache.update_and_fetch(whole, keys, values)
+        # A chunk that was just filled stays until the next token: it may be trimmed again.
+        latest = self.begun_for(whole.offset)
+        if latest.start_position > self.start_position:
+            # What was packed of earlier chunks is never computed.
+            new = whole.offset - latest.start_position
+            latest.update_and_fetch(keys[:, :, -new:], values[:, :, -new:])
+            whole = latest
+            whole._latest = views
+        vars(self).update(vars(whole))
+        return views
+
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
+        """The attention mask for N new tokens; ``window_size`` changes nothing.
+
+        Raises:
+            ValueError: If no model is compressed, so that the attention could not read this cache.
+        """
+        self._check_readable()
+        mask = visible(self.start_position, self.offset + N, self.chunk_size, N)
+        if mask is not None:
+            return mask
+        return growing_mask(N, self.counts.tokens, None, return_array)
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of tokens can be forgotten: not once a chunk was."""
+        return not self.start_position
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """As :class:`RotorKVCache` has it, the size of a chunk, and the first position held.
+
+        Source: docs/FORMAT.md, section 8.
+        """
+        return (*super().state, self.chunk_size, self.start_position)
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        RotorKVCache.state.__set__(self, state)  # type: ignore[attr-defined]
+        self.chunk_size, self.start_position = state[-2:]
+
+    # There are no batches: models with chunks read one position for all rows.
+    merge = to_batch = prefix_cache_merge = _Absent()
+
+    def begun_for(self, stop: int) -> ChunkedRotorKVCache:
+        """An empty cache like this, for the tokens of the chunk that ends before ``stop``."""
+        return self._begun((max(stop, 1) - 1) // self.chunk_size * self.chunk_size)
+
+    def _begun(self, start: int) -> ChunkedRotorKVCache:
+        begun = copy.copy(self)
+        empty = {"counts": Counts(), "_keys": None, "_values": None, "_latest": None}
+        vars(begun).update(empty, start_position=start)
+        return begun
+
+    def _views(self, stores: tuple[Store, Store], counts: Counts) -> tuple[KVView, KVView]:
+        keys, values = super()._views(stores, counts)
+        stop = self.start_position + counts.tokens
+        seen = partial(visible, self.start_position, stop, self.chunk_size)
+        return replace(keys, visible=seen), values
+
+
+def visible(start: int, stop: int, chunk_size: int, length: int) -> mx.array | None:
+    """What the last ``length`` of the tokens ``start`` to ``stop`` see.
+
+    Returns:
+        Booleans ``[length, stop - start]``; None if all are of one chunk.
+    """
+    if not length or start // chunk_size == (stop - 1) // chunk_size:
+        return None
+    held, new = mx.arange(start, stop), mx.arange(stop - length, stop)[:, None]
+    return (held <= new) & (held // chunk_size == new // chunk_size)

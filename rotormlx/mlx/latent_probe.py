@@ -1,0 +1,147 @@
+"""Finds the caches of a model that hold latents (MLA), by a trial run.
+
+A latent shows in a decode step: what its cache handed out reaches attention as keys and as values.
+A prompt shows nothing, because there the model makes keys and values of it. The trial goes on with
+a long text, since sparse attention picks tokens out of the latents only once there are many of
+them; such a model gets decoded latents.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from rotormlx.config import RotorConfig
+from rotormlx.mlx import hook
+from rotormlx.mlx.cache.latent import LatentKVCache
+from rotormlx.mlx.cache.view import KVView
+from rotormlx.mlx.host_caches import GROWING, is_exactly, leaves, replaced
+
+# A prompt of a few tokens, and a long text that is all zeros and never computed.
+PROMPT_TOKENS, LONG_TOKENS = 3, 2**16
+# Nothing is packed in a trial.
+_WINDOW = 2**20 - 1
+
+
+class ProbeLatents(LatentKVCache):
+    """Remembers the views it handed out, and takes what a model writes to it."""
+
+    def __init__(self, config: RotorConfig, layer: int, *, hands_out_views: bool = True) -> None:
+        super().__init__(replace(config, window=_WINDOW), layer)
+        self.hands_out_views = hands_out_views  # type: ignore[misc]
+        self.handed_out: list[KVView] = []
+        # Whether what came cannot be compressed.
+        self.has_refused = False
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append tokens, and remember if they cannot be compressed."""
+        try:
+            return super().update_and_fetch(keys, values)
+        except ValueError:
+            self.has_refused = True
+            raise
+
+    def _served(
+        self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
+    ) -> tuple[Any, mx.array]:
+        latents, rope = super()._served(views, new)
+        if isinstance(latents, KVView):
+            self.handed_out.append(latents)
+        return latents, rope
+
+    @property
+    def values(self) -> Any:
+        """An array, as the cache of an index has it: sparse attention waits for that."""
+        return None if self._values is None else self._values.exact[:, :, :0]
+
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        del values
+
+
+def find(model: Module, caches: Sequence[Any], config: RotorConfig) -> list[ProbeLatents | None]:
+    """Try which of a model's caches hold latents. The hook must be installed.
+
+    Args:
+        model: The model.
+        caches: Its own caches, empty; they stay empty.
+        config: How latents would be compressed.
+
+    Returns:
+        For each leaf of ``caches`` None, or, where it holds latents, a cache that has seen a few of
+        them; its ``hands_out_views`` says whether views may be handed out.
+    """
+    growing = [is_exactly(cache, GROWING) for _, _, cache in leaves(caches)]
+    nothing: list[ProbeLatents | None] = [None] * len(growing)
+    trial = _trial(caches, config, growing, views=True)
+    while (reached := _run(model, trial, long=False)) is None:
+        refused = [getattr(cache, "has_refused", False) for _, _, cache in leaves(trial)]
+        if not any(refused):
+            return nothing
+        growing = [g and not r for g, r in zip(growing, refused, strict=True)]
+        trial = _trial(caches, config, growing, views=True)
+    if not any(found := _reaching(trial, reached)):
+        return nothing
+    trial = _trial(caches, config, found, views=True)
+    reached = _run(model, trial, long=True)
+    if reached is None or _reaching(trial, reached) != found:
+        trial = _trial(caches, config, found, views=False)
+        if _run(model, trial, long=True) is None:
+            return nothing
+    return [cache if isinstance(cache, ProbeLatents) else None for _, _, cache in leaves(trial)]
+
+
+def _trial(
+    caches: Sequence[Any], config: RotorConfig, chosen: Sequence[bool], *, views: bool
+) -> list[Any]:
+    """The caches with a probe in place of each chosen leaf."""
+    own = copy.deepcopy(list(caches))
+    new = {
+        id(cache): ProbeLatents(config, index, hands_out_views=views)
+        for (index, _, cache), is_chosen in zip(leaves(own), chosen, strict=True)
+        if is_chosen
+    }
+    return [replaced(cache, new) for cache in own]
+
+
+def _run(model: Module, caches: list[Any], *, long: bool) -> set[int] | None:
+    """A prompt and a decode step.
+
+    Returns:
+        Ids of the views that were keys and values at once; None where the model failed.
+    """
+    with hook.record_attention(pretend=True) as attended:
+        try:
+            model(mx.zeros((1, PROMPT_TOKENS), dtype=mx.int32), cache=caches)
+            if long:
+                for _, _, cache in leaves(caches):
+                    _lengthen(cache)
+            model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+        except Exception:  # a model may use a view in any way, so anything may come
+            return None
+        return {id(keys) for _, keys, values in attended if keys is values}
+
+
+def _lengthen(cache: Any) -> None:
+    """Append zeros for a long text, lazily, to what grows with it."""
+    if isinstance(cache, ProbeLatents) and not cache.empty():
+        keys, values = cache.views()
+    elif is_exactly(cache, GROWING) and cache.keys is not None:
+        keys, values = cache.keys, cache.values
+    else:
+        return
+    like = [(*a.shape[:2], LONG_TOKENS, a.shape[3]) for a in (keys, values)]
+    cache.update_and_fetch(*(mx.zeros(shape, keys.dtype) for shape in like))
+
+
+def _reaching(caches: Sequence[Any], reached: set[int]) -> list[bool]:
+    """Which leaves handed out a view that was keys and values at once."""
+    return [
+        isinstance(cache, ProbeLatents) and any(id(view) in reached for view in cache.handed_out)
+        for _, _, cache in leaves(caches)
+    ]

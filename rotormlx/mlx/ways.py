@@ -1,0 +1,41 @@
+"""The ways in which a compressed cache can serve a model, best first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rotormlx.mlx.cache.decoded import DecodedRotorKVCache
+from rotormlx.mlx.cache.latent import DecodedLatentKVCache, LatentKVCache
+from rotormlx.mlx.cache.single import RotorKVCache
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way in which a compressed cache serves a model.
+
+    A way suits a cache if the model runs with it in a trial (rotormlx/mlx/probe.py). The class
+    raises a ValueError for keys and values that it does not take.
+
+    Args:
+        name: What reports call it; empty for the first way.
+        cache: The class that holds the tokens.
+        hands_out_handles: Whether what ``update_and_fetch`` returns must reach our attention as it
+            is, and keys together with their values.
+    """
+
+    name: str
+    cache: type[RotorKVCache]
+    hands_out_handles: bool
+
+
+FUSED = Way("", RotorKVCache, hands_out_handles=True)
+DECODED = Way("decoded for the model's own attention", DecodedRotorKVCache, hands_out_handles=False)
+WAYS = (FUSED, DECODED)
+# Of caches that hold latents (MLA), which rotormlx/mlx/latent_probe.py finds.
+LATENT = Way("read packed in decode steps", LatentKVCache, hands_out_handles=False)
+DECODED_LATENT = Way("decoded in every step", DecodedLatentKVCache, hands_out_handles=False)
+
+
+def named(name: str) -> Way:
+    """The way of that name."""
+    return next(way for way in (*WAYS, LATENT, DECODED_LATENT) if way.name == name)

@@ -1,0 +1,66 @@
+"""How the table of mlx-vlm's models is made: for ``scripts/coverage.py mlx-vlm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx_vlm
+from mlx_vlm.models.cache import make_prompt_cache
+
+from scripts.coverage_mlx import MlxLm
+from scripts.coverage_table import COLUMNS, ROOT
+from tests.support import vlm_models
+
+HEAD = (
+    """# Models of mlx-vlm
+
+Made by `python scripts/coverage.py mlx-vlm` from mlx-vlm {version}: the language model of every
+package of `mlx_vlm.models` that has one, with a tiny configuration and random float32 weights,
+{tokens} tokens in chunks of {chunks}, K8 V8, no sink and no window, so that nearly
+everything is read from packed bytes. *error* and *other experts* are as in
+[COVERAGE.md](COVERAGE.md).
+
+"""
+    + COLUMNS
+)
+
+
+class MlxVlm(MlxLm):
+    """mlx-vlm and its models: tokens go to the language model, as while generating."""
+
+    path = ROOT / "docs" / "COVERAGE_VLM.md"
+    head = HEAD
+    version = mlx_vlm.__version__
+    name = "mlx-vlm"
+
+    def model_types(self) -> list[str]:
+        """The packages of mlx-vlm that hold a language model."""
+        return sorted({*vlm_models.model_types(), *vlm_models.CONFIGS})
+
+    def why_not_run(self, model_type: str) -> str:
+        """Why a model type is not even built; empty if it is."""
+        if reason := vlm_models.NOT_RUN.get(model_type):
+            return reason
+        known = model_type in vlm_models.CONFIGS
+        return "" if known else "no configuration in tests/support/vlm_zoo.json"
+
+    def build(self, model_type: str) -> Any:
+        """A float32 model with random weights."""
+        return vlm_models.build(model_type)
+
+    def caches(self, model: Any) -> list[Any]:
+        """New caches for one sequence, as the host makes them."""
+        return make_prompt_cache(model.language_model)
+
+    def forget(self, model: Any) -> None:
+        """Make a model as it was loaded: without the positions of an earlier prompt."""
+        vlm_models.forget(model)
+
+    def begin_sequence(self, model: Any, tokens: mx.array) -> None:
+        """Give a model the positions of a new sequence ``[1, L]``, if it wants them."""
+        vlm_models.begin_sequence(model, tokens)
+
+    def logits(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """The logits ``[1, L, V]`` of tokens ``[1, L]``."""
+        return vlm_models.logits(model, tokens, caches)
