@@ -124,7 +124,6 @@ SERVERS = {
         ("vllm-mlx", "serve", "{model}", "--port", "{port}", "--continuous-batching", "--offline"),
         stats="/v1/cache/stats",
     ),
-    "vllm-mlx-simple": Server(("vllm-mlx", "serve", "{model}", "--port", "{port}", "--offline")),
     "rapid-mlx": Server(
         ("rapid-mlx", "serve", "{model}", "--port", "{port}", "--no-preflight", "--yes"),
         stats="/v1/cache/stats",
@@ -167,7 +166,7 @@ def main() -> None:
                 took = time.time() - began
                 time.sleep(2)  # the last look at the caches
                 print(f"ROTORMLX={setting or ''}: {len(answers[-1])} requests, {took:.0f} s")
-                report(server, run, ask)
+                report(server, run, ask, setting)
     compare(*answers)
 
 
@@ -356,13 +355,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def report(server: Server, run: Path, ask: Client) -> None:
-    """Print what rotormlx said and what the caches hold."""
+def report(server: Server, run: Path, ask: Client, setting: str | None) -> None:
+    """Print what rotormlx said and what the caches hold; end if nothing was compressed."""
+    compressed = False
     for log in sorted(run.rglob("*.log")):
         lines = log.read_text(errors="replace").splitlines()
         for line in lines:
             if line.startswith("rotormlx:") or "[prefix store]" in line:
                 print(f"  {log.name}: {line}")
+                compressed |= "caches compressed" in line
+    if compressed == (setting is None):
+        sys.exit("Caches must be compressed in the second run only, but the log says otherwise.")
     for path in sorted((run / "bytes").iterdir()):
         if path.suffix != ".new":
             seen = json.loads(path.read_text())
