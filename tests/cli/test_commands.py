@@ -294,7 +294,8 @@ def test_damaged_weights_are_refused(tmp_path) -> None:
 
 def test_an_incompatible_mlx_lm_is_refused(monkeypatch, llama: str) -> None:
     monkeypatch.setattr(mlx_lm, "__version__", "0.30.0")
-    assert_refused(run("generate", "--model", llama), "[hook]", "mlx-lm 0.30.0 is installed")
+    monkeypatch.delattr("mlx_lm.models.base.scaled_dot_product_attention")
+    assert_refused(run("generate", "--model", llama), "[hook]", "mlx-lm 0.30.0 has none")
 
 
 # ---- prompt cache files -------------------------------------------------------------------------
