@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from rotormlx.codec.counts import max_blocks
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.host_caches import leaves
@@ -79,8 +80,10 @@ def limited(own: Callable[..., Layers], caches: Layers, max_kv_size: int) -> Lay
     """
     made = own(caches, max_kv_size)
     for _, _, cache in leaves(made):
-        if isinstance(cache, RotorKVCache):
-            RotorKVCache.__init__(cache, cache.config, cache.layer, max_kv_size, cache.calibrated)
+        # A sliding window has its own limit. Of a cache that is empty a limit is all that differs.
+        if isinstance(cache, RotorKVCache) and cache.max_size is None:
+            blocks = max_blocks(max_kv_size, cache.config)
+            vars(cache).update(max_size=max_kv_size, _max_blocks=blocks)
     return made
 
 

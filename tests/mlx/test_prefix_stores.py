@@ -91,6 +91,8 @@ def test_a_limit_of_a_server_holds_for_compressed_caches_too():
     assert (made[0].max_size, made[0].layer, made[1]) == (200, 1, 200)
     assert filled(500, made[0]).size() <= 200 < 500
     assert same(made[0], filled(500, RotorKVCache(CONFIG, layer=1, max_size=200)))
+    smaller = RotorKVCache(CONFIG, max_size=150)  # as a sliding window has it
+    assert prefix_stores.limited(lambda given, _: given, [smaller], 200)[0].max_size == 150
     with pytest.raises(ValueError, match="10"):
         prefix_stores.limited(lambda given, size: given, [RotorKVCache(CONFIG)], 10)
 
