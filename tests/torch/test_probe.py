@@ -39,7 +39,9 @@ REFUSED = {
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_would_crash_or_differ_is_refused(model_type, monkeypatch):
     if model_type == "mistral":
-        monkeypatch.setitem(torch_zoo.OVERRIDES, "mistral", {"sliding_window": None, "head_dim": 12})
+        monkeypatch.setitem(
+            torch_zoo.OVERRIDES, "mistral", {"sliding_window": None, "head_dim": 12}
+        )
     model = torch_zoo.build(model_type)
     before = attentions(model)
     with pytest.raises(
