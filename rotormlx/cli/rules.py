@@ -214,8 +214,8 @@ def _sharded(dest: str) -> _Conflict:
 
 _CONFLICTS = (
     _excludes(
-        "draft_model", "max_kv_size", "rejected tokens of a draft must be forgotten, and a limited "
-        "cache cannot; leave one out",
+        "draft_model", "max_kv_size", "mlx-lm gives no limit to the caches of a draft; leave one "
+        "out",
     ),
     _excludes(
         "draft_model", "prompt_cache_file", "the file has no cache of the draft model; leave one "

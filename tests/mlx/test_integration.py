@@ -953,6 +953,41 @@ def test_a_draft_model_changes_no_token(accepts: bool) -> None:
     assert all(cache.packed_tokens >= 192 for cache in caches)
 
 
+@pytest.mark.parametrize("accepts", [True, False], ids=["good draft", "bad draft"])
+def test_a_draft_model_with_limited_caches(accepts: bool) -> None:
+    """Tokens are evicted before, and rejected ones are taken back from the window."""
+    model = tiny.build("llama")
+    draft = tiny.build("llama", seed=0 if accepts else 1)
+    for m in (model, draft):
+        integration.apply(m, RotorConfig(8, 8))
+    prompt = tiny.tokens(400)[0]
+    want = greedy(model, prompt, 30, prompt_cache=make_prompt_cache(model, 300))
+    caches = make_prompt_cache(model, 300) + make_prompt_cache(draft, 300)
+    steps = speculative_generate_step(
+        prompt, model, draft, num_draft_tokens=4, max_tokens=30, prompt_cache=caches
+    )
+    got = []
+    for token, _, from_draft in steps:
+        got.append((token, from_draft))
+        assert can_trim_prompt_cache(caches)
+    assert [token for token, _ in got] == want
+    drafted = sum(from_draft for _, from_draft in got)
+    assert drafted > 15 if accepts else drafted < 15
+    assert all(cache.counts.evicted and cache.size() <= 300 for cache in caches)
+    # What was written, but for the last token, which nobody has read.
+    assert caches[0].offset in (400 + 29, 400 + 30)
+    assert not can_trim_prompt_cache(caches)
+
+
+def test_a_draft_beyond_the_window_needs_caches_without_a_limit() -> None:
+    model = tiny.build("llama")
+    integration.apply(model, RotorConfig(8, 8, window=3))
+    caches = make_prompt_cache(model, 300) + make_prompt_cache(model)
+    options = {"num_draft_tokens": 4, "max_tokens": 300, "prompt_cache": caches}
+    with pytest.raises(ValueError, match="until it cannot, and 704 tokens may come"):
+        speculative_generate_step(tiny.tokens(400)[0], model, model, **options)
+
+
 # ---- what mlx-lm documents of prompt caches -----------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Compressed caches in mlx-vlm: its own attention, caches, batches and prefix cache."""
 
+import copy
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,9 +14,11 @@ from rotormlx.mlx.cache.single import RotorKVCache
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: pip install 'rotormlx[vlm]'")
 import mlx_vlm
 from mlx_vlm.apc import APCManager
+from mlx_vlm.apc_adapters import clone_cache_entry, merge_cache_entries
 from mlx_vlm.generate.ar import BatchGenerator, generate_step
 from mlx_vlm.models import base, qwen2_vl
 from mlx_vlm.models.cache import KVCache, make_prompt_cache
+from mlx_vlm.speculative.cache_state import start_speculative_cache
 
 K8V8 = RotorConfig(key_bits=8, value_bits=8)
 VOCABULARY = 500
@@ -230,3 +233,62 @@ def test_two_hosts_in_one_process() -> None:
     assert (mx.linalg.norm(got - want_text) / mx.linalg.norm(want_text)).item() < 3e-3
     integration.remove(text)
     assert mlx_lm_base.scaled_dot_product_attention.__code__ is code
+
+
+def filled(*counts: int, config: RotorConfig = K8V8) -> BatchRotorKVCache:
+    """A batch of rows with so many tokens."""
+    singles = [RotorKVCache(config) for _ in counts]
+    for row, (single, count) in enumerate(zip(singles, counts, strict=True)):
+        single.update_and_fetch(*random(1, count, seed=row))
+    return BatchRotorKVCache.merge(singles)
+
+
+def random(batch: int, count: int, seed: int) -> tuple[mx.array, mx.array]:
+    return tuple(
+        mx.random.normal((batch, 2, count, 32), key=mx.random.key(10 * seed + part))
+        for part in (1, 2)
+    )
+
+
+def test_a_draft_is_taken_back_from_one_sequence() -> None:
+    cache, alone = RotorKVCache(K8V8), RotorKVCache(K8V8)
+    for one in (cache, alone):
+        one.update_and_fetch(*random(1, 200, seed=0))
+    keys, values = random(1, 5, seed=1)
+    transaction = start_speculative_cache([cache], 5)
+    cache.update_and_fetch(keys, values)
+    transaction.commit([2])
+    alone.update_and_fetch(keys[:, :, :2], values[:, :, :2])
+    assert cache.offset == alone.offset == 202
+    assert_same(cache, alone)
+
+
+def test_a_draft_is_taken_back_from_each_row_of_a_batch() -> None:
+    """Rows accept different numbers of tokens; the longest decides what all have in common."""
+    cache = filled(200, 90, 150)
+    keys, values = random(3, 5, seed=7)
+    transaction = start_speculative_cache([cache], 5)
+    cache.update_and_fetch(keys, values)
+    transaction.commit([3, 1, 5])
+    for row, (count, accepted) in enumerate([(200, 3), (90, 1), (150, 5)]):
+        alone = RotorKVCache(K8V8)
+        alone.update_and_fetch(*random(1, count, seed=row))
+        place = slice(row, row + 1), slice(None), slice(accepted)
+        alone.update_and_fetch(keys[place], values[place])
+        assert_same(cache.extract(row), alone)
+
+
+def assert_same(a: RotorKVCache, b: RotorKVCache) -> None:
+    for x, y in zip(a.state, b.state, strict=True):
+        assert mx.array_equal(x, y) if isinstance(x, mx.array) else x == y
+
+
+def test_a_prefix_cache_copies_what_it_keeps() -> None:
+    cache = RotorKVCache(K8V8)
+    cache.update_and_fetch(*random(1, 200, seed=0))
+    kept = copy.deepcopy(cache)
+    entry = clone_cache_entry(cache, min_capacity_tokens=None, eval_targets=[])
+    cache.update_and_fetch(*random(1, 100, seed=1))
+    assert_same(entry, kept)
+    merged = merge_cache_entries([entry, entry], [200, 200])
+    assert_same(merged.extract(1), kept)

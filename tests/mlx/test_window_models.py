@@ -213,19 +213,28 @@ def test_batches_read_and_write_what_single_runs_do(tmp_path):
         assert [c.offset for c in caches] == [len(prompt) + 70] * 4
 
 
-@pytest.mark.parametrize(("model_type", "room"), [("gemma3_text", 643), ("llama4", W)])
-def test_speculation_ends_where_tokens_cannot_be_forgotten(model_type, room):
-    """643: the window, the sink and the fullest tail."""
-    model, draft = of_512(model_type), tiny.build("llama")
+def test_speculation_ends_where_a_chunk_does():
+    model, draft = of_512("llama4"), tiny.build("llama")
     integration.apply(model, K8V8)
     integration.apply(draft, K8V8)
     options = {"num_draft_tokens": 2, "max_tokens": 5}
-    prompt = tiny.tokens(room - 7)[0]
-    step = generate.speculative_generate_step(prompt, model, draft, **options)
+    step = generate.speculative_generate_step(tiny.tokens(W - 7)[0], model, draft, **options)
     assert next(step)
-    prompt = tiny.tokens(room - 6)[0]
-    with pytest.raises(ValueError, match=f"room for {room} tokens until it cannot"):
-        generate.speculative_generate_step(prompt, model, draft, **options)
+    with pytest.raises(ValueError, match=f"room for {W} tokens until it cannot"):
+        generate.speculative_generate_step(tiny.tokens(W - 6)[0], model, draft, **options)
+
+
+def test_speculation_goes_on_beyond_a_sliding_window():
+    """Rejected tokens are in the exact tail, whatever the window has dropped."""
+    model, draft = of_512("gemma3_text"), tiny.build("llama")
+    integration.apply(model, K8V8)
+    integration.apply(draft, K8V8)
+    prompt = tiny.tokens(2 * W)[0]
+    want = [int(token) for token, _ in generate.generate_step(prompt, model, max_tokens=12)]
+    steps = generate.speculative_generate_step(
+        prompt, model, draft, num_draft_tokens=3, max_tokens=12
+    )
+    assert [token for token, _, _ in steps] == want
 
 
 # ---- files --------------------------------------------------------------------------------------

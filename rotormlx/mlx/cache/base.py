@@ -36,6 +36,8 @@ class StoredCache(Generic[S]):
 
     # Its class in files: what it holds two of, and how, follows from that.
     kind: ClassVar[str]
+    # Tokens that are taken back at most at once, if that is known: the window always has as many.
+    rewinds: int | None = None
     # The class of the stores.
     _store: ClassVar[type[Store]]
     # What the latest step attends, where it has dropped tokens that its first queries see: layers

@@ -129,8 +129,8 @@ class RotorKVCache(StoredCache[Store]):
         return self.counts.tokens
 
     def is_trimmable(self) -> bool:
-        """Whether any number of tokens can be forgotten: not once some were evicted."""
-        return not self.counts.evicted
+        """Whether tokens can be forgotten: any number until some were evicted, or ``rewinds``."""
+        return self.rewinds is not None or not self.counts.evicted
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens.

@@ -41,12 +41,19 @@ def quantize(
     own(caches, start, group_size, bits)
 
 
-def check_speculation(options: Mapping[str, Any], make: Callable[[Any], list[Any]]) -> None:
-    """Refuse a draft model unless every cache can forget tokens until the end.
+def speculated(
+    options: Mapping[str, Any], make: Callable[[Any], list[Any]]
+) -> tuple[list[Any], list[RotorKVCache]]:
+    """The caches for a draft model, if every one can forget rejected tokens until the end.
+
+    A compressed cache always can: its window holds them.
 
     Args:
         options: Those of a host's ``speculative_generate_step``.
         make: Makes the caches of a model.
+
+    Returns:
+        The caches of model and draft, and those of them that must be told what is taken back.
 
     Raises:
         ValueError: If a cache would reach its limit: it could forget no rejected token then.
@@ -55,9 +62,14 @@ def check_speculation(options: Mapping[str, Any], make: Callable[[Any], list[Any
     if caches is None:
         models = (options["model"], options["draft_model"])
         caches = [cache for model in models for cache in make(model)]
-    limits = [limit for _, _, cache in leaves(caches) if (limit := _room(cache)) is not None]
-    tokens = options["max_tokens"]
-    needed = len(options["prompt"]) + tokens + options["num_draft_tokens"]
+    drafted, tokens = options["num_draft_tokens"], options["max_tokens"]
+    rewinding = [cache for _, _, cache in leaves(caches) if _rewinds(cache, drafted)]
+    limits = [
+        limit
+        for _, _, cache in leaves(caches)
+        if not _rewinds(cache, drafted) and (limit := _room(cache)) is not None
+    ]
+    needed = len(options["prompt"]) + tokens + drafted
     if limits and (tokens < 0 or needed > min(limits)):
         wanted = "any number of" if tokens < 0 else needed
         raise ValueError(
@@ -65,6 +77,16 @@ def check_speculation(options: Mapping[str, Any], make: Callable[[Any], list[Any
             f"or a sliding window has room for {max(0, min(limits))} tokens until it cannot, and "
             f"{wanted} tokens may come; use caches without a limit, or no draft model."
         )
+    return caches, rewinding
+
+
+def _rewinds(cache: Any, drafted: int) -> bool:
+    """Whether the window of a cache with a limit holds the tokens of a draft at any time."""
+    return (
+        isinstance(cache, RotorKVCache)
+        and cache.max_size is not None
+        and cache.config.window >= drafted
+    )
 
 
 def _room(cache: Any) -> int | None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.hosts.host import Exchange, Host
 
 # This code runs with the globals of mlx-lm's modules, hence the imports.
@@ -111,8 +113,24 @@ class MlxLm(Host):
         own = self.own("speculative_generate_step")
         call = inspect.signature(own).bind(*args, **options)
         call.apply_defaults()
-        limits.check_speculation(call.arguments, self.caches.make_prompt_cache)
-        return own(*args, **options)
+        # By the name that the function itself would use, which a caller may have exchanged.
+        make = own.__globals__.get("make_prompt_cache", self.caches.make_prompt_cache)
+        caches, rewinding = limits.speculated(call.arguments, make)
+        call.arguments["prompt_cache"] = caches
+        return _rewinding(
+            own(*call.args, **call.kwargs), rewinding, drafted=call.arguments["num_draft_tokens"]
+        )
+
+
+def _rewinding(steps: Iterator[Any], caches: Sequence[RotorKVCache], drafted: int) -> Iterator[Any]:
+    """Steps of generation that take back at most so many tokens of these caches at once."""
+    for cache in caches:
+        cache.rewinds = drafted
+    try:
+        yield from steps
+    finally:
+        for cache in caches:
+            cache.rewinds = None
 
 
 MLX_LM = MlxLm()
