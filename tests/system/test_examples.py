@@ -36,11 +36,17 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that chats, with weights so large that its text depends on what it has read."""
+    """A tiny model that chats in printable letters.
+
+    Its weights are so large that its text depends on what it has read.
+    """
     directory = tmp_path_factory.mktemp("model")
     models.save(directory)
     weights = mx.load(str(directory / "model.safetensors"))
     larger = {name: w if "norm" in name else 5 * w for name, w in weights.items()}
+    # Tokens are characters in their order, "!" to "~" first. The others score 0, never the best.
+    letters = mx.arange(models.VOCABULARY)[:, None] <= ord("~") - ord("!")
+    larger["lm_head.weight"] = mx.where(letters, larger["lm_head.weight"], 0)
     mx.save_safetensors(str(directory / "model.safetensors"), larger)
     settings = directory / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
@@ -136,7 +142,9 @@ def test_batch(run, model):
     for tokens, packed, held in rows:
         assert int(held) == int(tokens) + 24
         assert int(packed) == (int(held) - 4 - 64) // 64 * 64
-    assert len(set(re.findall("in the batch: (.+)", printed))) == 3
+    texts = re.findall("in the batch: (.+)", printed)
+    assert len(set(texts)) == 3
+    assert {len(text) for text in texts} == {24}  # a token is a letter
 
 
 def test_server_and_client(run, model):
