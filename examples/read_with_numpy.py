@@ -17,7 +17,10 @@ DTYPES = {"F32": "<f4", "F16": "<f2", "U32": "<u4", "I32": "<i4"}
 MAGNITUDES = "3E0379FD 3EC6AE44 3F28215E 3F713D39 3FA0CC2F 3FCF1C25 40046AC7 402EE2BF"  # section 5
 GOLDEN, ALL = 0x9E3779B97F4A7C15, 2**64 - 1
 
-file = Path(sys.argv[1] if len(sys.argv) > 1 else "prompt.safetensors").read_bytes()
+path = Path(sys.argv[1] if len(sys.argv) > 1 else "prompt.safetensors")
+if not path.is_file():
+    raise SystemExit(f"There is no file {path}; run examples/chat.py first, which writes one.")
+file = path.read_bytes()
 start = 8 + int.from_bytes(file[:8], "little")
 header = json.loads(file[8:start])
 
@@ -78,7 +81,7 @@ keys = keys.reshape(*keys.shape[:2], -1, D)[:, :, : int(entry(4))]
 
 bits = 8 * (words.nbytes + scales.nbytes + centres.nbytes) / (64 * centres.size)
 print(f"Format version {int(entry(0))}, {int(entry(3))} tokens, {int(entry(4))} of them packed.")
-print(f"The decoded keys of layer 0 have the shape {keys.shape}: batch, KV heads, tokens, head_dim")
+print(f"The decoded keys of layer 0 have shape {keys.shape}: batch, KV heads, tokens, head_dim.")
 print(f"They took {bits:.3f} bits per value. The first ones: {np.round(keys[0, 0, 0, :4], 4)}")
 if len(sys.argv) > 2:
     np.save(sys.argv[2], keys)

@@ -203,10 +203,15 @@ def test_torch_operators(run):
 
 
 def saved(path, head_dim=64, **options):
-    """Save the caches of a random model behind 300 tokens; returns that of layer 0."""
+    """Save the caches of a random model behind 180 tokens; returns that of layer 0.
+
+    The last of its 3 blocks counts fewer than 64 tokens.
+    """
     model = models.build("llama", head_dim=head_dim)
     caches = rotormlx.make_prompt_cache(model, rotormlx.RotorConfig(**options))
     mx.eval(model(models.tokens(300), cache=caches))
+    for cache in caches:
+        cache.trim(120)
     rotormlx.save_prompt_cache(path, model, caches)
     return caches[0]
 
@@ -226,12 +231,14 @@ def test_read_with_numpy(head_dim, run, tmp_path):
     expected = reference.decode(packed, keys.codec, channel_scale=np.array(keys.channel_scale))
     expected = expected[:, :, : cache.packed_tokens]
     np.testing.assert_allclose(np.load(output), expected, rtol=0, atol=1e-9)  # both in float64
-    assert "version 2, 300 tokens, 192 of them packed" in printed
+    assert "version 2, 180 tokens, 176 of them packed" in printed
     (bits,) = found(r"took ([\d.]+) bits per value", printed)
     assert float(bits) == 4 + 16 / head_dim + 16 / 64
 
 
-def test_read_with_numpy_refuses_other_bits(run, tmp_path):
+def test_read_with_numpy_refuses_what_it_cannot_read(run, tmp_path):
+    with pytest.raises(AssertionError, match=r"no file prompt\.safetensors; run examples/chat\.py"):
+        run("read_with_numpy.py")
     saved(tmp_path / "three.safetensors", key_bits=3)
     with pytest.raises(AssertionError, match="reads the default configuration, but the file has"):
         run("read_with_numpy.py", tmp_path / "three.safetensors")
