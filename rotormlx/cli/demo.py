@@ -262,13 +262,13 @@ def _print(console: Console, rows: list[Row], exact: scoring.Scores, start: int)
         "memory": lambda row: f"{row.cache_bytes / 1e6:.2f} MB",
         "smaller": lambda row: f"{first.cache_bytes / row.cache_bytes:.2f}x",
         "at 8,192 tokens": lambda row: f"{row.long_context_ratio:.2f}x",
-        "bits a value": lambda row: f"{row.bits_per_value:.3f}",
+        "bits per value": lambda row: f"{row.bits_per_value:.3f}",
         "tokens packed": lambda row: f"{row.packed_tokens} of {row.context_tokens}",
         "read packed": lambda row: f"{row.packed_share:.0%}",
         "KL": lambda row: f"{row.quality.kl_mean:.4f}" if row.quality else "",
         "top-1": lambda row: f"{row.quality.top1:.1%}" if row.quality else "",
         "words as exact": lambda row: f"{_common(row, first)} of {len(row.text.split())}",
-        "tokens a second": lambda row: f"{row.tokens_per_second:.1f}",
+        "tokens per second": lambda row: f"{row.tokens_per_second:.1f}",
     }
     for label, cell in lines.items():
         table.add_row(label, *(cell(row) for row in rows))

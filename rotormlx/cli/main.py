@@ -38,7 +38,6 @@ MLX_LM_COMMANDS = {
 app = typer.Typer(
     no_args_is_help=True,
     cls=RefusingGroup,
-    add_completion=False,
     # A refusal is one sentence; what nobody expected keeps Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

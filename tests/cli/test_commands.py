@@ -103,7 +103,7 @@ def test_generate_says_what_it_compressed(llama: str, options, name: str, bits: 
     sizes = re.fullmatch(
         r"rotormlx: peak memory ([\d.]+) MB, about ([\d.]+) MB with a float16 cache", peak
     )
-    assert first == f"rotormlx: llama: 2 of 2 caches compressed, {name}, {bits:.3f} bits a value"
+    assert first == f"rotormlx: llama: 2 of 2 caches compressed, {name}, {bits:.3f} bits per value"
     tokens = len(LONG_PROMPT) + 5
     match = re.fullmatch(
         r"rotormlx: 192 of (\d+) tokens packed; cache ([\d.]+) MB against ([\d.]+) MB in "
