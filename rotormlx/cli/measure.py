@@ -147,8 +147,9 @@ def _step(result: Any, progress: Progress) -> str:
 
 def _quality_table(result: Any) -> None:
     report, console = _module("quality_report"), wide_console()
-    console.print(report.table(result, console.width))
-    console.print(report.LEGEND, highlight=False)
+    table = report.table(result, console.width)
+    console.print(table)
+    console.print(report.legend(column.header for column in table.columns), highlight=False)
     if result.exact_tasks:
         console.print(report.task_table(result))
         console.print(report.TASK_LEGEND, highlight=False)

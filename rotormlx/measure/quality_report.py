@@ -5,7 +5,7 @@ The page needs nothing but itself: its plots are SVG inside it, so it opens with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -48,19 +48,33 @@ EXACT_TOKENS = (
     "the window. Compare schemes with the same. Besides them, tokens that do not fill a block yet "
     "stay exact: 63 at most, 127 with kvarn's group=128."
 )
-LEGEND = (
-    "KL: mean KL divergence of the next-token distribution from the exact cache's, in nats; "
-    "median, 99 % and 99.9 %: its quantiles. Each has a bootstrap interval at 95 % over runs of 16 "
-    "predictions, and so has the difference from the first scheme, prediction by prediction. An "
-    "interval that ends in 'or more' needs a longer text: too few predictions lie above it. top-1: "
-    "equal most likely tokens. greedy: greedy tokens behind the text up to the first that differs "
-    "from the exact cache's. sampled: the same of sampled continuations, the median, drawn with "
-    "the same random numbers in every scheme; never differ: how many of them differ nowhere, with "
-    "Wilson's interval. cosine: of attention outputs with "
-    "the exact ones; attention top-1 and top-5: queries whose most attended token stays the most "
-    "attended, or among five; means over layers, each layer by itself. bits per value: of the "
-    "compressed part, scales and centres included."
-)
+# What columns mean: a sentence is shown if one of its columns is.
+_LEGEND = {
+    ("KL",): "KL: mean KL divergence of the next-token distribution from the exact cache's, in "
+    "nats.",
+    ("median", "99 %", "99.9 %"): "median, 99 %, 99.9 %: quantiles of that divergence.",
+    ("KL, 95 %", "median, 95 %", "99 %, 95 %", "99.9 %, 95 %", "top-1, 95 %"): "95 %: a bootstrap "
+    "interval over runs of 16 predictions; one that ends in 'or more' needs a longer text, because "
+    "too few predictions lie above it.",
+    ("KL less the first's, 95 %",): "KL less the first's, 95 %: the bootstrap interval of the "
+    "difference from the first scheme, prediction by prediction.",
+    ("top-1",): "top-1: how often both caches agree on the most likely token.",
+    ("greedy",): "greedy: greedy tokens behind the text up to the first that differs from the "
+    "exact cache's.",
+    ("sampled",): "sampled: the same of sampled continuations, their median, drawn with the same "
+    "random numbers in every scheme.",
+    ("never differ",): "never differ: the share of sampled continuations that differ nowhere from "
+    "the exact cache's.",
+    ("sampled, 95 %",): "sampled, 95 %: from ranks.",
+    ("never, 95 %",): "never, 95 %: Wilson's interval.",
+    ("PPL",): "PPL: perplexity.",
+    ("cosine",): "cosine: of attention outputs with the exact ones, the mean over layers, each "
+    "layer by itself.",
+    ("attention top-1", "top-5"): "attention top-1, top-5: queries whose most attended token stays "
+    "the most attended, or among five.",
+    ("bits per value",): "bits per value: of compressed values, with their scales and centres.",
+    ("bytes",): "bytes: of the cache after the last text.",
+}
 TASK_LEGEND = (
     "Share of questions whose every token is right, with Wilson's interval at 95 %; the answers "
     "lie in texts of 1,024 tokens, in packed bytes. fact: a number by its name. copy: how a run of "
@@ -86,13 +100,19 @@ def table(result: Result, width: int) -> Table:
         needed = max(map(len, (*cells, *name.split())))
         room -= needed + 3  # what stands between columns
         if shown and room < 0:
-            out.caption = "A wider terminal shows more columns, the files of --output have all."
+            out.caption = "A wider terminal shows more columns; the files have all."
             break
         out.add_column(name, justify="left" if name == "scheme" else "right", width=needed)
         shown.append(cells)
     for row in zip(*shown, strict=True):
         out.add_row(*row)
     return out
+
+
+def legend(columns: Iterable[str]) -> str:
+    """What some columns of ``COLUMNS`` mean."""
+    shown = set(columns)
+    return " ".join(text for names, text in _LEGEND.items() if shown.intersection(names))
 
 
 def task_table(result: Result) -> Table:
@@ -153,7 +173,7 @@ def markdown(result: Result) -> str:
     lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for row in result.rows:
         lines.append([f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())])
-    parts = [f"{heading(result)}.", EXACT_TOKENS, _piped(lines), setting(result), LEGEND]
+    parts = [f"{heading(result)}.", EXACT_TOKENS, _piped(lines), setting(result), legend(COLUMNS)]
     if result.exact_tasks:
         header, rows = task_cells(result)
         named = [[f"`{name}`", *cells] for name, *cells in rows]
@@ -181,7 +201,7 @@ def html(result: Result, plots: Mapping[str, str]) -> str:
         heading=heading(result),
         setting=setting(result).replace("`", ""),
         exact_tokens=EXACT_TOKENS,
-        legend=LEGEND,
+        legend=legend(COLUMNS),
         columns=list(COLUMNS),
         rows=rows,
         tasks=task_cells(result) if result.exact_tasks else None,

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rotormlx.cli import main
+from rotormlx.cli import main, measure
 from rotormlx.measure import (
     attention_error,
     cache_contents,
@@ -309,6 +309,32 @@ def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         wanted = [quality_report.COLUMNS[name](row) for name in names[:count]]
         assert cells == [row.scheme, *wanted]
+
+
+def test_legend_is_about_the_columns_that_are_shown() -> None:
+    """Each column has its sentence, and no other sentence comes."""
+    assert quality_report.legend(["scheme", "exact tokens"]) == ""  # the title has these
+    for name in quality_report.COLUMNS:
+        if name == "exact tokens":
+            continue
+        said = quality_report.legend([name])
+        assert said.count(". ") == 0, name
+        key = "95 %" if name.endswith("95 %") else name
+        assert key in said.partition(":")[0]
+    assert quality_report.legend(["KL", "PPL"]).endswith("in nats. PPL: perplexity.")
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_command_explains_the_columns_it_shows(
+    result: quality_run.Result, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=width, file=io.StringIO())
+    monkeypatch.setattr(measure, "wide_console", lambda: console)
+    measure._quality_table(result)
+    printed = " ".join(console.file.getvalue().split())
+    assert ("top-1: how often" in printed) == (width == 120)
+    assert "attention top-1" not in printed
+    assert "bits per value: of compressed values" in printed
 
 
 @pytest.mark.parametrize(
