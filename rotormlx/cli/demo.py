@@ -95,7 +95,7 @@ def run(
     *,
     model: str | None = None,
     prompt: str = DEFAULT_PROMPT,
-    max_tokens: int = 48,
+    max_tokens: int = 32,
     score_tokens: int = 512,
     console: Console | None = None,
 ) -> list[Row]:

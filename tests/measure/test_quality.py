@@ -467,5 +467,5 @@ def test_long_demo_asks_in_packed_bytes(tmp_path: Path) -> None:
 
 
 def test_demo_refuses_a_short_passage() -> None:
-    with pytest.raises(ValueError, match=r"at least 256 tokens .* but 255 and 48 came"):
+    with pytest.raises(ValueError, match=r"at least 256 tokens .* but 255 and 32 came"):
         demo.run(score_tokens=255)
