@@ -447,6 +447,8 @@ def test_long_demo_shows_what_each_cache_finds(
     )
     assert printed.index("takes about") < printed.index("5 numbers in 600 tokens")
     assert re.search(r"found +│ +│ +5 of 5 │ +5 of 5 │ +1 of 5 │", printed)
+    summary = "the 5 numbers that the exact cache finds, rotormlx finds 5 at 4 bit and 1 at 3 bit."
+    assert summary in " ".join(printed.split())
     for answer in exact.answers:
         assert len(answer) == 4
         assert re.search(rf"The secret number of \w+ is {answer} +│ +[\d,]+ │ +{answer} ", printed)
