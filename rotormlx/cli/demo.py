@@ -356,7 +356,7 @@ def _plot(rows: list[Row]) -> Table:
     plot.add_column(justify="right")
     kl = {row.name: row.quality.kl_mean if row.quality else 0.0 for row in rows}
     memory = {row.name: row.cache_bytes / 1e6 for row in rows}
-    for title, form, values in (("\nmemory", ".2f", memory), ("\nKL", ".4f", kl)):
+    for title, form, values in (("\nmemory, MB", ".2f", memory), ("\nKL, nats", ".4f", kl)):
         plot.add_row(f"[bold]{title}[/bold]")
         longest = max(values.values()) or 1
         for name, value in values.items():

@@ -366,7 +366,7 @@ def test_demo_says_what_it_does_now(small_demo) -> None:
 def test_demo_draws_memory_and_kl(small_demo) -> None:
     """The longest bar is the largest number, and each other is as long as it should be."""
     lines = small_demo[1].splitlines()
-    for title, form in (("memory", r"[\d.]+"), ("KL", r"0\.\d{4}")):
+    for title, form in (("memory, MB", r"[\d.]+"), ("KL, nats", r"0\.\d{4}")):
         start = lines.index(next(line for line in lines if line.strip() == title))
         drawn = {}
         for line in lines[start + 1 : start + 5]:
