@@ -26,6 +26,7 @@ from packaging.tags import sys_tags
 # upper bound, because nothing newer is known to break.
 MLX_BOUND = ">=0.32.4"  # arrays and kernels; the oldest that tells its memory limit
 DEPENDENCIES = [
+    "jinja2>=3.1.6",  # the errors of chat templates, and the page of rotormlx quality
     "mlx-lm>=0.31.3",  # model loading and generation; its cache contract changed in 0.32
     "numpy>=2.0",  # the reference codec, and memory that the CPU library writes to
     "pip>=23",  # fetches the demo model, also in environments made without pip

@@ -122,7 +122,9 @@ class LayerReport:
             )
         label = f"layer {self.index}: {self.cache} compressed"
         window = f", window of {self.max_tokens} tokens" if self.is_window else ""
-        return f"{label}, {shape}, {self.bits_per_value:.3f} bits a value{self.way_and_why}{window}"
+        return (
+            f"{label}, {shape}, {self.bits_per_value:.3f} bits per value{self.way_and_why}{window}"
+        )
 
     @property
     def way_and_why(self) -> str:
@@ -203,7 +205,7 @@ class Report:
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
-            f"{self._bits}{self._transform}, {self.bits_per_value:.3f} bits a value{self._ways}"
+            f"{self._bits}{self._transform}, {self.bits_per_value:.3f} bits per value{self._ways}"
         )
 
     @property

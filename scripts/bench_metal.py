@@ -73,7 +73,7 @@ def decode_attention(contexts: list[int], runs: int) -> list[Row]:
 
 
 def rotor_bits(name: str) -> float:
-    """True bits a value of ``rotormlx 4 bit`` and its like."""
+    """True bits per value of ``rotormlx 4 bit`` and its like."""
     config = RotorConfig(*[int(name.split()[1])] * 2)
     codecs = [codec(config, HEAD_DIM, layer=0, role=role) for role in (KEY, VALUE)]
     return sum(c.bits_per_value for c in codecs) / 2

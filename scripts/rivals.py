@@ -47,7 +47,7 @@ OPTIONS = {
 }
 # The best at equal bits; KVarN's own preset is k4v2.
 UNEQUAL, BEST = ("k3v2", "k4v2", "k4v3"), ("", "kvarn-", "kivi-")
-COLUMNS = ("scheme", "bits a value", "exact tokens", "KL", "95 %", "median", "99.9th", "top-1")
+COLUMNS = ("scheme", "bits per value", "exact tokens", "KL", "95 %", "median", "99.9th", "top-1")
 
 
 class SimulatedLayer(DynamicLayer):

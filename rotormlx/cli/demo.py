@@ -3,19 +3,27 @@
 A passage and a question about it are read through each cache in chunks of 64 tokens. That scores
 the cache (every next-token distribution against the exact cache's) and fills it. Then the model
 answers from the cache so filled: the numbers and the answer come from the same bytes.
+
+MLX multiplies slowly on a CPU, so numpy does it there, as in ``rotormlx quality``.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm import load, stream_generate
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -24,6 +32,8 @@ from rich.table import Table
 from rotormlx.cli import demo_model
 from rotormlx.config import RotorConfig
 from rotormlx.measure import cache_contents, scoring
+from rotormlx.measure.cpu_attention import numpy_attention
+from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.scoring import CHUNK
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import integration
@@ -37,6 +47,8 @@ FLOAT16_BITS = 16
 EXACT = "exact"
 # A context at which the exact tokens, 132 at most, weigh as little as they do in practice.
 LONG_CONTEXT = 8192
+
+BAR_WIDTH = 40  # of the longest bar of the plot, in characters
 
 Caches = list[Any]
 
@@ -83,7 +95,7 @@ def run(
     *,
     model: str | None = None,
     prompt: str = DEFAULT_PROMPT,
-    max_tokens: int = 48,
+    max_tokens: int = 32,
     score_tokens: int = 512,
     console: Console | None = None,
 ) -> list[Row]:
@@ -111,9 +123,9 @@ def run(
             "came; ask for more."
         )
     console = console or Console()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        loaded: tuple[Any, ...] = load(model or str(demo_model.fetch(progress)))
+    with progress_bar(console) as progress, fast_on_a_cpu(console):
+        path = model or str(demo_model.fetch(progress))
+        loaded: tuple[Any, ...] = load(path)
         network, tokenizer = loaded[:2]
         tokens = _prompt_tokens(tokenizer, prompt, score_tokens)
         ratios = _long_context_ratios(network)
@@ -122,9 +134,15 @@ def run(
         runs: dict[str, _Run] = {}
         try:
             for count, (name, make) in enumerate(makers.items(), start=1):
-                progress.update(task, description=f"{name} ({count} of {len(makers)})")
+                through = f"{len(tokens)} tokens through the {name} cache"
+                progress.update(task, description=f"reading {through}")
                 runs[name] = _run_one(
-                    loaded, tokens, make(), max_tokens, lambda n: progress.advance(task, n)
+                    loaded,
+                    tokens,
+                    make(),
+                    max_tokens,
+                    lambda n: progress.advance(task, n),
+                    partial(progress.update, task, description=f"answering from the {name} cache"),
                 )
                 progress.update(task, completed=count * (len(tokens) + max_tokens))
                 if name != EXACT:
@@ -136,7 +154,40 @@ def run(
             raise
         finally:
             integration.remove(network)
-    return _show(console, runs, ratios)
+    rows = _show(console, runs, ratios)
+    talk = "chat" if tokenizer.has_chat_template else "generate"
+    long = "rotormlx demo --long" + (f" --model {as_typed(model)}" if model else "")
+    _print_next(
+        console,
+        {
+            long: "asks for numbers hidden in 4,096 tokens",
+            f"rotormlx info {as_typed(path)}": "shows the memory of longer contexts",
+            f"rotormlx {talk} --model {as_typed(path)}": "writes text with a compressed cache",
+        },
+    )
+    return rows
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar that says what is done now and how long the rest takes; gone at the end."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=14))
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+@contextmanager
+def fast_on_a_cpu(console: Console) -> Iterator[None]:
+    """Let numpy multiply where MLX runs on a CPU, and say so."""
+    if runs_on_a_cpu():
+        console.print(
+            "MLX runs on a CPU here, so numpy multiplies: faster, but not mlx-lm's own speed."
+        )
+    with numpy_linear(), numpy_attention():
+        yield
+
+
+def runs_on_a_cpu() -> bool:
+    """Whether MLX computes on the CPU."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _show(console: Console, runs: dict[str, _Run], ratios: dict[str, float]) -> list[Row]:
@@ -204,9 +255,11 @@ def _run_one(
     caches: Caches,
     max_tokens: int,
     advance: Callable[[int], None],
+    answering: Callable[[], object],
 ) -> _Run:
     network, tokenizer = loaded[:2]
     scores = scoring.score(network, tokens, caches, chunk=CHUNK, progress=advance)
+    answering()
     text = ""
     count = 0
     start = time.perf_counter()
@@ -262,26 +315,29 @@ def _print(console: Console, rows: list[Row], exact: scoring.Scores, start: int)
         "memory": lambda row: f"{row.cache_bytes / 1e6:.2f} MB",
         "smaller": lambda row: f"{first.cache_bytes / row.cache_bytes:.2f}x",
         "at 8,192 tokens": lambda row: f"{row.long_context_ratio:.2f}x",
-        "bits a value": lambda row: f"{row.bits_per_value:.3f}",
+        "bits per value": lambda row: f"{row.bits_per_value:.3f}",
         "tokens packed": lambda row: f"{row.packed_tokens} of {row.context_tokens}",
         "read packed": lambda row: f"{row.packed_share:.0%}",
         "KL": lambda row: f"{row.quality.kl_mean:.4f}" if row.quality else "",
         "top-1": lambda row: f"{row.quality.top1:.1%}" if row.quality else "",
         "words as exact": lambda row: f"{_common(row, first)} of {len(row.text.split())}",
-        "tokens a second": lambda row: f"{row.tokens_per_second:.1f}",
+        "tokens/s": lambda row: f"{row.tokens_per_second:.1f}",
     }
     for label, cell in lines.items():
         table.add_row(label, *(cell(row) for row in rows))
     console.print(table)
     predictions = len(exact.targets) - start
     console.print(
-        f"KL and top-1 compare {predictions} predictions with those through the exact cache, whose "
-        f"perplexity is {exact.perplexity(start):.2f}. The first {start} are left out, because "
-        "rotormlx has nothing packed before them. They read at least the share 'read packed' of "
-        "all earlier tokens from packed bytes, the mean over predictions; the other tokens are "
-        "exact. Bits are those of packed values, scales and centres included.",
+        "memory: of the cache after the answer; smaller: than the exact cache, now and with 8,192 "
+        "tokens. bits per value: of packed values, with their scales and centres. read packed: "
+        "the mean share of earlier tokens that a prediction reads from packed bytes; the others "
+        f"are exact. KL (in nats) and top-1: {predictions} next-token predictions against those of "
+        f"the exact cache, whose perplexity is {exact.perplexity(start):.2f}; the first {start} "
+        "are left out, because rotormlx packs nothing before them. words as exact: words of the "
+        "answer before the first that differs. tokens/s: speed of the answer.",
         highlight=False,
     )
+    console.print(_plot(rows))
     for row in rows:
         console.print(f"\n[bold]{escape(row.name)}:[/bold] {escape(row.text)}", highlight=False)
 
@@ -290,3 +346,36 @@ def _common(row: Row, exact: Row) -> int:
     """Words at the start of two answers that are equal."""
     pairs = zip(row.text.split(), exact.text.split(), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _plot(rows: list[Row]) -> Table:
+    """A bar per cache for its memory, and one for its distance from the exact cache."""
+    plot = Table.grid(padding=(0, 1))
+    plot.add_column()
+    plot.add_column(width=BAR_WIDTH)
+    plot.add_column(justify="right")
+    kl = {row.name: row.quality.kl_mean if row.quality else 0.0 for row in rows}
+    memory = {row.name: row.cache_bytes / 1e6 for row in rows}
+    for title, form, values in (("\nmemory, MB", ".2f", memory), ("\nKL, nats", ".4f", kl)):
+        plot.add_row(f"[bold]{title}[/bold]")
+        longest = max(values.values()) or 1
+        for name, value in values.items():
+            plot.add_row(name, Bar(longest, 0, value, color="cyan"), f"{value:{form}}")
+    return plot
+
+
+def _print_next(console: Console, commands: dict[str, str]) -> None:
+    """Print commands to try, and what each does."""
+    console.print("\n[bold]Try next:[/bold]")
+    for command, does in commands.items():
+        # A command is one line, to copy.
+        console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
+        console.print(f"    [dim]{does}[/dim]", highlight=False)
+
+
+def as_typed(path: str) -> str:
+    """A path or a name as one types it in a shell, with ~ for the home directory."""
+    home = Path.home()
+    if not Path(path).is_relative_to(home):
+        return shlex.quote(path)
+    return f"~/{shlex.quote(str(Path(path).relative_to(home)))}"

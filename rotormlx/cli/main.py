@@ -38,7 +38,6 @@ MLX_LM_COMMANDS = {
 app = typer.Typer(
     no_args_is_help=True,
     cls=RefusingGroup,
-    add_completion=False,
     # A refusal is one sentence; what nobody expected keeps Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -224,7 +223,10 @@ def demo(
         str | None, typer.Option(help="Another question about the passage that is read.")
     ] = None,
     max_tokens: Annotated[int | None, count("Longest answer, in tokens.")] = None,
-    score_tokens: Annotated[int | None, count("Length of the passage.")] = None,
+    score_tokens: Annotated[int | None, count("Length of the passage, in tokens.")] = None,
+    long: Annotated[
+        bool, typer.Option("--long", help="Ask for numbers hidden in 4,096 tokens instead.")
+    ] = False,
 ) -> None:
     """Read a passage and answer a question with four caches, and compare them."""
     if model is not None:
@@ -234,9 +236,21 @@ def demo(
     with refusing(
         ValueError,
         RuntimeError,
-        where=("[demo]", "[smollm2]", "[apply]", "[hook]", "[assert_packed]"),
+        where=("[demo]", "[smollm2]", "[apply]", "[hook]", "[assert_packed]", "[needle]"),
     ):
+        if long:
+            _long_demo(model, given)
+            return
         importlib.import_module("rotormlx.cli.demo").run(model=model, console=Console(), **given)
+
+
+def _long_demo(model: str | None, given: dict[str, Any]) -> None:
+    for name in given:
+        raise Refusal(
+            f"[demo] --{name.replace('_', '-')} has no effect with --long, which has its own text "
+            "and questions; leave it out."
+        )
+    importlib.import_module("rotormlx.cli.demo_long").run(model=model, console=Console())
 
 
 measure.register(app)

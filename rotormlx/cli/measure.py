@@ -93,7 +93,16 @@ def quality(
     Given again after an interrupt, the command goes on where it was.
     """
     grammar, run, report = _module("schemes"), _module("quality_run"), _module("quality_report")
-    kept = _Kept("quality", output or Path(), report.files, _quality_table)
+    plots = _plots()
+
+    def files(result: Any) -> dict[str, str]:
+        shown = {} if plots is None else plots.of_quality(result)
+        return {
+            **_files("quality", report)(result),
+            "quality.html": report.html(result, shown),
+        }
+
+    kept = _Kept("quality", output or Path(), files, _quality_table)
     where = ("[quality]", "[scheme]", "[needle]", "[RotorConfig]", "[smollm2]")
     with refusing(ValueError, RuntimeError, where=where), kept:
         names = [grammar.all_packed(n) if all_packed else n for n in schemes.split()]
@@ -138,8 +147,9 @@ def _step(result: Any, progress: Progress) -> str:
 
 def _quality_table(result: Any) -> None:
     report, console = _module("quality_report"), wide_console()
-    console.print(report.table(result, console.width))
-    console.print(report.LEGEND, highlight=False)
+    table = report.table(result, console.width)
+    console.print(table)
+    console.print(report.legend(column.header for column in table.columns), highlight=False)
     if result.exact_tasks:
         console.print(report.task_table(result))
         console.print(report.TASK_LEGEND, highlight=False)
@@ -207,7 +217,13 @@ def bench(
 ) -> None:
     """Measure speed and memory of schemes, in turn in one process."""
     module, grammar = _module("bench"), _module("schemes")
-    kept = _Kept("bench", output, _files("bench", module), _table(module))
+    plots = _plots() if output is not None else None
+
+    def files(result: Any) -> dict[str, str]:
+        plot = {} if plots is None else {"bench.svg": plots.of_bench(result)}
+        return _files("bench", module)(result) | plot
+
+    kept = _Kept("bench", output, files, _table(module))
     where = ("[bench]", "[quality]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]")
     with refusing(ValueError, RuntimeError, where=where), kept:
         counts = _numbers("contexts", contexts)
@@ -313,15 +329,23 @@ def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
 
 
 def _module(name: str) -> Any:
+    return importlib.import_module(f"rotormlx.measure.{name}")
+
+
+def _plots() -> Any:
+    """The module that draws; None, and a line on standard error, without matplotlib."""
     try:
-        return importlib.import_module(f"rotormlx.measure.{name}")
+        return _module("plots")
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("rotormlx"):
+        if error.name != "matplotlib":
             raise
-        raise Refusal(
-            f"[measure] This command needs the package {error.name}, but it is not installed; "
-            "install rotormlx[bench]."
-        ) from None
+        typer.echo(
+            "rotormlx: the files will have no plots, because matplotlib is not installed; in a "
+            "clone, install it with: pip install -e '.[bench]', otherwise with: "
+            "pip install 'rotormlx[bench]'",
+            err=True,
+        )
+        return None
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -426,15 +450,10 @@ class _Kept:
 
 
 def _files(name: str, module: Any) -> Callable[[Any], dict[str, str]]:
-    def files(result: Any) -> dict[str, str]:
-        texts = {
-            f"{name}.json": json.dumps(result.as_dict(), indent=1) + "\n",
-            f"{name}.md": module.markdown(result),
-        }
-        plot = getattr(module, "plot", None)
-        return texts | ({} if plot is None else {f"{name}.svg": plot(result)})
-
-    return files
+    return lambda result: {
+        f"{name}.json": json.dumps(result.as_dict(), indent=1) + "\n",
+        f"{name}.md": module.markdown(result),
+    }
 
 
 def _table(module: Any) -> Callable[[Any], None]:

@@ -14,7 +14,7 @@ def layer_table(report: Report) -> Table:
     table = Table(title=report.summary)
     table.add_column("layer", justify="right")
     table.add_column("cache", no_wrap=True)
-    for name in ("KV heads", "head_dim", "bits a value"):
+    for name in ("KV heads", "head_dim", "bits per value"):
         table.add_column(name, justify="right")
     table.add_column("how it is read, or why it is left alone")
     for layer in report.layers:

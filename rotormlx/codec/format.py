@@ -156,7 +156,7 @@ class Codec:
 
     @property
     def bits_per_value(self) -> float:
-        """True bits a value: words, scales and centres."""
+        """True bits per value: words, scales and centres."""
         return 8 * self.block_bytes / (BLOCK * self.head_dim)
 
     def kept_bits(self, tokens: int) -> npt.NDArray[np.uint32]:

@@ -36,7 +36,7 @@ class Simulation(Protocol):
         """What the codec gives back for whole blocks ``[B, K, N * block, D]``."""
 
     def bits_per_value(self, head_dim: int, role: str) -> float:
-        """True bits a value, scales and offsets included."""
+        """True bits per value, scales and offsets included."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class SimulatedCache:
 
     @property
     def bits_per_value(self) -> float:
-        """True bits a value of the coded part, keys and values together."""
+        """True bits per value of the coded part, keys and values together."""
         keys, values = self.keys_and_values()
         dims = {KEY: keys.shape[-1], VALUE: values.shape[-1]}
         bits = sum(d * self.codec.bits_per_value(d, role) for role, d in dims.items())
@@ -283,6 +283,15 @@ def require_multiple(family: str, head_dim: int, of: int) -> None:
 def as_float16(x: Array) -> Array:
     """float32 with what float16 keeps."""
     return x.astype(np.float16).astype(np.float32)
+
+
+@cache
+def hadamard(size: int) -> Array:
+    """The orthogonal Hadamard matrix ``[size, size]`` in Sylvester's order; size a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / np.sqrt(size)).astype(np.float32)
 
 
 @cache

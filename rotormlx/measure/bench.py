@@ -17,11 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from matplotlib.axes import Axes
 from rich.progress import Progress
 from rich.table import Table
 
-from rotormlx.measure import cache_contents, quality_report, scoring
+from rotormlx.measure import cache_contents, scoring
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import Scheme, scheme
@@ -239,20 +238,3 @@ def markdown(result: Result) -> str:
         f"{result.model}: medians of {result.repeats} turns, {result.decode_tokens} tokens written "
         f"in each.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
     )
-
-
-def plot(result: Result) -> str:
-    """Decode speed against context, as an ``<svg>`` element."""
-
-    def draw(axes: Axes) -> None:
-        for name in dict.fromkeys(timing.scheme for timing in result.medians):
-            own = [timing for timing in result.medians if timing.scheme == name]
-            speeds = [timing.decode_tokens_per_second for timing in own]
-            axes.plot([timing.context for timing in own], speeds, marker="o", label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("context, tokens")
-        axes.set_ylabel("decode, tokens a second")
-        axes.legend(frameon=False)
-
-    return quality_report.picture(draw)

@@ -18,13 +18,12 @@ import mlx.core as mx
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
-from scipy.stats import binomtest
 
 from rotormlx.measure import cache_contents, scoring
 from rotormlx.measure.cpu_attention import numpy_attention
 from rotormlx.measure.cpu_linear import numpy_linear
-from rotormlx.measure.haystack import KINDS, PLACES, Haystack, texts_for
-from rotormlx.measure.intervals import Interval, wilson
+from rotormlx.measure.haystack import KINDS, PLACES, Haystack, Question, texts_for
+from rotormlx.measure.intervals import Interval, sign_test, wilson
 from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.mlx import hosts
@@ -79,8 +78,7 @@ class Pairs:
     @property
     def p(self) -> float:
         """McNemar's exact test: how likely so uneven a split is if neither is better."""
-        differing = self.lost + self.gained
-        return float(binomtest(self.lost, differing).pvalue) if differing else 1.0
+        return sign_test(min(self.lost, self.gained), self.lost + self.gained)
 
     def __str__(self) -> str:
         return f"-{self.lost} +{self.gained}, p = {self.p:.2g}"
@@ -210,19 +208,51 @@ def search(
     Raises:
         RuntimeError: If a needle does not lie in packed bytes.
     """
-    caches = chosen.caches(model)
+    caches = read(model, stack, chosen)
     length = len(stack.tokens)
-    for start in range(0, length, PROMPT_CHUNK):
-        mx.eval(model(mx.array([stack.tokens[start : start + PROMPT_CHUNK]]), cache=caches))
-    if chosen.name != EXACT:
-        _check_packed(stack, chosen, caches)
     for question in stack.questions:
-        logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
-        best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
-        found = bool((best == question.answer).all())
+        found = answered(model, question, caches) == question.answer
         yield Trial(chosen.name, stack.kind, length, question.first / length, found)
         if advance is not None:
             advance()
+
+
+def read(
+    model: Any, stack: Haystack, chosen: Scheme, advance: Callable[[int], object] | None = None
+) -> list[Any]:
+    """Read a text through a scheme's caches.
+
+    Args:
+        model: An mlx-lm model.
+        stack: The text.
+        chosen: The scheme.
+        advance: Called with the number of tokens of each chunk that was read.
+
+    Returns:
+        The caches, which hold the text.
+
+    Raises:
+        RuntimeError: If a needle does not lie in packed bytes.
+    """
+    caches = chosen.caches(model)
+    for start in range(0, len(stack.tokens), PROMPT_CHUNK):
+        part = stack.tokens[start : start + PROMPT_CHUNK]
+        mx.eval(model(mx.array([part]), cache=caches))
+        if advance is not None:
+            advance(len(part))
+    if chosen.name != EXACT:
+        _check_packed(stack, chosen, caches)
+    return caches
+
+
+def answered(model: Any, question: Question, caches: Sequence[Any]) -> tuple[int, ...]:
+    """The most likely tokens in place of an answer, each after the right ones before it.
+
+    The caches stay as they are.
+    """
+    logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
+    best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
+    return tuple(map(int, best))
 
 
 def _check_packed(stack: Haystack, chosen: Scheme, caches: Sequence[Any]) -> None:

@@ -1,20 +1,14 @@
-"""What ``rotormlx quality`` found, as a table, as Markdown, and as one HTML page with plots.
+"""What ``rotormlx quality`` found, as a table, as Markdown, and as one HTML page.
 
 The page needs nothing but itself: its plots are SVG inside it, so it opens without a network.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from rotormlx.measure.free_running import Settings
@@ -25,7 +19,7 @@ from rotormlx.report import megabytes
 
 # What the columns of the tables hold.
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "bits a value": lambda row: f"{row.bits_per_value:.3f}",
+    "bits per value": lambda row: f"{row.bits_per_value:.3f}",
     "exact tokens": lambda row: f"{row.sink} + {row.window}",
     "KL": lambda row: f"{row.kl:.4f}",
     "KL, 95 %": lambda row: _range(row.kl_interval, ".4f"),
@@ -54,19 +48,33 @@ EXACT_TOKENS = (
     "the window. Compare schemes with the same. Besides them, tokens that do not fill a block yet "
     "stay exact: 63 at most, 127 with kvarn's group=128."
 )
-LEGEND = (
-    "KL: mean KL divergence of the next-token distribution from the exact cache's, in nats; "
-    "median, 99 % and 99.9 %: its quantiles. Each has a bootstrap interval at 95 % over runs of 16 "
-    "predictions, and so has the difference from the first scheme, prediction by prediction. An "
-    "interval that ends in 'or more' needs a longer text: too few predictions lie above it. top-1: "
-    "equal most likely tokens. greedy: greedy tokens behind the text up to the first that differs "
-    "from the exact cache's. sampled: the same of sampled continuations, the median, drawn with "
-    "the same random numbers in every scheme; never differ: how many of them differ nowhere, with "
-    "Wilson's interval. cosine: of attention outputs with "
-    "the exact ones; attention top-1 and top-5: queries whose most attended token stays the most "
-    "attended, or among five; means over layers, each layer by itself. bits a value: of the "
-    "compressed part, scales and centres included."
-)
+# What columns mean: a sentence is shown if one of its columns is.
+_LEGEND = {
+    ("KL",): "KL: mean KL divergence of the next-token distribution from the exact cache's, in "
+    "nats.",
+    ("median", "99 %", "99.9 %"): "median, 99 %, 99.9 %: quantiles of that divergence.",
+    ("KL, 95 %", "median, 95 %", "99 %, 95 %", "99.9 %, 95 %", "top-1, 95 %"): "95 %: a bootstrap "
+    "interval over runs of 16 predictions; one that ends in 'or more' needs a longer text, because "
+    "too few predictions lie above it.",
+    ("KL less the first's, 95 %",): "KL less the first's, 95 %: the bootstrap interval of the "
+    "difference from the first scheme, prediction by prediction.",
+    ("top-1",): "top-1: how often both caches agree on the most likely token.",
+    ("greedy",): "greedy: greedy tokens behind the text up to the first that differs from the "
+    "exact cache's.",
+    ("sampled",): "sampled: the same of sampled continuations, their median, drawn with the same "
+    "random numbers in every scheme.",
+    ("never differ",): "never differ: the share of sampled continuations that differ nowhere from "
+    "the exact cache's.",
+    ("sampled, 95 %",): "sampled, 95 %: from ranks.",
+    ("never, 95 %",): "never, 95 %: Wilson's interval.",
+    ("PPL",): "PPL: perplexity.",
+    ("cosine",): "cosine: of attention outputs with the exact ones, the mean over layers, each "
+    "layer by itself.",
+    ("attention top-1", "top-5"): "attention top-1, top-5: queries whose most attended token stays "
+    "the most attended, or among five.",
+    ("bits per value",): "bits per value: of compressed values, with their scales and centres.",
+    ("bytes",): "bytes: of the cache after the last text.",
+}
 TASK_LEGEND = (
     "Share of questions whose every token is right, with Wilson's interval at 95 %; the answers "
     "lie in texts of 1,024 tokens, in packed bytes. fact: a number by its name. copy: how a run of "
@@ -76,7 +84,7 @@ TASK_LEGEND = (
 )
 # What a terminal shows, as far as it has room.
 _PRINTED = (
-    *("bits a value", "exact tokens", "KL", "KL, 95 %", "median", "99.9 %", "top-1"),
+    *("bits per value", "exact tokens", "KL", "KL, 95 %", "median", "99.9 %", "top-1"),
     *("top-1, 95 %", "sampled", "greedy", "PPL", "never differ", "99.9 %, 95 %"),
 )
 
@@ -92,13 +100,19 @@ def table(result: Result, width: int) -> Table:
         needed = max(map(len, (*cells, *name.split())))
         room -= needed + 3  # what stands between columns
         if shown and room < 0:
-            out.caption = "A wider terminal shows more columns, the files of --output have all."
+            out.caption = "A wider terminal shows more columns; the files have all."
             break
         out.add_column(name, justify="left" if name == "scheme" else "right", width=needed)
         shown.append(cells)
     for row in zip(*shown, strict=True):
         out.add_row(*row)
     return out
+
+
+def legend(columns: Iterable[str]) -> str:
+    """What some columns of ``COLUMNS`` mean."""
+    shown = set(columns)
+    return " ".join(text for names, text in _LEGEND.items() if shown.intersection(names))
 
 
 def task_table(result: Result) -> Table:
@@ -159,7 +173,7 @@ def markdown(result: Result) -> str:
     lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for row in result.rows:
         lines.append([f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())])
-    parts = [f"{heading(result)}.", EXACT_TOKENS, _piped(lines), setting(result), LEGEND]
+    parts = [f"{heading(result)}.", EXACT_TOKENS, _piped(lines), setting(result), legend(COLUMNS)]
     if result.exact_tasks:
         header, rows = task_cells(result)
         named = [[f"`{name}`", *cells] for name, *cells in rows]
@@ -171,8 +185,13 @@ def _piped(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def html(result: Result) -> str:
-    """One page that needs no other file and no network."""
+def html(result: Result, plots: Mapping[str, str]) -> str:
+    """One page that needs no other file and no network.
+
+    Args:
+        result: What was measured.
+        plots: ``<svg>`` elements by title, see :func:`rotormlx.measure.plots.of_quality`.
+    """
     loader = PackageLoader("rotormlx", "pages")
     template = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -182,105 +201,13 @@ def html(result: Result) -> str:
         heading=heading(result),
         setting=setting(result).replace("`", ""),
         exact_tokens=EXACT_TOKENS,
-        legend=LEGEND,
+        legend=legend(COLUMNS),
         columns=list(COLUMNS),
         rows=rows,
         tasks=task_cells(result) if result.exact_tasks else None,
         task_legend=TASK_LEGEND,
-        plots=plots(result),
+        plots=plots,
     )
-
-
-def plots(result: Result) -> dict[str, str]:
-    """SVG pictures by title."""
-    return {
-        "Quality against bits": picture(lambda axes: _against_bits(axes, result.rows)),
-        "KL divergence by position": picture(lambda axes: _by_position(axes, result)),
-        "Error of the attention output by layer": picture(
-            lambda axes: _by_layer(axes, result.rows, "1 - cosine", lambda e: 1 - e.cosine)
-        ),
-        "Error of the keys by layer": picture(
-            lambda axes: _by_layer(axes, result.rows, "relative error", lambda e: e.key_error)
-        ),
-    }
-
-
-def picture(draw: Callable[[Axes], None]) -> str:
-    """What ``draw`` puts on a pair of axes, as an ``<svg>`` element."""
-    text = io.StringIO()
-    # The same data give the same bytes, and letters stay letters.
-    with mpl.rc_context({"svg.hashsalt": "rotormlx", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9, 4.5))
-        axes = figure.add_axes((0.08, 0.12, 0.64, 0.84))  # room for a legend at the right
-        draw(axes)
-        axes.grid(alpha=0.3)
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def files(result: Result) -> dict[str, str]:
-    """``quality.json``, ``quality.md`` and ``quality.html`` by name."""
-    return {
-        "quality.json": json.dumps(result.as_dict(), indent=1) + "\n",
-        "quality.md": markdown(result),
-        "quality.html": html(result),
-    }
-
-
-def _against_bits(axes: Axes, rows: Sequence[Row]) -> None:
-    for number, row in enumerate(rows):
-        low, high = row.kl_interval
-        axes.errorbar(
-            row.bits_per_value,
-            row.kl,
-            yerr=[[max(0.0, row.kl - low)], [max(0.0, high - row.kl)]],
-            capsize=3,
-            label=row.scheme,
-            **_style(number),
-        )
-    _logarithmic(axes, [row.kl for row in rows])
-    axes.set_xlabel("true bits a value")
-    axes.set_ylabel("mean KL divergence, nats")
-    _legend(axes)
-
-
-def _by_position(axes: Axes, result: Result) -> None:
-    for number, row in enumerate(result.rows):
-        positions = [result.start + 64 * i for i in range(len(row.kl_by_position))]
-        axes.plot(positions, row.kl_by_position, label=row.scheme, **_style(number))
-    _logarithmic(axes, [kl for row in result.rows for kl in row.kl_by_position])
-    axes.set_xlabel("position in the text, tokens")
-    axes.set_ylabel("mean KL divergence of 64 predictions, nats")
-    _legend(axes)
-
-
-def _by_layer(axes: Axes, rows: Sequence[Row], label: str, value: Callable[[Any], float]) -> None:
-    for number, row in enumerate(rows):
-        layers = [error.layer for error in row.layers]
-        axes.plot(layers, [value(e) for e in row.layers], label=row.scheme, **_style(number))
-    _logarithmic(axes, [value(error) for row in rows for error in row.layers])
-    axes.set_xlabel("layer")
-    axes.set_ylabel(label)
-    _legend(axes)
-
-
-def _style(number: int) -> dict[str, Any]:
-    """A colour and a mark of its own for each scheme."""
-    return {
-        "color": mpl.colormaps["tab20"](number % 20),
-        "marker": "osD^vPX*<>"[number % 10],
-        "markersize": 5,
-        "linewidth": 1,
-    }
-
-
-def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
-    if all(value > 0 for value in values):
-        axes.set_yscale("log")
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
 
 
 def _range(interval: Interval | None, form: str, largest: float = np.inf) -> str:

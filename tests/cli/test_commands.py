@@ -15,7 +15,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
 from typer.testing import CliRunner, Result
 
-from rotormlx.cli import demo, main, mlx_lm_commands
+from rotormlx.cli import demo, demo_long, main, mlx_lm_commands
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import backends, hosts, integration
 from rotormlx.mlx.backends import describe
@@ -103,7 +103,7 @@ def test_generate_says_what_it_compressed(llama: str, options, name: str, bits: 
     sizes = re.fullmatch(
         r"rotormlx: peak memory ([\d.]+) MB, about ([\d.]+) MB with a float16 cache", peak
     )
-    assert first == f"rotormlx: llama: 2 of 2 caches compressed, {name}, {bits:.3f} bits a value"
+    assert first == f"rotormlx: llama: 2 of 2 caches compressed, {name}, {bits:.3f} bits per value"
     tokens = len(LONG_PROMPT) + 5
     match = re.fullmatch(
         r"rotormlx: 192 of (\d+) tokens packed; cache ([\d.]+) MB against ([\d.]+) MB in "
@@ -706,6 +706,36 @@ def test_demo_refuses_in_a_sentence_and_keeps_other_tracebacks(monkeypatch) -> N
 
     monkeypatch.setattr(demo, "run", broken)
     assert isinstance(run("demo").exception, ValueError)
+
+
+def test_long_demo_takes_a_model_and_nothing_else(monkeypatch, llama: str) -> None:
+    calls = []
+    monkeypatch.setattr(demo_long, "run", lambda **options: calls.append(options["model"]))
+    monkeypatch.setattr(demo, "run", lambda **options: pytest.fail("the short demo ran"))
+    assert run("demo", "--long").exit_code == 0
+    assert run("demo", "--long", "--model", llama).exit_code == 0
+    assert calls == [None, llama]
+    for option in ("--prompt", "--max-tokens", "--score-tokens"):
+        assert_refused(run("demo", "--long", option, "7"), "[demo]", f"{option} has no effect")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("rotormlx dem", ["demo"]),
+        ("rotormlx generate --key", ["--key-bits"]),
+        ("rotormlx --show", ["--show-completion"]),
+    ],
+)
+def test_a_shell_completes_commands_and_options(typed: str, offered: list[str]) -> None:
+    env = {
+        "_ROTORMLX_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    result = CliRunner(env=env).invoke(main.app, [], prog_name="rotormlx")
+    assert result.stdout.split() == offered
 
 
 def test_version_is_the_installed_one() -> None:

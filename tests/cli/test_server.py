@@ -61,7 +61,7 @@ def test_health_tells_sizes_and_memory_comes_back(server: int, models: Path) -> 
     _, health = get(server, "/health")
     sizes = health["rotormlx"]
     assert sizes["compressed"] == [
-        "llama: 2 of 2 caches compressed, K8 V8 cascade, 8.375 bits a value"
+        "llama: 2 of 2 caches compressed, K8 V8 cascade, 8.375 bits per value"
     ]
     # mlx-lm keeps ten prompt caches by default.
     assert 0 < sizes["prompt_caches"] <= 10
@@ -118,7 +118,7 @@ def test_a_draft_model_is_compressed_too(models: Path) -> None:
         _, health = get(port, "/health")
     assert (result.mixed_up, result.failed) == ([], [])
     assert result.completed > 0
-    summary = "llama: 2 of 2 caches compressed, K8 V8 cascade, 8.375 bits a value"
+    summary = "llama: 2 of 2 caches compressed, K8 V8 cascade, 8.375 bits per value"
     assert health["rotormlx"]["compressed"] == [summary, summary]
 
 

@@ -14,7 +14,7 @@ from mlx.nn.layers.linear import Linear
 from typer.testing import CliRunner
 
 from rotormlx.cli import main
-from rotormlx.measure import bench, schemes
+from rotormlx.measure import bench, plots, schemes
 from rotormlx.measure.bench import Timing
 from rotormlx.mlx import hosts
 from tests.support import models as tiny_models
@@ -150,7 +150,7 @@ def test_run_refuses(contexts: tuple[int, ...], repeats: int, decode: int) -> No
 def test_plot_and_table_show_every_scheme() -> None:
     medians = tuple(timing(name, c, c / 10) for name in ("exact", "k4v4") for c in (512, 128))
     result = bench.Result("tiny", "x", "", "", {}, 3, 8, medians)
-    texts = {text.strip() for text in ElementTree.fromstring(bench.plot(result)).itertext()}
+    texts = {text.strip() for text in ElementTree.fromstring(plots.of_bench(result)).itertext()}
     assert {"exact", "k4v4", "context, tokens"} <= texts
     assert [(row[0], row[1]) for row in bench.cells(result)] == [
         ("128", "exact"),
@@ -173,3 +173,36 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pairs == [("exact", 64), ("k4v4", 64), ("exact", 200), ("k4v4", 200)]
     assert (tmp_path / "out" / "bench.md").read_text().count("\n| 200 |") == 2
     ElementTree.parse(tmp_path / "out" / "bench.svg")
+
+
+def test_bench_and_quality_need_no_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``pip install`` without an extra gives: all but the plots, and how to get them."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "rotormlx.measure.plots", raising=False)
+    path = tiny_models.save(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    output = str(tmp_path / "out")
+    arguments = {
+        "bench": ["--contexts", "64", "--repeats", "1", "--decode-tokens", "1"],
+        "quality": [
+            "--text", str(tmp_path / "text.txt"), "--tokens", "200", "--greedy", "1",
+            "--sampled", "1", "--seeds", "1",
+        ],
+    }  # fmt: skip
+    for name, own in arguments.items():
+        done = CliRunner().invoke(
+            main.app, [name, path, "--schemes", "k4v4", *own, "--output", output]
+        )
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert done.stderr.count("no plots, because matplotlib is not installed") == 1
+        assert "pip install -e '.[bench]'" in done.stderr  # in a clone
+        assert "pip install 'rotormlx[bench]'" in done.stderr  # from a wheel
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {
+        *("bench.json", "bench.md", "quality.json", "quality.md", "quality.html"),
+    }
+    page = (tmp_path / "out" / "quality.html").read_text()
+    assert "<td>k4v4</td>" in page
+    assert "<svg" not in page

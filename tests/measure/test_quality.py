@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
+from mlx.nn.layers.linear import Linear
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache
 from rich.console import Console
+from rich.progress import Progress, TaskID
+from typer.testing import CliRunner
 
-from rotormlx.cli import demo
+from rotormlx.cli import demo, demo_long, main
 from rotormlx.config import RotorConfig
-from rotormlx.measure import scoring
+from rotormlx.measure import haystack, needle, scoring
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import integration
 from tests.support import models as tiny_models
@@ -323,6 +329,145 @@ def test_demo_rows(tmp_path: Path) -> None:
         assert f"{row.packed_tokens} of {context}" in printed
 
 
+class Saying(Progress):
+    """Keeps what a bar said."""
+
+    def __init__(self) -> None:
+        super().__init__(disable=True)
+        self.said: list[str] = []
+
+    def update(self, task: TaskID, **given: Any) -> None:  # type: ignore[override]
+        self.said += [given["description"]] if "description" in given else []
+        super().update(task, **given)
+
+
+@pytest.fixture
+def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, Saying]:
+    """The path of a model, what a short demo of it prints, and what its bar said."""
+    path = tiny_models.save(tmp_path / "a model", "llama")
+    bar, console = Saying(), Console(width=80, file=io.StringIO())
+    monkeypatch.setattr(demo, "progress_bar", lambda console: bar)
+    demo.run(model=path, prompt="Why?", max_tokens=2, score_tokens=256, console=console)
+    return path, console.file.getvalue(), bar
+
+
+def test_demo_says_what_it_does_now(small_demo) -> None:
+    caches = ("exact", "mlx-lm 4 bit", "rotormlx 4 bit", "rotormlx 3 bit")
+    assert small_demo[2].said == [
+        said
+        for name in caches
+        for said in (
+            f"reading 262 tokens through the {name} cache",
+            f"answering from the {name} cache",
+        )
+    ]
+
+
+def test_demo_draws_memory_and_kl(small_demo) -> None:
+    """The longest bar is the largest number, and each other is as long as it should be."""
+    lines = small_demo[1].splitlines()
+    for title, form in (("memory, MB", r"[\d.]+"), ("KL, nats", r"0\.\d{4}")):
+        start = lines.index(next(line for line in lines if line.strip() == title))
+        drawn = {}
+        for line in lines[start + 1 : start + 5]:
+            name, bar, number = re.fullmatch(rf"(.*?) +([█▉▊▋▌▍▎▏]*) +({form}) *", line).groups()
+            eighths = sum(8 - "█▉▊▋▌▍▎▏".index(sign) for sign in bar)
+            drawn[name] = eighths / 8, float(number)
+        assert list(drawn) == ["exact", "mlx-lm 4 bit", "rotormlx 4 bit", "rotormlx 3 bit"]
+        largest = max(number for _, number in drawn.values())
+        for length, number in drawn.values():
+            # A bar is drawn to an eighth, a number to two digits or more.
+            assert length == pytest.approx(demo.BAR_WIDTH * number / largest, abs=1.5)
+
+
+def test_demo_names_commands_that_run(small_demo) -> None:
+    path, printed, _ = small_demo
+    end = printed[printed.index("Try next:") :]
+    commands = [shlex.split(line) for line in end.splitlines() if line.startswith("  rotormlx")]
+    assert [command[:2] for command in commands] == [
+        ["rotormlx", "demo"],
+        ["rotormlx", "info"],
+        ["rotormlx", "generate"],  # the model has no chat template
+    ]
+    for command in commands:
+        assert path in command
+    for command in commands[1:]:  # demo --long has tests of its own
+        done = CliRunner().invoke(main.app, command[1:])
+        assert done.exit_code == 0, (command, done.output)
+
+
+def test_a_home_directory_is_typed_as_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert demo.as_typed("/home/me/.cache/a model") == "~/'.cache/a model'"
+    assert demo.as_typed("/opt/a model") == "'/opt/a model'"
+    assert demo.as_typed("mlx-community/model") == "mlx-community/model"
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_demo_multiplies_with_numpy_on_a_cpu_alone(
+    cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = mx.Device(mx.cpu if cpu else mx.gpu)
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    before = Linear.__call__, mx.fast.scaled_dot_product_attention
+    console = Console(file=io.StringIO())
+    with demo.fast_on_a_cpu(console):
+        now = Linear.__call__, mx.fast.scaled_dot_product_attention
+    assert [a is b for a, b in zip(before, now, strict=True)] == [not cpu] * 2
+    assert ("numpy multiplies" in console.file.getvalue()) == cpu
+
+
+# ---- the long demo ------------------------------------------------------------------------------
+
+
+def test_long_demo_shows_what_each_cache_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_models.save(tmp_path / "model", "llama")
+    asked: list[Any] = []
+
+    def answered(model: Any, question: Any, caches: Any) -> tuple[int, ...]:
+        """The 4 bit cache finds all, the 3 bit cache none but the first."""
+        asked.append(question)
+        is_right = len(asked) <= 2 * demo_long.NUMBERS + 1
+        return question.answer if is_right else question.answer[::-1]
+
+    monkeypatch.setattr(needle, "answered", answered)
+    console = Console(width=80, file=io.StringIO())
+    exact, rotor4, rotor3 = demo_long.run(model=path, length=600, console=console)
+    assert [column.cache for column in (exact, rotor4, rotor3)] == ["exact", "4 bit", "3 bit"]
+    packed = (600 - 4 - 64) // 64 * 64
+    assert [c.packed_tokens for c in (exact, rotor4, rotor3)] == [0, packed, packed]
+    assert exact.found == rotor4.found == (True,) * 5
+    assert rotor3.found == (True, *[False] * 4)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    assert re.search(
+        r"Reading 600 tokens through 3 caches takes about \d+ (seconds|minutes)", printed
+    )
+    assert printed.index("takes about") < printed.index("5 numbers in 600 tokens")
+    assert re.search(r"found +│ +│ +5 of 5 │ +5 of 5 │ +1 of 5 │", printed)
+    summary = "the 5 numbers that the exact cache finds, rotormlx finds 5 at 4 bit and 1 at 3 bit."
+    assert summary in " ".join(printed.split())
+    for answer in exact.answers:
+        assert len(answer) == 4
+        assert re.search(rf"The secret number of \w+ is {answer} +│ +[\d,]+ │ +{answer} ", printed)
+
+
+def test_long_demo_asks_in_packed_bytes(tmp_path: Path) -> None:
+    """As the model answers: from caches that hold the text, exact or packed."""
+    path = tiny_models.save(tmp_path / "model", "llama")
+    columns = demo_long.run(model=path, length=600, console=Console(file=io.StringIO()))
+    model, tokenizer = mlx_lm.load(path)
+    stack = haystack.haystack(tokenizer, "fact", 600, demo_long.NUMBERS, seed=demo_long.SEED)
+    exact = []
+    for question in stack.questions:
+        logits = model(mx.array([[*stack.tokens, *question.tokens]]))[0, -len(question.answer) :]
+        best = np.array(mx.argmax(logits, axis=-1)).tolist()
+        exact.append(tokenizer.decode(best).strip())
+    assert columns[0].answers == tuple(exact)
+
+
 def test_demo_refuses_a_short_passage() -> None:
-    with pytest.raises(ValueError, match=r"at least 256 tokens .* but 255 and 48 came"):
+    with pytest.raises(ValueError, match=r"at least 256 tokens .* but 255 and 32 came"):
         demo.run(score_tokens=255)

@@ -22,10 +22,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rotormlx.cli import main
+from rotormlx.cli import main, measure
 from rotormlx.measure import (
     attention_error,
     cache_contents,
+    plots,
     quality_report,
     quality_run,
     reading,
@@ -253,7 +254,7 @@ def test_numpy_linear_is_the_linear_layer(dtype: mx.Dtype, bias: bool) -> None:
 
 
 def test_page_needs_nothing_else(result: quality_run.Result) -> None:
-    page = quality_report.html(replace(result, model="<b>&tiny"))
+    page = quality_report.html(replace(result, model="<b>&tiny"), plots.of_quality(result))
     assert "&lt;b&gt;&amp;tiny" in page
     # What an element would fetch: no address, no file; only places in the page itself.
     loads = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|(@import)""", page)
@@ -282,15 +283,15 @@ def test_plots_show_the_numbers(result: quality_run.Result) -> None:
             first, layers=tuple(replace(e, cosine=e.cosine**2) for e in first.layers)
         ),
     }
-    before = quality_report.plots(result)
-    assert quality_report.plots(result) == before
+    before = plots.of_quality(result)
+    assert plots.of_quality(result) == before
     for title, row in changed.items():
-        after = quality_report.plots(replace(result, rows=(row, *others)))
+        after = plots.of_quality(replace(result, rows=(row, *others)))
         assert {name for name in before if before[name] != after[name]} == {title}
 
 
 @pytest.mark.parametrize(
-    ("width", "last"), [(40, "bits a value"), (80, "median"), (120, "top-1, 95 %"), (200, None)]
+    ("width", "last"), [(40, "bits per value"), (80, "median"), (120, "top-1, 95 %"), (200, None)]
 )
 def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
     result: quality_run.Result, width: int, last: str | None
@@ -310,6 +311,32 @@ def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
         assert cells == [row.scheme, *wanted]
 
 
+def test_legend_is_about_the_columns_that_are_shown() -> None:
+    """Each column has its sentence, and no other sentence comes."""
+    assert quality_report.legend(["scheme", "exact tokens"]) == ""  # the title has these
+    for name in quality_report.COLUMNS:
+        if name == "exact tokens":
+            continue
+        said = quality_report.legend([name])
+        assert said.count(". ") == 0, name
+        key = "95 %" if name.endswith("95 %") else name
+        assert key in said.partition(":")[0]
+    assert quality_report.legend(["KL", "PPL"]).endswith("in nats. PPL: perplexity.")
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_command_explains_the_columns_it_shows(
+    result: quality_run.Result, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=width, file=io.StringIO())
+    monkeypatch.setattr(measure, "wide_console", lambda: console)
+    measure._quality_table(result)
+    printed = " ".join(console.file.getvalue().split())
+    assert ("top-1: how often" in printed) == (width == 120)
+    assert "attention top-1" not in printed
+    assert "bits per value: of compressed values" in printed
+
+
 @pytest.mark.parametrize(
     ("form", "top"), [("terminal", "┏"), ("markdown", "|"), ("html", "<table")]
 )
@@ -321,7 +348,7 @@ def test_every_table_says_which_tokens_stay_exact(
     made = {
         "terminal": console.export_text(),
         "markdown": quality_report.markdown(result),
-        "html": unescape(quality_report.html(result)),
+        "html": unescape(quality_report.html(result, {})),
     }
     above, table = made[form].split(top, 1)
     assert quality_report.EXACT_TOKENS in " ".join(above.split())

@@ -177,7 +177,7 @@ def test_a_run_scores_what_search_finds_and_resumes(
     assert rows[2][:3] == ["k2v2", "0.0% (0% to 49%)", "-3 +0, p = 0.25"]
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(quality_report.task_table(result))
-    page, shown = quality_report.html(result), console.export_text()
+    page, shown = quality_report.html(result, {}), console.export_text()
     for cell in (cell for row in rows for cell in row if cell):
         assert cell in quality_report.markdown(result)
         assert cell in shown
@@ -187,7 +187,7 @@ def test_a_run_scores_what_search_finds_and_resumes(
 def test_without_tasks_there_is_no_table() -> None:
     result = run(items=0)
     assert result.exact_tasks == ()
-    assert "Generated tasks" not in quality_report.html(result)
+    assert "Generated tasks" not in quality_report.html(result, {})
     assert "against exact" not in quality_report.markdown(result)
 
 

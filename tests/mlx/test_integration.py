@@ -147,7 +147,7 @@ def test_apply_replaces_exactly_the_growing_caches(model_type: str) -> None:
     assert len(lines) == len(COMPRESSED[model_type]) + 1
     for line, name, layer in zip(lines, COMPRESSED[model_type], report.layers, strict=False):
         assert layer.compressed == name.startswith("Rotor") == (not layer.reason)
-        assert ("bits a value" in line) == layer.compressed
+        assert ("bits per value" in line) == layer.compressed
         assert ("left alone, " in line) != layer.compressed
 
 
@@ -250,7 +250,7 @@ def assert_refused(model: nn.Module, reason: str, original_code: object) -> None
 )
 def test_a_layer_that_handles_do_not_suit_is_served_otherwise(fault: str, reason: str) -> None:
     fine, other, _ = str(integration.apply(ToyModel(fault))).splitlines()
-    assert fine.endswith("bits a value")
+    assert fine.endswith("bits per value")
     assert reason in other
 
 

@@ -98,7 +98,7 @@ def test_what_is_compressed_is_reported_and_can_be_turned_off():
     report = integration.apply(model, K8V8)
     assert [layer.is_window for layer in report.layers] == [True, False] * 2
     assert str(report.layers[0]) == (
-        "layer 0: RotatingKVCache compressed, 2 KV heads, head_dim 32, 8.625 bits a value, "
+        "layer 0: RotatingKVCache compressed, 2 KV heads, head_dim 32, 8.625 bits per value, "
         "window of 512 tokens"
     )
     assert "4 of 4 caches compressed" in report.summary

@@ -29,7 +29,7 @@ def model(smollm2_path):
     logging.disable_progress_bar()
     loaded = LlamaForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
     assert rt.report(loaded).summary == (
-        "llama: 30 of 30 caches compressed, K4 V4 cascade, 4.375 bits a value"
+        "llama: 30 of 30 caches compressed, K4 V4 cascade, 4.375 bits per value"
     )
     loaded.set_attn_implementation("rotormlx")  # reads exact caches too, for comparison
     return loaded

@@ -251,7 +251,7 @@ class RotorKVCache(StoredCache[Store]):
 
     @property
     def bits_per_value(self) -> float:
-        """True bits a value of the packed part, keys and values together."""
+        """True bits per value of the packed part, keys and values together."""
         codecs = [store.codec for store in self._filled()]
         bits = sum(c.bits_per_value * c.head_dim for c in codecs)
         return bits / sum(c.head_dim for c in codecs)
