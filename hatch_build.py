@@ -32,6 +32,7 @@ DEPENDENCIES = [
     "pip>=23",  # fetches the demo model, also in environments made without pip
     "platformdirs>=4",  # where models, calibrations and compiled kernels are kept
     "rich>=14.3",  # tables and progress bars; older ones end a hidden bar with an empty line
+    "scipy>=1.15",  # confidence intervals of the measurements
     "tokenizers>=0.23",  # the demo model's tokenizer, made from its GGUF file
     "typer>=0.20",  # the command line
 ]

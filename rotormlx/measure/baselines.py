@@ -286,15 +286,6 @@ def as_float16(x: Array) -> Array:
 
 
 @cache
-def hadamard(size: int) -> Array:
-    """The orthogonal Hadamard matrix ``[size, size]`` in Sylvester's order; size a power of two."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
-
-
-@cache
 def _matrix(name: str, head_dim: int, seed: int, layer: int, role: str) -> Array:
     chosen = rotation(name, head_dim, seed=seed, layer=layer, role=role)
     return chosen.matrix.astype(np.float32)

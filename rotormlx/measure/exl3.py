@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import hadamard
 
 from rotormlx.codec.format import BLOCK, KEY
-from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16, hadamard, require_multiple
+from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16, require_multiple
 
 GROUP = 32
 # What its compander makes of t in [-1, 1]: a * t + (1 - a) * t^3.
@@ -42,13 +43,12 @@ class Exl3:
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
         """See :class:`rotormlx.measure.baselines.Simulation`."""
         require_multiple("exl3", x.shape[-1], GROUP)
-        matrix = hadamard(GROUP)
+        matrix = (hadamard(GROUP) / np.sqrt(GROUP)).astype(np.float32)
         rotated = x.reshape(*x.shape[:-1], -1, GROUP) @ matrix
         scale = np.abs(rotated).max(-1, keepdims=True) + np.float32(LEAST_SCALE)
         levels = self._levels(rotated / scale, self._bits(role))
-        grouped: Array = levels * as_float16(scale)
-        out: Array = grouped @ matrix
-        return out.reshape(x.shape)
+        out: Array = (levels * as_float16(scale) @ matrix).reshape(x.shape)
+        return out
 
     def bits_per_value(self, head_dim: int, role: str) -> float:
         """See :class:`rotormlx.measure.baselines.Simulation`."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.linalg import hadamard
 
 from rotormlx.codec.format import BLOCK, KEY
-from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16, hadamard
+from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16
 
 GROUPS = (64, 128)
 ITERATIONS = 16
@@ -70,7 +71,7 @@ class KVarN:
                 f"[scheme] kvarn needs a head_dim that is a power of two, but this model's is "
                 f"{head_dim}; leave kvarn out."
             )
-        matrix = hadamard(head_dim)
+        matrix = (hadamard(head_dim) / np.sqrt(head_dim)).astype(np.float32)
         tiles = (x @ matrix).reshape(*x.shape[:2], -1, self.group, head_dim)
         if role == KEY:
             coded = _rounded(tiles.swapaxes(-1, -2), self.key_bits).swapaxes(-1, -2)

@@ -18,12 +18,13 @@ import mlx.core as mx
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
+from scipy.stats import binomtest
 
 from rotormlx.measure import cache_contents, scoring
 from rotormlx.measure.cpu_attention import numpy_attention
 from rotormlx.measure.cpu_linear import numpy_linear
 from rotormlx.measure.haystack import KINDS, PLACES, Haystack, Question, texts_for
-from rotormlx.measure.intervals import Interval, sign_test, wilson
+from rotormlx.measure.intervals import Interval, wilson
 from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.mlx import hosts
@@ -78,7 +79,8 @@ class Pairs:
     @property
     def p(self) -> float:
         """McNemar's exact test: how likely so uneven a split is if neither is better."""
-        return sign_test(min(self.lost, self.gained), self.lost + self.gained)
+        differing = self.lost + self.gained
+        return float(binomtest(self.lost, differing).pvalue) if differing else 1.0
 
     def __str__(self) -> str:
         return f"-{self.lost} +{self.gained}, p = {self.p:.2g}"

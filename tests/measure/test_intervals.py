@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from rotormlx.measure import intervals
 from rotormlx.measure.scoring import quantile
@@ -78,40 +77,3 @@ def test_interval_of_the_median_of_a_few() -> None:
     assert intervals.median_interval(values[:5]) is None
     assert intervals.median_interval([7, 1, 5, 9, 3, 8]) == (1, 9)
     assert intervals.median_interval([]) is None
-
-
-# ---- scipy as the judge -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [40, 1000])
-def test_interval_of_a_mean_is_scipys(count: int) -> None:
-    values = np.random.default_rng(6).exponential(size=count)
-    runs = [part.mean() for part in np.array_split(values, count // intervals.RUN)]
-    wanted = stats.bootstrap(
-        (runs,),
-        np.mean,
-        n_resamples=intervals.RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(9),
-    ).confidence_interval
-    # The same draws; only the order of sums may differ.
-    assert intervals.mean_interval(values, seed=9) == pytest.approx(tuple(wanted), rel=1e-12)
-
-
-@pytest.mark.parametrize(("hits", "trials"), [(0, 1), (1, 1), (0, 60), (7, 9), (60, 60), (1, 2000)])
-def test_wilson_is_scipys(hits: int, trials: int) -> None:
-    wanted = stats.binomtest(hits, trials).proportion_ci(0.95, method="wilson")
-    assert intervals.wilson(hits, trials) == pytest.approx(tuple(wanted), rel=1e-12)
-
-
-@pytest.mark.parametrize(("fewer", "trials"), [(0, 1), (0, 6), (2, 9), (5, 10), (700, 1500)])
-def test_sign_test_is_scipys(fewer: int, trials: int) -> None:
-    wanted = stats.binomtest(fewer, trials).pvalue
-    assert intervals.sign_test(fewer, trials) == pytest.approx(wanted, rel=1e-9)
-    assert intervals.sign_test(0, 0) == 1
-
-
-def test_ranks_of_the_median_are_scipys() -> None:
-    for count in range(6, 60):
-        rank = int(stats.binom.ppf(0.025, count, 0.5))
-        assert intervals.median_interval(range(count)) == (rank - 1, count - rank)
