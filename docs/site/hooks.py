@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 from rotormlx.cli.main import app
+from rotormlx.cli.options import PANEL
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -100,27 +102,51 @@ def site_links(markdown: str, origin: str) -> str:
 def command_page() -> str:
     """The reference of the command line, from the commands themselves."""
     group: Any = typer.main.get_command(app)
+    commands = {name: group.get_command(None, name) for name in group.list_commands(None)}
+    # Declared once in options.py, so that one table is true of all commands that have them.
+    shared = dict.fromkeys(
+        record
+        for name, command in commands.items()
+        for record in _records(name, command, "option", panel=PANEL)
+    )
     parts = [
         "# Commands",
-        "This page is built from the commands; `rotormlx COMMAND --help` shows the same, and the "
-        "options of mlx-lm too where a command takes them.",
+        "This page is built from the commands. `rotormlx COMMAND --help` shows the same, and the "
+        "options of mlx-lm where a command takes them.",
+        "## Options of rotormlx",
+        "Commands that run a model with compressed caches share these options.",
+        _table("option", shared),
     ]
-    for name in group.list_commands(None):
-        parts += _command(name, group.get_command(None, name))
+    for name, command in commands.items():
+        usage = " ".join(
+            (f"rotormlx {name}", *command.collect_usage_pieces(_context(name, command)))
+        )
+        parts += [f"## {name}", f"```\n{usage}\n```", _prose(command.help or "")]
+        for kind in ("argument", "option"):
+            if own := [r for r in _records(name, command, kind) if r not in shared]:
+                parts.append(_table(kind, own))
+        if taken := _records(name, command, "option", panel=PANEL):
+            names = ", ".join(f"`{names.split()[0]}`" for names, _ in taken)
+            parts.append(f"From the [options of rotormlx](#options-of-rotormlx): {names}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _command(name: str, command: Any) -> list[str]:
-    context = command.context_class(command, info_name=f"rotormlx {name}")
-    usage = " ".join((f"rotormlx {name}", *command.collect_usage_pieces(context)))
-    parts = [f"## {name}", f"```\n{usage}\n```", _prose(command.help or "")]
-    for kind in ("argument", "option"):
-        shown = (p for p in command.params if p.param_type_name == kind and "--help" not in p.opts)
-        records = [record for p in shown if (record := p.get_help_record(context))]
-        if records:
-            rows = [f"| `{names}` | {_cell(text)} |" for names, text in records]
-            parts.append("\n".join([f"| {kind} | |", "|---|---|", *rows]))
-    return parts
+def _context(name: str, command: Any) -> Any:
+    return command.context_class(command, info_name=f"rotormlx {name}")
+
+
+def _records(name: str, command: Any, kind: str, panel: str | None = None) -> list[tuple[str, str]]:
+    """Names and help of a command's parameters of a kind; of one panel of its help, or of all."""
+    shown = [p for p in command.params if p.param_type_name == kind and "--help" not in p.opts]
+    if panel is not None:
+        shown = [p for p in shown if p.rich_help_panel == panel]
+    records = (p.get_help_record(_context(name, command)) for p in shown)
+    return [record for record in records if record]
+
+
+def _table(kind: str, records: Iterable[tuple[str, str]]) -> str:
+    rows = [f"| `{names}` | {_cell(text)} |" for names, text in records]
+    return "\n".join([f"| {kind} | |", "|---|---|", *rows])
 
 
 def _cell(text: str) -> str:
@@ -128,4 +154,10 @@ def _cell(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    return text.strip().replace("<", "&lt;").replace("*", r"\*").replace("_", r"\_").replace("[", r"\[")
+    return (
+        text.strip()
+        .replace("<", "&lt;")
+        .replace("*", r"\*")
+        .replace("_", r"\_")
+        .replace("[", r"\[")
+    )

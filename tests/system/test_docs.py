@@ -1,4 +1,4 @@
-"""That the tutorial and the README's Python run as they stand, and that the site leaves nothing out.
+"""That the tutorial and the README's Python run as they stand, and that the site is complete.
 
 The blocks of a page run in its order, in one shell and one Python, with a tiny model in place of
 the page's. A ``text`` block is the output of the block before it; its lines must occur there in
@@ -6,13 +6,16 @@ that order, whatever their numbers. A ``text`` block with a title is a model's o
 other model writes.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ pytestmark = pytest.mark.skipif(not SITE.exists(), reason="docs/ is not here")
 DEMO_MODEL = "~/.cache/rotormlx/smollm2-135m-instruct-bfloat16"
 PORT = "8123"
 DONE = "-- block done --"
+LIMIT_S = 600  # of a page; a block that never ends would never fail
 RUN_BLOCKS = (
     "import json, sys\n"
     "space = {'__name__': '__main__'}\n"
@@ -71,8 +75,16 @@ class Terminal:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
             **settings,
         )
+        self._limit = threading.Timer(LIMIT_S, self._kill)
+        self._limit.start()
+
+    def _kill(self):
+        """End the program and all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def run(self, block):
         """What a block prints; fails where it does."""
@@ -86,9 +98,9 @@ class Terminal:
         raise AssertionError(f"a block ended with {self._process.wait()}:\n{''.join(output)}")
 
     def close(self):
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(60)
+        self._limit.cancel()
+        self._kill()
+        self._process.communicate()
 
 
 def run_page(text, folder):
@@ -147,6 +159,7 @@ def free_port():
         return str(found.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_the_tutorial_runs_and_shows_what_comes(tmp_path):
     page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
