@@ -157,6 +157,14 @@ class Report:
 
         return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
 
+    def with_bits(self, key_bits: int, value_bits: int) -> Report:
+        """The same with these bits for every compressed layer, windows included."""
+        config = replace(self.config.uncalibrated, key_bits=key_bits, value_bits=value_bits)
+        layers = [
+            layer.with_bits_of(config) if layer.compressed else layer for layer in self.layers
+        ]
+        return replace(self, config=config, layers=tuple(layers), layers_differ=False)
+
     def with_configs(self, own: Mapping[int, RotorConfig]) -> Report:
         """The same for caches with these configurations, by the index of their layer."""
         layers = tuple(

@@ -49,7 +49,11 @@ TEMPLATE = (
 PROBE = """
 import json, os, sys, threading, time, weakref
 
-BASES = {"mlx_lm.models.cache": "_BaseCache", "rotormlx.mlx.cache.base": "StoredCache"}
+BASES = {
+    "mlx_lm.models.cache": "_BaseCache",
+    "mlx_vlm.models.cache": "_BaseCache",
+    "rotormlx.mlx.cache.base": "StoredCache",
+}
 made = weakref.WeakSet()
 
 def new(kind, *args, **kwargs):
@@ -135,6 +139,9 @@ SERVERS = {
         ),
         name="tiny",
         stored="stored",
+    ),
+    "mlx-vlm": Server(
+        ("mlx_vlm.server", "--model", "{model}", "--host", "127.0.0.1", "--port", "{port}"),
     ),
     "mlx-serve": Server(
         ("mlx-serve", "start", "--host", "127.0.0.1", "--port", "{port}"),

@@ -19,7 +19,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rotormlx import __version__
-from rotormlx.cli import measure, outputs, report_tables
+from rotormlx.cli import measure, memory_plan, outputs, report_tables
 from rotormlx.cli.options import CalibrationFile, SlidingWindows, count, given_options, takes_config
 from rotormlx.cli.refusal import Refusal, RefusingGroup, refusing
 from rotormlx.config import RotorConfig
@@ -170,15 +170,26 @@ def info(
     model: Annotated[str, typer.Argument(help="A directory or the name of a repository.")],
     *,
     config: RotorConfig,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Show the longest context that fits into so much memory, beside the weights: 16GB."
+        ),
+    ] = None,
     calibration: CalibrationFile = None,
     sliding_windows: SlidingWindows = True,
 ) -> None:
     """Show what of a model would be compressed, and the memory that saves."""
+    budget = None if memory is None else memory_plan.size_of(memory)
     loaded = _session().load_lazily(model, config, calibration, sliding_windows=sliding_windows)
     report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
+    tables = [report_tables.layer_table(report), report_tables.memory_table(report)]
+    if budget is not None:
+        weights = sum(weight.nbytes for weight in _session().weights_of(loaded[0]))
+        tables.append(memory_plan.table(report, weights, budget))
     console = Console()
-    console.print(report_tables.layer_table(report))
-    console.print(report_tables.memory_table(report))
+    for table in tables:
+        console.print(table)
     backends = importlib.import_module("rotormlx.mlx.backends")
     console.print(f"Backend: {backends.describe()}", highlight=False)
     for name, way in backends.ways().items():

@@ -386,9 +386,14 @@ def load_lazily(
     return loaded
 
 
+def weights_of(model: Any) -> list[mx.array]:
+    """The weights of a model."""
+    return [pair[1] for pair in tree_flatten(model.parameters())]  # type: ignore[misc]
+
+
 def read_weights(model: Any) -> None:
     """Read the weights of a lazily loaded model, with a progress bar on a terminal."""
-    weights: list[mx.array] = [pair[1] for pair in tree_flatten(model.parameters())]  # type: ignore[misc]
+    weights = weights_of(model)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(

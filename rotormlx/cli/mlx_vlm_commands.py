@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from rotormlx.cli import usage
 from rotormlx.cli.mlx_lm_commands import say
-from rotormlx.cli.refusal import Refusal, refusing
+from rotormlx.cli.refusal import Refusal, refusing, sentence
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hosts, integration
 
@@ -28,8 +28,8 @@ def run(name: str, argv: list[str], config: RotorConfig, *, sliding_windows: boo
         sliding_windows: Whether sliding windows are compressed where they can be.
 
     Raises:
-        Refusal: If mlx-vlm is not installed, an option asks for its own cache quantization, or the
-            model cannot be compressed.
+        Refusal: If mlx-vlm is not installed, an option asks for its own cache quantization, the
+            model cannot be compressed, or mlx-vlm stops with an error.
     """
     if not hosts.MLX_VLM.is_available:
         raise Refusal(
@@ -49,7 +49,11 @@ def run(name: str, argv: list[str], config: RotorConfig, *, sliding_windows: boo
         patch.object(utils, "load_model", session.load_model),
         patch.object(integration.CompressedCaches, "limited", session.remembering()),
     ):
-        importlib.import_module(f"mlx_vlm.{name}").main()
+        try:
+            importlib.import_module(f"mlx_vlm.{name}").main()
+        except (ValueError, RuntimeError, OSError, MemoryError, ImportError) as error:
+            stopped = f"[vlm] mlx_vlm {name} stopped: {sentence(error).rstrip('.')}."
+            raise Refusal(stopped) from error
     session.print_usage()
 
 

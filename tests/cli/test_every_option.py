@@ -83,6 +83,7 @@ def base(command: str, files: dict[str, str]) -> list[str]:
             *model, "--data-path", files["text"], "--sequence-length", "8", "--num-samples", "1",
         ],
         "batch": [files["prompts"], *model, "--max-tokens", "1"],
+        "vlm": ["generate", *model, "--prompt", "hi", "--max-tokens", "1"],
         "info": [files["model"]],
         "doctor": ["--output", "c.json"],
         "demo": [*model, "--score-tokens", "256", "--max-tokens", "1"],

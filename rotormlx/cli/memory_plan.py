@@ -1,0 +1,110 @@
+"""The longest context that fits into a memory, with the exact cache and with compressed ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rich.bar import Bar
+from rich.table import Table
+
+from rotormlx.cli.refusal import Refusal
+from rotormlx.report import Report, megabytes
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Bits of keys and of values that are compared with float16.
+BITS = (8, 4, 3, 2)
+# No model reads as many tokens: a cache that still fits has a bounded size.
+MOST_TOKENS = 2**30
+_BAR_WIDTH = 40
+
+
+class Choice(NamedTuple):
+    """What a cache allows: its name, and the longest context; None where no length is too long."""
+
+    name: str
+    tokens: int | None
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size such as ``16GB``.
+
+    Raises:
+        Refusal: If it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
+    if match is None or match[2].upper() not in UNITS:
+        raise Refusal(
+            f"[info] --memory must be a number and a unit (MB, GB, TB, MiB, GiB or TiB), such as "
+            f"16GB, but {text!r:.60} was given."
+        )
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def choices(report: Report, budget: int) -> list[Choice]:
+    """The longest context of one sequence whose cache takes at most ``budget`` bytes.
+
+    Args:
+        report: Of the model.
+        budget: Bytes.
+
+    Returns:
+        One choice per cache, float16 first, then with fewer and fewer bits.
+    """
+    made = [Choice("float16", longest(report.float_bytes, budget))]
+    for bits in BITS:
+        compressed = report.with_bits(bits, bits)
+        made.append(Choice(f"{bits} bits", longest(compressed.compressed_bytes, budget)))
+    return made
+
+
+def longest(size: Callable[[int], int], budget: int) -> int | None:
+    """The most tokens for which ``size(tokens) <= budget``; None beyond ``MOST_TOKENS``.
+
+    Args:
+        size: Bytes at a number of tokens; grows with it, but for the tail that is packed at once.
+        budget: Bytes.
+    """
+    if size(MOST_TOKENS) <= budget:
+        return None
+    fits, too_many = 0, MOST_TOKENS
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if size(middle) <= budget else (fits, middle)
+    return fits
+
+
+def table(report: Report, weights: int, memory: int) -> Table:
+    """The longest contexts beside weights of so many bytes, with a bar per cache.
+
+    Args:
+        report: Of the model.
+        weights: Bytes of its weights.
+        memory: Bytes for weights and cache.
+
+    Raises:
+        Refusal: If the weights alone do not fit.
+    """
+    if weights >= memory:
+        raise Refusal(
+            f"[info] --memory must be more than the weights of the model, which take "
+            f"{megabytes(weights)}, but {megabytes(memory)} was given; take a model with fewer "
+            "bits per weight, or more memory."
+        )
+    made = choices(report, memory - weights)
+    most = max((choice.tokens or 0 for choice in made), default=0)
+    shown = Table(
+        title=f"longest context in {megabytes(memory)}, of which the weights take "
+        f"{megabytes(weights)}",
+        caption="one sequence; what a step computes comes on top",
+    )
+    shown.add_column("cache")
+    shown.add_column("tokens", justify="right")
+    shown.add_column("")
+    for name, tokens in made:
+        is_open = tokens is None
+        length = most if tokens is None else tokens
+        bar = Bar(max(most, 1), 0, length or (1 if is_open else 0), width=_BAR_WIDTH)
+        shown.add_row(name, "any number" if tokens is None else f"{tokens:,}", bar)
+    return shown
