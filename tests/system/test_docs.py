@@ -58,11 +58,17 @@ def normal(line):
 
 
 def not_shown(expected, output):
-    """The first line of ``expected`` that is missing in the output after the lines before it."""
-    lines = iter(map(normal, output.splitlines()))
+    """The first line of ``expected`` that is missing in the output after the lines before it.
+
+    Where the output breaks a line does not count: the numbers of a tiny model are shorter.
+    """
+    rest = " ".join(map(normal, output.splitlines()))
     for line in expected.splitlines():
         wanted = normal(line)
-        if wanted not in ("", "...") and not any(wanted in found for found in lines):
+        if wanted in ("", "..."):
+            continue
+        _, found, rest = rest.partition(wanted)
+        if not found:
             return line
     return None
 
@@ -147,7 +153,7 @@ def run_page(text, folder):
 
 def tiny_model(folder):
     """A model that chats, with the attention of SmolLM2."""
-    path = folder / "model"
+    path = folder / Path(DEMO_MODEL).name
     models.save(path)
     settings = json.loads((path / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -169,7 +175,7 @@ def test_the_tutorial_runs_and_shows_what_comes(tmp_path):
     assert PORT in page
     page = page.replace(DEMO_MODEL, tiny_model(tmp_path)).replace(PORT, free_port())
     ran = run_page(page, tmp_path)
-    assert sum(bool(shown) for _, _, shown in ran) >= 3
+    assert sum(bool(shown) for _, _, shown in ran) >= 11
     for block, output, shown in ran:
         for title, expected in shown:
             missing = None if title else not_shown(expected, output)
