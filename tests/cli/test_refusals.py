@@ -20,6 +20,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from typer.testing import CliRunner, Result
 
 from rotormlx.cli import batching, main, mlx_lm_commands, server_guard, serving
+from rotormlx.config import RotorConfig
 from rotormlx.measure import bench, free_running, needle, quality_run
 from rotormlx.mlx import hosts, integration
 from tests.support import models as tiny
@@ -207,11 +208,17 @@ def test_speculation_over_a_limited_cache_is_right_or_refused() -> None:
         return integration.make_prompt_cache(owner, max_kv_size=limit)
 
     assert speculated(model, draft, None) == plain
-    # 259 tokens fit before one is evicted, and 150 + 60 + 2 may come.
     assert speculated(model, draft, limited(model, 300) + limited(draft, 300)) == plain
+    # 195 tokens fit before some are evicted. A draft that forgets changes no token.
+    caches = limited(model, None) + limited(draft, 240)
+    assert speculated(model, draft, caches) == plain
+    assert caches[-1].counts.evicted
+    # A window of one token does not hold the two of a draft.
+    for owner in (model, draft):
+        integration.apply(owner, RotorConfig(window=1))
     for limits in ((240, None), (None, 240)):
         caches = limited(model, limits[0]) + limited(draft, limits[1])
-        with pytest.raises(ValueError, match=r"^\[speculation\] .* room for 195 tokens"):
+        with pytest.raises(ValueError, match=r"^\[speculation\] .* room for 196 tokens"):
             speculated(model, draft, caches)
     with pytest.raises(ValueError, match=r"^\[speculation\] .* any number of tokens"):
         speculated(model, draft, limited(model, 300) + limited(draft, None), -1)
