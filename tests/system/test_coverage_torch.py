@@ -26,10 +26,10 @@ WORK = {
     "linear attention": ("qwen3_5", "lfm2_moe"),
     "state spaces": ("jamba", "nemotron_h"),
     "encoder-decoder": ("seq2seq/bart", "seq2seq/marian", "speech/canary"),
+    "latent attention": ("deepseek_v3", "minicpm3"),
     "images": ("image/llava", "image/qwen2_5_vl", "image/paligemma"),
 }
 REFUSED = {
-    "latent attention": ("deepseek_v3", "minicpm3"),
     "differential attention": ("diffllama",),
     "keys that are changed": ("doge", "jetmoe"),
     "a cache of its own": ("minimax", "rwkv", "mamba"),
