@@ -14,6 +14,7 @@ from rotormlx.mlx.hosts.mlx_lm import MLX_LM
 from rotormlx.mlx.hosts.mlx_vlm import MLX_VLM
 
 HOSTS: tuple[Host, ...] = (MLX_LM, MLX_VLM)
+_BY_PACKAGE = {host.package: host for host in HOSTS}
 
 __all__ = ["HOSTS", "MLX_LM", "MLX_VLM", "Host", "load", "named", "of"]
 
@@ -29,8 +30,15 @@ def of(model: Any) -> Host:
             f"[rotormlx] A model from mlx_lm.load or mlx_vlm.load is required, but a "
             f"{type(model).__name__} was given; load returns a pair, pass the first of it."
         )
-    packages = {type(part).__module__.partition(".")[0] for part in model.modules()}
+    if (host := _BY_PACKAGE.get(_package(model))) is not None:
+        return host
+    packages = {_package(part) for part in model.modules()}
     return next((host for host in HOSTS if host.package in packages), MLX_LM)
+
+
+def _package(part: Module) -> str:
+    """The package whose code a part of a model is."""
+    return type(part).__module__.partition(".")[0]
 
 
 def named(name: str) -> Host:

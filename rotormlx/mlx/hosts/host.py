@@ -184,9 +184,10 @@ class Host(ABC):
 
     def own(self, name: str) -> Any:
         """A function of the host with the code that it came with."""
-        # Not among them if another thread called remove() just now: then it has that code again.
-        function = next(exchange.function for exchange in self.exchanges if exchange.name == name)
-        return self._original.get(name, function)
+        if (own := self._original.get(name)) is not None:
+            return own
+        # Another thread called remove() just now: the function has that code again.
+        return next(exchange.function for exchange in self.exchanges if exchange.name == name)
 
     # ---- inside ---------------------------------------------------------------------------------
 
