@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar
 
@@ -14,6 +15,7 @@ from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.store import Calibrated, Store
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.storage import cache_fields
+from rotormlx.storage.cache_fields import SavedBatch, SavedCache
 
 S = TypeVar("S", bound=Store)
 
@@ -21,7 +23,7 @@ S = TypeVar("S", bound=Store)
 readers: set[str] = set()
 
 
-class StoredCache(Generic[S]):
+class StoredCache(ABC, Generic[S]):
     """A cache of one layer that holds its keys in one store and its values in another.
 
     Args:
@@ -36,8 +38,8 @@ class StoredCache(Generic[S]):
 
     # Its class in files: what it holds two of, and how, follows from that.
     kind: ClassVar[str]
-    # Tokens that are taken back at most at once, if that is known: the window always has as many.
-    rewinds: int | None = None
+    # Attributes that it saves behind the entries that all have.
+    own_entries: ClassVar[tuple[str, ...]] = ()
     # The class of the stores.
     _store: ClassVar[type[Store]]
     # What the latest step attends, where it has dropped tokens that its first queries see: layers
@@ -70,12 +72,53 @@ class StoredCache(Generic[S]):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Everything that is saved: numbers, texts, arrays and None."""
-        raise NotImplementedError
+        """Everything that is saved: numbers, texts, arrays and None.
+
+        Source: docs/FORMAT.md, section 8; :class:`SavedCache` and :class:`SavedBatch` name the
+        entries, behind which :attr:`own_entries` stand.
+        """
+        self._latest = None  # hosts read the state to compute it
+        return (*self._saved(), *(getattr(self, name) for name in self.own_entries))
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
-        raise NotImplementedError
+        """Take what was saved.
+
+        Raises:
+            ValueError: If it is not the state of such a cache, or of another format version.
+        """
+        self._restore(state)
+        own = state[len(state) - len(self.own_entries) :]
+        vars(self).update(zip(self.own_entries, own, strict=True), _latest=None)
+
+    @abstractmethod
+    def _saved(self) -> tuple[Any, ...]:
+        """The entries that all classes have."""
+
+    @abstractmethod
+    def _restore(self, state: Sequence[Any]) -> None:
+        """Check a state, and take the entries that all classes have."""
+
+    def _take(self, saved: SavedCache | SavedBatch, **counts: Any) -> None:
+        """Take entries that were checked, and what a class counts."""
+        blocks = max_blocks(saved.max_size, saved.config)
+        stores = [
+            self._store.from_saved(part.config, saved.layer, part.role, store, blocks)
+            for part, store in zip(
+                cache_fields.parts(self.kind, saved.config), saved.stores, strict=False
+            )
+        ]
+        key_store, value_store = stores or (None, None)
+        vars(self).update(
+            config=saved.config,
+            layer=saved.layer,
+            max_size=saved.max_size,
+            calibrated=saved.calibrated,
+            _max_blocks=blocks,
+            _keys=key_store,
+            _values=value_store,
+            **counts,
+        )
 
     @property
     def meta_state(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
-from rotormlx.codec.counts import Counts, max_blocks
+from rotormlx.codec.counts import Counts
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
@@ -25,7 +25,7 @@ from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.single import RotorKVCache, attention_mask
 from rotormlx.mlx.cache.store import Calibrated, check_growth, check_update, same_calibrated
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import BATCH, SavedBatch, parts
+from rotormlx.storage.cache_fields import BATCH, SavedBatch
 
 
 @dataclass
@@ -289,45 +289,19 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         batch._values = BatchStore.join(zip((c._values for c in caches), sizes, strict=True))
         return batch
 
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """Everything but pending padding: numbers, one string, and arrays or None.
+    # ---- inside ---------------------------------------------------------------------------------
 
-        Source: docs/FORMAT.md, section 8; :class:`SavedBatch` names the entries.
-        """
-        self._latest = None  # hosts read the state to compute it
+    def _saved(self) -> tuple[Any, ...]:
+        # Without pending padding.
         counts = [[r.counts.tokens, r.counts.packed, r.counts.evicted] for r in self.rows]
         table = mx.array(counts, mx.int32).reshape(-1, 3)
         longest = _longest(self.rows)
         stores = tuple(store.saved(longest) for store in self._stores)
         return SavedBatch(self.config, self.layer, self.max_size, table, stores).state
 
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        """Take what was saved.
-
-        Raises:
-            ValueError: If it is not the state of such a cache, or of another format version.
-        """
+    def _restore(self, state: Sequence[Any]) -> None:
         saved = SavedBatch.read(state, MLXReader(self.kind))
-        blocks = max_blocks(saved.max_size, saved.config)
-        stores = [
-            BatchStore.from_saved(part.config, saved.layer, part.role, store, blocks)
-            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
-        ]
-        key_store, value_store = stores or (None, None)
-        vars(self).update(
-            config=saved.config,
-            layer=saved.layer,
-            max_size=saved.max_size,
-            rows=[Row(Counts(*counts)) for counts in saved.table.tolist()],
-            calibrated=saved.calibrated,
-            _max_blocks=blocks,
-            _keys=key_store,
-            _values=value_store,
-        )
-
-    # ---- inside ---------------------------------------------------------------------------------
+        self._take(saved, rows=[Row(Counts(*counts)) for counts in saved.table.tolist()])
 
     def _forget_padding(self) -> None:
         self._latest = None

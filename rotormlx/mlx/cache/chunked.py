@@ -7,7 +7,6 @@ own with a sink, packed blocks and a tail; its first token begins it anew.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -48,6 +47,7 @@ class ChunkedRotorKVCache(RotorKVCache):
     """
 
     kind = CHUNKED
+    own_entries = ("chunk_size", "start_position")
 
     def __init__(
         self,
@@ -106,19 +106,6 @@ class ChunkedRotorKVCache(RotorKVCache):
     def is_trimmable(self) -> bool:
         """Whether any number of tokens can be forgotten: not once a chunk was."""
         return not self.start_position
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """As :class:`RotorKVCache` has it, the size of a chunk, and the first position held.
-
-        Source: docs/FORMAT.md, section 8.
-        """
-        return (*super().state, self.chunk_size, self.start_position)
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        RotorKVCache.state.__set__(self, state)  # type: ignore[attr-defined]
-        self.chunk_size, self.start_position = state[-2:]
 
     # There are no batches: models with chunks read one position for all rows.
     merge = to_batch = prefix_cache_merge = _Absent()

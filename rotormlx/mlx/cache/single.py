@@ -8,20 +8,20 @@ packed bytes do not depend on how a prompt was cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
-from rotormlx.codec.counts import Counts, max_blocks
+from rotormlx.codec.counts import Counts
 from rotormlx.config import RotorConfig
 from rotormlx.mlx.cache.base import StoredCache
 from rotormlx.mlx.cache.masks import growing_mask
 from rotormlx.mlx.cache.saved import MLXReader
 from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_update
 from rotormlx.mlx.cache.view import KVView
-from rotormlx.storage.cache_fields import SINGLE, SavedCache, parts
+from rotormlx.storage.cache_fields import SINGLE, SavedCache
 
 # Tokens of a filled cache that are converted at once: bounds the memory a conversion takes.
 CONVERSION_TOKENS = 2048
@@ -46,6 +46,8 @@ class RotorKVCache(StoredCache[Store]):
 
     kind = SINGLE
     _store = Store
+    # Whether no more tokens are taken back at once than the window always has.
+    rewinds = False
     # The class of batches of such caches; rotormlx/mlx/__init__.py says which.
     batch: ClassVar[Any]
 
@@ -82,11 +84,6 @@ class RotorKVCache(StoredCache[Store]):
 
             Whatever is raised, an interrupt too: the cache is then unchanged.
         """
-        return self._append(keys, values, self._served)
-
-    def _append(
-        self, keys: mx.array, values: mx.array, serve: Callable[..., tuple[Any, Any]]
-    ) -> tuple[Any, Any]:
         check_update(keys, values, self._keys, self._values)
         counts = replace(self.counts)
         if self._keys is None or self._values is None:
@@ -98,7 +95,7 @@ class RotorKVCache(StoredCache[Store]):
         value_store.append(values, counts.exact)
         counts.tokens += keys.shape[2]
         views = self._views((key_store, value_store), counts)
-        served = serve(views, (keys, values))
+        served = self._served(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
         # One step, between whose halves no interrupt comes.
         latest = views if counts.evicted > self.counts.evicted else None
@@ -130,7 +127,7 @@ class RotorKVCache(StoredCache[Store]):
 
     def is_trimmable(self) -> bool:
         """Whether tokens can be forgotten: any number until some were evicted, or ``rewinds``."""
-        return self.rewinds is not None or not self.counts.evicted
+        return self.rewinds or not self.counts.evicted
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens.
@@ -150,41 +147,6 @@ class RotorKVCache(StoredCache[Store]):
             for store in self._filled():
                 store.forget_packed()
         return n
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """Everything, as mlx-lm saves it: numbers, one string, and arrays or None.
-
-        Source: docs/FORMAT.md, section 8; :class:`SavedCache` names the entries.
-        """
-        self._latest = None  # hosts read the state to compute it
-        stores = tuple(store.saved(self.counts) for store in self._stores)
-        return SavedCache(self.config, self.layer, self.max_size, self.counts, stores).state
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        """Take what was saved.
-
-        Raises:
-            ValueError: If it is not the state of such a cache, or of another format version.
-        """
-        saved = SavedCache.read(state, MLXReader(self.kind))
-        blocks = max_blocks(saved.max_size, saved.config)
-        stores = [
-            Store.from_saved(part.config, saved.layer, part.role, store, blocks)
-            for part, store in zip(parts(self.kind, saved.config), saved.stores, strict=False)
-        ]
-        key_store, value_store = stores or (None, None)
-        vars(self).update(
-            config=saved.config,
-            layer=saved.layer,
-            max_size=saved.max_size,
-            counts=saved.counts,
-            calibrated=saved.calibrated,
-            _max_blocks=blocks,
-            _keys=key_store,
-            _values=value_store,
-        )
 
     @classmethod
     def merge(cls, caches: Sequence[RotorKVCache]) -> Any:
@@ -257,6 +219,14 @@ class RotorKVCache(StoredCache[Store]):
         return bits / sum(c.head_dim for c in codecs)
 
     # ---- inside ---------------------------------------------------------------------------------
+
+    def _saved(self) -> tuple[Any, ...]:
+        stores = tuple(store.saved(self.counts) for store in self._stores)
+        return SavedCache(self.config, self.layer, self.max_size, self.counts, stores).state
+
+    def _restore(self, state: Sequence[Any]) -> None:
+        saved = SavedCache.read(state, MLXReader(self.kind))
+        self._take(saved, counts=saved.counts)
 
     def _views(self, stores: tuple[Store, Store], counts: Counts) -> tuple[KVView, KVView]:
         sink = self.config.sink

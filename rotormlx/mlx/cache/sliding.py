@@ -37,6 +37,7 @@ class SlidingRotorKVCache(RotorKVCache):
     """
 
     kind = SLIDING
+    own_entries = ("sliding_window",)
 
     def __init__(
         self,
@@ -66,19 +67,6 @@ class SlidingRotorKVCache(RotorKVCache):
         return growing_mask(N, self.counts.tokens, None, return_array)
 
     @property
-    def state(self) -> tuple[Any, ...]:
-        """As :class:`RotorKVCache` has it, and the window.
-
-        Source: docs/FORMAT.md, section 8.
-        """
-        return (*super().state, self.sliding_window)
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        RotorKVCache.state.__set__(self, state)  # type: ignore[attr-defined]
-        self.sliding_window = state[-1]
-
-    @property
     def _settings(self) -> tuple[Any, ...]:
         return self.sliding_window, self.config, self.layer, self.calibrated
 
@@ -101,6 +89,7 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
 
     _single = SlidingRotorKVCache
     kind = BATCH_SLIDING
+    own_entries = ("sliding_window",)
 
     def __init__(
         self,
@@ -130,19 +119,6 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
             row.append(N)
         mask = visible(list(map(_with_padding, rows)), self.config, window, N)
         return super().make_mask(N, None, return_array) if mask is None else mask
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """As :class:`BatchRotorKVCache` has it, and the window.
-
-        Source: docs/FORMAT.md, section 8.
-        """
-        return (*super().state, self.sliding_window)
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        BatchRotorKVCache.state.__set__(self, state)  # type: ignore[attr-defined]
-        self.sliding_window = state[-1]
 
     @property
     def _settings(self) -> tuple[Any, ...]:

@@ -117,20 +117,18 @@ class MlxLm(Host):
         make = own.__globals__.get("make_prompt_cache", self.caches.make_prompt_cache)
         caches, rewinding = limits.speculated(call.arguments, make)
         call.arguments["prompt_cache"] = caches
-        return _rewinding(
-            own(*call.args, **call.kwargs), rewinding, drafted=call.arguments["num_draft_tokens"]
-        )
+        return _rewinding(own(*call.args, **call.kwargs), rewinding)
 
 
-def _rewinding(steps: Iterator[Any], caches: Sequence[RotorKVCache], drafted: int) -> Iterator[Any]:
-    """Steps of generation that take back at most so many tokens of these caches at once."""
+def _rewinding(steps: Iterator[Any], caches: Sequence[RotorKVCache]) -> Iterator[Any]:
+    """Steps of generation that take back no more tokens of these caches than a window has."""
     for cache in caches:
-        cache.rewinds = drafted
+        cache.rewinds = True
     try:
         yield from steps
     finally:
         for cache in caches:
-            cache.rewinds = None
+            cache.rewinds = False
 
 
 MLX_LM = MlxLm()
