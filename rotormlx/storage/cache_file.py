@@ -297,6 +297,11 @@ def is_old_layout(texts: Mapping[str, str]) -> bool:
     return re.fullmatch(r"[A-Z]\w*", texts.get("2.0", "")) is not None
 
 
+def _checksum_key(texts: Mapping[str, str]) -> str:
+    """Where a checksum would stand; the old layout has no place for one."""
+    return "" if is_old_layout(texts) else "2.0"
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[SavedCaches]:
     """Open a file of caches and check its header; no array is read yet.
@@ -304,8 +309,5 @@ def opened(path: str | Path) -> Iterator[SavedCaches]:
     Raises:
         ValueError: If there is no such file, or it is damaged or something else.
     """
-    with tensor_file.open_tensors(path, where=WHERE, checksum="") as file:
-        is_old = is_old_layout(file.metadata)
-    checksum = "" if is_old else "2.0"
-    with tensor_file.open_tensors(path, where=WHERE, checksum=checksum) as file:
-        yield OldSavedCaches(file) if is_old else SavedCaches(file)
+    with tensor_file.open_tensors(path, where=WHERE, checksum=_checksum_key) as file:
+        yield OldSavedCaches(file) if is_old_layout(file.metadata) else SavedCaches(file)

@@ -237,7 +237,7 @@ class TensorFile:
     Args:
         file: Opened for reading.
         header: The bytes before the first tensor.
-        checksum: The key of the checksum among the texts.
+        checksum: The key of the checksum among the texts, or what tells it by the texts.
         checking: Gives errors.
 
     Attributes:
@@ -248,16 +248,21 @@ class TensorFile:
     """
 
     def __init__(
-        self, file: BufferedReader, header: bytes, checksum: str, checking: _Checking
+        self,
+        file: BufferedReader,
+        header: bytes,
+        checksum: str | Callable[[Mapping[str, str]], str],
+        checking: _Checking,
     ) -> None:
         size = os.fstat(file.fileno()).st_size
         self.entries, self.metadata = checking.header(header[8:], size - len(header))
         self._file = file
         self._header = header
         self._checking = checking
+        key = checksum if isinstance(checksum, str) else checksum(self.metadata)
         # mlx-lm writes an empty text where its own files of caches could have a checksum.
-        self.names_checksum = checksum in self.metadata
-        self._digest = self.metadata.pop(checksum, "")
+        self.names_checksum = key in self.metadata
+        self._digest = self.metadata.pop(key, "")
         self.has_checksum = self._digest != ""
         if self.has_checksum and not _DIGEST.fullmatch(self._digest):
             raise self.error("have a checksum of 64 digits", _shown(self._digest))
@@ -305,7 +310,10 @@ class TensorFile:
 
 @contextmanager
 def open_tensors(
-    path: str | Path, *, where: str = "files", checksum: str = CHECKSUM
+    path: str | Path,
+    *,
+    where: str = "files",
+    checksum: str | Callable[[Mapping[str, str]], str] = CHECKSUM,
 ) -> Iterator[TensorFile]:
     """Open a safetensors file and check its header; no tensor is read yet.
 
@@ -315,7 +323,7 @@ def open_tensors(
     Args:
         path: The file.
         where: What an error names first, in brackets.
-        checksum: The key of the checksum among the texts.
+        checksum: The key of the checksum among the texts, or what tells it by the texts.
 
     Yields:
         The file; what is read of it is of the very file that was checked.

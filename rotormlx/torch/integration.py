@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
-from rotormlx.codec.format import codec
-from rotormlx.codec.parts import keys_and_values, latent_and_rope
 from rotormlx.config import RotorConfig
-from rotormlx.report import LayerReport, Report
+from rotormlx.report import Report
 from rotormlx.storage.calibration import Calibration, calibrated
 from rotormlx.torch import attention
 from rotormlx.torch.cache import RotorCache, is_compressed, layer_factory
@@ -249,18 +246,7 @@ def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     if model.generation_config.cache_implementation != _UNSET:
         _check_implementation(model, model.generation_config)
     check_heads(model)
-    layers = tuple(_with_bits(layer, config) for layer in probe(model))
-    return Report(config, model.config.get_text_config(decoder=True).model_type, layers)
-
-
-def _with_bits(layer: LayerReport, config: RotorConfig) -> LayerReport:
-    if not layer.compressed:
-        return layer
-    parts = latent_and_rope if layer.holds_latents else keys_and_values
-    key, value = (
-        codec(part.config, dim, layer=layer.index, role=part.role).bits_per_value
-        for part, dim in zip(
-            parts(config.uncalibrated), (layer.head_dim_k, layer.head_dim_v), strict=True
-        )
+    layers = tuple(
+        layer.with_bits_of(config) if layer.compressed else layer for layer in probe(model)
     )
-    return replace(layer, key_bits=key, value_bits=value)
+    return Report(config, model.config.get_text_config(decoder=True).model_type, layers)

@@ -34,8 +34,8 @@ def trim_prompt_cache(caches: list[Any], num_tokens: int) -> int:
 
 def _trim(caches: list[Any], count: int) -> int:
     """Forget tokens of every cache; returns how many."""
-    counts = [int(cache.trim(count)) for cache in caches if count]
-    return counts[0] if counts else 0
+    counts = [int(cache.trim(count)) for cache in caches]
+    return counts[0]
 
 
 def tokens_to_reread(caches: list[Any]) -> int:
