@@ -11,6 +11,7 @@ import transformers
 from scripts import coverage_torch
 from scripts.coverage_table import VERDICTS, Result, verdicts
 from tests.support import torch_zoo
+from tests.support.verdicts import check_verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,15 +57,7 @@ def documented() -> dict[str, str]:
 @pytest.mark.filterwarnings("ignore")  # what transformers' models warn of is not ours
 @pytest.mark.parametrize(("verdict", "model_type"), SAMPLE)
 def test_model(verdict: str, model_type: str, documented: dict[str, str]) -> None:
-    result = coverage_torch.examine(model_type, STEPS)
-    assert result.verdict == verdict, result
-    assert documented[model_type] == verdict
-    if verdict == "works":
-        assert result.compressed > 0
-        # Zero would mean that nothing was read from packed bytes.
-        assert result.error > 0 or result.flips
-    else:
-        assert len(result.note) > 10
+    check_verdict(coverage_torch.examine(model_type, STEPS), verdict, documented)
 
 
 def test_every_model_type_is_in_the_table(documented: dict[str, str]) -> None:

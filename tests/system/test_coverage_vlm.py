@@ -16,6 +16,7 @@ from rotormlx.mlx import hosts
 from rotormlx.report import Report
 from scripts.coverage_table import VERDICTS, verdicts
 from scripts.coverage_vlm import MlxVlm
+from tests.support.verdicts import check_verdict
 
 # A block is packed before the chunk of 9 and the last token, which read it.
 STEPS = (66, 9, 1)
@@ -59,15 +60,7 @@ def clean():
 @pytest.mark.filterwarnings("ignore")  # what mlx-vlm's models warn of is not ours
 @pytest.mark.parametrize(("verdict", "model_type"), SAMPLE)
 def test_model(verdict: str, model_type: str, documented: dict[str, str]) -> None:
-    result = MlxVlm().examine(model_type, STEPS)
-    assert result.verdict == verdict, result
-    assert documented[model_type] == verdict
-    if verdict == "works":
-        assert result.compressed > 0
-        # Zero would mean that nothing was read from packed bytes.
-        assert result.error > 0 or result.flips
-    else:
-        assert len(result.note) > 10
+    check_verdict(MlxVlm().examine(model_type, STEPS), verdict, documented)
 
 
 def test_every_model_type_is_in_the_table(documented: dict[str, str]) -> None:
