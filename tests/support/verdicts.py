@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_verdict(result: Any, verdict: str, documented: Mapping[str, str]) -> None:
-    """Require of a ``scripts.coverage_table.Result`` the verdict that is expected and documented."""
+    """Require of a ``scripts.coverage_table.Result`` the verdict that the table has."""
     assert result.verdict == verdict, result
     assert documented[result.model_type] == verdict
     if verdict == "works":
