@@ -58,14 +58,16 @@ def no_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_mlx_lm() -> Iterator[None]:
+def own_hosts() -> Iterator[None]:
     """Files share a process: a model that one leaves compressed would change the next."""
     yield
     gc.collect()
-    hosts.MLX_LM.release(None)
-    left = hosts.MLX_LM.installed()
-    hosts.MLX_LM.remove()
-    assert not left, "a model or a run still uses compressed caches"
+    left = []
+    for host in hosts.HOSTS:
+        host.release(None)
+        left += [host.name] * host.installed()
+        host.remove()
+    assert not left, f"a model or a run still uses compressed caches of {left}"
 
 
 @pytest.fixture

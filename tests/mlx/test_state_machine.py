@@ -265,6 +265,7 @@ class Caches(RuleBasedStateMachine):
     # ---- what must hold -------------------------------------------------------------------------
 
     def check(self, cache, rows):
+        mx.eval(cache.state)  # as hosts do: the step is over
         is_batch = isinstance(cache, BatchRotorKVCache)
         offsets = np.array(cache.offset).reshape(-1).tolist()
         assert offsets == [row.offset for row in rows]

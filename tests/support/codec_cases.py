@@ -102,16 +102,20 @@ def check_decode(runner, packed, chosen, *, scale=None, dtype="f32"):
     """Decode packed numpy arrays and compare."""
     decoded = runner.decode(packed, chosen, scale=scale, dtype=DTYPES[dtype])
     expected = reference.decode(packed, chosen, channel_scale=scale)
-    # 1e-5 for sums in float32, the bound of docs/FORMAT.md; then one rounding to the dtype.
-    check_numbers(decoded, expected, dtype, float32=1e-5)
+    # 1e-5 for sums in float32, which end before the channel scale; then one rounding to the dtype.
+    check_numbers(decoded, expected, dtype, float32=1e-5, unit=1 if scale is None else scale[:, None])
 
 
-def check_numbers(numbers, expected, dtype, *, float32):
-    """Finite numbers are right within one rounding to the dtype, or ``float32``; NaN are NaN."""
+def check_numbers(numbers, expected, dtype, *, float32, unit=1):
+    """Numbers are right within one rounding to the dtype, or ``float32``; NaN are NaN.
+
+    Both are of the largest absolute value there is, counted in ``unit``.
+    """
     assert numbers.dtype == DTYPES[dtype]
     error = {"f32": float32, "f16": 2**-10, "bf16": 2**-7}[dtype]
     assert np.array_equal(np.isnan(float64(numbers)), np.isnan(expected))
-    assert np.nanmax(np.abs(float64(numbers) - expected)) <= error * np.nanmax(np.abs(expected))
+    wrong, largest = (np.nanmax(np.abs(x) / unit) for x in (float64(numbers) - expected, expected))
+    assert wrong <= error * largest
 
 
 def check_rotor3(runner, head_dim=80, bits=3, dtype="f32"):
