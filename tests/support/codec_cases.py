@@ -103,7 +103,8 @@ def check_decode(runner, packed, chosen, *, scale=None, dtype="f32"):
     decoded = runner.decode(packed, chosen, scale=scale, dtype=DTYPES[dtype])
     expected = reference.decode(packed, chosen, channel_scale=scale)
     # 1e-5 for sums in float32, which end before the channel scale; then one rounding to the dtype.
-    check_numbers(decoded, expected, dtype, float32=1e-5, unit=1 if scale is None else scale[:, None])
+    unit = 1 if scale is None else scale[:, None]
+    check_numbers(decoded, expected, dtype, float32=1e-5, unit=unit)
 
 
 def check_numbers(numbers, expected, dtype, *, float32, unit=1):
