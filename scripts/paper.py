@@ -1,7 +1,8 @@
 """The tables of the RotorQuant paper, measured again: ``python scripts/paper.py``.
 
 Writes docs/results/paper.md. Everything but the table on a real model is computed with float32
-numpy and depends on no device. Source of the claims: J. D. Pope, RotorQuant, technical report, March 2026.
+numpy and depends on no device. Source of the claims: J. D. Pope, RotorQuant, technical report,
+March 2026.
 """
 
 from __future__ import annotations
