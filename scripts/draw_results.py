@@ -291,7 +291,9 @@ def draw_bits(data: Data) -> Figure:
 def exact_tokens_data() -> Data:
     """KL of 4 and 3 bits over the sink, and over the window."""
     data: Data = {}
-    for name, table in zip(("sink", "window"), tables("exact_tokens.md", "How many"), strict=True):
+    for name, table in zip(
+        ("sink", "window"), tables("exact_tokens.md", "How many exact tokens"), strict=True
+    ):
         # "0, 16, 32" is one column, since these windows keep the same.
         lengths = [number(cell.split(",")[0]) for cell in table.header[1:]]
         data[name] = {
