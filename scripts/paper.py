@@ -1,7 +1,8 @@
 """The tables of the RotorQuant paper, measured again: ``python scripts/paper.py``.
 
-Writes docs/PAPER.md. Everything but the table on a real model is computed with float32 numpy and
-depends on no device. Source of the claims: J. D. Pope, RotorQuant, technical report, March 2026.
+Writes docs/results/paper.md. Everything but the table on a real model is computed with float32
+numpy and depends on no device. Source of the claims: J. D. Pope, RotorQuant, technical report,
+March 2026.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rotormlx.measure.machine import machine
 from rotormlx.measure.text import default_text
 from rotormlx.mlx import hosts
 
-PAGE = Path(__file__).parent.parent / "docs" / "PAPER.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "paper.md"
 TEMPLATE = Path(__file__).with_name("paper.md.jinja")
 HEAD_DIM = 128
 VECTORS, PAIRS = 2048, 3008  # the paper: 2000 and 3000; whole blocks of 64 here
@@ -210,7 +211,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def page(tokens: int, progress: Progress) -> str:
-    """The whole of docs/PAPER.md."""
+    """The whole of docs/results/paper.md."""
     places = ("rotation", "parameters, claimed", "real numbers", "signs", "multiply-adds, claimed")
     widths = [f"{bits} bit, {whose}" for bits in (1, 2, 3, 4) for whose in ("claimed", "ours")]
     pairs = ("rotation", "bits", "claimed", "bias", "slope", "RMSE", "correlation")

@@ -87,13 +87,17 @@ def site_links(markdown: str, origin: str) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
         if not (REPOSITORY / path).exists():
             raise PluginError(f"{origin} links to {target}, but there is no {path}")
-        if path in INCLUDED:
-            return f"[{text}]({INCLUDED[path]}{sign}{anchor})"
-        if path.startswith("docs/"):
-            return f"[{text}]({path.removeprefix('docs/')}{sign}{anchor})"
+        if path in INCLUDED or path.startswith("docs/"):
+            relative = posixpath.relpath(_page(path), posixpath.dirname(_page(origin)) or ".")
+            return f"[{text}]({relative}{sign}{anchor})"
         return text if path in text else f"{text} (`{path}`)"
 
     return _CODE_OR_LINK.sub(rewrite, markdown)
+
+
+def _page(path: str) -> str:
+    """The page of a file, as the site names it."""
+    return INCLUDED.get(path, path.removeprefix("docs/"))
 
 
 # ---- commands ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Layers differ by a factor of a hundred in what their errors do to a text. Once e
 (:mod:`rotormlx.measure.layer_losses`), a cache of a given size gives every bit to whom it helps
 most.
 
-Source: docs/RESULTS.md, "Bits by layer", has what it is worth.
+Source: docs/results/bits.md, "Bits by layer", has what it is worth.
 """
 
 from __future__ import annotations

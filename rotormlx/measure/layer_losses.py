@@ -3,7 +3,7 @@
 Layers differ by a factor of a hundred in what their errors do to a text;
 :mod:`rotormlx.codec.layer_bits` gives the bits to those that need them.
 
-Source: docs/RESULTS.md, "Bits by layer".
+Source: docs/results/bits.md, "Bits by layer".
 """
 
 from __future__ import annotations

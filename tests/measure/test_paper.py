@@ -78,7 +78,7 @@ def test_page_has_every_table(paper: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_committed_page_is_of_these_numbers(paper: Any) -> None:
-    """What docs/PAPER.md says is what this machine finds, within the noise of fewer seeds."""
+    """docs/results/paper.md has this machine's figures, within the noise of fewer seeds."""
     lines = paper.PAGE.read_text(encoding="utf-8").splitlines()
     row = next(
         line for line in lines if line.startswith("| `rotor3` |  | 0.") or "| 0.457 |" in line

@@ -214,7 +214,7 @@ def pages(entry):
 def test_every_page_is_in_the_navigation_once():
     found = pages(yaml.load(SITE.read_text(encoding="utf-8"), _Loader)["nav"])
     assert len(set(found)) == len(found)
-    assert {path.name for path in DOCS.glob("*.md")} <= set(found)
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(found)
 
 
 @pytest.mark.parametrize("module", ["rotormlx", "rotormlx.torch"])

@@ -1,0 +1,471 @@
+"""Draw the figures of docs/results/ from the tables of its pages.
+
+    python scripts/draw_results.py [--output FOLDER]
+
+A figure has no numbers of its own: it is drawn from the Markdown tables of the page that shows it,
+and keeps the numbers that it shows in its metadata. ``tests/system/test_draw_results.py`` compares
+these with the tables. matplotlib comes with ``pip install -e ".[bench]"``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+PAGES = Path(__file__).parent.parent / "docs" / "results"
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "rotormlx",
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+}
+# Okabe and Ito's colours, told apart with any colour vision.
+BLACK, BLUE, SKY, GREEN = "#000000", "#0072b2", "#56b4e9", "#009e73"
+ORANGE, RED, PINK, GREY = "#e69f00", "#d55e00", "#cc79a7", "#777777"
+
+Data = dict[str, Any]
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Markdown table: its header, and its rows without bold and code marks."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def column(self, name: str) -> list[str]:
+        """The cells of a column."""
+        place = self.header.index(name)
+        return [row[place] for row in self.rows]
+
+    def numbers(self, name: str) -> list[float]:
+        """The first number of each cell of a column."""
+        return [number(cell) for cell in self.column(name)]
+
+    def row(self, name: str) -> list[str]:
+        """The cells of a row, without the first, which is its name."""
+        return next(row[1:] for row in self.rows if row[0] == name)
+
+
+def number(cell: str) -> float:
+    """The first number of a cell, such as 0.0012 of ``0.0012 (0.0010 to 0.0014)``."""
+    found = re.search(r"-?\d[\d,]*(?:\.\d+)?", cell)
+    if found is None:
+        raise ValueError(f"A cell must hold a number to be drawn, but it is {cell!r}.")
+    return float(found[0].replace(",", ""))
+
+
+def interval(cell: str) -> list[float]:
+    """The share of a cell such as ``68.8% (62% to 75%)``, and its interval, in percent."""
+    return [float(part) for part in re.findall(r"[\d.]+(?=%)", cell)]
+
+
+def pairs(first: Iterable[float], second: Iterable[float]) -> list[list[float]]:
+    """The points of a series."""
+    return [list(pair) for pair in zip(first, second, strict=True)]
+
+
+def tables(page: str, heading: str) -> list[Table]:
+    """The tables of a page between a heading and the next one."""
+    text = (PAGES / page).read_text(encoding="utf-8")
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.DOTALL | re.MULTILINE
+    )
+    if found is None:
+        raise ValueError(f"{page} must have the heading {heading!r}, but it has not.")
+    blocks = re.findall(r"(?:^\|.*\n)+", found[1], re.MULTILINE)
+    return [_table(block) for block in blocks]
+
+
+def _table(block: str) -> Table:
+    lines = [
+        [cell.strip().replace("**", "").replace("`", "") for cell in line.strip()[1:-1].split("|")]
+        for line in block.splitlines()
+    ]
+    return Table(lines[0], lines[2:])
+
+
+# ---- parts of figures ----------------------------------------------------------------------------
+
+
+def panels(count: int, width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with axes in a row; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.05)
+    axes = figure.subplots(1, count, squeeze=False, **shared)[0]
+    return figure, list(axes)
+
+
+def plain(value: float, _: int = 0) -> str:
+    """A tick without exponent: 0.001, 32,768."""
+    return f"{value:,.10g}"
+
+
+def log_axis(axis: Any, ticks: list[float] | None = None) -> None:
+    """Plain numbers on a logarithmic axis, at the given ticks or at 1, 2 and 5 of each decade."""
+    if ticks:
+        axis.set_ticks(ticks)
+    else:
+        low, high = axis.get_view_interval()
+        wide = high / low > 1000
+        axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def label(
+    ax: Axes, point: list[float], text: str, color: str, *, left: bool = False, dy: float = 0
+) -> None:
+    """A name beside a point; ``dy`` in points keeps names apart."""
+    ax.annotate(
+        text,
+        (point[0], point[1]),
+        xytext=(-6 if left else 6, dy),
+        textcoords="offset points",
+        color=color,
+        ha="right" if left else "left",
+        va="center",
+        annotation_clip=False,
+    )
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "rotormlx": (BLACK, "o"),
+    "KVarN": (BLUE, "s"),
+    "KIVI": (GREEN, "D"),
+    "exllamav3": (ORANGE, "^"),
+    "TurboQuant": (RED, "v"),
+    "TurboQuant, QJL": (PINK, "v"),
+    "RotorQuant": (SKY, "P"),
+    "NVFP4": (GREY, "X"),
+}
+PREFIXES = {
+    "kvarn": "KVarN",
+    "kivi": "KIVI",
+    "exl3": "exllamav3",
+    "turboquant": "TurboQuant",
+    "rotorquant": "RotorQuant",
+    "nvfp4": "NVFP4",
+}
+
+
+def family(scheme: str) -> str:
+    """The family that a scheme of the rivals' tables belongs to."""
+    prefix, _, rest = scheme.partition("-")
+    name = PREFIXES[prefix] if rest else "rotormlx"
+    return f"{name}, QJL" if "qjl" in rest else name
+
+
+def rivals_data(heading: str) -> Data:
+    """Bits per value and KL of each scheme, by family."""
+    (table,) = tables("rivals.md", heading)
+    data: Data = {name: [] for name in FAMILIES}
+    rows = zip(
+        table.column("scheme"), table.numbers("bits per value"), table.numbers("KL"), strict=True
+    )
+    for scheme, bits, divergence in rows:
+        data[family(scheme)].append([bits, divergence])
+    return data
+
+
+def lowest(points: list[list[float]]) -> list[list[float]]:
+    """The points from which no other has both fewer bits and less divergence, by bits."""
+    kept: list[list[float]] = []
+    for point in sorted(points):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def draw_rivals(data: Data) -> Figure:
+    """KL over bits, a line through the best of each family."""
+    figure, (ax,) = panels(1, 7.2, 4.6)
+    for name, (color, marker) in FAMILIES.items():
+        best, points = lowest(data[name]), data[name]
+        front = 4 if name == "rotormlx" else 2
+        width = 2.4 if name == "rotormlx" else 1.4
+        ax.scatter(*zip(*points, strict=True), color=color, marker=marker, s=22, zorder=front)
+        ax.plot(
+            *zip(*best, strict=True),
+            color=color,
+            marker=marker,
+            linewidth=width,
+            zorder=front,
+            label=name,
+        )
+    ax.set_yscale("log")
+    log_axis(ax.yaxis)
+    ax.set(xlabel="true bits per value", ylabel="KL divergence, nats (log scale)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+LONG_TEXT = {"KL": "mean", "median": "median", "99 %": "99 %", "99.9 %": "99.9 %"}
+
+
+def long_text_data() -> Data:
+    """Mean and quantiles of the divergence at each width."""
+    table = tables("quality.md", "A long text")[0]
+    bits = table.numbers("bits per value")
+    return {shown: pairs(bits, table.numbers(column)) for column, shown in LONG_TEXT.items()}
+
+
+def draw_long_text(data: Data) -> Figure:
+    """Mean and quantiles over bits."""
+    figure, (ax,) = panels(1, 5.6, 3.6)
+    colors = {"mean": BLACK, "median": BLUE, "99 %": ORANGE, "99.9 %": RED}
+    for name, points in data.items():
+        ax.plot(*zip(*points, strict=True), color=colors[name], marker="o")
+        label(ax, points[0], name, colors[name])
+    ax.set_yscale("log")
+    log_axis(ax.yaxis)
+    ax.set_xticks(sorted(bits for bits, _ in data["mean"]))
+    ax.set(xlabel="bits per value", ylabel="KL divergence, nats (log scale)")
+    return figure
+
+
+def bits_data() -> Data:
+    """Bits per value and KL of each pair of widths, by which part has more bits."""
+    table = tables("bits.md", "Keys and values")[0]
+    data: Data = {"more bits in keys": {}, "equal bits": {}, "more bits in values": {}}
+    rows = zip(
+        table.column("scheme"), table.numbers("bits per value"), table.numbers("KL"), strict=True
+    )
+    for scheme, bits, divergence in rows:
+        keys, values = (int(part) for part in re.findall(r"\d", scheme))
+        part = "more bits in keys" if keys > values else "more bits in values"
+        if divergence > 0:  # a logarithmic axis has no place for 0.00000
+            data["equal bits" if keys == values else part][scheme] = [bits, divergence]
+    return data
+
+
+def draw_bits(data: Data) -> Figure:
+    """KL over bits; each point has the name of its scheme."""
+    figure, (ax,) = panels(1, 6.4, 4.2)
+    colors = {"more bits in keys": BLUE, "equal bits": BLACK, "more bits in values": RED}
+    markers = {"more bits in keys": "^", "equal bits": "o", "more bits in values": "v"}
+    for name, points in data.items():
+        ax.scatter(
+            *zip(*points.values(), strict=True),
+            color=colors[name],
+            marker=markers[name],
+            label=name,
+        )
+        for scheme, point in points.items():
+            label(ax, point, scheme, colors[name], left=name == "more bits in keys")
+    ax.set_yscale("log")
+    log_axis(ax.yaxis)
+    ax.set(xlabel="bits per value", ylabel="KL divergence, nats (log scale)", xlim=(2.2, 6.8))
+    ax.legend(loc="lower left")
+    return figure
+
+
+def exact_tokens_data() -> Data:
+    """KL of 4 and 3 bits over the sink, and over the window."""
+    data: Data = {}
+    for name, table in zip(
+        ("sink", "window"), tables("exact_tokens.md", "How many exact tokens"), strict=True
+    ):
+        # "0, 16, 32" is one column, since these windows keep the same.
+        lengths = [number(cell.split(",")[0]) for cell in table.header[1:]]
+        data[name] = {
+            scheme: pairs(lengths, map(number, table.row(scheme))) for scheme in ("k4v4", "k3v3")
+        }
+    return data
+
+
+def draw_exact_tokens(data: Data) -> Figure:
+    """Two panels, sink and window, with one axis of divergence."""
+    figure, axes = panels(2, 7.2, 3.4, sharey=True)
+    shown = {"sink": "sink tokens (window 64)", "window": "window, tokens (sink 4)"}
+    for ax, (name, series) in zip(axes, data.items(), strict=True):
+        for (scheme, points), color in zip(series.items(), (BLACK, BLUE), strict=True):
+            x, y = zip(*points, strict=True)
+            ax.plot(x, y, color=color, marker="o")
+            label(ax, points[-1], scheme, color)
+        ax.set_yscale("log")
+        log_axis(ax.yaxis)
+        ax.set_xticks(x)
+        ax.set_xlabel(shown[name])
+    axes[0].set_ylabel("KL divergence, nats (log scale)")
+    return figure
+
+
+NEEDLES = {
+    "Fact needles": ("fact, all", "facts"),
+    "Copy needles": ("copy, all", "copies"),
+    "Chains of sums": ("chain, 512 tokens", "chains of sums"),
+}
+
+
+def needles_data() -> Data:
+    """Share found and its interval, percent, of each scheme and kind of needle."""
+    data: Data = {}
+    for heading, (row, shown) in NEEDLES.items():
+        (table,) = tables("needles.md", heading)
+        cells = zip(table.header[1:], map(interval, table.row(row)), strict=True)
+        data[shown] = dict(cells)
+    return data
+
+
+def draw_needles(data: Data) -> Figure:
+    """A panel for each kind: a point and its interval for each scheme."""
+    figure, axes = panels(len(data), 7.2, 2.7, sharey=True)
+    schemes = ["exact", "k4v4", "k3v3", "k2v2", "kivi-k4v4", "affine-k4v4"]
+    for ax, (name, found) in zip(axes, data.items(), strict=True):
+        for scheme, (share, low, high) in found.items():
+            place = schemes.index(scheme)
+            color = GREY if scheme == "exact" else RED if "-" in scheme else BLACK
+            ax.plot([low, high], [place, place], color=color, linewidth=1.4)
+            ax.plot([share], [place], color=color, marker="o")
+        ax.axvline(found["exact"][0], color=GREY, linewidth=0.8, linestyle=":")
+        ax.set(title=name, xlim=(0, 100), xlabel="found, %")
+    axes[0].set_yticks(range(len(schemes)), schemes)
+    axes[0].invert_yaxis()
+    return figure
+
+
+CPU_SERIES = {
+    "MLX float32": (ORANGE, "-"),
+    "mlx-lm 4 bit": (RED, "-"),
+    "torch float32": (SKY, "-"),
+    "torch bfloat16": (BLUE, "-"),
+    "folded torch bfloat16": (BLUE, "--"),
+    "rotormlx 4 bit": (BLACK, "-"),
+}
+
+
+def cpu_data() -> Data:
+    """Milliseconds of a decode step over the length of the history."""
+    table = tables("speed_cpu.md", "Decode attention")[0]
+    tokens = [number(cell) for cell in table.header[1:]]
+    return {name: pairs(tokens, map(number, table.row(name))) for name in CPU_SERIES}
+
+
+def draw_cpu(data: Data) -> Figure:
+    """Time over history."""
+    figure, (ax,) = panels(1, 7.2, 4.2)
+    for name, points in data.items():
+        color, line = CPU_SERIES[name]
+        x, y = zip(*points, strict=True)
+        ax.plot(x, y, color=color, linestyle=line, marker="o", markersize=3.5)
+        apart = {"MLX float32": 5, "mlx-lm 4 bit": -5}
+        label(ax, points[-1], name, color, dy=apart.get(name, 0))
+    _time_axes(ax, list(x))
+    ax.set_ylabel("ms per layer (log scale)")
+    return figure
+
+
+def gpu_data() -> Data:
+    """Milliseconds of a decode step over the length of the history, by batch, of GQA 4."""
+    table = tables("speed_gpu.md", "Decode attention")[0]
+    data: Data = {}
+    for row in table.rows:
+        gqa, batch, tokens = row[:3]
+        if gqa == "4":
+            times = {"flash, bfloat16": row[3], "rotormlx 4 bit": row[5], "rotormlx 3 bit": row[9]}
+            for name, ms in times.items():
+                series = data.setdefault(f"batch {batch}", {}).setdefault(name, [])
+                series.append([number(tokens), number(ms)])
+    return data
+
+
+def draw_gpu(data: Data) -> Figure:
+    """Time over history, a panel for each batch."""
+    figure, axes = panels(len(data), 7.2, 3.4, sharey=True)
+    colors = {"flash, bfloat16": RED, "rotormlx 4 bit": BLACK, "rotormlx 3 bit": BLUE}
+    for ax, (batch, series) in zip(axes, data.items(), strict=True):
+        for name, points in series.items():
+            x, y = zip(*points, strict=True)
+            ax.plot(x, y, color=colors[name], marker="o", label=name)
+        _time_axes(ax, list(x))
+        ax.set_title(batch)
+    axes[0].set_ylabel("ms (log scale)")
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+def _time_axes(ax: Axes, tokens: list[float]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    log_axis(ax.xaxis, tokens)
+    log_axis(ax.yaxis)
+    ax.set_xlabel("tokens of history (log scale)")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure: what it reads from the tables, and how that is drawn."""
+
+    read: Callable[[], Data]
+    draw: Callable[[Data], Figure]
+
+
+PICTURES = {
+    "rivals_smollm2.svg": Picture(lambda: rivals_data("SmolLM2-135M-Instruct"), draw_rivals),
+    "rivals_gemma.svg": Picture(lambda: rivals_data("Gemma 3 270M"), draw_rivals),
+    "quality_long_text.svg": Picture(long_text_data, draw_long_text),
+    "bits_keys_values.svg": Picture(bits_data, draw_bits),
+    "exact_tokens.svg": Picture(exact_tokens_data, draw_exact_tokens),
+    "needles.svg": Picture(needles_data, draw_needles),
+    "speed_cpu.svg": Picture(cpu_data, draw_cpu),
+    "speed_gpu.svg": Picture(gpu_data, draw_gpu),
+}
+
+
+def write(picture: Picture, path: Path) -> None:
+    """Draw a figure, with the numbers it shows as its description."""
+    data = picture.read()
+    metadata = {"Creator": None, "Date": None, "Description": json.dumps(data)}
+    with mpl.rc_context(STYLE):
+        picture.draw(data).savefig(path, metadata=metadata)
+
+
+def shown(path: Path) -> Data:
+    """The numbers that a figure shows."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{path} must hold its numbers, but it does not; draw it again.")
+    return json.loads(found[1].replace("&quot;", '"'))
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of the figures.")] = PAGES,
+) -> None:
+    """Draw every figure."""
+    for name, picture in PICTURES.items():
+        write(picture, output / name)
+        print(output / name)
+
+
+if __name__ == "__main__":
+    typer.run(main)
