@@ -1,4 +1,4 @@
-"""That the tutorial and the README's Python run as they stand, and that the site is complete.
+"""That the commands and the Python of the tutorial and README run, and that the site is complete.
 
 The blocks of a page run in its order, in one shell and one Python, with a tiny model in place of
 the page's. A ``text`` block is the output of the block before it; its lines must occur there in
@@ -143,7 +143,7 @@ def run_page(text, folder):
                 ran.append((block, python.run(json.dumps(block)), []))
             elif language == "text":
                 ran[-1][2].append((title, block))
-            else:
+            elif language:
                 raise AssertionError(f"a block must be sh, python or text, not {language!r}")
     finally:
         shell.close()
@@ -182,15 +182,19 @@ def test_the_tutorial_runs_and_shows_what_comes(tmp_path):
             assert missing is None, f"not shown: {missing}\n{block}\nshows\n{output}"
 
 
-def test_the_readmes_python_runs(tmp_path):
+def test_the_readmes_commands_and_python_run(tmp_path):
+    """Those that set up an environment stand without a language; ``.ci/run`` has one of them."""
     page = (CLONE / "README.md").read_text(encoding="utf-8")
-    found = [text for language, _, text in blocks(page) if language == "python"]
     model = tiny_model(tmp_path)
-    named = re.sub(r'((?:load|from_pretrained)\()"[^"]+"', rf'\1"{model}"', "".join(found))
-    assert named.count(model) >= 2  # mlx-lm and transformers
-    short = re.sub(r"max_tokens=\d+", "max_tokens=3", named)
-    ran = run_page(f"```python\n{short}```\n", tmp_path)
-    assert "compressed" in ran[0][1]
+    named = re.sub(r'((?:load|from_pretrained)\()"[^"]+"', rf'\1"{model}"', page)
+    named, commands = re.subn(r"^M=\S+$", f"M={model}", named, flags=re.MULTILINE)
+    assert commands == 1
+    assert named.count(model) >= 3  # mlx-lm, transformers, commands
+    ran = run_page(re.sub(r"max_tokens=\d+", "max_tokens=3", named), tmp_path)
+    outputs = [output for _, output, _ in ran]
+    assert "compressed" in outputs[0]
+    for shown in ("tokens packed", "longest context", "calibrat"):
+        assert shown in outputs[-1], outputs[-1]
 
 
 # ---- the site ------------------------------------------------------------------------------------
