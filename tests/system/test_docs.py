@@ -1,4 +1,4 @@
-"""That the commands and the Python of the tutorial and README run, and that the site is complete.
+"""That commands and Python of quickstart, tutorial and README run, and that the site is complete.
 
 The blocks of a page run in its order, in one shell and one Python, with a tiny model in place of
 the page's. A ``text`` block is the output of the block before it; its lines must occur there in
@@ -169,13 +169,14 @@ def free_port():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_the_tutorial_runs_and_shows_what_comes(tmp_path):
-    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "outputs"), [("quickstart", 3), ("tutorial", 11)])
+def test_a_page_runs_and_shows_what_comes(name, outputs, tmp_path):
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert DEMO_MODEL in page
-    assert PORT in page
+    assert (PORT in page) == (name == "tutorial")
     page = page.replace(DEMO_MODEL, tiny_model(tmp_path)).replace(PORT, free_port())
     ran = run_page(page, tmp_path)
-    assert sum(bool(shown) for _, _, shown in ran) >= 11
+    assert sum(bool(shown) for _, _, shown in ran) >= outputs
     for block, output, shown in ran:
         for title, expected in shown:
             missing = None if title else not_shown(expected, output)
