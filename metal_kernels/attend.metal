@@ -1,12 +1,13 @@
-// Attention of few queries on packed bytes: one part of the sequence for all query rows of a KV head, or with ALONE
-// defined the whole sequence, from the queries to the output.
+// Attention of few queries on packed bytes. A threadgroup handles one part of the sequence for all query rows of a KV
+// head; with ALONE defined it handles the whole sequence, from the queries to the output.
 //
-// A threadgroup walks its part in steps. A thread has PLACES neighbouring places of the axis that is not summed over:
-// tokens for the keys, channels for the values. Both are the same loop, since a word packs along the axis that is
-// summed over, so no sum crosses lanes and every byte is read once for all ROWS query rows. What the threads of a loop
-// have in common (a query, or the softmax weights) lies in threadgroup memory, and all lanes read the same address.
+// A threadgroup walks its part in steps. A thread holds PLACES neighbouring places of the axis that is not summed over:
+// tokens for the keys, channels for the values. Keys and values use the same loop, since a word packs along the axis
+// that is summed over. So no sum crosses lanes, and every byte is read once for all ROWS query rows. The factors that
+// all threads of a loop need (a query, or the softmax weights) are in threadgroup memory; all lanes read the same
+// address.
 
-// N neighbouring numbers that are loaded at once.
+// N neighbouring numbers, as the type of one load.
 template <typename T, int N>
 struct Neighbours {
   using type = vec<T, N>;
@@ -45,7 +46,7 @@ struct InWord<bfloat16_t> {
   }
 };
 
-// `numbers[i] = float(x[at + i])`, COUNT of them in one load; `at` is a multiple of COUNT.
+// Load `numbers[i] = float(x[at + i])` for COUNT numbers at once; `at` must be a multiple of COUNT.
 template <int COUNT, typename T>
 METAL_FUNC void load_numbers(const device T* x, uint at, thread float* numbers) {
   constexpr int IN_WORD = InWord<T>::COUNT;
@@ -75,7 +76,8 @@ METAL_FUNC void add_products(
   }
 }
 
-// Adds up along the packed axis of one block, whose words are [rows of words][ROW_STRIDE], from word `first` on.
+// Add the products of one block's levels and the factors, along the packed axis. The block's words are
+// [rows of words][ROW_STRIDE]; this thread starts at word `first`.
 template <int BITS, int AXIS, int ROW_STRIDE, int ROWS, int WIDTH, int PLACES, typename Levels, typename Rows>
 METAL_FUNC void add_levels(
     const device uint* words, uint first, Levels levels,
@@ -90,7 +92,7 @@ METAL_FUNC void add_levels(
   for (int row = 0; row < WORD_ROWS; ++row) {
     const Words read = *(const device Words*)(words + (first + row * ROW_STRIDE));
     if (BITS == 3) {
-      // A word of the second plane serves two words of the first.
+      // One word of the second plane belongs to two words of the first.
       if (row % 2 == 0) {
         const Words plane = *(const device Words*)(words + (first + (WORD_ROWS + row / 2) * ROW_STRIDE));
         UNROLL
@@ -110,7 +112,7 @@ METAL_FUNC void add_levels(
     UNROLL
     for (int field = 0; field < CODES; ++field) {
       const int i = row * CODES + field;
-      // Fields behind the last position mean nothing.
+      // The word's fields past the last position carry no code.
       if (AXIS % CODES == 0 || i < AXIS) {
         float level[PLACES];
         UNROLL
@@ -121,7 +123,7 @@ METAL_FUNC void add_levels(
   }
 }
 
-// The scores of exact keys, [tokens][DIM]: PLACES tokens, whose first numbers are `first`.
+// Add the scores of PLACES exact keys of [tokens][DIM]; first[p] is the index of the first number of key p.
 template <int DIM, int ROWS, int WIDTH, int PLACES, typename T, typename Rows>
 METAL_FUNC void add_exact_keys(
     const device T* keys, thread const uint* first,  // [PLACES]
@@ -143,7 +145,7 @@ METAL_FUNC void add_exact_keys(
   }
 }
 
-// The weighted sum of `tokens` exact values, [tokens][DIM]: PLACES channels, from the number `first` on.
+// Add the weighted sum of `tokens` exact values, [tokens][DIM], for the PLACES channels from the number `first` on.
 template <int DIM, int ROWS, int WIDTH, int PLACES, typename T, typename Rows>
 METAL_FUNC void add_exact_values(
     const device T* values, uint first, int tokens,
@@ -156,7 +158,7 @@ METAL_FUNC void add_exact_values(
   }
 }
 
-// The sum of what the simdgroups have for a row.
+// The sum over the simdgroups of their numbers for a row.
 template <int SIMDGROUPS, int ROWS>
 METAL_FUNC float total_of(threadgroup const float* by_simdgroup, int row) {  // [SIMDGROUPS][ROWS]
   float total = 0.0f;
@@ -167,34 +169,35 @@ METAL_FUNC float total_of(threadgroup const float* by_simdgroup, int row) {  // 
 
 // kernel body
 // Template: KEY_BITS, VALUE_BITS, BLOCK, ROWS = G, WIDTH (rows loaded at once), SIMDGROUPS, PLACES, KEY_WAY and
-// VALUE_WAY (see lookup.h), MASK (see scores.h), HAS_KEY_SCALE, KEY_MATRICES (K where each KV head has a matrix of
-// its own, else 1); with ALONE also T (dtype of the output), HAS_VALUE_SCALE, VALUE_MATRICES, HAS_SINK_LOGITS.
-// KeyRotation and ValueRotation fix the dims.
+// VALUE_WAY (see lookup.h), MASK (see scores.h), HAS_KEY_SCALE, KEY_MATRICES (K if each KV head has its own matrix,
+// else 1). With ALONE also T (dtype of the output), HAS_VALUE_SCALE, VALUE_MATRICES, HAS_SINK_LOGITS.
+// KeyRotation and ValueRotation fix the head dims.
 //
-// q              [B, H, L, KEY_DIM], any strides; G = H / K * L query rows of a KV head
-// key_rotation   float32: coefficients of the stages, or [KEY_MATRICES, KEY_DIM, KEY_DIM] that a query is multiplied by
-// key_channel_scale      float32 [K, KEY_DIM], or of each batch row; if HAS_KEY_SCALE
+// q              [B, H, L, KEY_DIM], any strides; a KV head has G = H / K * L query rows
+// key_rotation   float32: coefficients of the stages, or the matrices [KEY_MATRICES, KEY_DIM, KEY_DIM] that queries are
+//                multiplied by
+// key_channel_scale      float32 [K, KEY_DIM], or one per batch row; read if HAS_KEY_SCALE
 // key_*, value_* as in docs/FORMAT.md, section 3; exact_*: [B, K, capacity, D]; contiguous within a KV head
 // mask           [B, H, L, S], bool or floating; one element if MASK < 2
 // lengths        int32 [B, 2]: packed tokens, all tokens
 // plan           int32 [10], see `_plan` of metal_attend.py
-// tops, totals   float32 [B, K, G, parts]: largest score and sum of exponentials
-// outputs        float32 [B, K, G, parts, VALUE_DIM], not divided by the total; rotated if packed
-// value_rotation, value_channel_scale, sink_logits (any dtype, [H]), output (T [B, H, L, VALUE_DIM]): with ALONE
+// tops, totals   float32 [B, K, G, parts]: largest score, and sum of exponentials
+// outputs        float32 [B, K, G, parts, VALUE_DIM], not divided by the total; rotated if the part is packed
+// value_rotation, value_channel_scale, sink_logits (any dtype, [H]), output (T [B, H, L, VALUE_DIM]): only with ALONE
 constexpr int KEY_DIM = KeyRotation::D, VALUE_DIM = ValueRotation::D;
 constexpr int LANES = 32;
 constexpr int THREADS = SIMDGROUPS * LANES;
 constexpr int BLOCK_LANES = BLOCK / PLACES;         // lanes that share a block of keys
-constexpr int BLOCKS = LANES / BLOCK_LANES;         // of a simdgroup
+constexpr int BLOCKS = LANES / BLOCK_LANES;         // blocks of a simdgroup in a step
 constexpr int STEP_BLOCKS = SIMDGROUPS * BLOCKS;
 constexpr int STEP = STEP_BLOCKS * BLOCK;
 constexpr int VECTORS = ROWS / WIDTH;
-// Values: GROUPS groups of threads share the blocks of a step. A group is whole quads; threads behind its last channels
-// take those once more.
+// For the values, GROUPS groups of threads share the blocks of a step. A group is a multiple of four threads; those
+// past the last channels repeat the last channels.
 constexpr int VALUE_LANES = VALUE_DIM / PLACES;
 constexpr int GROUP_THREADS = (VALUE_LANES + 3) / 4 * 4;
 constexpr int GROUPS = 4 * GROUP_THREADS <= THREADS && STEP_BLOCKS % 4 == 0 ? 4 : 2 * GROUP_THREADS <= THREADS ? 2 : 1;
-constexpr int KEY_WORDS = WordRows<KEY_BITS, KEY_DIM>::ALL * BLOCK;  // of a block
+constexpr int KEY_WORDS = WordRows<KEY_BITS, KEY_DIM>::ALL * BLOCK;  // words of a block
 constexpr int VALUE_WORDS = WordRows<VALUE_BITS, BLOCK>::ALL * VALUE_DIM;
 static_assert(BLOCKS * BLOCK_LANES == LANES, "a simdgroup has whole blocks");
 static_assert(GROUP_THREADS <= THREADS, "the threads have all channels of the values");
@@ -203,11 +206,11 @@ static_assert(GROUPS * VALUE_DIM <= STEP, "the groups' sums must fit where the w
 using Rows = typename Neighbours<float, WIDTH>::type;
 
 threadgroup Rows plain[KEY_DIM * VECTORS];    // [KEY_DIM][ROWS], the queries times the scale of the scores
-threadgroup Rows rotated[KEY_DIM * VECTORS];  // the same as packed keys meet them
+threadgroup Rows rotated[KEY_DIM * VECTORS];  // [KEY_DIM][ROWS], the same times the channel scale, and rotated
 threadgroup Rows weights[STEP * VECTORS];     // [STEP][ROWS]
 using KeyLookup = Lookup<KEY_BITS, KEY_WAY>;
 using ValueLookup = Lookup<VALUE_BITS, VALUE_WAY>;
-// Levels that are found alike have one table.
+// Keys and values that find their levels in the same way share one table.
 constexpr bool ONE_TABLE = KEY_BITS == VALUE_BITS && KEY_WAY == VALUE_WAY;
 threadgroup float2 key_table[(KeyLookup::FLOATS + 1) / 2];
 threadgroup float2 value_table[ONE_TABLE ? 1 : (ValueLookup::FLOATS + 1) / 2];
@@ -254,7 +257,7 @@ threadgroup float* value_memory = ONE_TABLE ? key_memory : (threadgroup float*)v
 const KeyLookup key_levels = KeyLookup::make(key_memory, uint(thread_index), uint(THREADS));
 const ValueLookup value_levels = ValueLookup::make(value_memory, uint(thread_index), uint(THREADS));
 
-// What a KV head has is less than 2^31 numbers.
+// A KV head has fewer than 2^31 numbers, so offsets from here on are 32 bits wide.
 const auto head_key_words = key_words + batch * key_words_strides[0] + kv_head * key_words_strides[1];
 const auto head_key_scales = key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1];
 const auto head_centres = centres + batch * centres_strides[0] + kv_head * centres_strides[1];
@@ -268,8 +271,8 @@ const auto head_value_scale = value_channel_scale + (batch * plan[8] + kv_head *
 
 const int value_group = thread_index / GROUP_THREADS;
 const bool has_channels = value_group < GROUPS && thread_index % GROUP_THREADS < VALUE_LANES;
-const int channel = min(thread_index % GROUP_THREADS, VALUE_LANES - 1) * PLACES;  // the first of PLACES
-const int block_token = lane % BLOCK_LANES * PLACES;                              // likewise
+const int channel = min(thread_index % GROUP_THREADS, VALUE_LANES - 1) * PLACES;  // the first of PLACES channels
+const int block_token = lane % BLOCK_LANES * PLACES;                              // the first of PLACES tokens
 float tops[ROWS], totals[ROWS], sums[PLACES * ROWS];  // sums: [PLACES][ROWS]
 UNROLL
 for (int row = 0; row < ROWS; ++row) {
@@ -305,7 +308,7 @@ if (any_packed) {
 }
 
 for (int run = 0; run < RUNS; ++run) {
-  // The tokens of a run, counted among the packed or among the exact ones.
+  // The tokens of a run, counted among the packed tokens or among the exact ones.
   const bool exact = RUNS == 2 ? run == 1 : !any_packed;
   const int run_tokens = exact ? plan[3] : plan[2];
   const int start = RUNS == 2 ? 0 : (exact ? part - plan[1] : part) * run_tokens;
@@ -323,7 +326,7 @@ for (int run = 0; run < RUNS; ++run) {
     UNROLL
     for (int p = 0; p < PLACES; ++p) value_scale[p] = 1.0f;
 
-    // Lanes behind the last token read it, or its block, again; their scores do not count.
+    // Lanes past the last token read that token, or its block, again; their scores are hidden below.
     const bool any_tokens = step + simdgroup * BLOCKS * BLOCK < stop;
     if (any_tokens && exact) {
       uint first[PLACES];
@@ -396,7 +399,7 @@ for (int run = 0; run < RUNS; ++run) {
         sums[p * ROWS + row] *= shrink;
         const float weight = share_of(scores[p * ROWS + row], top);
         totals[row] += weight;
-        // The scale of a hidden token may be anything, NaN among them.
+        // The scale of a hidden token may hold any bits, even a NaN.
         const float scaled = weight == 0.0f ? 0.0f : weight * value_scale[p];
         weight_numbers[(first_token - step + p) * ROWS + row] = scaled;
       }
@@ -442,7 +445,7 @@ for (int run = 0; run < RUNS; ++run) {
 
 #ifdef ALONE
   if (!exact) {
-    // The exact values are added to what is rotated back.
+    // The packed sum is rotated back; the exact run then adds its values to it.
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the sums are there
     rotate_in_place<ValueRotation, true, ROWS, THREADS>(
         weight_numbers, value_rotation + kv_head % VALUE_MATRICES * (VALUE_DIM * VALUE_DIM), thread_index);
@@ -460,14 +463,14 @@ for (int run = 0; run < RUNS; ++run) {
 #endif
 }
 
-// Each thread has added up these sums itself.
+// In this loop each thread reads only sums that it added up itself, so no barrier is needed.
 for (int i = thread_index; i < VALUE_DIM * ROWS; i += THREADS) {
   const int channel_index = i % VALUE_DIM, row = i / VALUE_DIM;
   const float sum = weight_numbers[channel_index * ROWS + row];
   const int64_t output_row = int64_t(head_index) * ROWS + row;
 #ifdef ALONE
   const float total = total_of<SIMDGROUPS, ROWS>(by_simdgroup, row);
-  // A query that sees nothing has a total of zero.
+  // A query that sees no token has a total of zero.
   output[output_row * VALUE_DIM + channel_index] = T(total == 0.0f ? 0.0f : sum / total);
 #else
   part_outputs[(output_row * parts + part) * VALUE_DIM + channel_index] = sum;

@@ -1,9 +1,9 @@
-// Attention on packed bytes, last pass: the parts of a query row become its output. The packed parts are in the rotated
-// space of the values; their sum is rotated back once.
+// Attention on packed bytes, last pass: merge the parts of each query row into its output. The sums of packed parts are
+// in the rotated space of the values; their merged sum is rotated back once.
 
-// sums[i] += share * number, over every `step`-th part from `first` on, for neighbouring channels.
+// sums[i] += share * number, over every `step`-th part from `first` on, for four neighbouring channels.
 METAL_FUNC void add_parts(
-    const device float* outputs, int dim,  // [parts][dim], from the first of these channels on
+    const device float* outputs, int dim,  // [parts][dim], from the first of the four channels on
     threadgroup const float* shares,       // [parts]
     int first, int stop, int step, thread float* sums) {  // [4]
   for (int part = first; part < stop; part += step) {
@@ -15,15 +15,15 @@ METAL_FUNC void add_parts(
 }
 
 // kernel body
-// Template: T (dtype of the output), ROWS, THREADS, MOST_PARTS, VALUE_MATRICES, HAS_VALUE_SCALE, HAS_SINK_LOGITS, as of
-// attend.metal. ValueRotation fixes the dim.
+// Template: T (dtype of the output), ROWS, THREADS, MOST_PARTS, VALUE_MATRICES, HAS_VALUE_SCALE, HAS_SINK_LOGITS, as in
+// attend.metal. ValueRotation fixes the head dim.
 //
 // tops, totals   float32 [B, K, rows, parts], rows >= G; outputs: float32 [B, K, rows, parts, VALUE_DIM]
-// value_rotation, value_channel_scale, sink_logits, plan, output: as of attend.metal
+// value_rotation, value_channel_scale, sink_logits, plan, output: as in attend.metal
 constexpr int VALUE_DIM = ValueRotation::D;
 constexpr int SIMDGROUPS = THREADS / 32;
-constexpr int CHANNEL_LANES = VALUE_DIM / 4;          // threads that have all channels of a part
-constexpr int SHARERS = THREADS / CHANNEL_LANES;      // threads that take turns with the parts
+constexpr int CHANNEL_LANES = VALUE_DIM / 4;          // threads that together hold all channels of a part
+constexpr int SHARERS = THREADS / CHANNEL_LANES;      // groups of threads that take the parts in turn
 static_assert(CHANNEL_LANES <= THREADS, "the threads have all channels");
 
 threadgroup float shares[ROWS * MOST_PARTS];          // [ROWS][MOST_PARTS]
@@ -43,7 +43,7 @@ const int batch = head_index / kv_heads, kv_head = head_index % kv_heads;
 const int packed_parts = plan[1];
 const int first_row = int(threadgroup_position_in_grid.y) * ROWS;
 
-// Lanes over parts.
+// Shares of the parts and totals of the rows: one row per simdgroup, its lanes over the parts.
 for (int r = int(simdgroup_index_in_threadgroup); r < ROWS; r += SIMDGROUPS) {
   const int row = min(first_row + r, group_rows - 1);
   const int64_t first_part = (int64_t(head_index) * tops_shape[2] + row) * parts;
@@ -68,7 +68,7 @@ for (int r = int(simdgroup_index_in_threadgroup); r < ROWS; r += SIMDGROUPS) {
 }
 
 const int sharer = thread_index / CHANNEL_LANES;
-const int channel = thread_index % CHANNEL_LANES * 4;  // the first of 4
+const int channel = thread_index % CHANNEL_LANES * 4;  // the first of 4 channels
 for (int r = 0; r < ROWS; ++r) {
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the shares are there, no sums are in use
   if (sharer < SHARERS) {
@@ -110,7 +110,7 @@ for (int i = thread_index; i < VALUE_DIM * ROWS; i += THREADS) {
     const float total = totals_of_rows[r];
     const float packed = HAS_VALUE_SCALE ? packed_sums[c * ROWS + r] * head_scale[c] : packed_sums[c * ROWS + r];
     const int64_t row = int64_t(head_index) * group_rows + first_row + r;
-    // A query that sees nothing has a total of zero.
+    // A query that sees no token has a total of zero.
     output[row * VALUE_DIM + c] = T(total == 0.0f ? 0.0f : (packed + exact_sums[c * ROWS + r]) / total);
   }
 }

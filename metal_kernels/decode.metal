@@ -1,13 +1,14 @@
-// Packed blocks to the vectors they stand for (docs/FORMAT.md, section 6).
+// Decode packed blocks to the vectors they stand for (docs/FORMAT.md, section 6).
 //
-// One threadgroup a block of one KV head. As in encode.metal, a lane has its channels of ROWS tokens in registers and
-// rows exchange numbers by shuffles; rows share nothing, so there is neither threadgroup memory nor a barrier.
+// One threadgroup per block of one KV head. As in encode.metal, a lane holds its channels of ROWS tokens in registers,
+// and the lanes of a row exchange numbers by shuffles. Rows share nothing, so the kernel needs neither threadgroup
+// memory nor barriers.
 //
-// Template arguments, and the macros CENTRES and CHANNEL_SCALE for the inputs, as in encode.metal.
+// Template arguments, and the macros CENTRES and CHANNEL_SCALE for the inputs: as in encode.metal.
 //
 // words          uint    [B, K, N, R, BLOCK] for keys, [B, K, N, R, D] for values, any strides
 // scales         half    [B, K, N, BLOCK], any strides
-// coefficients   float   of the rotation back
+// coefficients   float   of the inverse rotation
 // centres        half    [B, K, N, D], any strides
 // channel_scale  float   [K, D], any strides
 // out            T       [B, K, N * BLOCK, D]

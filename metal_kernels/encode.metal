@@ -1,22 +1,22 @@
-// Raw keys or values to packed words, scales and centres (docs/FORMAT.md, section 5).
+// Encode raw keys or values to packed words, scales and centres (docs/FORMAT.md, section 5).
 //
-// One threadgroup a block of one KV head; LANES lanes a row. A lane has its channels of ROWS tokens in registers from
-// the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, a byte
-// each, then meet in threadgroup memory, where every thread packs whole words. For trellis codes numbers meet there
-// before, slice by slice, and two lanes find the path of one sequence.
+// One threadgroup per block of one KV head; LANES lanes per row. A lane holds its channels of ROWS tokens in registers
+// from the first load to the codes: the centre, the rotation and the norm exchange numbers by shuffles. The codes, one
+// byte each, are then gathered in threadgroup memory, and every thread packs whole words. For trellis codes, the
+// numbers are gathered there first, one slice of the sequences at a time, and two lanes find the path of one sequence.
 //
-// Template arguments: T the dtype, BITS of a code, D head_dim, BLOCK tokens, THREADS, LANES and HELD (see
-// LaneRow), MATRICES (see coefficients), and KEY: a word packs channels of a token, else tokens of a channel.
-// BOUNDARIES is the table of the codebook. Macros say which buffers there are: CENTRE_MEANS the output `centres`,
-// CENTRES the input of that name, CHANNEL_SCALE the input `channel_scale`, STATE the inputs `start` and `state`. B batch, K KV heads, N blocks, R rows of
-// words.
+// Template arguments: T the dtype, BITS of a code, D head_dim, BLOCK tokens, THREADS, LANES and HELD (see LaneRow),
+// MATRICES (see coefficients), and KEY: if true, a word packs channels of a token, else tokens of a channel. BOUNDARIES
+// is the table of the codebook. Macros say which buffers exist: CENTRE_MEANS the output `centres`, CENTRES the input of
+// that name, CHANNEL_SCALE the input `channel_scale`, STATE the inputs `start` and `state`. B batch, K KV heads,
+// N blocks, R rows of words.
 //
 // x              T       [B, K, N * BLOCK, D], any strides
-// coefficients   float   of the rotation; [MATRICES, D, D] where each KV head has its own, else MATRICES is 1
-// centres        half    [B, K, N, D], as an input with any strides
+// coefficients   float   of the rotation; [MATRICES, D, D] if each KV head has its own matrix, else MATRICES is 1
+// centres        half    [B, K, N, D]; as an input with any strides
 // channel_scale  float   [K, D], any strides
-// start          int     tokens before it have codes already; trellis codes of values
-// state          uint    [B, K, N, D]: of the trellis behind those, any strides
+// start          int     number of tokens that already have codes; only for trellis codes of values
+// state          uint    [B, K, N, D]: the state of each trellis behind those tokens, any strides
 // words          uint    [B, K, N, R, BLOCK] for keys, [B, K, N, R, D] for values
 // scales         half    [B, K, N, BLOCK]
 
@@ -34,7 +34,7 @@
 #else
   constexpr uint SUMS = 1;
 #endif
-  // Sums, and later numbers of sequences, as bits.
+  // First the simdgroups' sums of channels, later the numbers of sequences; both as bits.
   threadgroup uint shared[SUMS > Encoder::NUMBERS ? SUMS : uint(Encoder::NUMBERS)];
 
   const uint3 place = threadgroup_position_in_grid;  // (N, K, B)
@@ -56,7 +56,7 @@
   }
 
 #ifdef CENTRE_MEANS
-  // Each lane sums its rows, each simdgroup its lanes of a channel, and everybody the simdgroups' sums.
+  // Each lane sums its rows, each simdgroup sums its lanes of a channel, and every lane sums the simdgroups' sums.
   float sum[CHANNELS];
   UNROLL
   for (uint p = 0; p < CHANNELS; ++p) sum[p] = 0.0f;
@@ -65,7 +65,7 @@
     bool broken = false;
     UNROLL
     for (uint p = 0; p < CHANNELS; ++p) broken = broken || !is_finite(rows[r * CHANNELS + p]);
-    // Divided first: a power of two, and the sum cannot overflow.
+    // The division by BLOCK, a power of two, comes first, so that the sum cannot overflow.
     const float weight = 1.0f / BLOCK;
     if (!lane_any<LANES>(broken)) {
       UNROLL
@@ -139,7 +139,7 @@
   }
 
   constexpr uint PACKED = KEY ? D : BLOCK;      // codes along the packed axis
-  constexpr uint WORD_LANES = KEY ? BLOCK : D;  // words beside each other
+  constexpr uint WORD_LANES = KEY ? BLOCK : D;  // words in a row of words
   constexpr uint WORD_ROWS = WordRows<BITS, PACKED>::ALL;
   for (uint i = thread_index; i < WORD_ROWS * WORD_LANES; i += THREADS) {
     const uint word_lane = i % WORD_LANES;

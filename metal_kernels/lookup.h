@@ -1,7 +1,7 @@
-// Ways to find the level of a code, for the kernel of few queries. All give the same numbers, bit for bit.
+// Ways to find the level of a code, for the kernel of few queries. All return the same numbers, bit for bit.
 //
-// `at` gives the level of a field of a word. FLOATS are the threadgroup memory that a way needs, which the threads fill
-// together in `make`; a barrier must follow.
+// `at` returns the level of a field of a word. FLOATS is the size of the threadgroup memory that a way needs. The
+// threads fill it together in `make`; a barrier must follow.
 
 enum { FROM_TABLE = 0, COMPUTED = 1, FROM_QUAD = 2, FROM_PAIRS = 3 };
 
@@ -22,7 +22,7 @@ struct Lookup<BITS, FROM_TABLE> {
   METAL_FUNC float at(Indices<uint> word, uint field) const { return table[index_of_field<BITS>(word, field)]; }
 };
 
-// ---- a table of pairs in threadgroup memory: by the byte that holds two fields, the levels of both ----------
+// ---- a table of pairs in threadgroup memory, indexed by the byte that holds two fields -----------------
 
 template <int BITS>
 struct Lookup<BITS, FROM_PAIRS> {
@@ -44,14 +44,14 @@ struct Lookup<BITS, FROM_PAIRS> {
   }
 };
 
-// ---- without memory: an index is split into the magnitude's, in its low bits, and the sign ----------------
+// ---- without memory: the low bits of an index select the magnitude, its top bit is the sign ---------------
 
 template <int BITS>
 METAL_FUNC float with_sign(uint magnitude, uint shifted) {
   return as_type<float>(magnitude | (shifted << (32 - Stored<BITS>::INDEX_BITS) & 0x80000000u));
 }
 
-// A magnitude of 2 or 3 bits is a byte over 64. 2^23 + byte has the byte in its low bits; both steps are exact.
+// A magnitude of 2 or 3 bits is a byte divided by 64. 2^23 + byte has the byte in its low bits; both steps are exact.
 METAL_FUNC uint from_byte(uint byte) {
   return as_type<uint>(fma(as_type<float>(0x4B000000u | byte), 0.015625f, -131072.0f));
 }
@@ -63,8 +63,8 @@ METAL_FUNC uint computed_magnitude(uint shifted) {
     const uint bytes = (shifted & 4u) == 0 ? 0x30221307u : 0x9E725641u;
     return from_byte(bytes >> ((shifted & 3u) * 8) & 0xFFu);
   }
-  // 4 bits: a polynomial of 1 + index / 8 about 1.46, whose coefficients were sought so that its values, each step
-  // rounded, are the magnitudes.
+  // 4 bits: a polynomial in 1 + index / 8 - 1.46. Its coefficients are chosen so that its values, with each step
+  // rounded, are exactly the magnitudes.
   const float t = as_type<float>(0x3F800000u | (shifted & 7u) << 20) - 1.46f;
   float x = fma(15.9235315f, t, 12.7114096f);
   x = fma(x, t, 3.03974319f);
@@ -85,11 +85,11 @@ struct Lookup<BITS, COMPUTED> {
   }
 };
 
-// The four lanes of a quad hold 4 or 8 magnitudes; all of them must come here together.
+// The four lanes of a quad hold the 4 or 8 magnitudes, so all four must call `at` together.
 template <int BITS>
 struct Lookup<BITS, FROM_QUAD> {
   enum { FLOATS = 1, MAGNITUDES = Stored<BITS>::LEVELS / 2 };
-  uint lower, upper;  // those of this lane, among the lower four and the upper four
+  uint lower, upper;  // this lane's magnitude of the lower four, and of the upper four
 
   static METAL_FUNC Lookup make(threadgroup float*, uint thread_index, uint) {
     const uint lane = thread_index % 4;

@@ -1,17 +1,16 @@
 // Attention of many queries on packed bytes, first pass: one part of the sequence for a tile of query rows.
 //
-// Tiles of TILE tokens are decoded to levels in threadgroup memory, first the keys, then the values in the
-// same place; scores and outputs are products of 8 x 8 matrices. A simdgroup has 8 query rows to itself:
-// their scores lie in threadgroup memory, where 4 lanes share a row, so that nothing here depends on which
-// lane holds which element of a matrix.
+// Tiles of TILE tokens are decoded to levels in threadgroup memory, first the keys, then the values in the same place.
+// Scores and outputs are products of 8 x 8 matrices. Each simdgroup owns 8 query rows. Their scores are in threadgroup
+// memory, where 4 lanes share a row, so that nothing here depends on which lane holds which element of a matrix.
 
-// Decodes rows of words to `tile[position][lanes]`, the threads of a threadgroup together.
+// Decode `rows` rows of words to `tile[position][LANES]`, with all threads of a threadgroup.
 template <int BITS, int AXIS, int LANES, int THREADS>
 METAL_FUNC void decode_tile(
     const device uint* words,  // [rows of words, lanes] of one block
     int64_t row_stride, int64_t lane_stride, int first_row, int rows, int first_lane,
-    threadgroup const float* levels,  // all of Stored<BITS>
-    threadgroup float* tile,          // [rows * codes of a word, at most AXIS][LANES]
+    threadgroup const float* levels,  // [Stored<BITS>::LEVELS]
+    threadgroup float* tile,          // [positions][LANES]; positions: rows * codes of a word, at most AXIS
     int thread_index) {
   constexpr int CODES = Word<BITS>::codes;
   constexpr int WORD_ROWS = (AXIS + CODES - 1) / CODES;
@@ -20,13 +19,13 @@ METAL_FUNC void decode_tile(
     const device uint* at = words + (first_lane + lane) * lane_stride;
     uint before = 0, high = 0;
     if (Stored<BITS>::HAS_TRELLIS && row > 0) before = at[(row - 1) * row_stride];
-    // A word of the second plane serves two words of the first.
+    // One word of the second plane belongs to two words of the first.
     if (BITS == 3) high = at[(WORD_ROWS + row / 2) * row_stride] >> (row % 2 * 2);
     const Indices<uint> indices = indices_of<BITS>(at[row * row_stride], before, high);
     UNROLL
     for (int field = 0; field < CODES; ++field) {
       const int position = i / LANES * CODES + field;
-      // Fields behind the last position mean nothing.
+      // The word's fields past the last position carry no code.
       if (AXIS % CODES == 0 || position < AXIS) {
         tile[position * LANES + lane] = levels[index_of_field<BITS>(indices, uint(field))];
       }
@@ -34,7 +33,7 @@ METAL_FUNC void decode_tile(
   }
 }
 
-// The exact counterpart: `tile[token][DIM]`, zero behind the last token.
+// Load exact keys or values to `tile[token][DIM]`; tokens past the last are zero.
 template <int DIM, int TILE, int THREADS, typename T>
 METAL_FUNC void load_tile(
     const device T* x,  // [tokens, DIM]
@@ -49,8 +48,8 @@ METAL_FUNC void load_tile(
 
 // kernel body
 // Template: KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, BLOCK, TILE, SIMDGROUPS, MASK (see scores.h).
-// Inputs and outputs as of attend.metal, but q and rotated are row-contiguous and have, as the outputs do,
-// rows beyond G up to a multiple of 8 * SIMDGROUPS.
+// Inputs and outputs as in attend.metal, with two differences: q and rotated are row-contiguous, and they and the
+// outputs are padded beyond G to a multiple of 8 * SIMDGROUPS rows.
 constexpr int LANES = 32;
 constexpr int THREADS = SIMDGROUPS * LANES;
 constexpr int TILES = TILE / 8;
@@ -61,7 +60,7 @@ static_assert(BLOCK % TILE == 0 && TILE % 16 == 0, "a tile is whole words of one
 
 threadgroup float tile[TILE * LARGER_DIM];
 threadgroup float scores[SIMDGROUPS * 8 * TILE];  // [SIMDGROUPS][8][TILE], then the softmax weights
-threadgroup float shrinks[SIMDGROUPS * 64];       // a diagonal matrix for each simdgroup
+threadgroup float shrinks[SIMDGROUPS * 64];       // [SIMDGROUPS][8][8], a diagonal matrix per simdgroup
 threadgroup float key_levels[Stored<KEY_BITS>::LEVELS];
 threadgroup float value_levels[Stored<VALUE_BITS>::LEVELS];
 
@@ -82,13 +81,13 @@ const int sink = min(plan[0], tokens - packed_tokens);
 const int length = plan[4];
 const int group_rows = plan[5];
 
-// This part's tokens, counted among the packed or among the exact ones.
+// The tokens of this part, counted among the packed tokens or among the exact ones.
 const bool exact = part >= plan[1];
 const int part_tokens = exact ? plan[3] : plan[2];
 const int start = (exact ? part - plan[1] : part) * part_tokens;
 int stop = min(start + part_tokens, exact ? tokens - packed_tokens : packed_tokens);
 if (MASK == 1) {
-  // What the last query of the tile does not see, none does.
+  // No query of the tile sees a token that its last query does not see.
   const int last_row = min(tile_row + 8 * SIMDGROUPS, group_rows) - 1;
   const int last_place = last_row / length > tile_row / length ? length - 1 : last_row % length;
   const int seen = tokens - length + last_place + 1;
@@ -203,10 +202,10 @@ for (int first = start; first < stop; first += TILE) {
   for (int i = 0; i < ROW_TOKENS; ++i) {
     const float weight = share_of(row_scores[i], top);
     total += weight;
-    // The scale of a hidden token may be anything, NaN among them.
+    // The scale of a hidden token may hold any bits, even a NaN.
     float scaled = weight == 0.0f ? 0.0f : weight * value_scale[i];
     if (is_nan(scaled)) {
-      // The total keeps it in its row; from the sums it would reach others, which shrink by one product.
+      // The total keeps a NaN in its own row. The sums of 8 rows shrink by one matrix product, which would spread it.
       total = scaled;
       scaled = 0.0f;
     }

@@ -1,14 +1,14 @@
-// The published method in one kernel: each row is rotated by one stage of rotors, rounded to levels, and rotated back.
-// What comes out is what decoding the encoded row gives; the codes themselves are not kept.
+// The published method in one kernel: rotate each row by one stage of rotors, round it to levels, and rotate it back.
+// The output equals the decoded codes of the row; the codes themselves are not kept.
 //
-// LANES lanes a row, as in encode.metal, each with whole groups of three channels: all of a group happens in the
-// registers of one lane, and nothing is exchanged but three sums a row. What is left over, a pair (a plane rotates it)
-// or one channel, is one more group.
+// LANES lanes per row, as in encode.metal, each with whole groups of three channels. A group stays in the registers of
+// one lane; the lanes of a row exchange only three sums per row. The channels that remain, a pair (rotated by a plane)
+// or a single one, form one more group.
 //
 // Template arguments: T the dtype, BITS of a code, D head_dim, THREADS, LANES, HELD.
 //
 // x             T      [n, D], any strides
-// coefficients  float  the rotors (a, b, c, d) of D / 3 groups, then the pair's plane
+// coefficients  float  the rotors (a, b, c, d) of D / 3 groups, then the plane of the pair
 // count         int    n
 // out           T      [n, D]
 
@@ -18,7 +18,7 @@
   const uint lane = thread_position_in_threadgroup.x % LANES;
   const long at = long(threadgroup_position_in_grid.x) * (THREADS / LANES) +
       thread_position_in_threadgroup.x / LANES;
-  // Lanes behind the last row do it again, since all lanes of a simdgroup must meet, and keep nothing.
+  // All lanes of a simdgroup must meet, so lanes past the last row repeat it and write nothing.
   device const T* x_row = x + min(at, long(count) - 1) * x_strides[0];
 
   float row[CHANNELS];  // channels that do not exist are 0

@@ -1,12 +1,12 @@
-// Rows of numbers in threadgroup memory: how they are rotated, and rotated back, for a few query rows. Behind
-// rotation.h; `Rotation` is what metal_rotation of rotormlx/kernels/source.py writes.
+// Rotation of a few query rows in threadgroup memory, and its inverse. Included after rotation.h. `Rotation` is the
+// type that metal_rotation of rotormlx/kernels/source.py writes.
 
-// ROWS rows in place, by stages in registers, as encode and decode do it, or as a product with a matrix. A barrier must
-// stand before and behind.
+// Rotate ROWS rows in place: by stages in registers, as encode and decode do, or as a product with a matrix. A barrier
+// must precede and follow.
 template <typename Rotation, bool BACK, int ROWS, int THREADS>
 METAL_FUNC void rotate_in_place(
     threadgroup float* rows,           // [D][ROWS]
-    const device float* coefficients,  // of the stages, or the matrix that rows are multiplied by
+    const device float* coefficients,  // of the stages, or the matrix [D, D] that rows are multiplied by
     int thread_index) {
   constexpr int D = Rotation::D;
   if (Rotation::HAS_STAGES) {
@@ -14,7 +14,7 @@ METAL_FUNC void rotate_in_place(
     using Channels = LaneRow<D, LANES, Rotation::HELD>;
     constexpr int CHANNELS = Channels::CHANNELS;
     constexpr int WORKERS = THREADS / LANES;
-    constexpr int OF_LANE = (ROWS + WORKERS - 1) / WORKERS;  // every WORKERS-th row
+    constexpr int OF_LANE = (ROWS + WORKERS - 1) / WORKERS;  // rows of a lane: every WORKERS-th
     const int lane = thread_index % LANES, worker = thread_index / LANES;
     float numbers[OF_LANE * CHANNELS];
     UNROLL
@@ -38,7 +38,7 @@ METAL_FUNC void rotate_in_place(
       }
     }
   } else {
-    constexpr int CHANNELS = (D + THREADS - 1) / THREADS;  // every THREADS-th
+    constexpr int CHANNELS = (D + THREADS - 1) / THREADS;  // channels of a thread: every THREADS-th
     float sums[CHANNELS * ROWS];
     UNROLL
     for (int c = 0; c < CHANNELS; ++c) {

@@ -1,17 +1,16 @@
-// What the attention kernels have in common: hidden scores and masks.
+// Hidden scores and masks, shared by the attention kernels.
 
-// The score of a hidden token. Finite, because fast math need not know infinity.
+// The score of a hidden token. It is finite, because fast math may not support infinities.
 constant float HIDDEN = -3.402823466e38f;
 
-// By its bits, because fast math need not know NaN either.
+// Tests the bits, because fast math may not support NaN either.
 METAL_FUNC bool is_nan(float x) { return (as_type<uint>(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 
-// exp(x - top), or 0 for what is hidden.
+// exp(x - top), or 0 for a hidden score.
 METAL_FUNC float share_of(float x, float top) { return x <= HIDDEN ? 0.0f : exp(x - top); }
 
-// The score of a token that exists, under the mask. MASK is 0 (none), 1 (causal), 2 (boolean, true means
-// visible) or 3 (additive). Row `row` of `rows` of a KV head is query `row % length` of its query head
-// `row / length`.
+// The score of an existing token under the mask. MASK is 0 (none), 1 (causal), 2 (boolean; true means visible) or 3
+// (additive). Row `row` of the `rows` query rows of a KV head is query `row % length` of its query head `row / length`.
 template <int MASK, typename Mask>
 METAL_FUNC float masked(
     float score, Mask mask, const constant int64_t* strides,  // [B, H, L, S]

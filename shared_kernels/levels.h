@@ -1,5 +1,5 @@
-// Codebooks, and codes that are nearest levels (docs/FORMAT.md, sections 3 and 5). Written in the words of a platform's
-// vocabulary.h, so that it stands once for all of them.
+// Codebooks, and nearest-level codes, which code each number alone as the level nearest to it (docs/FORMAT.md, sections
+// 3 and 5). Written with the macros of a platform's vocabulary.h, so that all platforms share this one text.
 
 // Magnitudes as float32 bit patterns, ascending.
 CONSTANT uint MAGNITUDES_2[4] = {
@@ -30,7 +30,7 @@ CONSTANT uint MAGNITUDES_8[128] = {
     0x404E9FBFu, 0x40551C3Du, 0x405C6BACu, 0x4064D66Fu, 0x406ED39Fu, 0x407B3DA6u, 0x4085F897u, 0x4093502Au
 };
 
-// Those of the published method, whose codes are nearest levels at every width.
+// Magnitudes of the published method, which uses nearest-level codes at every width.
 CONSTANT uint PUBLISHED_MAGNITUDES_2[2] = {
     0x3EE7D2C9u, 0x3FC1555Du
 };
@@ -38,18 +38,19 @@ CONSTANT uint PUBLISHED_MAGNITUDES_3[4] = {
     0x3E7AF9F8u, 0x3F418990u, 0x3FAC0538u, 0x4009B97Au
 };
 
-// A code of 3 bits lies in two planes, of 2 bits and of 1 bit; a word of the first plane counts.
+// A code of 3 bits is split over two planes, of 2 bits and of 1 bit; `codes` is the number of codes in a word of the
+// first plane.
 template <int BITS>
 struct Word {
   enum { codes = BITS == 3 ? 16 : 32 / BITS };
 };
 
-// Half the variance that the codes of a key bring into its score, for a scale and a query of norm 1.
+// Half the variance that coding a key adds to its score, for a scale and a query of norm 1.
 DEVICE_FN float score_noise(int bits) {
   return bits == 2 ? 0.0396f : bits == 3 ? 0.0116f : bits == 4 ? 0.0047f : 0.00002f;
 }
 
-// How long a value decodes to, in place of its unbiased length.
+// The factor on the length of a decoded value, relative to its unbiased length.
 DEVICE_FN float value_shrink(int bits) {
   return (bits == 2 ? 501.0f : bits == 3 ? 509.0f : bits == 4 ? 511.0f : 512.0f) / 512.0f;
 }
@@ -69,7 +70,7 @@ DEVICE_FN uint nearest_magnitude_bits(uint index) {
   return magnitude_bits<BITS>(index);
 }
 
-// The level of a code that is a nearest one: its top bit is the sign, the others are the index of the magnitude.
+// The level of a nearest-level code: the top bit is the sign, the other bits index the magnitude.
 template <int BITS>
 DEVICE_FN float level_of_code(uint code) {
   const uint negative = code >> (BITS - 1);

@@ -1,14 +1,15 @@
-// Rotations, codes, scales and words (docs/FORMAT.md, sections 3 to 6), once for every platform.
-// In front of this text stand a vocabulary header, levels.h and trellis.h.
+// Rotations, codes, scales and words (docs/FORMAT.md, sections 3 to 6), in one text for every platform.
+// A vocabulary header, levels.h and trellis.h precede this text.
 //
-// D head_dim. LANES neighbouring lanes of a simdgroup share a row, each with some of its channels in registers (see
-// LaneRow); a lane has ROWS such rows at once, so that what is read for one serves all. BACK asks for the inverse.
+// D is head_dim. LANES neighbouring lanes of a simdgroup share a row; each holds some of its channels in registers (see
+// LaneRow). A lane holds ROWS rows at once, so that coefficients are read once for all of them. BACK selects the
+// inverse.
 
 // ---- blocks: what a stage does with the channels of one group ------------------------------------------
 
-// Blocks in which each channel is a sum over the others by the numbers of their places: channel r of the group becomes
-// sum_m weight(r, m) x[r ^ m]. So one definition serves a group in the registers of one lane and a group spread over
-// neighbouring lanes, where x[r ^ m] is a shuffle away.
+// A block in which each output channel is a weighted sum of the group's channels: channel r of the group becomes
+// sum_m weight(r, m) x[r ^ m]. One definition thus serves a group in the registers of one lane and a group spread over
+// neighbouring lanes, where one shuffle fetches x[r ^ m].
 template <typename Block, int N>
 struct Crossing {
   enum { RADIX = N };
@@ -28,13 +29,13 @@ struct Crossing {
   }
 };
 
-// Bit 4 m + r of a table of signs as a factor.
+// Bit 4 m + r of a table of signs, as a factor: 1 for a clear bit, -1 for a set bit.
 DEVICE_FN float sign_at(uint table, uint r, uint m) {
   return (table >> (4 * m + r)) & 1u ? -1.0f : 1.0f;
 }
 
-// x -> R x, or R~ x: the one-sided product with a rotor (a, b, c, d). In the cascade all four are +1/2 or -1/2:
-// products are then exact, and these are additions with signs, at the price that a GPU takes for additions.
+// x -> R x, or R~ x with BACK: the one-sided product with a rotor (a, b, c, d). In the cascade all four are +1/2 or
+// -1/2. The products are then exact, and the fused operations are additions with signs, which cost a GPU no more.
 struct Left : Crossing<Left, 4> {
   enum { COEFFICIENTS = 4 };
   template <bool BACK>
@@ -43,7 +44,7 @@ struct Left : Crossing<Left, 4> {
   }
 };
 
-// A rotation of the plane by the angle with cosine and sine (c, s).
+// The rotation of a plane by the angle with cosine and sine (c, s).
 struct Plane : Crossing<Plane, 2> {
   enum { COEFFICIENTS = 2 };
   template <bool BACK>
@@ -52,7 +53,7 @@ struct Plane : Crossing<Plane, 2> {
   }
 };
 
-// Walsh-Hadamard blocks, their own inverses, and the signs in front of them.
+// Walsh-Hadamard blocks, which are their own inverses, and the signs that precede them.
 struct Walsh4 : Crossing<Walsh4, 4> {
   enum { COEFFICIENTS = 0 };
   template <bool BACK>
@@ -75,7 +76,7 @@ struct Signs : Crossing<Signs, 1> {
   }
 };
 
-// v -> R v R~, or R~ v R: the sandwich of a rotor as a 3 x 3 rotation.
+// v -> R v R~, or R~ v R with BACK: the sandwich product with a rotor, as a 3 x 3 rotation.
 struct Sandwich {
   enum { RADIX = 3, COEFFICIENTS = 4 };
   template <bool BACK>
@@ -93,7 +94,7 @@ struct Sandwich {
   }
 };
 
-// diag(t) E diag(t) with signs t and the odd block E = SUM J + SELF I; J is all ones.
+// diag(t) E diag(t), with signs t and the odd block E = SUM J + SELF I, where J is the matrix of ones.
 struct Odd3 {
   enum { RADIX = 3, COEFFICIENTS = 3 };
   template <bool BACK>
@@ -115,7 +116,7 @@ struct Odd5 {
   }
 };
 
-// The same with the block of two values: Y, and X where (j - i) mod 7 is 1, 2 or 4. The inverse is the transpose.
+// The same with a block of two values: X where (j - i) mod 7 is 1, 2 or 4, Y elsewhere. The inverse is the transpose.
 struct Odd7 {
   enum { RADIX = 7, COEFFICIENTS = 7 };
   template <bool BACK>
@@ -142,20 +143,20 @@ struct Odd7 {
 
 // ---- rows in registers ----------------------------------------------------------------------------------
 
-// Which channels a lane has: HELD neighbouring ones at a time, the next LANES * HELD channels further on.
+// The channels of a lane: HELD neighbouring channels, then HELD more, LANES * HELD channels further on, and so on.
 template <int D, int LANES, int HELD>
 struct LaneRow {
   enum { CHANNELS = HELD * ((D + LANES * HELD - 1) / (LANES * HELD)) };
   static DEVICE_FN uint channel(uint lane, uint p) {
     return (p / HELD * LANES + lane) * HELD + p % HELD;
   }
-  // Where the lanes' channels are more than D, those behind the last do not exist.
+  // If the lanes have room for more than D channels, the channels from D on do not exist.
   static DEVICE_FN bool exists(uint channel) {
     return D % (LANES * HELD) == 0 || channel < D;
   }
 };
 
-// A stage whose groups lie across lanes: a group is RADIX lanes, STRIDE apart.
+// A stage whose groups are spread over lanes: a group is RADIX lanes, STRIDE apart, one channel each.
 template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
 DEVICE_FN void rotate_across_lanes(
     THREAD float* rows,  // [ROWS][D / LANES]
@@ -185,7 +186,8 @@ DEVICE_FN void rotate_across_lanes(
   }
 }
 
-// A group of ROWS rows in registers: RADIX numbers, STEP apart, from `first` on; rows are CHANNELS apart.
+// One group in registers, for each of ROWS rows: RADIX numbers, STEP apart, the first at `first`; rows are CHANNELS
+// apart.
 template <typename Block, int CHANNELS, int ROWS, int STEP, bool BACK>
 DEVICE_FN void rotate_group(THREAD float* first, GLOBAL const float* coefficients) {
   enum { RADIX = Block::RADIX };
@@ -201,7 +203,7 @@ DEVICE_FN void rotate_group(THREAD float* first, GLOBAL const float* coefficient
   }
 }
 
-// A stage whose groups each lie in one lane, STRIDE / LANES registers apart.
+// A stage whose groups are each in the registers of one lane, with members STRIDE / LANES registers apart.
 template <typename Block, int D, int LANES, int ROWS, int STRIDE, bool BACK>
 DEVICE_FN void rotate_in_lanes(
     THREAD float* rows,  // [ROWS][D / LANES]
@@ -214,7 +216,8 @@ DEVICE_FN void rotate_in_lanes(
   }
 }
 
-// A stage whose groups each lie in one lane, where lane l of LANES has the HELD neighbouring channels from l * HELD on.
+// A stage whose groups are each in one lane, where lane l of LANES holds the HELD neighbouring channels from l * HELD
+// on.
 template <typename Block, int D, int LANES, int HELD, int ROWS, int STRIDE, bool BACK>
 DEVICE_FN void rotate_neighbours(
     THREAD float* rows,  // [ROWS][HELD]
@@ -230,7 +233,7 @@ DEVICE_FN void rotate_neighbours(
   }
 }
 
-// A stage of neighbouring channels, GROUPS groups from the channel FIRST * HELD on, where a lane has HELD neighbours.
+// A stage of GROUPS groups of HELD neighbouring channels, from channel FIRST * HELD on; each group is in one lane.
 template <typename Block, int CHANNELS, int LANES, int HELD, int ROWS, int FIRST, int GROUPS, bool BACK>
 DEVICE_FN void rotate_held(
     THREAD float* rows,  // [ROWS][CHANNELS]
@@ -248,7 +251,7 @@ DEVICE_FN void rotate_held(
   }
 }
 
-// The whole rotation as a product: rows times `matrix`, [D, D], which is read once for all ROWS.
+// The whole rotation as a matrix product: rows times `matrix` [D, D], of which each entry is read once for all ROWS.
 template <int D, int LANES, int ROWS>
 DEVICE_FN void rotate_by_matrix(
     THREAD float* rows,  // [ROWS][D / LANES]
@@ -275,14 +278,14 @@ DEVICE_FN void rotate_by_matrix(
   for (uint i = 0; i < ROWS * CHANNELS; ++i) rows[i] = sums[i];
 }
 
-// The sum over the lanes of a row; the order is the same everywhere, and all lanes get the same number.
+// The sum of x over the lanes of a row. All lanes get the same number, added in the same order on every platform.
 template <int LANES>
 DEVICE_FN float lane_sum(float x) {
   for (ushort mask = LANES / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
 
-// The bits that any lane of a row has.
+// The bitwise or of `bits` over the lanes of a row.
 template <int LANES>
 DEVICE_FN uint lane_any(uint bits) {
   for (ushort mask = LANES / 2; mask > 0; mask /= 2) bits |= shuffle_xor(bits, mask);
@@ -291,12 +294,12 @@ DEVICE_FN uint lane_any(uint bits) {
 
 // ---- codes, levels, scales ------------------------------------------------------------------------
 
-// By its bits, so that no fast mathematics can assume it away.
+// Tests the bits, because fast math may assume that every float is finite.
 DEVICE_FN bool is_finite(float x) {
   return (bits_of_float(x) & 0x7f800000u) != 0x7f800000u;
 }
 
-// Levels as tables, without a table: of codes that are nearest ones, and of indices of stored codes.
+// Levels that are computed but index like a table: by a nearest-level code, or by an index of a stored code.
 template <int BITS>
 struct NearestLevels {
   DEVICE_FN float operator[](uint code) const { return level_of_code<BITS>(code); }
@@ -306,13 +309,13 @@ struct StoredLevels {
   DEVICE_FN float operator[](uint index) const { return stored_level<BITS>(index); }
 };
 
-// The index of the magnitude nearest to |z|: how many boundaries, of a table of 2^(BITS - 1) - 1, are at most |z|. A tie
-// goes to the larger magnitude.
+// The index of the magnitude nearest to |z| = size: the number of boundaries that are at most |z|. `boundaries` holds
+// 2^(BITS - 1) - 1 of them. A tie goes to the larger magnitude.
 template <int BITS, typename Table>
 DEVICE_FN uint index_of_size(float size, Table boundaries) {
   uint index = 0;
   if (BITS <= 4) {
-    // The boundaries that are left, in registers: constants to begin with.
+    // The boundaries still to compare, in registers. They start as constants.
     float left[7];
     UNROLL
     for (uint i = 0; i < (1u << (BITS - 1)) - 1u; ++i) left[i] = boundaries[i];
@@ -331,21 +334,21 @@ DEVICE_FN uint index_of_size(float size, Table boundaries) {
   return index;
 }
 
-// The code of the nearest level. Either zero, and a NaN, get code 0.
+// The code of the nearest level. Zero of either sign and NaN get code 0.
 template <int BITS, typename Table>
 DEVICE_FN uint nearest_code(float z, Table boundaries) {
   const uint index = index_of_size<BITS>(fabs(z), boundaries);
   return z < 0.0f ? index | (1u << (BITS - 1)) : index;
 }
 
-// |w| / sqrt(D) as float16. A row where that is 0, infinite or a NaN is special: it has no numbers.
+// |w| / sqrt(D) as float16. A row for which this is 0, infinite or NaN is special: it is coded as zeros.
 template <int D>
 DEVICE_FN half size_of_row(float norm) {
   return half(norm / sqrt(float(D)));
 }
 
-// What is stored for the scale shrink <w, w> / <l, w> of a row w with levels l; `along` is <l, z>, and counts as D / 2
-// at least, so that a scale is at most twice |w| / sqrt(D).
+// The stored scale of a row w with levels l: shrink <w, w> / <l, w>. `along` is <l, z>; it is taken as at least D / 2,
+// so that a scale is at most twice |w| / sqrt(D).
 template <int D>
 DEVICE_FN half stored_scale(float norm, float along, float shrink) {
   const float size = float(size_of_row<D>(norm)), least = 0.5f * float(D);
@@ -354,7 +357,7 @@ DEVICE_FN half stored_scale(float norm, float along, float shrink) {
   return is_finite(size) && scale < 65520.0f ? half(scale) : half_of_bits(0x7e00);
 }
 
-// Divides a row w by |w| / sqrt(D), a special one to zeros; |w|, which all lanes get.
+// Divide a row w by |w| / sqrt(D), or set a special row to zeros. Returns |w|, the same in all lanes.
 template <int D, int LANES, int HELD>
 DEVICE_FN float to_unit_variance(THREAD float* row) {
   enum { CHANNELS = LaneRow<D, LANES, HELD>::CHANNELS };
@@ -369,8 +372,8 @@ DEVICE_FN float to_unit_variance(THREAD float* row) {
   return norm;
 }
 
-// Rounds a row to nearest levels: code[p] of each channel of this lane, zero where the channel does not exist, and the
-// scale, which all lanes get. The row's numbers become z. levels: of all codes.
+// Round a row to its nearest levels. code[p] is the code of channel p of this lane, 0 where the channel does not exist.
+// Returns the scale, the same in all lanes. The row's numbers become z. `levels` gives the level of each code.
 template <int BITS, int D, int LANES, int HELD, typename Table, typename Levels>
 DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries, Levels levels, float shrink) {
   const float norm = to_unit_variance<D, LANES, HELD>(row);
@@ -383,11 +386,11 @@ DEVICE_FN half encode_row(THREAD float* row, THREAD uint* code, Table boundaries
   return stored_scale<D>(norm, lane_sum<LANES>(along), shrink);
 }
 
-// ---- the cheapest path of a trellis, by two neighbouring lanes ---------------------------------------
+// ---- the cheapest path of a trellis, found by two neighbouring lanes ---------------------------------
 //
-// Lane `side`, 0 or 1, has states 4 side to 4 side + 3. Only the subsets side and side + 2 lead there. Place i of its
-// states is state_at(i, side): then places 0 and 1 of both lanes lead to what a lane keeps, and it gives 2 and 3 away
-// for those of the other lane with the same successors.
+// Lane `side`, 0 or 1, holds states 4 side to 4 side + 3. Only the subsets side and side + 2 (modulo 4) lead there. The
+// lane's state at place i is state_at(i, side). In this order each lane keeps its places 0 and 1, and sends places 2
+// and 3 to the other lane, for the states there that have the same successors.
 
 enum { HALF_STATES = TRELLIS_STATES / 2 };
 
@@ -398,21 +401,22 @@ DEVICE_FN void begin_half_path(uint state, THREAD float* sums, uint side) {  // 
   for (uint i = 0; i < HALF_STATES; ++i) sums[i] = state == state_at(i, side) ? 0.0f : 1e30f;
 }
 
-// One position further, as extend_path: the sums of the lane's states, and its part of the choices.
+// Advance by one position, as extend_path does: update the sums of the lane's states, and return its part of the
+// choices.
 template <int BITS>
 DEVICE_FN uint extend_half_path(float z, THREAD float* sums, uint side) {  // sums: [HALF_STATES]
   const float got[2] = {shuffle_xor(sums[2], ushort(1)), shuffle_xor(sums[3], ushort(1))};
-  float cost[2];  // of the subset through which place 0 comes from what the lane keeps, and of the other
+  float cost[2];  // of the subset that leads from what the lane keeps to place 0, and of the other subset
   uint choices = nearest_member<BITS, uint>(z, 3u * side, cost[0]);
   choices |= nearest_member<BITS, uint>(z, 2u - side, cost[1]);
-  // Of two states before, lane 0 keeps t / 2 and lane 1 t / 2 + 4. So lane 1 begins with all bits set.
+  // Of the two preceding states, lane 0 keeps t / 2 and lane 1 keeps t / 2 + 4. So lane 1 starts with all bits set.
   choices |= 0xF0u * side;
   const float kept[2] = {sums[0], sums[1]};
   UNROLL
   for (uint i = 0; i < HALF_STATES; ++i) {
     const float here = kept[i / 2] + cost[i % 2], there = got[i / 2] + cost[1 - i % 2];
-    // Below zero, as an int, where the way is from there: bits of positive floats are ordered as they are, and of equal
-    // sums t / 2 wins.
+    // Negative as an int if the path comes from the other lane: bit patterns of positive floats order as the floats do,
+    // and among equal sums t / 2 wins.
     const uint difference = bits_of_float(there) - bits_of_float(here) - side;
     choices ^= uint(int(difference) >> 31) & (1u << state_at(i, side));
     sums[i] = min(here, there);
@@ -432,15 +436,15 @@ DEVICE_FN uint end_of_half_paths(THREAD const float* sums, uint side) {  // sums
   return end_of_path<uint>(all);
 }
 
-// The codes of one sequence from position `start` on, by lanes 2 n and 2 n + 1; all lanes of a warp come here, those of
-// no sequence with `is_one` false. numbers: z as bits, [LENGTH], LENGTH even; they are replaced by the choices. codes:
-// bytes as of step_back, `step` apart; those before `start` become 0.
+// Code one sequence from position `start` on, with lanes 2 n and 2 n + 1. All lanes of a warp must call it; those
+// without a sequence pass `is_one` false. numbers: z as bits, [LENGTH], with LENGTH even; the choices replace them.
+// codes: bytes as step_back returns them, `step` apart; those before `start` become 0.
 template <int BITS, int LENGTH>
 DEVICE_FN void encode_sequence(
     THREADGROUP uint* numbers, THREADGROUP uchar* codes, uint step, uint start, uint state, uint side, bool is_one) {
   float sums[HALF_STATES];
   begin_half_path(state, sums, side);
-  // Two positions at a time, of which each lane keeps the choices of one.
+  // Two positions at a time; each lane stores the choices of one of them.
   for (uint i = start & ~1u; i < LENGTH; i += 2) {
     const float z = is_one ? float_of_bits(numbers[i]) : 0.0f;
     const float next = is_one ? float_of_bits(numbers[i + 1]) : 0.0f;
@@ -462,20 +466,19 @@ DEVICE_FN void encode_sequence(
 
 // ---- blocks of codes -------------------------------------------------------------------------------
 
-// The codes of a block of TOKENS rows, which THREADS threads have in registers, LANES a row. They meet as bytes in
-// `codes`, a row CODE_STRIDE apart, which holds codes of trellises in the low four bits. MEMORY bytes are there for
-// them and for `numbers`.
+// The codes of a block of TOKENS rows, which THREADS threads hold in registers, LANES per row. They are gathered as
+// bytes in `codes` [TOKENS][CODE_STRIDE]; a trellis code is in the low four bits of its byte. MEMORY is the number of
+// bytes for `codes` and `numbers` together.
 template <int BITS, bool KEY, int D, int LANES, int HELD, int TOKENS, int THREADS, int MEMORY>
 struct BlockEncoder {
   using Channels = LaneRow<D, LANES, HELD>;
   enum {
     CHANNELS = Channels::CHANNELS,
     WORKERS = THREADS / LANES,
-    ROWS = TOKENS / WORKERS,  // of a lane: every WORKERS-th
-    // Four bytes more than a row, so that lanes that read the same channel of neighbouring tokens meet no bank of
-    // memory twice.
+    ROWS = TOKENS / WORKERS,  // rows of a lane: every WORKERS-th
+    // Four bytes more than a row, so that lanes that read the same channel of neighbouring tokens use different banks.
     CODE_STRIDE = D + 4,
-    // Sequences, along the packed axis; they have the lanes of the words.
+    // Sequences run along the packed axis; there is one per lane of words.
     SEQUENCES = KEY ? TOKENS : D,
     LENGTH = KEY ? D : TOKENS,
     SEQUENCE_STEP = KEY ? CODE_STRIDE : 1,
@@ -485,7 +488,7 @@ struct BlockEncoder {
     NUMBERS = Stored<BITS>::HAS_TRELLIS ? SLICE * STRIDE : 1
   };
 
-  // Codes that are nearest levels, of all of which `levels` is a table. A barrier must follow.
+  // Nearest-level codes. `levels` gives the level of each code. A barrier must follow.
   template <typename Table, typename Levels>
   static DEVICE_FN void round(
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, uint thread_index, Table boundaries,
@@ -504,9 +507,9 @@ struct BlockEncoder {
     }
   }
 
-  // Codes of trellises: a slice of the sequences meets in `numbers`, and two lanes have each of them. `state`: what the
-  // positions before `start` leave to each sequence, `state_stride` apart, or null for 0. levels: of all indices. No
-  // barrier need follow.
+  // Trellis codes: a slice of the sequences at a time is gathered in `numbers`, and two lanes code each sequence.
+  // `state`: the trellis state of each sequence behind the positions before `start`, `state_stride` apart; null stands
+  // for state 0. `levels` gives the level of each index. No barrier needs to follow.
   template <typename Levels>
   static DEVICE_FN void find_paths(
       THREAD float* rows, THREAD half* scales, THREADGROUP uchar* codes, THREADGROUP uint* numbers, uint thread_index,
@@ -530,7 +533,7 @@ struct BlockEncoder {
       }
       MEET();  // the numbers are there
       const uint place = thread_index / 2, sequence = first + place;
-      // Warps stay whole.
+      // Whole warps enter encode_sequence, because their lanes meet in it.
       const bool is_one = (SLICE % 16 == 0 && SEQUENCES % 16 == 0) || (place < SLICE && sequence < SEQUENCES);
       if (thread_index / 32 * 16 < SLICE && first + thread_index / 32 * 16 < SEQUENCES) {
         encode_sequence<BITS, LENGTH>(
@@ -557,13 +560,13 @@ struct BlockEncoder {
 
 // ---- words ----------------------------------------------------------------------------------------
 
-// Row `row` of the words of one lane, whose COUNT codes lie `step` apart.
+// The word in row `row` of one lane, whose COUNT codes are `step` apart.
 template <int BITS, int COUNT>
 DEVICE_FN uint packed_word(THREADGROUP const uchar* codes, uint step, uint row) {
   enum { FIELD = Planes<BITS>::FIRST, FIRST_ROWS = WordRows<BITS, COUNT>::FIRST };
   uint word = 0;
   if (BITS == 3 && row >= FIRST_ROWS) {
-    // The high bits, in the order of docs/FORMAT.md.
+    // The second plane: the high bits of the codes, in the order of docs/FORMAT.md.
     const uint i = (row - FIRST_ROWS) * 32;
     for (uint f = 0; f < 32 && i + f < COUNT; ++f) {
       word |= ((uint(codes[(i + f) * step]) >> 2) & 1u) << (f % 16 / 2 * 4 + f / 16 * 2 + f % 2);
@@ -577,7 +580,7 @@ DEVICE_FN uint packed_word(THREADGROUP const uchar* codes, uint step, uint row) 
   return word;
 }
 
-// The level at position i of the packed axis of one lane, whose words lie `row_stride` apart; COUNT as above.
+// The level at position i of the packed axis of one lane, whose words are `row_stride` apart; COUNT codes in all.
 template <int BITS, int COUNT>
 DEVICE_FN float level_at(GLOBAL const uint* words, long row_stride, uint i) {
   const uint row = i / Word<BITS>::codes;

@@ -1,10 +1,11 @@
-// Trellis codes, which are the codes of 2 and 3 bits of a cache, and how the words of any width are read (docs/FORMAT.md,
-// sections 3 and 5). Behind levels.h.
+// Trellis codes (caches use them at 2 and 3 bits), and the reading of words of any width (docs/FORMAT.md, sections 3
+// and 5). Included after levels.h.
 //
-// Number and Bits are float and uint, or vectors of them: then every lane has a sequence, or a word, of its own.
+// Number and Bits are float and uint, or vectors of them. With vectors, each component has a sequence or a word of its
+// own.
 
-// A stored code comes down to an index into LEVELS levels, of which the upper half is the lower, negated: at 4 and 8
-// bits that is the code itself, at 2 and 3 bits it has one bit more.
+// A stored code gives an index into LEVELS levels; the upper half of the levels is the lower half, negated. At 4 and 8
+// bits the index is the code itself. At 2 and 3 bits the index has one bit more than the code.
 template <int BITS>
 struct Stored {
   enum { HAS_TRELLIS = BITS < 4 ? 1 : 0, INDEX_BITS = BITS < 4 ? BITS + 1 : BITS, LEVELS = 1 << INDEX_BITS };
@@ -18,8 +19,8 @@ DEVICE_FN float stored_level(uint index) {
   return float_of_bits(magnitude_bits<BITS>(magnitude) ^ (negative << 31));
 }
 
-// All levels, `table[index]`, for the threads of a threadgroup to share: one conflict-free load then gives a level with
-// its sign. A barrier must follow.
+// Write all levels to `table` [LEVELS], which the threads of a threadgroup share. One load without bank conflicts then
+// gives a level with its sign. A barrier must follow.
 template <int BITS>
 DEVICE_FN void fill_levels(THREADGROUP float* table, uint thread_index, uint threads) {
   for (uint index = thread_index; index < Stored<BITS>::LEVELS; index += threads) {
@@ -29,7 +30,7 @@ DEVICE_FN void fill_levels(THREADGROUP float* table, uint thread_index, uint thr
 
 // ---- words to indices -----------------------------------------------------------------------------
 
-// The bits of a code in its one or two planes.
+// The bits of a code in its first and second plane.
 template <int BITS>
 struct Planes {
   enum { FIRST = BITS, SECOND = 0 };
@@ -49,15 +50,16 @@ struct WordRows {
   };
 };
 
-// The codes of a word as indices of levels: those at even places of a trellis in eight fields of 4 bits, and those at
-// odd places; other codes as they are, in `even`.
+// The codes of one word as indices of levels. Trellis codes: `even` and `odd` each hold eight fields of 4 bits, for the
+// even and the odd positions. Other codes: `even` is the word itself.
 template <typename Bits>
 struct Indices {
   Bits even, odd;
 };
 
-// `before` is the word before it in the same lane, 0 for the first; `high` the word of the second plane that serves it
-// (3 bits), shifted to the right by two for the second of its two words.
+// The indices of the codes in `word`. `before` is the preceding word of the same lane, or 0 for the first. `high` (3
+// bits only) is the word of the second plane that belongs to `word`; each serves two words of the first plane, and is
+// shifted right by two for the second of them.
 template <int BITS, typename Bits>
 DEVICE_FN Indices<Bits> indices_of(Bits word, Bits before, Bits high) {
   Indices<Bits> made;
@@ -65,7 +67,8 @@ DEVICE_FN Indices<Bits> indices_of(Bits word, Bits before, Bits high) {
   if (Stored<BITS>::HAS_TRELLIS) {
     const Bits path = word & 0x55555555u, last = before & 0x55555555u;
     const Bits sign = (word >> 1) & 0x55555555u;
-    // The two bits of the subset: the path two places back, and of here, one and three back the sum modulo 2.
+    // The two bits of the subset. First: the path bit two positions back. Second: the sum modulo 2 of the path bits at
+    // this position, one back and three back.
     const Bits first = (path << 4) | (last >> 28);
     const Bits second = path ^ ((path << 2) | (last >> 30)) ^ ((path << 6) | (last >> 26));
     const Bits low = (first ^ sign) | ((second ^ sign) << 1);
@@ -82,14 +85,14 @@ DEVICE_FN Indices<Bits> indices_of(Bits word, Bits before, Bits high) {
   return made;
 }
 
-// The index of the code in field `field` of the word in the low bits, others above it.
+// The index of the code in field `field` of the word, in the low bits; the bits above it belong to other fields.
 template <int BITS>
 DEVICE_FN uint shifted_field(Indices<uint> word, uint field) {
   if (!Stored<BITS>::HAS_TRELLIS) return word.even >> (BITS * field);
   return (field % 2 == 0 ? word.even : word.odd) >> (field / 2 * 4);
 }
 
-// That index alone.
+// The index of the code in field `field` of the word, alone.
 template <int BITS>
 DEVICE_FN uint index_of_field(Indices<uint> word, uint field) {
   return shifted_field<BITS>(word, field) & (Stored<BITS>::LEVELS - 1u);
@@ -97,9 +100,10 @@ DEVICE_FN uint index_of_field(Indices<uint> word, uint field) {
 
 // ---- the path with the least squared error --------------------------------------------------------
 //
-// A state is the last three path bits, the latest lowest. State t is reached from t / 2 and from t / 2 + 4, through
-// the subset c of entering_subset and through c ^ 2. What a step decides is kept as `choices`: bit t says that state t
-// comes from t / 2 + 4, and the bits 8 + 2 c and 9 + 2 c which member of subset c is the nearest (sign, then high bit).
+// A state is the last three path bits; the latest is the lowest bit. State t is reached from state t / 2 through the
+// subset c = entering_subset(t), and from state t / 2 + 4 through the subset c ^ 2. Each step stores its decisions as
+// `choices`: bit t is set if state t comes from t / 2 + 4; bits 8 + 2 c and 9 + 2 c name the nearest member of subset c
+// (sign, then high bit).
 
 enum { TRELLIS_STATES = 8 };
 
@@ -108,19 +112,19 @@ DEVICE_FN Bits entering_subset(Bits state) {
   return ((state >> 2) & 1u) | (((state ^ (state >> 1)) & 1u) << 1);
 }
 
-// The sums of all states where a path begins in `state`.
+// Set the sums of all states for a path that begins in `state`.
 template <typename Number, typename Bits>
 DEVICE_FN void begin_path(Bits state, THREAD Number* sums) {  // sums: [TRELLIS_STATES]
   UNROLL
   for (uint t = 0; t < TRELLIS_STATES; ++t) sums[t] = state == t ? Number{} : Number{} + 1e30f;
 }
 
-// Which member of subset `c` is the nearest, as it stands in choices, and what it costs. Every step is rounded; nothing
-// here can be contracted.
+// Return the nearest member of subset `c`, in its place in choices, and its cost. Every operation is rounded; no
+// product and sum here can be contracted to an fma.
 template <int BITS, typename Bits, typename Number>
 DEVICE_FN Bits nearest_member(Number z, uint c, THREAD Number& cost) {
   Bits member = Bits{};
-  // In the order (sign, high bit) = (0, 0), (0, 1), (1, 0), (1, 1); the first of the least wins.
+  // Members in the order (sign, high bit) = (0, 0), (0, 1), (1, 0), (1, 1); among equal costs the first wins.
   UNROLL
   for (uint m = 0; m < (1u << (BITS - 1)); ++m) {
     const uint sign = m >> (BITS - 2), high = BITS == 3 ? m & 1u : 0u;
@@ -137,7 +141,7 @@ DEVICE_FN Bits nearest_member(Number z, uint c, THREAD Number& cost) {
   return member << (8 + 2 * c);
 }
 
-// One position further: the sums behind it, and the choices.
+// Advance the sums by one position, and return the choices of that position.
 template <int BITS, typename Bits, typename Number>
 DEVICE_FN Bits extend_path(Number z, THREAD Number* sums) {  // sums: [TRELLIS_STATES]
   Number cost[4];
@@ -170,8 +174,8 @@ DEVICE_FN Bits end_of_path(THREAD const Number* sums) {  // sums: [TRELLIS_STATE
   return state;
 }
 
-// What a byte holds of the position that led to `state`: the stored code, and from bit 4 on the index of its level.
-// The state becomes the one before it.
+// Trace one position back from `state`. Returns the byte of that position: the stored code in the low four bits, the
+// index of its level from bit 4 on. `state` becomes the state before the position.
 template <int BITS, typename Bits>
 DEVICE_FN Bits step_back(Bits choices, THREAD Bits& state) {
   const Bits far = (choices >> state) & 1u;
@@ -184,11 +188,12 @@ DEVICE_FN Bits step_back(Bits choices, THREAD Bits& state) {
   return code | (index << 4);
 }
 
-// How many of SEQUENCES sequences of LENGTH numbers a threadgroup codes at once: what fits into BYTES, at most 128.
+// How many of SEQUENCES sequences of LENGTH numbers a threadgroup codes at once: as many as fit into BYTES, at most
+// 128.
 template <int LENGTH, int BYTES, int SEQUENCES>
 struct Slice {
   enum {
-    STRIDE = LENGTH + 1,  // odd, so that lanes at the same position of neighbouring sequences meet no bank twice
+    STRIDE = LENGTH + 1,  // odd, so that lanes at the same position of neighbouring sequences use different banks
     MOST = BYTES / 4 / STRIDE,
     COUNT = MOST >= 128 && SEQUENCES > 64 ? 128 : MOST >= 64 ? 64 : MOST >= 32 ? 32 : MOST >= 16 ? 16 : 8
   };
