@@ -1,4 +1,4 @@
-"""How many tokens of a sequence lie where: in the sink, in packed blocks, in the tail.
+"""Counts the tokens of a sequence: in the sink, in packed blocks, in the tail.
 
 Everything that stores a sequence counts with this: one cache or a batch, on MLX or on torch.
 
@@ -60,7 +60,7 @@ class Counts:
         return (self.packed + self.evicted) // BLOCK
 
     def next_slot(self, max_blocks: int | None = None) -> int:
-        """Where the block that is filled next lies."""
+        """The slot of the block that is filled next."""
         return self.next_block if max_blocks is None else self.next_block % max_blocks
 
     def tail(self, config: RotorConfig) -> int:

@@ -1,4 +1,4 @@
-"""The packed format, version 2: what stands where.
+"""The packed format, version 2: the layout of a block.
 
 A block is 64 tokens. A uint32 word packs along the axis that attention sums over, and neighbouring
 words walk the other axis, so that neighbouring lanes read neighbouring words and no sum crosses
@@ -6,7 +6,7 @@ lanes:
 
     key words     [rows, 64]   a word holds several channels of one token     (lane = token)
     value words   [rows, D]    a word holds several tokens of one channel     (lane = channel)
-    scales        [64]         float16, one a token
+    scales        [64]         float16, one per token
     centres       [D]          float16, keys only: the mean of the block
 
 A code of 2, 4 or 8 bits is one field of a word, lowest bits first. A code of 3 bits is split over
@@ -100,7 +100,7 @@ class Codec:
 
     Args:
         role: ``"key"`` or ``"value"``.
-        bits: Bits of a code.
+        bits: Bits per code.
         rotation: The rotation of this layer and role; fixes head_dim.
     """
 
@@ -160,7 +160,7 @@ class Codec:
         return 8 * self.block_bytes / (BLOCK * self.head_dim)
 
     def kept_bits(self, tokens: int) -> npt.NDArray[np.uint32]:
-        """Which bits of a block's words belong to its first ``tokens`` tokens.
+        """Mask the bits of a block's words that belong to its first ``tokens`` tokens.
 
         Returns:
             Masks, uint32, that broadcast against ``[rows, 64]`` (keys) or ``[rows, D]`` (values).

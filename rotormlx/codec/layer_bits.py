@@ -1,10 +1,10 @@
-"""Bits where they count: how many the keys and the values of each layer get.
+"""Chooses the bits of keys and values for each layer.
 
 Layers differ by a factor of a hundred in what their errors do to a text. Once each is measured
-(:mod:`rotormlx.measure.layer_losses`), a cache of a given size gives every bit to whom it helps
+(:mod:`rotormlx.measure.layer_losses`), a cache of a given size spends every bit where it helps
 most.
 
-Source: docs/results/bits.md, "Bits by layer", has what it is worth.
+Source: docs/results/bits.md, "Bits by layer", has measurements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a cache of one layer holds two of, and how each is coded: keys and values, or a latent.
+"""The two parts of a layer's cache and their codecs: keys and values, or latent and RoPE.
 
 Models with multi-head latent attention (MLA) keep one vector per token for all heads, the latent,
 which is key and value at once, and beside it the part of the key that carries the position (RoPE).
@@ -20,11 +20,11 @@ ROPE_BITS = 8
 
 
 class Part(NamedTuple):
-    """One of the two.
+    """One of the two parts.
 
     name: What it is, in the plural where there is one per KV head.
-    role: Whose code it has, ``"key"`` or ``"value"``.
-    config: Where ``config.code_bits(role)`` are its bits.
+    role: The role that it is coded as, ``"key"`` or ``"value"``.
+    config: A configuration whose ``code_bits(role)`` are its bits.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Part(NamedTuple):
 
 
 def keys_and_values(config: RotorConfig) -> tuple[Part, Part]:
-    """Of ordinary attention."""
+    """Return the parts of ordinary attention."""
     return Part("keys", KEY, config), Part("values", VALUE, config)
 
 
 def latent_and_rope(config: RotorConfig) -> tuple[Part, Part]:
-    """Of multi-head latent attention: a latent has the bits of keys or of values, if more."""
+    """Return the parts of MLA; a latent has the larger of the bits of keys and values."""
     latent = replace(config, key_bits=max(config.key_bits, config.value_bits))
     return Part("latents", KEY, latent), Part(
         "RoPE parts", KEY, replace(config, key_bits=ROPE_BITS)

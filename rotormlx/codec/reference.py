@@ -1,4 +1,4 @@
-"""The codec and its attention in numpy: obvious, slow, float64. The judge of every backend.
+"""The codec and its attention in numpy: obvious, slow, float64. Every backend is compared with it.
 
 Shapes: B batch, H query heads, K KV heads, L queries, S tokens, N blocks, D head_dim.
 
@@ -34,7 +34,7 @@ def encode(
         channel_scale: Positive, ``[K, D]``; None for 1.
         centres: Centres of the blocks, float16 ``[B, K, N, D]``; None for the means. Keys only.
         start: Tokens before it are coded already; what comes out for them does not count.
-        state: Of a trellis code of values, what those leave ``[B, K, N, D]``.
+        state: For trellis-coded values, the state after those tokens, ``[B, K, N, D]``.
     """
     x = _blocks(x)
     if codec.role == KEY:
@@ -196,7 +196,7 @@ def rotate(y: Floats, codec: Codec) -> tuple[Floats, Floats]:
 
 
 def nearest(z: Floats, bits: int) -> npt.NDArray[np.uint32]:
-    """Codes of the nearest levels; at a boundary the larger magnitude."""
+    """Return the codes of the nearest levels; at a boundary, the larger magnitude."""
     limits = codebook.boundaries(bits).astype(np.float64)
     index = np.searchsorted(limits, np.abs(z), side="right").astype(np.uint32)
     return np.where(z < 0, index | np.uint32(1 << (bits - 1)), index)
@@ -263,7 +263,7 @@ def _blocks(x: npt.ArrayLike) -> Floats:
 
 
 def _multiplied(rows: Floats, matrix: Floats) -> Floats:
-    """A matrix ``[D, D]``, or one a KV head, times each row of ``[B, K, N, 64, D]``."""
+    """A matrix ``[D, D]``, or one per KV head, times each row of ``[B, K, N, 64, D]``."""
     out: Floats = rows @ np.swapaxes(matrix, -1, -2)[..., None, :, :]
     return out
 

@@ -1,7 +1,7 @@
 """The rotations: each spreads a vector's outliers before its coordinates are quantized.
 
 Every rotation of the family is a list of stages. A stage mixes channels in small groups by one
-orthogonal block a group: radix 4 multiplies by a rotor from one side, radix 3 is the sandwich
+orthogonal block per group: radix 4 multiplies by a rotor from one side, radix 3 is the sandwich
 product, radix 2 turns a plane. The **cascade** takes as many stages, with growing stride, as mix
 every channel with every other; ``rotor3``, ``iso4`` and ``planar2`` stop after one. ``dense`` is a
 matrix instead of a list.
@@ -50,7 +50,7 @@ class Stage:
 
     @cached_property
     def blocks(self) -> Floats:
-        """float64 ``[outer, stride, radix, radix]``, one orthogonal matrix a group."""
+        """float64 ``[outer, stride, radix, radix]``, one orthogonal matrix per group."""
         return _frozen(BLOCKS[self.kind](self.coefficients))
 
     @property
@@ -88,8 +88,8 @@ class Rotation:
         head_dim: D.
         stages: Applied first to last; empty for ``dense`` and ``identity``.
         matrix: float64 ``[D, D]``: the whole map, ``rotated = matrix @ x``. For a rotation with
-            stages it is their product; a calibrated one has ``[K, D, D]``, a matrix a KV head.
-        parameters: Real numbers that determine it: 4 a rotor, 1 a plane, D² for ``dense``.
+            stages it is their product; a calibrated one has ``[K, D, D]``, one matrix per KV head.
+        parameters: Real numbers that determine it: 4 per rotor, 1 per plane, D² for ``dense``.
         sign_bits: Random signs that determine it, besides.
         multiply_adds: Multiplications-with-addition, or additions alone, for one vector. Constant
             factors common to all channels are not counted: they fold into the vector's norm.
@@ -173,7 +173,7 @@ def calibrated(matrix: npt.ArrayLike) -> Rotation:
     """The rotation of a calibration file.
 
     Args:
-        matrix: ``[K, D, D]``, invertible, one a KV head.
+        matrix: ``[K, D, D]``, invertible, one per KV head.
     """
     frozen = _frozen(matrix)
     d = frozen.shape[-1]
@@ -183,7 +183,7 @@ def calibrated(matrix: npt.ArrayLike) -> Rotation:
 
 
 def reference_to(chosen: Rotation) -> str:
-    """A text by which :func:`referred` gives a rotation back while it is in use somewhere."""
+    """Return a text that :func:`referred` resolves while the rotation is in use."""
     if chosen.name != CALIBRATED:
         return chosen.name
     _calibrated.setdefault(chosen.digest, chosen)  # a copy may have outlived the first

@@ -1,1 +1,1 @@
-"""What Python needs of the kernels' texts and of the CPU library; imports no MLX."""
+"""The sources of the kernels and the CPU library, as Python uses them; imports no MLX."""

@@ -1,4 +1,4 @@
-"""The library of cpu_kernels/: loads it, and passes it arrays as they lie in memory.
+"""Loads the library built from cpu_kernels/ and passes arrays to it without copying them.
 
 Arrays are anything that has ``__dlpack__`` and lies in the memory of the CPU (MLX, numpy, torch),
 or what that gives.
@@ -68,13 +68,13 @@ class Source:
 
 
 def missing() -> str | None:
-    """What keeps this process from using the library, or None."""
+    """Return the reason why this process cannot use the library, or None if it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
 def variants() -> tuple[str, ...]:
-    """What this processor can run of the library, best first: ``("avx2", "baseline")``, say."""
+    """Return the variants this processor can run, best first, e.g. ``("avx2", "baseline")``."""
     names: list[str] = []
     function = _library().rotormlx_variant
     while (name := function(len(names))) is not None:
@@ -84,7 +84,7 @@ def variants() -> tuple[str, ...]:
 
 @cache
 def thread_count() -> int:
-    """Threads of a call: ``OMP_NUM_THREADS``, or the cores that this process may use."""
+    """Return the threads of a call: ``OMP_NUM_THREADS``, else the cores of this process."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if re.fullmatch("0*[1-9][0-9]*", wanted):
         return min(int(wanted), MAX_THREADS)
@@ -94,7 +94,7 @@ def thread_count() -> int:
 
 
 def threads_for(query_numbers: int, tokens: int, most: int) -> int:
-    """Threads of a call of :func:`attend`: one for little work, else as many as there may be.
+    """Return the threads of a call of :func:`attend`: one for little work, else all.
 
     Args:
         query_numbers: Numbers of all queries, B * H * L * D.
@@ -229,7 +229,7 @@ def _check(message: bytes | None) -> None:
 
 
 def _described(arrays: Iterable[Any]) -> list[Any]:
-    """The DLPack descriptions of arrays, which have to live as long as they are read."""
+    """Return the DLPack descriptions of arrays; keep them alive while the library reads them."""
     return [a.__dlpack__() if hasattr(a, "__dlpack__") else a for a in arrays]
 
 
@@ -248,7 +248,7 @@ _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 @derived
 def _rotation(rotation: Rotation) -> tuple[int, object]:
-    """The address of a rotation in the library's form, and what keeps it alive."""
+    """Return the address of a rotation in the library's form, and the object that owns it."""
     keep = [np.ascontiguousarray(stage.blocks, np.float32) for stage in rotation.stages]
     stages = np.array(
         [
@@ -277,7 +277,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or what keeps this process from using it."""
+    """Return the library, or the reason why this process cannot use it."""
     if not PATH.exists():
         return "its library was not built: install rotormlx anew where a C++ compiler is found"
     try:

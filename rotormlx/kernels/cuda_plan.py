@@ -31,9 +31,9 @@ MAX_HEAD_DIM = 256
 
 
 class Device(NamedTuple):
-    """What a plan needs to know of a GPU.
+    """The properties of a GPU that a plan depends on.
 
-    multiprocessors: How many it has.
+    multiprocessors: Their number.
     shared_bytes: The most shared memory of a thread block.
     """
 
@@ -46,12 +46,12 @@ ANY_DEVICE = Device(132, 99 * 1024)
 
 
 class Shape(NamedTuple):
-    """What is asked of the kernels.
+    """The sizes of one attention call.
 
     heads: H.
     kv_heads: K.
-    exact_tokens: The most exact tokens of a batch row, or what its buffer holds.
-    packed_tokens: The most packed tokens of a batch row, likewise.
+    exact_tokens: The most exact tokens of a batch row, or the capacity of its buffer.
+    packed_tokens: The most packed tokens of a batch row, or the capacity of its buffer.
     is_float32: Whether queries are float32, which the tensor cores do not take.
     has_stages: Whether thread blocks can rotate rows by themselves, since the rotations of keys and
         values have stages.
@@ -84,8 +84,8 @@ class Plan(NamedTuple):
     exact: Parts of the exact tokens, which come first.
     packed: Parts of the packed tokens.
     query_bytes: Shared memory of a thread block that rotates queries.
-    part_bytes: Shared memory of one that does a part.
-    merge_bytes: Shared memory of one that merges parts.
+    part_bytes: Shared memory of a thread block that computes one part.
+    merge_bytes: Shared memory of a thread block that merges parts.
     """
 
     operands: int
@@ -158,7 +158,7 @@ def cut_both(exact_tokens: int, packed_tokens: int, limit: int) -> tuple[Parts, 
 def part_shared_bytes(
     key_dim: int, value_dim: int, key_bits: int, value_bits: int, operands: int
 ) -> int:
-    """Of the kernel that does a part: ``AttendPlain``, and with operands ``AttendShape`` too."""
+    """Bytes of ``AttendPlain``, and with operands of ``AttendShape`` too."""
     rows = 8 * max(operands, 1)
     levels = sum(2 ** (bits + (bits in TRELLIS_BITS)) for bits in (key_bits, value_bits))
     plain = 4 * (rows * (key_dim + 4 * BLOCK + 4) + levels)
@@ -178,19 +178,19 @@ def part_shared_bytes(
 
 
 def query_shared_bytes(key_dim: int, rows: int) -> int:
-    """Of the kernel that rotates ``rows`` queries at once: ``QueryShape``."""
+    """Bytes of ``QueryShape``, for a kernel that rotates ``rows`` queries at once."""
     return 4 * rows * key_dim * (1 + THREADS // 32)
 
 
 def merge_shared_bytes(value_dim: int, rows: int) -> int:
-    """Of the kernel that merges the parts of ``rows`` query rows at once: ``MergeShape``."""
+    """Bytes of ``MergeShape``, for a kernel that merges ``rows`` query rows at once."""
     warps = THREADS // 32
     sums = rows * max(warps // rows, 1) * value_dim
     return 4 * (2 * sums + warps * max(rows * value_dim, MAX_PARTS))
 
 
 def _item(span_loads: int, lanes: int) -> int:
-    """Loads of an item of the ring: as many spans of 32 lanes as make 8; see ``Spans``."""
+    """Return the loads per item of the ring: spans of 32 lanes up to 8 loads; see ``Spans``."""
     return span_loads * min(max(8 // span_loads, 1), -(-lanes // 32))
 
 

@@ -1,4 +1,4 @@
-"""Kinds of a mask, as the kernels number them: cuda_kernels/launch.h, metal_kernels/scores.h."""
+"""The kinds of masks, numbered as in cuda_kernels/launch.h and metal_kernels/scores.h."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ class Parts(NamedTuple):
 
 
 def cut(tokens: int, limit: int, step: int) -> Parts:
-    """At most ``limit`` parts, each of as many whole steps of tokens as the others."""
+    """Cut tokens into at most ``limit`` parts of equally many whole steps."""
     steps = -(-tokens // step)
     if steps == 0:
         return Parts(0, 0)

@@ -1,4 +1,4 @@
-"""Finds the kernels' text, and writes the parts that follow from a rotation or a codebook.
+"""Reads the sources of the kernels, and generates the parts that depend on the codec.
 
 A file of ``metal_kernels/`` holds device functions and then, behind the line ``// kernel body``,
 what ``mx.fast.metal_kernel`` takes as the source. Device code that every platform has in common
@@ -28,7 +28,7 @@ _BODY = "\n// kernel body\n"
 
 
 class KernelText(NamedTuple):
-    """What ``mx.fast.metal_kernel`` takes: functions, and the body of the kernel."""
+    """The two texts of ``mx.fast.metal_kernel``: device functions, and the kernel body."""
 
     header: str
     source: str
@@ -36,7 +36,7 @@ class KernelText(NamedTuple):
 
 @cache
 def read(path: str) -> str:
-    """The text of a file such as ``shared_kernels/rotation.h``.
+    """Return the text of a file such as ``shared_kernels/rotation.h``.
 
     Raises:
         RuntimeError: If the installation lacks it.
@@ -146,7 +146,7 @@ def row_template(rotation: Rotation) -> list[tuple[str, int]]:
 
 
 def matrices(rotation: Rotation) -> int:
-    """K where every KV head has a matrix of its own, else 1."""
+    """Return K if every KV head has its own matrix, else 1."""
     return len(rotation.matrix) if rotation.is_per_head else 1
 
 
@@ -255,7 +255,7 @@ def cuda_header(codec: Codec) -> str:
 
 @derived
 def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
-    """What ``rotate_rows``, or with ``back`` ``unrotate_rows``, reads.
+    """Return the coefficients of ``rotate_rows``, or of ``unrotate_rows`` if ``back``.
 
     The coefficients of all stages, or the matrix ``[D, D]`` that rows are multiplied by, or one for
     each KV head, ``[K, D, D]``. At least 8 numbers, because MLX binds fewer to another address

@@ -1,1 +1,1 @@
-"""Files: where they lie, how they are written and what is checked before one is read."""
+"""Files: their locations, how they are written, and the checks before one is read."""

@@ -1,4 +1,4 @@
-"""What a saved compressed cache holds: the place, dtype and shape of every entry of its state.
+"""The state of a saved compressed cache: place, dtype and shape of every entry.
 
 A state is a flat list, as mlx-lm saves it. This module gives its entries names, and says which
 arrays follow from the numbers; whoever reads or writes a state, of MLX, of torch or a file's
@@ -42,7 +42,7 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 class Field(NamedTuple):
-    """What an array is: its dtype, as files name it, and its shape."""
+    """The description of an array: its dtype, as files name it, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -184,7 +184,7 @@ class SavedBatch(NamedTuple):
 
 
 class StateReader(ABC):
-    """Who reads a state: how arrays look to it, and how it refuses what does not fit.
+    """A reader of states: how it sees arrays, and how it refuses a state that does not fit.
 
     Attributes:
         name: The class of the cache.
@@ -198,22 +198,22 @@ class StateReader(ABC):
 
     @abstractmethod
     def numbers(self, entry: Any) -> npt.NDArray[Any]:
-        """The content of an array of integers."""
+        """Return the content of an array of integers."""
 
     @abstractmethod
     def refuse(self, required: str, came: object) -> ValueError:
-        """What to raise where a state does not hold what is required."""
+        """Return the error for a state that is not as required."""
 
     @abstractmethod
     def refuse_version(self, version: object) -> ValueError:
-        """What to raise for another format version."""
+        """Return the error for another format version."""
 
     def config(self, text: str) -> RotorConfig:
-        """The configuration of this text."""
+        """Parse a configuration."""
         return RotorConfig.from_json(text)
 
     def parts(self, config: RotorConfig) -> tuple[Part, Part]:
-        """What a cache of this class and configuration holds two of."""
+        """Return the two parts of a cache of this class and configuration."""
         return parts(self.name, config)
 
     def require(self, holds: bool, required: str, came: object) -> None:
@@ -245,13 +245,13 @@ class StateReader(ABC):
 
 
 def parts(name: str, config: RotorConfig) -> tuple[Part, Part]:
-    """What a cache of the class ``name`` holds two of."""
+    """Return the two parts of a cache of the class ``name``: keys and values, or a latent's."""
     is_latent = LAYOUTS.get(name) in (LATENT, LATENT_BATCH)
     return latent_and_rope(config) if is_latent else keys_and_values(config)
 
 
 def _stores(state: Sequence[Any]) -> tuple[SavedStore, ...]:
-    """The arrays of keys and values, or nothing for a cache that never held any."""
+    """Return the arrays of keys and values; empty for a cache that never held any."""
     arrays = state[_HEADER : _HEADER + 2 * _STORE]
     if len(arrays) < 2 * _STORE:
         return ()
@@ -282,7 +282,7 @@ def _config(state: Sequence[Any], reader: StateReader) -> RotorConfig:
 
 
 def _without_own(state: Sequence[Any], reader: StateReader) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The entries that every class has, and those at the end that only this one has."""
+    """Split entries into those of every class and those that only this class has."""
     stop = len(state) - _OWN.get(reader.name, 0)
     return state[:stop], state[stop:]
 
@@ -290,7 +290,7 @@ def _without_own(state: Sequence[Any], reader: StateReader) -> tuple[Sequence[An
 def _check_own(
     own: Sequence[Any], saved: SavedCache | SavedBatch, tokens: int, reader: StateReader
 ) -> None:
-    """Require what a class has of its own to agree with the rest."""
+    """Require that the entries of this class only agree with the others."""
     reader.integers(*own)
     if reader.name in (SLIDING, BATCH_SLIDING):
         (window,) = own

@@ -1,4 +1,4 @@
-"""The states of caches in one file, laid out as mlx-lm's ``save_prompt_cache`` does it.
+"""Files with the states of caches, in the layout of mlx-lm's ``save_prompt_cache``.
 
 Entry j of the state of cache i is the tensor ``i.j``, a list inside of a state has ``i.j.k``. The
 metadata holds texts of the user (``0.name``), the class of each cache (``1.i``), and which tensors
@@ -41,7 +41,7 @@ State = Any  # a list of states, or a leaf: an array, a number, a text, None
 
 
 def misfit(path: str | Path, model_type: str, required: str, came: object) -> ValueError:
-    """A refusal of a file that is not of this model."""
+    """Return the error for a file of another model."""
     return ValueError(
         f"[prompt cache] The model {model_type} requires {required}, but {path} has {came}; use it "
         "with the model that it was made with, or make it again."
@@ -49,7 +49,7 @@ def misfit(path: str | Path, model_type: str, required: str, came: object) -> Va
 
 
 def with_suffix(path: str | Path) -> str:
-    """A path with the suffix that mlx-lm appends where it is missing."""
+    """Return the path with the suffix that mlx-lm appends if it is missing."""
     return f"{path}" if f"{path}".endswith(".safetensors") else f"{path}.safetensors"
 
 
@@ -60,7 +60,7 @@ def write(
     metadata: Mapping[str, str],
     tensor_of: Callable[[Any], tuple[str, tuple[int, ...], Callable[[], Array]]],
 ) -> None:
-    """Write a file that appears whole, with a checksum, or not at all.
+    """Write a file with a checksum; it appears complete or not at all.
 
     Args:
         path: The file to make or to replace.
@@ -99,7 +99,7 @@ def _flat(name: str, state: State) -> Iterator[tuple[str, Any]]:
 
 
 def _as_array(value: Any) -> tuple[str | None, Array]:
-    """How mlx-lm writes a leaf, and what it says about one that is no array."""
+    """Return a leaf as mlx-lm writes it, and its marker if it is no array."""
     if value is None:
         return "none", np.zeros(0, np.float32)
     if isinstance(value, bool):
@@ -154,7 +154,7 @@ class SavedCaches:
         self._values = dict(self._read_values(texts))
 
     def read(self, make: Callable[[Array, str], Any]) -> list[State]:
-        """The states, with what ``make`` gives for each array and its dtype.
+        """Read the states; ``make`` converts each array, given its dtype.
 
         Raises:
             ValueError: If the content is not what was written.
@@ -192,7 +192,7 @@ class SavedCaches:
             yield name, _value(file.read(file.entries[name]), kind, file)
 
     def _states(self, leaf: Callable[[str], Any]) -> list[State]:
-        """One state for each class, from the names of the tensors."""
+        """Return one state per class, from the names of the tensors."""
         root: dict[int, Any] = {}
         for name in self._file.entries:
             if not _PLACE.fullmatch(name):
@@ -236,7 +236,7 @@ class OldSavedCaches(SavedCaches):
         self._beside = [self._tree(texts, f"0.{i}") for i in range(len(self.classes))]
 
     def _tree(self, texts: dict[str, str], name: str) -> Any:
-        """A text, or a list of what is below its name."""
+        """Return a text, or the list of the entries below its name."""
         if name in texts:
             return texts[name]
         count = len(
@@ -250,7 +250,7 @@ class OldSavedCaches(SavedCaches):
         return [self._as_written_now(*triple) for triple in triples]
 
     def _as_written_now(self, name: str, state: State, beside: Any) -> State:
-        """The state of a cache as mlx-lm writes it since 0.32."""
+        """Return the state of a cache as mlx-lm writes it since 0.32."""
         try:
             if name == "CacheList":
                 names, texts = beside
@@ -281,7 +281,7 @@ class _Leaf(NamedTuple):
 
 
 def _value(array: Array, kind: str, file: TensorFile) -> Any:
-    """What a tensor stands for."""
+    """Return the value that a tensor stands for."""
     if kind == "none":
         return None
     if kind == "scalar":
@@ -293,12 +293,12 @@ def _value(array: Array, kind: str, file: TensorFile) -> Any:
 
 
 def is_old_layout(texts: Mapping[str, str]) -> bool:
-    """Whether a file is laid out as mlx-lm did it before 0.32: a class stands for our digits."""
+    """Whether a file has the layout of mlx-lm before 0.32."""
     return re.fullmatch(r"[A-Z]\w*", texts.get("2.0", "")) is not None
 
 
 def _checksum_key(texts: Mapping[str, str]) -> str:
-    """Where a checksum would stand; the old layout has no place for one."""
+    """Return the metadata key of the checksum; None for the old layout, which has none."""
     return "" if is_old_layout(texts) else "2.0"
 
 

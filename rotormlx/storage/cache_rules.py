@@ -1,4 +1,4 @@
-"""What the saved state of a cache must be like, class by class, as far as a header tells.
+"""Rules for saved states, class by class, that can be checked from a file's header.
 
 Reading a file means to give its content to the classes that it names. These rules come first: they
 need no array, so a file that breaks one is refused before anything is read or made. They are also
@@ -33,7 +33,7 @@ State = list[Any]
 
 
 class Shape(NamedTuple):
-    """What a file says of one cache, as far as it must fit a model.
+    """The properties of a saved cache that must fit a model.
 
     name: Its class; of a compressed one :data:`LAYOUTS` says which.
     config, layer, limited: Of a compressed one; limited if it holds no more than so many tokens.
@@ -77,7 +77,7 @@ def check(name: Any, state: State, file: TensorFile) -> Iterator[Shape]:
 
 
 class _Rules(StateReader):
-    """A state under examination, of which the header of a file tells."""
+    """A state that is checked against the header of its file."""
 
     def __init__(self, name: str, state: State, file: TensorFile) -> None:
         self.name = name
@@ -89,23 +89,23 @@ class _Rules(StateReader):
         return Field(entry.dtype, entry.shape) if isinstance(entry, Entry) else entry
 
     def numbers(self, entry: Any) -> Array:
-        """The content of a tensor; the only one that is read before all are checked."""
+        """Read the content of a tensor; only this one is read before all are checked."""
         return self.file.read(entry)
 
     def refuse(self, required: str, came: object) -> ValueError:
-        """What to raise where the state does not hold what is required."""
+        """Return the error for a state that is not as required."""
         shown = tuple(came) if isinstance(came, Field) else came
         return self.file.error(f"hold {required} in a {self.name}", f"it holds {shown!a:.120}")
 
     def refuse_version(self, version: object) -> ValueError:
-        """What to raise for another format version."""
+        """Return the error for another format version."""
         return self.file.error(
             f"be of format version {FORMAT_VERSION}, which this rotormlx reads",
             f"it has version {version!a:.40}",
         )
 
     def config(self, text: str) -> RotorConfig:
-        """The configuration of this text, which may be anything."""
+        """Parse a configuration, which may be any text."""
         try:
             return RotorConfig.from_json(text)
         except (ValueError, TypeError, RecursionError) as error:
@@ -197,7 +197,7 @@ def _compressed_batch(rules: _Rules) -> Shape:
 
 
 def _window(rules: _Rules) -> int | None:
-    """The window, or the size of a chunk, of a class that has one."""
+    """Return the window or chunk size of a class that has one."""
     places = {SLIDING: -1, BATCH_SLIDING: -1, CHUNKED: -2}
     place = places.get(rules.name)
     return None if place is None else rules.state[place]

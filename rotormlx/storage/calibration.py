@@ -1,4 +1,4 @@
-"""Calibrations: what a model's cache needs to be compressed as well as can be, kept in a file.
+"""Calibrations: channel scales or matrices that suit one model, kept in a file.
 
 :mod:`rotormlx.measure.calibrate` makes one from a short text; caches of every host take it.
 
@@ -59,7 +59,7 @@ class Calibration:
     is_share: bool = False
 
     def configured(self, config: RotorConfig, source: str | Path = "A calibration") -> RotorConfig:
-        """A configuration that uses this calibration and is otherwise the same.
+        """Return the same configuration, but with this calibration.
 
         Args:
             config: Bits, sink and window are kept, and the rotation if this has none.
@@ -87,21 +87,21 @@ class Calibration:
 
     @property
     def has_losses(self) -> bool:
-        """Whether the layers were measured, so that bits go where they count."""
+        """Whether the layers were measured, so that bits can be chosen per layer."""
         return any(name.endswith(LOSS) for name in self.numbers)
 
     @property
     def without_losses(self) -> Calibration:
-        """The same for equal bits in all layers."""
+        """Return this calibration with equal bits in all layers."""
         kept = {name: array for name, array in self.numbers.items() if not name.endswith(LOSS)}
         return replace(self, numbers=kept)
 
     def share(self, place: int, shares: int) -> Calibration:
-        """The same for one of some equal shares of the KV heads; of a share, itself.
+        """Return the calibration of one of several equal shares of the KV heads.
 
         Args:
-            place: Of the share, from 0 on.
-            shares: How many there are.
+            place: Index of the share, counted from 0.
+            shares: Number of shares.
         """
         if shares == 1 or self.is_share:
             return self
@@ -125,7 +125,7 @@ class Calibration:
 
     @cached_property
     def _allotted(self) -> Callable[[float], NDArray[np.int64]]:
-        """Bits ``[layers, 2]`` of keys and values by their mean; each is found once."""
+        """Return the bits ``[layers, 2]`` of keys and values for a mean; results are cached."""
         parts = [[f"{layer}.{role}" for role in ROLES] for layer in self.layers]
         loss = np.array([[self.numbers[part + LOSS][0] for part in pair] for pair in parts])
         shapes = [[self.numbers[part].shape for part in pair] for pair in parts]
@@ -139,7 +139,7 @@ class Calibration:
 
     @property
     def numbers_a_head(self) -> int:
-        """Numbers for the keys of one KV head of the first layer, and for its values: the mean."""
+        """Mean count of stored numbers per KV head, over the first layer's keys and values."""
         numbers = self.without_losses.numbers
         first = [a for name, a in numbers.items() if name.startswith(f"{self.layers[0]}.")]
         return sum(a[0].size for a in first) // 2
@@ -199,7 +199,7 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that :func:`load` reads; it appears whole or not at all.
+        """Write a safetensors file that :func:`load` reads; it appears complete or not at all.
 
         Raises:
             ValueError: If ``path`` is no place for a file.
@@ -217,7 +217,7 @@ class Calibration:
 
     @cached_property
     def _arrays(self) -> dict[int, tuple[Float32s, Float32s]]:
-        """For each layer, of keys and of values."""
+        """Return the arrays of each layer, for keys and for values."""
         keys, values = ({n: self._array(n, role) for n in self.layers} for role in ROLES)
         return {layer: (keys[layer], values[layer]) for layer in self.layers}
 
@@ -299,7 +299,7 @@ def load(path: str | Path, weights: Weights) -> Calibration:
 
 
 def find(weights: Weights, transform: str | None = None) -> Calibration | None:
-    """The calibration that is kept for a model: that transform's, or the latest of any.
+    """Return the stored calibration of a model: of one transform, or the latest of any.
 
     Weights are read only where there is a file for a model of the same shapes.
 
@@ -330,7 +330,7 @@ def required(weights: Weights, config: RotorConfig) -> Calibration:
 
 
 def default_path(weights: Weights, transform: str) -> Path:
-    """Where the calibration of a model is kept and looked for."""
+    """Return the path where the calibration of a model is stored."""
     return _folder() / f"{weights.fingerprint.digest}-{transform}.safetensors"
 
 
@@ -339,7 +339,7 @@ def _folder() -> Path:
 
 
 def _kept(transform: str | None) -> Iterator[Path]:
-    """The files that are kept, the latest first."""
+    """Return the stored files, the latest first."""
     names = [*_folder().glob(f"[0-9a-f]*-{transform or '*'}.safetensors")]
     yield from sorted(names, key=lambda path: path.stat().st_mtime, reverse=True)
 
@@ -376,14 +376,14 @@ def _read(path: str | Path) -> Calibration:
 
 
 class _Fault(NamedTuple):
-    """Why a file is no calibration."""
+    """The reason why a file is not a calibration."""
 
     required: str
     came: str
 
 
 def _fault_of_facts(facts: dict[str, str]) -> _Fault | None:
-    """The first fault of the texts of a file."""
+    """Return the first fault in the texts of a file."""
     if facts.get("version") != VERSION or facts.get("transform") not in TRANSFORMS:
         return _Fault(
             f"be a calibration of version {VERSION} with a transform of {', '.join(TRANSFORMS)}",
@@ -395,7 +395,7 @@ def _fault_of_facts(facts: dict[str, str]) -> _Fault | None:
 
 
 def _fault_of_numbers(numbers: dict[str, Float32s], transform: str) -> _Fault | None:
-    """The first fault of the arrays of a file."""
+    """Return the first fault in the arrays of a file."""
     parts = ("", ".rotors") if transform == "rotors" else ("",)
     layers = {name.partition(".")[0] for name in numbers}
     wanted = {f"{layer}.{role}{part}" for layer in layers for role in ROLES for part in parts}

@@ -1,4 +1,4 @@
-"""A text that tells a model's weights, so that a file made with one model is not used with another.
+"""Fingerprints of weights, so that a file made with one model is refused by another.
 
 mlx-lm and transformers load one checkpoint under different names, in different dtypes and layouts.
 So a fingerprint holds a few numbers per weight, from places that no change of axes moves. Two are
@@ -42,7 +42,7 @@ class Weight(NamedTuple):
     """The samples of one weight in a fingerprint.
 
     sizes: Its dimensions, the smallest first.
-    is_integer: Whether its numbers are integers, of a quantized weight.
+    is_integer: Whether its numbers are integers, as in a quantized weight.
     digits: The 32 bits of each sampled number, float32 or an integer, in hexadecimal.
     """
 
@@ -70,7 +70,7 @@ class Fingerprint:
 
     @property
     def text(self) -> str:
-        """The form it has in a file."""
+        """The fingerprint as files hold it."""
         return "\n".join([_FIRST_LINE + self.host, *self._lines])
 
     @property
@@ -87,7 +87,7 @@ class Fingerprint:
 
     @classmethod
     def from_text(cls, text: str) -> Fingerprint | None:
-        """Read what :attr:`text` gave; None if it is something else or of another version."""
+        """Parse :attr:`text`; None if it is something else or of another version."""
         first, *lines = text.split("\n")
         host = first.removeprefix(_FIRST_LINE)
         matches = [_LINE.fullmatch(line) for line in lines]
@@ -169,7 +169,7 @@ def _agree(a: Weight, b: Weight, between_hosts: bool) -> bool:
 
 
 def _is_rounded(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
-    """Whether some numbers are others in one of the dtypes of weights."""
+    """Whether ``some`` are the other numbers rounded to a dtype of weights."""
     with np.errstate(over="ignore"):
         wide = x.astype(np.float32)
         return any(np.array_equal(y, z) for z in (wide, wide.astype(np.float16), _bfloat16(wide)))
@@ -182,7 +182,7 @@ def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _layers(names: Iterable[str]) -> set[str]:
-    """The layers that weights belong to, such as ``layers.3``."""
+    """Return the layers of these weights, such as ``layers.3``."""
     return {match[0] for name in names if (match := _LAYER.match(name))}
 
 
@@ -191,7 +191,7 @@ def _layers(names: Iterable[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a model of which a fingerprint can be made.
+    """The weights of a model that a fingerprint samples.
 
     Args:
         host: One of ``HOSTS``.
@@ -206,7 +206,7 @@ class Weights:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """The fingerprint; reads the weights."""
+        """Return the fingerprint; reads the weights."""
         names = canonical_names(name for name, shape in self.shapes.items() if 0 not in shape)
         numbers = self.sample({own: places_of(self.shapes[own]) for own in names.values()})
         weights = {name: _weight(self.shapes[own], numbers[own]) for name, own in names.items()}
@@ -223,7 +223,7 @@ class Weights:
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """The names that hosts share, and for each the host's own.
+    """Map the names that all hosts share to the names of this host.
 
     ``model.language_model.layers.3.mlp.up_proj.weight`` is ``layers.3.mlp.up_proj.weight``; outside
     of layers the last two parts count. Weights of all experts are ``layers.3.experts.down_proj``.
@@ -247,13 +247,13 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def places_of(shape: Sizes) -> NDArray[np.int64]:
-    """Places of the diagonal: the same number is there however the axes are ordered."""
+    """Return positions on the diagonal, which no order of the axes changes."""
     last = min(_sizes(shape)) - 1
     return np.unique(np.arange(_SAMPLES) * last // (_SAMPLES - 1))
 
 
 def _sizes(shape: Sizes) -> Sizes:
-    """Dimensions that no order of the axes changes; a number alone has one."""
+    """Return the sorted dimensions; a scalar has one."""
     return tuple(sorted(shape)) or (1,)
 
 

@@ -1,4 +1,4 @@
-"""Where files of the user are kept."""
+"""Locations of the user's files."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from platformdirs import user_cache_dir
 
 
 def cache_dir() -> Path:
-    """``ROTORMLX_CACHE``, or the user's cache directory: models, calibrations, compiled kernels."""
+    """Return the folder of models, calibrations and kernels: ``ROTORMLX_CACHE``, or the default."""
     return Path(os.environ.get("ROTORMLX_CACHE") or user_cache_dir("rotormlx"))

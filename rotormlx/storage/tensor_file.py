@@ -1,4 +1,4 @@
-"""Safetensors files, written so that none is ever half written, and read as if from a stranger.
+"""Safetensors files: written atomically, and read without trust in their content.
 
 The format is a length (8 bytes), a header (JSON: where each tensor lies, and a dictionary of texts)
 and the tensors. A reader here believes nothing of it: the whole header is checked against the size
@@ -63,7 +63,7 @@ Array = npt.NDArray[Any]
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its dtype as the format names it, its shape, and its bytes."""
+    """The place of a tensor: its dtype as the format names it, its shape, and its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ def atomic_path(path: str | Path, where: str = "files") -> Iterator[Path]:
 
     Args:
         path: The file to make or to replace. A symbolic link keeps pointing to it.
-        where: What an error names first, in brackets.
+        where: The part in brackets at the start of an error.
 
     Yields:
         The path to write to: an existing empty file in the same directory, of the same suffix.
@@ -133,13 +133,13 @@ def write_arrays(
     *,
     where: str = "files",
 ) -> None:
-    """Write arrays to a safetensors file with a checksum; the file appears whole or not at all.
+    """Write arrays to a safetensors file with a checksum; it appears complete or not at all.
 
     Args:
         path: The file to make or to replace.
         arrays: By name: letters, digits, ``_``, ``-`` and ``.``, at most 200 of them.
         metadata: Texts to keep beside them.
-        where: What an error names first, in brackets.
+        where: The part in brackets at the start of an error.
 
     Raises:
         ValueError: If a name, a dtype or ``path`` cannot be written.
@@ -165,14 +165,14 @@ def write_tensors(
     where: str = "files",
     checksum: str = CHECKSUM,
 ) -> None:
-    """As :func:`write_arrays`, where the arrays are made one by one when their turn comes.
+    """Do the same as :func:`write_arrays`, but make each array only when it is written.
 
     Args:
         path: The file to make or to replace.
         tensors: By name the dtype as the format names it, the shape, and what gives the array; of
             the array only the bytes count.
         metadata: Texts to keep beside them.
-        where: What an error names first, in brackets.
+        where: The part in brackets at the start of an error.
         checksum: The key of the checksum among the texts.
 
     Raises:
@@ -243,8 +243,8 @@ class TensorFile:
     Attributes:
         entries: The tensors by name, in the order in which they lie in the file.
         metadata: The texts, without the checksum.
-        has_checksum: Whether the file says what its bytes add up to.
-        names_checksum: Whether it has a place for that, if only an empty one.
+        has_checksum: Whether the file has a checksum.
+        names_checksum: Whether it has an entry for a checksum, even an empty one.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class TensorFile:
             raise self.error("have a checksum of 64 digits", _shown(self._digest))
 
     def error(self, required: str, came: str) -> ValueError:
-        """What to raise where the content is not as required."""
+        """Return the error for content that is not as required."""
         return self._checking.error(required, came)
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
@@ -322,7 +322,7 @@ def open_tensors(
 
     Args:
         path: The file.
-        where: What an error names first, in brackets.
+        where: The part in brackets at the start of an error.
         checksum: The key of the checksum among the texts, or what tells it by the texts.
 
     Yields:
@@ -360,7 +360,7 @@ def read_arrays(
 
     Args:
         path: The file.
-        where: What an error names first, in brackets.
+        where: The part in brackets at the start of an error.
         checksum_required: Whether a file without a checksum is refused.
 
     Returns:
@@ -379,9 +379,9 @@ def read_arrays(
 
 
 class _Checking(NamedTuple):
-    """The checks of a header, and what they raise.
+    """Checks a header and raises its errors.
 
-    where: What an error names first, in brackets.
+    where: The part in brackets at the start of an error.
     path: The file.
     advice: What to do.
     """
@@ -425,7 +425,7 @@ class _Checking(NamedTuple):
         return dict(entries), texts
 
     def entry(self, name: str, field: Any) -> Entry:
-        """What a header says of one tensor."""
+        """Return the entry of one tensor in a header."""
         if not _NAME.fullmatch(name):
             raise self.error("name its tensors with letters, digits, _, - and .", _shown(name))
         if type(field) is not dict or field.keys() != {"dtype", "shape", "data_offsets"}:
@@ -467,10 +467,10 @@ def _are_integers(numbers: Any) -> bool:
 
 
 def _is_text(text: Any) -> bool:
-    """Whether it can be encoded: JSON may hold halves of surrogate pairs."""
+    """Whether a text can be encoded: JSON may hold halves of surrogate pairs."""
     return type(text) is str and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _shown(value: Any) -> str:
-    """What a file says, fit to be printed."""
+    """Return a text from a file in a form that is safe to print."""
     return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
