@@ -298,7 +298,7 @@ def is_old_layout(texts: Mapping[str, str]) -> bool:
 
 
 def _checksum_key(texts: Mapping[str, str]) -> str:
-    """Return the metadata key of the checksum; None for the old layout, which has none."""
+    """Return the metadata key of the checksum; empty for the old layout, which has none."""
     return "" if is_old_layout(texts) else "2.0"
 
 

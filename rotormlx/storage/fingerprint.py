@@ -169,7 +169,7 @@ def _agree(a: Weight, b: Weight, between_hosts: bool) -> bool:
 
 
 def _is_rounded(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
-    """Whether ``some`` are the other numbers rounded to a dtype of weights."""
+    """Whether y is x rounded to float32, float16 or bfloat16."""
     with np.errstate(over="ignore"):
         wide = x.astype(np.float32)
         return any(np.array_equal(y, z) for z in (wide, wide.astype(np.float16), _bfloat16(wide)))
