@@ -1,4 +1,4 @@
-"""How fast a whole model of transformers reads and writes with each cache, and the memory it takes.
+"""Measures speed and memory of a whole model of transformers with each cache.
 
 Weights may be random, so nothing is downloaded: they do not matter to the time. Contenders take
 turns in one process, so that a machine that slows down slows all of them down; what is reported is
@@ -120,7 +120,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A cache, as ``generate`` is asked for it.
+    """A cache, and the arguments of ``generate`` that select it.
 
     Args:
         name: What the table calls it.
@@ -155,7 +155,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """A contender, with its figures or the reason why there are none."""
+    """A contender with its figures, or with the reason why it has none."""
 
     contender: str
     measured: Measured | None
@@ -164,7 +164,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """All rows, and what was run, where and when."""
+    """All rows, with settings, machine and date."""
 
     model: str
     weights: str
@@ -177,14 +177,14 @@ class Result:
     rows: tuple[Row, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dictionary for JSON."""
         return asdict(self)
 
 
 def model_of(
     name: str, *, device: str, dtype: str, weights: bool = False
 ) -> tuple[PreTrainedModel, str]:
-    """Make a model, with random weights unless its own are asked for.
+    """Make a model, with random weights unless ``weights`` are asked for.
 
     Args:
         name: One of ``SHAPES``, or a folder with ``config.json``.
@@ -226,7 +226,7 @@ def model_of(
 
 
 def contenders(bits: Sequence[int]) -> list[Contender]:
-    """Every cache that is compared; ours at each of some widths."""
+    """Return every cache to compare; rotormlx once per number of bits."""
     made = [Contender("DynamicCache", {})]
     for backend, package, there in (
         ("quanto", "optimum-quanto", is_optimum_quanto_available()),
@@ -312,7 +312,7 @@ def run(
 
 
 def table(result: Result) -> Table:
-    """For a terminal."""
+    """Return the results as a table for a terminal."""
     title = f"{result.model}, {result.weights} weights, {result.dtype}, {result.device}"
     out = Table(title=title)
     out.add_column("cache")
@@ -330,7 +330,7 @@ def table(result: Result) -> Table:
 
 
 def remarks(result: Result) -> list[str]:
-    """Why rows of the table have no figures, a line each."""
+    """Return one line per row without figures, with the reason."""
     return [f"{row.contender}: {row.reason}" for row in result.rows if row.reason]
 
 
@@ -347,17 +347,17 @@ def cache_bytes(cache: Any) -> int:
 
 
 class _Stamps(BaseStreamer):
-    """The time at which each token is known: transformers brings it to the host first."""
+    """Records the time at which each token reaches the host."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, then token by token."""
+        """Take the prompt first, then one token per call."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 def _turn(model: PreTrainedModel, one: Contender, settings: Settings) -> Measured:
@@ -377,7 +377,7 @@ def _turn(model: PreTrainedModel, one: Contender, settings: Settings) -> Measure
 def _generate(
     model: PreTrainedModel, one: Contender, batch: int, length: int, new_tokens: int
 ) -> tuple[float, float, Any]:
-    """Seconds until the first of some new tokens, and from it to the last; and the cache."""
+    """Generate; returns seconds to the first token, seconds from first to last, and the cache."""
     generator = torch.Generator().manual_seed(length)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(3, vocabulary, (batch, length), generator=generator).to(model.device)

@@ -40,7 +40,7 @@ TORCH_FLAGS = cpp_extension.COMMON_NVCC_FLAGS
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a library is compiled for.
+    """The configuration that a library is compiled for.
 
     Args:
         rotation: Name of the rotation.
@@ -71,7 +71,7 @@ class Configuration:
 
     @property
     def directory(self) -> Path:
-        """Where the library is built and kept."""
+        """The folder where the library is built and kept."""
         return cache_dir() / "cuda" / self.name
 
     def headers(self) -> dict[str, str]:
@@ -84,7 +84,7 @@ class Configuration:
         }
 
     def cuda_flags(self) -> list[str]:
-        """What nvcc is told beside the files."""
+        """Options of nvcc."""
         numbers = {
             "KEY_DIM": self.key_dim,
             "VALUE_DIM": self.value_dim,
@@ -97,7 +97,7 @@ class Configuration:
         return ["-O3", f"-arch={self.arch}", *allowed, *defines]
 
     def cpp_flags(self) -> list[str]:
-        """What the C++ compiler is told beside the files."""
+        """Options of the C++ compiler."""
         return ["-O2", f"-DROTORMLX_NAMESPACE={self.name}"]
 
     def include_paths(self) -> list[str]:
@@ -117,7 +117,7 @@ class Configuration:
 def build(configuration: Configuration, *, verbose: bool = False) -> Path:
     """Compile a configuration, or find it compiled, and load its operators.
 
-    One process builds at a time; others wait for it. A build that was killed keeps none waiting.
+    One process builds at a time; others wait for it. A killed build does not block others.
 
     Args:
         configuration: What to compile for.
@@ -163,7 +163,7 @@ def _compile(configuration: Configuration, *, verbose: bool) -> None:
 
 
 def missing() -> str | None:
-    """What keeps this process from building and running CUDA kernels, or None."""
+    """Return the reason why this process cannot build and run CUDA kernels, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     if not torch.cuda.is_available():
@@ -181,7 +181,7 @@ def missing() -> str | None:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """Nvcc's name for a compute capability such as (9, 0)."""
+    """Return nvcc's name for a compute capability such as (9, 0)."""
     major, minor = capability
     return _OWN_ARCHITECTURES.get(capability, f"sm_{major}{minor}")
 

@@ -91,7 +91,7 @@ class RotorCache(DynamicCache):
     def in_place_of(
         cls, cache: DynamicCache | StaticCache, indices: Iterable[int], make: LayerFactory
     ) -> RotorCache:
-        """A cache with the layers of an empty one, of which some are replaced by compressed ones.
+        """Return an empty cache in which compressed layers replace some of the layers.
 
         Args:
             cache: As transformers made it.
@@ -108,7 +108,7 @@ class RotorCache(DynamicCache):
 
     @property
     def rotor_config(self) -> RotorConfig | None:
-        """The configuration of all compressed layers; None where they have bits of their own."""
+        """The configuration of all compressed layers; None if their bits differ."""
         configs = {layer.config for layer in self.rotor_layers}
         return configs.pop() if len(configs) == 1 else None
 
@@ -128,7 +128,7 @@ class RotorCache(DynamicCache):
         return sum(_nbytes(layer) for layer in self.layers)
 
     def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, as by every compressed layer."""
+        """Refuse: compressed layers cannot be offloaded."""
         self.rotor_layers[0].offload()
 
     prefetch = offload
@@ -158,7 +158,7 @@ def growing_layers(layers: list[Any], *, holds_latents: bool = False) -> list[in
 
 
 def nothing_to_compress(layers: list[Any]) -> str:
-    """What is required of layers none of which grows, and what they are."""
+    """Return what a refusal says of a model none of whose layers grows."""
     has = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
     return f"at least one layer with full attention to be compressed, but all it has is {has}"
 
@@ -171,7 +171,7 @@ def is_compressed(cache: Any) -> bool:
 def layer_factory(
     config: RotorConfig, calibration: Calibration | None, *, holds_latents: bool = False
 ) -> LayerFactory:
-    """A function that makes a compressed layer of a model.
+    """Return a function that makes a compressed layer of a model.
 
     Args:
         config: How to compress.

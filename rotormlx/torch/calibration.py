@@ -18,7 +18,7 @@ from rotormlx.torch.store import Calibrated
 def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
     """Read a file of ``rotormlx calibrate``, for :class:`rotormlx.torch.RotorCache`.
 
-    Of a model that is spread over ranks, each must call it, and gets what is for its KV heads.
+    If a model is spread over ranks, every rank must call it, and gets its own KV heads.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""What the operators refuse: shapes, dtypes, strides and devices that do not fit together."""
+"""Checks of the operators' arguments: shapes, dtypes, strides and devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rotormlx.torch.torch_ops import AttendCall
 
 
 def require_vectors(where: str, **tensors: Tensor) -> None:
-    """Refuse what is no ``[B, heads, tokens, head_dim]`` of a floating dtype, by its name."""
+    """Require a floating tensor ``[B, heads, tokens, head_dim]``; errors give its name."""
     for key, x in tensors.items():
         name = key.replace("_", " ")
         if x.ndim != 4:
@@ -39,7 +39,7 @@ def require_no_gradient(where: str, **tensors: Tensor | None) -> None:
 
 
 def check_rows(x: Tensor, codec: Codec) -> None:
-    """Refuse rows that are no whole blocks."""
+    """Require rows that fill whole blocks."""
     if x.shape[2] % BLOCK:
         raise ValueError(
             f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a multiple "
@@ -48,7 +48,7 @@ def check_rows(x: Tensor, codec: Codec) -> None:
 
 
 def check_first_block(x: Tensor, role: str) -> None:
-    """Refuse what is no first block of at least one batch row."""
+    """Require a first block of at least one batch row."""
     require_vectors("prefill_scale", **{f"{role}s": x})
     if x.shape[2] != BLOCK or not len(x):
         raise ValueError(
@@ -60,7 +60,7 @@ def check_first_block(x: Tensor, role: str) -> None:
 def check_packed(
     where: str, like: Tensor, codec: Codec, packed: Packed, channel_scale: Tensor | None
 ) -> None:
-    """Refuse packed parts whose shape, dtype, stride or device is not what the codec asks for.
+    """Require packed parts with the shape, dtype, stride and device of the codec.
 
     Args:
         where: The operator, for the message.
@@ -159,7 +159,7 @@ def check_step(new: tuple[Tensor, Tensor], counter: Tensor, call: AttendCall, wi
 
 
 def check_lengths(call: AttendCall) -> None:
-    """Refuse lengths that the buffers do not hold. Reads them, so it is for tensors of the host."""
+    """Refuse lengths that the buffers do not hold. Reads them, so only for CPU tensors."""
     room, capacity = call.blocks * BLOCK, call.capacity
     lengths = call.lengths.tolist()
     for row, (packed, tokens) in enumerate(lengths):
@@ -253,7 +253,7 @@ def _require(where: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: to
 
 
 def require_float(where: str, name: str, dtype: torch.dtype) -> None:
-    """Refuse a dtype that vectors cannot have."""
+    """Require a floating dtype."""
     if dtype not in FLOATS:
         raise ValueError(
             f"[{where}] {name} must be float16, bfloat16 or float32, but {dtype} came; cast them."

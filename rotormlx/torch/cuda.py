@@ -1,6 +1,6 @@
 """The operators on CUDA devices: the compiled kernels, or torch operations where they are missing.
 
-Checks, tables and the current device are settled here, so that the binding only fills structures.
+Checks, tables and the current device are handled here; the binding only fills structures.
 Nothing waits for the device.
 """
 
@@ -43,7 +43,7 @@ def encode(
     start: int = 0,
     state: Tensor | None = None,
 ) -> Packed:
-    """As :func:`rotormlx.torch.torch_ops.encode`."""
+    """Encode as :func:`rotormlx.torch.torch_ops.encode` does."""
     operators = _operators_for(codec, x.device)
     if operators is None:
         return torch_ops.encode(
@@ -68,7 +68,7 @@ def encode(
 def decode(
     packed: Packed, codec: Codec, *, channel_scale: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
-    """As :func:`rotormlx.torch.torch_ops.decode`."""
+    """Decode as :func:`rotormlx.torch.torch_ops.decode` does."""
     device = packed.words.device
     operators = _operators_for(codec, device)
     if operators is None:
@@ -87,7 +87,7 @@ def decode(
 
 
 def attend(call: AttendCall) -> Tensor:
-    """As :func:`rotormlx.torch.torch_ops.attend`."""
+    """Attend as :func:`rotormlx.torch.torch_ops.attend` does."""
     query, keys, values, device = call.query, call.keys, call.values, call.query.device
     operators = _operators(keys.codec, values.codec, device)
     if operators is None:
@@ -177,7 +177,7 @@ def _mask(call: AttendCall) -> tuple[int, Tensor | None]:
 
 
 def _operators(keys: Codec, values: Codec, device: torch.device) -> Any:
-    """The compiled operators for keys and values, or None where torch operations do the work."""
+    """Return the compiled operators for keys and values; None if torch operations are used."""
     if max(keys.head_dim, values.head_dim) > MAX_HEAD_DIM or not _can_compile():
         return None
     configuration = Configuration(
@@ -195,7 +195,7 @@ def _operators(keys: Codec, values: Codec, device: torch.device) -> Any:
 
 
 def _operators_for(codec: Codec, device: torch.device) -> Any:
-    """Operators that know a codec: of a library that is loaded already, else one of its own."""
+    """Return operators for a codec, from a loaded library if possible."""
     facts = (_compiled_for(codec.rotation), codec.head_dim, codec.bits)
     for configuration, operators in _loaded.items():
         keys = (configuration.rotation, configuration.key_dim, configuration.key_bits)
@@ -232,13 +232,13 @@ def _on(device: torch.device) -> torch.cuda.device:
 
 @cache
 def _architecture(device: torch.device) -> str:
-    """What nvcc calls it."""
+    """Return nvcc's name of the architecture."""
     return build.architecture(torch.cuda.get_device_capability(device))
 
 
 @cache
 def _device(device: torch.device) -> Device:
-    """What the plan of a call needs to know of a GPU."""
+    """Return the properties of a GPU that a plan depends on."""
     facts = torch.cuda.get_device_properties(device)
     # Versions of torch that do not tell the limit that a kernel may ask for get the usual one.
     shared_bytes = getattr(facts, "shared_memory_per_block_optin", 48 * 1024)
@@ -316,7 +316,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 @derived
 def _coefficients(rotation: Rotation, back: bool, device: torch.device) -> Tensor:
-    """What the kernels read of a rotation, float32."""
+    """Return the coefficients of a rotation for the kernels, float32."""
     table = np.array(coefficients(rotation, back=back), np.float32)
     return torch.from_numpy(table).to(device)
 

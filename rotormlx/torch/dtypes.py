@@ -1,4 +1,4 @@
-"""Which dtypes the companion takes, and what autocast makes of them."""
+"""The dtypes that the companion accepts, and their casts under autocast."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ Eager = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Name(str):
-    """The name of our attention for a model's configuration, which knows the one it replaces."""
+    """The name ``rotormlx`` in a model's configuration; remembers the attention it replaces."""
 
     former: str
 
     def __new__(cls, name: str, former: str) -> Name:
-        """``name``, in place of ``former``."""
+        """Make the name that replaces ``former``."""
         made = super().__new__(cls, name)
         made.former = former
         return made
@@ -55,7 +55,7 @@ def attend_tensors(
     is_causal: bool | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``attention.attention_forward``, over tensors.
+    """Attend over tensors, with the arguments of ``attention.attention_forward``.
 
     Raises:
         ValueError: If attention-sink logits must be trained and the model's module has no
@@ -118,7 +118,7 @@ def _attend(
 
 
 def causality(module: torch.nn.Module, asked: bool | None) -> bool:
-    """Whether attention is causal: as it is asked for, or else as its module is."""
+    """Whether attention is causal: by the argument, else by the module."""
     return bool(getattr(module, "is_causal", True)) if asked is None else asked
 
 
@@ -140,7 +140,7 @@ def _eager_of(module: torch.nn.Module) -> Eager | None:
 def _additive(
     module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """A mask as eager attention wants it: what is hidden is the least number of the model's dtype.
+    """Return an additive mask: hidden places hold the least number of the model's dtype.
 
     No mask means causal, where the model's attention is; the last query then sees all keys.
     """
@@ -159,7 +159,7 @@ def _additive(
 
 
 def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Refuse what the operator cannot do; what it does not know might change the scores."""
+    """Refuse options that the operator does not support: they might change the scores."""
     asked = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN]
     if kwargs.get("softcap") is not None:
         asked.append("softcap")

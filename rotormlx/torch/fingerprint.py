@@ -1,4 +1,4 @@
-"""The weights of a torch model, as a fingerprint takes them."""
+"""The weights of a torch model, in the form that fingerprints sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rotormlx.torch.parallel import is_shared, ranks_of, whole
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """The fingerprint of a model; reads its weights.
+    """Return the fingerprint of a model; reads its weights.
 
     Raises:
         ValueError: If a weight is not in memory.
@@ -25,7 +25,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
 
 
 def weights(model: PreTrainedModel) -> Weights:
-    """The weights of a model's text decoder, of which none is read yet.
+    """Return the weights of a model's text decoder without reading them.
 
     Raises:
         ValueError: If ``model`` is none, or its ranks do not tell which parts they have. The ranks

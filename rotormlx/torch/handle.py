@@ -1,4 +1,4 @@
-"""What a compressed layer gives a model in place of its keys and values."""
+"""Handles that a compressed layer returns instead of keys and values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REFUSED = (
 
 
 def untraced(function: Function) -> Function:
-    """Make ``torch.compile`` call a function between its graphs, as it is.
+    """Make ``torch.compile`` call a function between its graphs, without tracing it.
 
     Packing depends on how many tokens there are, so a graph of one step is not that of the next.
     """
@@ -54,7 +54,7 @@ def untraced(function: Function) -> Function:
 class KVHandle:
     """Stands for the keys or the values of a layer between ``update`` and the attention function.
 
-    It tells its shape, dtype and device, and refuses everything else that one does with a tensor.
+    It has a shape, dtype and device like a tensor, and raises an error for any other use.
 
     Args:
         step: The step that it belongs to; attention reads it.
@@ -73,7 +73,7 @@ class KVHandle:
         self._like, self._tokens = like, tokens
 
     def goes_with(self, values: object) -> bool:
-        """Whether these are keys, and those the values of the same step."""
+        """Whether these are the keys and ``values`` the values of the same step."""
         return (
             isinstance(values, KVHandle)
             and (self.role, values.role) == ROLES
@@ -120,7 +120,7 @@ class KVHandle:
         return f"KVHandle({self.role}s of layer {self.layer}, {tuple(self.shape)}, {self.dtype})"
 
     def refuse(self, what: str) -> NoReturn:
-        """Raise what every other use raises."""
+        """Raise the error of every other use."""
         raise ValueError(
             f"[RotorCache] The compressed {self.role}s of layer {self.layer} must reach attention "
             f"untouched, but the model uses {what} on them; {ADVICE}."

@@ -1,4 +1,4 @@
-"""Which attention function the parts of a model of transformers use."""
+"""Reads and sets the attention function of the parts of a transformers model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def restore(former: Implementations) -> None:
 
 @contextmanager
 def another_attention(model: PreTrainedModel, name: str, cache_name: str) -> Iterator[None]:
-    """As :func:`set_attention`, for a while."""
+    """Set another attention function for the duration of a block."""
     former = set_attention(model, name, cache_name)
     try:
         yield

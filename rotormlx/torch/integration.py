@@ -55,7 +55,7 @@ class CompressedCaches:
         self._hooks = _hooks_before(model, self)
 
     def remove(self) -> None:
-        """Give the model its own caches and attention back."""
+        """Restore the model's own caches and attention."""
         for hook in self._hooks:
             hook.remove()
         restore(self._former)
@@ -76,7 +76,7 @@ class CompressedCaches:
             model_kwargs[self.cache_name] = self._in_place_of(made)
 
     def new(self) -> Cache:
-        """What a call without a cache gets."""
+        """Return the cache for a call without one."""
         return self._in_place_of(own_cache(self._model))
 
     def check(self, given: Any) -> None:
@@ -109,7 +109,7 @@ class CompressedCaches:
 
 
 class _BeforeForward:
-    """Gives a call that would make its own cache a compressed one, and refuses an exact one.
+    """Passes a compressed cache to a call without one, and refuses an exact cache.
 
     Args:
         caches: Makes and checks caches.
@@ -123,7 +123,7 @@ class _BeforeForward:
     def __call__(
         self, part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What ``forward`` gets instead; None for what it was given."""
+        """Return the changed arguments of ``forward``; None to leave them as they are."""
         named = dict(zip(self._names, args, strict=False)) | kwargs
         # By the older name too, which transformers translates later on.
         given = [named[name] for name in CACHE_NAMES if named.get(name) is not None]
@@ -212,16 +212,16 @@ def apply(
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Give a model its own caches and attention back; without effect on one that has them."""
+    """Restore a model's own caches and attention; does nothing if they are in place."""
     caches = vars(model).pop(PREPARE, None)
     if isinstance(caches, CompressedCaches):
         caches.remove()
 
 
 def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
-    """What would be compressed in a model, layer by layer, and what is left alone and why.
+    """Report, layer by layer, what would be compressed in a model, and why other layers stay exact.
 
-    The model is run on a few tokens, and is as before afterwards.
+    The model runs on a few tokens and is unchanged afterwards.
 
     Args:
         model: What ``from_pretrained`` returned.

@@ -30,7 +30,7 @@ from rotormlx.torch.torch_ops import KVView
 class RotorLatentLayer(RotorLayer):
     """The latents and RoPE parts of one layer, compressed.
 
-    The latent has the bits of keys or of values, whichever are more, and the RoPE part 8.
+    The latent has the larger of the bits of keys and values; the RoPE part has 8.
 
     Args:
         config: How to compress.
@@ -84,7 +84,7 @@ class RotorLatentLayer(RotorLayer):
 class RotorIndexedLatentLayer(RotorLatentLayer):
     """A :class:`RotorLatentLayer` beside the exact keys of an indexer, which chooses tokens.
 
-    What transformers' ``DynamicIndexedLayer`` is to ``DynamicLayer``.
+    The counterpart of ``DynamicIndexedLayer`` in transformers.
     """
 
     def reset(self) -> None:
@@ -110,7 +110,7 @@ class RotorIndexedLatentLayer(RotorLatentLayer):
             self.indexer_position_ids = self.indexer_position_ids[..., : self.length]
 
     def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
-        """Keep these batch rows, in this order; whatever picks rows of a tensor."""
+        """Keep these batch rows, in this order; takes any index of a tensor's rows."""
         super().batch_select_indices(indices)
         if self.indexer_keys is not None:
             self.indexer_keys = self.indexer_keys[indices]

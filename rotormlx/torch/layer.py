@@ -32,7 +32,7 @@ from rotormlx.torch.torch_ops import KVView
 
 
 class LayerView(NamedTuple):
-    """What attention reads of a layer.
+    """A view of a layer for attention.
 
     keys, values: Exact and packed tokens; those just appended are still exact.
     counts: Packed tokens and all tokens of each row.
@@ -118,7 +118,7 @@ class RotorLayer(CacheLayerMixin):
     # ---- transformers' contract -----------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make empty buffers for keys and values such as these."""
+        """Make empty buffers for keys and values of these shapes and dtypes."""
         self.batch_size = key_states.shape[0]
         self.padding = [0] * self.batch_size
         self.rows = [Counts() for _ in range(self.batch_size)]
@@ -184,7 +184,7 @@ class RotorLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return -1: there is no maximum length."""
         return -1
 
     # The name before transformers 5.10.
@@ -215,7 +215,7 @@ class RotorLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
-        """Keep these batch rows, in this order; whatever picks rows of a tensor."""
+        """Keep these batch rows, in this order; takes any index of a tensor's rows."""
         if self.stores is None:
             return
         picked = torch.arange(self.batch_size)[_on_host(indices)]
@@ -233,7 +233,7 @@ class RotorLayer(CacheLayerMixin):
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def offload(self) -> NoReturn:
-        """Refused: what is compressed stays where it is used."""
+        """Refuse: compressed layers stay on their device."""
         raise ValueError(
             "[RotorCache] A compressed cache cannot be offloaded, but offloading was asked for; "
             "make the cache without it."
@@ -253,7 +253,7 @@ class RotorLayer(CacheLayerMixin):
 
     @property
     def values(self) -> None:  # type: ignore[override]
-        """As :attr:`keys`."""
+        """None, as :attr:`keys`."""
         return self._no_tensor("values")
 
     def _no_tensor(self, role: str) -> None:
@@ -294,10 +294,10 @@ class RotorLayer(CacheLayerMixin):
         return sum(store.nbytes for store in self.stores or ())
 
     def settle(self) -> None:
-        """Bring all counts to the host, where these always are."""
+        """Do nothing: the counts of this layer are always on the host."""
 
     def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> LayerView:
-        """Append tokens, take a view, and pack; called once a step by the attention function.
+        """Append tokens, take a view, and pack; called once per step by the attention function.
 
         Whatever is raised, an interrupt too: the layer is then as before the step.
         """

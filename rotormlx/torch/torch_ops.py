@@ -622,7 +622,7 @@ def boundaries(bits: int, device: torch.device) -> Tensor:
 
 @derived
 def matrix(rotation: Rotation, device: torch.device) -> Tensor:
-    """The transposed matrix, float32 ``[D, D]`` or one a KV head: rows times it are rotated."""
+    """The transposed matrix, float32 ``[D, D]`` or one per KV head: rows times it are rotated."""
     return float32(rotation.matrix, device).mT
 
 
