@@ -36,16 +36,21 @@ _ASKED_FOR = {"olmo": ("hf_olmo",)}
 HEAD = (
     """# Models of mlx-lm
 
-Made by `python scripts/coverage.py mlx-lm` from mlx-lm {version}: every model type with a tiny
-configuration and random float32 weights, {tokens} tokens in chunks of {chunks}, K8 V8,
-no sink and no window, so that nearly everything is read from packed bytes. *error* is the largest
-error of a token's logits against the float cache, relative to their norm. Where a router chooses
-experts, *other experts* counts the tokens for which the codec's error tipped the choice in some
-layer; the error is then of the tokens before the first of them.
-After `remove`, all logits are those from before, bit for bit.
+This page lists which model types of mlx-lm {version} work with compressed caches.
+`python scripts/coverage.py mlx-lm` writes it. Each model has a tiny configuration and random float32
+weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8 bits,
+with no sink and no window, so that nearly all tokens are read from packed bytes. After `remove`,
+every model gives its former logits, bit for bit.
 
-Caches counted as *decoded* are read by attention of the model's own, which gets their tokens
-decoded, one layer at a time; those of *latents* are what a model with MLA keeps.
+- **caches compressed**: how many caches are compressed. *latents* are caches of multi-head latent
+  attention ([MLA](MLA.md)). *decoded* caches belong to models with attention code of their own;
+  rotormlx decodes the tokens for it, one layer at a time.
+- **error**: the largest error of a token's logits against the float cache, relative to the norm of
+  the logits.
+- **other experts**: for models with a router, the tokens for which it chose other experts because
+  of the codec's error. The error is then that of the tokens before the first of them.
+- **left alone, or why not**: the caches that stay exact, with the reason; or the reason why the
+  model is refused or was not run.
 
 """
     + COLUMNS

@@ -38,14 +38,18 @@ NEW_TOKENS = 4
 HEAD = (
     """# Models of transformers
 
-Made on {date} by `python scripts/coverage.py transformers` from transformers {version}: every
-type of language model with a tiny configuration and random float32 weights, {tokens} tokens in
-chunks of {chunks}, K8 V8, no sink and no window, so that nearly everything is read from
-packed bytes. Then `generate` must work with compressed caches, and begin with the text of the exact
-ones; and after `remove`, all logits must be those from before, bit for bit. Names without a folder
-are the causal types; `seq2seq/`, `speech/` and `image/` are those that transformers lists for these
-tasks, and what such a model hears or sees is left out, or noise. *error* and *other experts* are as
-in [COVERAGE.md](COVERAGE.md). A model that transformers itself cannot run so is not run.
+This page lists which language models of transformers {version} work with compressed caches.
+`python scripts/coverage.py transformers` wrote it on {date}. Each has a tiny configuration and random
+float32 weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8
+bits, with no sink and no window, so that nearly all tokens are read from packed bytes. Then
+`generate` must work with compressed caches and begin with the text of the exact ones. After
+`remove`, every model gives its former logits, bit for bit.
+
+- Names without a folder are causal language models. `seq2seq/`, `speech/` and `image/` are the
+  types that transformers lists for these tasks; what such a model hears or sees is left out, or
+  noise.
+- *Not run*: transformers itself cannot run the model in this way.
+- [Models of mlx-lm](COVERAGE.md) explains the columns.
 
 """
     + COLUMNS

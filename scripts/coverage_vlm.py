@@ -15,11 +15,11 @@ from tests.support import vlm_models
 HEAD = (
     """# Models of mlx-vlm
 
-Made by `python scripts/coverage.py mlx-vlm` from mlx-vlm {version}: the language model of every
-package of `mlx_vlm.models` that has one, with a tiny configuration and random float32 weights,
-{tokens} tokens in chunks of {chunks}, K8 V8, no sink and no window, so that nearly
-everything is read from packed bytes. *error* and *other experts* are as in
-[COVERAGE.md](COVERAGE.md).
+This page lists which language models of mlx-vlm {version} work with compressed caches.
+`python scripts/coverage.py mlx-vlm` writes it. It covers every package of `mlx_vlm.models` with a
+language model. Each has a tiny configuration and random float32 weights, and reads {tokens} tokens in
+chunks of {chunks}. Keys and values have 8 bits, with no sink and no window, so that
+nearly all tokens are read from packed bytes. [Models of mlx-lm](COVERAGE.md) explains the columns.
 
 """
     + COLUMNS
