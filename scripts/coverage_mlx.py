@@ -37,8 +37,8 @@ HEAD = (
     """# Models of mlx-lm
 
 This page lists which model types of mlx-lm {version} work with compressed caches.
-`python scripts/coverage.py mlx-lm` writes it. Each model has a tiny configuration and random float32
-weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8 bits,
+`python scripts/coverage.py mlx-lm` writes it. Each model has a tiny configuration and random
+float32 weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8 bits,
 with no sink and no window, so that nearly all tokens are read from packed bytes. After `remove`,
 every model gives its former logits, bit for bit.
 

@@ -39,8 +39,8 @@ HEAD = (
     """# Models of transformers
 
 This page lists which language models of transformers {version} work with compressed caches.
-`python scripts/coverage.py transformers` wrote it on {date}. Each has a tiny configuration and random
-float32 weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8
+`python scripts/coverage.py transformers` wrote it on {date}. Each has a tiny configuration and
+random float32 weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8
 bits, with no sink and no window, so that nearly all tokens are read from packed bytes. Then
 `generate` must work with compressed caches and begin with the text of the exact ones. After
 `remove`, every model gives its former logits, bit for bit.

@@ -17,8 +17,8 @@ HEAD = (
 
 This page lists which language models of mlx-vlm {version} work with compressed caches.
 `python scripts/coverage.py mlx-vlm` writes it. It covers every package of `mlx_vlm.models` with a
-language model. Each has a tiny configuration and random float32 weights, and reads {tokens} tokens in
-chunks of {chunks}. Keys and values have 8 bits, with no sink and no window, so that
+language model. Each has a tiny configuration and random float32 weights, and reads {tokens} tokens
+in chunks of {chunks}. Keys and values have 8 bits, with no sink and no window, so that
 nearly all tokens are read from packed bytes. [Models of mlx-lm](COVERAGE.md) explains the columns.
 
 """
