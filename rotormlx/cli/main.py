@@ -1,4 +1,4 @@
-"""The command line: the commands of mlx-lm with compressed caches, and a few of our own."""
+"""The command line: commands of mlx-lm with compressed caches, and commands of rotormlx."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from rotormlx.config import RotorConfig
 MLX_LM_COMMANDS = {
     "generate": "Generate text.",
     "chat": "Chat with a model.",
-    "server": "Serve a model over HTTP, as OpenAI's API does.",
+    "server": "Serve a model over HTTP with an API like OpenAI's.",
     "cache_prompt": "Read a prompt and save its compressed cache.",
     "evaluate": "Evaluate a model on tasks of lm_eval.",
     "benchmark": "Measure prompt and generation speed.",
-    "perplexity": "Measure perplexity, reading the text through the compressed cache.",
+    "perplexity": "Measure perplexity of a text read through the compressed cache.",
 }
 
 app = typer.Typer(
@@ -115,7 +115,7 @@ def vlm(
     config: RotorConfig,
     sliding_windows: SlidingWindows = True,
 ) -> None:
-    """Run a command of mlx-vlm, for models that read images; takes every option of it."""
+    """Run a command of mlx-vlm, for models that read images. Takes every option of mlx-vlm."""
     commands = importlib.import_module("rotormlx.cli.mlx_vlm_commands")
     commands.run(name.value, ctx.args, config, sliding_windows=sliding_windows)
 
@@ -126,26 +126,26 @@ def batch(
     prompts: Annotated[
         Path,
         typer.Argument(
-            help="A text file with a prompt a line; in a .jsonl file each line is a prompt or a "
-            "list of chat messages."
+            help="A text file with one prompt per line. In a .jsonl file, each line is a prompt or "
+            "a list of chat messages."
         ),
     ],
     *,
     model: Annotated[str, typer.Option(help="A directory or the name of a repository.")],
     output: Annotated[
-        Path | None, typer.Option(help="Where to write; standard output by default.")
+        Path | None, typer.Option(help="The file to write; standard output by default.")
     ] = None,
-    max_tokens: Annotated[int, count("Longest answer, in tokens.")] = 256,
-    batch_size: Annotated[int, count("Most sequences at once.")] = 32,
+    max_tokens: Annotated[int, count("Most tokens of an answer.")] = 256,
+    batch_size: Annotated[int, count("Most prompts at once.")] = 32,
     temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0)] = 0.0,
     ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="Take the prompts as they are.")
+        bool, typer.Option("--ignore-chat-template", help="Do not apply the model's chat template.")
     ] = False,
     config: RotorConfig,
     calibration: CalibrationFile = None,
     sliding_windows: SlidingWindows = True,
 ) -> None:
-    """Answer the prompts of a file, many at once; writes a JSON object a line."""
+    """Answer the prompts of a file, many at once. Writes one JSON object per line."""
     if not math.isfinite(temp):
         raise Refusal(f"[batch] --temp must be a finite number, but {temp} was given.")
     session, batching = _session(), importlib.import_module("rotormlx.cli.batching")
@@ -172,13 +172,13 @@ def info(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Show the longest context that fits into so much memory, beside the weights: 16GB."
+            help="Show the longest context that fits into this memory with the weights, e.g. 16GB."
         ),
     ] = None,
     calibration: CalibrationFile = None,
     sliding_windows: SlidingWindows = True,
 ) -> None:
-    """Show what of a model would be compressed, and the memory that saves."""
+    """Show which layers of a model are compressed, and how much memory that saves."""
     budget = None if memory is None else memory_plan.size_of(memory)
     loaded = _session().load_lazily(model, config, calibration, sliding_windows=sliding_windows)
     report = importlib.import_module("rotormlx.mlx.integration").model_report(loaded[0])
@@ -199,14 +199,16 @@ def info(
 def doctor(
     *,
     output: Annotated[
-        Path, typer.Option(help="Where to write what was found, to attach to an issue.")
+        Path, typer.Option(help="The file for the report, to attach to an issue.")
     ] = Path("rotormlx-doctor.json"),
-    time: Annotated[bool, typer.Option(help="Time attention against MLX's own.")] = True,
-    runs: Annotated[int, count("Timed runs of each.")] = 5,
+    time: Annotated[
+        bool, typer.Option(help="Time attention and compare it with MLX's own.")
+    ] = True,
+    runs: Annotated[int, count("Timed runs of each kernel.")] = 5,
 ) -> None:
     """Check the kernels on this machine, time them, and say whether to use rotormlx here.
 
-    Exits with 1 if a kernel is not right; MLX's operations then do its work.
+    Exits with status 1 if a kernel is wrong; rotormlx then uses MLX's operations instead.
     """
     outputs.check_file("doctor", output)
     found = importlib.import_module("rotormlx.cli.doctor").run(output, timed=time, runs=runs)
@@ -217,18 +219,19 @@ def doctor(
 def demo(
     *,
     model: Annotated[
-        str | None, typer.Option(help="Another model than SmolLM2-135M-Instruct.")
+        str | None, typer.Option(help="A model to use instead of SmolLM2-135M-Instruct.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Another question about the passage that is read.")
+        str | None, typer.Option(help="A question about the passage, instead of the default one.")
     ] = None,
-    max_tokens: Annotated[int | None, count("Longest answer, in tokens.")] = None,
-    score_tokens: Annotated[int | None, count("Length of the passage, in tokens.")] = None,
+    max_tokens: Annotated[int | None, count("Most tokens of an answer.")] = None,
+    score_tokens: Annotated[int | None, count("Tokens of the passage.")] = None,
     long: Annotated[
-        bool, typer.Option("--long", help="Ask for numbers hidden in 4,096 tokens instead.")
+        bool,
+        typer.Option("--long", help="Instead, ask for numbers that are hidden in 4,096 tokens."),
     ] = False,
 ) -> None:
-    """Read a passage and answer a question with four caches, and compare them."""
+    """Read a passage and answer a question through four caches, and compare them."""
     if model is not None:
         _session().load_lazily(model, RotorConfig())  # reads no weights: only to refuse early
     options = {"prompt": prompt, "max_tokens": max_tokens, "score_tokens": score_tokens}

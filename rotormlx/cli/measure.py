@@ -39,23 +39,27 @@ _LONGEST = 2**24  # tokens of a text
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A directory or the name of a repository; SmolLM2-135M-Instruct if none."),
+    typer.Argument(
+        help="A directory or the name of a repository. By default, SmolLM2-135M-Instruct."
+    ),
 ]
 Schemes = Annotated[
     str,
     typer.Option(
         help="Schemes, separated by spaces: exact, or [FAMILY-]kBITSvBITS[:OPTION,...]. Families: "
         "the rotations, affine (mlx-lm's own), kivi, turboquant, rotorquant, kvarn, exl3, nvfp4. "
-        "Options: sink=N, window=N, seed=N, scale=NAME, calibrated=TRANSFORM, layers (bits of "
-        "their own, as calibrate --layers has measured them), bare (no sink and window), "
-        "qjl, centred, group=N (of kvarn), compander (of exl3)."
+        "Options: sink=N, window=N, seed=N, scale=NAME, calibrated=TRANSFORM, layers (bits per "
+        "layer, as measured by calibrate --layers), bare (no sink and no window), qjl and centred "
+        "(turboquant), group=N (kvarn), compander (exl3)."
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="What to compute in: float32, bfloat16 or float16; the model's own if none."),
+    typer.Option(
+        help="The dtype to compute in: float32, bfloat16 or float16. By default, the model's own."
+    ),
 ]
-Output = Annotated[Path | None, typer.Option(help="A directory for the files with the results.")]
+Output = Annotated[Path | None, typer.Option(help="A directory for the result files.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -69,28 +73,30 @@ def quality(
     *,
     schemes: Schemes = QUALITY,
     text: Annotated[
-        list[Path] | None, typer.Option(help="A text file; give it again for several.")
+        list[Path] | None, typer.Option(help="A text file. Give the option again for several.")
     ] = None,
-    tokens: Annotated[int, count("Tokens of each text to read.")] = 1217,
+    tokens: Annotated[int, count("Tokens to read of each text.")] = 1217,
     greedy: Annotated[int, count("Tokens of the greedy continuation of each text.", 0)] = 64,
     sampled: Annotated[int, count("Tokens of each sampled continuation.", 0)] = 64,
     seeds: Annotated[int, count("Sampled continuations of each text.", 0)] = 4,
-    temperature: Annotated[float, typer.Option(help="Of the sampled continuations.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the sampled continuations.")
+    ] = 0.8,
     tasks: Annotated[
         int,
         count(
-            "Questions of each generated task, such as 100; each scheme takes a minute or more.", 0
+            "Questions per generated task, e.g. 100. Each scheme then takes a minute or more.", 0
         ),
     ] = 0,
     dtype: Dtype = None,
     all_packed: Annotated[
-        bool, typer.Option("--all-packed", help="No sink and no window in any scheme.")
+        bool, typer.Option("--all-packed", help="Use no sink and no window in any scheme.")
     ] = False,
     output: Output = None,
 ) -> None:
-    """Measure what schemes cost in quality; writes JSON, Markdown and one HTML page.
+    """Measure how much each scheme changes a model's predictions.
 
-    Given again after an interrupt, the command goes on where it was.
+    Writes JSON, Markdown and one HTML page. After an interrupt, the same command continues.
     """
     grammar, run, report = _module("schemes"), _module("quality_run"), _module("quality_report")
     plots = _plots()
@@ -135,7 +141,7 @@ def quality(
 
 
 def _step(result: Any, progress: Progress) -> str:
-    """What a log says when a scheme is done."""
+    """Return the log line of a scheme that is done."""
     task = progress.tasks[-1]
     seconds = round(task.time_remaining or 0)
     row = result.rows[-1]
@@ -162,15 +168,15 @@ def needle(
     lengths: Annotated[str, typer.Option(help="Tokens of the texts, separated by commas.")] = (
         "512,1024"
     ),
-    trials: Annotated[int, count("Least trials of each kind and scheme.")] = 200,
-    needles: Annotated[int, count("Most needles in one text.")] = 20,
+    trials: Annotated[int, count("Least number of trials per kind and scheme.")] = 200,
+    needles: Annotated[int, count("Most needles per text.")] = 20,
     kinds: Annotated[
         str, typer.Option(help="Kinds of task, separated by commas: fact, copy, chain.")
     ] = "fact,copy,chain",
-    seed: Annotated[int, count("Selects texts and answers.", 0)] = 0,
+    seed: Annotated[int, count("Seed of texts and answers.", 0)] = 0,
     output: Output = None,
 ) -> None:
-    """Ask for facts, copies and chains of sums behind long texts through each scheme."""
+    """Test whether a model still finds facts in long texts through each scheme."""
     module, grammar = _module("needle"), _module("schemes")
     kept = _Kept("needle", output, _files("needle", module), _table(module))
     where = ("[needle]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]")
@@ -202,20 +208,20 @@ def bench(
     contexts: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = (
         "1024,4096"
     ),
-    repeats: Annotated[int, count("Turns of each scheme and context.")] = 3,
-    decode_tokens: Annotated[int, count("Tokens to write in each turn.")] = 32,
+    repeats: Annotated[int, count("Runs per scheme and context.")] = 3,
+    decode_tokens: Annotated[int, count("Tokens to generate per run.")] = 32,
     numpy: Annotated[
         bool,
         typer.Option(
             "--numpy",
-            help="On a CPU, let numpy multiply in linear layers, as quality does: sooner done, but "
-            "not what mlx-lm does.",
+            help="On a CPU, multiply in linear layers with numpy, as quality does. That is faster, "
+            "but not the speed of mlx-lm.",
         ),
     ] = False,
     dtype: Dtype = None,
     output: Output = None,
 ) -> None:
-    """Measure speed and memory of schemes, in turn in one process."""
+    """Measure speed and memory of each scheme, in turn in one process."""
     module, grammar = _module("bench"), _module("schemes")
     plots = _plots() if output is not None else None
 
@@ -252,27 +258,30 @@ def calibrate(
     transform: Annotated[
         str,
         typer.Option(
-            help="scale: a factor a channel; rotors: learned rotors besides; klt: a matrix a KV "
-            "head."
+            help="scale: one factor per channel; rotors: learned rotors as well; klt: one matrix "
+            "per KV head."
         ),
     ] = "scale",
     text: Annotated[
-        Path | None, typer.Option(help="A text file; prose of CPython's documentation if none.")
+        Path | None,
+        typer.Option(help="A text file. By default, prose from CPython's documentation."),
     ] = None,
-    tokens: Annotated[int, count("Tokens of it to read, from its end.")] = 512,
+    tokens: Annotated[int, count("Tokens to read, from the end of the text.")] = 512,
     layers: Annotated[
         bool,
         typer.Option(
             "--layers",
-            help="Measure each layer too, in float32: bits then go to the layers that need them.",
+            help="Also measure each layer, in float32, so that bits go to the layers that need them.",
         ),
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="A .safetensors file; where the model finds it by itself if none."),
+        typer.Option(
+            help="A .safetensors file. By default, where rotormlx finds it for the model."
+        ),
     ] = None,
 ) -> None:
-    """Read a short text and keep what compresses this model's cache best."""
+    """Measure a model on a short text, and store what compresses its cache best."""
     where = ("[calibration]", "[smollm2]", "[hook]")
     with refusing(ValueError, RuntimeError, where=where):
         if output is not None:
@@ -300,7 +309,7 @@ def calibrate(
         _save_calibration(calibration, output)
     console.print(
         f"{path.name}: {transform} {'and losses ' if layers else ''}of {len(calibration.layers)} "
-        f"layers from {calibration.tokens} tokens, {calibration.numbers_a_head:,} numbers a KV "
+        f"layers from {calibration.tokens} tokens, {calibration.numbers_a_head:,} numbers per KV "
         f"head, {output.stat().st_size / 1e6:.2f} MB",
         highlight=False,
     )
@@ -316,7 +325,7 @@ def _save_calibration(calibration: Any, path: Path) -> None:
 
 
 def _load(model: str | None) -> tuple[Console, Path, tuple[Any, Any]]:
-    """A console, the path of the model, and the model with its own caches and its tokenizer."""
+    """Return a console, the path of the model, and the model with its tokenizer."""
     session = importlib.import_module("rotormlx.cli.mlx_lm_commands")
     console = wide_console()
     if model is None:

@@ -1,4 +1,4 @@
-"""The options that every command with a compressed cache has, declared once."""
+"""The options that all commands with a compressed cache share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rotormlx.cli.refusal import Refusal, refusing
 from rotormlx.codec.counts import LEAST_SLIDING_WINDOW
 from rotormlx.config import BITS, CALIBRATED, CHANNEL_SCALES, QUALITIES, ROTATIONS, RotorConfig
 
-MOST = 2**31 - 1  # of anything that is counted
+MOST = 2**31 - 1  # the largest count that an option takes
 PANEL = "Options of rotormlx"
 DEFAULT = RotorConfig()
 
@@ -25,22 +25,22 @@ def _choices(choices: tuple[object, ...]) -> str:
 
 # By field of RotorConfig: the name of the parameter, its type and its help.
 _CONFIG: dict[str, tuple[str, Any, str]] = {
-    "key_bits": ("key_bits", int | None, f"Bits of a key: {_choices(BITS)}; or by --quality."),
+    "key_bits": ("key_bits", int | None, f"Bits per key: {_choices(BITS)}. Overrides --quality."),
     "value_bits": (
         "value_bits",
         int | None,
-        f"Bits of a value: {_choices(BITS)}; or by --quality.",
+        f"Bits per value: {_choices(BITS)}. Overrides --quality.",
     ),
-    "rotation": ("rotation", str, f"{_choices((*ROTATIONS, CALIBRATED))}."),
+    "rotation": ("rotation", str, f"The rotation: {_choices((*ROTATIONS, CALIBRATED))}."),
     "channel_scale": (
         "channel_scale",
         str | None,
-        f"{_choices(CHANNEL_SCALES)}; by default the one that suits the rotation.",
+        f"The channel scale: {_choices(CHANNEL_SCALES)}. The default suits the rotation.",
     ),
-    "sink": ("sink", int, "First tokens that stay exact."),
-    "window": ("window", int, "Latest tokens that stay exact."),
+    "sink": ("sink", int, "Number of first tokens that stay exact."),
+    "window": ("window", int, "Number of latest tokens that stay exact, at least."),
     # mlx-lm's commands have a seed of their own.
-    "seed": ("rotation_seed", int, "Selects the rotations."),
+    "seed": ("rotation_seed", int, "Seed of the rotations."),
 }
 
 # Fields that --quality sets where they are not given.
@@ -49,7 +49,7 @@ _BITS = ("key_bits", "value_bits")
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
-        help="A file of rotormlx calibrate; by default the one that is kept for the model.",
+        help="A file written by rotormlx calibrate. By default, the one stored for the model.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -58,14 +58,14 @@ SlidingWindows = Annotated[
     bool,
     typer.Option(
         "--sliding-windows/--no-sliding-windows",
-        help=f"Compress sliding windows of at least {LEAST_SLIDING_WINDOW} tokens too.",
+        help=f"Also compress sliding windows of at least {LEAST_SLIDING_WINDOW} tokens.",
         rich_help_panel=PANEL,
     ),
 ]
 
 
 def count(text: str, least: int = 1) -> Any:
-    """An option that takes a whole number from ``least`` on; ``text`` is its help."""
+    """Return an option that takes an integer of at least ``least``; ``text`` is its help."""
     return typer.Option(help=text, min=least, max=MOST)
 
 
@@ -106,7 +106,7 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_options(context: typer.Context) -> dict[str, str]:
-    """The options that the user gave, such as ``--key-bits``, by the field of the configuration."""
+    """Return the options that the user gave, by field, e.g. ``key_bits``: ``--key-bits``."""
     options = {
         field: option_of(field) for field in _CONFIG if _is_given(context, _CONFIG[field][0])
     }
@@ -115,7 +115,7 @@ def given_options(context: typer.Context) -> dict[str, str]:
 
 
 def option_of(field: str) -> str:
-    """The option that sets a field of a configuration, such as ``--key-bits``."""
+    """Return the option that sets a field of a configuration, such as ``--key-bits``."""
     return f"--{_CONFIG[field][0].replace('_', '-')}"
 
 
@@ -125,7 +125,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _replaced(config: RotorConfig) -> bool:
-    """Whether a calibration would take the place of something that was asked for."""
+    """Whether a calibration would replace an option that the user gave."""
     return config.channel_scale in ("none", "prefill")
 
 
@@ -144,6 +144,6 @@ def _option(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
 _QUALITY = _option(
     "quality",
     str,
-    ", ".join(f"{name} ({key} bits)" for name, (key, _) in QUALITIES.items()) + ".",
+    "Bits by name: " + ", ".join(f"{name} ({key})" for name, (key, _) in QUALITIES.items()) + ".",
     next(iter(QUALITIES)),
 )

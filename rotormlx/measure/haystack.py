@@ -137,7 +137,7 @@ def haystack(tokenizer: Any, kind: str, length: int, needles: int, *, seed: int)
             following += 1
     if len(questions) < needles or questions[-1].end > length:
         raise ValueError(
-            f"[needle] A text must have {ROOM[kind]} tokens a needle and {START + END} more, but "
+            f"[needle] A text must have {ROOM[kind]} tokens per needle and {START + END} more, but "
             f"{length} tokens and {needles} needles came, and not all fit; take longer texts or "
             "fewer needles."
         )

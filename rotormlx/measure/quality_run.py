@@ -183,7 +183,7 @@ def run(
         items: Questions of each generated task, see :mod:`rotormlx.measure.haystack`; 0 for none.
         dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
         output: A folder in which to keep what is measured until all is; a temporary one if None.
-            Each text takes 4 bytes a token and entry of the vocabulary there.
+            Each text takes 4 bytes per token and entry of the vocabulary there.
         progress: Shows what is read, if given.
         keep: Takes what is known so far, after each scheme.
 

@@ -770,7 +770,7 @@ def test_calibrate_keeps_what_generate_then_uses(llama: str, text: str, monkeypa
     monkeypatch.setattr(calibration_file, "cache_dir", lambda: tmp_path)
     result = run("calibrate", llama, "--text", text, "--tokens", "200")
     assert result.exit_code == 0, result.output
-    assert "scale of 2 layers from 200 tokens, 64 numbers a KV head" in result.stdout
+    assert "scale of 2 layers from 200 tokens, 64 numbers per KV head" in result.stdout
     (kept,) = tmp_path.rglob("*-scale.safetensors")
     assert result.stderr == f"wrote {kept}\n"
     for options, name in (
@@ -816,7 +816,7 @@ def test_calibrate_writes_a_file_that_commands_take(llama: str, text: str, tmp_p
     options = ["--tokens", "200", "--transform", "klt", "--output", str(path)]
     result = run("calibrate", llama, "--text", text, *options)
     assert result.exit_code == 0, result.output
-    assert "4,096 numbers a KV head" in result.stdout
+    assert "4,096 numbers per KV head" in result.stdout
     used = run("generate", "--calibration", str(path), "--model", llama, *LONG, *QUIET)
     assert "K4 V4 calibrated rotations," in used.stderr
     assert "calibrated rotations" in run("info", llama, "--calibration", str(path)).stdout
