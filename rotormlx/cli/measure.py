@@ -271,7 +271,7 @@ def calibrate(
         bool,
         typer.Option(
             "--layers",
-            help="Also measure each layer, in float32, so that bits go to the layers that need them.",
+            help="Also measure each layer, in float32, so that bits go where they are needed.",
         ),
     ] = False,
     output: Annotated[
