@@ -4,9 +4,9 @@
 
     model, tokenizer = rotormlx.load("path or repository", rotormlx.RotorConfig(key_bits=4))
 
-From then on ``mlx_lm.generate`` and everything else that asks the model for a cache gets a
-compressed one. Importing this package loads neither a model library nor a compiler: what needs
-them is loaded when it is first used.
+After that, ``mlx_lm.generate`` and everything else that asks the model for a cache gets a
+compressed one. Importing this package loads neither a model library nor a compiler; both are
+loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user may choose about a compressed cache."""
+"""The configuration of a compressed cache."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ QUALITIES = {"high": (4, 4), "balanced": (3, 3), "small": (2, 2)}
 class RotorConfig:
     """How keys and values are compressed.
 
-    Two are equal if they compress alike: None for the channel scale is what it stands for.
+    Two configurations are equal if they compress alike; None counts as the default it stands for.
 
     Args:
-        key_bits: Bits of one key code: 2, 3, 4 or 8.
-        value_bits: Bits of one value code: 2, 3, 4 or 8.
+        key_bits: Bits per key code: 2, 3, 4 or 8.
+        value_bits: Bits per value code: 2, 3, 4 or 8.
         rotation: One of ``cascade``, ``rotor3``, ``iso4``, ``planar2``, ``hadamard``, ``dense``,
             ``identity``; or ``calibrated``, a matrix for each KV head from a calibration file.
         channel_scale: ``"none"``, ``"prefill"`` (the root of the root mean square of each channel
             over the first packed block, then frozen), ``"calibrated"`` (from a calibration file),
             or None for ``prefill``, and ``none`` with a calibrated rotation. With None and the
-            default rotation, :func:`rotormlx.load` takes the calibration that is kept for the
+            default rotation, :func:`rotormlx.load` takes the calibration stored for the
             model.
         sink: Tokens at the start of a sequence that stay exact (attention sinks).
         window: Most recent tokens that are always exact.
-        seed: Selects the rotations; two caches agree only if their seeds do.
+        seed: Seed of the rotations; caches with different seeds are not compatible.
 
     Raises:
         ValueError: If a field is out of range.
@@ -73,7 +73,7 @@ class RotorConfig:
 
     @classmethod
     def of_quality(cls, quality: str, **more: Any) -> RotorConfig:
-        """The configuration of a name: ``"high"``, ``"balanced"`` or ``"small"``.
+        """Return the configuration of a name: ``"high"``, ``"balanced"`` or ``"small"``.
 
         Args:
             quality: Selects the bits: 4, 3 or 2 for keys and values.
@@ -94,12 +94,12 @@ class RotorConfig:
 
     @cached_property
     def _meaning(self) -> tuple[object, ...]:
-        """The fields in their order, with the channel scale that is used."""
+        """Return the fields in order, with the channel scale in use."""
         used = {"channel_scale": self.used_channel_scale}
         return tuple(used.get(f.name, getattr(self, f.name)) for f in fields(self))
 
     def difference(self, other: RotorConfig) -> tuple[str, object, object] | None:
-        """The first field in which two differ, and its value in each; None if they are equal."""
+        """Return the first field that differs, with both values; None if they are equal."""
         pairs = zip(self._meaning, other._meaning, strict=True)
         for field, (own, its) in zip(fields(self), pairs, strict=True):
             if own != its:
@@ -108,13 +108,13 @@ class RotorConfig:
 
     @property
     def used_channel_scale(self) -> str:
-        """The channel scale, where None stands for the default of the rotation."""
+        """The channel scale in use: None is replaced by the default of the rotation."""
         if self.channel_scale is not None:
             return self.channel_scale
         return "none" if self.rotation == CALIBRATED else "prefill"
 
     def code_bits(self, role: str) -> int:
-        """Bits of one code of this role, ``"key"`` or ``"value"``."""
+        """Return the bits per code of a role, ``"key"`` or ``"value"``."""
         return self.key_bits if role == "key" else self.value_bits
 
     @property
@@ -124,15 +124,15 @@ class RotorConfig:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether what a calibration file holds is needed, scales or rotations."""
+        """Whether a calibration is needed, for channel scales or for rotations."""
         return CALIBRATED in (self.rotation, self.channel_scale)
 
     def calibrated_shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
-        """What a calibrated configuration needs for a layer's keys or values: its shape."""
+        """Return the shape of a layer's calibrated array, for keys or for values."""
         return (heads, head_dim, head_dim) if self.rotation == CALIBRATED else (heads, head_dim)
 
     def takes_calibration_of(self, other: RotorConfig) -> bool:
-        """Whether what a calibration gives another configuration is what this one needs."""
+        """Whether a calibration for ``other`` also serves this configuration."""
         return self.is_calibrated and (self.rotation, self.used_channel_scale) == (
             other.rotation,
             other.used_channel_scale,
@@ -140,14 +140,14 @@ class RotorConfig:
 
     @property
     def uncalibrated(self) -> RotorConfig:
-        """The same, with the default rotation and scale in place of calibrated ones."""
+        """Return the same configuration with the default rotation and channel scale."""
         if not self.is_calibrated:
             return self
         return replace(self, rotation=ROTATIONS[0], channel_scale=None)
 
     @classmethod
     def from_text(cls, text: str) -> RotorConfig:
-        """Read what a person writes: ``4``, ``k8v4``, ``balanced``, ``key_bits=4,value_bits=2``.
+        """Parse a short text: ``4``, ``k8v4``, ``balanced``, ``key_bits=4,value_bits=2``.
 
         Args:
             text: Bits of keys and values (``4``), bits of each (``k8v4``) or the name of a quality,
@@ -168,12 +168,12 @@ class RotorConfig:
         return cls(**given)
 
     def to_json(self) -> str:
-        """The configuration as one line of JSON, the form it has inside a saved cache."""
+        """Return the configuration as one line of JSON, as saved caches hold it."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RotorConfig:
-        """Read what :meth:`to_json` wrote.
+        """Parse what :meth:`to_json` wrote.
 
         Raises:
             ValueError: If the text is not such a configuration.
@@ -197,7 +197,7 @@ class RotorConfig:
 
 
 def _fields_of(part: str) -> dict[str, Any]:
-    """The fields that one part of a configuration in text sets."""
+    """Return the fields that one part of a text sets."""
     name, equals, value = (side.strip() for side in part.partition("="))
     kinds = {f.name: f.type for f in fields(RotorConfig)}
     if equals and name in kinds:

@@ -1,4 +1,4 @@
-"""What is compressed, what is left alone and why, and what that costs in memory."""
+"""Reports: which caches are compressed, which are left alone and why, and their memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One cache of a model.
+    """The report on one cache of a model.
 
     Args:
         index: Position in the model's list of caches.
         cache: Class of the cache the model uses, with its place if it is one of several.
-        compressed: Whether a compressed cache takes its place.
+        compressed: Whether a compressed cache replaces it.
         reason: Why it is left alone, or why its ``way`` is not the first.
         kv_heads: KV heads, 0 if the cache holds no keys and values.
         head_dim_k: Dimension of a key.
         head_dim_v: Dimension of a value.
-        key_bits: True bits of one packed key coordinate, everything included.
+        key_bits: True bits per packed key coordinate, side data included.
         value_bits: The same for values.
-        exact_bytes: Bytes of one coordinate in the sink and the tail.
+        exact_bytes: Bytes per coordinate in the sink and the tail.
         max_tokens: The most tokens that a token sees, or that a cache left alone ever keeps; None
             for no limit.
-        max_blocks: Of a compressed sliding window, the most packed blocks; else None.
+        max_blocks: The most packed blocks of a compressed sliding window; else None.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
-        holds_latents: Whether what stands for keys and values are latents and RoPE parts (MLA).
-        way: How a compressed cache serves the model, where the fused attention does not.
+        holds_latents: Whether it holds latents and RoPE parts instead of keys and values (MLA).
+        way: How a compressed cache serves the model if the fused attention does not read it.
     """
 
     index: int
@@ -60,27 +60,27 @@ class LayerReport:
 
     @property
     def values_per_token(self) -> int:
-        """Coordinates that a token adds, keys and values together."""
+        """Coordinates per token, keys and values together."""
         return self.kv_heads * (self.head_dim_k + self.head_dim_v)
 
     @property
     def head_dims(self) -> str:
-        """The head_dim, or those of keys and values where they differ: ``"192/128"``."""
+        """The head_dim; ``"192/128"`` if those of keys and values differ."""
         same = self.head_dim_k == self.head_dim_v
         return str(self.head_dim_k) if same else f"{self.head_dim_k}/{self.head_dim_v}"
 
     @property
     def packed_bits_per_token(self) -> float:
-        """Bits that a packed token takes, keys and values together."""
+        """Bits per packed token, keys and values together."""
         return self.kv_heads * (self.head_dim_k * self.key_bits + self.head_dim_v * self.value_bits)
 
     @property
     def bits_per_value(self) -> float:
-        """True bits of one packed coordinate, the mean over keys and values."""
+        """True bits per packed coordinate, the mean over keys and values."""
         return self.packed_bits_per_token / self.values_per_token
 
     def with_bits_of(self, config: RotorConfig) -> LayerReport:
-        """The same with the bits of a configuration."""
+        """Return the same report with the bits of a configuration."""
         parts = latent_and_rope if self.holds_latents else keys_and_values
         key_bits, value_bits = (
             codec(part.config, dim, layer=self.index, role=part.role).bits_per_value
@@ -91,12 +91,12 @@ class LayerReport:
         return replace(self, key_bits=key_bits, value_bits=value_bits)
 
     def float_bytes(self, tokens: int) -> int:
-        """Bytes at ``tokens`` tokens with keys and values in float16."""
+        """Return the bytes of ``tokens`` tokens in float16."""
         kept = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
         return self.state_bytes + kept * self.values_per_token * FLOAT16_BYTES
 
     def compressed_bytes(self, tokens: int, config: RotorConfig) -> int:
-        """Bytes at ``tokens`` tokens with rotormlx, sink and tail included."""
+        """Return the bytes of ``tokens`` tokens with rotormlx, sink and tail included."""
         if not self.compressed:
             return self.float_bytes(tokens)
         if self.is_window:
@@ -128,20 +128,20 @@ class LayerReport:
 
     @property
     def way_and_why(self) -> str:
-        """How a compressed cache serves the model, and why not by the fused attention."""
+        """How a compressed cache serves the model, and why the fused attention does not."""
         return f", {self.way}, since {self.reason}" if self.way else ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`rotormlx.apply` did to a model; ``print`` gives a line per layer.
+    """The result of :func:`rotormlx.apply`; ``print`` shows one line per layer.
 
     Args:
         config: How keys and values are compressed.
         model_type: mlx-lm's name of the architecture.
-        layers: One entry a cache, in the model's order.
-        layers_differ: Whether layers have bits of their own.
-        has_mean: Whether the bits of ``config`` are then their mean.
+        layers: One entry per cache, in the model's order.
+        layers_differ: Whether bits differ between layers.
+        has_mean: Whether the bits of ``config`` are then the mean over layers.
     """
 
     config: RotorConfig
@@ -151,7 +151,7 @@ class Report:
     has_mean: bool = True
 
     def by_layer(self, config_of: Callable[[int], RotorConfig]) -> Report:
-        """The same with bits of their own for the layers; windows keep those of all."""
+        """Return the same report with bits per layer; windows keep the bits of ``config``."""
 
         def own(layer: LayerReport) -> LayerReport:
             calibrated = layer.compressed and not layer.is_window
@@ -160,7 +160,7 @@ class Report:
         return replace(self, layers=tuple(map(own, self.layers)), layers_differ=True)
 
     def with_bits(self, key_bits: int, value_bits: int) -> Report:
-        """The same with these bits for every compressed layer, windows included."""
+        """Return the same report with these bits for every compressed layer, windows included."""
         config = replace(self.config.uncalibrated, key_bits=key_bits, value_bits=value_bits)
         layers = [
             layer.with_bits_of(config) if layer.compressed else layer for layer in self.layers
@@ -168,7 +168,7 @@ class Report:
         return replace(self, config=config, layers=tuple(layers), layers_differ=False)
 
     def with_configs(self, own: Mapping[int, RotorConfig]) -> Report:
-        """The same for caches with these configurations, by the index of their layer."""
+        """Return the same report with these configurations, by layer index."""
         layers = tuple(
             layer.with_bits_of(own[layer.index]) if layer.index in own else layer
             for layer in self.layers
@@ -182,17 +182,17 @@ class Report:
 
     @property
     def bits_per_value(self) -> float:
-        """True bits of one packed coordinate over all compressed layers."""
+        """True bits per packed coordinate, over all compressed layers."""
         compressed = [layer for layer in self.layers if layer.compressed]
         bits = sum(layer.packed_bits_per_token for layer in compressed)
         return bits / sum(layer.values_per_token for layer in compressed)
 
     def float_bytes(self, tokens: int) -> int:
-        """Cache bytes at ``tokens`` tokens with keys and values in float16."""
+        """Return the cache bytes of ``tokens`` tokens in float16."""
         return sum(layer.float_bytes(tokens) for layer in self.layers)
 
     def compressed_bytes(self, tokens: int) -> int:
-        """Cache bytes at ``tokens`` tokens with rotormlx.
+        """Return the cache bytes of ``tokens`` tokens with rotormlx.
 
         Packed and exact parts, without the room that a cache keeps for growth; layers left alone
         count as float16.
@@ -201,7 +201,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many caches of how many, with which settings."""
+        """One line: how many caches are compressed, and with which settings."""
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
@@ -237,10 +237,10 @@ class Report:
 
 
 def packed_tokens(tokens: int, config: RotorConfig) -> int:
-    """How many of ``tokens`` tokens lie in packed blocks; the rest are sink and tail."""
+    """Return how many of ``tokens`` tokens are packed; the rest are sink and tail."""
     return Counts().blocks_after(tokens, config) * BLOCK
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes for people to read, in units of 1000."""
+    """Return a number of bytes as text, in units of 1000."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

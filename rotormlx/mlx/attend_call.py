@@ -1,4 +1,4 @@
-"""What attention over a compressed cache is asked for, and what follows from it.
+"""The arguments of attention over a compressed cache, and values derived from them.
 
 Shapes: B batch, H query heads, K KV heads, L queries, S tokens, G = H / K * L query rows of a KV
 head, D head_dim of keys and queries, Dv head_dim of values.
@@ -16,7 +16,7 @@ from rotormlx.mlx.cache.view import KVView
 
 
 class AttendCall(NamedTuple):
-    """A call of a backend's ``attend``; its fields fit together, as ``attention.check`` sees to.
+    """A call of a backend's ``attend``, whose fields ``attention.check`` has checked.
 
     queries: ``[B, H, L, D]``, float16, bfloat16 or float32; head h reads KV head ``h * K // H``.
     keys: Shape ``[B, K, S, D]``.
@@ -37,7 +37,7 @@ class AttendCall(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """B."""
+        """B, the number of batch rows."""
         return self.queries.shape[0]
 
     @property
@@ -129,7 +129,7 @@ class AttendCall(NamedTuple):
         return self.keys.rows_differ or self.values.rows_differ
 
     def rows(self) -> Iterator[AttendCall]:
-        """Each batch row by itself."""
+        """Yield each batch row as a call of its own."""
         for index, (_, tokens) in enumerate(self.keys.lengths):
             mask = self.mask
             if isinstance(mask, mx.array):

@@ -10,7 +10,7 @@ from rotormlx.mlx.cache.view import KVView
 
 
 def in_place(view: KVView, backend: Backend, dtype: mx.Dtype) -> mx.array:
-    """All tokens of a view whose rows do not differ, ``[B, K, S, D]``: sink, decoded ones, tail."""
+    """Return all tokens of a view with equal rows, ``[B, K, S, D]``: sink, packed, tail."""
     if not view.packed_tokens:
         return view.exact[:, :, : view.tokens].astype(dtype)
     decoded = backend.decode(
@@ -20,7 +20,7 @@ def in_place(view: KVView, backend: Backend, dtype: mx.Dtype) -> mx.array:
 
 
 def counted(view: KVView) -> Packed:
-    """The blocks that count."""
+    """Return the blocks that hold tokens."""
     if view.packed is None:
         raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
     blocks = -(-view.packed_tokens // BLOCK)

@@ -1,4 +1,4 @@
-"""Compressed caches for a whole model, of whichever host."""
+"""Compressed caches for a whole model of any host."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class CompressedCaches:
     """Stands in for ``model.make_cache`` and makes compressed caches.
 
     Args:
-        host: What the model is of.
-        model: The part of it that makes caches; its own are the pattern.
-        own: What ``make_cache`` the instance had, if it did not have its class's.
+        host: The host of the model.
+        model: The part of the model that makes caches.
+        own: The ``make_cache`` of the instance, if it had one of its own.
         config: How keys and values are compressed.
-        report: What the model's caches become.
-        calibration: Of a calibrated configuration, else None.
-        sliding_windows: Whether they are to be compressed where they can be.
+        report: The report on the model's caches.
+        calibration: The calibration of a calibrated configuration, else None.
+        sliding_windows: Whether sliding windows are compressed if possible.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CompressedCaches:
         return self.limited(None)
 
     def limited(self, max_kv_size: int | None) -> list[Any]:
-        """Make caches that hold at most so many tokens.
+        """Make caches that hold at most ``max_kv_size`` tokens.
 
         Raises:
             ValueError: If that has no room for sink, window and a block.
@@ -76,7 +76,7 @@ class CompressedCaches:
         return _compressed(own, self.report, self.calibration, max_kv_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCaches:
-        """A copy for the copy of the model that is being made."""
+        """Return a copy for a copy of the model."""
         model: Any = self.model()
         twin = memo.get(id(model), model)
         settings = self.config, self.report, self.calibration, self.sliding_windows
@@ -90,27 +90,29 @@ def apply(
     *,
     sliding_windows: bool = True,
 ) -> Report:
-    """Make a model use compressed caches from now on.
+    """Make a model use compressed caches.
 
-    ``generate``, ``stream_generate`` and everything else of its host that asks the model for its
-    caches gets them. Applying again replaces the configuration; caches made before keep theirs.
+    ``generate``, ``stream_generate`` and everything else in its host that asks the model for
+    caches then gets compressed ones. Applying again replaces the configuration; existing caches
+    keep theirs.
 
     Args:
         model: What ``mlx_lm.load`` or ``mlx_vlm.load`` returned first.
         config: How keys and values are compressed; the default configuration if None.
-        calibration: What :func:`rotormlx.calibrate` made of this model, or its file; the
-            configuration becomes a calibrated one then. A calibrated configuration without it takes
-            the calibration that is kept for the model.
+        calibration: A calibration of this model from :func:`rotormlx.calibrate`, or its file; the
+            configuration then becomes a calibrated one. Without it, a calibrated configuration
+            takes the calibration stored for the model.
         sliding_windows: Whether sliding windows and chunked attention of at least 512 tokens are
             compressed too.
 
     Returns:
-        What is compressed, layer by layer, and what is left alone and why.
+        A report on every layer: compressed, or left alone with the reason.
 
     Raises:
-        ValueError: If nothing in the model can be compressed, its attention does not go through
-            its host's, or a calibration is missing or of another model; nothing is changed then.
-        RuntimeError: If the installed host is not one that rotormlx can extend.
+        ValueError: If nothing in the model can be compressed, if its attention does not use its
+            host's function, or if a calibration is missing or of another model. Nothing is
+            changed then.
+        RuntimeError: If rotormlx cannot extend the installed version of the host.
     """
     config = config or RotorConfig()
     host, target = _host_and_target(model)
@@ -122,12 +124,13 @@ def apply(
 
 
 def remove(model: Module) -> None:
-    """Give a model its own caches back; without effect on one that has them.
+    """Restore a model's own caches; does nothing if it uses them already.
 
     The host itself is restored when no compressed model of it remains.
 
     Args:
-        model: A model that :func:`apply`, :func:`load` or :func:`make_prompt_cache` was given.
+        model: A model that was passed to :func:`apply` or :func:`make_prompt_cache`, or came from
+            :func:`load`.
     """
     host, target = _host_and_target(model)
     maker = _maker(target)
@@ -149,24 +152,24 @@ def load(
 ) -> tuple[Any, ...]:
     """Load a model and its tokenizer or processor, with compressed caches.
 
-    Where ``rotormlx calibrate`` has kept a calibration of the model, it is used, unless the
-    configuration names another rotation than the default or a channel scale (``"none"``, say).
+    If ``rotormlx calibrate`` has stored a calibration of the model, it is used, unless the
+    configuration names a rotation other than the default, or a channel scale.
 
     Args:
         path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
         config: How keys and values are compressed; the default configuration if None.
-        calibration: A calibration or its file, instead of the one that is kept for the model.
-        host: ``"mlx-lm"`` or ``"mlx-vlm"``, which reads images too. None for mlx-lm, and for
-            mlx-vlm where it is installed and mlx-lm does not know the type of the model.
+        calibration: A calibration or its file, instead of the one stored for the model.
+        host: ``"mlx-lm"``, or ``"mlx-vlm"`` for models that read images. None for mlx-lm, or for
+            mlx-vlm if it is installed and mlx-lm does not know the model type.
         sliding_windows: As in :func:`apply`.
-        **kwargs: Everything else that the ``load`` of the host takes.
+        **kwargs: Other arguments of the host's ``load``.
 
     Returns:
         What the ``load`` of the host returns: ``(model, tokenizer)``, or ``(model, processor)``.
 
     Raises:
-        ValueError: As :func:`apply`, before any weight is read unless there is a calibration; or
-            if there is no such host.
+        ValueError: As :func:`apply`, before any weights are read unless there is a calibration; or
+            if ``host`` is unknown.
         ImportError: If the host is not installed.
     """
     lazy = kwargs.pop("lazy", False)
@@ -197,9 +200,9 @@ def make_prompt_cache(
     *,
     sliding_windows: bool | None = None,
 ) -> list[Any]:
-    """Make compressed caches for one conversation, to be passed as ``prompt_cache=``.
+    """Make compressed caches for one conversation, to pass as ``prompt_cache=``.
 
-    The model's own setting stays what it is, so a model may run with and without.
+    The model's own setting does not change, so a model can run with and without them.
 
     Args:
         model: What ``mlx_lm.load`` returned first.
@@ -210,7 +213,7 @@ def make_prompt_cache(
         sliding_windows: As in :func:`apply`; None for the model's own setting.
 
     Returns:
-        One cache a layer, compressed where it can be.
+        One cache per layer, compressed where possible.
 
     Raises:
         ValueError: As :func:`apply`, or if ``max_kv_size`` is too small for sink, window and a
@@ -232,7 +235,7 @@ def make_prompt_cache(
 def _compressed(
     own: list[Any], report: Report, calibration: Calibration | None, max_kv_size: int | None
 ) -> list[Any]:
-    """A model's own caches, those compressed that its report says."""
+    """Return a model's caches, compressed as its report says."""
     make = cache_factory(report.config, calibration, max_kv_size)
     return compress(own, make, report, windows.maker(report.config, max_kv_size))
 
@@ -240,7 +243,7 @@ def _compressed(
 def cache_factory(
     config: RotorConfig, calibration: Calibration | None, max_kv_size: int | None = None
 ) -> Callable[[int], RotorKVCache]:
-    """What makes the compressed cache of a layer, by its index."""
+    """Return a function that makes the compressed cache of a layer, by its index."""
     if calibration is None:
         return lambda layer: RotorKVCache(config, layer, max_kv_size)
     of, own = partial(arrays_of, calibration), calibration.by_layer(config)
@@ -248,7 +251,7 @@ def cache_factory(
 
 
 def examine(model: Module, config: RotorConfig) -> Report:
-    """What :func:`apply` would report of a configuration without a calibration; nothing is changed.
+    """Return what :func:`apply` would report without a calibration; changes nothing.
 
     Raises:
         ValueError: As :func:`apply`.
@@ -260,7 +263,7 @@ def examine(model: Module, config: RotorConfig) -> Report:
 
 
 def model_report(model: Module) -> Report:
-    """The report of the latest :func:`apply`.
+    """Return the report of the latest :func:`apply`.
 
     Raises:
         ValueError: If the model does not use compressed caches.
@@ -275,7 +278,7 @@ def model_report(model: Module) -> Report:
 
 
 def _host_and_target(model: Module) -> tuple[hosts.Host, Module]:
-    """What a model is of, and the part of it that makes caches."""
+    """Return the host of a model, and the part of the model that makes caches."""
     host = hosts.of(model)
     return host, host.target(model)
 
@@ -293,7 +296,7 @@ def _probe(
     given: GivenCalibration | None,
     sliding_windows: bool,
 ) -> tuple[Report, Calibration | None]:
-    """Probe a model and see to its calibration; it uses its host's change from now on."""
+    """Probe a model and find its calibration; registers it as a user of its host's change."""
     with host.in_place():
         caches = _own_caches(host, target, own)
         report = probe(target, caches, config, sliding_windows=sliding_windows)
@@ -305,11 +308,11 @@ def _probe(
 
 
 def _own_attribute(target: Module) -> CacheMaker | None:
-    """The ``make_cache`` of the instance, without rotormlx, if it has another than its class."""
+    """Return the instance's own ``make_cache`` without rotormlx; None if it uses its class's."""
     maker = _maker(target)
     return maker.own if maker else vars(target).get("make_cache")
 
 
 def _own_caches(host: hosts.Host, target: Any, own: CacheMaker | None) -> list[Any]:
-    """The caches that a model uses by itself, whether it is compressed now or not."""
+    """Return the caches that a model makes without rotormlx, compressed or not."""
     return host.own_caches(target) if own is None else list(own())

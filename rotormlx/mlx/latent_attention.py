@@ -42,7 +42,7 @@ TILE_TOKENS = 2048
 
 
 def attend(call: AttendCall, backend: Backend) -> mx.array:
-    """Attention in which keys and values are the same latents.
+    """Compute attention whose keys and values are the same latents.
 
     Args:
         call: Its keys are its values, with one head for all query heads.
@@ -68,7 +68,7 @@ def attend(call: AttendCall, backend: Backend) -> mx.array:
 def _attend_packed(
     q: mx.array, call: AttendCall, packed: Packed, masks: Masks, state: Softmax, backend: Backend
 ) -> Softmax:
-    """Go over the packed blocks first of all; q is ``[B, K, G, R]``, already scaled."""
+    """Attend to the packed blocks, which come first; q is ``[B, K, G, R]``, already scaled."""
     latents, codec = call.keys, call.keys.codec
     scale, inverse = latents.channel_scale, inverse_matrix(codec.rotation)
     scaled_queries = q if scale is None else q * scale[:, None, :]
@@ -106,7 +106,7 @@ def _attend_packed(
 def _attend_exact(
     q: mx.array, call: AttendCall, masks: Masks, state: Softmax, backend: Backend
 ) -> Softmax:
-    """Go over the sink and the tail, whose places in the mask are two runs."""
+    """Attend to the sink and the tail, which are two runs of the mask."""
     latents = call.keys
     sink = min(latents.sink, latents.exact_tokens)
     runs = [(0, sink, 0)] if sink else []
@@ -124,7 +124,7 @@ def _attend_exact(
 
 
 def _shrink(before: mx.array, top: mx.array) -> mx.array:
-    """What :func:`advance` multiplied the output by, when the largest score became ``top``."""
+    """Return the factor that :func:`advance` applied when the largest score became ``top``."""
     return mx.exp(before - mx.where(top == -mx.inf, mx.array(0.0), top))
 
 
@@ -138,5 +138,5 @@ def _levels(words: mx.array, codec: Codec, backend: Backend) -> mx.array:
 
 @cache
 def _unrotated(bits: int, head_dim: int) -> Codec:
-    """What decodes keys to their levels, with scales of 1 and centres of 0."""
+    """Return a codec that decodes keys to their levels, without scales and centres."""
     return Codec(KEY, bits, rotation("identity", head_dim))

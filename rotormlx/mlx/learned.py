@@ -1,8 +1,8 @@
-"""Rotor cascades whose rotors are learned: a basis change of few numbers.
+"""Rotor cascades with learned rotors: a change of basis with few numbers.
 
 The cascade of :mod:`rotormlx.codec.rotation` has fixed rotors, which mix all channels alike. Here
 its rotors and angles are chosen so that, behind them, a scale for each channel does nearly what
-the best matrix does. At head_dim 128 they are 448 numbers a KV head instead of 16,384.
+the best matrix does. At head_dim 128 they are 448 numbers per KV head instead of 16,384.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
 
 
 def _identity(head_dim: int) -> Floats:
-    """The coefficients that turn nothing."""
+    """Return the coefficients of the identity."""
     parts = [
         np.tile([1.0, 0.0, 0.0, 0.0] if n == 4 else [0.0], head_dim // radix)
         for radix, _, n in learned_stages(head_dim)

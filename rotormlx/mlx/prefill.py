@@ -1,4 +1,4 @@
-"""Attention of many queries by MLX's own: a prompt, or a chunk of one.
+"""Attention of many queries (a prompt or a chunk) by MLX's own kernels.
 
 While nothing is packed, it reads the exact tokens as those of an exact cache, and gives what that
 gives. Later the packed tokens of a few KV heads at a time are decoded to their place between sink
@@ -59,7 +59,7 @@ _EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
 
 
 class Layout(NamedTuple):
-    """How queries, keys and values are handed over.
+    """How queries, keys and values are passed on.
 
     key_dim: Channels of queries and keys, padded with zeros.
     value_dim: Channels of values, likewise.
@@ -94,7 +94,7 @@ def attend(call: AttendCall, backend: Backend) -> mx.array:
 
 
 def choice(call: AttendCall, backend: Backend) -> str:
-    """What does a call: ``"library"``, MLX's own attention, or ``"kernel"``, the backend's.
+    """Choose who computes a call: ``"library"`` is MLX's attention, ``"kernel"`` the backend's.
 
     Where both can, it is what ``ROTORMLX_PROMPTS`` names, else what ``backend.timed_prompts`` says,
     else ``backend.prompts``; but on a GPU both are timed when the first chunk meets packed tokens.
@@ -128,7 +128,7 @@ def _named() -> str | None:
 
 @cache
 def _fastest(backend: Backend, bits: int, head_dim: int, dtype: mx.Dtype) -> str:
-    """What does a chunk behind packed tokens sooner on this device."""
+    """Return the faster choice on this device for a chunk behind packed tokens."""
     size = SIZE._replace(head_dim=head_dim)
     timed = example.call(RotorConfig(bits, bits), size, dtype)
     ways = {
@@ -159,7 +159,7 @@ def _is_able(call: AttendCall) -> bool:
 
 
 def _attend_alike(call: AttendCall, backend: Backend) -> mx.array:
-    """The same for batch rows that are alike."""
+    """Attend for batch rows that are alike."""
     tokens, length = call.keys.tokens, call.length
     if not tokens:
         return mx.zeros(call.output_shape, call.queries.dtype)
@@ -179,7 +179,7 @@ def _attend_alike(call: AttendCall, backend: Backend) -> mx.array:
 
 
 def _attend_decoded(call: AttendCall, backend: Backend) -> mx.array:
-    """The KV heads, as many at once as fit."""
+    """Attend KV head by KV head, as many at once as fit into memory."""
     layout = _layout(call)
     widest = max(layout.key_dim, layout.value_dim)
     head_bytes = call.batch * call.keys.tokens * widest * call.queries.itemsize
@@ -195,7 +195,7 @@ def _attend_decoded(call: AttendCall, backend: Backend) -> mx.array:
 def _attend_heads(
     call: AttendCall, backend: Backend, layout: Layout, earlier: list[mx.array]
 ) -> list[mx.array]:
-    """The outputs of some KV heads, begun when an earlier output is there."""
+    """Return the outputs of some KV heads, computed after an earlier output."""
     queries, keys, values = call.queries, call.keys, call.values
     dtype, mask = queries.dtype, _additive_in(queries.dtype, call.mask)
     of_queries, of_keys = _noise(call)
@@ -237,7 +237,7 @@ def _attend_heads(
 
 
 def _rows_at_once(call: AttendCall, layout: Layout) -> int:
-    """How many queries are done at once."""
+    """Return how many queries are computed at once."""
     if not layout.stores_scores:
         return call.length
     a_query = call.batch * call.heads * call.keys.tokens * call.queries.itemsize
@@ -245,7 +245,7 @@ def _rows_at_once(call: AttendCall, layout: Layout) -> int:
 
 
 def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
-    """Two numbers whose product a dot product of query and key lacks.
+    """Return two factors whose product corrects the score of query and key.
 
     Returns:
         Of the queries, float32 ``[B, H, L, 1]``, not positive.
@@ -285,7 +285,7 @@ def _with_noise(mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.a
 
 
 def _heads(call: AttendCall, first: int, stop: int) -> AttendCall:
-    """The call of some KV heads and their query heads."""
+    """Return the call restricted to some KV heads and their query heads."""
     repeats = call.heads // call.kv_heads
     heads = slice(first * repeats, stop * repeats)
     mask, sink_logits = call.mask, call.sink_logits
@@ -314,7 +314,7 @@ def _view_of_heads(view: KVView, first: int, stop: int) -> KVView:
 
 
 def _codec_of_heads(codec: Codec, first: int, stop: int) -> Codec:
-    """The codec of some KV heads; a calibrated one has a matrix for each."""
+    """Return the codec of some KV heads; a calibrated one has one matrix per head."""
     if not codec.rotation.is_per_head or stop - first == len(codec.rotation.matrix):
         return codec
     return _own_codec(codec, first, stop)
@@ -326,19 +326,19 @@ def _own_codec(codec: Codec, first: int, stop: int) -> Codec:
 
 
 def _scales(view: KVView) -> mx.array:
-    """Of the packed tokens, float16 ``[B, K, T, 1]``."""
+    """Return the scales of the packed tokens, float16 ``[B, K, T, 1]``."""
     return counted(view).scales.flatten(2)[:, :, : view.packed_tokens, None]
 
 
 def _mended(view: KVView) -> KVView:
-    """The view with another number in the place of a scale that is NaN."""
+    """Return the view with NaN scales replaced by a number."""
     packed = counted(view)
     scales = mx.where(mx.isnan(packed.scales), mx.array(0, mx.float16), packed.scales)
     return replace(view, packed=packed._replace(scales=scales))
 
 
 def _begun_after(earlier: mx.array, view: KVView) -> KVView:
-    """A view that is not decoded before ``earlier`` is there."""
+    """Return a view that is decoded only after ``earlier`` is computed."""
     packed = counted(view)
     return replace(view, packed=packed._replace(words=after(earlier, packed.words)))
 
@@ -368,14 +368,14 @@ def _library(
 
 
 def _additive_in(dtype: mx.Dtype, mask: mx.array | str | None) -> mx.array | str | None:
-    """A mask as MLX's attention takes it: what is added is of the dtype of the scores."""
+    """Return a mask for MLX's attention: additive masks get the dtype of the scores."""
     if not isinstance(mask, mx.array) or mask.dtype == mx.bool_:
         return mask
     return mask.astype(dtype)
 
 
 def _unless_blind(output: mx.array, mask: mx.array | str | None) -> mx.array:
-    """The output, but 0 for queries to which every token is hidden."""
+    """Return the output with 0 for queries that see no token."""
     if not isinstance(mask, mx.array):
         return output
     mask = mask if mask.ndim > 1 else mask.reshape(1, -1)
@@ -384,7 +384,7 @@ def _unless_blind(output: mx.array, mask: mx.array | str | None) -> mx.array:
 
 
 def _layout(call: AttendCall) -> Layout:
-    """The cheapest way, in channels of a score."""
+    """Return the cheapest layout, counted in channels per score."""
     dtype, has_mask = call.queries.dtype, call.mask_array is not None
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     dims = [dim for dim in _FAST_DIMS if _is_fast(dim, dtype, has_mask, on_gpu)]
@@ -419,14 +419,14 @@ def _is_fast(head_dim: int, dtype: mx.Dtype, has_mask: bool, on_gpu: bool) -> bo
 
 
 def _channels(head_dim: int, dtype: mx.Dtype) -> int:
-    """What a score costs in a kernel of a head_dim."""
+    """Return the cost of a score in a kernel of this head_dim."""
     architecture = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture")))
     has_units = architecture is not None and int(architecture[1]) >= 17 and dtype != mx.float32
     return head_dim if not has_units or head_dim in _UNIT_DIMS else 4 * head_dim
 
 
 def _widened(x: mx.array, dim: int, *channels: mx.array) -> mx.array:
-    """The rows with more channels, and zeros behind them up to ``dim``."""
+    """Return the rows padded with zero channels up to ``dim``."""
     missing = dim - x.shape[-1] - len(channels)
     if missing:
         channels += (mx.zeros((*x.shape[:-1], missing), x.dtype),)
@@ -434,7 +434,7 @@ def _widened(x: mx.array, dim: int, *channels: mx.array) -> mx.array:
 
 
 def _rows_of(mask: mx.array | str | None, start: int, stop: int) -> mx.array | str | None:
-    """The part of a mask that some queries need."""
+    """Return the rows of a mask for some queries."""
     if not isinstance(mask, mx.array) or mask.ndim < 2 or mask.shape[-2] == 1:
         return mask
     return mask[..., start:stop, :]

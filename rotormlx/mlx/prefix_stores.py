@@ -23,7 +23,7 @@ Layers = list[Any]
 
 
 def trimmed(own: Callable[..., Layers | None], caches: Layers, count: int) -> Layers | None:
-    """Caches without their last tokens; those given stay as they are.
+    """Return copies of caches without their last tokens.
 
     Args:
         own: What the server does this with: a function of the other two.
@@ -65,7 +65,7 @@ def copied(own: Callable[..., Layers], caches: Layers, **options: Any) -> Layers
 
 
 def limited(own: Callable[..., Layers], caches: Layers, max_kv_size: int) -> Layers:
-    """Empty caches that hold at most so many tokens.
+    """Return empty caches with a limit of tokens.
 
     Args:
         own: What the server does this with: a function of the other two.
@@ -106,7 +106,7 @@ def made_anew(own: Callable[..., Layers], generator: Any) -> Layers:
 
 
 def paged(own: Callable[..., None], store: Any, model: Any, *args: Any, **options: Any) -> None:
-    """Make a store that cuts caches into blocks, for a model with exact ones.
+    """Make a store that splits caches into blocks, for a model with exact caches.
 
     Args:
         own: Its ``__init__``.

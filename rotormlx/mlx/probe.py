@@ -1,4 +1,4 @@
-"""A trial run of a model: which of its caches can be compressed, and how each serves the model."""
+"""A trial run of a model finds which caches can be compressed, and how each is read."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def compress(
     report: Report | None = None,
     of_windows: windows.WindowMaker | None = None,
 ) -> list[Any]:
-    """The same caches with growing ones replaced, and windows as the report says.
+    """Replace growing caches by compressed ones, and windows as the report says.
 
     Args:
         caches: Those that a model makes itself.
@@ -150,14 +150,14 @@ class _Trial:
 
     @property
     def way(self) -> Way | None:
-        """The way that is tried; None if all were."""
+        """The way being tried; None if all have failed."""
         tried = len(self.reasons)
         return self.ways[tried] if tried < len(self.ways) else None
 
     def cache(
         self, config: RotorConfig, asked: list[_Trial], kind: type[RotorKVCache] | None
     ) -> RotorKVCache | None:
-        """A cache for a run that notes here what it hands out, and in ``asked`` that it did.
+        """Return a cache that records what it hands out, and registers in ``asked`` when it does.
 
         Args:
             config: How it compresses.
@@ -192,7 +192,7 @@ class _Trial:
         return cache
 
     def _made(self, config: RotorConfig, kind: type[RotorKVCache]) -> Any:
-        """An empty cache of this class; of a window one that hands out what this class does."""
+        """Return an empty cache of this class; for a window, one that serves tokens as it does."""
         cache = windows.maker(config)(self.index, self.own)
         if cache is None:
             return kind(config, self.index)
@@ -240,7 +240,7 @@ class _TrialRun:
         self.caches: list[Any] = []
 
     def find_latents(self) -> None:
-        """See which caches hold latents; only their ways are tried for these."""
+        """Find the caches that hold latents; for these only latent ways are tried."""
         with _unchanged(self.model):
             found = latent_probe.find(self.model, self.pattern, self.config)
         for place, probe in enumerate(found):
@@ -252,7 +252,7 @@ class _TrialRun:
                 self.trials[place] = _Trial(own.index, own.own, (way,), why)
 
     def failures(self) -> list[tuple[_Trial, str]]:
-        """Run the model; the trials whose way does not suit, with the reasons."""
+        """Run the model; returns the trials whose way failed, with the reasons."""
         asked = list[_Trial]()
         for reached, error in self._steps(asked):
             if failures := _failures(self._active, reached, error, asked):
@@ -311,7 +311,7 @@ def _failures(
     error: Exception | None,
     asked: Sequence[_Trial],
 ) -> list[tuple[_Trial, str]]:
-    """The trials whose way did not suit in a run that ended, by an error or not.
+    """Return the trials whose way failed in a run, whether or not it raised an error.
 
     Args:
         active: The trials.
@@ -333,14 +333,14 @@ def _failures(
 
 
 def _astray(trials: Sequence[_Trial], reached: set[tuple[int, int]]) -> list[tuple[_Trial, str]]:
-    """The trials of handles whose keys and values went elsewhere than to our attention."""
+    """Return the trials whose handles did not reach the fused attention."""
     known = {(id(k), id(v)) for trial in trials for k, v in trial.handed_out}
     return [(trial, _TOUCHED) for trial in trials if trial.is_astray(reached, known)]
 
 
 @contextmanager
 def _unchanged(model: Module) -> Iterator[None]:
-    """Undo what a run leaves on the parts of a model: positions of a prompt, say."""
+    """Undo changes that a run makes to a model's parts, such as prompt positions."""
     kept = [(d, dict(d)) for part in model.modules() for d in (part, vars(part))]
     try:
         yield
@@ -356,7 +356,7 @@ _TOUCHED = "the model computes with keys and values itself"
 
 
 def _what_failed(error: Exception) -> str:
-    """A reason for people to read."""
+    """Return the reason of a failure as text."""
     takes_no_handle = re.match(r"\w+\(\): incompatible function arguments", str(error))
     if takes_no_handle or str(error).startswith("[KVView]"):
         return _TOUCHED
@@ -364,7 +364,7 @@ def _what_failed(error: Exception) -> str:
 
 
 def brief(error: Exception) -> str:
-    """Kind and first sentence of an error."""
+    """Return the kind and the first sentence of an error."""
     # Only the first sentence: a wrong argument to mx makes it list all signatures.
     first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first}"
@@ -404,7 +404,7 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
 
 
 def _all_it_keeps(caches: list[Any]) -> str:
-    """What a model without growing caches keeps: a part of a sentence."""
+    """Return what a model without growing caches keeps, as part of a sentence."""
     held = [cache for _, _, cache in leaves(caches)]
     states = [cache for cache in held if is_a(cache, ARRAYS)]
     limits = [limit for c in held if (limit := windows.size(c)) is not None]
@@ -421,7 +421,7 @@ def _all_it_keeps(caches: list[Any]) -> str:
 
 
 def dims(cache: Any) -> tuple[int, int, int] | None:
-    """KV heads, key dimension and value dimension of a filled cache that has them."""
+    """Return KV heads, key dimension and value dimension of a filled cache."""
     if isinstance(cache, RotorKVCache):
         pair: tuple[Any, Any] = (None, None) if cache.empty() else cache.views()
     else:

@@ -1,4 +1,4 @@
-"""Prompt caches in files: whole, of this format, and of the model that is to read them."""
+"""Prompt caches in files: checked for damage, for the format and for the model."""
 
 from __future__ import annotations
 
@@ -32,38 +32,37 @@ from rotormlx.storage.fingerprint import MODEL
 def save_prompt_cache(
     path: str | Path, model: Module, caches: list[Any], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write caches to a file that only the same model takes back.
+    """Write caches to a file that only the same model can load.
 
     mlx-lm reads it too, and its own ``save_prompt_cache`` writes the same layout, but without the
-    model's fingerprint and a checksum. The file appears whole or not at all: an interrupt, a full
-    disk or a crash leaves what was there before.
+    model's fingerprint and a checksum. The file appears complete or not at all: after an interrupt,
+    a full disk or a crash, the old file is still there.
 
     Args:
-        path: A ``.safetensors`` file; that suffix is appended where it is missing.
+        path: A ``.safetensors`` file; the suffix is appended if it is missing.
         model: The model that filled the caches.
         caches: Its caches.
-        metadata: Texts to keep with them.
+        metadata: Texts to store with them.
 
     Raises:
-        ValueError: If a cache holds what no file can hold, or ``path`` is no place for a file.
+        ValueError: If a cache cannot be stored, or ``path`` is not a valid place for a file.
         OSError: If the disk is full, or the directory is read-only.
     """
     files.write(path, caches, {**(metadata or {}), MODEL: fingerprint(model).text})
 
 
 def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
-    """Read caches from a file for a compressed model; plain ones in it are compressed.
+    """Read caches from a file for a compressed model, and compress plain caches in it.
 
-    Compressed caches go on as the file says, with their own bits, rotation and calibration,
-    whatever :func:`rotormlx.apply` was given; so they stay readable when a model is calibrated.
+    Compressed caches keep the bits, rotation and calibration of the file, whatever
+    :func:`rotormlx.apply` was given; so they stay readable after a model is calibrated.
 
-    Nothing of the file is believed: its header, its classes, their configuration, shapes and
-    counts, and the model are checked before an array is read, and no more memory is taken than the
-    arrays have bytes.
+    The file is not trusted: its header, classes, configurations, shapes, counts and model are
+    checked before any array is read. Reading takes no more memory than the arrays have bytes.
 
     Args:
-        path: A file of :func:`save_prompt_cache` or of mlx-lm's function of that name.
-        model: A model that :func:`rotormlx.apply` was given.
+        path: A file written by :func:`save_prompt_cache` or by mlx-lm's function of that name.
+        model: A model that was passed to :func:`rotormlx.apply`.
 
     Returns:
         The caches and the metadata.
@@ -81,7 +80,7 @@ def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[
 
 
 def check_model(path: str | Path, metadata: dict[str, str], model: Module) -> None:
-    """Refuse a file whose caches other weights have filled; one that does not say is taken."""
+    """Refuse a file whose caches were filled by other weights; a file without fingerprint passes."""
     fingerprints.check_file(path, metadata, weights(model), model_report(model).model_type)
 
 
@@ -96,9 +95,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
-    """As :func:`load_prompt_cache`, but plain caches stay so, and no weight of the model is read.
+    """Read caches, but leave plain caches as they are, and read no weights of the model.
 
-    What is left to do is :func:`check_model` and :func:`adopt_prompt_cache`.
+    Call :func:`check_model` and :func:`adopt_prompt_cache` next.
     """
     with cache_file.opened(path) as saved:
         return _read(path, saved, model, model_report(model)), saved.metadata
@@ -111,7 +110,7 @@ def _read(path: str | Path, saved: SavedCaches, model: Module, report: Report) -
 
 
 def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
-    """Check that caches fit a compressed model, and make them such as it has, in place.
+    """Check that caches fit a compressed model, and convert them to its classes in place.
 
     Plain ones are compressed; a compressed one of another class keeps its bytes.
 
@@ -136,7 +135,7 @@ def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> in
 
 
 def report_of(model: Module, caches: list[Any]) -> Report:
-    """The report of a model with these caches; its own if they are compressed as it does it."""
+    """Return the report of a model with these caches; its own if they are compressed alike."""
     report = model_report(model)
     fresh = leaves(hosts.of(model).target(model).make_cache())
     triples = [
@@ -161,7 +160,7 @@ def report_of(model: Module, caches: list[Any]) -> Report:
 
 
 def _as_held(layer: LayerReport, held: Any) -> LayerReport:
-    """A layer of a report where a file has its window in another form than the model makes."""
+    """Return a layer's report if its window has another form in the file than in the model."""
     is_compressed = isinstance(held, RotorKVCache)
     if is_compressed == layer.compressed or layer.max_tokens is None:
         return layer
@@ -174,7 +173,7 @@ def _as_held(layer: LayerReport, held: Any) -> LayerReport:
 
 
 def _alike(want: Any, shape: Shape) -> set[str]:
-    """The classes that do for a cache: compressed or plain, whatever the model makes now."""
+    """Return the classes that may stand for a cache, compressed or plain."""
     name = LAYOUTS.get(type(want).__name__, type(want).__name__)
     if name in (ROTATING, SLIDING):
         # With a limit below the window, it is what any other layer has with that limit.
@@ -185,7 +184,7 @@ def _alike(want: Any, shape: Shape) -> set[str]:
 
 
 def _shape(cache: Any) -> Shape:
-    """What of a cache must fit a model."""
+    """Return the properties of a cache that must fit a model."""
     name, window = type(cache).__name__, windows.size(cache)
     if isinstance(cache, RotorKVCache):
         limited = cache.max_size is not None
@@ -195,7 +194,7 @@ def _shape(cache: Any) -> Shape:
 
 
 class _Fit(NamedTuple):
-    """Whether caches are such as a model makes itself.
+    """Checks whether caches are like those that a model makes.
 
     path: Where they come from.
     report: Of the model.
@@ -234,7 +233,7 @@ class _Fit(NamedTuple):
             )
 
     def share_calibration(self, fresh: list[Any], caches: list[Any]) -> None:
-        """Give the model's calibration to caches that hold nothing and to those that have the same.
+        """Share the model's calibration with empty caches and with those that hold the same one.
 
         A cache that holds tokens has what it was coded with.
         """

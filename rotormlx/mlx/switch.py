@@ -1,4 +1,4 @@
-"""What ROTORMLX in the environment does to a model that is loaded; rotormlx_switch.py calls it.
+"""Applies the environment variable ROTORMLX to loaded models; called by rotormlx_switch.py.
 
 Every model is reported: one line of its report, or why it keeps its own caches. The lines go to the
 logger ``rotormlx``, which writes to standard error unless the program gave it a handler.

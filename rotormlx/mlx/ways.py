@@ -37,5 +37,5 @@ DECODED_LATENT = Way("decoded in every step", DecodedLatentKVCache, hands_out_ha
 
 
 def named(name: str) -> Way:
-    """The way of that name."""
+    """Return the way of this name."""
     return next(way for way in (*WAYS, LATENT, DECODED_LATENT) if way.name == name)

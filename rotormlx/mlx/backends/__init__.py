@@ -31,12 +31,12 @@ _COMPILED_LATER = ("metal", "mlx_cuda")
 
 
 def available() -> list[str]:
-    """Names of the backends that this process can run, best first."""
+    """Return the names of the backends that this process can run, best first."""
     return [name for name, (_, lack) in _BACKENDS.items() if lack() is None]
 
 
 def backend() -> MLXBackend:
-    """The backend of this process: the one named by ``ROTORMLX_BACKEND``, else the best there is.
+    """Return the backend named by ``ROTORMLX_BACKEND``, else the best available one.
 
     The best one gives way to MLX's operations where its kernels are not right on this machine; one
     that is named does not.
@@ -49,7 +49,7 @@ def backend() -> MLXBackend:
 
 @cache
 def choose(_on_cpu: bool, /) -> MLXBackend:
-    """What :func:`backend` gives; made once for MLX's default device, CPU or GPU."""
+    """Choose the backend for MLX's default device, once."""
     name = os.environ.get("ROTORMLX_BACKEND")
     if name is None:
         name = next(name for name, (_, lack) in _BACKENDS.items() if lack() is None)
@@ -69,27 +69,27 @@ def choose(_on_cpu: bool, /) -> MLXBackend:
 
 
 def fused() -> MLXBackend:
-    """The same without giving way: its kernels run, or fail."""
+    """Return the backend without the fallback to MLX's operations: its kernels run or fail."""
     chosen = backend()
     return chosen.fused if isinstance(chosen, CheckedBackend) else chosen
 
 
 def keep(operation: Operation, found: str) -> None:
-    """Let :func:`backend` know what was found about an operation of it: ``RIGHT``, or what else."""
+    """Record a finding about an operation: ``RIGHT``, or what is wrong with it."""
     chosen = backend()
     if isinstance(chosen, CheckedBackend):
         chosen.keep(operation, found)
 
 
 def ways() -> dict[str, str]:
-    """What was timed on this device: the fastest way, by what there are several ways for."""
+    """Return the fastest way on this device for each operation with several ways."""
     checked = set(map(str, operations()))
     found = findings(backend().name).everything()
     return {name: way for name, way in found.items() if name not in checked}
 
 
 def describe() -> str:
-    """The backend, why the automatic choice took no better one, and what it leaves to MLX."""
+    """Describe the backend, why no better one was chosen, and what it leaves to MLX."""
     chosen = backend()
     replaced = chosen.replaced() if isinstance(chosen, CheckedBackend) else {}
     left = "".join(f"; MLX's operations do: {op}, which {why}" for op, why in replaced.items())

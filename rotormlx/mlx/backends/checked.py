@@ -1,4 +1,4 @@
-"""Kernels that are trusted once they have reproduced the shared test vectors on this device.
+"""Kernels that are used only after they reproduce the shared test vectors on this device.
 
 An operation whose kernels do not compile, or compute something else than the vectors, is left to
 MLX's operations, with a warning. What was found out is kept between processes (``kept.py``).
@@ -42,15 +42,15 @@ class CheckedBackend(MLXBackend):
         return findings(self.name)
 
     def prompts(self, dtype: mx.Dtype) -> Prompts:
-        """Those of the backend."""
+        """The prompt attention of the wrapped backend."""
         return self.fused.prompts(dtype)
 
     def replaced(self) -> dict[Operation, str]:
-        """The operations that MLX's own do, as far as this process knows, and why."""
+        """Return the operations replaced by MLX's own, with the reasons."""
         return {op: found for op, found in self._found.items() if found != RIGHT}
 
     def keep(self, operation: Operation, found: str) -> None:
-        """Keep what was found about an operation: ``RIGHT``, or the end of a sentence on it."""
+        """Store a finding about an operation: ``RIGHT``, or what is wrong with it."""
         self._found[operation] = found
         self._findings.keep(str(operation), found)
 
@@ -78,7 +78,7 @@ class CheckedBackend(MLXBackend):
         return self._done("_attend", [Operation(name, bits) for bits in widths], call)
 
     def _done(self, method: str, asked: list[Operation], *args: Any) -> Any:
-        """What the kernels make of a call, or MLX's operations."""
+        """Run a call by the kernels, or by MLX's operations."""
         if all(map(self._trusts, asked)):
             try:
                 return getattr(self.fused, method)(*args)

@@ -1,4 +1,4 @@
-"""Which of several kernels that give the same numbers is the fastest on this device.
+"""Chooses the fastest of several kernels with equal results on this device.
 
 They are timed when one is first wanted, for a fraction of a second, and the choice is kept between
 processes (``kept.py``).
@@ -21,7 +21,7 @@ RUNS = 9
 
 
 def fastest(findings: Findings, name: str, ways: Ways) -> str:
-    """The way that took the least time on this device; the first one where none can run.
+    """Return the fastest way on this device; the first one if none can run.
 
     Args:
         findings: Of the backend; keeps the choice.
@@ -40,7 +40,7 @@ def fastest(findings: Findings, name: str, ways: Ways) -> str:
 
 
 def _median_seconds(ways: Ways) -> dict[str, float]:
-    """By way, taken in turn; without those that do not compile or run."""
+    """Return the median time of each way that runs, timed in turn."""
     taken: dict[str, list[float]] = {}
     failed: set[str] = set()
     for _ in range(RUNS):

@@ -1,4 +1,4 @@
-"""Arrays that many calls, and layers, have in common: made once, so that a call costs no operation.
+"""Arrays that calls and layers share: made once, so that a call needs no operation for them.
 
 An array that the host makes is copied to the GPU, or bound, whenever a kernel waits for it.
 """
@@ -21,33 +21,33 @@ LEAST = 8
 
 @lru_cache(maxsize=1024)
 def numbers(values: tuple[int, ...] | tuple[float, ...], dtype: mx.Dtype) -> mx.array:
-    """These numbers, with zeros behind them where they are few."""
+    """Return these numbers as an array, padded with zeros to at least 8."""
     return mx.array((*values, *(0,) * (LEAST - len(values))), dtype)
 
 
 def lengths(view: KVView) -> mx.array:
-    """Packed and all tokens of each batch row, one behind the other, int32."""
+    """Return packed and all tokens of each batch row, interleaved, int32."""
     return numbers(tuple(number for row in view.lengths for number in row), mx.int32)
 
 
 @cache
 def nothing(dtype: mx.Dtype, ndim: int = 1) -> mx.array:
-    """An array ``[..., 8]`` that no thread reads."""
+    """Return a placeholder array ``[..., 8]`` that no thread reads."""
     return mx.array(np.zeros((1,) * (ndim - 1) + (LEAST,), np.float32), dtype)
 
 
 def or_nothing(array: mx.array | None, dtype: mx.Dtype, ndim: int = 1) -> mx.array:
-    """The array, or where there is none one that no thread reads."""
+    """Return the array, or a placeholder if it is None."""
     return nothing(dtype, ndim) if array is None else array
 
 
 @derived
 def coefficients(rotation: Rotation, *, back: bool = False) -> mx.array:
-    """See :func:`source.coefficients`."""
+    """Return the array of :func:`source.coefficients`."""
     return mx.array(source.coefficients(rotation, back=back))
 
 
 @derived
 def query_matrix(rotation: Rotation) -> mx.array:
-    """What rows of queries are multiplied by, float32 ``[D, D]`` or ``[K, D, D]``."""
+    """Return the matrix that rotates queries, float32 ``[D, D]`` or ``[K, D, D]``."""
     return mx.array(rotation.inverse.astype(np.float32))

@@ -1,4 +1,4 @@
-"""What was found out about the kernels on this GPU, kept between processes in the cache folder.
+"""Findings about the kernels on this GPU, stored in the cache folder.
 
 One JSON file for a backend, a device and everything else that a finding depends on: the versions of
 MLX and rotormlx and the texts of the kernels. A file that cannot be read counts as none.
@@ -39,11 +39,11 @@ class Findings:
         self._found: dict[str, Any] = self._read()
 
     def get(self, name: str) -> Any:
-        """What was found, or None."""
+        """Return a finding, or None."""
         return self._found.get(name)
 
     def keep(self, name: str, found: Any) -> None:
-        """Keep what was found; warns where no file can be written."""
+        """Store a finding; warns if the file cannot be written."""
         # Another process may have found something meanwhile.
         self._found = {**self._read(), **self._found, name: found}
         text = json.dumps({"facts": self.facts, "found": self._found}, indent=1) + "\n"
@@ -59,7 +59,7 @@ class Findings:
             )
 
     def everything(self) -> dict[str, Any]:
-        """What is known, by name."""
+        """Return all findings by name."""
         return dict(self._found)
 
     def _read(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Findings:
 
 
 def findings(backend: str) -> Findings:
-    """Those about a backend, one object for all who ask."""
+    """Return the findings about a backend; all callers share one object."""
     return _findings(backend, cache_dir())
 
 
@@ -81,7 +81,7 @@ def _findings(backend: str, _folder: Path, /) -> Findings:
 
 
 def device_name() -> str:
-    """The GPU, as MLX names it; the processor where it computes on the CPU."""
+    """Return MLX's name of the GPU, or the processor if MLX computes on the CPU."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return platform.processor() or platform.machine()
     return str(mx.device_info().get("device_name", mx.default_device()))

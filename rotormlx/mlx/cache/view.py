@@ -1,4 +1,4 @@
-"""What attention reads of a cache: the keys or the values of one layer, partly packed."""
+"""Views of a cache for attention: the keys or the values of one layer, partly packed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class KVView:
 
     A sequence is ``sink`` exact tokens, ``packed_tokens`` packed ones, and exact ones again (the
     tail). Sink and tail lie in one buffer, the sink first. Buffers are whole, with room at their
-    end: lengths say how much counts, so nothing is sliced or copied to make a view. What a buffer
-    has of one KV head lies row by row, without gaps: kernels count on it.
+    end: lengths say how much counts, so nothing is sliced or copied to make a view. The rows
+    of one KV head are contiguous in a buffer: kernels rely on it.
 
     Args:
         codec: How the packed tokens are coded; fixes head_dim.
@@ -48,7 +48,7 @@ class KVView:
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
-        """(Packed tokens, all tokens) of every batch row."""
+        """``(packed tokens, all tokens)`` of every batch row."""
         return self.rows or ((self.packed_tokens, self.tokens),) * self.exact.shape[0]
 
     @property
@@ -64,7 +64,7 @@ class KVView:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """``(B, K, S, D)``, what an uncompressed array would say."""
+        """``(B, K, S, D)``, the shape of the uncompressed array."""
         batch, heads, _, head_dim = self.exact.shape
         return batch, heads, self.tokens, head_dim
 
@@ -75,15 +75,15 @@ class KVView:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of the exact tokens."""
+        """The dtype of the exact tokens."""
         return self.exact.dtype
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Refuse what else an array has: a model may take keys and values apart itself."""
+        """Raise for other attributes of an array, which models use to process keys themselves."""
         raise AttributeError(_refusal(name))
 
     def row(self, index: int) -> KVView:
-        """One batch row by itself."""
+        """Return a view of one batch row."""
         packed_tokens, tokens = self.lengths[index]
         part = slice(index, index + 1)
         packed = None

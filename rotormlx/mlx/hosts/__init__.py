@@ -1,4 +1,4 @@
-"""The packages that run models, each in a file of its own behind one interface.
+"""The packages that run models: one file each, behind one interface.
 
 Importing this package imports none of them.
 """
@@ -20,7 +20,7 @@ __all__ = ["HOSTS", "MLX_LM", "MLX_VLM", "Host", "load", "named", "of"]
 
 
 def of(model: Any) -> Host:
-    """The host whose code a model is made of; mlx-lm where nothing says another.
+    """Return the host whose code a model consists of; mlx-lm if none is found.
 
     Raises:
         ValueError: If it is no model.
@@ -37,12 +37,12 @@ def of(model: Any) -> Host:
 
 
 def _package(part: Module) -> str:
-    """The package whose code a part of a model is."""
+    """Return the package that defines a part of a model."""
     return type(part).__module__.partition(".")[0]
 
 
 def named(name: str) -> Host:
-    """The host of a name.
+    """Return the host of this name.
 
     Raises:
         ValueError: If there is no such host.

@@ -1,4 +1,4 @@
-"""What a package that runs models has in common with the others, and how it is extended.
+"""The interface to a package that runs models, and how such a package is extended.
 
 About 105 model files of mlx-lm bind ``scaled_dot_product_attention`` by name when they are
 imported, and 150 of mlx-vlm, so replacing the attribute of a module would reach none of them. The
@@ -46,16 +46,16 @@ class Exchange(NamedTuple):
 
     @property
     def function(self) -> Any:
-        """The function object, the same wherever it was bound."""
+        """The function object, the same in every module that imported it."""
         return vars(importlib.import_module(self.module))[self.name]
 
 
 class _Run:
-    """A user of a change that is no model."""
+    """A user of a host's change that is not a model."""
 
 
 class Host(ABC):
-    """A package that makes caches for models and attends over what they hand out."""
+    """A package that makes caches for models and computes attention over them."""
 
     # As pip calls it, and as Python does.
     name: ClassVar[str]
@@ -78,7 +78,7 @@ class Host(ABC):
 
     @property
     def caches(self) -> ModuleType:
-        """The module of its caches, where it also looks classes up by their names."""
+        """The module of its caches, where it also looks up classes by name."""
         return importlib.import_module(f"{self.package}.models.cache")
 
     @property
@@ -92,7 +92,7 @@ class Host(ABC):
         return importlib.util.find_spec(self.package) is not None
 
     def load(self, path_or_repo: str, **options: Any) -> tuple[Any, ...]:
-        """What its own ``load`` gives, a model first; no weight is read yet."""
+        """Return what the host's ``load`` returns, the model first, without reading weights."""
         own = importlib.import_module(self.package).load
         loaded: tuple[Any, ...] = own(path_or_repo, lazy=True, **options)
         return loaded
@@ -102,7 +102,7 @@ class Host(ABC):
         return model
 
     def own_caches(self, model: Any) -> list[Any]:
-        """The caches that a model makes by its class, whatever its instance was given."""
+        """Return the caches that the model's class makes, ignoring changes to the instance."""
         make = getattr(type(model), "make_cache", None)
         growing = getattr(self.caches, GROWING)
         return [growing() for _ in model.layers] if make is None else list(make(model))
@@ -131,7 +131,7 @@ class Host(ABC):
             base.readers.add(self.name)
 
     def remove(self) -> None:
-        """Give the host back the code objects it came with, whoever uses the change.
+        """Restore the host's own code objects, even if models still use the change.
 
         Calling it again changes nothing.
         """
@@ -152,7 +152,7 @@ class Host(ABC):
         return bool(self._original)
 
     def use(self, user: Any) -> None:
-        """Install for a user, a model say, until :meth:`release` or its end.
+        """Install for a user, such as a model, until :meth:`release` or until it is deleted.
 
         Raises:
             RuntimeError: As :meth:`install`.
@@ -162,7 +162,7 @@ class Host(ABC):
             self._users[id(user)] = weakref.ref(user)
 
     def release(self, user: Any) -> None:
-        """End a use, if it is one; the host gets its code objects back when no user is left."""
+        """Unregister a user; the host's code objects are restored when no user is left."""
         with _lock:
             self._users.pop(id(user), None)
             if all(other() is None for other in self._users.values()):
@@ -170,7 +170,7 @@ class Host(ABC):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Use the change for a while.
+        """Use the change for the duration of a block.
 
         Raises:
             RuntimeError: As :meth:`install`.
@@ -183,7 +183,7 @@ class Host(ABC):
             self.release(run)
 
     def own(self, name: str) -> Any:
-        """A function of the host with the code that it came with."""
+        """Return a function of the host with its original code."""
         if (own := self._original.get(name)) is not None:
             return own
         # Another thread called remove() just now: the function has that code again.

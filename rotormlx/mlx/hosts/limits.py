@@ -1,4 +1,4 @@
-"""What hosts may ask of a model's compressed caches: a limit, quantization, a draft model."""
+"""What hosts ask of compressed caches: a limit, quantization, draft models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rotormlx.mlx.host_caches import leaves
 
 
 def make_caches(own: Callable[..., list[Any]], model: Any, max_kv_size: int | None) -> list[Any]:
-    """Make the caches of a model; ``max_kv_size`` reaches what makes compressed ones.
+    """Make the caches of a model, and apply ``max_kv_size`` to compressed ones too.
 
     Args:
         own: The host's function.
@@ -31,7 +31,7 @@ def make_caches(own: Callable[..., list[Any]], model: Any, max_kv_size: int | No
 def quantize(
     own: Callable[..., None], caches: list[Any], start: int, group_size: int, bits: int | None
 ) -> None:
-    """Do what ``kv_bits`` asks for: a warning, once there is a compressed cache among them."""
+    """Quantize caches as ``kv_bits`` asks; only warns if some are compressed already."""
     if bits is None:
         return
     for _, _, cache in leaves(caches):
@@ -44,7 +44,7 @@ def quantize(
 def speculated(
     options: Mapping[str, Any], make: Callable[[Any], list[Any]]
 ) -> tuple[list[Any], list[RotorKVCache]]:
-    """The caches for a draft model, if every one can forget rejected tokens until the end.
+    """Return the caches for a draft model, if all can forget rejected tokens to the end.
 
     A compressed cache always can: its window holds them.
 
@@ -90,7 +90,7 @@ def _rewinds(cache: Any, drafted: int) -> bool:
 
 
 def _room(cache: Any) -> int | None:
-    """How many tokens a cache takes until it cannot be trimmed; None if it always can."""
+    """Return how many tokens fit until a cache cannot be trimmed; None for no limit."""
     if isinstance(cache, ChunkedRotorKVCache):
         return cache.chunk_size - cache.offset if cache.is_trimmable() else 0
     size = getattr(cache, "max_size", None)

@@ -1,4 +1,4 @@
-"""Files of caches for a host whose own hold arrays only, as those of mlx-lm before 0.32 do."""
+"""Cache files for hosts whose files hold arrays only, such as mlx-lm before 0.32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rotormlx.storage import cache_file
 def save(
     own: Callable[..., None], file_name: str, caches: Sequence[Any], metadata: Mapping[str, str]
 ) -> None:
-    """Save caches: compressed ones in the layout of mlx-lm 0.32, others as the host does it."""
+    """Save caches: compressed ones in the layout of mlx-lm 0.32, others as the host does."""
     if any(isinstance(cache, StoredCache) for _, _, cache in leaves(caches)):
         files.write(file_name, caches, metadata)
     else:
