@@ -80,7 +80,7 @@ def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[
 
 
 def check_model(path: str | Path, metadata: dict[str, str], model: Module) -> None:
-    """Refuse a file whose caches were filled by other weights; a file without fingerprint passes."""
+    """Refuse a file whose caches other weights have filled; a file without fingerprint passes."""
     fingerprints.check_file(path, metadata, weights(model), model_report(model).model_type)
 
 

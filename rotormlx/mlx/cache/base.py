@@ -1,4 +1,4 @@
-"""What the caches of one sequence and of several have in common: two stores, keys and values."""
+"""The base of caches for one sequence and for batches: two stores, keys and values."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def _settings(self) -> tuple[Any, ...]:
-        """What makes an empty cache like this one, of its class or of that of its batches."""
+        """The arguments that make an empty cache or batch like this one."""
         return self.config, self.layer, self.max_size, self.calibrated
 
     def empty(self) -> bool:
@@ -82,7 +82,7 @@ class StoredCache(ABC, Generic[S]):
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
-        """Take what was saved.
+        """Restore a saved state.
 
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
@@ -93,14 +93,14 @@ class StoredCache(ABC, Generic[S]):
 
     @abstractmethod
     def _saved(self) -> tuple[Any, ...]:
-        """The entries that all classes have."""
+        """Return the entries that all classes share."""
 
     @abstractmethod
     def _restore(self, state: Sequence[Any]) -> None:
-        """Check a state, and take the entries that all classes have."""
+        """Check a state, and restore the entries that all classes share."""
 
     def _take(self, saved: SavedCache | SavedBatch, **counts: Any) -> None:
-        """Take entries that were checked, and what a class counts."""
+        """Restore checked entries and the counts of this class."""
         blocks = max_blocks(saved.max_size, saved.config)
         stores = [
             self._store.from_saved(part.config, saved.layer, part.role, store, blocks)
@@ -131,7 +131,7 @@ class StoredCache(ABC, Generic[S]):
 
     @classmethod
     def from_state(cls, state: Sequence[Any], meta_state: Any = "") -> Self:
-        """The cache that had this state; ``meta_state`` is what older hosts give, and empty.
+        """Make a cache from a state; ``meta_state`` comes from older hosts and is empty.
 
         Raises:
             ValueError: If it is not the state of such a cache, or of another format version.
@@ -141,11 +141,11 @@ class StoredCache(ABC, Generic[S]):
         return cache
 
     def prefix_cache_snapshot(self) -> dict[str, Any]:
-        """What a prefix cache of mlx-vlm keeps; nothing is copied."""
+        """Return what a prefix cache of mlx-vlm stores; copies nothing."""
         return {"state": self.state, "meta_state": self.meta_state}
 
     def prefix_cache_restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Take what :meth:`prefix_cache_snapshot` gave."""
+        """Restore the result of :meth:`prefix_cache_snapshot`."""
         self.state = snapshot["state"]
 
     @property
@@ -155,7 +155,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def keys(self) -> mx.array | None:
-        """An empty array that stands for the keys.
+        """An empty array in place of the keys.
 
         Pipeline-parallel models assign ``cache.keys = mx.depends(cache.keys, sent)``, so that what
         they sent is computed along with the cache.
@@ -169,7 +169,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def values(self) -> NoReturn:
-        """Absent, so that nobody who copies ``keys`` and ``values`` takes :attr:`keys` for keys.
+        """Absent, so that code that copies ``keys`` and ``values`` fails instead of losing tokens.
 
         Raises:
             AttributeError: Always.
@@ -187,7 +187,7 @@ class StoredCache(ABC, Generic[S]):
     def _served(
         self, views: tuple[KVView, KVView], new: Sequence[mx.array] = ()
     ) -> tuple[Any, Any]:
-        """What a model gets of keys and values: handles for the fused attention.
+        """Return keys and values for the model: handles for the fused attention.
 
         Args:
             views: Of keys and values.
@@ -196,7 +196,7 @@ class StoredCache(ABC, Generic[S]):
         return views
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
-        """What mlx-lm calls when ``kv_bits`` is given: a warning, and the cache as it is."""
+        """Warn, and return the cache unchanged; mlx-lm calls this when ``kv_bits`` is given."""
         config = self.config
         warnings.warn(
             f"kv_bits={bits} asks for mlx-lm's own cache quantization, but this cache is already "
@@ -208,7 +208,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def bits(self) -> int:
-        """What mlx-lm's own attention asks a cache for, before it reads keys and values.
+        """Absent; mlx-lm's own attention looks for it before it reads keys and values.
 
         Raises:
             ValueError: While mlx-lm's attention cannot read compressed caches.
@@ -238,7 +238,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def parts(self) -> tuple[Part, Part]:
-        """What the first store holds, and what the second."""
+        """What the first store holds, and what the second one holds."""
         return cache_fields.parts(self.kind, self.config)
 
     def _new_stores(self, *like: mx.array) -> tuple[S, S]:

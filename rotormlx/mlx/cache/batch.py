@@ -1,9 +1,9 @@
-"""The compressed caches of one layer for several sequences at once, each of its own length.
+"""Compressed caches of one layer for several sequences of different lengths.
 
-A row is stored as :class:`RotorKVCache` stores it: its first token is first, its sink, packed
-blocks and tail are its own, and its packed bytes are those of a run by itself. Buffers are as long
-as the longest row needs. Padding never counts: what was put in front of a row (left padding) is not
-stored, what was put behind (right padding) is overwritten by the tokens that come next.
+A row is stored as in :class:`RotorKVCache`: it has its own sink, packed blocks and tail, starts
+with its first token, and has the packed bytes of a run alone. Buffers are as long
+as the longest row needs. Padding never counts: left padding is not
+stored, and right padding is overwritten by the next tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rotormlx.storage.cache_fields import BATCH, SavedBatch
 
 @dataclass
 class Row:
-    """The counts of one sequence, and what of the tokens to come or just appended is padding.
+    """The counts of one sequence, and its padding.
 
     Args:
         counts: Tokens held, without padding.
@@ -48,7 +48,7 @@ class Row:
     rejected: int = 0
 
     def copy(self) -> Row:
-        """A row of the same counts that is counted by itself."""
+        """Return an independent copy of this row."""
         return replace(self, counts=replace(self.counts))
 
     def append(self, length: int) -> int:
@@ -142,17 +142,17 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return served
 
     def keys_and_values(self) -> tuple[Any, Any]:
-        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        """Return all keys and values, as :meth:`update_and_fetch` does."""
         return self._served(self.views())
 
     def views(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values, those of the latest step until it is computed."""
+        """Return views of all keys and values; until a step is computed, those of that step."""
         return self._latest or self._views(self._filled(), self.rows)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens; the tokens of a row count from its first.
+        """Return the attention mask for N new tokens; the tokens of a row count from its first.
 
         Raises:
             ValueError: If no model is compressed, so that the attention could not read this cache.
@@ -166,7 +166,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return mx.stack(masks)[:, None]
 
     def size(self) -> int:
-        """The tokens held of the longest row."""
+        """Return the tokens of the longest row."""
         return max((row.counts.tokens for row in self.rows), default=0)
 
     def is_trimmable(self) -> bool:
@@ -185,7 +185,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         lengths: Sequence[int] | None = None,
         right_padding: Sequence[int] | None = None,
     ) -> None:
-        """Say what of the tokens to come is padding.
+        """Announce which of the next tokens are padding.
 
         Args:
             left_padding: Tokens before each row; only while the cache is empty.
@@ -214,7 +214,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
                 row.expected = int(length)
 
     def finalize(self) -> None:
-        """The right padding is over."""
+        """End the right padding."""
         self._forget_padding()
         for row in self.rows:
             row.expected = None
@@ -223,12 +223,12 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     @property
     def _idx(self) -> int:
-        """The column that comes next in prompts padded to one length; mlx-vlm asks for it."""
+        """The next column of prompts padded to one length; mlx-vlm reads it."""
         return max((row.counts.offset + row.right - row.left for row in self.rows), default=0)
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """B, the number of rows."""
         return len(self.rows)
 
     def is_single_row(self) -> bool:
@@ -257,7 +257,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         vars(self).update(_keys=key_store, _values=value_store, rows=rows, _latest=None)
 
     def extract(self, idx: int) -> RotorKVCache:
-        """A row as a cache by itself; it shares no buffer with the batch."""
+        """Return one row as a cache that shares no buffer with the batch."""
         single = self._single(*self._settings)
         row = self.rows[idx]
         single.counts = replace(row.counts)
@@ -271,7 +271,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     @classmethod
     def merge(cls, caches: Sequence[RotorKVCache]) -> Self:
-        """A batch with a row for each sequence of these caches, which stay as they are.
+        """Return a batch with one row per sequence of these caches, which are not changed.
 
         Raises:
             ValueError: If they do not share configuration, layer and ``max_size``.
@@ -309,7 +309,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             row.right = 0
 
     def _mask_of(self, row: Row, length: int, window_size: int | None) -> mx.array:
-        """``[length, tokens]``: what the next queries of a row see."""
+        """Return which tokens the next queries of a row see, ``[length, tokens]``."""
         if row.left:
             return causal_mask(length, window=window_size)[:, min(row.left, length) :]
         mask = attention_mask(row.counts, self.config, length, window_size, return_array=True)
@@ -325,7 +325,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return stores[0].view_rows(sink, lengths), stores[1].view_rows(sink, lengths)
 
     def _pack_tails(self, stores: Sequence[BatchStore], rows: Sequence[Row]) -> None:
-        """Pack what the tails hold beyond the window; rows alike are encoded in one call."""
+        """Pack the tokens beyond the window; rows that are alike are encoded in one call."""
         while alike := self._packable(rows):
             for (count, *_), indices in alike.items():
                 counts = [rows[i].counts for i in indices]

@@ -15,7 +15,7 @@ from rotormlx.mlx.cache.view import KVView
 
 
 class BatchStore(Store):
-    """The keys or the values of several sequences; a row lies in it as by itself.
+    """The keys or the values of several sequences; each row is stored as it would be alone.
 
     A channel scale that is taken from the first packed block is float32 ``[B, K, D]``.
     """
@@ -54,8 +54,8 @@ class BatchStore(Store):
     ) -> None:
         """Move the ``count`` exact tokens behind the sink of these rows into packed blocks.
 
-        They have equally many tokens in their last block. With a channel scale of its own, a row
-        comes by itself.
+        All rows have equally many tokens in their last block. A row with a channel scale of its own
+        is packed alone.
         """
         x = self.exact[:, :, sink : sink + count]
         if len(rows) < x.shape[0]:
@@ -81,7 +81,7 @@ class BatchStore(Store):
         return self.channel_scale[row]
 
     def _blocks(self, rows: Sequence[int], slots: Sequence[int]) -> Packed | None:
-        """One block of each of these rows."""
+        """Return one block of each of these rows."""
         if self.packed is None:
             return None
         places = [*zip(rows, slots, strict=True)]
@@ -101,7 +101,7 @@ class BatchStore(Store):
         self.packed = packed
 
     def _with_room(self, like: Packed, blocks: int) -> Packed:
-        """Packed buffers of at least so many blocks, with what the store holds."""
+        """Return packed buffers of at least so many blocks, with the content of the store."""
         packed = self.packed
         if packed is None:
             batch = self.exact.shape[0]
@@ -122,13 +122,13 @@ class BatchStore(Store):
             self.exact[row : row + 1, :, sink : sink + rest.shape[2]] = rest
 
     def shrink(self, exact_tokens: int) -> None:
-        """Give back what a long chunk needed beyond the capacity."""
+        """Free the buffer beyond the capacity, which a long chunk needed."""
         if self.exact.shape[2] > max(self.capacity, exact_tokens):
             kept = self.exact[:, :, :exact_tokens]
             self.exact = with_room(kept, self.capacity - exact_tokens)
 
     def take(self, rows: list[int], blocks: int) -> None:
-        """Keep these rows, and so many blocks of them."""
+        """Keep these rows, with so many blocks each."""
         index = mx.array(rows, mx.int32)
         self.exact = self.exact[index]
         if self.scales_channels and self.channel_scale is not None:
@@ -138,7 +138,7 @@ class BatchStore(Store):
             self.packed = kept if blocks else None
 
     def single(self, row: int, counts: Counts, config: RotorConfig) -> Store:
-        """A copy of one row."""
+        """Return a copy of one row."""
         part, blocks = slice(row, row + 1), counts.blocks
         exact = self.exact[part, :, : counts.exact]
         role = self.codec.role
@@ -151,7 +151,7 @@ class BatchStore(Store):
 
     @classmethod
     def join(cls, sources: Iterable[tuple[Store | None, int]]) -> BatchStore | None:
-        """One store with the rows of several.
+        """Join the rows of several stores.
 
         Args:
             sources: Stores, and how many rows each has; None stands for rows that hold nothing.

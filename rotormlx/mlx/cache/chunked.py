@@ -1,4 +1,4 @@
-"""The compressed cache of a layer with chunked attention: a token sees its chunk only.
+"""The compressed cache of a layer with chunked attention: a token sees only its chunk.
 
 Chunks are cut at multiples of their size. What is held is the latest chunk, as a sequence of its
 own with a sink, packed blocks and a tail; its first token begins it anew.
@@ -24,7 +24,7 @@ from rotormlx.storage.cache_fields import CHUNKED
 
 
 class _Absent:
-    """A method that a class does not have, though the one that it derives from does."""
+    """Hides a method of the base class."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.message = f"{owner.__name__} has no batches"
@@ -66,7 +66,7 @@ class ChunkedRotorKVCache(RotorKVCache):
         return self.start_position + self.counts.tokens
 
     def maybe_trim_front(self) -> None:
-        """Forget a whole chunk: the next token begins another. Models call it before they read."""
+        """Forget a full chunk: the next token begins another. Models call this before reading."""
         if self.counts.tokens and self.offset % self.chunk_size == 0:
             vars(self).update(vars(self._begun(self.offset)))
 
@@ -111,7 +111,7 @@ class ChunkedRotorKVCache(RotorKVCache):
     merge = to_batch = prefix_cache_merge = _Absent()
 
     def begun_for(self, stop: int) -> ChunkedRotorKVCache:
-        """An empty cache like this, for the tokens of the chunk that ends before ``stop``."""
+        """Return an empty cache like this for the chunk that ends before ``stop``."""
         return self._begun((max(stop, 1) - 1) // self.chunk_size * self.chunk_size)
 
     def _begun(self, start: int) -> ChunkedRotorKVCache:
@@ -128,7 +128,7 @@ class ChunkedRotorKVCache(RotorKVCache):
 
 
 def visible(start: int, stop: int, chunk_size: int, length: int) -> mx.array | None:
-    """What the last ``length`` of the tokens ``start`` to ``stop`` see.
+    """Return the mask of the last ``length`` of the tokens ``start`` to ``stop``.
 
     Returns:
         Booleans ``[length, stop - start]``; None if all are of one chunk.

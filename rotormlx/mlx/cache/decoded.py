@@ -1,4 +1,4 @@
-"""Caches that decode for a model whose own code reads keys and values.
+"""Caches that decode tokens for models whose own code reads keys and values.
 
 They hold the same bytes as :class:`RotorKVCache` and its batch. What a model gets are arrays in the
 dtype of its keys: all tokens of one layer, made when they are asked for and gone once the layer has
@@ -34,7 +34,7 @@ class DecodedRotorKVCache(RotorKVCache):
         return in_place(keys, backend(), keys.dtype), in_place(values, backend(), values.dtype)
 
     def _check_readable(self) -> None:
-        """Any attention reads arrays."""
+        """Accept any attention: all of them read arrays."""
 
 
 class BatchDecodedRotorKVCache(BatchRotorKVCache):
@@ -67,7 +67,7 @@ class BatchDecodedRotorKVCache(BatchRotorKVCache):
         return _rows(begun_after(new, keys), columns), _rows(begun_after(new, values), columns)
 
     def _check_readable(self) -> None:
-        """Any attention reads arrays."""
+        """Accept any attention: all of them read arrays."""
 
 
 def _rows(view: KVView, columns: int) -> mx.array:
@@ -78,12 +78,12 @@ def _rows(view: KVView, columns: int) -> mx.array:
 
 
 def _behind(count: int, a: mx.array, axis: int) -> mx.array:
-    """The array behind so many zeros."""
+    """Return the array with zeros in front of it."""
     return mx.pad(a, [(count if i == axis else 0, 0) for i in range(a.ndim)]) if count else a
 
 
 def begun_after(new: Sequence[mx.array], view: KVView) -> KVView:
-    """A view that is not decoded before new tokens are there: one layer at a time in memory."""
+    """Return a view that is decoded only after the new tokens, so one layer is in memory."""
     if not new or view.packed is None:
         return view
     packed = view.packed._replace(words=after(new[0], view.packed.words))

@@ -1,4 +1,4 @@
-"""The caches of a model in a file, and back: the part that needs MLX."""
+"""Writes and reads the caches of a model: the part that needs MLX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rotormlx.storage.tensor_file import Array
 
 
 def write(path: str | Path, caches: Sequence[Any], metadata: Mapping[str, str]) -> None:
-    """Write caches to a file that appears whole or not at all.
+    """Write caches to a file that appears complete or not at all.
 
     Args:
         path: A ``.safetensors`` file; that suffix is appended where it is missing.
@@ -37,7 +37,7 @@ def write(path: str | Path, caches: Sequence[Any], metadata: Mapping[str, str]) 
 
 
 def read(saved: SavedCaches, host_caches: ModuleType) -> list[Any]:
-    """The caches of a file whose header was checked.
+    """Read the caches of a file whose header was checked.
 
     Args:
         saved: The file.
@@ -56,7 +56,7 @@ def _name(cache: Any) -> str:
 
 
 def _state(cache: Any) -> Any:
-    """What a file holds of a cache; of a list a state and a class for each part."""
+    """Return the state and class of a cache; for a list, those of each part."""
     inner = parts(cache)
     if inner is not None:
         return [(_state(part), _name(part)) for part in inner]
@@ -73,7 +73,7 @@ def _restored(name: str, state: Any, host_caches: ModuleType) -> Any:
 
 
 def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
-    """Dtype, shape and bytes of an array, which are made when their turn comes."""
+    """Return dtype, shape and a function that makes the bytes of an array."""
     if not isinstance(array, mx.array) or array.dtype not in DTYPE_NAMES:
         raise ValueError(
             "[prompt cache] A cache must hold arrays, numbers, texts and None to be saved, but one "

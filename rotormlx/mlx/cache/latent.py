@@ -95,7 +95,7 @@ def _served(
 
 
 def decoded(view: KVView) -> mx.array:
-    """All tokens that a view counts, in the order in which attention reads them.
+    """Return all tokens of a view, in the order in which attention reads them.
 
     Returns:
         ``[B, K, S, D]`` in the view's dtype; rows with fewer tokens end in zeros.

@@ -1,4 +1,4 @@
-"""The caches of a model, compressed in place."""
+"""Compresses the list of a model's caches in place."""
 
 from __future__ import annotations
 

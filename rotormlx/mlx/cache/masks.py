@@ -6,7 +6,7 @@ import mlx.core as mx
 
 
 def causal_mask(length: int, held: int = 0, window: int | None = None) -> mx.array:
-    """What each of ``length`` new tokens sees behind ``held`` older ones.
+    """Return what each of ``length`` new tokens sees, behind ``held`` older ones.
 
     Args:
         length: L, the new tokens.
@@ -25,7 +25,7 @@ def causal_mask(length: int, held: int = 0, window: int | None = None) -> mx.arr
 def growing_mask(
     length: int, held: int, window: int | None, as_array: bool
 ) -> mx.array | str | None:
-    """The mask of a cache that forgets nothing: None and ``"causal"`` where they say the same.
+    """Return the mask of a cache that forgets nothing; None or ``"causal"`` where possible.
 
     Args:
         length: L, the new tokens.

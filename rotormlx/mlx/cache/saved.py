@@ -1,4 +1,4 @@
-"""How MLX's arrays look to those who read a saved cache."""
+"""Reads MLX arrays in the states of saved caches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MLXReader(StateReader):
         return np.array(entry)
 
     def refuse(self, required: str, came: object) -> ValueError:
-        """What to raise for a state that no cache has written."""
+        """Return the error for a state that no cache has written."""
         shown = tuple(came) if isinstance(came, Field) else came
         return ValueError(
             f"[{self.name}] A saved cache must hold {required}, but it holds {shown!r}; "
@@ -44,7 +44,7 @@ class MLXReader(StateReader):
         )
 
     def refuse_version(self, version: object) -> ValueError:
-        """What to raise for another format version."""
+        """Return the error for another format version."""
         return ValueError(
             f"[{self.name}] This rotormlx reads format version {FORMAT_VERSION}, but the saved "
             f"cache has version {version}; make it again, or use the rotormlx that wrote it."

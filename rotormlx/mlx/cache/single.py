@@ -1,4 +1,4 @@
-"""The compressed cache of one layer, in the shape that hosts expect.
+"""The compressed cache of one layer, with the interface that hosts expect.
 
 A sequence is three parts, in order: the **sink** (first tokens, exact), **packed** blocks of 64
 tokens, and the **tail** (exact). New tokens enter the tail; whenever it holds ``window + 64``, its
@@ -103,17 +103,17 @@ class RotorKVCache(StoredCache[Store]):
         return served
 
     def keys_and_values(self) -> tuple[Any, Any]:
-        """All keys and values, as :meth:`update_and_fetch` returns them."""
+        """Return all keys and values, as :meth:`update_and_fetch` does."""
         return self._served(self.views())
 
     def views(self) -> tuple[KVView, KVView]:
-        """Views of all keys and values, those of the latest step until it is computed."""
+        """Return views of all keys and values; until a step is computed, those of that step."""
         return self._latest or self._views(self._filled(), self.counts)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens, as mlx-lm's growing cache makes it.
+        """Return the attention mask for N new tokens, as mlx-lm's growing cache does.
 
         Raises:
             ValueError: If no model is compressed, so that the attention could not read this cache.
@@ -122,7 +122,7 @@ class RotorKVCache(StoredCache[Store]):
         return attention_mask(self.counts, self.config, N, window_size, return_array)
 
     def size(self) -> int:
-        """The tokens held, S."""
+        """Return the tokens held, S."""
         return self.counts.tokens
 
     def is_trimmable(self) -> bool:
@@ -150,7 +150,7 @@ class RotorKVCache(StoredCache[Store]):
 
     @classmethod
     def merge(cls, caches: Sequence[RotorKVCache]) -> Any:
-        """A batch with a row for each sequence of these caches, which stay as they are.
+        """Return a batch with one row per sequence of these caches, which are not changed.
 
         Raises:
             ValueError: If they do not share configuration, layer and ``max_size``.
@@ -158,11 +158,11 @@ class RotorKVCache(StoredCache[Store]):
         return cls.batch.merge(caches)
 
     def to_batch(self, left_padding: Sequence[int]) -> Any:
-        """An empty batch of sequences with this padding before them, as mlx-vlm asks for it."""
+        """Return an empty batch with this left padding; mlx-vlm calls this."""
         return type(self).batch(left_padding, *self._settings)
 
     def prefix_cache_merge(self, rows: Sequence[Any], prefix_lens: Sequence[int]) -> Any:
-        """A batch of the caches that mlx-vlm's prefix cache gives back, else None."""
+        """Return a batch of caches from mlx-vlm's prefix cache; None if their classes differ."""
         alike = all(type(row) is type(self) for row in rows)
         return type(self).merge(rows) if alike else None
 
@@ -170,7 +170,7 @@ class RotorKVCache(StoredCache[Store]):
 
     @classmethod
     def of(cls, cache: RotorKVCache) -> Self:
-        """A cache of this class with what another one holds; the buffers are shared."""
+        """Make a cache of this class with the content of another one; the buffers are shared."""
         made = cls.__new__(cls)
         vars(made).update(vars(cache))
         return made
@@ -183,9 +183,9 @@ class RotorKVCache(StoredCache[Store]):
         layer: int = 0,
         calibrated: Calibrated | None = None,
     ) -> Self:
-        """Compress a filled ``KVCache`` of a host; the source is left as it is.
+        """Compress a filled ``KVCache`` of a host; the source is not changed.
 
-        The memory taken besides source and result is that of ``CONVERSION_TOKENS`` tokens.
+        Besides source and result, this takes the memory of ``CONVERSION_TOKENS`` tokens.
         """
         out = cls(config, layer, calibrated=calibrated)
         if cache.empty():
@@ -207,7 +207,7 @@ class RotorKVCache(StoredCache[Store]):
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the tokens held, without room for growth, and without what is calibrated."""
+        """Bytes of the tokens held, without room for growth and without calibrated arrays."""
         shared = sum(array.nbytes for array in self.calibrated or ())
         return sum(a.nbytes for a in self.state if isinstance(a, mx.array)) - shared
 
@@ -233,7 +233,7 @@ class RotorKVCache(StoredCache[Store]):
         return stores[0].view(sink, counts), stores[1].view(sink, counts)
 
     def _pack_tail(self, stores: Sequence[Store], counts: Counts) -> None:
-        """Pack what the tail holds beyond the window, a block's worth at a time."""
+        """Pack the tokens of the tail beyond the window, block by block."""
         while count := counts.packable(self.config, self._max_blocks):
             for store in stores:
                 store.pack(self.config.sink, count, counts)
@@ -243,7 +243,7 @@ class RotorKVCache(StoredCache[Store]):
 def attention_mask(
     counts: Counts, config: RotorConfig, length: int, window_size: int | None, return_array: bool
 ) -> mx.array | str | None:
-    """The attention mask for ``length`` new tokens behind those counted, as mlx-lm makes it."""
+    """Return the attention mask for ``length`` new tokens, as mlx-lm makes it."""
     if window_size is None or not counts.evicted:
         return growing_mask(length, counts.tokens, window_size, return_array)
     new = mx.arange(counts.offset, counts.offset + length)

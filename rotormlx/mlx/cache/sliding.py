@@ -1,8 +1,8 @@
-"""The compressed cache of a layer with a sliding window: a token sees the newest, itself included.
+"""The compressed cache of a layer whose tokens see a sliding window of the latest tokens.
 
-It is a cache with a limit (:class:`RotorKVCache`): the oldest block goes as a new one comes. As
-many packed tokens as the window has are held, sink and tail besides; what of them is beyond the
-window is masked.
+It is a cache with a limit (:class:`RotorKVCache`): a new block replaces the oldest one. It holds
+as many packed tokens as the window has, beside sink and tail; tokens beyond the window are
+masked.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
 
 
 def _asked(length: int, window_size: int | None, sliding_window: int) -> int:
-    """The tokens that a token sees: RotatingKVCache has no more than its own for a single one."""
+    """Return how many tokens a token sees; RotatingKVCache limits it to its own window."""
     if window_size is None:
         return sliding_window
     return min(window_size, sliding_window) if length == 1 else window_size
@@ -148,7 +148,7 @@ def _with_padding(row: Row) -> Counts:
 def visible(
     rows: Sequence[Counts], config: RotorConfig, sliding_window: int, length: int
 ) -> mx.array | None:
-    """What the last ``length`` tokens of some sequences see.
+    """Return the mask of the last ``length`` tokens of some sequences.
 
     Args:
         rows: The counts of each sequence, B of them.
@@ -178,7 +178,7 @@ def visible(
 def _of_one(
     rows: tuple[tuple[int, int, int], ...], config: RotorConfig, sliding_window: int
 ) -> mx.array:
-    """The mask of one token a sequence; every layer of a step has the same."""
+    """Return the mask of one token per sequence; all layers of a step share it."""
     mask = np.zeros((len(rows), 1, 1, max(tokens for tokens, *_ in rows)), np.bool_)
     for row, numbers in zip(mask, rows, strict=True):
         counts = Counts(*numbers)

@@ -28,7 +28,7 @@ Calibrated = tuple[mx.array, mx.array]
 def check_update(
     keys: mx.array, values: mx.array, key_store: Store | None, value_store: Store | None
 ) -> None:
-    """Refuse tokens whose shape or dtype does not fit each other or what is held."""
+    """Refuse tokens whose shape or dtype does not fit each other or the cache."""
     for role, x in ((KEY, keys), (VALUE, values)):
         if x.ndim != 4 or x.dtype not in FLOATS or x.shape[:3] != keys.shape[:3]:
             raise ValueError(
@@ -113,13 +113,13 @@ class Store:
         return twin
 
     def twin(self) -> Self:
-        """A store of the same buffers; what is written to one does not show in the other."""
+        """Return a store with the same buffers; writes to one do not show in the other."""
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         return twin
 
     def new_bytes(self, exact_tokens: int, blocks: int) -> int:
-        """Bytes of the buffers to be made for so many exact tokens, and then so many blocks."""
+        """Return the bytes of new buffers for so many exact tokens and blocks."""
         batch, heads, room, head_dim = self.exact.shape
         made = 0
         if exact_tokens > room:
@@ -150,11 +150,11 @@ class Store:
             self.exact = mx.concatenate([self.exact[:, :, :exact_tokens], x], axis=2)
 
     def view(self, sink: int, counts: Counts) -> KVView:
-        """All tokens, as attention reads them."""
+        """Return a view of all tokens for attention."""
         return KVView(*self.handles(), sink, counts.packed, counts.tokens)
 
     def handles(self) -> tuple[Codec, mx.array, Packed | None, mx.array | None]:
-        """What a view holds of this store; nothing is ever written through these handles."""
+        """Return the handles that a view holds; nothing is ever written through them."""
         return self.codec, self.exact, self.packed, self.channel_scale
 
     def pack(self, sink: int, count: int, counts: Counts) -> None:
@@ -171,12 +171,12 @@ class Store:
         self.exact = with_room(kept, self.capacity - kept.shape[2])
 
     def room(self, blocks: int) -> int:
-        """Blocks to allocate beyond ``blocks``, so that a long cache is seldom copied."""
+        """Return how many blocks to allocate in advance, so that a long cache is seldom copied."""
         room = max(4, blocks // 32)
         return room if self.max_blocks is None else min(room, self.max_blocks - blocks)
 
     def _write(self, new: Packed, slot: int) -> None:
-        """Put blocks at ``slot`` and behind it."""
+        """Write blocks at ``slot`` and the slots behind it."""
         stop = slot + new.scales.shape[2]
         if self.packed is not None and stop <= self.packed.scales.shape[2]:
             place = slice(slot, stop)
@@ -195,7 +195,7 @@ class Store:
             self.channel_scale = None
 
     def saved(self, counts: Counts) -> SavedStore:
-        """The arrays that count."""
+        """Return the arrays to save."""
         packed, scale = Packed(None, None, None), None
         if self.packed is not None and counts.blocks:
             packed, scale = sliced(self.packed, 0, counts.blocks), self.channel_scale
@@ -207,7 +207,7 @@ class Store:
     def from_saved(
         cls, config: RotorConfig, layer: int, role: str, saved: SavedStore, max_blocks: int | None
     ) -> Self:
-        """The store that :meth:`saved` gave the arrays of, which were checked."""
+        """Make a store from checked arrays of :meth:`saved`."""
         calibrated = saved.channel_scale if config.is_calibrated else None
         store = cls(config, layer, role, saved.exact, calibrated, max_blocks)
         if saved.words is not None:
@@ -218,7 +218,7 @@ class Store:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """The buffers there are."""
+        """The buffers of this store."""
         # What is calibrated is not the cache's: all caches of a model share it.
         own_scale = self.channel_scale if self.calibrated is None else None
         return [a for a in (self.exact, own_scale, *(self.packed or ())) if a is not None]
@@ -257,7 +257,7 @@ def _codec(
 def encode(
     codec: Codec, x: mx.array, channel_scale: mx.array | None, last: Packed | None, filled: int
 ) -> Packed:
-    """Pack tokens: into new blocks, or into what block ``last`` lacks, which counts ``filled``."""
+    """Pack tokens into new blocks, or into block ``last``, which has ``filled`` tokens already."""
     if last is None:
         return backend().encode(x, codec, channel_scale=channel_scale)
     rows = mx.pad(x, [(0, 0), (0, 0), (filled, 0), (0, 0)])
@@ -279,24 +279,24 @@ def encode(
 
 
 def by_part(change: Callable[..., mx.array], *packed: Packed) -> Packed:
-    """What ``change`` gives for the words, the scales and, where there are some, the centres."""
+    """Apply ``change`` to the words, the scales and, if there are any, the centres."""
     parts = zip(*packed, strict=True)
     return Packed(*(None if part[0] is None else change(*part) for part in parts))
 
 
 def sliced(packed: Packed, start: int, stop: int) -> Packed:
-    """Blocks ``start`` to ``stop``."""
+    """Return blocks ``start`` to ``stop``."""
     return by_part(lambda a: a[:, :, start:stop], packed)
 
 
 def written(buffer: mx.array, place: slice, new: mx.array) -> mx.array:
-    """The buffer with something new along its third axis; the handle that was given stays."""
+    """Return the buffer with new content along its third axis; the given handle is unchanged."""
     own = buffer[:]  # a handle of its own, which copies nothing
     own[:, :, place] = new
     return own
 
 
 def with_room(a: mx.array, room: int) -> mx.array:
-    """A copy with zeros behind the third axis; no larger buffer stays alive through it."""
+    """Return a copy padded with zeros along the third axis; it keeps no larger buffer alive."""
     shape = (*a.shape[:2], max(0, room), *a.shape[3:])
     return mx.concatenate([a, mx.zeros(shape, a.dtype)], axis=2)
