@@ -1,4 +1,4 @@
-"""Answers to the prompts of a file, many at once."""
+"""Answers the prompts of a file, many at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Prompt = str | list[dict[str, str]]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts: one a line, in a ``.jsonl`` file as JSON.
+    """Read prompts: one per line; in a ``.jsonl`` file, each line is JSON.
 
-    There a line is a string, a list of chat messages, or an object with one of them as its
-    ``prompt`` or ``messages``.
+    A JSON line is a string, a list of chat messages, or an object with a ``prompt`` or
+    ``messages``.
 
     Raises:
         Refusal: If the file is missing or empty, or a line is none of these.
@@ -75,7 +75,7 @@ def answer(
     use_chat_template: bool,
     write: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Answer prompts with a compressed batch, and say what it took.
+    """Answer prompts with a compressed batch, and report its memory.
 
     Args:
         session: Loads the model.

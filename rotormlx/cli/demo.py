@@ -1,8 +1,8 @@
-"""One model, one text, four caches: what each costs in memory, and what comes out.
+"""Compares four caches with one model and one text: memory, accuracy and answers.
 
 A passage and a question about it are read through each cache in chunks of 64 tokens. That scores
 the cache (every next-token distribution against the exact cache's) and fills it. Then the model
-answers from the cache so filled: the numbers and the answer come from the same bytes.
+answers from that cache: the numbers and the answer come from the same bytes.
 
 MLX multiplies slowly on a CPU, so numpy does it there, as in ``rotormlx quality``.
 """
@@ -55,7 +55,7 @@ Caches = list[Any]
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one cache.
+    """The results of one cache.
 
     Args:
         name: The cache, for people to read.
@@ -169,7 +169,7 @@ def run(
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar that says what is done now and how long the rest takes; gone at the end."""
+    """Return a progress bar with the current step and the remaining time."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=14))
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 
@@ -218,7 +218,7 @@ def _cache_makers(network: Any) -> dict[str, Callable[[], Caches]]:
 
 
 def _long_context_ratios(network: Any) -> dict[str, float]:
-    """How many times smaller than float16 each of our caches is in a long context."""
+    """Return how many times smaller than float16 each cache is in a long context."""
     ratios = {}
     for bits in ROTOR_BITS:
         report = integration.apply(network, RotorConfig(key_bits=bits, value_bits=bits))
@@ -274,7 +274,7 @@ def _run_one(
 
 
 def _first_packed(runs: dict[str, _Run]) -> int:
-    """The first prediction for which every compressed cache read packed tokens."""
+    """Return the first prediction for which every compressed cache read packed tokens."""
     packed = [run.scores.packed_tokens for name, run in runs.items() if name != EXACT]
     return int(np.argmax(np.min(packed, axis=0) > 0))
 
@@ -343,13 +343,13 @@ def _print(console: Console, rows: list[Row], exact: scoring.Scores, start: int)
 
 
 def _common(row: Row, exact: Row) -> int:
-    """Words at the start of two answers that are equal."""
+    """Return how many words at the start of two answers are equal."""
     pairs = zip(row.text.split(), exact.text.split(), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _plot(rows: list[Row]) -> Table:
-    """A bar per cache for its memory, and one for its distance from the exact cache."""
+    """Return bars for the memory of each cache and for its distance from the exact cache."""
     plot = Table.grid(padding=(0, 1))
     plot.add_column()
     plot.add_column(width=BAR_WIDTH)
@@ -374,7 +374,7 @@ def _print_next(console: Console, commands: dict[str, str]) -> None:
 
 
 def as_typed(path: str) -> str:
-    """A path or a name as one types it in a shell, with ~ for the home directory."""
+    """Return a path or name as typed in a shell, with ~ for the home directory."""
     home = Path.home()
     if not Path(path).is_relative_to(home):
         return shlex.quote(path)

@@ -1,7 +1,7 @@
-"""Numbers hidden in a long text and asked for: are they found in packed bytes?
+"""Asks for numbers hidden in a long text, to see if they are found in packed bytes.
 
-A text is read once through each cache, and each number is asked for behind it. The exact cache
-shows what the model can do at all.
+Each cache reads the text once; then the model is asked for each number. The exact cache shows
+what the model itself can find.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROWTH = 1.9
 
 @dataclass(frozen=True)
 class Column:
-    """What was found through one cache.
+    """The answers through one cache.
 
     Args:
         cache: The cache, for people to read.
@@ -123,7 +123,7 @@ def _search(
 
 
 def _estimate(network: Any, stack: Haystack, exact: Scheme) -> float:
-    """About how many seconds a text takes through the exact cache."""
+    """Estimate the seconds that a text takes through the exact cache."""
     caches = exact.caches(network)
     start = 0.0
     for first in (0, PROMPT_CHUNK):  # the first prepares weights

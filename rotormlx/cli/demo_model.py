@@ -208,7 +208,7 @@ def _config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE whose words are split around every single digit."""
+    """Return a byte-level BPE tokenizer that splits words around every digit."""
     tokens = metadata["tokenizer.ggml.tokens"]
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]

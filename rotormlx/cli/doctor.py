@@ -15,7 +15,7 @@ from rotormlx.measure.doctor import Findings
 
 
 def run(output: Path, *, timed: bool, runs: int) -> Findings:
-    """Find out, print it, and write it to a file.
+    """Check the machine, print the result, and write it to a file.
 
     Args:
         output: The file; JSON.

@@ -342,7 +342,7 @@ def _module(name: str) -> Any:
 
 
 def _plots() -> Any:
-    """The module that draws; None, and a line on standard error, without matplotlib."""
+    """Return the plotting module; None, with a line on standard error, without matplotlib."""
     try:
         return _module("plots")
     except ModuleNotFoundError as error:
@@ -394,10 +394,10 @@ def _command() -> str:
 
 
 class _Kept:
-    """Results that are kept as they come, in files if there is a folder for them.
+    """Results that are stored as they come, in files if a folder is given.
 
-    The folder is made before the work. ``NAME.json`` is written whenever there is more to keep, so
-    that not even a crash loses it; the other files and the table when the work ends, be it by an
+    The folder is made before the work. ``NAME.json`` is written after every step, so that a crash
+    loses nothing; the other files and the table are written at the end, also after an
     interrupt.
 
     Args:
@@ -432,7 +432,7 @@ class _Kept:
                 self.finish(self._latest)
 
     def keep(self, result: Any) -> None:
-        """Keep what is known so far."""
+        """Store the results so far."""
         self._latest = result
         if self.output is not None:
             text = json.dumps(result.as_dict(), indent=1) + "\n"

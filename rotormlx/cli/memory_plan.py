@@ -1,4 +1,4 @@
-"""The longest context that fits into a memory, with the exact cache and with compressed ones."""
+"""The longest context that fits into memory, for the exact cache and compressed ones."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _BAR_WIDTH = 40
 
 
 class Choice(NamedTuple):
-    """What a cache allows: its name, and the longest context; None where no length is too long."""
+    """A cache and the longest context it allows; None if every length fits."""
 
     name: str
     tokens: int | None
 
 
 def size_of(text: str) -> int:
-    """Bytes of a size such as ``16GB``.
+    """Parse a size such as ``16GB``; returns bytes.
 
     Raises:
         Refusal: If it is no size.
@@ -43,7 +43,7 @@ def size_of(text: str) -> int:
 
 
 def choices(report: Report, budget: int) -> list[Choice]:
-    """The longest context of one sequence whose cache takes at most ``budget`` bytes.
+    """Return the longest context of each cache that takes at most ``budget`` bytes.
 
     Args:
         report: Of the model.
@@ -60,7 +60,7 @@ def choices(report: Report, budget: int) -> list[Choice]:
 
 
 def longest(size: Callable[[int], int], budget: int) -> int | None:
-    """The most tokens for which ``size(tokens) <= budget``; None beyond ``MOST_TOKENS``.
+    """Return the most tokens with ``size(tokens) <= budget``; None beyond ``MOST_TOKENS``.
 
     Args:
         size: Bytes at a number of tokens; grows with it, but for the tail that is packed at once.
@@ -76,7 +76,7 @@ def longest(size: Callable[[int], int], budget: int) -> int | None:
 
 
 def table(report: Report, weights: int, memory: int) -> Table:
-    """The longest contexts beside weights of so many bytes, with a bar per cache.
+    """Return a table of the longest contexts beside the weights, with one bar per cache.
 
     Args:
         report: Of the model.

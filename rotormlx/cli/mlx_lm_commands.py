@@ -1,7 +1,7 @@
-"""Runs a command of mlx-lm with compressed caches, and says afterwards what they took.
+"""Runs a command of mlx-lm with compressed caches, and reports their memory.
 
-The command's own ``main`` runs, with its own options. Where it loads a model, makes, loads or saves
-a prompt cache, it gets the functions of a :class:`Session` instead.
+The command's own ``main`` runs, with its own options. Where it loads a model, or makes, loads or
+saves a prompt cache, the functions of a :class:`Session` replace its own.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run(
 
 @contextmanager
 def _refusing_input(name: str) -> Iterator[None]:
-    """Turn what mlx-lm says about its input into one sentence."""
+    """Turn mlx-lm's errors about its input into one sentence."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, MemoryError, ImportError, TemplateError) as error:
@@ -125,7 +125,7 @@ def _refusing_input(name: str) -> Iterator[None]:
 
 
 class Session:
-    """What mlx-lm's commands get in place of their own functions, and what came of it.
+    """Functions that replace those of mlx-lm's commands, and their results.
 
     Args:
         config: How keys and values are compressed.
@@ -160,7 +160,7 @@ class Session:
         self._given: Collection[str] = ()
 
     def prepare(self, name: str, args: argparse.Namespace, given: Collection[str]) -> None:
-        """Refuse what can be refused before a model is loaded.
+        """Check options before a model is loaded.
 
         Args:
             name: The command of mlx-lm.
@@ -209,11 +209,11 @@ class Session:
 
     @property
     def reports(self) -> list[Report]:
-        """One report a model in use, in the order in which they were loaded."""
+        """Reports of the models in use, in the order of loading."""
         return [report for model, report in self._models if model() is not None]
 
     def load(self, path: str, **kwargs: Any) -> tuple[Any, ...]:
-        """``mlx_lm.load`` with compressed caches; refuses before it reads weights."""
+        """Load as ``mlx_lm.load`` does, with compressed caches; refuses before reading weights."""
         loaded = self._load(path, **kwargs)
         is_first = not self._models
         if is_first and self._args is not None:
@@ -242,7 +242,7 @@ class Session:
         return loaded
 
     def make_prompt_cache(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
-        """mlx-lm's function of that name; remembers the latest caches of each model."""
+        """Make caches as mlx-lm does, and remember the latest ones of each model."""
         caches: list[Any] = mlx_lm_cache.make_prompt_cache(model, max_kv_size)
         # A copy: mlx-lm's server appends the caches of a draft model to the list.
         self._caches[id(integration.model_report(model))] = caches[:]
@@ -255,7 +255,7 @@ class Session:
     def save_prompt_cache(
         self, path: str, caches: list[Any], metadata: dict[str, str] | None = None
     ) -> None:
-        """mlx-lm's function of that name: whole or not at all, with checksum and fingerprint."""
+        """Save caches in mlx-lm's format, atomically, with checksum and fingerprint."""
         model = self._models[0][0]()
         if model is None:
             raise RuntimeError("[session] The model is gone; save its caches while it is in use.")
@@ -263,7 +263,7 @@ class Session:
             prompt_cache.save_prompt_cache(path, model, caches, metadata)
 
     def print_usage(self) -> None:
-        """Say what was compressed, what the caches take, and the peak memory."""
+        """Print what was compressed, the size of the caches, and the peak memory."""
         total = usage.Usage()
         for _, report in self._models:
             caches = self._caches.get(id(report))
@@ -284,7 +284,7 @@ class Session:
         self.print_peak(total)
 
     def print_peak(self, total: usage.Usage) -> None:
-        """Say how much memory was needed, and which backend did the work."""
+        """Print the peak memory and the backend."""
         say(usage.describe_peak(total, mx.get_peak_memory()))
         say(f"backend {backends.describe()}")
 
@@ -337,7 +337,7 @@ class Session:
 
 
 def _check_tokenizer_config(path: str, text: str) -> None:
-    """Let a file say no more to the tokenizer than what mlx-lm writes."""
+    """Refuse a file with tokenizer settings that mlx-lm does not write."""
     try:
         options = json.loads(text)
     except (ValueError, RecursionError):
@@ -351,7 +351,7 @@ def _check_tokenizer_config(path: str, text: str) -> None:
 
 
 def check_model_name(path: str) -> None:
-    """Refuse what is neither a path that exists nor the name of a repository."""
+    """Require an existing path or the name of a repository."""
     try:
         exists = bool(path) and Path(path).exists()
     except (OSError, ValueError):  # too long, or with a character that no path has
@@ -366,7 +366,7 @@ def check_model_name(path: str) -> None:
 def load_lazily(
     path: str, config: RotorConfig, calibration: Path | None = None, **kwargs: Any
 ) -> tuple[Any, ...]:
-    """Load a model without reading its weights, unless there is a calibration to compare with.
+    """Load a model; weights are read only to compare them with a calibration.
 
     Raises:
         Refusal: If there is no such model, or it cannot be compressed.
@@ -428,7 +428,7 @@ class _Captured(Exception):
 
 
 def parser_of(tool: ModuleType) -> argparse.ArgumentParser:
-    """The argument parser of a command; some build it only inside their ``main``."""
+    """Return the argument parser of a command, which some build only inside ``main``."""
     setup = getattr(tool, "setup_arg_parser", None)
     if setup is not None:
         parser: argparse.ArgumentParser = setup()
@@ -449,7 +449,7 @@ def parser_of(tool: ModuleType) -> argparse.ArgumentParser:
 def parse(
     parser: argparse.ArgumentParser, name: str, argv: list[str]
 ) -> tuple[argparse.Namespace, set[str]]:
-    """Parse as mlx-lm will, abbreviations included.
+    """Parse options as mlx-lm does, abbreviations included.
 
     Returns:
         The options, and the names of those that were given.
@@ -486,12 +486,12 @@ def parse(
 
 
 def processes() -> int:
-    """How many processes share the work of this one."""
+    """Return how many processes share the work."""
     return int(mx.distributed.init().size())
 
 
 def say(message: str) -> None:
-    """Tell the user, line by line; standard output belongs to the generated text."""
+    """Print lines to standard error; standard output is for the generated text."""
     if mx.distributed.init().rank() == 0:
         for line in message.splitlines():
             print(f"rotormlx: {line}", file=sys.stderr)

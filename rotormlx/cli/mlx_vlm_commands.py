@@ -1,4 +1,4 @@
-"""Runs a command of mlx-vlm with compressed caches, and says what they took."""
+"""Runs a command of mlx-vlm with compressed caches, and reports their memory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class _Session:
         self._latest: tuple[Any, list[Any]] | None = None
 
     def load_model(self, *args: Any, **options: Any) -> Any:
-        """Load a model as mlx-vlm does it, and compress its caches."""
+        """Load a model as mlx-vlm does, and compress its caches."""
         model = self._load(*args, **options)
         with refusing(ValueError, RuntimeError, where=("[apply]", "[hook]")):
             report = integration.apply(model, self._config, sliding_windows=self._sliding_windows)
@@ -77,7 +77,7 @@ class _Session:
         return model
 
     def remembering(self) -> Callable[..., list[Any]]:
-        """What makes compressed caches, and keeps the latest."""
+        """Return a function that makes compressed caches and remembers the latest."""
         make = integration.CompressedCaches.limited
 
         def limited(maker: integration.CompressedCaches, max_kv_size: int | None) -> list[Any]:
@@ -88,6 +88,6 @@ class _Session:
         return limited
 
     def print_usage(self) -> None:
-        """Say what the latest caches take, if they were filled."""
+        """Print the size of the latest caches, if they were filled."""
         if self._latest is not None and usage.measure(*self._latest).tokens:
             say(usage.describe(*self._latest).splitlines()[-1])

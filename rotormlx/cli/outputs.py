@@ -1,4 +1,4 @@
-"""Files of results: what cannot be written is refused before the work, not after it."""
+"""Result files: paths that cannot be written are refused before the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rotormlx.cli.refusal import Refusal
 
 
 def check_file(name: str, path: Path) -> None:
-    """Refuse a path at which no file can be made or replaced; nothing is left there.
+    """Refuse a path where no file can be made or replaced; leaves nothing there.
 
     Args:
         name: The command that asks.
@@ -40,7 +40,7 @@ def check_file(name: str, path: Path) -> None:
 
 @contextmanager
 def folder(name: str, path: Path) -> Iterator[Path]:
-    """Make a folder for results; if the work fails, what is still empty is taken away again.
+    """Make a folder for results; if the work fails, remove folders that are still empty.
 
     Args:
         name: The command that asks.
@@ -69,7 +69,7 @@ def folder(name: str, path: Path) -> Iterator[Path]:
 
 @contextmanager
 def lines(name: str, path: Path | None, source: Path) -> Iterator[Callable[[str], None]]:
-    """Open a file for lines that are kept as they come; what it held goes with the first one.
+    """Open a file for lines that are stored as they come; the first one replaces the old file.
 
     Args:
         name: The command that asks.
@@ -128,7 +128,7 @@ def _try_folder(name: str, place: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: an interrupt leaves what was there, or all of the new text."""
+    """Replace a file atomically: an interrupt leaves the old text or the new one."""
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

@@ -62,7 +62,7 @@ def check(
 
 
 def vocabulary_of(model: Any, tokenizer: Any) -> int:
-    """How many tokens a model has scores for, as far as it says."""
+    """Return the size of a model's vocabulary, if it is known."""
     args = getattr(model, "args", None)
     sizes = []
     for holder in (args, getattr(args, "text_config", None)):

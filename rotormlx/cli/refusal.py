@@ -19,14 +19,14 @@ INTERRUPTED = 130  # as a shell reports a process that Ctrl-C has ended
 
 
 class Refusal(Exception):
-    """What was asked cannot be done; the message is one sentence for the user."""
+    """A request that cannot be met; the message is one sentence for the user."""
 
 
 class RefusingGroup(TyperGroup):
     """A command line that prints a :class:`Refusal` of any of its commands."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an interrupt is one line too."""
+        """Run the command; an interrupt prints one line."""
         try:
             return super().invoke(ctx)
         except Refusal as refusal:
@@ -63,7 +63,7 @@ def refusing(*kinds: type[Exception], where: tuple[str, ...] = ("",)) -> Iterato
 
 
 def sentence(error: BaseException) -> str:
-    """An error as one line; an error of the system without its number, but with its path."""
+    """Return an error as one line; system errors without number, but with their path."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

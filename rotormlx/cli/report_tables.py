@@ -10,7 +10,7 @@ from rotormlx.report import Report, megabytes
 
 
 def layer_table(report: Report) -> Table:
-    """A table with a row per layer."""
+    """Return a table with one row per layer."""
     table = Table(title=report.summary)
     table.add_column("layer", justify="right")
     table.add_column("cache", no_wrap=True)
@@ -30,7 +30,7 @@ def layer_table(report: Report) -> Table:
 
 
 def memory_table(report: Report, lengths: Sequence[int] = (4096, 32768, 131072)) -> Table:
-    """A table of cache memory against float16, a row per context length."""
+    """Return a table of cache memory against float16, one row per context length."""
     table = Table(title="cache memory")
     for name in ("tokens", "float16", "rotormlx", "ratio"):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Values that options of mlx-lm's commands may have, and options that have no effect together.
+"""Checks of mlx-lm's options: allowed values, and combinations without effect.
 
 mlx-lm takes any number and drops options that do not fit together. Here both are refused before a
 model is loaded.
@@ -21,7 +21,7 @@ from rotormlx.report import Report
 
 
 class Range(NamedTuple):
-    """The least and the largest value of an option, and one outside of them that it may have."""
+    """The smallest and largest value of an option, and one extra value."""
 
     least: float
     most: float
@@ -68,7 +68,7 @@ _DATA_SUFFIXES = (".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".p
 
 
 def check(name: str, args: argparse.Namespace, given: Collection[str], processes: int) -> None:
-    """Refuse what mlx-lm would stumble over, or drop.
+    """Refuse options that mlx-lm would ignore or fail on.
 
     Args:
         name: The command.
@@ -99,7 +99,7 @@ def check(name: str, args: argparse.Namespace, given: Collection[str], processes
 
 
 def option(dest: str) -> str:
-    """How the user writes an option."""
+    """Return an option as the user writes it."""
     return "--" + dest.replace("_", "-")
 
 
@@ -267,7 +267,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def check_saved(path: str, asked: RotorConfig, given: dict[str, str], saved: Report) -> None:
-    """Refuse options that a saved cache contradicts: it goes on as it was made.
+    """Refuse options that contradict a saved cache, which keeps its own settings.
 
     Args:
         path: The file.

@@ -2,8 +2,8 @@
 
 mlx-lm generates for all clients in one thread, which an exception ends for good: an empty prompt,
 a stop word that is a number or a ``top_k`` beyond the vocabulary is enough. Here a request is
-checked before it gets there, and is answered with a status of 400 and a sentence. Should an
-exception happen all the same, the requests that run are answered with 500, and generation goes on
+checked before it gets there, and is answered with a status of 400 and a sentence. If an
+exception happens nevertheless, running requests are answered with 500, and generation continues
 with the next one.
 """
 
@@ -55,7 +55,7 @@ _NUMBERS = (
 
 
 class BadRequest(ValueError):
-    """A request that cannot be answered, by its own fault."""
+    """A request that is invalid."""
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def guarded(
         probe: Refuses a model, and an adapter, that cannot be loaded.
 
     Yields:
-        Tells how often generation had to be started again.
+        A function that returns how often generation was restarted.
     """
     guard = _Guard(tool, probe)
     with ExitStack() as stack:
@@ -97,7 +97,7 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Guard:
-    """What runs in place of methods of mlx-lm's server; ``self`` there is the first argument here.
+    """Replacements for methods of mlx-lm's server, whose ``self`` is the first argument.
 
     Args:
         tool: ``mlx_lm.server``.
@@ -133,7 +133,7 @@ class _Guard:
     # ---- the generation thread ------------------------------------------------------------------
 
     def run_generate(self, generator: Any) -> None:
-        """Generate until the server stops; after an exception begin anew."""
+        """Generate until the server stops; restart after an exception."""
         self._generators.add(generator)
         try:
             self._generate_on(generator)
@@ -159,7 +159,7 @@ class _Guard:
             mx.clear_cache()
 
     def next_request(self, generator: Any, timeout: float | None = None) -> Any:
-        """As mlx-lm's; remembers who waits for an answer."""
+        """Return the next request, and remember who waits for an answer."""
         request = self.own["ResponseGenerator", "_next_request"](generator, timeout)
         if request is not None:
             self._taken += 1
@@ -167,7 +167,7 @@ class _Guard:
         return request
 
     def tokenize(self, generator: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-        """As mlx-lm's; refuses what would end generation later."""
+        """Tokenize as mlx-lm does; refuses prompts that would stop generation later."""
         try:
             result = self.own["ResponseGenerator", "_tokenize"](generator, tokenizer, request, args)
         except Exception as error:
@@ -190,7 +190,7 @@ class _Guard:
         return result
 
     def load(self, provider: Any, path: str, adapter: Any = None, draft: Any = None) -> None:
-        """As mlx-lm's; refuses a model before the one that is loaded goes."""
+        """Load as mlx-lm does; refuses a model before the current one is unloaded."""
         if provider.model is not None:
             self.probe(path, adapter)
             if draft is not None:
@@ -198,7 +198,7 @@ class _Guard:
         self.own["ModelProvider", "_load"](provider, path, adapter, draft)
 
     def stop_and_join(self, generator: Any) -> None:
-        """As mlx-lm's, without waiting for the end of long answers."""
+        """Stop as mlx-lm does, without waiting for the end of long answers."""
         generator._stop = True
         for context in list(self._running):
             context.stop()
@@ -212,7 +212,7 @@ class _Guard:
     # ---- the handlers of requests ---------------------------------------------------------------
 
     def do_post(self, handler: Any) -> None:
-        """Answer a request, whatever is in it."""
+        """Answer any request, valid or not."""
         length = handler.headers.get("Content-Length", "")
         if length.strip().lstrip("+-").isdecimal() and not 0 <= int(length[:20]) <= MOST_BYTES:
             _answer(handler, 413, f"a request must have from 0 to {MOST_BYTES} bytes")
@@ -235,25 +235,25 @@ class _Guard:
             _answer(handler, status, f"{type(error).__name__}: {error}"[:500])
 
     def flush_headers(self, handler: Any) -> None:
-        """As http.server's; from then on no other status can be sent."""
+        """Send headers as http.server does; after that, the status is final."""
         handler.rotormlx_flushed = True
         self.own["APIHandler", "flush_headers"](handler)
 
     def set_headers(self, handler: Any, status_code: int = 200) -> None:
-        """As mlx-lm's, which answers every error of a generation with 404."""
+        """Set headers; mlx-lm answers every error of a generation with 404."""
         error = sys.exc_info()[1]
         if status_code == 404 and error is not None and not isinstance(error, Refusal):
             status_code = 400 if isinstance(error, BadRequest) else 500
         self.own["APIHandler", "_set_completion_headers"](handler, status_code)
 
     def validate(self, handler: Any) -> None:
-        """As mlx-lm's, and what it leaves out: see :func:`check_parameters`."""
+        """Validate as mlx-lm does, and check the rest: see :func:`check_parameters`."""
         check_parameters(handler, handler.body)
         self.own["APIHandler", "validate_model_parameters"](handler)
         handler.rotormlx_checked = True
 
     def scan_cache_dir(self, *args: Any, **kwargs: Any) -> Any:
-        """The models of the hub's cache: none where there is no cache."""
+        """Return the models of the hub's cache; none if there is no cache."""
         try:
             return self._own_scan(*args, **kwargs)
         except Exception as error:  # the hub's own kinds, one of them for a missing cache

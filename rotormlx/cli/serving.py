@@ -1,4 +1,4 @@
-"""The prompt caches of ``mlx_lm server``: how they are used again, and what it says of them."""
+"""The prompt caches of ``mlx_lm server``: how they are reused and reported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PromptCacheUsage:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The same for programs, sizes in bytes."""
+        """Return the sizes in bytes, for JSON."""
         return {
             "compressed": [report.summary for report in self.reports()],
             "restarts": self.restarts(),
@@ -82,7 +82,7 @@ Found = tuple[list[Any] | None, list[int]]
 
 
 def made_usable(caches: list[Any] | None, tokens: list[int], rest: list[int]) -> Found:
-    """Trim what a server finds among its prompt caches until it is as good as new.
+    """Trim a stored prompt cache so that it equals a freshly read one.
 
     At least one token is left to be read, without which mlx-lm ends generation; and so are those
     that are packed and would be exact in a prompt that comes alone.
@@ -111,7 +111,7 @@ def made_usable(caches: list[Any] | None, tokens: list[int], rest: list[int]) ->
 
 @contextmanager
 def measured(tool: ModuleType, reports: Callable[[], list[Report]]) -> Iterator[PromptCacheUsage]:
-    """Let a server measure its prompt caches, and use them again as good as new, in this context.
+    """Let a server measure and reuse its prompt caches while this context runs.
 
     Args:
         tool: ``mlx_lm.server``.

@@ -1,4 +1,4 @@
-"""Where tables are printed."""
+"""The console for tables."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from rich.console import Console
 
 
 def wide_console() -> Console:
-    """Standard output, with room for a table where it is no terminal and rich counts 80 columns."""
+    """Return a console for standard output, wide enough for tables if it is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)

@@ -1,4 +1,4 @@
-"""What filled caches take in memory, and what they would take in float16."""
+"""The memory of filled caches, and what they would take in float16."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Usage:
         )
 
     def describe(self, sequences: int) -> str:
-        """One line about the caches of several sequences."""
+        """Return one line about the caches of several sequences."""
         size, plain = megabytes(self.cache_bytes), megabytes(self.float16_bytes)
         return (
             f"{sequences} sequences, {self.packed_tokens:,} of {self.tokens:,} tokens packed; "
@@ -66,7 +66,7 @@ def measure(report: Report, caches: Sequence[Any]) -> Usage:
 
 
 def describe(report: Report, caches: Sequence[Any]) -> str:
-    """What was compressed and what it takes, in two lines for people to read."""
+    """Return two lines: what was compressed, and the size of the cache."""
     usage = measure(report, caches)
     size, float16_size = usage.cache_bytes, usage.float16_bytes
     smaller = usage.packed_tokens and size < float16_size
@@ -80,7 +80,7 @@ def describe(report: Report, caches: Sequence[Any]) -> str:
 
 
 def describe_peak(usage: Usage, peak_bytes: int) -> str:
-    """The most memory that MLX held, weights included, and about what float16 would have taken."""
+    """Return the peak memory, weights included, and an estimate for a float16 cache."""
     float16_peak = peak_bytes + usage.float16_bytes - usage.cache_bytes
     return (
         f"peak memory {megabytes(peak_bytes)}, about {megabytes(float16_peak)} with a float16 cache"

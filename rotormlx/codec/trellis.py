@@ -85,7 +85,7 @@ def encode(z: npt.ArrayLike, bits: int, *, start: int = 0, state: npt.ArrayLike 
 def encode_with_margins(
     z: npt.ArrayLike, bits: int, *, start: int = 0, state: npt.ArrayLike = 0
 ) -> tuple[Codes, Floats]:
-    """As :func:`encode`, and how safe the path is.
+    """Encode as :func:`encode` does; returns the margin of the path too.
 
     Returns:
         Codes, and how much more the cheapest path would cost that joins the chosen one at each
@@ -135,7 +135,7 @@ def members(bits: int) -> tuple[Codes, Codes]:
 
 
 def _taken(x: npt.NDArray[Any], index: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Of ``[..., N, M]`` the rows at ``index [...]``."""
+    """Return the rows of ``[..., N, M]`` at ``index [...]``."""
     return np.take_along_axis(x, index[..., None, None], -2)[..., 0, :]
 
 

@@ -18,7 +18,7 @@ _LOW_BITS = 0x55555555
 
 
 class Path(NamedTuple):
-    """What a path is made of, ``[A, M]``: M sequences of A numbers.
+    """The parts of a path, each ``[A, M]``: M sequences of A numbers.
 
     codes: As they are stored.
     index: Of each level in :func:`rotormlx.codec.codebook.trellis_levels`.
@@ -67,7 +67,7 @@ def cheapest_path(xp: ModuleType, z: Any, state: Any, bits: int) -> Path:
 
 
 def _costs(xp: ModuleType, z: Any, zero: Any, bits: int) -> tuple[list[Any], Any]:
-    """What each subset costs at each position, and s + 2 h of its nearest members.
+    """Return the cost of each subset at each position, and s + 2 h of its nearest members.
 
     The latter of subset c is the field of two bits at 2 c.
     """

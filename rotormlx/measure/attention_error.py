@@ -1,8 +1,8 @@
-"""What a cache does to attention itself: the paper's measures, layer by layer.
+"""Measures the effect of a cache on attention, layer by layer, as the paper does.
 
 Keys and values of the exact run go through a cache of each scheme, and the exact queries of the end
-of the text read both. So the error of one layer is seen by itself, without what the layers before
-it did to its input.
+of the text read both. So the error of one layer is measured alone, without errors of earlier
+layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LayerError:
-    """What one layer loses.
+    """The errors of one layer.
 
     Args:
         layer: Its index.
@@ -49,7 +49,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Attended:
-    """What attention of one layer read in the exact run, float32.
+    """The inputs of one layer's attention in the exact run, float32.
 
     Args:
         layer: Index of the layer.
@@ -88,7 +88,7 @@ def record_queries() -> Iterator[dict[int, tuple[mx.array, float]]]:
 def attended(
     caches: Sequence[Any], latest: dict[int, tuple[mx.array, float]]
 ) -> Iterator[Attended]:
-    """What each growing cache of the exact run held, with the queries that read it last."""
+    """Return the content of each growing cache of the exact run, with its last queries."""
     for layer, cache in cache_contents.compressed(caches):
         queries, scale = latest[id(cache)]
         keys, values = cache_contents.decoded(cache)
@@ -137,7 +137,7 @@ def _scores(exact: Attended, keys: Array) -> Array:
 
 
 def _cosine(a: Array, b: Array) -> float:
-    """Of rows ``[..., D]``, the mean."""
+    """Return the mean cosine of rows ``[..., D]``."""
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return float(((a * b).sum(-1) / norms).mean())
 

@@ -28,7 +28,7 @@ Steps = dict[str, Callable[[], mx.array]]
 
 
 class Shape(NamedTuple):
-    """What is attended to: B, H, K and D, and the dtype of keys, values and queries."""
+    """The sizes B, H, K and D of a call, and the dtype of keys, values and queries."""
 
     batch: int
     heads: int
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
 
 def rotor_name(bits: int) -> str:
-    """The name of a contender of ours."""
+    """Return the name of a rotormlx contender."""
     return f"rotormlx {bits} bit"
 
 
@@ -119,7 +119,7 @@ def _in_way(way: str, step: Callable[[], mx.array]) -> mx.array:
 
 
 def _views(keys: mx.array, values: mx.array, bits: int, *, last: int) -> tuple[KVView, KVView]:
-    """What attention reads in the step that appends the ``last`` tokens."""
+    """Return the views of the step that appends the ``last`` tokens."""
     cache = RotorKVCache(RotorConfig(bits, bits))
     history = keys.shape[2] - last
     for start in range(0, history, FILL_TOKENS):

@@ -1,4 +1,4 @@
-"""Published codecs that ours is compared with, simulated.
+"""Simulations of published codecs, for comparison.
 
 A simulated cache holds what the published codec would give back, under the same rule of sink,
 blocks and window as ours, so that only the codec differs.
@@ -26,14 +26,14 @@ FLOAT16_BITS = 16
 
 
 class Simulation(Protocol):
-    """A published codec: what comes back, and what it would take."""
+    """A published codec: its decoded vectors and its size."""
 
     @property
     def block(self) -> int:
         """Tokens that are coded together."""
 
     def decoded(self, x: Array, *, layer: int, role: str) -> Array:
-        """What the codec gives back for whole blocks ``[B, K, N * block, D]``."""
+        """Return the decoded vectors of whole blocks ``[B, K, N * block, D]``."""
 
     def bits_per_value(self, head_dim: int, role: str) -> float:
         """True bits per value, scales and offsets included."""
@@ -257,7 +257,7 @@ def sketch(residual: Array, seed: int, layer: int) -> Array:
     """The vectors of norm 1 for which the signs of a random projection stand, on average.
 
     With S a normal D x D matrix, <q, sqrt(pi/2) / D S^T sign(S r)> is <q, r> / |r| on average
-    over S: an estimate without bias from one bit a channel.
+    over S: an estimate without bias from one bit per channel.
     """
     projection = _projection(residual.shape[-1], seed, layer)
     signs = np.where(residual @ projection.T < 0, np.float32(-1), np.float32(1))
@@ -281,7 +281,7 @@ def require_multiple(family: str, head_dim: int, of: int) -> None:
 
 
 def as_float16(x: Array) -> Array:
-    """float32 with what float16 keeps."""
+    """Round float32 numbers to float16."""
     return x.astype(np.float16).astype(np.float32)
 
 

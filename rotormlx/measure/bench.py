@@ -1,4 +1,4 @@
-"""How fast a model reads and writes with each cache, and the memory that takes.
+"""Measures speed and memory of a model with each cache.
 
 The schemes take turns in one process, so that a machine that slows down slows all of them down;
 what is reported is the median.
@@ -33,7 +33,7 @@ PROMPT_CHUNK = 512  # tokens of a prompt that are read at once
 
 @dataclass(frozen=True)
 class Timing:
-    """One turn, or the medians of several.
+    """The times of one run, or the medians of several.
 
     Args:
         scheme: Name of the scheme.
@@ -56,7 +56,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """The medians, and what was run; other fields as in ``quality_run.Result``.
+    """The medians and the settings; other fields as in ``quality_run.Result``.
 
     Args:
         repeats: Turns of each scheme and context.
@@ -74,7 +74,7 @@ class Result:
     medians: tuple[Timing, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the results as a dictionary for JSON."""
         return asdict(self)
 
 
@@ -220,7 +220,7 @@ def cells(result: Result) -> list[list[str]]:
 
 
 def table(result: Result) -> Table:
-    """For a terminal."""
+    """Return the results as a table for a terminal."""
     out = Table(title=f"{result.model}: medians of {result.repeats} turns")
     for name in HEADER:
         out.add_column(name, justify="left" if name == "scheme" else "right")
@@ -230,7 +230,7 @@ def table(result: Result) -> Table:
 
 
 def markdown(result: Result) -> str:
-    """For a file."""
+    """Return the results as Markdown."""
     lines = [list(HEADER), ["---"] * len(HEADER), *cells(result)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())

@@ -1,4 +1,4 @@
-"""What a cache of any kind holds: its vectors, its bits per value, its bytes."""
+"""The content of a cache of any kind: its vectors, bits per value and bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rotormlx.mlx.host_caches import leaves
 
 
 def decoded(cache: Any) -> tuple[mx.array, mx.array]:
-    """All keys and values as attention reads them, ``[B, K, S, D]``, whatever the cache."""
+    """Return all keys and values of any cache as attention reads them, ``[B, K, S, D]``."""
     keys, values = cache.keys_and_values()
     if isinstance(cache, QuantizedKVCache):
         size, bits = cache.group_size, cache.bits
@@ -34,7 +34,7 @@ def decoded(cache: Any) -> tuple[mx.array, mx.array]:
 
 
 def score_noise(cache: Any, queries: NDArray[np.float32], scale: float) -> NDArray[np.float64]:
-    """What attention takes off the scores ``[B, H, L, S]`` of queries ``[B, H, L, D]``.
+    """Return what attention subtracts from the scores ``[B, H, L, S]`` of the queries.
 
     Zero for tokens that are exact, and in every cache but our own.
     """

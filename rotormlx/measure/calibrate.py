@@ -1,4 +1,4 @@
-"""What a short text tells about a model's keys, values and queries, and how the codec uses it.
+"""Measures a model's keys, values and queries on a short text, and derives transforms.
 
 An error of a key matters as far as queries look at it, and a quantizer behind a rotation spreads
 its error over all channels alike. So channels that queries look at are made larger before, and
@@ -6,13 +6,13 @@ those that vary without being looked at smaller. With K and Q the second moments
 and of queries of a KV head, the map T of keys that loses least has ``T^T T = Q # K^-1``, the
 geometric mean of the two matrices, and any rotation may follow. Three transforms come near to it:
 
-- ``scale``: the best diagonal T, the channel scale ``s_i = (K_ii / Q_ii)^(1/4)``: D numbers a head;
+- ``scale``: the best diagonal T, the channel scale ``s_i = (K_ii / Q_ii)^(1/4)``: D numbers;
 - ``klt``: all of it, ``T = L^(-1/4) U^T Q^(1/2)`` with ``Q^(1/2) K Q^(1/2) = U L U^T``: D² numbers;
 - ``rotors``: the best diagonal behind a cascade of learned rotors, which takes U's place.
 
 For values, whose errors reach the output as they are, Q is 1.
 
-Source: docs/FORMAT.md, section 11; docs/CALIBRATION.md has what each of them is worth.
+Source: docs/FORMAT.md, section 11; docs/CALIBRATION.md has measurements.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _moments(
 
 
 def _moment(view: Any) -> Floats:
-    """Of whole blocks behind the sink, as the codec meets them: keys less their centre."""
+    """Return the moment of whole blocks behind the sink; keys are centred first."""
     blocks = (view.tokens - _SINK) // BLOCK
     rows = view.exact[0, :, _SINK : _SINK + blocks * BLOCK].astype(mx.float32)
     x = np.array(rows, np.float64).reshape(rows.shape[0], blocks, BLOCK, -1)
@@ -190,7 +190,7 @@ def _moment(view: Any) -> Floats:
 def _transformed(
     transform: str, moment: Floats, seen_by: Floats | None, layer: int, role: str
 ) -> dict[str, Floats]:
-    """What is kept for one layer and role, by name."""
+    """Return the stored arrays of one layer and role, by name."""
     moment = _steady(moment)
     metric = np.broadcast_to(np.eye(moment.shape[-1]), moment.shape)
     if seen_by is not None:

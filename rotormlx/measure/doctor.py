@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this machine, and how fast: what ``rotormlx doctor`` finds out.
+"""Checks and times the kernels on this machine, for ``rotormlx doctor``.
 
 Every operation runs on every file of the shared test vectors; decode steps and chunks of a prompt
 take turns with MLX's own attention over an exact cache.
@@ -40,7 +40,7 @@ Said = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Timing:
-    """Attention with each kind of cache, medians in milliseconds by contender.
+    """Median milliseconds of attention with each kind of cache.
 
     Args:
         what: ``"decode step"`` or ``"prompt chunk"``.
@@ -56,13 +56,13 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Our time at the default width, of MLX's own."""
+        """Return the time at the default width, relative to MLX's own attention."""
         return self.ms[rotor_name(WIDTH)] / self.ms[EXACT]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found out.
+    """The results of all checks.
 
     Args:
         date: When, UTC.
@@ -85,7 +85,7 @@ class Findings:
     ways: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the results as a dictionary for JSON."""
         return {
             **asdict(self),
             "wrong": {str(operation): found for operation, found in self.wrong.items()},

@@ -168,7 +168,7 @@ def _chains(tokenizer: Any, length: int, questions: int, rng: np.random.Generato
 
 
 def _chain(rng: np.random.Generator) -> tuple[str, str]:
-    """A sum of three numbers up to 5, and how it is done step by step."""
+    """A sum of three numbers up to 5, worked out step by step."""
     value = int(rng.integers(6))
     asked, steps = str(value), []
     for _ in range(CHAIN_STEPS):

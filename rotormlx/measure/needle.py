@@ -101,7 +101,7 @@ class Result:
     trials: tuple[Trial, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the results as a dictionary for JSON."""
         return asdict(self)
 
     @property
@@ -276,7 +276,7 @@ def _check_packed(stack: Haystack, chosen: Scheme, caches: Sequence[Any]) -> Non
 def cells(result: Result) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a scheme a row; a kind and length, then a kind and part of the text.
 
-    The last columns are the same needles through the exact cache, and through the first scheme.
+    The last columns compare with the exact cache and with the first scheme.
     """
     kinds = dict.fromkeys(trial.kind for trial in result.trials)
     columns: dict[str, dict[str, object]] = {}

@@ -146,7 +146,7 @@ class Result:
     rows: tuple[Row, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the results as a dictionary for JSON."""
         return asdict(self)
 
 
@@ -254,7 +254,7 @@ def _result(
     done: Sequence[_Done],
     solved: Sequence[tasks.Solved],
 ) -> Result:
-    """What is known so far, with the fields of a result that were asked for."""
+    """The results so far, with the requested fields."""
     likelihoods = np.concatenate([text.exact.log_likelihoods for text in done])
     return Result(
         **asked,

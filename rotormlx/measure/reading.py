@@ -27,7 +27,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Text:
-    """A text to be read.
+    """A text to read through a cache.
 
     Args:
         name: Its name.

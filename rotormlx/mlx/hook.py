@@ -1,4 +1,4 @@
-"""What the exchanged functions of a host do: attention by the type of the keys."""
+"""The functions that replace those of a host: attention by the type of the keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rotormlx.mlx.cache.view import KVView
 
 
 class Attended(NamedTuple):
-    """What reached :func:`attend`: queries ``[B, H, L, D]``, keys and values, handles mostly."""
+    """A recorded call of :func:`attend`: queries ``[B, H, L, D]``, keys and values."""
 
     queries: mx.array
     keys: Any

@@ -66,7 +66,7 @@ def replaced(cache: Any, new: dict[int, Any]) -> Any:
 
 
 def held(cache: Any) -> list[Any]:
-    """What a host's cache holds, by :data:`ATTRIBUTES`; the same for every host and version.
+    """Return the content of a host's cache by :data:`ATTRIBUTES`, equal for all versions.
 
     Raises:
         ValueError: If it is none of these kinds.

@@ -357,7 +357,7 @@ def _library(
     values: mx.array,
     mask: mx.array | str | None,
 ) -> mx.array:
-    """MLX's attention over whole sequences, in the dtype of the call's queries."""
+    """Attend over whole sequences with MLX's attention, in the dtype of the queries."""
     sinks = call.sink_logits
     if sinks is not None:
         sinks = sinks.astype(mx.result_type(queries, keys, values))

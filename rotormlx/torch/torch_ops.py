@@ -274,7 +274,7 @@ def encode_blocks(
 
 
 def nearest_codes(z: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """Codes of the nearest levels, and those."""
+    """Return the codes of the nearest levels, and these levels."""
     limits = boundaries(codec.bits, z.device)
     # Right of a boundary: a tie goes to the larger magnitude.
     index = torch.bucketize(z.abs(), limits, right=True, out_int32=True)

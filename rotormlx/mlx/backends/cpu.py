@@ -24,7 +24,7 @@ _SMALL = 2**13
 
 
 def missing() -> str | None:
-    """What keeps this process from computing on the CPU with the library, or None."""
+    """Return the reason why this process cannot use the CPU library, or None."""
     if mx.default_device().type != mx.DeviceType.cpu:
         return "MLX's default device is the GPU"
     return cpu_library.missing()

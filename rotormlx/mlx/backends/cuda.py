@@ -31,7 +31,7 @@ _DTYPES = {mx.float16: 0, mx.bfloat16: 1, mx.float32: 2}
 
 
 def missing() -> str | None:
-    """What keeps this process from running CUDA kernels in MLX, or None."""
+    """Return the reason why this process cannot run CUDA kernels in MLX, or None."""
     if not mx.cuda.is_available():
         return "MLX finds no CUDA GPU on this machine"
     if mx.default_device().type != mx.DeviceType.gpu:
@@ -40,7 +40,7 @@ def missing() -> str | None:
 
 
 class MLXCUDABackend(MLXBackend):
-    """What is fused runs as CUDA kernels; the rest is inherited."""
+    """The backend with fused CUDA kernels; other operations are inherited."""
 
     name = "mlx_cuda"
 
@@ -135,7 +135,7 @@ def _shape(call: AttendCall) -> Shape:
 
 
 def _numbers(call: AttendCall, plan: Plan, mask: mx.array) -> mx.array:
-    """What the kernels' texts read by position: `numbers` of cuda_text.py."""
+    """Return the numbers that kernels read by position: `numbers` of cuda_text.py."""
     keys, values = call.keys, call.values
     sizes = (call.batch, call.heads, call.kv_heads, call.length, keys.sink, call.mask_kind)
     return constants.numbers(
@@ -219,13 +219,13 @@ def _row_grid(call: AttendCall, plan: Plan) -> tuple[int, int, int]:
 
 
 def _side(view: KVView) -> tuple[int, int, bool]:
-    """What the text of the kernels around the first pass depends on."""
+    """Return the values that the kernels around the first pass are generated from."""
     rotation = view.codec.rotation
     return rotation.head_dim, matrices(rotation), view.channel_scale is not None
 
 
 def _scale_stride(view: KVView) -> int:
-    """Of the batch rows' channel scales; 0 where they have one together."""
+    """Return the stride of the batch rows' channel scales; 0 if they share one."""
     scale = view.channel_scale
     return 0 if scale is None or scale.ndim == 2 else math.prod(scale.shape[1:])
 

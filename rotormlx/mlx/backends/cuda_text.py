@@ -28,7 +28,7 @@ Kernel = Callable[..., list[mx.array]]
 
 
 class CodecText(NamedTuple):
-    """What the text of a codec's kernels depends on."""
+    """The values that the kernels of a codec are generated from."""
 
     role: str
     bits: int
@@ -41,7 +41,7 @@ class CodecText(NamedTuple):
 
 @derived
 def text_of(codec: Codec) -> CodecText:
-    """Of a codec."""
+    """Return the text properties of a codec."""
     header = cuda_header(codec)
     facts = (codec.role, codec.bits, codec.head_dim, codec.rotation.name)
     return CodecText(*facts, header, codec.words_shape[0], matrices(codec.rotation))
@@ -77,13 +77,13 @@ def _without_spaces(line: str) -> str:
 
 
 def codec_header(*texts: str) -> str:
-    """The same with levels and rotations."""
+    """Return the header with levels and rotations."""
     shared = (read(f"shared_kernels/{name}.h") for name in ("levels", "trellis", "rotation"))
     return header_of(*shared, *texts)
 
 
 def attend_header() -> str:
-    """The same with what does a part of the tokens."""
+    """Return the header with the functions that compute one part."""
     shared = (read(f"shared_kernels/{name}.h") for name in ("levels", "trellis"))
     files = ("fragments.cuh", "attend.cu", "attend_plain.cu")
     return header_of(*shared, *(read(f"cuda_kernels/{name}") for name in files))

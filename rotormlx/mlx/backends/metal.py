@@ -40,7 +40,7 @@ Kernel = Callable[..., list[mx.array]]
 
 
 def missing() -> str | None:
-    """What keeps this process from running Metal kernels, or None."""
+    """Return the reason why this process cannot run Metal kernels, or None."""
     if not mx.metal.is_available():
         return "MLX finds no Metal GPU on this machine"
     if mx.default_device().type != mx.DeviceType.gpu:
@@ -49,7 +49,7 @@ def missing() -> str | None:
 
 
 class MetalBackend(MLXBackend):
-    """What is fused runs as Metal kernels; the rest is inherited."""
+    """The backend with fused Metal kernels; other operations are inherited."""
 
     name = "metal"
 
@@ -129,7 +129,7 @@ class MetalBackend(MLXBackend):
 def rotor3_quantize_dequantize(
     x: mx.array, bits: int, *, seed: int = 0, layer: int = 0
 ) -> mx.array:
-    """What the published method makes of vectors, in one kernel.
+    """Quantize and dequantize vectors with the published method, in one kernel.
 
     The same as decoding what a codec of values with the rotation ``rotor3`` and no channel scale
     encodes, without the codes in between.
@@ -196,7 +196,7 @@ def _launch(
     dtype: mx.Dtype,
     blocks: tuple[int, int, int],
 ) -> dict[str, mx.array]:
-    """Run a kernel with one threadgroup a block; ``blocks`` is (B, K, N)."""
+    """Run a kernel with one threadgroup per block; ``blocks`` is (B, K, N)."""
     given = {name: array for name, array in optional_inputs.items() if array is not None}
     inputs = inputs | given
     macros += tuple(name.upper() for name in given)

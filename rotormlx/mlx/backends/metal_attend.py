@@ -1,7 +1,7 @@
 """Attention on packed bytes in Metal: launches ``attend``, ``prefill`` and ``attend_merge``.
 
 The sequence is cut into parts, packed and exact ones, each done by its own threadgroups; a last
-kernel merges them. A short sequence is done by one threadgroup a KV head, which gives the output.
+kernel merges them. A short sequence is done by one threadgroup per KV head, which gives the output.
 Buffers of the cache are passed whole, with the lengths that count, so nothing is copied.
 
 Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
@@ -209,7 +209,7 @@ def _simdgroups(places: int) -> int:
 
 
 def _prefill_parts(call: AttendCall, plan: Plan, tiling: Tiling) -> list[mx.array]:
-    """As :func:`_parts`, with query rows beyond G up to whole tiles."""
+    """Compute parts as :func:`_parts` does, with query rows padded to whole tiles."""
     keys, values, group = call.keys, call.values, call.group_rows
     rows = tiling.tiles * tiling.rows
     # Flat in between: the kernel reads it row by row, and a reshape alone may keep strides.
@@ -255,7 +255,7 @@ def _merged(call: AttendCall, plan: Plan, parts: list[mx.array], *, rows: int) -
 
 
 def _output_inputs(call: AttendCall) -> list[mx.array]:
-    """What turns sums of values into the output."""
+    """Return the inputs that turn sums of values into the output."""
     values = call.values
     return [
         constants.coefficients(values.codec.rotation, back=True),
@@ -277,7 +277,7 @@ def _output_template(call: AttendCall) -> Template:
 
 
 def _plan_numbers(call: AttendCall, plan: Plan) -> mx.array:
-    """What kernels read by position.
+    """Return the numbers that kernels read by position.
 
     Sink; packed parts, their tokens, tokens of an exact part; L, G; bits of the scale; strides of
     the batch rows' channel scales of keys and of values; K.
@@ -293,7 +293,7 @@ def _plan_numbers(call: AttendCall, plan: Plan) -> mx.array:
 
 
 def _scale_stride(view: KVView) -> int:
-    """Of the batch rows' channel scales; 0 where they have one together."""
+    """Return the stride of the batch rows' channel scales; 0 if they share one."""
     scale = view.channel_scale
     return 0 if scale is None or scale.ndim == 2 else scale.shape[1] * scale.shape[2]
 

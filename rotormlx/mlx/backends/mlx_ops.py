@@ -130,7 +130,7 @@ class MLXBackend:
         start: int,
         state: mx.array | None,
     ) -> Packed:
-        """What :meth:`encode` does with rows that were checked, at least one block of them."""
+        """Encode checked rows, at least one block."""
         batch, heads, tokens, head_dim = x.shape
         x = x.reshape(batch, heads, tokens // BLOCK, BLOCK, head_dim)
         tile = max(1, TILE_VALUES // (batch * heads * BLOCK * head_dim))
@@ -188,7 +188,7 @@ class MLXBackend:
     def _decode(
         self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
-        """What :meth:`decode` does with at least one block."""
+        """Decode at least one block."""
         level = in_natural_order(levels(packed.words, codec), codec)
         y = level * packed.scales.astype(mx.float32)[..., None]
         if codec.rotation.name != "identity":
@@ -217,7 +217,7 @@ class MLXBackend:
         return self._attend(call)
 
     def _attend(self, call: AttendCall) -> mx.array:
-        """What :meth:`attend` does with at least one query and one token."""
+        """Attend with at least one query and one token."""
         if call.rows_differ:
             return mx.concatenate([self.attend(row) for row in call.rows()])
         q, shape = call.scaled_queries, call.output_shape
@@ -421,7 +421,7 @@ def encode_blocks(
 
 
 def nearest_codes(z: mx.array, codec: Codec) -> tuple[mx.array, mx.array]:
-    """Codes of the nearest levels, and those."""
+    """Return the codes of the nearest levels, and these levels."""
     index = nearest_magnitude(mx.abs(z), codec.bits)
     codes = index | ((z < 0).astype(mx.uint32) << (codec.bits - 1))
     return codes, levels_of_codes(codes, codec.bits)
@@ -472,7 +472,7 @@ def rotated_queries(q: mx.array, keys: KVView) -> mx.array:
 
 
 def multiplied(rows: mx.array, matrix: mx.array) -> mx.array:
-    """Rows ``[B, K, ..., D]`` times a matrix ``[D, D]``, or times one a KV head, ``[K, D, D]``."""
+    """Rows ``[B, K, ..., D]`` times a matrix ``[D, D]``, or times one per head, ``[K, D, D]``."""
     if matrix.ndim == 3:
         matrix = matrix.reshape(-1, *(1,) * (rows.ndim - 4), *matrix.shape[1:])
     return rows @ matrix

@@ -36,7 +36,7 @@ HIDDEN_TOKENS = 1024
 
 
 class Operation(NamedTuple):
-    """What kernels do: an operation at one width of codes.
+    """An operation of the kernels at one code width.
 
     name: One of :data:`NAMES`.
     bits: Bits of a code.
@@ -145,7 +145,7 @@ def check(backend: MLXBackend, operation: Operation, name: str) -> str:
 
 
 def difference(backend: MLXBackend, operation: Operation, name: str) -> str | None:
-    """What a backend does not reproduce of a file.
+    """Return the first array of a vector file that a backend does not reproduce.
 
     Args:
         backend: Runs the operation.
@@ -180,7 +180,7 @@ def difference(backend: MLXBackend, operation: Operation, name: str) -> str | No
 
 
 def _among_hidden_tokens(call: AttendCall) -> AttendCall:
-    """The same where HIDDEN_TOKENS or more follow the packed tokens, which no query sees."""
+    """Return the same call with HIDDEN_TOKENS more tokens that no query sees."""
     keys, values = call.keys, call.values
     if keys.packed is None or values.packed is None:
         return call

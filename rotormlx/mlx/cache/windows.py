@@ -51,7 +51,7 @@ def reason_alone(cache: Any) -> str:
 
 
 def maker(config: RotorConfig, max_kv_size: int | None = None) -> WindowMaker:
-    """What makes the compressed caches of such layers.
+    """Return a function that makes the compressed caches of such layers.
 
     Args:
         config: How to compress. What is calibrated is for the other layers.
