@@ -1,20 +1,21 @@
-// Decode attention on packed bytes, first pass: one part of the packed tokens for up to 16 query rows of a KV head, on
-// the tensor cores.
+// Decode attention on packed bytes, first pass, on the tensor cores: one part of the packed tokens for up to 16 query
+// rows of a KV head.
 //
-// A warp takes every fourth block of the part and keeps a softmax of its own; the warps meet once, at the end. Both
-// products read words as they lie: scores = levels of keys [tokens, channels] times queries, output = levels of values
-// [channels, tokens] times weights (see fragments.cuh). A lane copies 16 bytes, the words of four tokens or channels
-// beside each other, into shared memory some blocks ahead, for whichever lane of its warp needs them. Levels, queries
-// and weights are float16, sums and the softmax float32.
+// A warp takes every fourth block of the part and keeps its own softmax; the warps merge once, at the end. Both
+// products use words in their stored layout: scores = levels of keys [tokens, channels] times queries, output = levels
+// of values [channels, tokens] times weights (see fragments.cuh). A lane copies 16 bytes, the words of four
+// neighbouring tokens or channels, into shared memory some blocks ahead, for whichever lane of its warp needs them.
+// Levels, queries and weights are float16; sums and the softmax are float32.
 
-// A constant that a function object can be given.
+// A constant as the type of an argument of a function object.
 template <bool VALUE>
 struct Flag {
   __device__ constexpr operator bool() const { return VALUE; }
 };
 
-// A span is 32 lanes of the words, and each thread of a warp has a load of 4 of them: 2 spans are a block of keys, and
-// VALUE_DIM / 32 a block of values. As many as make 8 loads are an item, and go through the ring together.
+// A span is 32 neighbouring lanes of the words. A load of a span gives each thread of a warp 4 of these lanes. A block
+// of keys is 2 spans, a block of values VALUE_DIM / 32. An item is as many spans as make 8 loads; its loads go through
+// the ring together.
 template <int BITS, int AXIS, int LANES>
 struct Spans {
   using Words = Chunks<BITS, AXIS>;
@@ -27,8 +28,8 @@ struct Spans {
   };
 };
 
-// Shapes of a thread block. ring: [WARPS][SLOTS][SLOT_LOADS][LOAD], a slot for an item; the scales of keys and values
-// are behind the last item of the keys.
+// Shared memory of a thread block. The ring is [WARPS][SLOTS][SLOT_LOADS][LOAD], with one slot per item. The scales of
+// the keys and values of a block follow the last item of its keys.
 template <int KEY_BITS, int VALUE_BITS, int KEY_DIM, int VALUE_DIM, int TILES>
 struct AttendShape {
   using Keys = Chunks<KEY_BITS, KEY_DIM>;
@@ -40,13 +41,13 @@ struct AttendShape {
     ROWS = 8 * TILES,
     KEY_LOADS = KeySpans::AT_ONCE * KeySpans::LOADS,
     VALUE_LOADS = ValueSpans::AT_ONCE * ValueSpans::LOADS,
-    // 16 bytes of each lane, and zeros behind them: what comes before the first words of a trellis.
+    // 16 bytes of each lane. With a trellis also 16 zero bytes, which stand for the words before the first ones.
     LOAD = Stored<KEY_BITS>::HAS_TRELLIS || Stored<VALUE_BITS>::HAS_TRELLIS ? 33 : 32,
     SLOT_LOADS = KEY_LOADS + 1 > VALUE_LOADS ? KEY_LOADS + 1 : VALUE_LOADS,
-    // Enough of them that a multiprocessor has some 40 KiB under way.
+    // Enough slots for a multiprocessor to have about 40 KiB of copies in flight.
     SLOTS = SLOT_LOADS <= 8 ? 4 : 3,
     PLAIN_STEPS = (KEY_DIM + 31) / 32,
-    // Places in shared memory, in units of 16 bytes.
+    // Offsets in shared memory, in units of 16 bytes.
     RING = 0,
     QUERIES = WARPS * SLOTS * SLOT_LOADS * LOAD,
     PLAIN_QUERIES = QUERIES + TILES * Keys::STEPS * 32,
@@ -54,14 +55,14 @@ struct AttendShape {
     WEIGHTS = FACTORS + 4 * ROWS * 4 / 16,               // [WARPS][ROWS][BLOCK] half
     CENTRES = WEIGHTS + WARPS * ROWS * BLOCK * 2 / 16,   // [WARPS][16][ROWS] float
     PRODUCTS_END = CENTRES + WARPS * 16 * ROWS * 4 / 16,
-    // Before there are weights, [ROWS][KEY_DIM] float where the thread block rotates the queries itself.
+    // Before any weights exist: [ROWS][KEY_DIM] float, if the thread block rotates the queries itself.
     ROTATED = WEIGHTS,
     ROTATED_END = ROTATED + ROWS * KEY_DIM * 4 / 16,
-    BYTES = PRODUCTS_END > ROTATED_END ? PRODUCTS_END : ROTATED_END,  // [2][4] LevelBytes, of keys and of values
+    BYTES = PRODUCTS_END > ROTATED_END ? PRODUCTS_END : ROTATED_END,  // [2][4] LevelBytes, for keys and for values
     PART = BYTES + 8,                                    // one Part
     TABLE = PART + 4,                                    // [256] half, for codes of 8 bits
     ALL = TABLE + (KEY_BITS == 8 || VALUE_BITS == 8 ? 32 : 0),
-    // At the end, in place of all this: [WARPS][2][ROWS] tops and totals, [WARPS][ROWS][VALUE_DIM] sums
+    // At the end, in place of all the above: [WARPS][2][ROWS] tops and totals, [WARPS][ROWS][VALUE_DIM] sums
     END = WARPS * ROWS * (2 + VALUE_DIM) * 4 / 16,
     SHARED_BYTES = 16 * (ALL > END ? ALL : END)
   };
@@ -81,37 +82,39 @@ struct AttendPacked {
     LOAD = Shape::LOAD,
     SLOT = Shape::SLOT_LOADS * LOAD,
     ITEMS = KeySpans::ITEMS + ValueSpans::ITEMS,  // of a block: its keys, then its values
-    VALUE_LANES = 4 * ValueSpans::COUNT,          // lanes of the values' words that a thread has sums of
+    VALUE_LANES = 4 * ValueSpans::COUNT,          // lanes of the values' words whose sums a thread holds
     THREADS = 32 * WARPS
   };
 
-  // A product is at most 2^LARGEST, so that float16 holds it, and when a row's largest score grows beyond that, it
-  // comes down to 2^(LARGEST - ROOM): so sums are seldom made smaller.
+  // A product may be at most 2^LARGEST, so that float16 holds it. If the largest product of a row would exceed that,
+  // the base is raised until that product is 2^(LARGEST - ROOM). The room makes it rare that sums must be scaled down.
   static constexpr float LARGEST = 15.0f, ROOM = 4.0f;
 
-  // Where the 8 weights of a chunk of a query row stand among the row's, in units of a chunk, so that lanes that write
-  // or read at once meet few banks twice.
+  // Position of a chunk (8 weights) of a query row among the row's chunks. The permutation spreads the lanes that write
+  // or read at the same time over the banks.
   static DEVICE_FN int place_of_weights(int row, int chunk) {
     return chunk ^ (row / 2 % 4 * 2) ^ (row % 2 * (Values::SHARE == 2 ? 1 : 4));
   }
 
-  // Where products of lane `i` of the words and query row 8 tile + 2 quad_lane + r stand among a thread's sums: four
-  // neighbouring lanes of the words make two operands of 16 rows, which have lanes 0 and 1, and 2 and 3.
+  // Index among a thread's sums of the product of lane `i` of the words and query row 8 tile + 2 quad_lane + r. Four
+  // neighbouring lanes of the words make two operands of 16 rows: one has lanes 0 and 1, the other lanes 2 and 3.
   static DEVICE_FN constexpr int place(int i, int tile, int r) {
     return ((i / 2) * TILES + tile) * 4 + 2 * (i % 2) + r;
   }
 
-  // ---- copies under way
+  // ---- copies in flight
   //
-  // Copies go over the lanes as words lie in memory: 8 neighbouring lanes, which memory serves together, bring 128
-  // bytes of a row. 8 neighbouring lanes that read them back have two such groups of four rows.
+  // Lanes copy words in memory order: 8 neighbouring lanes, which the memory serves together, copy 128 bytes of one
+  // row. The 8 neighbouring lanes that read words back have two such groups, of four rows each.
 
-  // Where in a load of 32 the words of a group and row (0 to 3) stand, so that neither 8 lanes meet a bank twice.
+  // Position of the words of a group and row (0 to 3) in a load of 32. Neither 8 lanes that write together nor 8 lanes
+  // that read together use a bank twice.
   static DEVICE_FN int place_of_words(int group, int row) { return 8 * row + (group ^ (2 * row)); }
 
-  // Where the next block of a warp comes from, as far as this lane copies it. keys, values: the first words, and the
-  // first of the second plane, if there is one; scales: of keys (lanes 0 to 15) or of values, as tokens of a group read
-  // them: four and, 32 further, four. Words and scales go to places in the first slot of the ring, or in a later one.
+  // The addresses that this lane copies the warp's next block from. keys, values: the first words, and the first words
+  // of the second plane if there is one. scales: of keys (lanes 0 to 15) or of values, in the order in which a group
+  // reads its tokens: four, and four more 32 tokens further on. words_to, scales_to: where they go in the first slot of
+  // the ring; other slots are at a constant distance.
   struct Source {
     const uint *keys[2], *values[2];
     const __half* scales;
@@ -140,7 +143,8 @@ struct AttendPacked {
             reinterpret_cast<uint2*>(ring + Shape::KEY_LOADS * LOAD + lane / 16 * 8 + lane % 8) + lane / 8 % 2};
   }
 
-  // The words of an item, of LANES lanes in all, to where this lane's first ones go; words: see Source.
+  // Start the copies of an item's words, of LANES lanes of words in all, to `to` and the loads after it; words: see
+  // Source.
   template <typename Words, typename Of, int LANES>
   static DEVICE_FN void start_words(const uint* const* words, int item, int lane, uint4* to, Copies& copies) {
     const int group = lane % 8, quad_lane = lane / 8;
@@ -148,7 +152,7 @@ struct AttendPacked {
     for (int s = 0; s < Of::AT_ONCE; ++s) {
       const int span = item * Of::AT_ONCE + s;
       if (span >= Of::COUNT) break;
-      // Lanes behind the last are read as some that exist.
+      // Loads past the last lane read lanes that exist.
       const int further = LANES % 32 == 0 ? 32 * span : min(32 * span + 4 * group, LANES - 4) - 4 * group;
 #pragma unroll
       for (int i = 0; i < Of::LOADS; ++i) {
@@ -159,13 +163,14 @@ struct AttendPacked {
     }
   }
 
-  // To the warp's next block; its distance fits 32 bits, in which it takes one register and one instruction.
+  // Advance to the warp's next block. The distance fits into 32 bits, which take one register and one instruction.
   static DEVICE_FN void advance(const uint** words, int64_t stride) {
     words[0] += WARPS * int(stride);
     words[1] += WARPS * int(stride);
   }
 
-  // An item of the source's block, which is the last of the keys' items, or of all, where the source goes on.
+  // Start the copies of an item of the source's block. The last item of the keys, or of the values, advances the
+  // source.
   static DEVICE_FN void start_item(
       const rotormlx_attend_arguments& call, Source& source, int item, int lane, int slot, Copies& copies) {
     uint4* to = source.words_to + slot;
@@ -184,14 +189,15 @@ struct AttendPacked {
 
   // ---- products
 
-  // What a thread needs to make levels of words.
+  // What a thread needs to turn words into levels.
   struct Decoder {
-    // In the first slot of the ring its words of a load, and those before them on the packed axis: of the quad's lane
-    // before, in a first load zeros for the first lane, in later ones the last lane of the load before.
+    // In the first slot of the ring: the thread's words of a load, and the words before them on the packed axis. The
+    // latter belong to the preceding lane of the quad. For the first lane they are zeros in a first load, and in later
+    // loads those of the last lane in the load before.
     const uint4 *words, *before, *before_first;
     int quad_lane;
     LevelBytes bytes;
-    const ushort* table;  // of 8 bits
+    const ushort* table;  // [256], the levels of 8 bits
   };
 
   template <typename Words>
@@ -207,9 +213,9 @@ struct AttendPacked {
             table};
   }
 
-  // sums[span][half][tile] += levels times factors, for the lanes of the words in an item: of each span four that a
-  // load of this thread has. factor_of(step, tile): operand of a step. Rows of the product: lane 0 of the four, then
-  // lane 1; then 2 and 3.
+  // sums[span][half][tile] += levels times factors, for the lanes of the words in an item; a load of this thread has
+  // four lanes of each span. factor_of(step, tile) returns the operand of a step. Rows of the products: first lanes 0
+  // and 1 of the four, then lanes 2 and 3.
   template <int BITS, typename Words, typename Of, typename FactorOf>
   static DEVICE_FN void add_item(
       int slot, int item, const Decoder& decoder, const FactorOf& factor_of, float* sums) {
@@ -232,7 +238,7 @@ struct AttendPacked {
     }
   }
 
-  // The same for one load, which lies `load` behind the first of the ring.
+  // The same for one load, at offset `load` in the ring.
   template <int BITS, typename Words>
   static DEVICE_FN void add_load(
       int load, bool is_first, const Decoder& decoder, const uint4 (&factors)[Words::SHARE][TILES],
@@ -278,15 +284,15 @@ struct AttendPacked {
 
   // ---- queries
 
-  // The power of two by which a row is divided, so that float16 holds it: that of its largest number.
+  // The power of two that divides a row so that float16 holds it: that of the row's largest magnitude.
   static DEVICE_FN float power_below(float largest) {
     const uint exponent = bits_of_float(largest) & 0x7f800000u;
-    // Between 2^-100 and 2^100, to have an inverse; also for zero, infinity and NaN.
+    // Clamped to 2^-100 .. 2^100, so that an inverse exists; this also covers zero, infinity and NaN.
     return float_of_bits(min(max(exponent, 27u << 23), 227u << 23));
   }
 
-  // The factors of ROWS rows, of which row_at(row) is where the first number lies. use(row, square_sum) gets the sum of
-  // the squares of `scale` times a row in one lane.
+  // The factors of ROWS rows; row_at(row) is the address of the first number of a row. One lane calls
+  // use(row, square_sum) with the sum of the squares of `scale` times the row.
   template <typename RowAt, typename Use>
   static DEVICE_FN void load_factors(
       const RowAt& row_at, float scale, float* factors, int warp, int lane, const Use& use) {
@@ -297,7 +303,7 @@ struct AttendPacked {
       largest[i] = square_sum[i] = 0.0f;
 #pragma unroll
       for (int c = 0; c < KEY_DIM; c += 32) {
-        // Behind the last channel there is nothing.
+        // Channels past the last count as zero.
         const float x = c + lane < KEY_DIM ? to_float(row[c + lane]) : 0.0f;
         largest[i] = fmaxf(largest[i], fabsf(x));
         square_sum[i] = fmaf(scale * x, scale * x, square_sum[i]);
@@ -316,7 +322,7 @@ struct AttendPacked {
     }
   }
 
-  // The same rows, divided by their factors, as operands [TILES][STEPS][32]; chunk_of(step) is the chunk of this lane.
+  // The same rows, divided by their factors, as operands [TILES][STEPS][32]; chunk_of(step) is this lane's chunk.
   template <int STEPS, typename Places, typename RowAt, typename ChunkOf>
   static DEVICE_FN void load_operands(
       const RowAt& row_at, const ChunkOf& chunk_of, const float* factors, uint4* operands, int warp, int lane) {
@@ -339,9 +345,10 @@ struct AttendPacked {
     }
   }
 
-  // Puts both forms of the query into operands; rotated_rows: the rotated ones, from the first of this thread block on.
-  // factors, [4][ROWS]: those of the rotated rows and of the plain ones; half the variance that codes bring into the
-  // scores of a row, for a scale of 1; and what products with a row are multiplied by.
+  // Turn both forms of the query, rotated and plain, into operands. rotated_rows: the rotated queries, from the first
+  // row of this thread block on. factors, [4][ROWS]: the powers of two of the rotated rows, and of the plain rows; half
+  // the variance that coding the keys adds to the scores of a row, for a scale of 1; the factor on the products with a
+  // row.
   static DEVICE_FN void load_queries(
       const rotormlx_attend_arguments& call, const Part& p, const float* rotated_rows, uint4* queries,
       uint4* plain_queries, float* factors, int warp, int lane) {
@@ -367,17 +374,18 @@ struct AttendPacked {
            p.kv_head * call.keys.centres_strides[1];
   }
 
-  // Calls the centres of 16 blocks of this warp, from `first_block` on, into the L2 cache.
+  // Prefetch the centres of 16 blocks of this warp, from `first_block` on, into the L2 cache.
   static DEVICE_FN void prefetch_centres(
       const rotormlx_attend_arguments& call, const Part& p, int first_block, int last_block, int lane) {
-    constexpr int LINE = 64, LINES = (KEY_DIM + LINE - 1) / LINE;  // 128 bytes, and those of a centre
+    constexpr int LINE = 64, LINES = (KEY_DIM + LINE - 1) / LINE;  // numbers of a 128-byte line, lines of a centre
     for (int i = lane; i < 16 * LINES; i += 32) {
       const int block = min(first_block + i / LINES * WARPS, last_block);
       prefetch(centres_of(call, p) + block * call.keys.centres_strides[2] + i % LINES * LINE);
     }
   }
 
-  // <q, centre> of this warp's next 16 blocks, [16][ROWS]: one product with the centres as rows. A barrier must follow.
+  // <q, centre> for this warp's next 16 blocks, as `products` [16][ROWS]: one matrix product with the centres as rows.
+  // A barrier must follow.
   static DEVICE_FN void multiply_centres(
       const rotormlx_attend_arguments& call, const Part& p, int first_block, int last_block,
       const uint4* plain_queries, const float* factors, float* products, int lane) {
@@ -394,7 +402,7 @@ struct AttendPacked {
     }
 #pragma unroll
     for (int step = 0; step < Shape::PLAIN_STEPS; ++step) {
-      // Behind the last channel the query is zero.
+      // Past the last channel the query is zero.
       const int channel = min(8 * (4 * step + quad_lane), KEY_DIM - 8);
       const uint4 first = *reinterpret_cast<const uint4*>(rows[0] + channel);
       const uint4 second = *reinterpret_cast<const uint4*>(rows[1] + channel);
@@ -417,7 +425,7 @@ struct AttendPacked {
     }
   }
 
-  // ---- the softmax of a thread: of query rows 8 tile + 2 quad_lane + r, in scores and output alike
+  // ---- the softmax state of a thread, for query rows 8 tile + 2 quad_lane + r in both scores and output
 
   struct Rows {
     float bases[TILES][2];   // weights are 2^(score - base)
@@ -440,7 +448,7 @@ struct AttendPacked {
     return rows;
   }
 
-  // Products become scores. factors: see load_queries; scales: of the keys, [8]; about_centre: <q, centre>, [ROWS].
+  // Turn products into scores. factors: see load_queries; scales: of the keys, [8]; about_centre: <q, centre>, [ROWS].
   static DEVICE_FN void finish_scores(
       const float* factors, const __half* scales, const float* about_centre, int quad_lane, float* scores) {
 #pragma unroll
@@ -459,7 +467,7 @@ struct AttendPacked {
     }
   }
 
-  // Applies the mask, and hides what is behind the last token.
+  // Apply the mask, and hide tokens past the last.
   static DEVICE_FN void hide(
       const rotormlx_attend_arguments& call, const Part& p, int block, int lane, float* scores) {
 #pragma unroll
@@ -477,7 +485,7 @@ struct AttendPacked {
     }
   }
 
-  // Raises the bases where a product, a weight times the scale of a value, would be too large otherwise.
+  // Raise the bases of rows in which a product, weight times value scale, would otherwise be too large.
   static DEVICE_FN void raise_bases(Rows& rows, const __half* value_scales, const float* scores) {
     float logs[8], reach[TILES][2];
     bool beyond = false;
@@ -511,7 +519,7 @@ struct AttendPacked {
     }
   }
 
-  // Scores become weights, which other lanes will read. ALL_SEEN: no token is hidden.
+  // Turn scores into weights, and write them for other lanes to read. ALL_SEEN: no token is hidden.
   template <bool ALL_SEEN>
   static DEVICE_FN void weigh(
       Rows& rows, const __half* value_scales, const float* scores, int lane, __half* weights) {
@@ -528,10 +536,10 @@ struct AttendPacked {
           const float score = scores[place(i, tile, r)];
           const float weight = ALL_SEEN ? power_of_two(score - base) : share_of(score, base);
           rows.totals[tile][r] += weight;
-          // The scale of a hidden token may be anything, NaN among them.
+          // The scale of a hidden token may hold any bits, even a NaN.
           scaled[i] = !ALL_SEEN && weight == 0.0f ? 0.0f : weight * __half2float(value_scales[i]);
         }
-        // Four tokens of a chunk in the order of its levels.
+        // Store the four tokens of half a chunk in the order of its levels.
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           constexpr int NEXT = Order<VALUE_BITS>::NEXT;
@@ -548,14 +556,14 @@ struct AttendPacked {
 
   // ---- the kernel
 
-  // The tokens that all query rows of this thread block see lie before this one.
+  // The end of the tokens that every query row of this thread block sees.
   static DEVICE_FN int seen_by_all(const rotormlx_attend_arguments& call, const Part& p) {
     if (call.mask_kind == ROTORMLX_MASK_NONE) return p.stop;
     if (call.mask_kind == ROTORMLX_MASK_CAUSAL) return min(p.stop, p.tokens - call.length + 1 - p.sink);
     return 0;
   }
 
-  // The rotated queries of a part as the kernel attend_query leaves them.
+  // The rotated queries of a part, as the kernel attend_query left them.
   static DEVICE_FN const float* rotated_before(const AttendParts& all, const Part& p) {
     return all.rotated + (int64_t(p.head_index) * p.group_rows + p.first_row) * KEY_DIM;
   }
@@ -564,8 +572,8 @@ struct AttendPacked {
     run(all, shared, [&](const Part& p, float*) { return rotated_before(all, p); });
   }
 
-  // rotated_of(p, room): where the rotated queries of a part lie, from its first row on. All threads call it; there is
-  // room for [ROWS][KEY_DIM], and a barrier between them if it is used.
+  // rotated_of(p, room) returns the address of the rotated queries of a part, from its first row on. All threads call
+  // it. `room` is shared memory for [ROWS][KEY_DIM]; if it is used, a barrier follows before anything reads it.
   template <typename RotatedOf>
   static DEVICE_FN void run(const AttendParts& all, uint4* shared, const RotatedOf& rotated_of) {
     const rotormlx_attend_arguments& call = all.call;
@@ -582,7 +590,7 @@ struct AttendPacked {
     uint4* level_bytes = shared + Shape::BYTES;
     ushort* table = reinterpret_cast<ushort*>(shared + Shape::TABLE);
 
-    // What few blocks need of the part is read when they need it: registers are short.
+    // Fields of the part that are rarely needed stay in shared memory, because registers are scarce.
     Part& p = *reinterpret_cast<Part*>(shared + Shape::PART);
     static_assert(sizeof(Part) <= 4 * 16, "a part must fit where it is kept");
     if (threadIdx.x == 0) p = first;
@@ -619,7 +627,7 @@ struct AttendPacked {
     const Decoder of_values = decoder_of<Values>(ring, lane, value_bytes, table);
     Rows rows = no_rows();
 
-    int free_slot = (SLOTS - 1) * SLOT;  // the one that was read last: since then all lanes have met
+    int free_slot = (SLOTS - 1) * SLOT;  // the slot that was read last; all lanes have met since
     const auto take_slot = [&](int n, int item) {  // of block n of this warp
       start(n, item + SLOTS - 1, free_slot);
       free_slot = free_slot == (SLOTS - 1) * SLOT ? 0 : free_slot + SLOT;
@@ -636,7 +644,7 @@ struct AttendPacked {
             call, p, block, end_block - 1, plain_queries, factors, centre_products, lane);
       }
 
-      float scores[2 * 4 * TILES * 2];  // see place(); i = 4 h + j is token 32 h + 4 group + j
+      float scores[2 * 4 * TILES * 2];  // indexed by place(); i = 4 h + j is token 32 h + 4 group + j
 #pragma unroll
       for (int i = 0; i < 2 * 4 * TILES * 2; ++i) scores[i] = 0.0f;
       int slot = 0;
@@ -668,7 +676,7 @@ struct AttendPacked {
         add_item<VALUE_BITS, Values, ValueSpans>(
             slot, item, of_values,
             [&](int step, int tile) {
-              const int row = 8 * tile + group;  // of which a lane has the weights
+              const int row = 8 * tile + group;  // the query row whose weights this lane loads
               return *reinterpret_cast<const uint4*>(
                   weights + row * BLOCK + 8 * place_of_weights(row, Values::chunk(step, quad_lane)));
             },
@@ -683,7 +691,7 @@ struct AttendPacked {
     merge_warps(all, last, shared, rows, warp, lane);
   }
 
-  // The warps' sums become one, and go out.
+  // Merge the sums of the warps, and write them out.
   static DEVICE_FN void merge_warps(
       const AttendParts& all, const Part& p, uint4* shared, Rows& rows, int warp, int lane) {
     float* all_tops = reinterpret_cast<float*>(shared);  // [WARPS][2][ROWS]

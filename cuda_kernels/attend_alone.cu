@@ -1,19 +1,20 @@
-// Decode attention by one kernel: what a thread block does before its part, and the last of them after it. Queries are
-// rotated and outputs rotated back in stages, by the code of encode and decode.
+// Decode attention by one kernel: the work of a thread block before its part, and the work of the last thread block
+// after its part. Queries are rotated, and outputs rotated back, in stages, by the code of encode and decode.
 
-// ROWS rows of numbers in registers of THREADS threads, spread over lanes as the rotation of a codec takes them.
+// ROWS rows in registers of THREADS threads, spread over lanes as the rotation of a codec requires.
 template <typename Codec, int ROWS, int THREADS>
 struct SpreadRows {
   using Channels = LaneRow<Codec::D, Codec::LANES, Codec::HELD>;
   enum {
     WORKERS = THREADS / Codec::LANES,
-    OF_LANE = (ROWS + WORKERS - 1) / WORKERS,  // every WORKERS-th
+    OF_LANE = (ROWS + WORKERS - 1) / WORKERS,  // rows of a lane: every WORKERS-th
     HELD = OF_LANE * Channels::CHANNELS
   };
   static DEVICE_FN uint lane() { return threadIdx.x % Codec::LANES; }
   static DEVICE_FN int row_at(int r) { return int(threadIdx.x) / Codec::LANES + r * WORKERS; }
 
-  // numbers = number_at(row, channel), zero where the channel does not exist; rows behind the last are asked for too.
+  // numbers = number_at(row, channel), or zero if the channel does not exist; number_at is also called past the last
+  // row.
   template <typename NumberAt>
   static DEVICE_FN void load(float* numbers, const NumberAt& number_at) {
 #pragma unroll
@@ -27,7 +28,7 @@ struct SpreadRows {
     }
   }
 
-  // use(row, channel, number) of all that exist.
+  // Call use(row, channel, number) for all numbers that exist.
   template <typename Use>
   static DEVICE_FN void each(const float* numbers, const Use& use) {
 #pragma unroll
@@ -42,9 +43,9 @@ struct SpreadRows {
   }
 };
 
-// The query rows of a part, ROWS of them from its first on, to `rotated`, shared, [ROWS][KEY_DIM]: by the stages that
-// keys were rotated by, which are the same for a query, as they are orthogonal. Rows behind the last are like it.
-// A barrier must follow.
+// Rotate ROWS query rows of a part, from its first row on, into `rotated` (shared, [ROWS][KEY_DIM]). The stages are
+// those that rotate keys; they serve queries too, because they are orthogonal. Rows past the last repeat the last. A
+// barrier must follow.
 template <typename Codec, int ROWS, int THREADS>
 DEVICE_FN void rotate_queries_of(const AttendParts& all, const Part& p, float* rotated) {
   using Rows = SpreadRows<Codec, ROWS, THREADS>;
@@ -63,8 +64,9 @@ DEVICE_FN void rotate_queries_of(const AttendParts& all, const Part& p, float* r
   Rows::each(numbers, [&](int row, int channel, float x) { rotated[row * Codec::D + channel] = x; });
 }
 
-// Shared memory of a thread block that merges up to ROWS query rows after a part, in floats: sums of packed and of
-// exact parts; shares, [MAX_PARTS] for each warp; and whether it is the last.
+// Shared memory, in floats, of a thread block that merges up to ROWS query rows after a part: sums of packed and of
+// exact parts, [ROWS][VALUE_DIM] each; shares, [MAX_PARTS] per warp; a flag: whether the thread block is the last of
+// its tile.
 template <int VALUE_DIM, int ROWS, int THREADS>
 struct LastMergeShape {
   enum {
@@ -75,8 +77,8 @@ struct LastMergeShape {
   };
 };
 
-// Whether all parts of the query rows of this thread block are there, with its own, which it has just written; then it
-// may read them. That is so for one thread block of these rows, which sets their counter back to 0.
+// Whether all parts of this thread block's query rows are written, including its own, which it has just written; if so,
+// it may read them. This is true for exactly one thread block per tile of rows, which resets the counter to 0.
 DEVICE_FN bool has_last_part(const AttendParts& all, int* is_last) {  // shared
   __syncthreads();  // the part is written, and shared memory is free
   if (gridDim.z == 1) return true;
@@ -92,8 +94,8 @@ DEVICE_FN bool has_last_part(const AttendParts& all, int* is_last) {  // shared
   return *is_last != 0;
 }
 
-// Called at the end of each part, where the grid is tiles of ROWS rows x [B, K] x parts: the last thread block of a
-// tile merges its rows, and rotates them back in stages.
+// Called at the end of each part; the grid is tiles of ROWS rows x [B, K] x parts. The last thread block of a tile
+// merges the tile's rows, and rotates them back in stages.
 template <typename Codec, int ROWS, int THREADS>
 DEVICE_FN void merge_if_last(const AttendParts& all, float* packed_sums) {  // shared, see LastMergeShape
   constexpr int D = Codec::D, WARPS = THREADS / 32;
@@ -106,7 +108,7 @@ DEVICE_FN void merge_if_last(const AttendParts& all, float* packed_sums) {  // s
   float* exact_sums = packed_sums + Shape::SUMS;
   float* shares = packed_sums + Shape::SHARES + warp * MAX_PARTS;
 
-  const int sharers = rows < WARPS ? WARPS / rows : 1;  // warps that take turns with the parts of a row
+  const int sharers = rows < WARPS ? WARPS / rows : 1;  // warps that take the parts of a row in turn
   for (int i = warp; i < sharers * rows; i += WARPS) {
     add_parts<D, 8>(all, first_row + i % rows, i / rows, sharers, shares, packed_sums + i * D, exact_sums + i * D);
   }

@@ -1,14 +1,14 @@
-// Decode attention, last pass: the parts of a query row become its output. The packed parts are in the rotated space
-// of the values; their sum is rotated back once.
+// Decode attention, last pass: merge the parts of each query row into its output. The sums of packed parts are in the
+// rotated space of the values; their merged sum is rotated back once.
 
-// Shared memory of a thread block of ROWS query rows, in floats: sums of packed and of exact parts,
-// [SHARERS][ROWS][VALUE_DIM] each; behind them first [MAX_PARTS] for each warp, the shares of the parts in its row, then
-// the products of multiply_rows.
+// Shared memory, in floats, of a thread block of ROWS query rows: sums of packed and of exact parts,
+// [SHARERS][ROWS][VALUE_DIM] each; then the shares of the parts in a row, [MAX_PARTS] per warp, which the products of
+// multiply_rows later replace.
 template <int VALUE_DIM, int ROWS, int THREADS>
 struct MergeShape {
   enum {
     WARPS = THREADS / 32,
-    SHARERS = ROWS < WARPS ? WARPS / ROWS : 1,  // warps that take turns with the parts of a row
+    SHARERS = ROWS < WARPS ? WARPS / ROWS : 1,  // warps that take the parts of a row in turn
     SUMS = SHARERS * ROWS * VALUE_DIM,
     REST = 2 * SUMS,
     PRODUCTS = WARPS * ROWS * VALUE_DIM,
@@ -16,8 +16,8 @@ struct MergeShape {
   };
 };
 
-// What each part of a query row counts for, and nothing behind the last: by one warp, for itself. A barrier of the warp
-// must follow.
+// The share of each part in a query row, and zero past the last part. A warp computes them for itself. A barrier of the
+// warp must follow.
 DEVICE_FN void find_shares(
     const AttendParts& all, int kv_head, int row, int64_t first_part, int parts, int lane, float* shares) {
   const rotormlx_attend_arguments& call = all.call;
@@ -45,15 +45,15 @@ DEVICE_FN void find_shares(
   }
   for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
   total += share_of(sink, top);
-  // A query that sees nothing has a total of zero.
+  // A query that sees no token has a total of zero.
   const float factor = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
 #pragma unroll
   for (int i = 0; i < MAX_PARTS / 32; ++i) shares[32 * i + lane] = tops[i] * factor;
 }
 
-// The parts of a query row, of which a warp takes every `sharers`-th from `sharer` on, added up to sums [VALUE_DIM] of
-// the packed and of the exact ones. The first outputs are under way while the shares are found, BATCH of them: all that
-// is waited for is memory. shares: shared, [MAX_PARTS], of this warp.
+// Sum every `sharers`-th part of a query row, from `sharer` on, into packed_sums and exact_sums, [VALUE_DIM] each. One
+// warp does this. The first BATCH outputs are loaded while the shares are computed, so that only memory latency
+// remains. shares: shared memory of this warp, [MAX_PARTS].
 template <int VALUE_DIM, int BATCH>
 DEVICE_FN void add_parts(const AttendParts& all, int row, int sharer, int sharers, float* shares, float* packed_sums,
                          float* exact_sums) {
@@ -67,7 +67,7 @@ DEVICE_FN void add_parts(const AttendParts& all, int row, int sharer, int sharer
   const auto load = [&](int start, int column) {
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      // Behind the last part, or column, it is read again.
+      // Past the last part, or the last column, read the last again.
       const int part = min(start + i * sharers, parts - 1);
       x[i] = *reinterpret_cast<const float4*>(outputs + part * VALUE_DIM + min(column, VALUE_DIM - 4));
     }
@@ -99,8 +99,8 @@ DEVICE_FN void add_parts(const AttendParts& all, int row, int sharer, int sharer
   }
 }
 
-// A number of the output, of a query row of KV head `head_index` of [B, K]: `packed` is rotated back, without its
-// channel scale.
+// Store one number of the output, for a query row of KV head `head_index` of [B, K]. `packed` is rotated back, but not
+// yet multiplied by its channel scale.
 template <int VALUE_DIM>
 DEVICE_FN void store_output(const AttendParts& all, int head_index, int row, int channel, float packed, float exact) {
   const rotormlx_attend_arguments& call = all.call;
@@ -114,13 +114,13 @@ DEVICE_FN void store_output(const AttendParts& all, int head_index, int row, int
   store(call.out, at, call.dtype, fmaf(packed, factor, exact));
 }
 
-// ROWS query rows of a KV head in a thread block of THREADS; the grid is tiles of rows x [B, K]. Of one row a warp has a
-// quarter of the parts.
+// Merge ROWS query rows of a KV head with a thread block of THREADS threads; the grid is tiles of rows x [B, K]. With
+// one row, a warp has a quarter of the parts.
 template <int VALUE_DIM, int ROWS, int THREADS>
 DEVICE_FN void merge_parts(const AttendParts& all, float* packed_sums) {  // shared, see MergeShape
   using Shape = MergeShape<VALUE_DIM, ROWS, THREADS>;
   constexpr int CHANNELS = (VALUE_DIM + THREADS - 1) / THREADS, SHARERS = Shape::SHARERS;
-  constexpr int BATCH = ROWS == 1 ? 16 : 4;  // loads under way; where there are many rows, other warps have theirs
+  constexpr int BATCH = ROWS == 1 ? 16 : 4;  // loads in flight; with several rows, other warps have loads in flight too
   const rotormlx_attend_arguments& call = all.call;
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int head_index = int(blockIdx.y);

@@ -1,9 +1,9 @@
-// Decode attention, first pass, without tensor cores: one part of the exact tokens, whatever their dtype, or of the
-// packed ones where queries are float32. All in float32.
+// Decode attention, first pass, without tensor cores, in float32: one part of the exact tokens, of any dtype, or of the
+// packed tokens if queries are float32.
 //
-// The part is walked in steps; each warp has a run of a step, a block of packed tokens or 32 exact ones. Keys: a lane
-// has two packed tokens or one exact one, and adds up over channels. Values: a thread has two channels and adds up
-// over tokens. What the lanes of a loop have in common (a query, or the softmax weights) lies in shared memory, and
+// The part is walked in steps. In a step each warp has one run: a block of packed tokens, or 32 exact tokens. Keys: a
+// lane holds two packed tokens or one exact token, and sums over channels. Values: a thread holds two channels, and
+// sums over tokens. The factors that all lanes of a loop need (a query, or the softmax weights) are in shared memory;
 // all lanes read the same address.
 
 template <int KEY_BITS, int VALUE_BITS, int KEY_DIM, int VALUE_DIM, int ROWS>
@@ -12,15 +12,15 @@ struct AttendPlain {
     WARPS = 4,
     LANES = 32,
     THREADS = WARPS * LANES,
-    // Values: GROUPS groups of VALUE_LANES threads share the tokens of a step.
+    // For the values, GROUPS groups of VALUE_LANES threads share the tokens of a step.
     VALUE_LANES = VALUE_DIM / 2,
     GROUPS = 4 * VALUE_LANES <= THREADS ? 4 : 2 * VALUE_LANES <= THREADS ? 2 : 1,
-    EXACT_VALUES = 16,  // exact tokens of a group at a time
-    // Places in shared memory, in floats.
+    EXACT_VALUES = 16,  // exact tokens that a group handles at once
+    // Offsets in shared memory, in floats.
     QUERY = 0,                               // [KEY_DIM][ROWS]
     WEIGHTS = KEY_DIM * ROWS,                // [WARPS * BLOCK][ROWS]
     BY_WARP = WEIGHTS + WARPS * BLOCK * ROWS,  // [WARPS][ROWS]
-    KEY_LEVELS = BY_WARP + WARPS * ROWS,     // all of Stored<KEY_BITS>
+    KEY_LEVELS = BY_WARP + WARPS * ROWS,     // [Stored<KEY_BITS>::LEVELS]
     VALUE_LEVELS = KEY_LEVELS + Stored<KEY_BITS>::LEVELS,
     SHARED_BYTES = 4 * (VALUE_LEVELS + Stored<VALUE_BITS>::LEVELS)
   };
@@ -43,7 +43,8 @@ struct AttendPlain {
     }
   }
 
-  // Adds up along the packed axis of one block, for the lane of its words that `words` is the first of, and the next.
+  // Add the products of one block's levels and factors [AXIS][ROWS] to sums [2][ROWS], along the packed axis. `words`
+  // is the first word of a lane of the words; this thread handles that lane and the next.
   template <int BITS, int AXIS>
   static DEVICE_FN void add_levels(
       const uint* words, int row_stride, const float* levels, const float* factors, float* sums) {
@@ -53,7 +54,7 @@ struct AttendPlain {
     for (int row = 0; row < WORD_ROWS; ++row) {
       const uint2 word = *reinterpret_cast<const uint2*>(words + row * row_stride);
       if (BITS == 3) {
-        // A word of the second plane serves two words of the first.
+        // One word of the second plane belongs to two words of the first.
         if (row % 2 == 0) high = *reinterpret_cast<const uint2*>(words + (WORD_ROWS + row / 2) * row_stride);
         else high.x >>= 2, high.y >>= 2;
       }
@@ -63,7 +64,7 @@ struct AttendPlain {
 #pragma unroll
       for (int field = 0; field < CODES; ++field) {
         const int i = row * CODES + field;
-        // Fields behind the last position mean nothing.
+        // The word's fields past the last position carry no code.
         if (AXIS % CODES == 0 || i < AXIS) {
           const float two[2] = {
               levels[index_of_field<BITS>(first, field)], levels[index_of_field<BITS>(second, field)]};
@@ -80,7 +81,7 @@ struct AttendPlain {
 
   template <bool EXACT>
   static DEVICE_FN void run_part(const AttendParts& all, float* shared) {
-    // Tokens of a lane, of a warp, of all warps, and of a group of the values at a time.
+    // Tokens of a lane, of a warp and of all warps, and tokens that a group of the values handles at once.
     enum { HELD = EXACT ? 1 : 2, RUN = HELD * LANES, STEP = WARPS * RUN, UNIT = EXACT ? int(EXACT_VALUES) : BLOCK };
     const rotormlx_attend_arguments& call = all.call;
     const int thread = int(threadIdx.x);
@@ -108,7 +109,7 @@ struct AttendPlain {
     }
 
     const int value_group = thread / VALUE_LANES;
-    const int channel = 2 * (thread % VALUE_LANES);  // and the next
+    const int channel = 2 * (thread % VALUE_LANES);  // this thread has this channel and the next
     float tops[ROWS], totals[ROWS], sums[2 * ROWS];  // sums: [2][ROWS]
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
@@ -158,7 +159,7 @@ struct AttendPlain {
         for (int t = 0; t < HELD; ++t) {
           const float weight = share_of(scores[t * ROWS + row], top);
           totals[row] += weight;
-          // The scale of a hidden token may be anything, NaN among them.
+          // The scale of a hidden token may hold any bits, even a NaN.
           weights[(warp * RUN + HELD * lane + t) * ROWS + row] =
               weight == 0.0f ? 0.0f : weight * value_scale[t];
         }
@@ -215,8 +216,8 @@ struct AttendPlain {
     }
   }
 
-  // Half the variance that codes bring into the scores of each row, for a scale of 1. Query and scores are multiplied
-  // by log2(e), so their square is once too often.
+  // Half the variance that coding the keys adds to the scores of each row, for a scale of 1. The query is already
+  // multiplied by log2(e), as the scores are, so its square has that factor once too often; the division removes it.
   static DEVICE_FN void measure_noise(const float* query, int lane, float* noise) {
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
@@ -229,7 +230,7 @@ struct AttendPlain {
     }
   }
 
-  // scores += <q, k> of token `index`; lanes behind the last token read it again.
+  // scores += <q, k> for token `index`; lanes past the last token read that token again.
   static DEVICE_FN void add_exact_keys(
       const rotormlx_attend_arguments& call, const Part& p, int index, const float* query, float* scores) {
     const int64_t at = p.batch * call.exact_keys_strides[0] + p.kv_head * call.exact_keys_strides[1] +
@@ -252,8 +253,8 @@ struct AttendPlain {
     });
   }
 
-  // The same for tokens 2 lane and 2 lane + 1 of a packed block, with its scales and centre; also the scales of their
-  // values.
+  // The same for tokens 2 lane and 2 lane + 1 of a packed block, with its scales and centre. Also loads the scales of
+  // the values of these tokens.
   static DEVICE_FN void add_packed_keys(
       const rotormlx_attend_arguments& call, const Part& p, int block, int lane, const float* levels,
       const float* query, const float* noise, float* scores, float* value_scale) {
@@ -300,8 +301,8 @@ struct AttendPlain {
     }
   }
 
-  // sums[c] += weights times values, for channels `channel` and the next of EXACT_VALUES tokens. Behind the last
-  // token, which is read again, weights are zero.
+  // sums[c] += weights times values, for channels `channel` and `channel` + 1 of EXACT_VALUES tokens. Past the last
+  // token, which is read again, the weights are zero.
   static DEVICE_FN void add_exact_values(
       const rotormlx_attend_arguments& call, const Part& p, int first_token, int channel,
       const float* weights, float* sums) {

@@ -1,5 +1,5 @@
-// Decode attention, before the first pass: queries are multiplied by the channel scale of the keys and rotated, once,
-// as the levels of the keys will meet them.
+// Decode attention, before the first pass: multiply the queries by the channel scale of the keys and rotate them, once,
+// so that they match the levels of the packed keys.
 
 // Shared memory of a thread block of ROWS query rows, in floats.
 template <int KEY_DIM, int ROWS, int THREADS>
@@ -7,7 +7,7 @@ struct QueryShape {
   enum { PRODUCTS = ROWS * KEY_DIM, ALL = PRODUCTS + THREADS / 32 * ROWS * KEY_DIM };  // see multiply_rows
 };
 
-// ROWS query rows of a KV head in a thread block of THREADS; the grid is tiles of rows x [B, K].
+// Rotate ROWS query rows of a KV head with a thread block of THREADS threads; the grid is tiles of rows x [B, K].
 template <int KEY_DIM, int ROWS, int THREADS>
 DEVICE_FN void rotate_queries(const AttendParts& all, float* rows) {  // shared, [ROWS][KEY_DIM], and see QueryShape
   const rotormlx_attend_arguments& call = all.call;

@@ -1,12 +1,12 @@
 // From words to the operands of the tensor cores.
 //
-// A chunk is 8 codes of one lane of the words, next to each other on the packed axis; that is the axis a product sums
-// over, and the order of the sum is free. So a lane of a warp takes whole chunks: the products of two steps of 16
-// places take 32 codes, four chunks, one from each of the four lanes that share a row of the operand. What stands
-// on the other side of the product (a query, or softmax weights) is put into the same order.
+// A chunk is 8 codes of one lane of the words, neighbours on the packed axis. A product sums over that axis, and the
+// order of a sum is free, so a lane of a warp takes whole chunks. Two steps of 16 positions take 32 codes, which are
+// four chunks, one from each of the four lanes that share a row of the operand. The other side of the product (a query,
+// or softmax weights) is put into the same order.
 
-// How the chunks of AXIS codes are dealt to the four lanes. A load brings WORDS words of one lane of the words, which
-// hold SHARE chunks.
+// How the chunks of AXIS codes are distributed over the four lanes. A load reads WORDS words of one lane of the words,
+// which hold SHARE chunks.
 template <int BITS, int AXIS>
 struct Chunks {
   enum {
@@ -16,11 +16,11 @@ struct Chunks {
     LOADS = (COUNT + 4 * SHARE - 1) / (4 * SHARE),
     STEPS = LOADS * SHARE
   };
-  // The chunk of a lane in a step; where the lanes' chunks are more than COUNT, it may not exist.
+  // The chunk of a lane in a step. If the lanes have room for more than COUNT chunks, it may not exist.
   static DEVICE_FN int chunk(int step, int quad_lane) {
     return (step / SHARE * 4 + quad_lane) * SHARE + step % SHARE;
   }
-  // The row of words that word `i` of a load is; one that exists, if not its chunks.
+  // The row of words that word `i` of a load comes from. The row always exists, even if its chunks do not.
   static DEVICE_FN int row(int load, int i, int quad_lane) {
     constexpr int FIRST = WordRows<BITS, AXIS>::FIRST, SECOND = WordRows<BITS, AXIS>::SECOND;
     const bool in_first = BITS == 8 || i == 0;
@@ -31,7 +31,7 @@ struct Chunks {
   }
 };
 
-// Where code i of a chunk stands among the 8 levels of it: the codes of 2 and 3 bits are taken two fields at a time,
+// The position of code i of a chunk among the chunk's 8 levels. Codes of 2 and 3 bits are decoded two fields at a time,
 // so that of four codes the even ones come first.
 template <int BITS>
 struct Order {
@@ -41,39 +41,39 @@ struct Order {
 
 // ---- levels as float16 ----------------------------------------------------------------------------
 
-// A magnitude, which is a normal number of float16, rounded to nearest, ties to even.
+// A magnitude, a normal number of float16, as float16 bits: rounded to nearest, ties to even.
 __host__ __device__ constexpr uint half_magnitude(uint bits) {
   const uint half = (((bits >> 23) - 112u) << 10) | ((bits >> 13) & 0x3ffu);
   const uint rest = bits & 0x1fffu;
   return half + (rest > 0x1000u || (rest == 0x1000u && half % 2 == 1) ? 1u : 0u);
 }
 
-// ---- selectors: what picks levels, four at a time, a nibble each
+// ---- selectors: they pick levels, four at a time, by one nibble each
 
-// `word` in a lane of the words, moved up by SHIFT bits; those of the word `before` it come in.
+// `word` of a lane of the words, shifted up by SHIFT bits; bits of the preceding word `before` are shifted in.
 template <int SHIFT>
 DEVICE_FN uint moved_up(uint word, uint before) { return (word << SHIFT) | (before >> (32 - SHIFT)); }
 
-// Two pairs of float16 from the low and the high bytes of four.
+// Join four low and four high bytes into two pairs of float16.
 DEVICE_FN void join_bytes(uint low, uint high, uint* pairs) {
   pairs[0] = chosen_bytes(low, high, 0x5140u);
   pairs[1] = chosen_bytes(low, high, 0x7362u);
 }
 
-// The bytes of the 8 float16 that a selector picks from: the low ones of the first four and of the last four, and the
-// high ones.
+// The bytes of the 8 float16 numbers that a selector picks from: low bytes of the first four and of the last four, then
+// their high bytes.
 struct LevelBytes {
   uint low[2], high[2];
 };
 
-// Four levels by the lower half of `selector`.
+// Look up four levels, by the lower half of `selector`.
 DEVICE_FN void look_up(const LevelBytes& bytes, uint selector, uint* pairs) {
   join_bytes(chosen_bytes(bytes.low[0], bytes.low[1], selector), chosen_bytes(bytes.high[0], bytes.high[1], selector),
              pairs);
 }
 
-// The same with signs, which are the highest bits of the nibbles in one half of `nibbles`; `below` are these nibbles
-// moved up by four bits.
+// The same with signs, which are the highest bits of the nibbles in one half of `nibbles`; `below` holds these nibbles
+// shifted up by four bits.
 DEVICE_FN void look_up_signed(
     const LevelBytes& bytes, uint selector, uint below, uint nibbles, int half, uint* pairs) {
   const uint signs = chosen_bytes(below, nibbles, half == 0 ? 0x5140u : 0x7362u) & 0x80808080u;
@@ -81,15 +81,16 @@ DEVICE_FN void look_up_signed(
              chosen_bytes(bytes.high[0], bytes.high[1], selector) ^ signs, pairs);
 }
 
-// Of each width: `level(nibble)`, the float16 that a nibble of a selector picks, and `make`, the levels of a load as
-// SHARE times four pairs of float16, in the order of Order<BITS>. words: those of the load; `before` the one before the
-// first of them on the packed axis, of a trellis; `quad_lane` whose load it is; `table` the levels of 8 bits.
+// For each width: `level(nibble)`, the float16 that a nibble of a selector picks; and `make`, which turns a load into
+// its levels, SHARE times four pairs of float16 in the order of Order<BITS>. words: those of the load. before: for a
+// trellis, the word that precedes the first of them on the packed axis. quad_lane: the lane that has the load. table:
+// the levels of 8 bits.
 template <int BITS>
 struct Levels;
 
-// Of a trellis: bits 2 i and 2 i + 1 of a word are p(i), the path, and s(i), the sign of code i, and the bits of its
-// subset are p(i - 2) and q(i) = p(i) + p(i - 1) + p(i - 3) modulo 2, each turned over by the sign (see indices_of).
-// A nibble is (q, s, p(i - 2)), the lowest first; the order of the bytes does the rest.
+// A trellis: bits 2 i and 2 i + 1 of a word are p(i), the path, and s(i), the sign of code i. The bits of the code's
+// subset are p(i - 2) and q(i) = p(i) + p(i - 1) + p(i - 3) modulo 2, each inverted if the sign is set (see
+// indices_of). A nibble is (q, s, p(i - 2)), lowest bit first; `level` does the inversion.
 template <>
 struct Levels<2> {
   static __device__ constexpr uint level(uint nibble) {
@@ -114,7 +115,8 @@ struct Levels<2> {
   }
 };
 
-// A nibble is (h, q + s, p(i - 2) + s), with h from the second plane: the index of a magnitude, back to front.
+// A nibble is (h, q + s, p(i - 2) + s), sums modulo 2, with h from the second plane: the index of a magnitude with its
+// bits reversed.
 template <>
 struct Levels<3> {
   static __device__ constexpr uint level(uint nibble) {
@@ -128,7 +130,7 @@ struct Levels<3> {
     const uint subsets = word ^ (((word >> 1) ^ by_two) & 0x55555555u) ^
                          joined(0x55555555u, by_six, moved_up<5>(word, before));
     const uint even = (high & 0x11111111u) | ((subsets << 1) & 0x66666666u);
-    const uint odd = (high & 0x22222222u) | (subsets & 0xccccccccu);  // one bit too high
+    const uint odd = (high & 0x22222222u) | (subsets & 0xccccccccu);  // one bit too high; the selector is shifted below
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint four[2][2];
@@ -155,7 +157,7 @@ struct Levels<4> {
 
 template <>
 struct Levels<8> {
-  static __device__ constexpr uint level(uint) { return 0; }  // there are too many
+  static __device__ constexpr uint level(uint) { return 0; }  // too many levels for a selector; `make` uses the table
   static DEVICE_FN void make(
       const uint* words, uint, int, const LevelBytes&, const ushort* table, uint* pairs) {
 #pragma unroll
@@ -174,9 +176,10 @@ __device__ constexpr uint level_bytes(uint first, uint byte) {
   return bytes;
 }
 
-// What the levels of a width are picked from goes through shared memory, so that a thread then keeps it in registers
-// and does not make it anew each time; and once for each lane of a quad, or it would go to registers of the warp, from
-// where it had to be copied at each use. `table` is of 256 for 8 bits. By all threads together; a barrier must follow.
+// Write the bytes or the table that levels of a width are picked from to shared memory. A thread then loads them and
+// keeps them in registers, instead of making them anew for each use. Each lane of a quad has its own copy; otherwise
+// the compiler would use registers of the warp, which must be copied for each use. table: [256], for 8 bits. All
+// threads call this; a barrier must follow.
 template <int BITS>
 DEVICE_FN void fill_half_levels(uint4* bytes, ushort* table, int thread, int threads) {  // bytes: [4]
   if (BITS == 8) {

@@ -1,34 +1,34 @@
-// What the attention kernels have in common. Scores and their maxima are multiplied by log2(e), so that softmax takes
-// powers of two.
+// Parts, masks, loads and stores, shared by the attention kernels. Scores and their maxima are multiplied by log2(e),
+// so that softmax uses powers of two.
 #pragma once
 
 #include "launch.h"
 
-// The most parts of a sequence.
+// The largest number of parts of a sequence.
 constexpr int MAX_PARTS = 512;
 
-// What one call works on: how the sequence is cut into parts, and where the kernels leave their results to each other.
-// A part is a run of exact tokens or of packed ones; exact parts come first. G = H / K * L query rows of a KV head.
+// What one call works on: how the sequence is divided into parts, and the buffers that pass results between kernels. A
+// part is a run of exact tokens or of packed tokens; exact parts come first. A KV head has G = H / K * L query rows.
 struct AttendParts {
   rotormlx_attend_arguments call;
   int32_t exact_parts, exact_part_tokens;
   int32_t packed_parts, packed_part_tokens;
   float* rotated;  // [B, K, G, KEY_DIM]: the queries, times the channel scale, rotated
-  float* tops;     // [B, K, G, parts]: the largest score, or what stood in for it
+  float* tops;     // [B, K, G, parts]: the largest score, or the base used in its place
   float* totals;   // [B, K, G, parts]: sum of 2^(score - top)
   float* outputs;  // [B, K, G, parts, VALUE_DIM]: sum of 2^(score - top) value; rotated in packed parts
 };
 
-// The score of a hidden token. Finite, so that the difference of two is a number.
+// The score of a hidden token. It is finite, so that the difference of two such scores is a number.
 constexpr float HIDDEN = -3.402823466e38f;
 constexpr float LOG2_E = 1.44269504f;
 
-// 2^(x - top), or 0 for what is hidden.
+// 2^(x - top), or 0 for a hidden score.
 DEVICE_FN float share_of(float x, float top) { return x <= HIDDEN ? 0.0f : power_of_two(x - top); }
 
-// ---- loads: a thread starts several before it uses one, or each would be waited for by itself
+// ---- loads: a thread starts several before it uses one, so that their latencies overlap
 
-// use(x) with x as a pointer of its dtype, which is so asked for once and not at every number.
+// Call use(x) with x as a pointer to its dtype, so that the dtype is tested once and not for every number.
 template <typename Use>
 DEVICE_FN void with_dtype(const void* x, int dtype, const Use& use) {
   if (dtype == ROTORMLX_FLOAT16) use(static_cast<const __half*>(x));
@@ -42,7 +42,8 @@ __host__ __device__ constexpr int divisor(int count, int most) {
   return most;
 }
 
-// N numbers in a row, of 4, 8 or a multiple of 16 bytes, of which the first lies on a multiple of that, or of 16.
+// N neighbouring numbers of 4, 8 or a multiple of 16 bytes in all. In memory they start at a multiple of that size, or
+// of 16 bytes.
 template <typename T, int N>
 struct Numbers {
   alignas(16) T all[N];
@@ -61,8 +62,8 @@ DEVICE_FN Numbers<T, N> load_numbers(const T* x) {
   return made;
 }
 
-// use(row, channel, number_at(row, channel)) for ROWS rows of D numbers, of which each of THREADS threads has some;
-// numbers of rows behind the last are asked for too.
+// Call use(row, channel, number_at(row, channel)) for ROWS rows of D numbers, which are divided among THREADS threads.
+// number_at is also called past the last row.
 template <int D, int ROWS, int THREADS, typename NumberAt, typename Use>
 DEVICE_FN void for_rows(int thread, const NumberAt& number_at, const Use& use) {
   constexpr int HELD = (ROWS * D + THREADS - 1) / THREADS;
@@ -79,9 +80,9 @@ DEVICE_FN void for_rows(int thread, const NumberAt& number_at, const Use& use) {
   }
 }
 
-// ROWS rows of D numbers, which nobody reads before the barrier in here, times a matrix [D, D]: each warp adds up over
-// its share of the sum, a lane for four columns. products: shared, [WARPS][ROWS][D]. A barrier must follow, then
-// product() gives a number.
+// Multiply ROWS rows of D numbers by a matrix [D, D]. The rows may be written until the barrier inside. Each warp
+// computes its share of the sums, with four columns per lane. products: shared, [WARPS][ROWS][D]. A barrier must
+// follow; after it, product() returns a number of the result.
 template <int D, int ROWS, int WARPS>
 DEVICE_FN void multiply_rows(const float* rows, const float* matrix, int warp, int lane, float* products) {
   constexpr int SHARE = D / WARPS, BATCH = divisor(SHARE, ROWS == 1 ? 32 : 4), BATCHES = SHARE / BATCH;
@@ -89,7 +90,7 @@ DEVICE_FN void multiply_rows(const float* rows, const float* matrix, int warp, i
   const auto load = [&](int column, int start) {
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      // Behind the last column it is read again.
+      // Past the last column, read the last again.
       entries[i] = *reinterpret_cast<const float4*>(matrix + (warp * SHARE + start + i) * D + min(column, D - 4));
     }
   };
@@ -137,17 +138,17 @@ DEVICE_FN void store(void* x, int64_t at, int dtype, float number) {
   }
 }
 
-// One part of the sequence for a run of query rows of one KV head, and what follows from that.
+// One part of the sequence for a run of query rows of one KV head, and the values derived from it.
 struct Part {
   int batch, kv_head, head_index;  // head_index: of [B, K]
   int first_row, group_rows;       // query rows: the first of this thread block, and G
   int part, parts;
   bool exact;
-  int packed_tokens, tokens, sink;  // of this row of the batch
-  int start, stop;                  // tokens, counted among the packed or the exact ones
+  int packed_tokens, tokens, sink;  // of this batch row
+  int start, stop;                  // tokens, counted among the packed tokens or among the exact ones
 };
 
-// Row `row` of the G of a KV head is query `row % L` of its query head `row / L`.
+// Row `row` of the G rows of a KV head is query `row % L` of its query head `row / L`.
 DEVICE_FN Part part_of_block(const AttendParts& all, int rows) {
   const rotormlx_attend_arguments& call = all.call;
   Part p;
@@ -159,7 +160,8 @@ DEVICE_FN Part part_of_block(const AttendParts& all, int rows) {
   p.part = int(blockIdx.z);
   p.parts = all.exact_parts + all.packed_parts;
   p.exact = p.part < all.exact_parts;
-  // The host cannot check what lies on the device: lengths beyond the buffers count as the buffers' own.
+  // The lengths are on the device, so the host cannot check them; lengths beyond the buffers are clamped to the
+  // buffers.
   p.packed_tokens = min(max(call.lengths[2 * p.batch], 0), call.packed_tokens);
   const int exact_tokens = min(max(call.lengths[2 * p.batch + 1] - p.packed_tokens, 0), call.exact_tokens);
   p.tokens = p.packed_tokens + exact_tokens;
@@ -168,7 +170,7 @@ DEVICE_FN Part part_of_block(const AttendParts& all, int rows) {
   p.start = (p.exact ? p.part : p.part - all.exact_parts) * part_tokens;
   p.stop = min(p.start + part_tokens, p.exact ? exact_tokens : p.packed_tokens);
   if (call.mask_kind == ROTORMLX_MASK_CAUSAL) {
-    // What the last query of these rows does not see, none does.
+    // No row of these sees a token that the last query does not see.
     const int last_row = min(p.first_row + rows, p.group_rows) - 1;
     const bool wraps = last_row / call.length > p.first_row / call.length;
     const int last_place = wraps ? call.length - 1 : last_row % call.length;
@@ -178,13 +180,13 @@ DEVICE_FN Part part_of_block(const AttendParts& all, int rows) {
   return p;
 }
 
-// Where a token of the part stands in the sequence.
+// The position in the sequence of a token of the part.
 DEVICE_FN int position_of(const Part& p, int index) {
   if (!p.exact) return p.sink + index;
   return index < p.sink ? index : p.packed_tokens + index;
 }
 
-// The score of a token that exists, under the mask.
+// The score of an existing token under the mask.
 DEVICE_FN float masked(const rotormlx_attend_arguments& call, const Part& p, int row, int position, float score) {
   const int place = row % call.length;
   if (call.mask_kind == ROTORMLX_MASK_CAUSAL) {
@@ -203,7 +205,7 @@ DEVICE_FN float masked(const rotormlx_attend_arguments& call, const Part& p, int
   return score;
 }
 
-// Where query row `row` of a KV head lies in q.
+// The offset in q of query row `row` of a KV head.
 DEVICE_FN int64_t query_at(const rotormlx_attend_arguments& call, int batch, int kv_head, int row) {
   const int head = kv_head * (call.heads / call.kv_heads) + row / call.length;
   return batch * call.q_strides[0] + head * call.q_strides[1] + row % call.length * call.q_strides[2];
