@@ -1,8 +1,8 @@
 // torch operators around launch.h, for one configuration of head_dims, bits and rotations.
 //
-// rotormlx/torch/cuda.py is the only caller: it has checked shapes, dtypes, strides and devices, chosen the current
-// device, and passes the tables and the stream. So no header of CUDA is needed here. The namespace of the operators is
-// given by -DROTORMLX_NAMESPACE, one for each configuration, because several can be loaded in one process.
+// rotormlx/torch/cuda.py is the only caller. It has checked shapes, dtypes, strides and devices, has chosen the current
+// device, and passes the tables and the stream, so no CUDA header is needed here. -DROTORMLX_NAMESPACE names the
+// namespace of the operators: one per configuration, because several can be loaded in one process.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -28,10 +28,10 @@ const T* pointer(const OptionalTensor& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
-// Of B, where the rows of the batch have channel scales of their own, [B, K, D].
+// The stride of B if the batch rows have their own channel scales, [B, K, D]; else 0.
 int64_t scale_stride(const OptionalTensor& x) { return x.has_value() && x->dim() == 3 ? x->stride(0) : 0; }
 
-// Of K, where every KV head has a matrix of its own, [K, D, D].
+// The stride of K if every KV head has its own matrix, [K, D, D]; else 0.
 int64_t matrix_stride(const Tensor& x) { return x.dim() == 3 ? x.stride(0) : 0; }
 
 template <int N>
@@ -39,7 +39,7 @@ void copy_strides(int64_t (&to)[N], const Tensor& x) {
   for (int i = 0; i < N; ++i) to[i] = x.stride(i);
 }
 
-// Kernels that read take the same structure as kernels that write.
+// The packed blocks of a call. Kernels that only read them take the same structure as kernels that write them.
 rotormlx_packed packed_of(const OptionalTensor& words, const OptionalTensor& scales, const OptionalTensor& centres) {
   rotormlx_packed packed = {};
   if (!words.has_value()) return packed;
@@ -59,7 +59,7 @@ void check(const char* name, int error) {
 
 void* stream_of(int64_t stream) { return reinterpret_cast<void*>(stream); }
 
-// x [B, K, 64 N, D] to words [B, K, N, rows, lanes], scales [B, K, N, 64], centres [B, K, N, D] or [B, K, N, 0].
+// Encode x [B, K, 64 N, D] to words [B, K, N, rows, lanes], scales [B, K, N, 64], centres [B, K, N, D] or [B, K, N, 0].
 std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const OptionalTensor& centres,
                                           const OptionalTensor& channel_scale, const Tensor& coefficients,
                                           int64_t start, const OptionalTensor& state, int64_t role, int64_t rows,
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const OptionalTensor&
   return {words, scales, means};
 }
 
-// Packed blocks to [B, K, 64 N, D].
+// Decode packed blocks to [B, K, 64 N, D].
 Tensor decode(const Tensor& words, const Tensor& scales, const OptionalTensor& centres,
               const OptionalTensor& channel_scale, const Tensor& coefficients, int64_t role, int64_t head_dim,
               at::ScalarType dtype, int64_t stream) {
@@ -112,7 +112,7 @@ Tensor decode(const Tensor& words, const Tensor& scales, const OptionalTensor& c
   return out;
 }
 
-// Stores a decode step in place: see rotormlx_store.
+// Store a decode step in place: see rotormlx_store.
 void store(const Tensor& new_keys, const Tensor& new_values, const Tensor& lengths, const Tensor& counter,
            const Tensor& key_exact, const Tensor& key_words, const Tensor& key_scales, const Tensor& key_centres,
            const OptionalTensor& key_channel_scale, const Tensor& value_exact, const Tensor& value_words,
@@ -151,7 +151,7 @@ void store(const Tensor& new_keys, const Tensor& new_values, const Tensor& lengt
   check("store", rotormlx_store(&call, stream_of(stream)));
 }
 
-// The structure of a plan from its fields in order.
+// Make the structure of a plan from its fields in order.
 rotormlx_attend_plan plan_of(at::IntArrayRef numbers) {
   constexpr size_t COUNT = sizeof(rotormlx_attend_plan) / sizeof(int32_t);
   TORCH_CHECK(numbers.size() == COUNT, "[attend] A plan must have ", COUNT, " numbers, but has ", numbers.size(), ".");
@@ -162,8 +162,9 @@ rotormlx_attend_plan plan_of(at::IntArrayRef numbers) {
   return plan;
 }
 
-// q [B, H, L, D] over exact and packed tokens to [B, H, L, Dv]. What counts is read on the device from `lengths`; the
-// numbers of tokens given to the kernels are the capacities of the buffers, so that a CUDA graph may be replayed.
+// Attend with q [B, H, L, D] over exact and packed tokens; returns [B, H, L, Dv]. The kernels read the numbers of
+// tokens from `lengths` on the device. The numbers passed by the host are the capacities of the buffers, so that a CUDA
+// graph can be replayed.
 Tensor attend(const Tensor& q, const Tensor& lengths, const Tensor& key_exact, const OptionalTensor& key_words,
               const OptionalTensor& key_scales, const OptionalTensor& key_centres,
               const OptionalTensor& key_channel_scale, const Tensor& value_exact, const OptionalTensor& value_words,
@@ -238,7 +239,7 @@ TORCH_LIBRARY(ROTORMLX_NAMESPACE, library) {
       "Tensor(d!) key_words, Tensor(e!) key_scales, Tensor(f!) key_centres, Tensor(g!)? key_channel_scale, "
       "Tensor(h!) value_exact, Tensor(i!) value_words, Tensor(j!) value_scales, Tensor(k!)? value_channel_scale, "
       "Tensor key_coefficients, Tensor value_coefficients, int sink, int window, bool own_scale, int stream) -> ()");
-  // Under any device: the tests run it with launchers of the host.
+  // Registered for every device: the tests run these operators with launchers on the host.
   library.impl("encode", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(encode));
   library.impl("decode", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(decode));
   library.impl("store", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(store));

@@ -1,9 +1,9 @@
-// The codecs of keys and values of the configuration, as the kernels that encode and decode take them.
+// The codecs of the configuration's keys and values, in the form that the kernels take them.
 #pragma once
 
 #include "launch.cuh"
 
-// Made by kernel_source.cuda_header(): namespaces with LANES, HELD, tables and rotations.
+// Written by cuda_header of rotormlx/kernels/source.py: namespaces with LANES, HELD, tables and rotations.
 #include "key_rotation.h"
 #include "value_rotation.h"
 

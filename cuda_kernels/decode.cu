@@ -1,8 +1,8 @@
-// Packed blocks to the vectors they stand for (docs/FORMAT.md, section 6).
+// Decode packed blocks to the vectors they stand for (docs/FORMAT.md, section 6).
 //
-// One thread block a block of one KV head. As in encode.cu, a lane has its channels of ROWS tokens in registers and
-// rows exchange numbers by shuffles; rows share nothing, so there is neither shared memory nor a barrier. The grid is
-// N x K x B.
+// One thread block per block of one KV head; the grid is N x K x B. As in encode.cu, a lane holds its channels of ROWS
+// tokens in registers, and the lanes of a row exchange numbers by shuffles. Rows share nothing, so the kernel needs
+// neither shared memory nor barriers.
 template <typename Codec, int THREADS>
 DEVICE_FN void decode_block(const rotormlx_decode_arguments& call) {
   constexpr int D = Codec::D, LANES = Codec::LANES;
@@ -11,7 +11,7 @@ DEVICE_FN void decode_block(const rotormlx_decode_arguments& call) {
   constexpr int WORKERS = THREADS / LANES;
   constexpr int ROWS = BLOCK / WORKERS;                  // tokens of a lane: every WORKERS-th
   constexpr int PACKED = Codec::IS_KEY ? D : BLOCK;      // codes along the packed axis
-  constexpr int WORD_LANES = Codec::IS_KEY ? BLOCK : D;  // words beside each other
+  constexpr int WORD_LANES = Codec::IS_KEY ? BLOCK : D;  // words in a row of words
 
   const int block = int(blockIdx.x), head = int(blockIdx.y), batch = int(blockIdx.z);
   const int worker = int(threadIdx.x) / LANES;

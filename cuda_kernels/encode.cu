@@ -1,16 +1,17 @@
-// Raw keys or values to packed words, scales and centres (docs/FORMAT.md, section 5).
+// Encode raw keys or values to packed words, scales and centres (docs/FORMAT.md, section 5).
 //
-// One thread block a block of one KV head; a warp has the same tokens throughout. At first a row is near: each of
-// NEAR_LANES lanes has NEIGHBOURS neighbouring channels of it, as they lie in memory, takes the centre off and does
-// those stages of the rotation whose groups lie so. Then rows turn, through shared memory, and are far: each of LANES
-// lanes has channels of the whole row, and does the other stages, the norm and the codes. The codes, a byte each, meet
-// in shared memory, where every thread packs whole words. For trellis codes numbers meet there before, slice by slice,
-// and two lanes find the path of one sequence.
+// One thread block per block of one KV head; a warp has the same tokens throughout. Rows have two layouts. In the near
+// layout, each of NEAR_LANES lanes has NEIGHBOURS neighbouring channels of a row, in memory order. It subtracts the
+// centre and does those stages of the rotation whose groups are within a lane. Rows then turn, through shared memory,
+// to the far layout: each of LANES lanes has channels of the whole row, and does the other stages, the norm and the
+// codes. The codes, one byte each, are gathered in shared memory, where every thread packs whole words. For trellis
+// codes, numbers are gathered there first, one slice of the sequences at a time, and two lanes find the path of one
+// sequence.
 //
-// Codec names bits, D, the rotation and the tables of keys or of values; see codecs.cuh.
+// Codec holds bits, D, the rotation and the tables of keys or of values; see codecs.cuh.
 #pragma once
 
-// Where a block comes from and goes to. Arrays of the block alone.
+// The inputs and outputs of one block. All arrays are those of the block alone.
 struct BlockCall {
   const void* x;               // dtype [64, D], rows x_stride apart
   int64_t x_stride;
@@ -25,53 +26,54 @@ struct BlockCall {
   const uint* state;           // [D], or null
 };
 
-// How the threads of a block share its rows, and the shared memory that they need, in words.
+// How the threads of a thread block share the block's rows, and the shared memory that they need, in words.
 template <typename Codec, int THREADS>
 struct EncodePlan {
   static constexpr int D = Codec::D, LANES = Codec::LANES, HELD = Codec::HELD, WARPS = THREADS / 32;
-  // Far rows: those of a thread, of which its warp has WARP_ROWS side by side.
+  // Far rows: a thread has ROWS of them; its warp has WARP_ROWS side by side.
   static constexpr int WORKERS = THREADS / LANES, WARP_ROWS = 32 / LANES, ROWS = BLOCK / WORKERS;
   using Channels = LaneRow<D, LANES, HELD>;
-  // Near rows likewise. Some lanes may have no channels.
+  // The same for near rows. Some lanes may have no channels.
   static constexpr int NEIGHBOURS = Codec::NEIGHBOURS, FILLED = (D + NEIGHBOURS - 1) / NEIGHBOURS;
   static constexpr int NEAR_LANES = FILLED > 16 ? 32 : FILLED > 8 ? 16 : FILLED > 4 ? 8 : 4;
   static constexpr int NEAR_WORKERS = THREADS / NEAR_LANES, WARP_NEAR_ROWS = 32 / NEAR_LANES;
   static constexpr int NEAR_ROWS = BLOCK / NEAR_WORKERS;
   using NearChannels = LaneRow<D, NEAR_LANES, NEIGHBOURS>;
-  // A warp turns AT_ONCE rows at once: NEAR_TURN near ones of a lane become FAR_TURN far ones.
+  // A warp turns AT_ONCE rows at once: NEAR_TURN near rows of a lane become FAR_TURN far rows.
   static constexpr int AT_ONCE = WARP_ROWS > WARP_NEAR_ROWS ? WARP_ROWS : WARP_NEAR_ROWS;
   static constexpr int NEAR_TURN = AT_ONCE / WARP_NEAR_ROWS, FAR_TURN = AT_ONCE / WARP_ROWS;
   static constexpr int TURNS = ROWS / FAR_TURN;
-  // Many rows turn in parts of their channels.
+  // If there are many rows, they turn in parts of their channels.
   static constexpr int PART = LANES < 16 ? 64 : NEAR_LANES * NEIGHBOURS, PARTS = (D + PART - 1) / PART;
-  // Behind NEIGHBOURS numbers are four words more, behind a row as many as make it an odd number of half the banks:
-  // lanes then meet no bank twice, neither side by side nor in rows side by side.
+  // After every NEIGHBOURS numbers there are four words of padding. A row is padded to an odd multiple of half the
+  // banks. Lanes then use no bank twice, whether they are side by side in a row or in neighbouring rows.
   static constexpr int SPREAD = NEIGHBOURS + 4, ROW_CHANNELS = PART < D ? PART : FILLED * NEIGHBOURS;
   static constexpr int ROW_SPREAD = ROW_CHANNELS / NEIGHBOURS * SPREAD;
   static constexpr int ROW_WORDS = (ROW_SPREAD + 15) / 32 * 32 + 16, WARP_WORDS = AT_ONCE * ROW_WORDS;
-  // Tables: centres, two a word, the levels of all codes, and at 8 bits the cells of |z|.
+  // Tables: centres (two per word), the levels of all codes, and at 8 bits the cells of |z|.
   static constexpr int LEVELS = D / 2, CELLS = LEVELS + Stored<Codec::BITS>::LEVELS;
   static constexpr int TABLE_WORDS = CELLS + 2 * Codec::CELL_COUNT;
   using Encoder = BlockEncoder<Codec::BITS, Codec::IS_KEY != 0, D, LANES, HELD, BLOCK, THREADS,
                                48 * 1024 - 4 * TABLE_WORDS>;
   static constexpr int ROWS_WORDS = WARPS * WARP_WORDS, NUMBERS = Encoder::NUMBERS;
   static constexpr int CODES = BLOCK * Encoder::CODE_STRIDE;
-  // The tables begin where the rows, or numbers of sequences, end.
+  // The tables follow the rows, or the numbers of sequences, whichever is longer.
   static constexpr int TABLES = ((ROWS_WORDS > NUMBERS ? ROWS_WORDS : NUMBERS) + 3) / 4 * 4;
   static constexpr int WORDS = TABLES + TABLE_WORDS;
 
-  // The token of row i of the AT_ONCE of a turn.
+  // The token of row i among the AT_ONCE rows of a turn.
   static DEVICE_FN uint token_of(uint warp, uint turn, uint i) {
     return warp * WARP_ROWS + i % WARP_ROWS + (i / WARP_ROWS * TURNS + turn) * WORKERS;
   }
-  // That of near row q of this thread.
+  // The token of near row q of this thread.
   static DEVICE_FN uint near_token(uint q) {
     const uint i = threadIdx.x % 32 / NEAR_LANES + q % NEAR_TURN * WARP_NEAR_ROWS;
     return token_of(threadIdx.x / 32, q / NEAR_TURN, i);
   }
 };
 
-// Near rows [NEAR_ROWS, NEIGHBOURS] of a thread from x [64, D], by 16 bytes; channels that do not exist become 0.
+// Load a thread's near rows [NEAR_ROWS, NEIGHBOURS] from x [64, D], 16 bytes at a time; channels that do not exist
+// become 0.
 template <typename Codec, int THREADS, typename T>
 DEVICE_FN void load_rows(const T* x, int64_t x_stride, float* near) {
   using Plan = EncodePlan<Codec, THREADS>;
@@ -92,13 +94,13 @@ DEVICE_FN void load_rows(const T* x, int64_t x_stride, float* near) {
   }
 }
 
-// The sum over the tokens of a warp of each channel of this lane, /64, to `of_warp` [D]. Rows that are not finite are
-// left out. The order is that of far rows: first those of a worker.
+// Sum each channel of this lane over the tokens of the warp, divided by 64, into `of_warp` [D]. Rows that are not
+// finite are left out. The order of the sum is that of far rows: first the rows of a worker.
 template <typename Codec, int THREADS>
 DEVICE_FN void sum_rows(const float* near, uint* of_warp) {
   using Plan = EncodePlan<Codec, THREADS>;
   constexpr int NEIGHBOURS = Plan::NEIGHBOURS, NEAR_ROWS = Plan::NEAR_ROWS, NEAR_TURN = Plan::NEAR_TURN;
-  // SIDE lanes have the first rows of workers, the next SIDE lanes the next, and so on.
+  // SIDE lanes have the first rows of workers, the next SIDE lanes the next rows, and so on.
   constexpr int NEAR_LANES = Plan::NEAR_LANES, FAR_TURN = Plan::FAR_TURN, SIDE = 32 / FAR_TURN, WIDTH = 8;
   const uint lane = threadIdx.x % 32;
   uint broken = 0;
@@ -108,7 +110,7 @@ DEVICE_FN void sum_rows(const float* near, uint* of_warp) {
     for (int p = 0; p < NEIGHBOURS; ++p) broken |= is_finite(near[q * NEIGHBOURS + p]) ? 0u : 1u << q;
   }
   broken = lane_any<NEAR_LANES>(broken);
-  // Few channels at once, for want of registers.
+  // WIDTH channels at a time, because registers are scarce.
 #pragma unroll
   for (int first = 0; first < NEIGHBOURS; first += WIDTH) {
     float sums[NEAR_TURN * WIDTH];
@@ -116,7 +118,7 @@ DEVICE_FN void sum_rows(const float* near, uint* of_warp) {
     for (int i = 0; i < NEAR_TURN * WIDTH; ++i) sums[i] = 0.0f;
 #pragma unroll
     for (int j = 0; j < FAR_TURN; ++j) {
-      // Each goes on from what the lanes before it have, so that the last are right.
+      // Each lane continues the sums of the lanes before it, so the last lanes end with the right sums.
 #pragma unroll
       for (int i = 0; i < (j > 0 ? WIDTH : 0); ++i) sums[i] = __shfl_sync(~0u, sums[i], (lane - SIDE) & 31);
 #pragma unroll
@@ -124,7 +126,7 @@ DEVICE_FN void sum_rows(const float* near, uint* of_warp) {
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
           const float x = broken >> q & 1u ? 0.0f : near[q * NEIGHBOURS + first + i];
-          // Divided first: a power of two, and the sum cannot overflow.
+          // The division by BLOCK, a power of two, comes first, so that the sum cannot overflow.
           const float weight = 1.0f / BLOCK;
           float& sum = sums[q % NEAR_TURN * WIDTH + i];
           sum = fmaf(weight, x, sum);
@@ -152,7 +154,7 @@ DEVICE_FN void sum_rows(const float* near, uint* of_warp) {
   }
 }
 
-// Takes the centre off near rows: the mean of the block, which becomes the block's, or the block's own.
+// Subtract the centre from near rows: either the mean of the block, which is stored as its centre, or the given centre.
 template <typename Codec, int THREADS>
 DEVICE_FN void subtract_centre(const BlockCall& call, float* near, uint* shared) {
   using Plan = EncodePlan<Codec, THREADS>;
@@ -196,7 +198,7 @@ DEVICE_FN void subtract_centre(const BlockCall& call, float* near, uint* shared)
   }
 }
 
-// Near rows [NEAR_ROWS, NEIGHBOURS] of a thread become far rows [ROWS, CHANNELS], through the warp's part of shared
+// Turn a thread's near rows [NEAR_ROWS, NEIGHBOURS] into far rows [ROWS, CHANNELS], through the warp's part of shared
 // memory; channels that do not exist become 0.
 template <typename Codec, int THREADS>
 DEVICE_FN void turn_rows(const float* near, uint* shared, float* rows) {
@@ -241,23 +243,23 @@ DEVICE_FN void turn_rows(const float* near, uint* shared, float* rows) {
   }
 }
 
-// The cells of |z| in place of the table of boundaries.
+// The cells of |z|, which replace the table of boundaries at 8 bits.
 template <typename Codec>
 struct Cells {
   const uint2* table;  // [CELL_COUNT], in shared memory
 };
 
-// As of the table of boundaries. At most one boundary lies in the cell of a size.
+// The same as with the table of boundaries. The cell of a size contains at most one boundary.
 template <int BITS, typename Codec>
 DEVICE_FN uint index_of_size(float size, Cells<Codec> cells) {
-  // The number of the cell in the low bits of 2^23 and it.
+  // The sum of 2^23 and the number of the cell has that number in its low bits.
   const float scaled = fminf(size, float(Codec::CELL_COUNT - 1) / Codec::CELLS_OF_UNIT);
   const uint cell = bits_of_float(fmaf(scaled, Codec::CELLS_OF_UNIT, 8388608.0f)) - 0x4B000000u;
   const uint2 found = cells.table[cell];
   return found.y + (size >= float_of_bits(found.x) ? 1u : 0u);
 }
 
-// What tells the index of the magnitude nearest to |z|; tables: of the plan.
+// The table that gives the index of the magnitude nearest to |z|: cells or boundaries. tables: those of the plan.
 template <typename Codec, int THREADS>
 DEVICE_FN auto boundaries_of(const uint* tables) {
   if constexpr (Codec::CELL_COUNT > 0) {
@@ -267,8 +269,9 @@ DEVICE_FN auto boundaries_of(const uint* tables) {
   }
 }
 
-// Encodes a block with all threads of the thread block. codes [CODES], shared [WORDS]: shared memory of the plan.
-// `scaled_by(near)` may give the channel scale of near rows from which the centre has been subtracted.
+// Encode a block with all threads of the thread block. codes [CODES] and shared [WORDS] are shared memory, see
+// EncodePlan. `scaled_by(near)` returns the channel scale, or null; it may compute it from near rows without their
+// centre.
 template <typename Codec, int THREADS, typename ScaledBy>
 DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, const ScaledBy& scaled_by) {
   using Plan = EncodePlan<Codec, THREADS>;
@@ -314,7 +317,7 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
   if (Stored<Codec::BITS>::HAS_TRELLIS) {
     Encoder::find_paths(rows, row_scales, codes, shared, uint(thread), call.start, call.state, 1, levels);
   } else {
-    // For keys, that is so since the centres are.
+    // For keys, the barriers of subtract_centre already cover the tables.
     if (!Codec::IS_KEY) __syncthreads();  // the tables are there
     Encoder::round(rows, row_scales, codes, uint(thread), boundaries_of<Codec, THREADS>(tables), levels);
     __syncthreads();  // codes written
@@ -325,11 +328,11 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
   }
 
   constexpr int PACKED = Codec::IS_KEY ? D : BLOCK;      // codes along the packed axis
-  constexpr int WORD_LANES = Codec::IS_KEY ? BLOCK : D;  // words beside each other
+  constexpr int WORD_LANES = Codec::IS_KEY ? BLOCK : D;  // words in a row of words
   constexpr int WORDS = WordRows<Codec::BITS, PACKED>::ALL * WORD_LANES;
 #pragma unroll
   for (int n = 0; n < WORDS; n += THREADS) {
-    // What it is divided by is known, and with it that no word begins behind the last code.
+    // The modulo bounds the index for the compiler, which then knows that no word begins past the last code.
     const int i = int(threadIdx.x % THREADS) + n, word_lane = i % WORD_LANES;
     if (WORDS % THREADS != 0 && i >= WORDS) break;
     const uchar* first = codes + word_lane * (Codec::IS_KEY ? CODE_STRIDE : 1);
@@ -338,7 +341,7 @@ DEVICE_FN void encode_one(const BlockCall& call, uchar* codes, uint* shared, con
   }
 }
 
-// The place of block `block` of a KV head among packed ones, which the caller's `call` begins with.
+// Fill in where block `block` of a KV head is stored among the packed blocks.
 DEVICE_FN void place_block(BlockCall& call, const rotormlx_packed& packed, int batch, int head, int block) {
   call.words = packed.words + batch * packed.words_strides[0] + head * packed.words_strides[1] +
                block * packed.words_strides[2];
@@ -348,7 +351,7 @@ DEVICE_FN void place_block(BlockCall& call, const rotormlx_packed& packed, int b
                  head * packed.centres_strides[1] + block * packed.centres_strides[2];
 }
 
-// The kernel encode. The grid is N x K x B.
+// The body of the kernel encode. The grid is N x K x B.
 template <typename Codec, int THREADS>
 DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
   using Plan = EncodePlan<Codec, THREADS>;
@@ -366,7 +369,7 @@ DEVICE_FN void encode_block(const rotormlx_encode_arguments& call) {
   one.channel_scale = call.channel_scale;
   if (one.channel_scale != nullptr) one.channel_scale += batch * call.channel_scale_stride + head * Codec::D;
   one.coefficients = call.coefficients + head * call.coefficients_stride;
-  // A token of keys has a path of its own.
+  // Each token of keys has its own path, so keys always start at 0.
   one.start = Codec::IS_KEY ? 0 : call.start;
   if (one.start > 0 && call.state != nullptr) {
     one.state = call.state + ((int64_t(batch) * call.kv_heads + head) * call.blocks + block) * Codec::D;

@@ -1,5 +1,4 @@
-// All launchers of launch.h in one translation unit. The three parts may as well be compiled on their own, at the same
-// time.
+// All launchers of launch.h in one translation unit. The three files can also be compiled separately, in parallel.
 #include "launch_attend.cu"
 #include "launch_codec.cu"
 #include "launch_store.cu"

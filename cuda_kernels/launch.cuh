@@ -1,4 +1,4 @@
-// What the launchers of both translation units start from: one configuration of head_dims and bits.
+// Definitions that all launchers share: one configuration of head_dims and bits.
 #pragma once
 
 #include "vocabulary.cuh"
@@ -26,7 +26,7 @@ template <typename Arguments>
 int launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared_bytes, void* stream,
            Arguments arguments) {
   if (shared_bytes > 48 * 1024) {
-    // Beyond 48 KiB a kernel must ask.
+    // More than 48 KiB of shared memory must be requested.
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return int(error);

@@ -1,13 +1,13 @@
-// What the host calls: launch.cu, or launch_attend.cu, launch_codec.cu and launch_store.cu at the same time, compiled by
-// nvcc for one configuration, with these functions in plain C. They check nothing but the plan; the caller has checked
+// The functions that the host calls, in plain C. nvcc compiles launch.cu, or launch_attend.cu, launch_codec.cu and
+// launch_store.cu in parallel, for one configuration. The functions check only the plan; the caller must have checked
 // shapes, dtypes, strides and alignment.
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -DROTORMLX_KEY_DIM=128 -DROTORMLX_VALUE_DIM=128 -DROTORMLX_KEY_BITS=4
 //        -DROTORMLX_VALUE_BITS=4 -I<folder of the generated headers> -c launch.cu
 //
-// dtypes, masks, lengths, and numbers of heads and queries are chosen at run time. Two generated headers
-// are included, key_rotation.h and value_rotation.h; cuda_header of rotormlx/kernels/source.py makes their text, in
-// which the codec's role, bits, and the name and head_dim of its rotation count, nothing else.
+// dtypes, masks, lengths, and numbers of heads and queries are chosen at run time. Two generated headers are included,
+// key_rotation.h and value_rotation.h. cuda_header of rotormlx/kernels/source.py makes their text; it depends only on
+// the codec's role and bits, and on the name and head_dim of its rotation.
 //
 // All functions launch on `stream` (a cudaStream_t), do not wait, and return a cudaError_t, 0 for success.
 // They run on the current device, sm_80 or newer.
@@ -44,7 +44,7 @@ typedef struct {
   int64_t centres_strides[3];   // of B, K, N
 } rotormlx_packed;
 
-// Raw keys or values to packed blocks.
+// Encode raw keys or values to packed blocks.
 typedef struct {
   int32_t role;                 // rotormlx_role: chooses head_dim, bits and rotation
   int32_t dtype;                // rotormlx_dtype of x
@@ -63,7 +63,7 @@ typedef struct {
 
 int rotormlx_encode(const rotormlx_encode_arguments* arguments, void* stream);
 
-// Packed blocks to the vectors they stand for.
+// Decode packed blocks to the vectors they stand for.
 typedef struct {
   int32_t role, dtype;          // dtype of out
   int32_t batch, kv_heads, blocks;
@@ -77,10 +77,10 @@ typedef struct {
 
 int rotormlx_decode(const rotormlx_decode_arguments* arguments, void* stream);
 
-// New tokens of a cache whose lengths lie on the device. For each batch row, in this order: (1) if its tail is full
-// (all - packed tokens - sink >= window + 64) and there is room for a packed block, the oldest 64 tokens of the tail
-// become the packed block packed / 64, the rest of the tail moves down by 64 places, and packed grows by 64; (2) the
-// new tokens are written behind its exact ones, and all grow by `length`, or by what there is room for.
+// Store new tokens in a cache whose lengths are on the device. For each batch row, in this order: (1) if its tail is
+// full (all - packed tokens - sink >= window + 64) and there is room for a packed block, the oldest 64 tokens of the
+// tail become the packed block packed / 64, the rest of the tail moves down by 64 places, and packed grows by 64; (2)
+// the new tokens are written behind its exact ones, and all grow by `length`, or by what there is room for.
 typedef struct {
   int32_t dtype;                // of new and exact keys and values
   int32_t batch, kv_heads;

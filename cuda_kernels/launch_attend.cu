@@ -1,4 +1,4 @@
-// Launchers of the kernels of attention.
+// Launchers of the attention kernels.
 #include "codecs.cuh"
 #include "fragments.cuh"
 
@@ -18,8 +18,8 @@ using Packed = AttendPacked<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, TILES>;
 template <int ROWS>
 using Plain = AttendPlain<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, ROWS>;
 
-// Whether a thread of attend<1> can do with 168 registers and not spill, so that a multiprocessor has room for three
-// thread blocks, for which calls are planned.
+// Whether a thread of attend<1> fits into 168 registers without spilling, so that a multiprocessor has room for three
+// thread blocks. Plans assume three.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool NARROW = KEY_BITS < 8 && VALUE_BITS < 8;
 #else
@@ -27,11 +27,11 @@ constexpr bool NARROW = true;
 #endif
 constexpr bool ROOM_FOR_THREE = NARROW && KEY_DIM <= 128 && VALUE_DIM <= 128;
 
-// Whether a thread block can rotate rows there and back by itself.
+// Whether a thread block can rotate rows, and rotate them back, by itself.
 constexpr bool HAS_STAGES = key_rotation::HAS_STAGES && value_rotation::HAS_STAGES;
 
-// With counters it does the whole call: see one_kernel of cuda_plan.py. The compiler must be told how many thread
-// blocks a multiprocessor shall have room for.
+// With counters this kernel does the whole call: see one_kernel of cuda_plan.py. The launch bounds tell the compiler
+// how many thread blocks a multiprocessor must have room for.
 template <int TILES>
 __global__ void __launch_bounds__(ATTEND_THREADS, TILES == 1 && ROOM_FOR_THREE ? 3 : 2)
 attend(const __grid_constant__ AttendParts all) {
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(ROW_THREADS) attend_merge(const __grid_constan
   merge_parts<VALUE_DIM, ROWS, ROW_THREADS>(all, reinterpret_cast<float*>(shared));
 }
 
-// Shared memory of attend<TILES>; of attend_float for no tiles.
+// Shared memory of attend<tiles>, or of attend_float if `tiles` is 0.
 int shared_bytes(int tiles) {
   using Small = AttendShape<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, 1>;
   using Large = AttendShape<KEY_BITS, VALUE_BITS, KEY_DIM, VALUE_DIM, 2>;
@@ -93,7 +93,7 @@ bool covers(int parts, int part_tokens, int tokens) {
          parts == ceil_divide(tokens, part_tokens);
 }
 
-// Whether a plan is one for this call and for the kernels of this file.
+// Whether a plan fits this call and the kernels of this file.
 template <int ROWS>
 bool fits(const rotormlx_attend_plan& plan, const rotormlx_attend_arguments& call, int group_rows) {
   const int most_operands = call.dtype == ROTORMLX_FLOAT32 ? 0 : 2;
@@ -114,7 +114,8 @@ int launch_parts(const rotormlx_attend_plan& plan, dim3 grid, void* stream, cons
   return launch(attend_float, grid, ATTEND_THREADS, plan.part_bytes, stream, all);
 }
 
-// ROWS query rows in a thread block that multiplies by a matrix: many share what they read of it, few are done at once.
+// ROWS: query rows of a thread block that multiplies by a matrix. Many rows share each read of the matrix; with few
+// rows, more thread blocks work in parallel.
 template <int ROWS>
 int launch_all(const rotormlx_attend_arguments& call, const rotormlx_attend_plan& plan, void* stream) {
   const int heads = call.batch * call.kv_heads, group_rows = call.heads / call.kv_heads * call.length;

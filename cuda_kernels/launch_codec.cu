@@ -7,7 +7,7 @@
 
 namespace {
 
-// Thread blocks that a multiprocessor shall have room for: three, where a thread can do with 80 registers and not spill.
+// Thread blocks that a multiprocessor must have room for: three, if a thread fits into 80 registers without spilling.
 template <typename Codec>
 constexpr int blocks_at_once() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

@@ -1,8 +1,9 @@
-// The published method in one kernel: each row is rotated by one stage of rotors, rounded to levels, and rotated back.
-// What comes out is what decoding the encoded row gives; the codes themselves are not kept.
+// The published method in one kernel: rotate each row by one stage of rotors, round it to levels, and rotate it back.
+// The output equals the decoded codes of the row; the codes themselves are not kept.
 //
-// LANES lanes a row, each with whole groups of three channels: all of a group happens in the registers of one lane, and
-// nothing is exchanged but three sums a row. With another rotation than rotor3 it does the same for that.
+// LANES lanes per row, each with whole groups of three channels. A group stays in the registers of one lane; the lanes
+// of a row exchange only three sums per row. With a rotation other than rotor3 the kernel does the same for that
+// rotation.
 template <typename Codec, int THREADS>
 DEVICE_FN void quantize_dequantize(const rotormlx_rotor3_arguments& call) {
   constexpr int D = Codec::D, LANES = Codec::LANES, HELD = Codec::HELD;
@@ -10,7 +11,7 @@ DEVICE_FN void quantize_dequantize(const rotormlx_rotor3_arguments& call) {
   constexpr int CHANNELS = Channels::CHANNELS;
   const uint lane = threadIdx.x % LANES;
   const int64_t at = int64_t(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
-  // Lanes behind the last row do it again, since all lanes of a warp must meet, and keep nothing.
+  // All lanes of a warp must meet, so lanes past the last row repeat it and write nothing.
   const int64_t x_row = (at < call.rows ? at : call.rows - 1) * call.x_stride;
 
   float row[CHANNELS];  // channels that do not exist are 0

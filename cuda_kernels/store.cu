@@ -1,8 +1,8 @@
-// The new tokens of a decode step into a cache whose lengths lie on the device: see rotormlx_store in launch.h.
+// Store the new tokens of a decode step in a cache whose lengths are on the device: see rotormlx_store in launch.h.
 //
-// One thread block for the keys or the values of one KV head. Where a block is due it packs the oldest of the tail, as
-// the kernel encode does, and moves the rest down; then it appends the new tokens. The grid is K x 2 x B. The last
-// thread block of a batch row advances the row's lengths, which all of them have read by then.
+// One thread block per KV head for the keys, and one for the values; the grid is K x 2 x B. If a block is due, the
+// thread block packs the oldest tokens of the tail, as the kernel encode does, and moves the rest down. It then appends
+// the new tokens. The last thread block of a batch row advances the row's lengths, which all of them have read by then.
 
 // The keys or the values of a call.
 struct StoreRole {
@@ -15,15 +15,15 @@ struct StoreRole {
   int64_t channel_scale_stride, coefficients_stride;
 };
 
-// What there is of a batch row, in tokens, before the call, and what becomes of it.
+// The tokens of a batch row before the call, and what the call does with them.
 struct StoreRow {
   int packed, exact;
-  bool due;   // the oldest of the tail are to be packed
-  int added;  // of the new ones
+  bool due;   // whether the oldest tokens of the tail are to be packed
+  int added;  // number of new tokens that are stored
   DEVICE_FN int left() const { return due ? exact - BLOCK : exact; }
 };
 
-// Up to 64 tokens of TOKEN_BYTES each, all loads before the first store; strides in bytes.
+// Copy up to 64 tokens of TOKEN_BYTES each; all loads precede the first store. Strides are in bytes.
 template <int TOKEN_BYTES, int THREADS>
 DEVICE_FN void copy_tokens(char* to, int64_t to_stride, const char* from, int64_t from_stride, int tokens) {
   constexpr int PIECES = TOKEN_BYTES / 16, LOADS = (BLOCK * PIECES + THREADS - 1) / THREADS;
@@ -40,7 +40,7 @@ DEVICE_FN void copy_tokens(char* to, int64_t to_stride, const char* from, int64_
   }
 }
 
-// Closes the gap that packing leaves, and appends the new tokens, for numbers of BYTES each.
+// Close the gap that packing leaves, and append the new tokens; each number has BYTES bytes.
 template <int D, int BYTES, int THREADS>
 DEVICE_FN void move_and_append(const StoreRole& role, const StoreRow& row, int sink) {
   const int head = int(blockIdx.x), batch = int(blockIdx.z);
@@ -50,7 +50,7 @@ DEVICE_FN void move_and_append(const StoreRole& role, const StoreRow& row, int s
   const char* fresh = static_cast<const char*>(role.fresh) +
                       (batch * role.fresh_strides[0] + head * role.fresh_strides[1]) * BYTES;
   if (row.due) {
-    // A thread writes where it has read before itself, or where encoding has read and met since.
+    // A thread writes only where it has read itself, or where encoding has read and a barrier followed.
     for (int to = sink; to < row.left(); to += BLOCK) {
       const int tokens = min(row.left() - to, BLOCK);
       copy_tokens<D * BYTES, THREADS>(exact + to * stride, stride, exact + (to + BLOCK) * stride, stride, tokens);
@@ -60,8 +60,8 @@ DEVICE_FN void move_and_append(const StoreRole& role, const StoreRow& row, int s
   copy_tokens<D * BYTES, THREADS>(exact + row.left() * stride, stride, fresh, fresh_stride, row.added);
 }
 
-// The channel scale `prefill` of a block (docs/FORMAT.md, section 5) to `scale` [D], from near rows without their
-// centre. Sums are those of torch_ops.sum_in_order. shared: as of encode_one.
+// Write the channel scale `prefill` of a block (docs/FORMAT.md, section 5) to `scale` [D], from near rows without their
+// centre. The sums add in the order of torch_ops.sum_in_order. shared: as in encode_one.
 template <typename Codec, int THREADS>
 DEVICE_FN void scale_of_block(const float* near, uint* shared, float* scale) {
   using Plan = EncodePlan<Codec, THREADS>;
@@ -80,14 +80,14 @@ DEVICE_FN void scale_of_block(const float* near, uint* shared, float* scale) {
       float x = 0.0f;
 #pragma unroll
       for (int i = 0; i < NEIGHBOURS; ++i) x = i == p ? near[q * NEIGHBOURS + i] : x;
-      // Not to be contracted with the additions.
+      // Rounded as a product, so that it is not contracted with the additions.
       sums[Plan::near_token(q) * NEAR_LANES + lane] = bits_of_float(__fmul_rn(x, x));
     }
     for (int half = BLOCK / 2; half > 0; half /= 2) {
       __syncthreads();  // the sums of so many tokens are there
       for (int i = thread; i < half * NEAR_LANES; i += THREADS) add(sums[i], sums[i + half * NEAR_LANES]);
     }
-    // Each of these threads has added the last sum of its channel itself.
+    // Each of these threads added the last sum of its channel itself, so no barrier is needed.
     const uint c = lane * NEIGHBOURS + p;
     if (is_first && Plan::NearChannels::exists(c)) squares[c] = bits_of_float(float_of_bits(sums[lane]) / BLOCK);
   }
@@ -100,7 +100,7 @@ DEVICE_FN void scale_of_block(const float* near, uint* shared, float* scale) {
   for (int count = D; count > 1; count = count / 2 + count % 2) {
     __syncthreads();  // so many squares are there
     if (thread < count / 2) add(squares[thread], squares[count / 2 + thread]);
-    // What is left over moves up, to a place that only this thread has read.
+    // The square left over moves up, to a place that only this thread has read.
     if (thread == 0 && count % 2 == 1) squares[count / 2] = squares[count - 1];
   }
   __syncthreads();  // the sum of all is there
@@ -115,7 +115,7 @@ DEVICE_FN void scale_of_block(const float* near, uint* shared, float* scale) {
   __syncthreads();  // the scale is there
 }
 
-// What a thread block does; codes and shared as of encode_one.
+// The work of one thread block; codes and shared as in encode_one.
 template <typename Codec, int THREADS>
 DEVICE_FN void store_role(const rotormlx_store_arguments& call, const StoreRole& role, const StoreRow& row,
                           uchar* codes, uint* shared) {
@@ -151,7 +151,8 @@ DEVICE_FN void store_tokens(const rotormlx_store_arguments& call) {
   __shared__ alignas(16) uint shared_words[OfKeys::WORDS > OfValues::WORDS ? OfKeys::WORDS : OfValues::WORDS];
 
   int32_t* lengths = call.lengths + 2 * blockIdx.z;
-  // The host cannot check what lies on the device: lengths beyond the buffers count as the buffers' own.
+  // The lengths are on the device, so the host cannot check them; lengths beyond the buffers are clamped to the
+  // buffers.
   StoreRow row;
   row.packed = min(max(lengths[0], 0), call.blocks * BLOCK);
   row.exact = min(max(lengths[1] - row.packed, 0), call.capacity);

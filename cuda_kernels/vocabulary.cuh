@@ -1,5 +1,5 @@
-// The words in which shared_kernels/ is written, for CUDA, and the few instructions that have no name in CUDA C++.
-// The emulator of the tests brings its own in place of what is assembly here.
+// The macros and functions that shared_kernels/ uses, for CUDA, and the few instructions without a name in CUDA C++.
+// The emulator of the tests replaces what is assembly here with its own functions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,35 +11,35 @@ typedef unsigned int uint;
 
 #define DEVICE_FN __device__ __forceinline__
 
-// Address spaces need no words here.
+// CUDA needs no words for address spaces.
 #define THREAD
 #define THREADGROUP
 #define GLOBAL
 
-// Before a table at program scope. Not __constant__: lanes read different places of it.
+// Written before a table at program scope. Not __constant__, because lanes read different entries of it.
 #define CONSTANT static __device__ constexpr
 
 DEVICE_FN float float_of_bits(uint bits) { return __uint_as_float(bits); }
 DEVICE_FN uint bits_of_float(float x) { return __float_as_uint(x); }
 DEVICE_FN __half half_of_bits(ushort bits) { return __ushort_as_half(bits); }
 
-// What the lane whose number differs by the bits of `mask` brings; all lanes of a warp meet here.
+// The x of the lane whose number differs in the bits of `mask`. All lanes of a warp must call it together.
 DEVICE_FN float shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE_FN uint shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(~0u, x, mask); }
 
-// What the first lane of the warp has. Of a number that all lanes have, the compiler then knows it.
+// The x of the first lane of the warp. If all lanes have the same x, this tells the compiler so.
 DEVICE_FN int of_first_lane(int x) { return __shfl_sync(~0u, x, 0); }
 
-// Whether any thread of a warp says so; all of them meet here.
+// Whether x is true in any lane of a warp. All lanes must call it together.
 DEVICE_FN bool any_lane(bool x) { return __any_sync(~0u, x); }
 
-// All threads of a thread block meet here, and see what the others wrote to shared memory.
+// A barrier for all threads of a thread block, after which they see each other's writes to shared memory.
 #define MEET() __syncthreads()
 
-// The lanes of a warp meet here, and see what the others wrote to shared memory.
+// A barrier for the lanes of a warp, after which they see each other's writes to shared memory.
 #define MEET_LANES() __syncwarp()
 
-// Before a loop whose arrays must lie in registers.
+// Written before a loop whose arrays must stay in registers.
 #define UNROLL _Pragma("unroll")
 
 // Two floats as float16, the first in the low half.
@@ -65,7 +65,7 @@ DEVICE_FN __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bflo
 
 #ifndef ROTORMLX_EMULATED
 
-// Templates compare what is unsigned with bounds that may be zero.
+// Templates compare unsigned numbers with bounds that may be zero, which this warning reports.
 #pragma nv_diag_suppress 186
 
 // The bytes of (low, high), 0 to 7, that the nibbles of `selector` name; their highest bits must be 0.
@@ -75,7 +75,7 @@ DEVICE_FN uint chosen_bytes(uint low, uint high, uint selector) {
   return bytes;
 }
 
-// Bits of `one` where `mask` is set, else of `other`; one instruction, where the compiler makes two of the expression.
+// Bits of `one` where `mask` is set, else of `other`, in one instruction; the compiler makes two of the expression.
 DEVICE_FN uint joined(uint mask, uint one, uint other) {
   uint bits;
   asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(one), "r"(other));
@@ -96,10 +96,10 @@ DEVICE_FN float log_of_size(float x) {
   return power;
 }
 
-// The memory there will be read soon.
+// Prefetch the memory at `global` into the L2 cache.
 DEVICE_FN void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
-// From here on the compiler does not know what x is made of, and cannot make it again.
+// Hide from the compiler how x was computed, so that it keeps x in a register and does not recompute it.
 DEVICE_FN void keep_in_register(uint& x) { asm volatile("" : "+r"(x)); }
 
 // sums += a b on the tensor cores: [16, 16] times [16, 8] in float16, summed in float32. With g = lane / 4 and
@@ -113,7 +113,7 @@ DEVICE_FN void multiply_add(float* sums, const uint* a, const uint* b) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Copies from global to shared memory that a thread starts and later waits for.
+// Copies from global to shared memory that a thread starts now and waits for later.
 struct Copies {
   template <int BYTES>
   DEVICE_FN void start(void* shared, const void* global) {
@@ -124,9 +124,9 @@ struct Copies {
       asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(global) : "memory");
     }
   }
-  // Ends a group of copies.
+  // End a group of copies.
   DEVICE_FN void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // Waits for all groups but the latest `LATER`. Only the thread's own copies are then there.
+  // Wait for all groups but the latest `LATER`. This covers only the thread's own copies.
   template <int LATER>
   DEVICE_FN void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
