@@ -1,8 +1,8 @@
 // Attention on packed bytes (docs/FORMAT.md, section 7). The query is rotated once, levels are looked up in registers
 // for all query rows of a tile, and the output is rotated back once.
 //
-// One inner loop, add(), serves keys and values, packed and exact: a vector holds neighbouring lanes (tokens for keys,
-// channels for values), and the loop walks the axis that is summed over.
+// One inner loop, add(), serves keys and values, both packed and exact. A vector holds neighbouring lanes (tokens for
+// keys, channels for values); the loop walks the axis that is summed over.
 
 #include <utility>
 
@@ -18,7 +18,7 @@ using rotormlx::Blocks;
 #define MAX_ROWS 8
 #endif
 
-enum { EXACT = 0 };  // in place of a number of bits: float32 numbers instead of codes
+enum { EXACT = 0 };  // stands for a number of bits where the numbers are float32 instead of codes
 
 // Numbers of the summed axis that share a word, or that are taken together.
 template <int BITS>
@@ -34,13 +34,13 @@ struct Source {
   int64_t pitch, ahead;
 };
 
-// Fetches the line of memory that holds p[ahead bytes further]; anything may be there. One vector of a line does it.
+// Prefetch the cache line of the address `ahead` bytes past p, which may be any address. One vector per line does it.
 INLINE void fetch_ahead(const uint32_t* p, int64_t ahead, int64_t lane) {
   if (lane % 16 == 0) __builtin_prefetch((const char*)((uintptr_t)p + (uintptr_t)ahead));
 }
 
-// The numbers of a word come in one run, or, of a trellis, in two: those of even and of odd index. `next` takes a row of
-// words, rows in order, and gives what `run` takes; `number` takes a run and a place in it.
+// The numbers of a word come in one run, or, of a trellis, in two: those of even and of odd index. `next` takes a row
+// of words, rows in order, and gives what `run` takes; `number` takes a run and a place in it.
 template <int BITS>
 struct Reader {
   enum { RUNS = Stored<BITS>::HAS_TRELLIS ? 2 : 1 };
@@ -120,7 +120,7 @@ INLINE void add_vectors(
 // The same over `lanes` lanes. Sums have room for whole vectors; the source has not if it holds words.
 template <int BITS, int ROWS>
 void add(const Source& source, int64_t words, int64_t lanes, const float* weights, float* sums, int64_t sums_pitch) {
-  // Sums fill a half of 16 registers, or of 32.
+  // The sums fill half of the 16 or 32 registers.
   enum { REGISTERS = LANES == 8 ? 8 : 16, MOST = REGISTERS / ROWS };
   enum { VECTORS = MOST >= 4 ? 4 : MOST >= 2 ? 2 : 1 };
   const Reader<BITS> reader;
@@ -186,7 +186,7 @@ struct Tile {
 
 int64_t tiles_of(int64_t rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
 
-// Tile i of `rows` rows; they differ by one row at most.
+// Tile i of `rows` rows; the sizes of tiles differ by at most one row.
 Tile tile_of(int64_t rows, int64_t i) {
   const int64_t tiles = tiles_of(rows), base = rows / tiles, longer = rows % tiles;
   return {i * base + (i < longer ? i : longer), base + (i < longer)};
@@ -209,7 +209,7 @@ Place place_of(const Attend& a, int64_t head, int64_t chunk) {
   return {head, head / a.kv_heads, head % a.kv_heads, chunk, chunk * a.chunk_rows};
 }
 
-// Where row `row` of a KV head lies in [B, H, L, D].
+// The offset in [B, H, L, D] of row `row` of a KV head.
 INLINE const char* query_row(const Attend& a, const Tensor& x, const Place& at, int64_t row) {
   return row_of(x, at.batch, at.kv_head * a.repeats + row / a.length, row % a.length);
 }
@@ -279,7 +279,7 @@ struct Sequence {
   bool exact;  // which of the two kinds is being done
 
   int64_t position(int64_t i) const { return !exact ? sink + i : i < sink ? i : packed + i; }
-  // How many of the tokens of this kind stand at positions up to `last`.
+  // The number of tokens of this kind at positions up to `last`.
   int64_t up_to(int64_t last) const {
     if (!exact) return last - sink + 1;
     if (last < sink) return last + 1;
@@ -288,7 +288,7 @@ struct Sequence {
   }
 };
 
-// How many tokens of a block row `row` of the KV head sees, but for masks that are arrays.
+// The number of tokens of a block that row `row` of the KV head sees; masks that are arrays are not considered.
 int64_t seen_by(const Attend& a, const Sequence& sequence, const BlockView& block, int64_t row) {
   if (!a.causal) return block.tokens;
   const int64_t last = sequence.tokens - a.length + row % a.length;
@@ -344,13 +344,13 @@ void attend_block(
     Floats top = all(tops[r]);
     for (int64_t t = 0; t < BLOCK; t += LANES) top = larger(load(row + t), top);
     const float new_top = largest_lane(top);
-    // A row that has seen nothing has no top: subtract 0 from its -infinity.
+    // A row that has seen no token has no top: subtract 0 from its -infinity.
     const Floats reference = all(new_top == -__builtin_inff() ? 0.0f : new_top);
     Floats total = {};
     for (int64_t t = 0; t < BLOCK; t += LANES) {
       Floats weight = exponential(load(row + t) - reference);
       total += weight;
-      // The scale of a hidden token may be anything, a NaN among them.
+      // The scale of a hidden token may hold any bits, even a NaN.
       if (block.value_scales) {
         weight = choose(weight == 0.0f, Floats{}, weight * load(block.value_scales + t));
       }
@@ -469,7 +469,7 @@ void attend_part(const Attend& a, int64_t head, int64_t chunk, int64_t part, flo
   }
 }
 
-// All parts of the query rows of a chunk become their output.
+// Merge all parts of the query rows of a chunk into their output.
 void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
   const Place at = place_of(a, head, chunk);
   const int64_t rows = a.rows_of(chunk), dim = a.values.head_dim, pitch = a.value_pitch, parts = a.parts();
@@ -479,7 +479,7 @@ void merge(const Attend& a, int64_t head, int64_t chunk, float* scratch) {
   float* packed = spare + pitch * LANES;  // [pitch]
   for (int64_t first = 0; first < rows; first += LANES) {
     const int64_t count = rows - first < LANES ? rows - first : (int64_t)LANES;
-    // A row that has seen nothing has no top: 0 in its place leaves exp(-inf).
+    // A row that has seen no token has no top; with 0 in its place the share is exp(-inf).
     const auto weight_of = [](float score, float top) {
       return exponential(all(score - (top == -__builtin_inff() ? 0.0f : top)))[0];
     };

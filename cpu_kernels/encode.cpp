@@ -1,8 +1,8 @@
-// Rows to packed blocks and back (docs/FORMAT.md, sections 5 and 6), one block a task.
+// Encode rows to packed blocks, and decode them (docs/FORMAT.md, sections 5 and 6), one block per task.
 //
-// A block is transposed so that a lane is a token: every row is then computed in the same way whatever the width of a
-// vector, and sums go over channels. Compiled without contraction to fused multiply-adds, so that all variants, and
-// the operations of mlx_ops.py, come to the same bits.
+// A block is transposed so that a lane is a token. Every row is then computed in the same way, whatever the width of a
+// vector, and sums run over channels. This file is compiled without contraction to fused multiply-adds, so that all
+// variants, and the operations of mlx_ops.py, give the same bits.
 
 #include "rows.h"
 #include "paths.h"
@@ -66,7 +66,7 @@ void block_means(const float* rows, int64_t pitch, int64_t dim, uint16_t* centre
   }
 }
 
-// Codes of the nearest levels; a tie goes to the larger magnitude, either zero and a NaN to code 0.
+// Codes of the nearest levels. A tie goes to the larger magnitude; zero of either sign and NaN get code 0.
 template <int BITS>
 INLINE Words nearest_codes(Floats z, const float* boundaries) {
   const Floats size = floats_of(bits_of(z) & 0x7fffffffu);
@@ -144,7 +144,7 @@ void to_columns(const float* rows, int64_t pitch, int64_t dim, float* columns) {
   for (int64_t t = 0; t < BLOCK; t += LANES) transpose(rows + t * pitch, pitch, dim, columns + t, BLOCK);
 }
 void to_rows(const float* columns, int64_t pitch, int64_t dim, float* rows) {
-  // Behind the last channel stands anything: those paths lead nowhere.
+  // Past the last channel the numbers are arbitrary; the paths there are not used.
   for (int64_t c = 0; c < dim; c += LANES) transpose(columns + c * BLOCK, BLOCK, BLOCK, rows + c, pitch);
 }
 
@@ -210,7 +210,7 @@ void quantize(const Codec& codec, const uint32_t* state, int64_t pitch, float* w
     scales[t] = scale;
   }
   if (!blocks.is_key && !along_rows) {
-    // A word packs tokens, so they must lie one after the other.
+    // A word packs tokens, so the codes of neighbouring tokens must be adjacent.
     to_rows((const float*)codes, pitch, dim, w);
     codes = (uint32_t*)w;
   }

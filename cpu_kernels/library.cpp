@@ -30,7 +30,7 @@ struct Variant {
   const AttendKernels* attend;
 };
 
-// What this processor can run, best first.
+// The variants that this processor can run, best first.
 const std::vector<Variant>& variants() {
   static const std::vector<Variant> found = [] {
     std::vector<Variant> list;
@@ -56,7 +56,7 @@ const Variant& variant_of(int64_t index) {
   return variants()[index];
 }
 
-// Memory of a thread that grows and stays.
+// A thread's memory, which grows as needed and is kept.
 class Workspace {
  public:
   ~Workspace() { std::free(memory_); }
@@ -76,7 +76,7 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-// Of a call: what its tasks share, then scratch for each of its threads. Tasks allocate nothing.
+// Memory of a call: what its tasks share, then scratch for each of its threads. Tasks allocate nothing.
 thread_local Workspace workspace;
 
 // Floats of scratch for one thread, in whole cache lines.
@@ -139,7 +139,7 @@ int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // So few numbers are prepared, merged, encoded or decoded sooner than another thread wakes.
 bool few(int64_t numbers) { return numbers <= 1 << 15; }
 
-// Threads that as many tasks can keep busy, at least one.
+// The number of threads that this many tasks can keep busy, at least one.
 int64_t threads_of(int64_t wanted, int64_t tasks) {
   return std::max<int64_t>(1, std::min({wanted, tasks, MAX_THREADS}));
 }
@@ -195,7 +195,7 @@ void attend_call(const AttendCall& call) {
   require(!a.mask.data || a.mask.type != Type::none, "a mask must be boolean or floating");
   require(!a.sink_logits.data || is_float(a.sink_logits.type), "sink logits must be floating");
   for (int i = 0; i < 4; ++i) {
-    if (shape_of(call.output, i) == 0) return;  // nothing is asked for
+    if (shape_of(call.output, i) == 0) return;  // the output is empty
   }
   const int64_t batch = shape_of(call.queries, 0);
   a.kv_heads = shape_of(call.keys.exact, 1);
@@ -266,7 +266,7 @@ void attend_call(const AttendCall& call) {
   });
 }
 
-// Null, or what is wrong.
+// Null, or the message of an error.
 template <typename Call>
 const char* guarded(Call call) {
   try {
@@ -290,15 +290,15 @@ const char* guarded(Call call) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Has to agree with rotormlx/kernels/cpu_library.py.
+// Must agree with rotormlx/kernels/cpu_library.py.
 EXPORT int64_t rotormlx_interface_version() { return 5; }
 
-// A call with so many threads will come in a moment.
+// Announce that a call with this many threads is about to come.
 EXPORT const char* rotormlx_announce(int64_t threads) {
   return rotormlx::guarded([&] { rotormlx::announce_tasks(threads); });
 }
 
-// The name of variant `index`, best first; null behind the last.
+// The name of variant `index`, best first; null past the last.
 EXPORT const char* rotormlx_variant(int64_t index) {
   const auto& list = rotormlx::variants();
   return index < (int64_t)list.size() ? list[index].name : nullptr;

@@ -1,4 +1,4 @@
-// The cheapest path of LANES sequences at once, one a lane (shared_kernels/trellis.h).
+// The cheapest path of LANES sequences at once, one sequence per lane (shared_kernels/trellis.h).
 #pragma once
 
 #include "vectors.h"

@@ -15,11 +15,11 @@ namespace {
 using Task = void (*)(void*, int64_t, int64_t);
 using std::chrono::microseconds;
 
-// How long a worker looks out for a call that was announced, and for the next tasks of a call. A sleeping thread needs
-// some 50 to 200 microseconds to wake.
+// How long a worker waits awake for an announced call, and for the next tasks of a call. A sleeping thread needs about
+// 50 to 200 microseconds to wake.
 constexpr microseconds ANNOUNCED{300}, NEXT{20};
 
-// Waits until `ready` without sleeping; false if that takes longer than `limit`.
+// Wait until `ready` without sleeping; return false if that takes longer than `limit`.
 template <typename Ready>
 bool look_out(microseconds limit, Ready ready) {
   const auto until = std::chrono::steady_clock::now() + limit;
@@ -38,10 +38,11 @@ struct Pool {
   std::mutex mutex;
   std::condition_variable wake, done;
   int64_t announced = 0;
-  std::atomic<int64_t> opened{0};  // how often there were tasks
+  std::atomic<int64_t> opened{0};  // how often tasks have been opened
 
-  // The tasks at hand may be read while `open`. A worker first counts itself in `working`, then looks; the caller first
-  // closes, then waits until nobody works. So no worker has to be waited for that comes too late.
+  // The current tasks may be read while `open`. A worker first counts itself in `working`, then checks `open`; the
+  // caller first closes, then waits until no worker is counted. So the caller never waits for a worker that comes too
+  // late.
   std::atomic<bool> open{false}, caller_sleeps{false};
   std::atomic<int64_t> working{0}, next{0};
   Task task = nullptr;
@@ -75,7 +76,7 @@ struct Pool {
     }
   }
 
-  // Fewer where the system allows no more.
+  // Fewer threads, if the system allows no more.
   void start(int64_t helpers) noexcept {
     try {
       for (; started < helpers; ++started) {
@@ -109,7 +110,7 @@ struct Pool {
     wake.notify_all();
     work(0);
     open = false;
-    // The others are at their last tasks, which takes less time than to sleep and be woken.
+    // The others are doing their last tasks, which takes less time than to sleep and be woken.
     const auto all_done = [this] { return working == 0; };
     if (look_out(ANNOUNCED, all_done)) return;
     caller_sleeps = true;
@@ -121,7 +122,7 @@ struct Pool {
 
 std::atomic<Pool*> pool{nullptr};
 
-// Never destroyed: its threads wait in it until the process ends. A forked process has none of them and makes its own.
+// Never destroyed: its threads wait in it until the process ends. A forked process has none of them and starts its own.
 Pool& the_pool() {
   static std::mutex making;
   Pool* found = pool.load(std::memory_order_acquire);

@@ -1,4 +1,4 @@
-// What the library is asked to do, and how it is split into tasks. rotormlx/kernels/cpu_library.py has the same
+// The calls of the library, and how a call is split into tasks. rotormlx/kernels/cpu_library.py has the same
 // structures.
 //
 // B batch, K KV heads, H query heads, L queries, G = H / K * L query rows of a KV head, N blocks, D head_dim.
@@ -27,7 +27,7 @@ struct Array {
 
 enum class Type { none, float32, float16, bfloat16, boolean };
 
-// An array of up to five dimensions, at hand.
+// An array of up to five dimensions, as the kernels use it.
 struct Tensor {
   char* data = nullptr;
   Type type = Type::none;
@@ -45,18 +45,18 @@ struct Stage {
   const float* blocks;
 };
 
-// Stages, or a matrix; the identity has neither.
+// The stages of a rotation, or its matrix; the identity has neither.
 struct Rotation {
   int64_t head_dim, stage_count;
   const Stage* stages;
   const float* matrix;             // [D, D]: rotated = matrix row
   const float* inverse_transpose;  // [D, D]: for queries
-  int64_t matrix_stride;           // from one KV head's matrices to the next one's; 0 if all have the same
+  int64_t matrix_stride;           // from one KV head's matrices to the next; 0 if all heads share them
 };
 
-// ---- asked for by the caller ------------------------------------------------------------------------
+// ---- what the caller passes ---------------------------------------------------------------------------
 
-// Every member has 8 bytes, so the caller may write them one after the other.
+// Every member has 8 bytes, so the caller can write them one after another.
 
 struct Packed {
   Array *words, *scales, *centres, *channel_scale;  // centres and channel_scale: or null
@@ -94,7 +94,7 @@ struct AttendCall {
   const int64_t* lengths() const { return (const int64_t*)(this + 1); }
 };
 
-// ---- at hand ----------------------------------------------------------------------------------------
+// ---- what the kernels use -----------------------------------------------------------------------------
 
 struct Blocks {
   Tensor words, scales, centres, channel_scale;
@@ -110,8 +110,8 @@ struct Codec {
   bool given_centres;
 };
 
-// The rows of a KV head are cut into chunks, the sequence into parts: packed ones, then exact ones. A task does one
-// part for one chunk. How it is cut depends on shapes only, so results do not depend on the number of threads.
+// The rows of a KV head are divided into chunks, the sequence into parts: packed parts, then exact ones. A task does
+// one part for one chunk. The division depends only on shapes, so results do not depend on the number of threads.
 struct Attend {
   Tensor queries, output, key_exact, value_exact, mask, sink_logits;
   Blocks keys, values;
@@ -121,7 +121,7 @@ struct Attend {
   float scale;
   int64_t chunks, chunk_rows;
   int64_t packed_parts, packed_part_blocks, exact_parts, exact_part_blocks;
-  int64_t key_pitch, value_pitch;  // floats kept a row, D with room for whole words and vectors
+  int64_t key_pitch, value_pitch;  // floats stored per row: D, rounded up to whole words and vectors
   float *plain, *by_word, *by_four;  // queries [B K G, key_pitch]: as they are; rotated and as they are, for add()
   float* noise;                      // [B K G]: half the variance of a row's packed scores, for a scale of 1
   float *tops, *totals, *sums;       // [tasks, chunk_rows], and [tasks, chunk_rows, value_pitch]
@@ -135,8 +135,8 @@ struct Attend {
 
 // ---- one variant of the kernels ---------------------------------------------------------------------
 
-// Tasks are independent of each other; `scratch` is memory of the calling thread, of as many floats as the first
-// function says. Heads count over B and K.
+// Tasks are independent of each other. `scratch` is memory of the calling thread; the first function returns its size
+// in floats. Heads are counted over B and K.
 struct CodecKernels {
   int64_t (*scratch)(const Codec&);
   void (*encode)(const Codec&, int64_t head, int64_t block, float* scratch);
@@ -149,7 +149,7 @@ struct AttendKernels {
   void (*merge)(const Attend&, int64_t head, int64_t chunk, float* scratch);
 };
 
-// Every source that is compiled for several processors names what it defines after the one at hand.
+// A source that is compiled for several processors names its definitions after the variant that is compiled.
 #define JOIN(a, b) a##b
 #define NAME_OF(name, variant) JOIN(name, variant)
 #define VARIANT_NAME(name) NAME_OF(name##_, VARIANT)

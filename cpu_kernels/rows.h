@@ -1,4 +1,4 @@
-// Rows under a rotation: channel c of up to `pitch` rows lies in x[c * pitch], one row a lane.
+// Rows under a rotation: channel c of up to `pitch` rows is at x[c * pitch], one row per lane.
 #pragma once
 
 #include "problem.h"
@@ -74,8 +74,8 @@ void multiply(const float* matrix, int64_t dim, float* x, float* spare, int64_t 
 
 enum class Direction { row, query, back };
 
-// Rotate rows of a KV head forward, queries along with them, or rows and outputs back. `spare` is used by matrices
-// only.
+// Rotate rows of a KV head forward; rotate queries in the same way; or rotate rows and outputs back. Only matrices use
+// `spare`.
 void rotate(
     const Rotation& rotation, int64_t kv_head, Direction how, float* x, float* spare, int64_t pitch, int64_t groups) {
   if (rotation.matrix) {
@@ -115,7 +115,7 @@ INLINE int64_t size_of(Type type) {
   return type == Type::float32 ? 4 : type == Type::boolean ? 1 : 2;
 }
 
-// `count` numbers, `stride` apart, to out[0], out[step], ... of float32. Neighbours go by vectors.
+// Copy `count` numbers, `stride` apart, as float32 to out[0], out[step], ... Contiguous numbers are copied by vectors.
 inline void read_row(const char* data, Type type, int64_t stride, int64_t count, float* out) {
   int64_t i = 0;
   if (stride == 1) {
@@ -133,7 +133,7 @@ INLINE const char* row_of(const Tensor& x, int64_t a, int64_t b, int64_t c) {
   return x.data + (a * x.strides[0] + b * x.strides[1] + c * x.strides[2]) * size_of(x.type);
 }
 
-// The channel scale, which is 1 where there is none.
+// The channel scale, or 1 if there is none.
 INLINE float channel_factor(const rotormlx::Blocks& blocks, int64_t b, int64_t k, int64_t c) {
   return blocks.channel_scale.data ? *blocks.channel_scale.at<float>(b, k, c) : 1.0f;
 }

@@ -1,9 +1,9 @@
 // Vectors of LANES floats, the same text for every processor: compiler vectors, and intrinsics only where a
 // level is looked up in registers.
 //
-// This file is compiled several times into one library, with other flags each time. Everything in it and in what
-// includes it lies in an unnamed namespace, and no inline function of the C++ library is called: the linker keeps one
-// copy of such a function, and it might be one for a processor that is not there.
+// This file is compiled several times into one library, with different flags. Everything in it, and in what includes
+// it, is in an unnamed namespace, and no inline function of the C++ library is called. Otherwise the linker would keep
+// one copy of such a function, possibly one for a processor that is not present.
 #pragma once
 
 #include <utility>
@@ -73,7 +73,7 @@ INLINE Floats pick(Floats a, Floats b, std::integer_sequence<int, INDEX...>) {
 #endif
 }
 
-// Halves are put together until lane 0 is the sum, or the largest.
+// Halves are combined until lane 0 holds the sum, or the maximum.
 template <int SIZE, int... LANE>
 INLINE Floats swapped(Floats x, std::integer_sequence<int, LANE...>) {
   return pick(x, x, std::integer_sequence<int, (LANE ^ SIZE)...>());
@@ -124,7 +124,7 @@ INLINE void transpose(const float* from, int64_t from_pitch, int64_t columns, fl
 
 // ---- 16-bit numbers --------------------------------------------------------------------------------
 
-// float16 to float32, subnormal numbers included whatever the processor is told to do with those of float32.
+// float16 to float32; subnormal numbers are exact, whatever the processor does with subnormal float32 numbers.
 INLINE Floats floats_of_halves(Words h) {
   const Words size = (h & 0x7fffu) << 13;
   const Words exponent = size & 0x0f800000u;
@@ -202,7 +202,7 @@ INLINE Floats exponential(Floats x) {
 // table[index mod 128] of 128 numbers.
 INLINE Floats of_128(const float* table, Words index) {
 #if defined(__AVX512F__) && LANES == 16
-  // From eight registers: four look-ups in 32 numbers, and two more bits choose.
+  // From eight registers: four look-ups of 32 numbers each; two more bits choose among them.
   const auto of_32 = [&](int first) {
     const __m512 low = _mm512_loadu_ps(table + first), high = _mm512_loadu_ps(table + first + 16);
     return _mm512_permutex2var_ps(low, (__m512i)index, high);

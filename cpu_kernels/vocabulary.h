@@ -1,4 +1,4 @@
-// The words in which shared_kernels/{levels,trellis}.h are written, for the CPU.
+// The macros and functions that shared_kernels/{levels,trellis}.h use, for the CPU.
 #pragma once
 
 #include <cstdint>
