@@ -1,4 +1,4 @@
-"""Calibrate a model on a short text, and measure on another text what that is worth at 2 bits.
+"""Calibrate a model on a short text, and measure the gain at 2 bits on another text.
 
     python examples/calibrate.py [MODEL]
 

@@ -1,4 +1,4 @@
-"""Decode the keys of a saved cache with numpy alone, as docs/FORMAT.md says: no MLX, no torch.
+"""Decode the keys of a saved cache with numpy alone, after docs/FORMAT.md: no MLX, no torch.
 
     python examples/read_with_numpy.py [FILE [OUTPUT]]
 

@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 from rotormlx.cli.demo_model import fetch
 
 path = sys.argv[1] if len(sys.argv) > 1 else str(fetch())
-with socket.socket() as free:  # a port that nobody uses
+with socket.socket() as free:  # a free port
     free.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{free.getsockname()[1]}"
 

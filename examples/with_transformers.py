@@ -31,7 +31,7 @@ def generate(**options):
 
 print(f"Exact cache: {generate()}")
 
-# From here on generate() makes compressed caches by itself; one of our own can be looked at.
+# generate() now makes compressed caches itself. Pass one explicitly to look at it afterwards.
 config = rotormlx.RotorConfig(key_bits=4, value_bits=4)
 report = rotormlx.torch.apply(model, config)
 cache = rotormlx.torch.RotorCache(model.config, config)
