@@ -26,6 +26,7 @@ INCLUDED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
     "tests/emulator/README.md": "emulator.md",
 }
 ORIGINS = {page: path for path, page in INCLUDED.items()}
@@ -90,6 +91,8 @@ def site_links(markdown: str, origin: str) -> str:
         if path in INCLUDED or path.startswith("docs/"):
             relative = posixpath.relpath(_page(path), posixpath.dirname(_page(origin)) or ".")
             return f"[{text}]({relative}{sign}{anchor})"
+        if text == posixpath.basename(path):
+            return f"`{path}`"
         return text if path in text else f"{text} (`{path}`)"
 
     return _CODE_OR_LINK.sub(rewrite, markdown)
@@ -150,7 +153,7 @@ def _records(name: str, command: Any, kind: str, panel: str | None = None) -> li
 
 def _table(kind: str, records: Iterable[tuple[str, str]]) -> str:
     rows = [f"| `{names}` | {_cell(text)} |" for names, text in records]
-    return "\n".join([f"| {kind} | |", "|---|---|", *rows])
+    return "\n".join([f"| {kind} | meaning |", "|---|---|", *rows])
 
 
 def _cell(text: str) -> str:
