@@ -9,6 +9,7 @@ these with the tables. matplotlib comes with ``pip install -e ".[bench]"``.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -86,6 +87,12 @@ def interval(cell: str) -> list[float]:
     return [float(part) for part in re.findall(r"[\d.]+(?=%)", cell)]
 
 
+def divergences(table: Table) -> Iterable[tuple[str, float, float]]:
+    """Scheme, bits per value and KL of each row."""
+    bits, divergence = table.numbers("bits per value"), table.numbers("KL")
+    return zip(table.column("scheme"), bits, divergence, strict=True)
+
+
 def pairs(first: Iterable[float], second: Iterable[float]) -> list[list[float]]:
     """The points of a series."""
     return [list(pair) for pair in zip(first, second, strict=True)]
@@ -139,6 +146,13 @@ def log_axis(axis: Any, ticks: list[float] | None = None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def divergence_axis(ax: Axes) -> None:
+    """A logarithmic axis of KL divergence."""
+    ax.set_yscale("log")
+    log_axis(ax.yaxis)
+    ax.set_ylabel("KL divergence, nats (log scale)")
+
+
 def label(
     ax: Axes, point: list[float], text: str, color: str, *, left: bool = False, dy: float = 0
 ) -> None:
@@ -188,10 +202,7 @@ def rivals_data(heading: str) -> Data:
     """Bits per value and KL of each scheme, by family."""
     (table,) = tables("rivals.md", heading)
     data: Data = {name: [] for name in FAMILIES}
-    rows = zip(
-        table.column("scheme"), table.numbers("bits per value"), table.numbers("KL"), strict=True
-    )
-    for scheme, bits, divergence in rows:
+    for scheme, bits, divergence in divergences(table):
         data[family(scheme)].append([bits, divergence])
     return data
 
@@ -221,9 +232,8 @@ def draw_rivals(data: Data) -> Figure:
             zorder=front,
             label=name,
         )
-    ax.set_yscale("log")
-    log_axis(ax.yaxis)
-    ax.set(xlabel="true bits per value", ylabel="KL divergence, nats (log scale)")
+    divergence_axis(ax)
+    ax.set_xlabel("true bits per value")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -245,10 +255,9 @@ def draw_long_text(data: Data) -> Figure:
     for name, points in data.items():
         ax.plot(*zip(*points, strict=True), color=colors[name], marker="o")
         label(ax, points[0], name, colors[name])
-    ax.set_yscale("log")
-    log_axis(ax.yaxis)
+    divergence_axis(ax)
     ax.set_xticks(sorted(bits for bits, _ in data["mean"]))
-    ax.set(xlabel="bits per value", ylabel="KL divergence, nats (log scale)")
+    ax.set_xlabel("bits per value")
     return figure
 
 
@@ -256,10 +265,7 @@ def bits_data() -> Data:
     """Bits per value and KL of each pair of widths, by which part has more bits."""
     table = tables("bits.md", "Keys and values")[0]
     data: Data = {"more bits in keys": {}, "equal bits": {}, "more bits in values": {}}
-    rows = zip(
-        table.column("scheme"), table.numbers("bits per value"), table.numbers("KL"), strict=True
-    )
-    for scheme, bits, divergence in rows:
+    for scheme, bits, divergence in divergences(table):
         keys, values = (int(part) for part in re.findall(r"\d", scheme))
         part = "more bits in keys" if keys > values else "more bits in values"
         if divergence > 0:  # a logarithmic axis has no place for 0.00000
@@ -281,9 +287,8 @@ def draw_bits(data: Data) -> Figure:
         )
         for scheme, point in points.items():
             label(ax, point, scheme, colors[name], left=name == "more bits in keys")
-    ax.set_yscale("log")
-    log_axis(ax.yaxis)
-    ax.set(xlabel="bits per value", ylabel="KL divergence, nats (log scale)", xlim=(2.2, 6.8))
+    divergence_axis(ax)
+    ax.set(xlabel="bits per value", xlim=(2.2, 6.8))
     ax.legend(loc="lower left")
     return figure
 
@@ -311,11 +316,10 @@ def draw_exact_tokens(data: Data) -> Figure:
             x, y = zip(*points, strict=True)
             ax.plot(x, y, color=color, marker="o")
             label(ax, points[-1], scheme, color)
-        ax.set_yscale("log")
-        log_axis(ax.yaxis)
+        divergence_axis(ax)
+        ax.label_outer()
         ax.set_xticks(x)
         ax.set_xlabel(shown[name])
-    axes[0].set_ylabel("KL divergence, nats (log scale)")
     return figure
 
 
@@ -455,7 +459,7 @@ def shown(path: Path) -> Data:
     found = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
     if found is None:
         raise ValueError(f"{path} must hold its numbers, but it does not; draw it again.")
-    return json.loads(found[1].replace("&quot;", '"'))
+    return json.loads(html.unescape(found[1]))
 
 
 def main(

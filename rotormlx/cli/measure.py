@@ -176,7 +176,7 @@ def needle(
     seed: Annotated[int, count("Seed of texts and answers.", 0)] = 0,
     output: Output = None,
 ) -> None:
-    """Test whether a model still finds facts in long texts through each scheme."""
+    """Test recall of facts and copies in long texts, and chains of sums, through each scheme."""
     module, grammar = _module("needle"), _module("schemes")
     kept = _Kept("needle", output, _files("needle", module), _table(module))
     where = ("[needle]", "[scheme]", "[RotorConfig]", "[measure]", "[smollm2]")

@@ -240,7 +240,7 @@ class _Guard:
         self.own["APIHandler", "flush_headers"](handler)
 
     def set_headers(self, handler: Any, status_code: int = 200) -> None:
-        """Set headers; mlx-lm answers every error of a generation with 404."""
+        """Set headers, with 400 or 500 where mlx-lm answers an error of generation with 404."""
         error = sys.exc_info()[1]
         if status_code == 404 and error is not None and not isinstance(error, Refusal):
             status_code = 400 if isinstance(error, BadRequest) else 500

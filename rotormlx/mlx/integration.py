@@ -314,5 +314,5 @@ def _own_attribute(target: Module) -> CacheMaker | None:
 
 
 def _own_caches(host: hosts.Host, target: Any, own: CacheMaker | None) -> list[Any]:
-    """Return the caches that a model makes without rotormlx, compressed or not."""
+    """Return the caches that a model makes without rotormlx, even if it is compressed now."""
     return host.own_caches(target) if own is None else list(own())

@@ -138,5 +138,5 @@ def _levels(words: mx.array, codec: Codec, backend: Backend) -> mx.array:
 
 @cache
 def _unrotated(bits: int, head_dim: int) -> Codec:
-    """Return a codec that decodes keys to their levels, without scales and centres."""
+    """Return the codec that decodes keys to their levels, with scales of 1 and centres of 0."""
     return Codec(KEY, bits, rotation("identity", head_dim))

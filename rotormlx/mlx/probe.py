@@ -421,7 +421,7 @@ def _all_it_keeps(caches: list[Any]) -> str:
 
 
 def dims(cache: Any) -> tuple[int, int, int] | None:
-    """Return KV heads, key dimension and value dimension of a filled cache."""
+    """Return KV heads, key and value dimension of a filled cache; None if it has none."""
     if isinstance(cache, RotorKVCache):
         pair: tuple[Any, Any] = (None, None) if cache.empty() else cache.views()
     else:

@@ -99,6 +99,8 @@ class Calibration:
     def share(self, place: int, shares: int) -> Calibration:
         """Return the calibration of one of several equal shares of the KV heads.
 
+        A calibration that is a share already returns itself.
+
         Args:
             place: Index of the share, counted from 0.
             shares: Number of shares.

@@ -114,8 +114,10 @@ class Terminal:
 def run_page(text, folder):
     """Run the shell and Python blocks of a page in a folder.
 
+    Blocks without a language, which install something, do not run.
+
     Returns:
-        Each block with its language, its output, and the output blocks that follow it.
+        Each block that ran with its output, and the output blocks that follow it.
     """
     (folder / "bin").mkdir()
     command = folder / "bin" / "rotormlx"
@@ -169,11 +171,14 @@ def free_port():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.parametrize(("name", "outputs"), [("quickstart", 3), ("tutorial", 11)])
-def test_a_page_runs_and_shows_what_comes(name, outputs, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "not_run", "outputs"), [("quickstart", 1, 3), ("tutorial", 0, 11)]
+)
+def test_a_page_runs_and_shows_what_comes(name, not_run, outputs, tmp_path):
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert DEMO_MODEL in page
     assert (PORT in page) == (name == "tutorial")
+    assert [language for language, _, _ in blocks(page)].count("") == not_run
     page = page.replace(DEMO_MODEL, tiny_model(tmp_path)).replace(PORT, free_port())
     ran = run_page(page, tmp_path)
     assert sum(bool(shown) for _, _, shown in ran) >= outputs
@@ -186,6 +191,7 @@ def test_a_page_runs_and_shows_what_comes(name, outputs, tmp_path):
 def test_the_readmes_commands_and_python_run(tmp_path):
     """Those that set up an environment stand without a language; ``.ci/run`` has one of them."""
     page = (CLONE / "README.md").read_text(encoding="utf-8")
+    assert [language for language, _, _ in blocks(page)].count("") == 2
     model = tiny_model(tmp_path)
     named = re.sub(r'((?:load|from_pretrained)\()"[^"]+"', rf'\1"{model}"', page)
     named, commands = re.subn(r"^M=\S+$", f"M={model}", named, flags=re.MULTILINE)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 CLONE = Path(__file__).resolve().parents[2]
-SCRIPT = CLONE / "scripts" / "draw_results.py"
 RESULTS = CLONE / "docs" / "results"
 pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="docs/ is not here")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -21,14 +19,8 @@ FIGURES = sorted(path.name for path in RESULTS.glob("*.svg"))
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("draw_results", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "draw_results", module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+def script() -> Any:
+    return importlib.import_module("scripts.draw_results")  # which needs matplotlib
 
 
 def outdated(script: Any, folder: Path) -> list[str]:

@@ -145,7 +145,7 @@ def check(backend: MLXBackend, operation: Operation, name: str) -> str:
 
 
 def difference(backend: MLXBackend, operation: Operation, name: str) -> str | None:
-    """Return the first array of a vector file that a backend does not reproduce.
+    """Compare the result of an operation with that in a vector file.
 
     Args:
         backend: Runs the operation.
