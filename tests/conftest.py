@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,11 @@ from tests.support import progress
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """A first run compiles kernels for minutes, and says so."""
+    """Report how many kernels are compiled, and share the cores among test processes."""
     progress.show(config)
+    # Test processes, which start after this, share the cores. With a pool of threads in each, a
+    # product of matrices takes three times as long.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

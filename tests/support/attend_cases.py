@@ -109,6 +109,14 @@ def with_room(a, axis_room, filler):
 
 def make_view(case, role):
     """A view, one with room behind its buffers and rubbish behind its tokens, and their vectors."""
+    # Cases that differ in their queries, masks and launches read the same tokens.
+    mask = case.mask if case.mask == "padding" else "none"
+    queries = {"repeats": 1, "length": 1, "mask": mask, "sink_logits": False, "gain": 1.0}
+    return _view_of(replace(case, launch=Launch(), **queries), role)
+
+
+@functools.cache
+def _view_of(case, role):
     head_dim = case.dims[ROLES.index(role)]
     config = RotorConfig(*case.bits, case.rotation, channel_scale=case.channel_scale)
     chosen = codec(config, head_dim, layer=1, role=role)
