@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import typer.main
+from click.testing import CliRunner, Result
 from huggingface_hub import constants
-from typer.testing import CliRunner, Result
 
 from rotormlx.cli import main, mlx_lm_commands
 from rotormlx.measure import doctor
 from rotormlx.mlx import hosts
 from tests.support import models as tiny
 
-COMMANDS: dict[str, Any] = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
+# Made once: typer makes all commands anew for each call of its own runner.
+GROUP: Any = typer.main.get_command(main.app)
+COMMANDS: dict[str, Any] = GROUP.commands
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -157,7 +159,7 @@ def options(command: str) -> list[tuple[str, str]]:
 
 def invoke(command: str, arguments: list[str]) -> Result:
     runner = CliRunner(env={"COLUMNS": "160"})
-    return runner.invoke(main.app, [command, *arguments], input="q\n")
+    return runner.invoke(GROUP, [command, *arguments], input="q\n")
 
 
 def listing(directory: Path) -> dict[str, int]:

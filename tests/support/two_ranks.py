@@ -1,13 +1,13 @@
 """One rank of a model that is spread over ranks; ``tests/torch/test_tensor_parallel.py`` runs it.
 
-    python two_ranks.py MODEL OUTPUT BITS [CALIBRATION]
+    python two_ranks.py OUTPUT MODEL:BITS[:CALIBRATION] ...
 
-Writes to ``OUTPUT-RANK.pt`` what this rank has found. Without ``WORLD_SIZE`` it is alone.
+Writes to ``OUTPUT/NUMBER-RANK.pt`` what this rank finds with each setting, counted from 0. Without
+``WORLD_SIZE`` it is alone.
 """
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,40 +28,47 @@ def refusal(function, *arguments):
     return ""
 
 
-def main(path, output, bits, calibration=None):
-    torch.set_num_threads(1)
+def found(path, output, bits, calibration=None):
+    """What this rank finds with a setting; saved caches and facts begin with ``output``."""
     spread = {"distributed_config": {"tp_plan": "auto"}} if "WORLD_SIZE" in os.environ else {}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **spread).eval()
-    rank = os.environ.get("RANK", "0")
     config = RotorConfig(bits, bits)
     facts = {"refusal": refusal(rotormlx.torch.apply, model, config, calibration)}
-    if not facts["refusal"]:
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(2, 257, (1, PROMPT_TOKENS), generator=generator)
-        made = model.generate(
-            ids, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
-        )
-        cache = getattr(made, "cache", None) or made.past_key_values
-        report = rotormlx.torch.report(model)
-        facts |= {
-            "tokens": made.sequences[0].tolist(),
-            "report": [layer.kv_heads for layer in report.layers],
-            "packed": [
-                [(*store.packed, store.channel_scale) for store in layer.stores]
-                for layer in cache.rotor_layers
-            ],
-            "save": refusal(
-                rotormlx.torch.save_prompt_cache, f"{output}-{rank}.safetensors", model, cache
-            ),
-            "load": refusal(rotormlx.torch.load_prompt_cache, "none.safetensors", model),
-            "fingerprint": fingerprint(model).text,
-        }
-        if calibration:  # the file again, and what was read from it
-            loaded = rotormlx.torch.load_calibration(calibration, model)
-            facts["loaded"] = refusal(rotormlx.torch.apply, model, config, loaded)
-            facts["heads"] = {len(array) for array in loaded.without_losses.numbers.values()}
-    torch.save(facts, Path(f"{output}-{rank}.pt"))
+    if facts["refusal"]:
+        return facts
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 257, (1, PROMPT_TOKENS), generator=generator)
+    made = model.generate(
+        ids, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
+    )
+    cache = getattr(made, "cache", None) or made.past_key_values
+    report = rotormlx.torch.report(model)
+    facts |= {
+        "tokens": made.sequences[0].tolist(),
+        "report": [layer.kv_heads for layer in report.layers],
+        "packed": [
+            [(*store.packed, store.channel_scale) for store in layer.stores]
+            for layer in cache.rotor_layers
+        ],
+        "save": refusal(rotormlx.torch.save_prompt_cache, f"{output}.safetensors", model, cache),
+        "load": refusal(rotormlx.torch.load_prompt_cache, "none.safetensors", model),
+        "fingerprint": fingerprint(model).text,
+    }
+    if calibration:  # the file again, and what was read from it
+        loaded = rotormlx.torch.load_calibration(calibration, model)
+        facts["loaded"] = refusal(rotormlx.torch.apply, model, config, loaded)
+        facts["heads"] = {len(array) for array in loaded.without_losses.numbers.values()}
+    return facts
+
+
+def main(output, *chosen):
+    torch.set_num_threads(1)
+    rank = os.environ.get("RANK", "0")
+    for number, setting in enumerate(chosen):
+        path, bits, *calibration = setting.split(":")
+        place = f"{output}/{number}-{rank}"
+        torch.save(found(path, place, int(bits), *calibration), f"{place}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
+    main(*sys.argv[1:])

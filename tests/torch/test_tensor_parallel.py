@@ -20,9 +20,10 @@ pytestmark = pytest.mark.slow
 CLONE = Path(__file__).resolve().parents[2]
 
 
-def run(model, output, ranks, *options):
-    """What each rank has found; they talk over localhost."""
-    command = [sys.executable, two_ranks.__file__, str(model), str(output), *map(str, options)]
+def run(output, ranks, chosen):
+    """What each rank has found with each setting; they talk over localhost."""
+    output.mkdir()
+    command = [sys.executable, two_ranks.__file__, str(output), *chosen]
     places = os.pathsep.join([str(CLONE), os.environ.get("PYTHONPATH", "")])
     own = os.environ | {"PYTHONPATH": places, "CUDA_VISIBLE_DEVICES": ""}
     if ranks > 1:
@@ -43,7 +44,10 @@ def run(model, output, ranks, *options):
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(f"{output}-{rank}.pt") for rank in range(ranks)]
+    return [
+        [torch.load(output / f"{number}-{rank}.pt") for number in range(len(chosen))]
+        for rank in range(ranks)
+    ]
 
 
 def heads(array, rank):
@@ -51,30 +55,41 @@ def heads(array, rank):
     return None if array is None else array.chunk(2, dim=int(array.ndim > 2))[rank]
 
 
+SETTINGS = [(8, None), (4, None), (4, "scale"), (4, "klt")]
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    build("llama").save_pretrained(path)
-    return path
+def found(tmp_path_factory):
+    """What one rank that is alone and each of two ranks have found, and where they saved.
 
-
-@pytest.fixture(scope="module", params=[(8, None), (4, None), (4, "scale"), (4, "klt")], ids=str)
-def ranks(model, tmp_path_factory, request):
-    """What two ranks have found, and what one that is alone has."""
+    A process takes seconds to start, so each meets all settings; two ranks also meet a model whose
+    heads they do not divide.
+    """
     output = tmp_path_factory.mktemp("ranks")
-    bits, transform = request.param
-    options = [bits]
-    if transform:
-        facts = {"heads": 2, "dims": (32, 32), "losses": [(1.0, 1e-2), (2e-2, 1e-4)]}
-        made = calibration(transform, fingerprint(by_torch(model)), **facts)
-        made.save(output / "calibration")
-        options.append(output / "calibration")
-    (alone,) = run(model, output / "alone", 1, *options)
-    return run(model, output / "spread", 2, *options), alone, output
+    model, one_head = output / "model", output / "one_head"
+    build("llama").save_pretrained(model)
+    build("llama", num_key_value_heads=1).save_pretrained(one_head)
+    chosen = []
+    for bits, transform in SETTINGS:
+        chosen.append(f"{model}:{bits}")
+        if transform:
+            facts = {"heads": 2, "dims": (32, 32), "losses": [(1.0, 1e-2), (2e-2, 1e-4)]}
+            made = calibration(transform, fingerprint(by_torch(model)), **facts)
+            made.save(output / transform)
+            chosen[-1] += f":{output / transform}"
+    [alone] = run(output / "alone", 1, chosen)
+    return alone, run(output / "spread", 2, [*chosen, f"{one_head}:4"]), output
+
+
+@pytest.fixture(params=range(len(SETTINGS)), ids=[str(setting) for setting in SETTINGS])
+def ranks(found, request):
+    """What two ranks have found with a setting, and what one that is alone has."""
+    alone, spread, _ = found
+    return [of_rank[request.param] for of_rank in spread], alone[request.param]
 
 
 def test_two_ranks_of_half_the_heads_give_the_text_of_one(ranks):
-    ranks, alone, _ = ranks
+    ranks, alone = ranks
     assert alone["report"] == [2, 2]
     assert len(set(alone["tokens"][two_ranks.PROMPT_TOKENS :])) > 3
     for rank, found in enumerate(ranks):
@@ -91,7 +106,7 @@ def test_two_ranks_of_half_the_heads_give_the_text_of_one(ranks):
 
 
 def test_a_calibration_is_that_of_the_own_heads(ranks):
-    ranks, alone, _ = ranks
+    ranks, alone = ranks
     for found, heads_here in ((alone, 2), *((rank, 1) for rank in ranks)):
         assert found["refusal"] == ""
         if "heads" in found:
@@ -100,20 +115,23 @@ def test_a_calibration_is_that_of_the_own_heads(ranks):
 
 
 def test_the_fingerprint_is_that_of_the_whole_model(ranks):
-    ranks, alone, _ = ranks
+    ranks, alone = ranks
     assert {found["fingerprint"] for found in ranks} == {alone["fingerprint"]}
 
 
-def test_a_part_of_a_cache_has_no_file(ranks):
-    ranks, alone, output = ranks
+def test_a_part_of_a_cache_has_no_file(found, ranks):
+    output = found[2]
+    ranks, alone = ranks
     for name in ("save", "load"):
         assert "is spread over" not in alone[name]
         for found in ranks:
             assert "LlamaForCausalLM is spread over 2 ranks" in found[name], name
-    assert [path.name for path in output.glob("*.safetensors")] == ["alone-0.safetensors"]
+    files = {path.name for path in (output / "alone").glob("*.safetensors")}
+    assert files == {f"{number}-0.safetensors" for number in range(len(SETTINGS))}
+    assert not [*(output / "spread").glob("*.safetensors")]
 
 
-def test_ranks_that_do_not_divide_the_heads_are_refused(tmp_path):
-    build("llama", num_key_value_heads=1).save_pretrained(tmp_path / "model")
-    for found in run(tmp_path / "model", tmp_path / "spread", 2, 4):
-        assert "must divide the 1 KV heads of LlamaForCausalLM, but there are 2" in found["refusal"]
+def test_ranks_that_do_not_divide_the_heads_are_refused(found):
+    for of_rank in found[1]:
+        refusal = of_rank[-1]["refusal"]
+        assert "must divide the 1 KV heads of LlamaForCausalLM, but there are 2" in refusal
