@@ -119,6 +119,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in _LONG_FILES)
 
 
+def pytest_collection_finish() -> None:
+    """Ten thousand tests stay until the end: no garbage collection need look through them."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the figures that tests have measured."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]

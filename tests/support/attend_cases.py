@@ -346,3 +346,9 @@ def of_vectors(file, bits, dtype):
     options = {"scale": facts["head_dim"] ** -0.5, "mask": "causal"}
     tolerance = bound * np.abs(expected).max()
     return Problem(Case(dtype=dtype), queries, tuple(views), None, options, expected, tolerance)
+
+
+def forget_problems():
+    """Free the arrays of all problems so far."""
+    for made in (_view_of, problem, with_own_scales, with_own_lengths, with_factors, of_vectors):
+        made.cache_clear()

@@ -349,7 +349,7 @@ class Layers(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_any_sequence_of_operations_leaves_what_the_model_foresees(figure):
     Layers.steps = Layers.states = 0
-    run_state_machine_as_test(Layers, settings=examples(100, stateful_step_count=50))
+    run_state_machine_as_test(Layers, settings=examples(60, stateful_step_count=50))
     assert Layers.steps > 1000
     steps, states = f"{Layers.steps:,}", f"{Layers.states:,}"
     figure(
