@@ -180,7 +180,7 @@ _TRELLIS_64THS = {
 # Their mean squared error on N(0, 1), measured on long sequences.
 TRELLIS_ERRORS = {2: 0.0868, 3: 0.0237}
 
-# By bits: half the variance that the codes of a key add to its score, for a scale of 1 and a query
+# By bits: half the variance that the codes of a key add to its score, for scales of 1 and a query
 # of norm 1. It is d (1 - d) / 2, where d is the mean squared error on N(0, 1).
 SCORE_NOISE = {2: 0.0396, 3: 0.0116, 4: 0.0047, 8: 0.00002}
 
