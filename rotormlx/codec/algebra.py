@@ -112,7 +112,10 @@ def rotor_from_plane(plane: npt.ArrayLike, angle: float) -> Array:
 
 
 def sandwich(r: npt.ArrayLike, v: npt.ArrayLike) -> Array:
-    """Return the product ``R v R~`` of multivectors ``[..., 8]``, which keeps grades and norms."""
+    """Return the sandwich product ``R v R~`` of multivectors ``[..., 8]``.
+
+    It keeps grades and norms.
+    """
     return geometric_product(geometric_product(r, v), reverse(r))
 
 

@@ -3,8 +3,8 @@
 Most rotations are a list of stages. A stage mixes channels in small groups, with one orthogonal
 block per group: radix 4 multiplies by a rotor from one side, radix 3 is the sandwich product, and
 radix 2 rotates in a plane. The **cascade** has as many stages, with growing stride, as it takes to
-mix every channel with every other. ``rotor3``, ``iso4`` and ``planar2`` mix each channel at most once.
-``dense`` is a matrix instead of a list of stages.
+mix every channel with every other. ``rotor3``, ``iso4`` and ``planar2`` mix each channel at most
+once. ``dense`` is a matrix instead of a list of stages.
 """
 
 from __future__ import annotations
