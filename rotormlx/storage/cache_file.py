@@ -152,9 +152,7 @@ class SavedCaches:
         self.metadata = {k[2:]: text for k, text in texts.items() if k.startswith("0.")}
         count = sum(name.startswith("1.") for name in texts)
         if any(f"1.{i}" not in texts for i in range(count)):
-            raise file.error(
-                f"number its {count} classes from 0 to {count - 1}", "it has other numbers"
-            )
+            raise file.error("number its classes from 0 without gaps", "it does not")
         self.classes = [texts[f"1.{i}"] for i in range(count)]
         self._values = dict(self._read_values(texts))
 
@@ -177,7 +175,7 @@ class SavedCaches:
         wanted = {f"2.{m}.{part}" for m in range(1, pairs + 1) for part in (0, 1)}
         if wanted != {name for name in texts if name.startswith("2.")}:
             raise file.error(
-                f"number its {pairs} scalars from 1 to {pairs}", "it has other numbers"
+                "number its scalars from 1, each with a name and a kind", "it does not"
             )
         seen = set()
         for m in range(1, pairs + 1):
