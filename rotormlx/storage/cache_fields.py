@@ -103,14 +103,14 @@ class SavedCache(NamedTuple):
 
     @classmethod
     def named(cls, state: Sequence[Any], config: RotorConfig) -> Self:
-        """Return the state with named entries; their number and the configuration must be checked."""
+        """Name the entries; the caller must have checked their number and the configuration."""
         layer, tokens, packed = state[2:_HEADER]
         max_size, evicted = state[-_LIMIT:] if len(state) % _STORE == _LIMIT else (None, 0)
         return cls(config, layer, max_size, Counts(tokens, packed, evicted), _stores(state))
 
     @classmethod
     def read(cls, state: Sequence[Any], reader: StateReader) -> Self:
-        """Check every entry, and return the state with named entries.
+        """Name the entries after a check of each.
 
         Raises:
             ValueError: If an entry is not as required, or the format version differs.
@@ -156,13 +156,13 @@ class SavedBatch(NamedTuple):
 
     @classmethod
     def named(cls, state: Sequence[Any], config: RotorConfig) -> Self:
-        """Return the state with named entries; their number and the configuration must be checked."""
+        """Name the entries; the caller must have checked their number and the configuration."""
         layer, max_size, table = state[2:_HEADER]
         return cls(config, layer, max_size, table, _stores(state))
 
     @classmethod
     def read(cls, state: Sequence[Any], reader: StateReader) -> Self:
-        """Check every entry, and return the state with named entries.
+        """Name the entries after a check of each.
 
         Raises:
             ValueError: If an entry is not as required, or the format version differs.
@@ -298,7 +298,7 @@ def _check_own(
         (window,) = own
         limit = sliding_size(window, saved.config) if window else None
         is_right = window > 0 and saved.max_size == limit
-        reader.require(is_right, f"a window and its limit {limit}", (window, saved.max_size))
+        reader.require(is_right, f"a window, and its limit {limit}", (window, saved.max_size))
     elif own:
         size, start = own
         is_right = size > 0 and start % size == 0 and tokens <= size and saved.max_size is None
