@@ -10,7 +10,8 @@ from typing import Any
 
 BITS = (2, 3, 4, 8)
 ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")
-# Read from a calibration file for each layer and KV head; the others are generated from a seed.
+# A rotation or channel scale from a calibration file, for each layer and KV head; the rotations
+# above are generated from the seed.
 CALIBRATED = "calibrated"
 CHANNEL_SCALES = ("none", "prefill", CALIBRATED)
 

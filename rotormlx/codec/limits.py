@@ -5,7 +5,7 @@ Offsets into buffers have 64 bits everywhere. Positions and the sizes of a grid 
 
 from __future__ import annotations
 
-# Positions; the margin is for rounding up when a sequence is cut into parts.
+# Positions; the margin below 2^31 allows for rounding when a sequence is cut into parts.
 MOST_TOKENS = 2**31 - 2**22
 # Tokens encoded in one call: a Metal grid counts threads in 32 bits, and a block takes 256 threads.
 MOST_ENCODED = 2**26

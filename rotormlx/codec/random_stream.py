@@ -74,8 +74,8 @@ class Sphere:
 
     A point of even dimension 2m consists of m directions in the plane, taken from the disc. Their
     squared lengths are the gaps between m - 1 sorted uniform numbers of [0, 1]. This gives exactly
-    the uniform distribution. A point of odd dimension is a point of the next dimension without its
-    last coordinate, normalized.
+    the uniform distribution. A point of odd dimension is a point of the next higher dimension
+    without its last coordinate, normalized.
 
     Args:
         name: Name of the streams; 0 is appended for the discs, 1 for the gaps.

@@ -76,7 +76,7 @@ def missing() -> str | None:
 
 
 def variants() -> tuple[str, ...]:
-    """Return the variants that this processor can run, best first: ``("avx2", "baseline")``."""
+    """Return the variants this processor can run, best first, e.g. ``("avx2", "baseline")``."""
     names: list[str] = []
     function = _library().rotormlx_variant
     while (name := function(len(names))) is not None:
@@ -88,8 +88,8 @@ def variants() -> tuple[str, ...]:
 def thread_count() -> int:
     """Return the number of threads of a call.
 
-    This is the first number of ``OMP_NUM_THREADS`` if that is set to one, else the number of cores
-    that this process may use.
+    This is the first number in ``OMP_NUM_THREADS`` if it is a positive integer, at most
+    ``MAX_THREADS``. Otherwise it is the number of cores that this process may use.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if re.fullmatch("0*[1-9][0-9]*", wanted):

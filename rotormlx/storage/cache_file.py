@@ -62,7 +62,7 @@ def write(
     metadata: Mapping[str, str],
     tensor_of: Callable[[Any], tuple[str, tuple[int, ...], Callable[[], Array]]],
 ) -> None:
-    """Write a file with a checksum; an error leaves an old file unchanged.
+    """Write a file with a checksum, atomically.
 
     Args:
         path: The file to make or to replace.

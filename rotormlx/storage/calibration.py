@@ -120,7 +120,7 @@ class Calibration:
     def by_layer(self, config: RotorConfig) -> Callable[[int], RotorConfig]:
         """Return a function of the layer index that gives the configuration of the layer.
 
-        The mean of the bits over all values is at most the mean of ``config``.
+        The mean of the bits over all values is at most the mean of the bits of ``config``.
         """
         if not self.has_losses:
             return lambda layer: config
@@ -210,7 +210,7 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that :func:`load` reads; an error leaves an old file unchanged.
+        """Write a safetensors file that :func:`load` reads, atomically.
 
         Raises:
             ValueError: If ``path`` is in no existing directory, or exists and is not a file.

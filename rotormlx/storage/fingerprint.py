@@ -1,8 +1,8 @@
-"""Fingerprints of weights, which show that a file was made with another model.
+"""Fingerprints of weights, used to refuse files that were made with another model.
 
 mlx-lm and transformers load the same checkpoint under different names and in different dtypes and
-layouts. So a fingerprint holds a few numbers per weight, from the diagonal, which no change of axes
-moves. Two fingerprints are compared on the weights whose names occur in both. They agree if the
+layouts. So a fingerprint holds a few numbers per weight, from its diagonal, which stays the same if
+axes are exchanged. Two fingerprints are compared on the weights whose names occur in both. They agree if the
 numbers of one, rounded to the dtype of the other, are the numbers of the other.
 
 Source: docs/FORMAT.md, section 8.

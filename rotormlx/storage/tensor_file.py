@@ -298,7 +298,7 @@ class TensorFile:
             raise self.error("match its checksum", "its content was changed")
 
     def read(self, entry: Entry) -> Array:
-        """Read one tensor without a checksum; bfloat16 is returned as uint16.
+        """Read one tensor without comparing the checksum; bfloat16 is returned as uint16.
 
         Raises:
             ValueError: If the file ends early, or a boolean is neither 0 nor 1.
