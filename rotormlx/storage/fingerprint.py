@@ -2,8 +2,8 @@
 
 mlx-lm and transformers load the same checkpoint under different names and in different dtypes and
 layouts. So a fingerprint holds a few numbers per weight, from its diagonal, which stays the same if
-axes are exchanged. Two fingerprints are compared on the weights whose names occur in both. They agree if the
-numbers of one, rounded to the dtype of the other, are the numbers of the other.
+axes are exchanged. Two fingerprints are compared on the weights whose names occur in both. They
+agree if the numbers of one, rounded to the dtype of the other, are the numbers of the other.
 
 Source: docs/FORMAT.md, section 8.
 """
