@@ -4,7 +4,7 @@
 
     model, tokenizer = rotormlx.load("path or repository", rotormlx.RotorConfig(key_bits=4))
 
-After that, ``mlx_lm.generate`` and everything else that asks the model for a cache gets a
+After that, ``mlx_lm.generate`` and all other code that takes its cache from the model use a
 compressed one. Importing this package loads neither a model library nor a compiler; both are
 loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""``python -m rotormlx``."""
+"""The entry point of ``python -m rotormlx``."""
 
 from rotormlx.cli.main import main
 

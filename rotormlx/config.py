@@ -10,32 +10,34 @@ from typing import Any
 
 BITS = (2, 3, 4, 8)
 ROTATIONS = ("cascade", "rotor3", "iso4", "planar2", "hadamard", "dense", "identity")
-# Not generated from a seed but read from a calibration file, for each layer and KV head.
+# A rotation or channel scale from a calibration file, for each layer and KV head; the rotations
+# above are generated from the seed.
 CALIBRATED = "calibrated"
 CHANNEL_SCALES = ("none", "prefill", CALIBRATED)
 
-# Bits of keys and of values, by names that are easy to remember; README.md has what each costs.
+# Bits of keys and of values by the name of a quality; README.md lists what each costs.
 QUALITIES = {"high": (4, 4), "balanced": (3, 3), "small": (2, 2)}
 
 
 @dataclass(frozen=True, eq=False)
 class RotorConfig:
-    """How keys and values are compressed.
+    """The configuration of a compressed cache: how keys and values are compressed.
 
-    Two configurations are equal if they compress alike; None counts as the default it stands for.
+    Two configurations are equal if they compress in the same way; a field of None equals the
+    default that it stands for.
 
     Args:
         key_bits: Bits per key code: 2, 3, 4 or 8.
         value_bits: Bits per value code: 2, 3, 4 or 8.
         rotation: One of ``cascade``, ``rotor3``, ``iso4``, ``planar2``, ``hadamard``, ``dense``,
-            ``identity``; or ``calibrated``, a matrix for each KV head from a calibration file.
+            ``identity``; or ``calibrated``, one matrix per KV head from a calibration file.
         channel_scale: ``"none"``, ``"prefill"`` (the root of the root mean square of each channel
-            over the first packed block, then frozen), ``"calibrated"`` (from a calibration file),
-            or None for ``prefill``, and ``none`` with a calibrated rotation. With None and the
-            default rotation, :func:`rotormlx.load` takes the calibration stored for the
-            model.
-        sink: Tokens at the start of a sequence that stay exact (attention sinks).
-        window: Most recent tokens that are always exact.
+            over the first packed block, then frozen) or ``"calibrated"`` (from a calibration
+            file). None stands for ``"none"`` with a calibrated rotation and for ``"prefill"``
+            otherwise. With None and the default rotation, :func:`rotormlx.load` takes the
+            calibration stored for the model.
+        sink: Number of tokens at the start of a sequence that stay exact (attention sinks).
+        window: Number of most recent tokens that are always exact.
         seed: Seed of the rotations; caches with different seeds are not compatible.
 
     Raises:
@@ -73,11 +75,11 @@ class RotorConfig:
 
     @classmethod
     def of_quality(cls, quality: str, **more: Any) -> RotorConfig:
-        """Return the configuration of a name: ``"high"``, ``"balanced"`` or ``"small"``.
+        """Return the configuration of a quality: ``"high"``, ``"balanced"`` or ``"small"``.
 
         Args:
-            quality: Selects the bits: 4, 3 or 2 for keys and values.
-            **more: Other fields.
+            quality: Name of the quality; keys and values then have 4, 3 or 2 bits.
+            **more: Other fields of the configuration.
 
         Raises:
             ValueError: If there is no such name, or a field is out of range.
@@ -94,7 +96,7 @@ class RotorConfig:
 
     @cached_property
     def _meaning(self) -> tuple[object, ...]:
-        """Return the fields in order, with the channel scale in use."""
+        """The fields in order, with the channel scale in use."""
         used = {"channel_scale": self.used_channel_scale}
         return tuple(used.get(f.name, getattr(self, f.name)) for f in fields(self))
 
@@ -140,7 +142,7 @@ class RotorConfig:
 
     @property
     def uncalibrated(self) -> RotorConfig:
-        """Return the same configuration with the default rotation and channel scale."""
+        """The configuration; with the default rotation and channel scale if it is calibrated."""
         if not self.is_calibrated:
             return self
         return replace(self, rotation=ROTATIONS[0], channel_scale=None)
@@ -150,11 +152,12 @@ class RotorConfig:
         """Parse a short text: ``4``, ``k8v4``, ``balanced``, ``key_bits=4,value_bits=2``.
 
         Args:
-            text: Bits of keys and values (``4``), bits of each (``k8v4``) or the name of a quality,
-                once at most; and fields by name (``window=0``); separated by commas.
+            text: Parts separated by commas. At most one part gives the bits: of keys and values
+                together (``4``), of each (``k8v4``), or by the name of a quality. Every other part
+                sets a field by name (``window=0``).
 
         Raises:
-            ValueError: If it is something else, a field is given twice, or one is out of range.
+            ValueError: If a part has another form, or a field is given twice or out of range.
         """
         given: dict[str, Any] = {}
         for part in (part.strip() for part in text.split(",")):
@@ -168,15 +171,15 @@ class RotorConfig:
         return cls(**given)
 
     def to_json(self) -> str:
-        """Return the configuration as one line of JSON, as saved caches hold it."""
+        """Return the configuration as one line of JSON, the form that saved caches contain."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RotorConfig:
-        """Parse what :meth:`to_json` wrote.
+        """Parse the text that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: If the text is not such a configuration.
+            ValueError: If the text is not a configuration in this form.
         """
         names = {f.name for f in fields(cls)}
         try:
@@ -197,7 +200,7 @@ class RotorConfig:
 
 
 def _fields_of(part: str) -> dict[str, Any]:
-    """Return the fields that one part of a text sets."""
+    """Return the fields that one part of a configuration text sets."""
     name, equals, value = (side.strip() for side in part.partition("="))
     kinds = {f.name: f.type for f in fields(RotorConfig)}
     if equals and name in kinds:

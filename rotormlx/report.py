@@ -20,21 +20,22 @@ class LayerReport:
 
     Args:
         index: Position in the model's list of caches.
-        cache: Class of the cache the model uses, with its place if it is one of several.
+        cache: Class of the model's own cache, with its place if it is one of several.
         compressed: Whether a compressed cache replaces it.
-        reason: Why it is left alone, or why its ``way`` is not the first.
-        kv_heads: KV heads, 0 if the cache holds no keys and values.
+        reason: Why the cache is left alone, or why the fused attention does not read it.
+        kv_heads: Number of KV heads; 0 if the cache holds no keys and values.
         head_dim_k: Dimension of a key.
         head_dim_v: Dimension of a value.
         key_bits: True bits per packed key coordinate, side data included.
-        value_bits: The same for values.
+        value_bits: True bits per packed value coordinate, side data included.
         exact_bytes: Bytes per coordinate in the sink and the tail.
-        max_tokens: The most tokens that a token sees, or that a cache left alone ever keeps; None
-            for no limit.
-        max_blocks: The most packed blocks of a compressed sliding window; else None.
+        max_tokens: Largest number of tokens that a token sees, or that a cache left alone keeps;
+            None for no limit.
+        max_blocks: Largest number of packed blocks of a compressed sliding window; None for other
+            caches.
         state_bytes: Bytes of a cache whose size does not depend on the tokens.
         holds_latents: Whether it holds latents and RoPE parts instead of keys and values (MLA).
-        way: How a compressed cache serves the model if the fused attention does not read it.
+        way: How the model reads a compressed cache without the fused attention; empty with it.
     """
 
     index: int
@@ -55,7 +56,7 @@ class LayerReport:
 
     @property
     def is_window(self) -> bool:
-        """Whether a sliding window, or chunked attention, is compressed."""
+        """Whether the cache is compressed and belongs to a sliding window or chunked attention."""
         return self.compressed and self.max_tokens is not None
 
     @property
@@ -65,7 +66,7 @@ class LayerReport:
 
     @property
     def head_dims(self) -> str:
-        """The head_dim; ``"192/128"`` if those of keys and values differ."""
+        """The head_dim as text; both, as in ``"192/128"``, if keys and values differ."""
         same = self.head_dim_k == self.head_dim_v
         return str(self.head_dim_k) if same else f"{self.head_dim_k}/{self.head_dim_v}"
 
@@ -102,7 +103,7 @@ class LayerReport:
         if self.is_window:
             config = config.uncalibrated
         if self.is_window and self.max_blocks is None and self.max_tokens is not None:
-            tokens = min(tokens, self.max_tokens)  # a full chunk
+            tokens = min(tokens, self.max_tokens)  # chunked attention keeps at most one chunk
         packed = packed_tokens(tokens, config)
         exact = (tokens - packed) * self.values_per_token * self.exact_bytes
         if self.max_blocks is not None:
@@ -128,7 +129,7 @@ class LayerReport:
 
     @property
     def way_and_why(self) -> str:
-        """How a compressed cache serves the model, and why the fused attention does not."""
+        """How the model reads a compressed cache without the fused attention, and why."""
         return f", {self.way}, since {self.reason}" if self.way else ""
 
 
@@ -141,7 +142,7 @@ class Report:
         model_type: mlx-lm's name of the architecture.
         layers: One entry per cache, in the model's order.
         layers_differ: Whether bits differ between layers.
-        has_mean: Whether the bits of ``config`` are then the mean over layers.
+        has_mean: Whether the bits of ``config`` are the mean over layers if layers differ.
     """
 
     config: RotorConfig
@@ -168,7 +169,7 @@ class Report:
         return replace(self, config=config, layers=tuple(layers), layers_differ=False)
 
     def with_configs(self, own: Mapping[int, RotorConfig]) -> Report:
-        """Return the same report with these configurations, by layer index."""
+        """Return the same report with the configurations ``own``, keyed by layer index."""
         layers = tuple(
             layer.with_bits_of(own[layer.index]) if layer.index in own else layer
             for layer in self.layers
@@ -194,14 +195,14 @@ class Report:
     def compressed_bytes(self, tokens: int) -> int:
         """Return the cache bytes of ``tokens`` tokens with rotormlx.
 
-        Packed and exact parts, without the room that a cache keeps for growth; layers left alone
-        count as float16.
+        The sum includes packed and exact parts, but not the room that a cache keeps for growth.
+        Layers left alone count as float16.
         """
         return sum(layer.compressed_bytes(tokens, self.config) for layer in self.layers)
 
     @property
     def summary(self) -> str:
-        """One line: how many caches are compressed, and with which settings."""
+        """One line that says how many caches are compressed, and with which settings."""
         count = sum(layer.compressed for layer in self.layers)
         return (
             f"{self.model_type}: {count} of {len(self.layers)} caches compressed, "
@@ -242,5 +243,5 @@ def packed_tokens(tokens: int, config: RotorConfig) -> int:
 
 
 def megabytes(size: int) -> str:
-    """Return a number of bytes as text, in units of 1000."""
+    """Return a number of bytes as text, in decimal MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

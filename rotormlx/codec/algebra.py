@@ -1,8 +1,8 @@
-"""The geometric algebra Cl(3,0): products, rotors and the rotations they make.
+"""The geometric algebra Cl(3,0): products, rotors and the rotations that rotors define.
 
 A multivector is an array whose last axis holds 8 coefficients in the order
-``1, e1, e2, e3, e12, e13, e23, e123``, with e1² = e2² = e3² = +1. Everything is float64 numpy:
-this module says what a rotor is, the backends only ever see the resulting numbers.
+``1, e1, e2, e3, e12, e13, e23, e123``, with e1² = e2² = e3² = +1. All arrays are float64 numpy;
+backends use only the resulting matrices and coefficients.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ GRADES = (0, 1, 1, 1, 2, 2, 2, 3)
 VECTOR = slice(1, 4)
 EVEN = (0, 4, 5, 6)
 
-# Row a, column b: the blade of BLADES[a] BLADES[b] and its sign. Written out rather than computed:
-# the tests compute it anew from anticommutation and compare.
+# Row a, column b: the blade of BLADES[a] BLADES[b] and its sign. The tables are written out, and a
+# test compares them with tables computed from anticommutation.
 _BLADE = np.array(
     [
         [0, 1, 2, 3, 4, 5, 6, 7],
@@ -51,12 +51,12 @@ np.put_along_axis(_PRODUCT, _BLADE[..., None], _SIGN[..., None].astype(np.float6
 
 
 def geometric_product(a: npt.ArrayLike, b: npt.ArrayLike) -> Array:
-    """The geometric product of multivectors ``[..., 8]``, broadcasting over leading axes."""
+    """Return the geometric product of multivectors ``[..., 8]``; leading axes broadcast."""
     return np.einsum("...a,...b,abc->...c", _multivector(a), _multivector(b), _PRODUCT)
 
 
 def reverse(a: npt.ArrayLike) -> Array:
-    """The reverse of a multivector ``[..., 8]``: bivectors and the trivector change sign."""
+    """Return the reverse of multivectors ``[..., 8]``: bivectors and trivectors change sign."""
     return _multivector(a) * _REVERSE
 
 
@@ -69,7 +69,7 @@ def vector(v: npt.ArrayLike) -> Array:
 
 
 def rotor(coefficients: npt.ArrayLike) -> Array:
-    """The rotor ``a + b e12 + c e13 + d e23`` from unit 4-vectors ``[..., 4]``.
+    """Return rotors ``a + b e12 + c e13 + d e23`` from unit 4-vectors ``[..., 4]``.
 
     Raises:
         ValueError: If a 4-vector is not of norm 1.
@@ -87,19 +87,19 @@ def rotor(coefficients: npt.ArrayLike) -> Array:
 
 
 def rotor_from_plane(plane: npt.ArrayLike, angle: float) -> Array:
-    """The rotor that turns by ``angle`` radians in a plane.
+    """Return the rotor that rotates by ``angle`` radians in a plane.
 
     Args:
-        plane: Bivector coefficients of ``e12, e13, e23``, not all zero. ``e12`` turns e1 towards
+        plane: Bivector coefficients of ``e12, e13, e23``, not all zero. ``e12`` rotates e1 towards
             e2.
-        angle: Radians.
+        angle: Angle in radians.
 
     Returns:
         ``R = cos(angle/2) - sin(angle/2) B`` with B the unit bivector, so that ``R v R~`` is the
-        vector turned by ``angle``.
+        vector v rotated by ``angle``.
 
     Raises:
-        ValueError: If the plane is not three numbers, or zero.
+        ValueError: If the plane is not three numbers, or is zero.
     """
     b = np.asarray(plane, np.float64)
     norm = np.linalg.norm(b)
@@ -112,22 +112,25 @@ def rotor_from_plane(plane: npt.ArrayLike, angle: float) -> Array:
 
 
 def sandwich(r: npt.ArrayLike, v: npt.ArrayLike) -> Array:
-    """The sandwich product ``R v R~`` of multivectors ``[..., 8]``: grades and norms are kept."""
+    """Return the sandwich product ``R v R~`` of multivectors ``[..., 8]``.
+
+    It keeps grades and norms.
+    """
     return geometric_product(geometric_product(r, v), reverse(r))
 
 
 def sandwich_matrix(r: npt.ArrayLike) -> Array:
-    """The 3x3 rotation ``v -> R v R~`` of rotors ``[..., 8]``, as ``[..., 3, 3]``."""
+    """Return the rotation ``v -> R v R~`` of rotors ``[..., 8]``, as matrices ``[..., 3, 3]``."""
     r = _multivector(r)
     columns = sandwich(r[..., None, :], vector(np.eye(3)))[..., VECTOR]
     return np.swapaxes(columns, -1, -2)
 
 
 def left_matrix(r: npt.ArrayLike) -> Array:
-    """The 4x4 matrix of the one-sided product ``x -> R x`` on even multivectors.
+    """Return the 4x4 matrix of the one-sided product ``x -> R x`` on even multivectors.
 
-    An even multivector ``a + b e12 + c e13 + d e23`` is four numbers; multiplying it by a rotor
-    from one side only turns all four of them (an isoclinic rotation).
+    An even multivector ``a + b e12 + c e13 + d e23`` has four coefficients. Multiplying it by a
+    rotor from one side is a rotation of these four coefficients (an isoclinic rotation).
 
     Returns:
         ``[..., 4, 4]`` for rotors ``[..., 8]``.

@@ -2,7 +2,7 @@
 
 A codebook is symmetric, so only its magnitudes are stored: ``2**(bits - 1)`` positive numbers,
 ascending. They are part of the packed format, bit for bit (docs/FORMAT.md, section 5); the tests
-derive them anew.
+derive them independently.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from rotormlx.config import BITS  # noqa: F401 - one codebook for each of them
 
-# float32 bit patterns.
+# Bit patterns of float32 numbers.
 _MAGNITUDES = {
     2: (
         0x3EE7D2C9,
@@ -168,11 +168,11 @@ _MAGNITUDES = {
 
 
 def magnitudes(bits: int) -> npt.NDArray[np.float32]:
-    """The magnitudes of a codebook, float32 ``[2**(bits - 1)]``, ascending."""
+    """Return the magnitudes of a codebook, float32 ``[2**(bits - 1)]``, ascending."""
     return np.array(_MAGNITUDES[bits], np.uint32).view(np.float32)
 
 
-# Of the trellis codes, in 64ths: trained on N(0, 1), and exact in float16.
+# The magnitudes of the trellis codes, in 64ths: trained on N(0, 1), and exact in float16.
 _TRELLIS_64THS = {
     2: (12, 39, 69, 119),
     3: (7, 19, 34, 48, 65, 86, 114, 158),
@@ -180,25 +180,25 @@ _TRELLIS_64THS = {
 # Their mean squared error on N(0, 1), measured on long sequences.
 TRELLIS_ERRORS = {2: 0.0868, 3: 0.0237}
 
-# By bits: half the variance that the codes of a key bring into its score, for a scale and a query
-# of norm 1. It is d (1 - d) / 2, d the mean squared error on N(0, 1).
+# By bits: half the variance that the codes of a key add to its score, for scales of 1 and a query
+# of norm 1. It is d (1 - d) / 2, where d is the mean squared error on N(0, 1).
 SCORE_NOISE = {2: 0.0396, 3: 0.0116, 4: 0.0047, 8: 0.00002}
 
-# By bits: how long a value decodes to, in place of its unbiased length. It is 1 - d / 4, in 512ths.
+# By bits: length of a decoded value relative to its unbiased length. It is 1 - d / 4, in 512ths.
 VALUE_SHRINK = {2: 501 / 512, 3: 509 / 512, 4: 511 / 512, 8: 1.0}
 
 
 def trellis_levels(bits: int) -> npt.NDArray[np.float32]:
-    """The levels of a trellis code, float32 ``[2**(bits + 1)]``.
+    """Return the levels of a trellis code, float32 ``[2**(bits + 1)]``.
 
-    The upper half is the lower, negated; the lower ascends.
+    The first half is ascending; the second half is the first, negated.
     """
     m = np.array(_TRELLIS_64THS[bits], np.float32) / 64
     return np.concatenate([m, -m])
 
 
 def boundaries(bits: int) -> npt.NDArray[np.float32]:
-    """Where the nearest magnitude changes, float32 ``[2**(bits - 1) - 1]``, ascending.
+    """Return the boundaries between magnitudes, float32 ``[2**(bits - 1) - 1]``, ascending.
 
     Each is the mean of two neighbouring magnitudes, rounded once to float32.
     """
@@ -207,6 +207,6 @@ def boundaries(bits: int) -> npt.NDArray[np.float32]:
 
 
 def levels(bits: int) -> npt.NDArray[np.float32]:
-    """The level of every code, float32 ``[2**bits]``: the upper half is the lower, negated."""
+    """Return the level of every code, float32 ``[2**bits]``: the second half negates the first."""
     m = magnitudes(bits)
     return np.concatenate([m, -m])

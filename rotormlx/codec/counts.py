@@ -1,6 +1,6 @@
-"""Counts the tokens of a sequence: in the sink, in packed blocks, in the tail.
+"""Counts the tokens of a sequence: in the sink, in packed blocks and in the tail.
 
-Everything that stores a sequence counts with this: one cache or a batch, on MLX or on torch.
+All caches count with this module: single caches and batches, on MLX and on torch.
 
 Source: docs/FORMAT.md, section 8.
 """
@@ -17,8 +17,8 @@ from rotormlx.codec import limits
 from rotormlx.codec.format import BLOCK
 from rotormlx.config import RotorConfig
 
-# The narrowest sliding window, and the shortest chunk of chunked attention, that is compressed:
-# sink and tail alone take a quarter of it.
+# The smallest sliding window, and the smallest chunk of chunked attention, that is compressed: sink
+# and tail alone take a quarter of it.
 LEAST_SLIDING_WINDOW = 512
 
 
@@ -26,13 +26,14 @@ LEAST_SLIDING_WINDOW = 512
 class Counts:
     """The counts of one sequence.
 
-    Where a method takes ``max_blocks``, it is the most packed blocks that are held: block n then
-    lies in slot n mod ``max_blocks`` and evicts what was there. None is for no limit.
+    ``max_blocks``, an argument of several methods, is the largest number of packed blocks that the
+    cache holds, or None for no limit. With a limit, block n is stored in slot n mod ``max_blocks``
+    and evicts the block that was there.
 
     Args:
-        tokens: Tokens that are held: sink, packed and tail.
-        packed: Packed tokens of them; the last block may be partly filled.
-        evicted: Tokens that were packed once and are no longer held; whole blocks.
+        tokens: Number of tokens held: sink, packed and tail.
+        packed: Number of packed tokens among them; the last block may be partly filled.
+        evicted: Number of tokens that were packed once and are no longer held; whole blocks.
     """
 
     tokens: int = 0
@@ -41,12 +42,12 @@ class Counts:
 
     @property
     def exact(self) -> int:
-        """Tokens of the sink and the tail."""
+        """Number of tokens in the sink and the tail."""
         return self.tokens - self.packed
 
     @property
     def blocks(self) -> int:
-        """Packed blocks that are held, a partly filled one included."""
+        """Number of packed blocks held, a partly filled one included."""
         return -(-self.packed // BLOCK)
 
     @property
@@ -56,22 +57,22 @@ class Counts:
 
     @property
     def next_block(self) -> int:
-        """The number, from the start of the sequence, of the block that is filled next."""
+        """The index, counted from the start of the sequence, of the block that is filled next."""
         return (self.packed + self.evicted) // BLOCK
 
     def next_slot(self, max_blocks: int | None = None) -> int:
-        """The slot of the block that is filled next."""
+        """Return the slot of the block that is filled next."""
         return self.next_block if max_blocks is None else self.next_block % max_blocks
 
     def tail(self, config: RotorConfig) -> int:
-        """Exact tokens behind the sink."""
+        """Return the number of exact tokens after the sink."""
         return max(0, self.exact - config.sink)
 
     def packable(self, config: RotorConfig, max_blocks: int | None = None) -> int:
-        """How many tokens of the tail to pack next, 0 for none.
+        """Return the number of tokens of the tail to pack next; 0 for none.
 
-        These are the rest of a begun block, or whole blocks: as many as one call may encode, and
-        none beyond the last slot.
+        They either complete a partly filled block or fill whole blocks: at most as many as one call
+        may encode, and none beyond the last slot.
         """
         spare = self.exact - config.sink - config.window
         if begun := self.packed % BLOCK:
@@ -84,7 +85,7 @@ class Counts:
         return count
 
     def add_packed(self, count: int, max_blocks: int | None = None) -> None:
-        """``count`` tokens of the tail are packed; what has no room is evicted."""
+        """Count ``count`` tokens of the tail as packed, and evict tokens that exceed the limit."""
         self.packed += count
         if max_blocks is not None and (beyond := self.packed - max_blocks * BLOCK) > 0:
             self.packed -= beyond
@@ -92,7 +93,7 @@ class Counts:
             self.evicted += beyond
 
     def blocks_after(self, new_tokens: int, config: RotorConfig) -> int:
-        """Full blocks once ``new_tokens`` more are appended and packed, where none is evicted."""
+        """Return the number of full blocks after ``new_tokens`` more, if none is evicted."""
         spare = self.exact + new_tokens - config.sink - config.window
         return (self.packed + max(0, spare)) // BLOCK
 
@@ -100,7 +101,7 @@ class Counts:
         """Forget the last n tokens: of the tail, then of the packed part, then of the sink.
 
         Returns:
-            How many were forgotten: once tokens were evicted, no more than the tail holds.
+            The number of tokens forgotten; at most the length of the tail if tokens were evicted.
         """
         tail = self.tail(config)
         n = max(0, min(n, tail if self.evicted else self.tokens))
@@ -109,19 +110,20 @@ class Counts:
         return n
 
     def tokens_to_reread(self, config: RotorConfig) -> int:
-        """How many of the last tokens to forget and read again after a trim.
+        """Return the number of last tokens to forget and read again after a trim.
 
-        Then none of them is packed that would be exact, had no others come.
+        After that, no token is packed that would be exact in a cache that was never trimmed.
 
         Returns:
-            0 where none is, else ``window`` to ``window + 63``, or all behind the sink.
+            0 if there is no such token; else ``window`` to ``window + 63``, or all tokens after the
+            sink.
         """
         behind_sink = self.tokens - config.sink
         never_trimmed = max(0, behind_sink - config.window) // BLOCK * BLOCK
         return behind_sink - never_trimmed if self.packed > never_trimmed else 0
 
     def positions(self, config: RotorConfig) -> npt.NDArray[np.int32]:
-        """The position of every token held, in the order in which attention reads them."""
+        """Return the position of every token held, in the order in which attention reads them."""
         if not self.evicted:
             return np.arange(self.tokens, dtype=np.int32)
         slots, youngest = self.packed // BLOCK, self.next_block - 1
@@ -132,15 +134,17 @@ class Counts:
 
 
 def least_size(config: RotorConfig) -> int:
-    """The fewest tokens that a cache may be limited to: sink, fullest tail and one block."""
+    """Return the smallest limit of a cache in tokens: sink, longest tail and one block."""
     return config.sink + config.window + 2 * BLOCK - 1
 
 
 def max_blocks(max_size: int | None, config: RotorConfig) -> int | None:
-    """Packed blocks that fit into a cache of ``max_size`` tokens, beside sink and fullest tail.
+    """Return the number of packed blocks that fit into a cache of ``max_size`` tokens.
+
+    Sink and longest tail are subtracted first. The result is None if ``max_size`` is None.
 
     Raises:
-        ValueError: If not one fits.
+        ValueError: If no block fits.
     """
     if max_size is None:
         return None
@@ -154,10 +158,10 @@ def max_blocks(max_size: int | None, config: RotorConfig) -> int | None:
 
 
 def sliding_size(sliding_window: int, config: RotorConfig) -> int:
-    """The limit of a cache whose tokens see the ``sliding_window`` newest of them, themselves too.
+    """Return the limit in tokens of a cache for a sliding window.
 
-    Its packed blocks alone are as long as the window, so that nothing visible is missing, however
-    much of the tail is trimmed.
+    A token sees the ``sliding_window`` newest tokens, itself included. The packed blocks alone are
+    at least as long as the window, so no visible token is missing after a trim of any length.
     """
     blocks = -(-sliding_window // BLOCK)
     return least_size(config) + (blocks - 1) * BLOCK
@@ -166,12 +170,12 @@ def sliding_size(sliding_window: int, config: RotorConfig) -> int:
 def are_possible(
     table: npt.NDArray[Any], config: RotorConfig, max_blocks: int | None
 ) -> npt.NDArray[np.bool_]:
-    """Which counts a sequence can have.
+    """Return which rows of a table are counts that a sequence can have.
 
     Args:
-        table: Integers ``[N, 3]``: tokens, packed and evicted tokens.
+        table: Integers ``[N, 3]``: tokens, packed tokens and evicted tokens.
         config: Gives the sink.
-        max_blocks: The most packed blocks, or None.
+        max_blocks: The largest number of packed blocks, or None.
 
     Returns:
         Booleans ``[N]``.

@@ -1,4 +1,4 @@
-"""Keeps what is derived from an object, such as a rotation, for as long as that object lives."""
+"""Caches results derived from an object, such as a rotation, for as long as the object exists."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Derived(Protocol[Thing_contra, Rest, Result_co]):
-    """A function of an object whose results are kept."""
+    """A function of an object whose results are cached."""
 
     def __call__(
         self, thing: Thing_contra, /, *args: Rest.args, **kwargs: Rest.kwargs
     ) -> Result_co:
-        """The result for an object and these arguments."""
+        """Return the result for an object and these arguments."""
 
     def cache_clear(self) -> None:
         """Forget all results."""
@@ -27,10 +27,11 @@ class Derived(Protocol[Thing_contra, Rest, Result_co]):
 def derived(
     function: Callable[Concatenate[Thing_contra, Rest], Result_co],
 ) -> Derived[Thing_contra, Rest, Result_co]:
-    """Like ``functools.cache``, but results go with the first argument.
+    """Cache results like ``functools.cache``, but drop them when the first argument is deleted.
 
-    A model's calibrated rotations are large; ``functools.cache`` would keep them, and all that
-    backends make of them, after the model is gone. A result must not hold the first argument.
+    A model's calibrated rotations are large. ``functools.cache`` would keep them, and the data that
+    backends derive from them, after the model is deleted. A result must not refer to the first
+    argument.
     """
     kept: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 

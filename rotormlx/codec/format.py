@@ -1,8 +1,8 @@
 """The packed format, version 2: the layout of a block.
 
-A block is 64 tokens. A uint32 word packs along the axis that attention sums over, and neighbouring
-words walk the other axis, so that neighbouring lanes read neighbouring words and no sum crosses
-lanes:
+A block is 64 tokens. A uint32 word packs codes along the axis that attention sums over (the packed
+axis). Neighbouring words run along the other axis (the lanes), so neighbouring lanes read
+neighbouring words and no sum crosses lanes:
 
     key words     [rows, 64]   a word holds several channels of one token     (lane = token)
     value words   [rows, D]    a word holds several tokens of one channel     (lane = channel)
@@ -10,9 +10,9 @@ lanes:
     centres       [D]          float16, keys only: the mean of the block
 
 A code of 2, 4 or 8 bits is one field of a word, lowest bits first. A code of 3 bits is split over
-two planes: first its two low bits, laid out like that, then its high bits, 32 to a word in an order
-of their own. A plane that does not fill its last word ends in zeros. Codes of 2 and 3 bits are
-trellis codes (:mod:`rotormlx.codec.trellis`).
+two planes. The first plane holds its two low bits in the same layout; the second holds the high
+bits, 32 per word, in the order of :meth:`Plane.bit_of`. A plane that does not fill its last word
+ends in zeros. Codes of 2 and 3 bits are trellis codes (:mod:`rotormlx.codec.trellis`).
 
 Source: docs/FORMAT.md, which is normative.
 """
@@ -34,7 +34,7 @@ from rotormlx.config import RotorConfig
 FORMAT_VERSION = 2
 BLOCK = 64
 WORD_BITS = 32
-# Code widths that are trellis codes.
+# Bits per code at which codes are trellis codes.
 TRELLIS_BITS = (2, 3)
 LARGEST_FLOAT16 = 65504.0
 
@@ -47,14 +47,15 @@ class Plane(NamedTuple):
 
     @property
     def a_word(self) -> int:
-        """Fields in one word."""
+        """Number of fields per word."""
         return WORD_BITS // self.bits
 
     def bit_of(self, field: int) -> int:
-        """The lowest bit of a field in its word.
+        """Return the lowest bit of a field in its word.
 
-        The fields of the plane of single bits belong to two words of the plane before it. Four
-        neighbouring bits are those of codes 2 j and 2 j + 1 of the first, then of the second.
+        A word of the plane of single bits belongs to two words of the plane before it. Four
+        neighbouring bits belong to codes 2 j and 2 j + 1 of the first word, then to the same codes
+        of the second word.
         """
         if self.bits > 1:
             return field * self.bits
@@ -71,18 +72,18 @@ PLANES = {
 
 
 def plane_rows(role: str, bits: int, head_dim: int) -> tuple[int, ...]:
-    """Rows of words in each plane of a block."""
+    """Return the number of rows of words in each plane of a block."""
     packed_axis_size = head_dim if role == KEY else BLOCK
     return tuple(math.ceil(packed_axis_size / plane.a_word) for plane in PLANES[bits])
 
 
 def words_shape(role: str, bits: int, head_dim: int) -> tuple[int, int]:
-    """Shape of the words of one block."""
+    """Return the shape of the words of one block."""
     return sum(plane_rows(role, bits, head_dim)), BLOCK if role == KEY else head_dim
 
 
 class Packed(NamedTuple):
-    """Compressed keys or values: whole blocks of 64 tokens, numpy or MLX arrays.
+    """Compressed keys or values: whole blocks of 64 tokens, as arrays of numpy, MLX or torch.
 
     words: uint32 ``[B, K, N, rows, 64]`` for keys, ``[B, K, N, rows, D]`` for values.
     scales: float16 ``[B, K, N, 64]``.
@@ -96,12 +97,12 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Codec:
-    """How the keys or the values of one layer are coded.
+    """The codec of one layer's keys or values.
 
     Args:
         role: ``"key"`` or ``"value"``.
         bits: Bits per code.
-        rotation: The rotation of this layer and role; fixes head_dim.
+        rotation: The rotation of this layer and role; it determines head_dim.
     """
 
     role: str
@@ -110,37 +111,37 @@ class Codec:
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """Head dimension D."""
         return self.rotation.head_dim
 
     @property
     def has_trellis(self) -> bool:
-        """Whether codes are those of a trellis, along the packed axis."""
+        """Whether the codes are trellis codes along the packed axis."""
         return self.bits in TRELLIS_BITS
 
     @property
     def has_state(self) -> bool:
-        """Whether a path runs over tokens, so that it goes on where a block is filled up."""
+        """Whether a trellis path runs along tokens, so that filling a block up needs its state."""
         return self.has_trellis and self.role == VALUE
 
     @property
     def shrink(self) -> float:
-        """The factor of scales: below 1 for values."""
+        """The factor of the scales: 1 for keys, at most 1 for values."""
         return 1.0 if self.role == KEY else codebook.VALUE_SHRINK[self.bits]
 
     @property
     def planes(self) -> tuple[Plane, ...]:
-        """How a code is split over words."""
+        """The planes that a code is split into."""
         return PLANES[self.bits]
 
     @property
     def packed_axis_size(self) -> int:
-        """Codes along the axis that a word packs: D for keys, 64 for values."""
+        """Number of codes along the packed axis: D for keys, 64 for values."""
         return self.head_dim if self.role == KEY else BLOCK
 
     @property
     def plane_rows(self) -> tuple[int, ...]:
-        """Rows of words in each plane."""
+        """Number of rows of words in each plane of a block."""
         return plane_rows(self.role, self.bits, self.head_dim)
 
     @property
@@ -150,20 +151,20 @@ class Codec:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one packed block of one KV head."""
+        """Bytes of one packed block of one KV head, side data included."""
         words = 4 * math.prod(self.words_shape)
         return words + 2 * BLOCK + (2 * self.head_dim if self.role == KEY else 0)
 
     @property
     def bits_per_value(self) -> float:
-        """True bits per value: words, scales and centres."""
+        """True bits per value; words, scales and centres are counted."""
         return 8 * self.block_bytes / (BLOCK * self.head_dim)
 
     def kept_bits(self, tokens: int) -> npt.NDArray[np.uint32]:
-        """Mask the bits of a block's words that belong to its first ``tokens`` tokens.
+        """Return masks of the bits of a block's words that belong to its first ``tokens`` tokens.
 
         Returns:
-            Masks, uint32, that broadcast against ``[rows, 64]`` (keys) or ``[rows, D]`` (values).
+            uint32 masks that broadcast to ``[rows, 64]`` (keys) or ``[rows, D]`` (values).
         """
         if self.role == KEY:
             lanes = np.arange(BLOCK) < tokens
@@ -179,7 +180,7 @@ class Codec:
 
 @cache
 def codec(config: RotorConfig, head_dim: int, *, layer: int, role: str) -> Codec:
-    """The codec of one layer's keys or values.
+    """Return the codec of one layer's keys or values.
 
     Raises:
         ValueError: If head_dim, layer or role is out of range.

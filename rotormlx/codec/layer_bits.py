@@ -1,8 +1,8 @@
 """Chooses the bits of keys and values for each layer.
 
-Layers differ by a factor of a hundred in what their errors do to a text. Once each is measured
-(:mod:`rotormlx.measure.layer_losses`), a cache of a given size spends every bit where it helps
-most.
+The effect of coding errors on the output differs between layers by a factor of a hundred. Once the
+layers are measured (:mod:`rotormlx.measure.layer_losses`), a cache of a given size spends its bits
+where they help most.
 
 Source: docs/results/bits.md, "Bits by layer", has measurements.
 """
@@ -21,13 +21,15 @@ Floats = NDArray[np.float64]
 
 
 def allotted(loss: Floats, sizes: Floats, mean: float) -> NDArray[np.int64]:
-    """Bits for each part of a cache, greedily: a step goes where it saves most for its bits.
+    """Return the bits of each part of a cache, chosen greedily.
+
+    Every step widens the codes of the part that saves most loss per bit added.
 
     Args:
-        loss: What each part loses at 3 bits, any shape. With other bits it is taken to be
-            proportional to the squared error of a code.
-        sizes: Values that a token adds to each part, the same shape.
-        mean: Bits of a code that all parts together may have.
+        loss: Loss of each part at 3 bits, any shape. At other bits it is assumed to be proportional
+            to the squared error of a code.
+        sizes: Number of values that a token adds to each part, the same shape.
+        mean: Largest mean of the bits per code over all values.
 
     Returns:
         Bits, the same shape. Their mean over all values is at most ``mean``, and as near to it as
@@ -50,7 +52,7 @@ def allotted(loss: Floats, sizes: Floats, mean: float) -> NDArray[np.int64]:
 
 @cache
 def squared_error(bits: int) -> float:
-    """Mean squared error of a code, on normal numbers of variance 1."""
+    """Return the mean squared error of a code, on normal numbers of variance 1."""
     if bits in codebook.TRELLIS_ERRORS:
         return codebook.TRELLIS_ERRORS[bits]
     grid = (np.arange(200_000) + 0.5) / 25_000  # 0 to 8

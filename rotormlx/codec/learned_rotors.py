@@ -1,7 +1,7 @@
-"""Cascades whose rotors are learned: the matrices that their coefficients stand for.
+"""Cascades whose rotors are learned: computes their matrices from the learned coefficients.
 
-:mod:`rotormlx.mlx.learned` finds the coefficients. What every host makes of them is computed here,
-in float64 and in a fixed order, so that all of them code with the same matrices.
+:mod:`rotormlx.mlx.learned` finds the coefficients. This module computes the matrices in float64 and
+in a fixed order, so all hosts code with the same matrices.
 
 Source: docs/FORMAT.md, section 11.
 """
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from rotormlx.codec.random_stream import Floats
 from rotormlx.codec.rotation import Stage, factors, rotation
 
-# By radix the kind of a block and its coefficients: a rotor has 4, a plane its angle. Fives and
-# sevens are left as they are.
+# By radix: the kind of a block and the number of its coefficients (4 of a rotor, or the angle in a
+# plane). Stages of radix 5 and 7 are not learned.
 _BLOCKS = {4: ("Left", 4), 3: ("Sandwich", 4), 2: ("Plane", 1)}
 
 
 def learned_stages(head_dim: int) -> list[tuple[int, int, int]]:
-    """Radix, stride and coefficients of a block of every stage that is learned."""
+    """Return radix, stride and number of coefficients per block of every learned stage."""
     stages, stride = [], 1
     for radix in factors(head_dim) or ():
         if radix in _BLOCKS:
@@ -30,23 +30,23 @@ def learned_stages(head_dim: int) -> list[tuple[int, int, int]]:
 
 
 def learned_size(head_dim: int) -> int:
-    """Coefficients of a head: 448 at head_dim 128."""
+    """Return the number of coefficients per KV head: 448 at head_dim 128."""
     return sum(head_dim // radix * n for radix, _, n in learned_stages(head_dim))
 
 
 def learned_matrix(
     coefficients: NDArray[np.float32], scale: NDArray[np.float32], layer: int, role: str
 ) -> Floats:
-    """The whole map: learned rotors, division by the scale, then the cascade that mixes.
+    """Return the whole map: learned rotors, division by the scale, then the cascade.
 
     Args:
-        coefficients: ``[K, n]``.
-        scale: ``[K, D]``, positive.
-        layer: Selects the cascade, of seed 0, with ``role``.
+        coefficients: Coefficients of the learned rotors, ``[K, n]``.
+        scale: Channel scale ``[K, D]``, positive.
+        layer: Index of the layer; selects the cascade of seed 0 together with ``role``.
         role: ``"key"`` or ``"value"``.
 
     Returns:
-        ``[K, D, D]``.
+        Matrices ``[K, D, D]``.
 
     Source: docs/FORMAT.md, section 11.
     """
@@ -54,7 +54,7 @@ def learned_matrix(
     mix = rotation("cascade", head_dim, layer=layer, role=role).stages
     matrices = []
     for own, divisors in zip(coefficients, scale, strict=True):
-        # Row i is what becomes of channel i.
+        # Row i is the image of channel i.
         rows = basis(own, head_dim).T / divisors.astype(np.float64)
         for stage in mix:
             rows = stage.apply(rows)
@@ -63,7 +63,7 @@ def learned_matrix(
 
 
 def basis(coefficients: NDArray[np.float32], head_dim: int) -> Floats:
-    """The orthogonal matrix ``[D, D]`` of the coefficients ``[n]`` of a head."""
+    """Return the orthogonal matrix ``[D, D]`` of the coefficients ``[n]`` of a KV head."""
     rows, place = np.eye(head_dim), 0
     for radix, stride, n in learned_stages(head_dim):
         groups = head_dim // radix
@@ -72,7 +72,8 @@ def basis(coefficients: NDArray[np.float32], head_dim: int) -> Floats:
         if n == 1:
             own = np.concatenate([np.cos(own), np.sin(own)], axis=1)
         else:
-            with np.errstate(invalid="ignore", divide="ignore"):  # a rotor of zeros: no matrix
+            # A rotor of zeros becomes NaN, which algebra.rotor refuses.
+            with np.errstate(invalid="ignore", divide="ignore"):
                 own = own / np.linalg.norm(own, axis=1, keepdims=True)
         shape = (groups // stride, stride, -1)
         rows = Stage(0, stride, _BLOCKS[radix][0], own.reshape(shape)).apply(rows)

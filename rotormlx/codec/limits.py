@@ -1,20 +1,20 @@
-"""The largest numbers that kernels count in 32 bits, and what refuses larger ones.
+"""The largest numbers that kernels count in 32 bits, and the checks that refuse larger ones.
 
-Offsets into buffers are 64 bits everywhere. Positions, and the sizes of a grid, are not.
+Offsets into buffers have 64 bits everywhere. Positions and the sizes of a grid have 32.
 """
 
 from __future__ import annotations
 
-# Positions; room is left for what the cut into parts rounds up.
+# Positions; the margin below 2^31 allows for rounding when a sequence is cut into parts.
 MOST_TOKENS = 2**31 - 2**22
-# Tokens encoded in one call: a Metal grid counts threads in 32 bits, and a block takes 256.
+# Tokens encoded in one call: a Metal grid counts threads in 32 bits, and a block takes 256 threads.
 MOST_ENCODED = 2**26
-# What a CUDA grid takes along its second and third axis.
+# The largest size of a CUDA grid along its second and third axis.
 MOST_GRID_HEADS = 2**16 - 1
 
 
 def check_tokens(where: str, tokens: int) -> None:
-    """Refuse a sequence whose positions are no 32-bit integers.
+    """Refuse a sequence whose positions do not fit into 32-bit integers.
 
     Raises:
         ValueError: If it has more than ``MOST_TOKENS`` tokens.
@@ -27,7 +27,7 @@ def check_tokens(where: str, tokens: int) -> None:
 
 
 def check_grid(where: str, batch: int, kv_heads: int) -> None:
-    """Refuse a batch that no CUDA grid holds.
+    """Refuse a batch that is too large for a CUDA grid.
 
     Raises:
         ValueError: If batch rows times KV heads are more than ``MOST_GRID_HEADS``.
@@ -35,5 +35,5 @@ def check_grid(where: str, batch: int, kv_heads: int) -> None:
     if batch * kv_heads > MOST_GRID_HEADS:
         raise ValueError(
             f"[{where}] Batch rows times KV heads must be at most {MOST_GRID_HEADS:,} on CUDA, but "
-            f"{batch:,} rows of {kv_heads:,} KV heads came; split the batch."
+            f"{batch:,} rows of {kv_heads:,} KV heads were given; split the batch."
         )

@@ -1,8 +1,8 @@
 """The two parts of a layer's cache and their codecs: keys and values, or latent and RoPE.
 
-Models with multi-head latent attention (MLA) keep one vector per token for all heads, the latent,
-which is key and value at once, and beside it the part of the key that carries the position (RoPE).
-The latent is coded once, as a key: by block of 64 tokens around its centre.
+Models with multi-head latent attention (MLA) keep two vectors per token for all heads: the latent,
+which is both key and value, and the part of the key that carries the position (RoPE). The latent is
+coded once, as a key: in blocks of 64 tokens, each relative to its centre.
 
 Source: docs/MLA.md.
 """
@@ -15,16 +15,16 @@ from typing import NamedTuple
 from rotormlx.codec.rotation import KEY, VALUE
 from rotormlx.config import RotorConfig
 
-# Bits of the RoPE part, whatever the latent has: as good as exact, for half the bytes.
+# Bits of the RoPE part at every setting: nearly exact, at half the bytes.
 ROPE_BITS = 8
 
 
 class Part(NamedTuple):
-    """One of the two parts.
+    """One of the two parts of a layer's cache.
 
-    name: What it is, in the plural where there is one per KV head.
+    name: Name in messages, in the plural.
     role: The role that it is coded as, ``"key"`` or ``"value"``.
-    config: A configuration whose ``code_bits(role)`` are its bits.
+    config: A configuration whose ``code_bits(role)`` are the bits of this part.
     """
 
     name: str
@@ -38,7 +38,7 @@ def keys_and_values(config: RotorConfig) -> tuple[Part, Part]:
 
 
 def latent_and_rope(config: RotorConfig) -> tuple[Part, Part]:
-    """Return the parts of MLA; a latent has the larger of the bits of keys and values."""
+    """Return the parts of MLA; the latent gets the larger of ``key_bits`` and ``value_bits``."""
     latent = replace(config, key_bits=max(config.key_bits, config.value_bits))
     return Part("latents", KEY, latent), Part(
         "RoPE parts", KEY, replace(config, key_bits=ROPE_BITS)

@@ -1,7 +1,7 @@
-"""The random numbers behind the rotations: integers first, then only exactly rounded operations.
+"""The random numbers of the rotations, reproducible on every machine.
 
-Every number here follows from 64-bit integer arithmetic and from float64 ``+ - * / sqrt`` in a
-stated order, so that each backend, language and version gets the same rotation and none has to be
+All numbers are computed with 64-bit integer arithmetic and then float64 ``+ - * / sqrt`` in a fixed
+order. So every backend, language and version computes the same rotation, and no rotation has to be
 stored (docs/FORMAT.md, section 4).
 """
 
@@ -23,10 +23,10 @@ def _mix(z: int) -> int:
 
 
 class Stream:
-    """An endless row of 64-bit integers, named by a tuple of integers (SplitMix64).
+    """An endless sequence of 64-bit integers, named by a tuple of integers (SplitMix64).
 
     Args:
-        name: Non-negative integers below 2**64; each is absorbed in turn.
+        name: Non-negative integers below 2**64; they are mixed into the seed in this order.
     """
 
     def __init__(self, *name: int) -> None:
@@ -36,24 +36,27 @@ class Stream:
         self._key = key
 
     def integers(self, count: int) -> npt.NDArray[np.uint64]:
-        """The first ``count`` integers, uint64 ``[count]``."""
+        """Return the first ``count`` integers, uint64 ``[count]``."""
         z = np.uint64(self._key) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GAMMA)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
     def signs(self, count: int) -> Floats:
-        """The first ``count`` signs, float64 ``[count]`` of +1 and -1: -1 where bit 63 is set."""
+        """Return the first ``count`` signs, float64 ``[count]``: -1 if bit 63 is set, else +1."""
         return 1.0 - 2.0 * (self.integers(count) >> np.uint64(63)).astype(np.float64)
 
     def uniforms(self, count: int) -> Floats:
-        """The first ``count`` uniform numbers in [0, 1), float64 ``[count]``: the upper 53 bits."""
+        """Return the first ``count`` uniform numbers in [0, 1), float64 ``[count]``.
+
+        A number is made of the upper 53 bits of an integer.
+        """
         return (self.integers(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def disc(self, count: int) -> Floats:
-        """The first ``count`` points inside the unit disc, float64 ``[count, 2]``.
+        """Return the first ``count`` points inside the unit disc, float64 ``[count, 2]``.
 
-        Candidates are pairs of uniform numbers stretched to [-1, 1); those with
+        Candidates are pairs of uniform numbers scaled to [-1, 1). Those with
         ``0 < x*x + y*y < 1`` are kept, in order.
         """
         candidates = count
@@ -67,16 +70,16 @@ class Stream:
 
 
 class Sphere:
-    """Points spread evenly over unit spheres, drawn one after the other.
+    """Points drawn one after the other, uniformly from unit spheres.
 
-    A point of even dimension 2m is m directions in the plane, taken from the disc, with squared
-    lengths that are the gaps between m - 1 sorted uniform numbers of [0, 1]: that is exactly the
-    uniform distribution. A point of odd dimension is one of a dimension more without its last
-    coordinate, normalized.
+    A point of even dimension 2m consists of m directions in the plane, taken from the disc. Their
+    squared lengths are the gaps between m - 1 sorted uniform numbers of [0, 1]. This gives exactly
+    the uniform distribution. A point of odd dimension is a point of the next higher dimension
+    without its last coordinate, normalized.
 
     Args:
-        name: The name of the streams; 0 is appended for the discs, 1 for the gaps.
-        pairs: How many planar directions all points together will need.
+        name: Name of the streams; 0 is appended for the discs, 1 for the gaps.
+        pairs: Number of planar directions that all points together need.
     """
 
     def __init__(self, *name: int, pairs: int) -> None:
@@ -86,7 +89,7 @@ class Sphere:
         self._uniforms_used = 0
 
     def point(self, dimension: int) -> Floats:
-        """The next point, float64 ``[dimension]``, of norm 1 to rounding."""
+        """Return the next point, float64 ``[dimension]``, of norm 1 up to rounding."""
         m = (dimension + 1) // 2
         xy = self._discs[self._pairs_used : self._pairs_used + m]
         cuts = np.sort(self._uniforms[self._uniforms_used : self._uniforms_used + m - 1])
@@ -103,5 +106,5 @@ class Sphere:
 
 
 def sequential_sum(terms: Floats) -> Floats:
-    """The sum over the first axis, one addition after the other."""
+    """Return the sum over the first axis, added in order."""
     return np.asarray(np.add.accumulate(terms, axis=0)[-1])

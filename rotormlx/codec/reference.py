@@ -1,4 +1,6 @@
-"""The codec and its attention in numpy: obvious, slow, float64. Every backend is compared with it.
+"""The reference codec and its attention, in numpy and float64; every backend is tested against it.
+
+It is written to be easy to follow, not to be fast.
 
 Shapes: B batch, H query heads, K KV heads, L queries, S tokens, N blocks, D head_dim.
 
@@ -33,8 +35,9 @@ def encode(
         codec: Role, bits and rotation.
         channel_scale: Positive, ``[K, D]``; None for 1.
         centres: Centres of the blocks, float16 ``[B, K, N, D]``; None for the means. Keys only.
-        start: Tokens before it are coded already; what comes out for them does not count.
-        state: For trellis-coded values, the state after those tokens, ``[B, K, N, D]``.
+        start: Number of tokens at the start of each block that have codes already; their output
+            has no meaning.
+        state: State of trellis-coded values after those tokens, ``[B, K, N, D]``.
     """
     x = _blocks(x)
     if codec.role == KEY:
@@ -47,7 +50,7 @@ def encode(
     rotated, norm = rotate(y, codec)
     root = np.sqrt(codec.head_dim)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        # A row without a size that float16 can hold has no numbers.
+        # A row whose size float16 cannot represent is coded as zeros.
         size = (norm / root).astype(np.float16)
         z = np.where((size > 0) & (size < np.inf), rotated * (root / norm), 0)
     if codec.has_trellis:
@@ -66,7 +69,7 @@ def encode(
 
 
 def decode(packed: Packed, codec: Codec, *, channel_scale: npt.ArrayLike | None = None) -> Floats:
-    """The vectors that packed blocks stand for, float64 ``[B, K, N * 64, D]``."""
+    """Return the vectors that packed blocks represent, float64 ``[B, K, N * 64, D]``."""
     level = levels(unpack(packed.words, codec), codec)
     scaled = np.asarray(packed.scales, np.float64)[..., None] * level
     y = _multiplied(scaled, codec.rotation.inverse) * _scale_rows(channel_scale)
@@ -84,12 +87,12 @@ def score_noise(
     scale: float,
     channel_scale: npt.ArrayLike | None = None,
 ) -> Floats:
-    """Half the variance that the codes of packed keys bring into the scores.
+    """Return half the variance that the codes of packed keys add to the scores.
 
     Args:
         queries: ``[B, H, L, D]``.
-        packed: Keys, N blocks.
-        codec: How they are coded.
+        packed: Packed keys, N blocks.
+        codec: Codec of the keys.
         scale: Factor of the scores.
         channel_scale: Positive, ``[K, D]``; None for 1.
 
@@ -115,15 +118,15 @@ def attend(
     mask: npt.NDArray[Any] | str | None = None,
     sink_logits: npt.ArrayLike | None = None,
 ) -> Floats:
-    """Attention over decoded keys and values.
+    """Compute attention over decoded keys and values.
 
     Args:
         queries: ``[B, H, L, D]``.
         keys: ``[B, K, S, D]``; head h reads KV head ``h * K // H``.
         values: ``[B, K, S, Dv]``.
         scale: Factor of the scores.
-        noise: Taken off the scores, ``[B, H, L, S]``: :func:`score_noise` of packed tokens, 0 of
-            exact ones.
+        noise: Subtracted from the scores, ``[B, H, L, S]``: :func:`score_noise` for packed tokens,
+            0 for exact ones.
         mask: None, ``"causal"`` (the last query sees every token), boolean (True: visible) or
             additive, broadcastable to ``[B, H, L, S]``.
         sink_logits: Attention-sink logits ``[H]``: a score in the softmax without a value.
@@ -157,9 +160,10 @@ def attend(
 
 
 def block_means(x: Floats) -> npt.NDArray[np.float16]:
-    """Centres of blocks ``[..., 64, D]``: means over the tokens whose row is finite, float16.
+    """Return the centres of blocks ``[..., 64, D]``, float16 ``[..., D]``.
 
-    The divisor is 64 all the same. Means beyond float16 are clipped to its largest number.
+    A centre is the sum over the tokens whose row is finite, divided by 64. Means beyond the range
+    of float16 are clipped to its largest number.
     """
     finite = np.isfinite(x).all(-1, keepdims=True)
     mean = np.where(finite, x, 0).sum(-2) / BLOCK
@@ -167,16 +171,16 @@ def block_means(x: Floats) -> npt.NDArray[np.float16]:
 
 
 def prefill_scale(x: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.float32]:
-    """The channel scale ``prefill`` of a first block.
+    """Return the channel scale ``prefill``, computed from the first block.
 
     Args:
         x: Keys or values of the first block, ``[1, K, 64, D]``.
-        codec: Role of the block.
+        codec: Gives the role of the block.
 
     Returns:
-        float32 ``[K, D]``: roots of the root mean squares over the tokens (of centred keys), each
-        at least 1/64 of that of the whole block and relative to it; 1 where the block is zero or
-        not finite.
+        float32 ``[K, D]``: the square root of each channel's root mean square over the tokens (of
+        centred keys), where the root mean square is relative to that of the whole block and at
+        least 1/64; 1 where the block is zero or not finite.
     """
     blocks = _blocks(x)[0, :, 0]
     if codec.role == KEY:
@@ -189,21 +193,21 @@ def prefill_scale(x: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.float32]:
 
 
 def rotate(y: Floats, codec: Codec) -> tuple[Floats, Floats]:
-    """Rotated rows ``[..., D]`` and their norms ``[..., 1]``."""
+    """Return rotated rows ``[..., D]`` and their norms ``[..., 1]``."""
     with np.errstate(invalid="ignore", over="ignore"):
         rotated = _multiplied(y, codec.rotation.matrix)
         return rotated, np.sqrt((rotated * rotated).sum(-1, keepdims=True))
 
 
 def nearest(z: Floats, bits: int) -> npt.NDArray[np.uint32]:
-    """Return the codes of the nearest levels; at a boundary, the larger magnitude."""
+    """Return the codes of the nearest levels; a boundary belongs to the larger magnitude."""
     limits = codebook.boundaries(bits).astype(np.float64)
     index = np.searchsorted(limits, np.abs(z), side="right").astype(np.uint32)
     return np.where(z < 0, index | np.uint32(1 << (bits - 1)), index)
 
 
 def levels(codes: npt.NDArray[np.uint32], codec: Codec) -> Floats:
-    """The levels that stored codes ``[..., 64, D]`` stand for."""
+    """Return the levels of stored codes ``[..., 64, D]``."""
     if not codec.has_trellis:
         return codebook.levels(codec.bits).astype(np.float64)[codes]
     table = codebook.trellis_levels(codec.bits).astype(np.float64)
@@ -215,7 +219,7 @@ def levels(codes: npt.NDArray[np.uint32], codec: Codec) -> Floats:
 def _path(
     z: Floats, codec: Codec, start: int, state: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.uint32], Floats]:
-    """Trellis codes of ``[..., 64, D]``, and their levels."""
+    """Return the trellis codes of numbers ``[..., 64, D]``, and their levels."""
     bits = codec.bits
     codes = trellis.encode(_packed_axis_first(z, codec), bits, start=start, state=state)
     index = trellis.level_codes(codes, bits, start=start, state=state)
@@ -224,7 +228,7 @@ def _path(
 
 
 def pack(codes: npt.NDArray[np.uint32], codec: Codec) -> npt.NDArray[np.uint32]:
-    """Words ``[..., rows, lanes]`` from codes ``[..., 64, D]``."""
+    """Pack codes ``[..., 64, D]`` into words ``[..., rows, lanes]``."""
     codes = _packed_axis_first(codes, codec)
     words = np.zeros((*codes.shape[:-2], *codec.words_shape), np.uint32)
     first_row = 0
@@ -238,7 +242,7 @@ def pack(codes: npt.NDArray[np.uint32], codec: Codec) -> npt.NDArray[np.uint32]:
 
 
 def unpack(words: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.uint32]:
-    """Codes ``[..., 64, D]`` from words ``[..., rows, lanes]``."""
+    """Unpack words ``[..., rows, lanes]`` into codes ``[..., 64, D]``."""
     words = np.asarray(words, np.uint32)
     codes = np.zeros((*words.shape[:-2], codec.packed_axis_size, words.shape[-1]), np.uint32)
     first_row = 0
@@ -252,7 +256,7 @@ def unpack(words: npt.ArrayLike, codec: Codec) -> npt.NDArray[np.uint32]:
 
 
 def _packed_axis_first(a: npt.NDArray[Any], codec: Codec) -> npt.NDArray[Any]:
-    """``[..., packed axis, lanes]`` of ``[..., 64, D]``, or the other way round."""
+    """Turn ``[..., 64, D]`` into ``[..., packed axis, lanes]``, or back."""
     return np.swapaxes(a, -1, -2) if codec.role == KEY else a
 
 
@@ -263,7 +267,7 @@ def _blocks(x: npt.ArrayLike) -> Floats:
 
 
 def _multiplied(rows: Floats, matrix: Floats) -> Floats:
-    """A matrix ``[D, D]``, or one per KV head, times each row of ``[B, K, N, 64, D]``."""
+    """Multiply each row of ``[B, K, N, 64, D]`` by a matrix ``[D, D]``, or one per KV head."""
     out: Floats = rows @ np.swapaxes(matrix, -1, -2)[..., None, :, :]
     return out
 

@@ -1,10 +1,10 @@
-"""The rotations: each spreads a vector's outliers before its coordinates are quantized.
+"""The rotations, which spread a vector's outliers before its coordinates are quantized.
 
-Every rotation of the family is a list of stages. A stage mixes channels in small groups by one
-orthogonal block per group: radix 4 multiplies by a rotor from one side, radix 3 is the sandwich
-product, radix 2 turns a plane. The **cascade** takes as many stages, with growing stride, as mix
-every channel with every other; ``rotor3``, ``iso4`` and ``planar2`` stop after one. ``dense`` is a
-matrix instead of a list.
+Most rotations are a list of stages. A stage mixes channels in small groups, with one orthogonal
+block per group: radix 4 multiplies by a rotor from one side, radix 3 is the sandwich product, and
+radix 2 rotates in a plane. The **cascade** has as many stages, with growing stride, as it takes to
+mix every channel with every other. ``rotor3``, ``iso4`` and ``planar2`` mix each channel at most
+once. ``dense`` is a matrix instead of a list of stages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rotormlx.config import CALIBRATED, ROTATIONS
 KEY, VALUE = "key", "value"
 ROLES = (KEY, VALUE)
 
-# Stages are built of these radices; a head_dim with another prime factor is refused.
+# The radices of stages; a head_dim with another prime factor is refused.
 RADICES = (4, 3, 2, 5, 7)
 
 
@@ -34,13 +34,13 @@ class Stage:
     """Orthogonal blocks over groups of channels.
 
     Group ``(o, i)`` mixes the ``radix`` channels ``start + (o * radix + r) * stride + i`` for
-    r = 0 .. radix - 1; channels that no group holds pass unchanged.
+    r = 0 .. radix - 1. Channels outside all groups stay unchanged.
 
     Args:
         start: First channel of the stage.
         stride: Distance between the channels of a group.
-        kind: What the blocks are, one of ``BLOCKS``.
-        coefficients: float64 ``[outer, stride, n]``, the numbers that make a block of its kind.
+        kind: Kind of the blocks, a key of ``BLOCKS``.
+        coefficients: float64 ``[outer, stride, n]``, the n numbers that define each block.
     """
 
     start: int
@@ -50,22 +50,22 @@ class Stage:
 
     @cached_property
     def blocks(self) -> Floats:
-        """float64 ``[outer, stride, radix, radix]``, one orthogonal matrix per group."""
+        """The orthogonal matrix of each group, float64 ``[outer, stride, radix, radix]``."""
         return _frozen(BLOCKS[self.kind](self.coefficients))
 
     @property
     def radix(self) -> int:
-        """Channels of a group."""
+        """Number of channels in a group."""
         return int(self.blocks.shape[-1])
 
     @property
     def outer(self) -> int:
-        """Runs of ``radix * stride`` channels."""
+        """Number of runs of ``radix * stride`` channels."""
         return int(self.coefficients.shape[0])
 
     @property
     def stop(self) -> int:
-        """The channel behind the last of the stage."""
+        """The channel after the last channel of the stage."""
         return self.start + self.outer * self.radix * self.stride
 
     def apply(self, x: Floats) -> Floats:
@@ -86,13 +86,14 @@ class Rotation:
     Args:
         name: One of ``rotormlx.config.ROTATIONS``, or ``calibrated``.
         head_dim: D.
-        stages: Applied first to last; empty for ``dense`` and ``identity``.
+        stages: Stages in the order of application; empty for ``dense``, ``identity`` and a
+            calibrated rotation.
         matrix: float64 ``[D, D]``: the whole map, ``rotated = matrix @ x``. For a rotation with
             stages it is their product; a calibrated one has ``[K, D, D]``, one matrix per KV head.
-        parameters: Real numbers that determine it: 4 per rotor, 1 per plane, D² for ``dense``.
-        sign_bits: Random signs that determine it, besides.
-        multiply_adds: Multiplications-with-addition, or additions alone, for one vector. Constant
-            factors common to all channels are not counted: they fold into the vector's norm.
+        parameters: Number of real parameters: 4 per rotor, 1 per plane, D² for ``dense``.
+        sign_bits: Number of random signs that the rotation also depends on.
+        multiply_adds: Number of multiply-adds, or additions alone, for one vector. Constant factors
+            common to all channels are not counted, because they are merged into the vector's norm.
 
     Source: docs/FORMAT.md, section 4.
     """
@@ -107,17 +108,17 @@ class Rotation:
 
     @cached_property
     def inverse(self) -> Floats:
-        """float64, the shape of ``matrix``: ``x = inverse @ rotated``."""
+        """The inverse map, ``x = inverse @ rotated``: float64, in the shape of ``matrix``."""
         return _frozen(np.linalg.inv(self.matrix))
 
     @property
     def has_stages(self) -> bool:
-        """Whether its stages, or none, are the whole map, which is then orthogonal."""
+        """Whether the map is a product of stages (none for ``identity``), and so orthogonal."""
         return bool(self.stages) or self.name == "identity"
 
     @property
     def is_per_head(self) -> bool:
-        """Whether every KV head has a matrix of its own."""
+        """Whether every KV head has its own matrix."""
         return self.matrix.ndim == 3
 
     @cached_property
@@ -128,7 +129,7 @@ class Rotation:
 
 
 def check_head_dim(head_dim: int) -> None:
-    """Refuse a head_dim that the rotations cannot do.
+    """Refuse a head_dim that the rotations do not support.
 
     Raises:
         ValueError: If it is not a multiple of 8 from 8 to 1024 with no prime factor above 7.
@@ -145,12 +146,12 @@ def check_head_dim(head_dim: int) -> None:
 def rotation(
     name: str, head_dim: int, *, seed: int = 0, layer: int = 0, role: str = KEY
 ) -> Rotation:
-    """The rotation of one layer's keys or values.
+    """Return the rotation of one layer's keys or values.
 
     Args:
         name: One of ``rotormlx.config.ROTATIONS``.
         head_dim: D, see :func:`check_head_dim`.
-        seed: From the configuration.
+        seed: Seed of the configuration.
         layer: Index of the layer in the model.
         role: ``"key"`` or ``"value"``.
 
@@ -170,31 +171,31 @@ def rotation(
 
 
 def calibrated(matrix: npt.ArrayLike) -> Rotation:
-    """The rotation of a calibration file.
+    """Return the rotation given by the matrices of a calibration file.
 
     Args:
-        matrix: ``[K, D, D]``, invertible, one per KV head.
+        matrix: Invertible matrices ``[K, D, D]``, one per KV head.
     """
     frozen = _frozen(matrix)
     d = frozen.shape[-1]
     made = Rotation(CALIBRATED, d, (), frozen, d * d, 0, d * d)
-    # One object for one content: what backends derive from a rotation is kept for each object.
+    # One object per content, because backends cache derived data per object.
     return _calibrated.setdefault(made.digest, made)
 
 
 def reference_to(chosen: Rotation) -> str:
-    """Return a text that :func:`referred` resolves while the rotation is in use."""
+    """Return a text from which :func:`referred` finds the rotation while it is in use."""
     if chosen.name != CALIBRATED:
         return chosen.name
-    _calibrated.setdefault(chosen.digest, chosen)  # a copy may have outlived the first
+    _calibrated.setdefault(chosen.digest, chosen)  # a copy may outlive the registered object
     return f"{CALIBRATED}:{chosen.digest}"
 
 
 def referred(text: str) -> Rotation | None:
-    """The calibrated rotation that :func:`reference_to` names; None for another name.
+    """Return the calibrated rotation for a text of :func:`reference_to`; None for another name.
 
     Raises:
-        ValueError: If it is one that nobody uses any more.
+        ValueError: If the rotation is no longer in use.
     """
     name, _, digest = text.partition(":")
     if name != CALIBRATED:
@@ -202,12 +203,12 @@ def referred(text: str) -> Rotation | None:
     if (alive := _calibrated.get(digest)) is None:
         raise ValueError(
             f"[rotation] A calibrated rotation must be given as an object that is in use, but "
-            f"{text[:30]!r} names none; pass one of rotormlx.codec.rotation.calibrated."
+            f"{text[:30]!r} refers to none; pass a result of rotormlx.codec.rotation.calibrated."
         )
     return alive
 
 
-# By digest. Calibrated rotations go with the last cache that uses them.
+# Calibrated rotations by digest. An entry disappears with the last cache that uses it.
 _calibrated: WeakValueDictionary[str, Rotation] = WeakValueDictionary()
 
 
@@ -248,7 +249,7 @@ def _hadamard(d: int, name: Name) -> Rotation:
 
 
 def _rotor3(d: int, name: Name) -> Rotation:
-    """The published method: sandwich products of neighbouring threes; a plane for a last pair."""
+    """Return the published method: sandwich products of triples; a plane if a pair is left over."""
     groups, rest = divmod(d, 3)
     stages = [_stage(1, "Sandwich", _rotors(groups, (*name, 0)))]
     parameters, multiply_adds = 4 * groups, 9 * groups
@@ -269,10 +270,10 @@ def _planar2(d: int, name: Name) -> Rotation:
 
 
 def _dense(d: int, name: Name) -> Rotation:
-    """Evenly distributed over all orthogonal matrices (the subgroup algorithm).
+    """Return a matrix uniform over all orthogonal matrices (the subgroup algorithm).
 
-    From the last row up: the matrix of dimension k is the one of dimension k - 1, bordered by a 1,
-    then reflected so that e1 goes to an even point v of the sphere.
+    It is built from the last row upwards. The matrix of dimension k is the matrix of dimension
+    k - 1, bordered by a 1, then reflected so that e1 is mapped to a uniform point of the sphere.
     """
     sphere = Sphere(*name, 0, pairs=sum((k + 1) // 2 for k in range(2, d + 1)))
     matrix = np.eye(d)
@@ -314,7 +315,7 @@ def _from_stages(
 
 
 def factors(d: int) -> list[int] | None:
-    """``d`` as a product of radices in the order of the stages; None if a prime is left over."""
+    """Return the radices of ``d`` in the order of the stages; None if another prime divides it."""
     radices = []
     for radix in RADICES:
         while d % radix == 0:
@@ -324,7 +325,7 @@ def factors(d: int) -> list[int] | None:
 
 
 def _stage(stride: int, kind: str, coefficients: Floats, *, start: int = 0) -> Stage:
-    """A stage from the coefficients ``[groups, n]`` of its blocks."""
+    """Return a stage from the coefficients ``[groups, n]`` of its blocks."""
     groups, numbers = coefficients.shape
     return Stage(
         start, stride, kind, _frozen(coefficients.reshape(groups // stride, stride, numbers))
@@ -332,7 +333,7 @@ def _stage(stride: int, kind: str, coefficients: Floats, *, start: int = 0) -> S
 
 
 def _frozen(a: npt.ArrayLike) -> Floats:
-    """A contiguous copy that nobody can write to: rotations are cached and shared."""
+    """Return a contiguous read-only copy, because rotations are cached and shared."""
     a = np.array(a, np.float64)
     a.flags.writeable = False
     return a
@@ -342,7 +343,7 @@ def _frozen(a: npt.ArrayLike) -> Floats:
 
 
 def _rotors(count: int, name: Name) -> Floats:
-    """Rotors as unit 4-vectors ``[count, 4]``, evenly distributed."""
+    """Return uniformly distributed rotors as unit 4-vectors ``[count, 4]``."""
     sphere = Sphere(*name, pairs=2 * count)
     return np.stack([sphere.point(4) for _ in range(count)])
 
@@ -360,13 +361,13 @@ def _sign_rows(groups: int, signs_a_group: int, name: Name) -> Floats:
 
 
 def _plane_blocks(planes: Floats) -> Floats:
-    """``[[c, -s], [s, c]]`` for each ``(c, s)`` of ``[..., 2]``."""
+    """Return ``[[c, -s], [s, c]]`` for each ``(c, s)`` of ``[..., 2]``."""
     c, s = planes[..., 0], planes[..., 1]
     return np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
 
 
 def _mirrored(block: Floats) -> Callable[[Floats], Floats]:
-    """``diag(s) block diag(s)`` for each row of signs s."""
+    """Return the function that maps each row of signs s to ``diag(s) block diag(s)``."""
     return lambda signs: signs[..., :, None] * block * signs[..., None, :]
 
 
@@ -375,7 +376,10 @@ def _always(block: Floats) -> Callable[[Floats], Floats]:
 
 
 def _two_valued_7() -> Floats:
-    """The flattest orthogonal 7x7 matrix of two values, from the quadratic residues modulo 7."""
+    """Return the flattest orthogonal 7x7 matrix of two values.
+
+    The places of the values follow the quadratic residues modulo 7.
+    """
     y = 1 / np.sqrt(3 * (2 - np.sqrt(2)) * (2 - np.sqrt(2)) + 4)
     x = -(2 - np.sqrt(2)) * y
     return np.array([[x if (j - i) % 7 in (1, 2, 4) else y for j in range(7)] for i in range(7)])
@@ -383,17 +387,20 @@ def _two_valued_7() -> Floats:
 
 _H2 = np.array([[1.0, 1.0], [1.0, -1.0]])
 
-# What a stage's blocks can be: matrices ``[..., radix, radix]`` from coefficients ``[..., n]``. The
-# device code of shared_kernels/rotation.h has the same names.
-#   Left: x -> R x for a rotor R = (a, b, c, d) and even multivectors x;
-#   Sandwich: v -> R v R~ for such a rotor;
-#   Plane: a turn of the plane by the angle with cosine and sine (c, s);
-#   Odd3, Odd5, Odd7: a fixed block between the same signs, its entries as equal in size as the
-#     dimension allows: the sandwich of half a turn about (1, 1, 1), 1/3 and 2/3; the reflection at
-#     (1, 1, 1, 1, 1), 2/5 and 3/5; two values from a difference set, 0.26 and 0.45;
-#   Walsh4, Walsh2: Walsh-Hadamard; Signs: a sign for each channel.
-# The cascade takes (±1 ±e12 ±e13 ±e23) / 2 for Left, entries ±1/2, and an eighth of a turn for
-# Plane, so that it needs no parameter but signs and spreads an outlier as widely as can be.
+# The kinds of blocks of a stage: matrices ``[..., radix, radix]`` from coefficients ``[..., n]``.
+# The device code of shared_kernels/rotation.h uses the same names.
+#   Left: x -> R x for a rotor R = (a, b, c, d) and even multivectors x.
+#   Sandwich: v -> R v R~ for such a rotor.
+#   Plane: a rotation in a plane by the angle with cosine and sine (c, s).
+#   Odd3, Odd5, Odd7: diag(s) B diag(s) for signs s and a fixed block B, whose entries are as equal
+#     in size as the dimension allows. Odd3: the sandwich of a half turn about (1, 1, 1), entries
+#     1/3 and 2/3. Odd5: the reflection at (1, 1, 1, 1, 1), entries 2/5 and 3/5. Odd7: two values
+#     from a difference set, 0.26 and 0.45.
+#   Walsh4, Walsh2: Walsh-Hadamard.
+#   Signs: one sign per channel.
+# In the cascade, Left uses (±1 ±e12 ±e13 ±e23) / 2, whose entries are ±1/2, and Plane uses an
+# eighth of a turn. So the cascade has no parameters except signs, and it spreads an outlier as
+# widely as possible.
 BLOCKS: dict[str, Callable[[Floats], Floats]] = {
     "Left": lambda rotors: algebra.left_matrix(algebra.rotor(rotors)),
     "Sandwich": lambda rotors: algebra.sandwich_matrix(algebra.rotor(rotors)),

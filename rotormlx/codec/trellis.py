@@ -1,12 +1,12 @@
-"""Trellis codes: b bits choose among twice as many levels as b bits could name.
+"""Trellis codes, in which codes of b bits select from 2**(b + 1) levels.
 
-Levels lie in four subsets, every fourth in each. Along the packed axis runs a convolutional code of
-eight states: the path bits p of a position and of the three before it say which subset the level
-comes from, the other bits of the code say which level of the subset. The encoder finds the cheapest
-of all paths (Viterbi), so codes of 2 and 3 bits are 1.3 and 1.6 dB nearer than the best levels of
-their own.
+The levels form four subsets of every fourth level. A convolutional code with eight states runs
+along the packed axis: the path bits p of a position and of the three positions before it select the
+subset, and the other bits of the code select the level in the subset. The encoder finds the path
+with the least squared error (Viterbi). The error of trellis codes of 2 and 3 bits is 1.3 and 1.6 dB
+below that of the best codebook of the same bits.
 
-A code of b bits, as stored:
+The bits of a stored code:
 
     bit 0    p, the path bit
     bit 1    s, the sign of the level
@@ -33,25 +33,25 @@ from rotormlx.codec.random_stream import Floats
 # A state is the last three path bits: p[i-1] + 2 p[i-2] + 4 p[i-3].
 MEMORY = 3
 STATES = 1 << MEMORY
-# The sum of a state that no path has come to.
+# The sum of a state that no path reaches.
 FAR = 1e30
 
 Codes = npt.NDArray[np.uint32]
 
 
 def subset(state: int, path: int) -> int:
-    """The subset c of a position with path bit ``path`` behind ``state``."""
+    """Return the subset c of a position with path bit ``path`` that follows ``state``."""
     return (state >> 1 & 1) + 2 * ((path ^ state ^ state >> 2) & 1)
 
 
 def level_codes(codes: Codes, bits: int, *, start: int = 0, state: npt.ArrayLike = 0) -> Codes:
-    """Sign and magnitude of stored codes ``[..., A, lanes]`` of 2 or 3 bits, A the packed axis.
+    """Return the level codes of stored codes ``[..., A, lanes]``, A the packed axis.
 
     Args:
-        codes: What :func:`encode` gives.
-        bits: 2 or 3.
-        start: As :func:`encode` takes it; so many come out without a meaning.
-        state: Likewise.
+        codes: Codes from :func:`encode`.
+        bits: Bits per code, 2 or 3.
+        start: Same as for :func:`encode`; the first ``start`` results have no meaning.
+        state: Same as for :func:`encode`.
 
     Returns:
         Indices into :func:`rotormlx.codec.codebook.trellis_levels`: the sign is the top bit.
@@ -68,16 +68,17 @@ def level_codes(codes: Codes, bits: int, *, start: int = 0, state: npt.ArrayLike
 
 
 def encode(z: npt.ArrayLike, bits: int, *, start: int = 0, state: npt.ArrayLike = 0) -> Codes:
-    """The stored codes of the path with the least squared error.
+    """Return the stored codes of the path with the least squared error.
 
     Args:
-        z: Numbers ``[..., A, lanes]``; a path runs along A. All finite.
-        bits: 2 or 3.
-        start: Positions before it have codes already; theirs are given as 0.
-        state: The state that those leave, ``[..., lanes]``; see :func:`state_after`.
+        z: Finite numbers ``[..., A, lanes]``; a path runs along A.
+        bits: Bits per code, 2 or 3.
+        start: Number of positions that have codes already; their results are 0.
+        state: State after those positions, ``[..., lanes]``; see :func:`state_after`.
 
     Returns:
-        Codes ``[..., A, lanes]``, uint32; docs/FORMAT.md says which of two paths with equal sums.
+        Codes ``[..., A, lanes]``, uint32; docs/FORMAT.md defines the choice between two paths with
+        equal sums.
     """
     return encode_with_margins(z, bits, start=start, state=state)[0]
 
@@ -85,11 +86,12 @@ def encode(z: npt.ArrayLike, bits: int, *, start: int = 0, state: npt.ArrayLike 
 def encode_with_margins(
     z: npt.ArrayLike, bits: int, *, start: int = 0, state: npt.ArrayLike = 0
 ) -> tuple[Codes, Floats]:
-    """Encode as :func:`encode` does; returns the margin of the path too.
+    """Encode like :func:`encode`, and also return the margin of the path.
 
     Returns:
-        Codes, and how much more the cheapest path would cost that joins the chosen one at each
-        position, or takes another level of the same subset there: ``[..., A, lanes]``.
+        Codes and margins, both ``[..., A, lanes]``. A margin is the additional cost of the cheapest
+        other path that joins the chosen path at this position, or that takes another level of the
+        same subset there.
     """
     z = np.asarray(z)
     levels = codebook.trellis_levels(bits).astype(z.dtype)
@@ -126,7 +128,10 @@ def encode_with_margins(
 
 
 def members(bits: int) -> tuple[Codes, Codes]:
-    """The level codes of each subset, ``[4, 2**(bits - 1)]``, as they are tried; and s + 2 h."""
+    """Return the level codes of each subset in the order of comparison, and their s + 2 h.
+
+    The shapes are ``[4, 2**(bits - 1)]`` and ``[2**(bits - 1)]``.
+    """
     rest = np.arange(2 ** (bits - 1), dtype=np.uint32)
     rest = rest[np.argsort(rest & 1, kind="stable")]  # (s, h) = (0, 0), (0, 1), (1, 0), (1, 1)
     sign, high = rest & 1, rest >> 1
@@ -140,13 +145,13 @@ def _taken(x: npt.NDArray[Any], index: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def state_after(words: Any, tokens: int) -> Any:
-    """The state of each channel behind the first ``tokens`` tokens of a block of values.
+    """Return the state of each channel after the first ``tokens`` tokens of a block of values.
 
     Args:
-        words: ``[..., R, D]``, uint32 or int32, of numpy, MLX or torch.
-        tokens: How many count, from 1.
+        words: Words ``[..., R, D]``, uint32 or int32, of numpy, MLX or torch.
+        tokens: Number of tokens, at least 1.
     """
-    fields = 16  # codes in a word of the plane that holds the path
+    fields = 16  # codes per word of the plane that holds the path bits
     state = 0 * words[..., 0, :]
     for back in range(1, min(MEMORY, tokens) + 1):
         row, field = divmod(tokens - back, fields)

@@ -1,8 +1,9 @@
-"""Trellis codes in operations on whole arrays, of MLX or torch: the same steps, so the same bytes.
+"""Trellis codes in operations on whole arrays of MLX or torch.
 
-Integers are uint32 in MLX and int32 in torch; no step depends on which.
+Both libraries run the same steps and produce the same bytes. Integers are uint32 in MLX and int32
+in torch; no step depends on the difference.
 
-Source: docs/FORMAT.md, sections 3 and 5; :mod:`rotormlx.codec.trellis` has the terms.
+Source: docs/FORMAT.md, sections 3 and 5; :mod:`rotormlx.codec.trellis` explains the terms.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import Any, NamedTuple
 from rotormlx.codec import codebook
 from rotormlx.codec.trellis import FAR, STATES, members
 
-# The lower bit of each of the sixteen codes of a word.
+# Mask of the lower bit of each of the sixteen codes of a word.
 _LOW_BITS = 0x55555555
 
 
 class Path(NamedTuple):
-    """The parts of a path, each ``[A, M]``: M sequences of A numbers.
+    """The path of M sequences of A numbers; each field has shape ``[A, M]``.
 
-    codes: As they are stored.
-    index: Of each level in :func:`rotormlx.codec.codebook.trellis_levels`.
+    codes: Codes as they are stored.
+    index: Indices of the levels in :func:`rotormlx.codec.codebook.trellis_levels`.
     """
 
     codes: Any
@@ -29,21 +30,21 @@ class Path(NamedTuple):
 
 
 def cheapest_path(xp: ModuleType, z: Any, state: Any, bits: int) -> Path:
-    """The path with the least squared error (Viterbi).
+    """Return the path with the least squared error (Viterbi).
 
     Args:
         xp: ``mlx.core`` or ``torch``.
         z: float32 ``[A, M]``, all finite.
-        state: What the codes before the first leave, integers ``[M]``.
-        bits: 2 or 3.
+        state: State before the first position, integers ``[M]``.
+        bits: Bits per code, 2 or 3.
 
     Returns:
-        The path, in the integers of ``state``.
+        The path, in the integer dtype of ``state``.
     """
     length, zero = z.shape[0], state & 0
     costs, rests = _costs(xp, z, zero, bits)
     sums = xp.stack([xp.where(state == s, 0.0, FAR) for s in range(STATES)], 0)
-    # State t = 4 t2 + 2 t1 + p comes from 4 top + 2 t2 + t1: [top, t2 and t1, p, A, M].
+    # State 4 t2 + 2 t1 + p follows state 4 top + 2 t2 + t1: [top, t2 and t1, p, A, M].
     through = [
         costs[t2 + 2 * (p ^ t1 ^ top)]
         for top in (0, 1)
@@ -61,15 +62,15 @@ def cheapest_path(xp: ModuleType, z: Any, state: Any, bits: int) -> Path:
         sums = sums.reshape(STATES, -1)
     taken = xp.stack(taken, 0)
     decisions = zero
-    for t in range(STATES):  # a bit for each
+    for t in range(STATES):  # bit t is the decision of state t
         decisions = decisions | xp.where(taken[:, t], zero + (1 << t), zero)
     return _traced_back(xp, decisions, rests, _first_of_least(xp, sums, zero), bits)
 
 
 def _costs(xp: ModuleType, z: Any, zero: Any, bits: int) -> tuple[list[Any], Any]:
-    """Return the cost of each subset at each position, and s + 2 h of its nearest members.
+    """Return the cost of each subset at each position, and s + 2 h of its nearest member.
 
-    The latter of subset c is the field of two bits at 2 c.
+    s + 2 h of subset c is stored in the two bits from bit 2 c.
     """
     table = codebook.trellis_levels(bits).tolist()
     level_codes, rest_of = members(bits)
@@ -91,7 +92,7 @@ def _costs(xp: ModuleType, z: Any, zero: Any, bits: int) -> tuple[list[Any], Any
 
 
 def _first_of_least(xp: ModuleType, sums: Any, zero: Any) -> Any:
-    """The state with the smallest sum, the lowest of several."""
+    """Return the state with the smallest sum; the lowest state if sums are equal."""
     least, state = sums[0], zero
     for t in range(1, STATES):
         is_less = sums[t] < least
@@ -100,7 +101,7 @@ def _first_of_least(xp: ModuleType, sums: Any, zero: Any) -> Any:
 
 
 def _traced_back(xp: ModuleType, decisions: Any, rests: Any, state: Any, bits: int) -> Path:
-    """The path that ends in a state."""
+    """Return the path that ends in a state."""
     states, seconds = [], []
     for i in reversed(range(decisions.shape[0])):
         second = (decisions[i] >> state) & 1
@@ -116,11 +117,11 @@ def _traced_back(xp: ModuleType, decisions: Any, rests: Any, state: Any, bits: i
 
 
 def low_magnitudes(words: Any, before: Any) -> Any:
-    """The two low bits of each magnitude's index, in the fields of the words.
+    """Return the two low bits of each magnitude's index, in the fields of the words.
 
     Args:
         words: Words of the first plane of a trellis code.
-        before: Of each, the word before it in its lane, or 0.
+        before: For each word, the word before it in its lane, or 0.
     """
     path, last = words & _LOW_BITS, before & _LOW_BITS
     sign = (words >> 1) & _LOW_BITS

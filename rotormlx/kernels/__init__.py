@@ -1,1 +1,1 @@
-"""The sources of the kernels and the CPU library, as Python uses them; imports no MLX."""
+"""Python access to the sources of the kernels and to the CPU library; imports no MLX."""

@@ -1,9 +1,8 @@
 """Loads the library built from cpu_kernels/ and passes arrays to it without copying them.
 
-Arrays are anything that has ``__dlpack__`` and lies in the memory of the CPU (MLX, numpy, torch),
-or what that gives.
-They are neither copied nor converted; strides may be any, except that the words of a block lie side
-by side. What is asked must fit together: the callers check it and name what is wrong.
+An array is an object with ``__dlpack__`` whose data is in CPU memory (MLX, numpy, torch), or the
+result of that method. Arrays are neither copied nor converted. Strides are arbitrary, except that
+the words of a block must be contiguous. Callers must check that shapes and dtypes match.
 
 Shapes: B batch, K KV heads, H query heads, L queries, N blocks, D head_dim.
 """
@@ -25,20 +24,23 @@ from rotormlx.codec.derived import derived
 from rotormlx.codec.format import KEY, Codec
 from rotormlx.codec.rotation import Rotation
 
-# Where hatch_build.py puts it.
+# hatch_build.py writes the library to this path.
 PATH = Path(__file__).parents[1] / "librotormlx_cpu.so"
 INTERFACE_VERSION = 5
-# As in cpu_kernels/pool.h.
+# Equals MAX_THREADS of cpu_kernels/pool.h.
 MAX_THREADS = 1024
-# Products of numbers of queries with tokens that one thread has done before another one wakes.
+# Up to this amount of work (numbers of the queries times tokens), one thread finishes before
+# another one wakes.
 FEW_PRODUCTS = 2**19
 
 
 class Blocks(NamedTuple):
-    """Packed blocks of keys or values, each array as docs/FORMAT.md has it.
+    """Packed blocks of keys or values, in the layout of docs/FORMAT.md.
+
+    All arrays are None if nothing is packed.
 
     codec: Role, bits and rotation.
-    words: uint32 ``[B, K, N, rows, lanes]``; None where nothing is packed, and the others then.
+    words: uint32 ``[B, K, N, rows, lanes]``.
     scales: float16 ``[B, K, N, 64]``.
     centres: float16 ``[B, K, N, D]``; None for values.
     channel_scale: float32 ``[K, D]`` or ``[B, K, D]``; None for 1.
@@ -54,11 +56,11 @@ class Blocks(NamedTuple):
 class Source:
     """The keys or the values of a cache, described once for many calls of :func:`attend`.
 
-    A description holds the arrays, and is of the memory in which they lay when it was made.
+    A description keeps the arrays alive. It refers to the memory that they had when it was made.
 
     Args:
-        exact: Those of sink and tail, ``[B, K, capacity, D]``.
-        blocks: The packed ones.
+        exact: Exact vectors of sink and tail, ``[B, K, capacity, D]``.
+        blocks: Packed blocks.
     """
 
     def __init__(self, exact: Any, blocks: Blocks) -> None:
@@ -84,7 +86,11 @@ def variants() -> tuple[str, ...]:
 
 @cache
 def thread_count() -> int:
-    """Return the threads of a call: ``OMP_NUM_THREADS``, else the cores of this process."""
+    """Return the number of threads of a call.
+
+    This is the first number in ``OMP_NUM_THREADS`` if it is a positive integer, at most
+    ``MAX_THREADS``. Otherwise it is the number of cores that this process may use.
+    """
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if re.fullmatch("0*[1-9][0-9]*", wanted):
         return min(int(wanted), MAX_THREADS)
@@ -94,12 +100,12 @@ def thread_count() -> int:
 
 
 def threads_for(query_numbers: int, tokens: int, most: int) -> int:
-    """Return the threads of a call of :func:`attend`: one for little work, else all.
+    """Return the number of threads for a call of :func:`attend`: one for little work, else all.
 
     Args:
-        query_numbers: Numbers of all queries, B * H * L * D.
+        query_numbers: Count of numbers in all queries, B * H * L * D.
         tokens: Tokens of the longest batch row.
-        most: Threads that there may be.
+        most: Largest number of threads.
     """
     return 1 if query_numbers * tokens <= FEW_PRODUCTS else most
 
@@ -118,11 +124,14 @@ def encode(
 
     Args:
         rows: ``[B, K, N * 64, D]``, float16, bfloat16 or float32.
-        blocks: Written, but for the channel scale.
-        given_centres: The centres are read; otherwise they are the means, and written.
-        start: Tokens before it are coded already; what is written for them does not count.
-        state: What their codes leave the paths of values, uint32 ``[B, K, N, D]``; None for 0.
-        threads: Threads at most; None for :func:`thread_count`. Results do not depend on it.
+        blocks: Arrays to write; the channel scale is only read.
+        given_centres: Whether the centres are read; otherwise the means are written there.
+        start: Number of tokens at the start of a block that have codes already; their output has no
+            meaning.
+        state: State of trellis-coded values after those tokens, uint32 ``[B, K, N, D]``; None for
+            0.
+        threads: Largest number of threads; None for :func:`thread_count`. Results do not depend on
+            it.
         variant: Index into :func:`variants`.
 
     Raises:
@@ -134,7 +143,7 @@ def encode(
 
 
 def decode(blocks: Blocks, rows: Any, *, threads: int | None = None, variant: int = 0) -> None:
-    """Write the vectors that packed blocks stand for into ``rows``; see :func:`encode`.
+    """Write the vectors that packed blocks represent into ``rows``; see :func:`encode`.
 
     Source: docs/FORMAT.md, section 6.
     """
@@ -156,22 +165,23 @@ def attend(
     threads: int | None = None,
     variant: int = 0,
 ) -> None:
-    """Attention over a partly packed cache, written into ``output``.
+    """Compute attention over a partly packed cache and write it into ``output``.
 
     Args:
         queries: ``[B, H, L, D]``, float16, bfloat16 or float32.
-        output: ``[B, H, L, Dv]``, with room for the dtype of the queries, which is what is written.
+        output: ``[B, H, L, Dv]``, written in the dtype of the queries; its own dtype must have the
+            same size.
         keys: Exact and packed keys.
-        values: Likewise.
-        lengths: (Packed tokens, all tokens) of every batch row.
-        sink: Exact tokens before the packed ones.
+        values: Exact and packed values.
+        lengths: Number of packed tokens and of all tokens, for every batch row.
+        sink: Number of exact tokens before the packed ones.
         scale: Factor of the scores.
         mask: Boolean (True: visible) or additive and floating, broadcastable to ``[B, H, L, S]``.
         sink_logits: Attention-sink logits ``[H]``, floating.
-        causal: Whether a query sees only tokens up to its own; the last one of a row is the last
-            query.
-        threads: As for :func:`encode`.
-        variant: As for :func:`encode`.
+        causal: Whether a query sees only tokens up to its own; the last query has the position of
+            the last token of its row.
+        threads: Same as for :func:`encode`.
+        variant: Same as for :func:`encode`.
 
     Raises:
         RuntimeError: If the library refuses the arrays.
@@ -181,7 +191,7 @@ def attend(
     library = _library()
     threads = threads or thread_count()
     if threads > 1:
-        # They wake while the arguments are made.
+        # The threads wake while the arguments are prepared.
         _check(library.rotormlx_announce(threads))
     capsules = _described((queries, output, mask, sink_logits))
     counts = [n for pair in lengths for n in pair]
@@ -194,7 +204,7 @@ def attend(
 
 @lru_cache
 def _attend_call(counts: int) -> struct.Struct:
-    """``AttendCall`` of cpu_kernels/problem.h, with so many numbers behind it."""
+    """Return the layout of ``AttendCall`` of cpu_kernels/problem.h, followed by the lengths."""
     return struct.Struct(f"=8qd64s64s{counts}q")
 
 
@@ -225,7 +235,7 @@ def _codec_call(
 
 def _check(message: bytes | None) -> None:
     if message is not None:
-        raise RuntimeError(f"[cpu] The library cannot do this: {message.decode()}.")
+        raise RuntimeError(f"[cpu] The library refused the call: {message.decode()}.")
 
 
 def _described(arrays: Iterable[Any]) -> list[Any]:
@@ -248,7 +258,7 @@ _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 @derived
 def _rotation(rotation: Rotation) -> tuple[int, object]:
-    """Return the address of a rotation in the library's form, and the object that owns it."""
+    """Return the address of a rotation in the library's form, and the objects that own it."""
     keep = [np.ascontiguousarray(stage.blocks, np.float32) for stage in rotation.stages]
     stages = np.array(
         [
@@ -279,14 +289,17 @@ def _library() -> ctypes.CDLL:
 def _load() -> ctypes.CDLL | str:
     """Return the library, or the reason why this process cannot use it."""
     if not PATH.exists():
-        return "its library was not built: install rotormlx anew where a C++ compiler is found"
+        return "its library was not built: reinstall rotormlx where a C++ compiler is available"
     try:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
-        return f"its library cannot be loaded ({error}): install rotormlx anew"
+        return f"its library cannot be loaded ({error}): reinstall rotormlx"
     version = library.rotormlx_interface_version()
     if version != INTERFACE_VERSION:
-        return f"its library is of another version of rotormlx ({version}): install it anew"
+        return (
+            f"its library belongs to another version of rotormlx (interface {version}): reinstall "
+            "rotormlx"
+        )
     takes_number, takes_call = ("variant", "announce"), ("encode", "decode", "attend")
     for name in (*takes_number, *takes_call):
         function = getattr(library, f"rotormlx_{name}")

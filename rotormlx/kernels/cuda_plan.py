@@ -1,8 +1,8 @@
-"""How a call of attention is spread over the thread blocks of a CUDA GPU.
+"""Plans how a call of attention is divided among the thread blocks of a CUDA GPU.
 
 MLX's own CUDA build and the library for torch run the same kernels (``cuda_kernels/``), so both
-take their plan from here: the first as numbers of a launch, the second as the structure
-``rotormlx_attend_plan`` of ``cuda_kernels/launch.h``, which the launcher checks.
+use this plan: MLX as numbers of a launch, torch as the structure ``rotormlx_attend_plan`` of
+``cuda_kernels/launch.h``, which the launcher checks.
 
 Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
 D head_dim.
@@ -16,32 +16,32 @@ from typing import NamedTuple
 from rotormlx.codec.format import BLOCK, TRELLIS_BITS
 from rotormlx.kernels.parts import Parts, cut
 
-# Threads of a thread block of each kernel of attention.
+# Threads per thread block in every kernel of attention.
 THREADS = 128
-# The most parts of a sequence: `MAX_PARTS` of scores.cuh.
+# The largest number of parts of a sequence: `MAX_PARTS` of scores.cuh.
 MAX_PARTS = 512
-# Parts are whole steps: a block for each warp of packed tokens; of exact ones, which take longer,
-# what a warp takes.
+# The size of a part in tokens is a multiple of these steps: one block per warp for packed tokens,
+# and the tokens of one warp for exact tokens, which take longer.
 PACKED_STEP, EXACT_STEP = THREADS // 32 * BLOCK, 32
-# So many query rows share, by eight, what they read of a matrix; fewer are done at once, by one
-# kernel where that can be.
+# From this number of query rows on, eight rows at a time share the reads of a matrix. Fewer rows
+# are rotated one at a time, in one kernel if possible.
 MANY_ROWS = 2048
-# Vectors of a lane are held in registers: longer ones are left to the host's operations.
+# Lanes hold vectors in registers. The host's operations handle vectors longer than this.
 MAX_HEAD_DIM = 256
 
 
 class Device(NamedTuple):
     """The properties of a GPU that a plan depends on.
 
-    multiprocessors: Their number.
-    shared_bytes: The most shared memory of a thread block.
+    multiprocessors: Number of multiprocessors.
+    shared_bytes: Largest shared memory of a thread block, in bytes.
     """
 
     multiprocessors: int
     shared_bytes: int
 
 
-# A large GPU, with as much shared memory as every GPU from sm_80 on has.
+# A large GPU with the shared memory that every GPU from sm_80 on has.
 ANY_DEVICE = Device(132, 99 * 1024)
 
 
@@ -50,11 +50,11 @@ class Shape(NamedTuple):
 
     heads: H.
     kv_heads: K.
-    exact_tokens: The most exact tokens of a batch row, or the capacity of its buffer.
-    packed_tokens: The most packed tokens of a batch row, or the capacity of its buffer.
-    is_float32: Whether queries are float32, which the tensor cores do not take.
-    has_stages: Whether thread blocks can rotate rows by themselves, since the rotations of keys and
-        values have stages.
+    exact_tokens: Largest number of exact tokens of a batch row, or the capacity of its buffer.
+    packed_tokens: Largest number of packed tokens of a batch row, or the capacity of its buffer.
+    is_float32: Whether queries are float32, which the tensor cores do not accept.
+    has_stages: Whether the rotations of keys and values have stages, so that thread blocks can
+        rotate rows themselves.
     """
 
     batch: int
@@ -72,15 +72,15 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a call is spread over thread blocks.
+    """A division of a call among thread blocks.
 
-    operands: Of 8 query rows each, in a thread block on the tensor cores; 0: one of 8 rows without
-        them.
-    tiles: Thread blocks that share the G query rows of a KV head.
+    operands: Tensor-core operands per thread block, of 8 query rows each; 0 for 8 query rows
+        without tensor cores.
+    tiles: Number of thread blocks that the G query rows of a KV head are divided among.
     matrix_rows: Query rows of a thread block that rotates queries or merges parts.
-    one_kernel: Whether thread blocks that do a part rotate queries themselves, and the last of a
-        tile merges its parts; else there is a kernel for each. Tiles of all KV heads are then fewer
-        than ``MANY_ROWS``.
+    one_kernel: Whether one kernel does the whole call: thread blocks of a part rotate the queries
+        themselves, and the last thread block of a tile merges its parts. Otherwise each step has
+        its own kernel. With one kernel, the tiles of all KV heads number fewer than ``MANY_ROWS``.
     exact: Parts of the exact tokens, which come first.
     packed: Parts of the packed tokens.
     query_bytes: Shared memory of a thread block that rotates queries.
@@ -100,7 +100,7 @@ class Plan(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """All parts of a sequence."""
+        """Number of all parts of a sequence."""
         return self.exact.number + self.packed.number
 
     @property
@@ -112,11 +112,11 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def attend_plan(shape: Shape, device: Device = ANY_DEVICE) -> Plan:
-    """The plan of a call on a device."""
+    """Return the plan of a call on a device."""
     group_rows = shape.heads // shape.kv_heads * shape.length
     widths = (shape.key_dim, shape.value_dim, shape.key_bits, shape.value_bits)
     operands = 0 if shape.is_float32 else 1 if group_rows <= 8 else 2
-    # The widest codes and longest vectors take more shared memory than some devices have.
+    # The widest codes and longest vectors need more shared memory than some devices have.
     while operands and part_shared_bytes(*widths, operands) > device.shared_bytes:
         operands -= 1
     tiles = -(-group_rows // (8 * max(operands, 1)))
@@ -128,7 +128,7 @@ def attend_plan(shape: Shape, device: Device = ANY_DEVICE) -> Plan:
         operands,
         tiles,
         matrix_rows,
-        # Many rows would be rotated by too many thread blocks each.
+        # With many rows, too many thread blocks would rotate the same row.
         shape.has_stages and operands > 0 and matrix_rows == 1,
         *cut_both(shape.exact_tokens, shape.packed_tokens, limit),
         query_bytes=query_shared_bytes(shape.key_dim, matrix_rows),
@@ -138,12 +138,12 @@ def attend_plan(shape: Shape, device: Device = ANY_DEVICE) -> Plan:
 
 
 def cut_both(exact_tokens: int, packed_tokens: int, limit: int) -> tuple[Parts, Parts]:
-    """The parts of exact and of packed tokens, of which ``limit`` run at once.
+    """Return the parts of exact and of packed tokens; ``limit`` parts run at once.
 
-    Exact parts begin first. Where they are short beside the packed ones, those take as many thread
-    blocks as if there were no others, and some of them begin when the exact ones have ended.
+    Exact parts begin first. If they are short compared with the packed parts, packed tokens are cut
+    into ``limit`` parts, and some of these begin after the exact parts end.
     """
-    # An exact token costs as much as four packed ones, about as its bytes.
+    # An exact token costs as much as four packed ones, roughly in proportion to its bytes.
     exact_cost = 4 * exact_tokens
     exact_limit = limit * exact_cost // max(exact_cost + packed_tokens, 1)
     exact = cut(exact_tokens, max(exact_limit, 1), EXACT_STEP)
@@ -152,13 +152,13 @@ def cut_both(exact_tokens: int, packed_tokens: int, limit: int) -> tuple[Parts, 
     return exact, beside if beside.tokens <= after.tokens + 4 * exact.tokens else after
 
 
-# ---- shared memory, as the structures of the kernels lay it out ---------------------------------
+# ---- shared memory: the sizes of the structures of the kernels ----------------------------------
 
 
 def part_shared_bytes(
     key_dim: int, value_dim: int, key_bits: int, value_bits: int, operands: int
 ) -> int:
-    """Bytes of ``AttendPlain``, and with operands of ``AttendShape`` too."""
+    """Return the bytes of ``AttendPlain``; with operands, large enough for ``AttendShape`` too."""
     rows = 8 * max(operands, 1)
     levels = sum(2 ** (bits + (bits in TRELLIS_BITS)) for bits in (key_bits, value_bits))
     plain = 4 * (rows * (key_dim + 4 * BLOCK + 4) + levels)
@@ -168,7 +168,7 @@ def part_shared_bytes(
     value_loads, _ = _loads(value_bits, BLOCK)
     slot = max(_item(key_loads, BLOCK) + 1, _item(value_loads, value_dim))
     slots = 4 if slot <= 8 else 3
-    # In units of 16 bytes; behind each load stand zeros, where there is a trellis.
+    # In units of 16 bytes. For trellis codes, zeros follow each load.
     load = 33 if key_bits in TRELLIS_BITS or value_bits in TRELLIS_BITS else 32
     operand_steps = key_steps + -(-key_dim // 32)
     units = 4 * slots * slot * load + 32 * operands * operand_steps
@@ -178,24 +178,27 @@ def part_shared_bytes(
 
 
 def query_shared_bytes(key_dim: int, rows: int) -> int:
-    """Bytes of ``QueryShape``, for a kernel that rotates ``rows`` queries at once."""
+    """Return the bytes of ``QueryShape``, for a kernel that rotates ``rows`` queries at once."""
     return 4 * rows * key_dim * (1 + THREADS // 32)
 
 
 def merge_shared_bytes(value_dim: int, rows: int) -> int:
-    """Bytes of ``MergeShape``, for a kernel that merges ``rows`` query rows at once."""
+    """Return the bytes of ``MergeShape``, for a kernel that merges ``rows`` query rows at once."""
     warps = THREADS // 32
     sums = rows * max(warps // rows, 1) * value_dim
     return 4 * (2 * sums + warps * max(rows * value_dim, MAX_PARTS))
 
 
 def _item(span_loads: int, lanes: int) -> int:
-    """Return the loads per item of the ring: spans of 32 lanes up to 8 loads; see ``Spans``."""
+    """Return the loads per item of the ring, made of spans of 32 lanes; see ``Spans``."""
     return span_loads * min(max(8 // span_loads, 1), -(-lanes // 32))
 
 
 def _loads(bits: int, axis: int) -> tuple[int, int]:
-    """Words of four lanes that a thread loads for the packed axis, and steps of 32 codes."""
+    """Return the number of loads of a thread for the packed axis, and of steps of 32 codes.
+
+    A load is one word in each of four lanes.
+    """
     share = 2 if bits in (2, 3) else 1
     loads = -(-axis // (32 * share))
     return loads * (2 if bits in (3, 8) else 1), loads * share

@@ -1,4 +1,4 @@
-"""How a sequence is cut into parts, each done by its own threadgroups."""
+"""Cuts a sequence into parts, each computed by its own threadgroups."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Parts(NamedTuple):
-    """How tokens are cut: ``number`` parts of ``tokens`` each, of which the last may be short."""
+    """A cut into ``number`` parts of ``tokens`` tokens each, of which the last may be shorter."""
 
     number: int
     tokens: int
 
 
 def cut(tokens: int, limit: int, step: int) -> Parts:
-    """Cut tokens into at most ``limit`` parts of equally many whole steps."""
+    """Cut tokens into at most ``limit`` parts, each with the same number of whole steps."""
     steps = -(-tokens // step)
     if steps == 0:
         return Parts(0, 0)

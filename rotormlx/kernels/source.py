@@ -1,8 +1,8 @@
 """Reads the sources of the kernels, and generates the parts that depend on the codec.
 
-A file of ``metal_kernels/`` holds device functions and then, behind the line ``// kernel body``,
-what ``mx.fast.metal_kernel`` takes as the source. Device code that every platform has in common
-lies in ``shared_kernels/``. Both folders stand beside the package in the repository and inside it
+A file of ``metal_kernels/`` holds device functions and, after the line ``// kernel body``, the
+source argument of ``mx.fast.metal_kernel``. Device code that all platforms share is in
+``shared_kernels/``. Both folders are beside the package in the repository, and inside the package
 in a wheel.
 """
 
@@ -39,16 +39,16 @@ def read(path: str) -> str:
     """Return the text of a file such as ``shared_kernels/rotation.h``.
 
     Raises:
-        RuntimeError: If the installation lacks it.
+        RuntimeError: If the file is missing from the installation.
     """
     return _place(path).read_text(encoding="utf-8")
 
 
 def folder(name: str) -> Path:
-    """A folder of kernels, beside the package in the repository and inside it in a wheel.
+    """Return a folder of kernels, beside the package in the repository and inside it in a wheel.
 
     Raises:
-        RuntimeError: If the installation lacks it.
+        RuntimeError: If the folder is missing from the installation.
     """
     return _place(name)
 
@@ -58,16 +58,16 @@ def _place(name: str) -> Path:
         if (parent / name).exists():
             return parent / name
     raise RuntimeError(
-        f"[kernels] {name} must lie in {_PACKAGE} or beside it, but it does not; "
-        "install rotormlx anew."
+        f"[kernels] {name} must be in {_PACKAGE} or beside it, but it is missing; "
+        "reinstall rotormlx."
     )
 
 
 def metal_text(name: str, *before: str) -> KernelText:
-    """A kernel of ``metal_kernels/`` behind the vocabulary and the texts ``before`` it.
+    """Return a kernel of ``metal_kernels/`` after the vocabulary and the texts ``before``.
 
-    The vocabulary's one-word macros are put in place here, so that the text is plain Metal to every
-    reader, checkers of address spaces among them.
+    The vocabulary's one-word macros are expanded here, so the text is plain Metal for every tool
+    that reads it, such as the tests' check of address spaces.
     """
     vocabulary = read("metal_kernels/vocabulary.h")
     functions, _, body = read(f"metal_kernels/{name}.metal").partition(_BODY)
@@ -79,27 +79,28 @@ def metal_text(name: str, *before: str) -> KernelText:
 
 
 def boundaries_text(bits: int) -> str:
-    """The table ``BOUNDARIES``: where the nearest magnitude of a codebook changes."""
+    """Return the table ``BOUNDARIES``: the boundaries between magnitudes of a codebook."""
     limits = codebook.boundaries(bits).tolist()
-    # Nine digits give back every float32.
+    # Nine significant digits represent every float32 exactly.
     listed = ", ".join(f"{limit:.8e}f" for limit in limits)
     return f"CONSTANT float BOUNDARIES[{len(limits)}] = {{{listed}}};\n"
 
 
-# Cells of a unit, so narrow that none holds two boundaries of 8 bits.
+# Cells per unit of |z|. They are narrow enough that none holds two boundaries of 8 bits.
 _CELLS_OF_UNIT = 64
 
 
 def cells_text(bits: int) -> str:
-    """The table ``CELLS`` of CUDA at 8 bits, a pair of words per cell of |z|.
+    """Return the table ``CELLS`` of CUDA at 8 bits: two words per cell of |z|.
 
-    They are the boundary in the cell, infinite where there is none, and how many lie below the
-    cell. A size lies in cell ``size * CELLS_OF_UNIT``, rounded; all behind the last share it.
+    The words are the boundary in the cell (infinity if there is none) and the number of boundaries
+    below the cell. The cell of a size is ``size * CELLS_OF_UNIT``, rounded; sizes beyond the last
+    cell belong to the last cell. At other bits, the table is a placeholder.
     """
     if bits != 8:
         return "constexpr int CELL_COUNT = 0;\nCONSTANT uint2 CELLS[1] = {{0u, 0u}};\n"
     limits = codebook.boundaries(bits)
-    # To an even number at a tie, as an addition in float32 rounds on the GPU.
+    # Ties round to even, as in the float32 addition on the GPU.
     cells = np.rint(limits * np.float32(_CELLS_OF_UNIT)).astype(int)
     count = int(cells[-1]) + 2
     table = np.empty((count, 2), np.uint32)
@@ -113,15 +114,16 @@ def cells_text(bits: int) -> str:
 # ---- rotations ----------------------------------------------------------------------------------
 
 
-# Neighbouring channels of a lane where CUDA does the first stages. Any number of lanes divides it,
-# so groups that lie across lanes elsewhere lie in one lane there.
+# Neighbouring channels per lane in the first stages on CUDA. Every number of lanes divides it, so
+# groups that otherwise extend across lanes are within one lane.
 NEIGHBOURS = 16
 
 
 def lanes_of_row(rotation: Rotation) -> int:
-    """Lanes that share a row, at most 16.
+    """Return the number of lanes that share a row, at most 16.
 
-    As many as leave each group of each stage either within these lanes or within one of them.
+    It is the largest number with which each group of each stage has its channels either in
+    neighbouring lanes or all in one lane.
     """
     if _held(rotation) > 1:
         return 16
@@ -137,7 +139,7 @@ def lanes_of_row(rotation: Rotation) -> int:
 
 
 def row_template(rotation: Rotation) -> list[tuple[str, int]]:
-    """The template arguments that say which lane has which channels; see ``LaneRow``."""
+    """Return the template arguments that assign channels to lanes; see ``LaneRow``."""
     return [
         ("D", rotation.head_dim),
         ("LANES", lanes_of_row(rotation)),
@@ -151,9 +153,9 @@ def matrices(rotation: Rotation) -> int:
 
 
 def rotation_text(rotation: Rotation) -> str:
-    """The functions ``rotate_rows`` and ``unrotate_rows`` of rows in registers.
+    """Return the functions ``rotate_rows`` and ``unrotate_rows`` for rows in registers.
 
-    It depends on the rotation's name and head_dim only; the rest is in the coefficients.
+    The text depends only on the rotation's name and head_dim; the rest is in the coefficients.
     """
     rotations, unrotations, offset = [], [], 0
     for stage in rotation.stages:
@@ -168,10 +170,10 @@ def rotation_text(rotation: Rotation) -> str:
 
 
 def split_rotation_text(rotation: Rotation) -> str:
-    """The same rotation in two functions, ``rotate_near`` and ``rotate_far``.
+    """Return the same rotation as two functions, ``rotate_near`` and ``rotate_far``.
 
-    The first does the stages that lie across lanes in ``rotate_rows``, for lanes with
-    ``NEIGHBOURS`` neighbouring channels each; the second does the others.
+    The first runs the stages whose groups extend across lanes in ``rotate_rows``; each lane holds
+    ``NEIGHBOURS`` neighbouring channels there. The second runs the other stages.
     """
     lanes, offset = lanes_of_row(rotation), 0
     near, far = [], []
@@ -195,7 +197,7 @@ def _product_call(rotation: Rotation) -> str:
 
 
 def _stage_call(rotation: Rotation, stage: Stage) -> str:
-    """The function of rotation.h that does a stage, up to its last template argument."""
+    """Return the call of rotation.h that runs a stage, up to its last template argument."""
     if (held := _held(rotation)) > 1:
         lanes = lanes_of_row(rotation)
         channels = held * -(-rotation.head_dim // (lanes * held))
@@ -208,7 +210,7 @@ def _stage_call(rotation: Rotation, stage: Stage) -> str:
 
 
 def _held(rotation: Rotation) -> int:
-    """Neighbouring channels of a lane: threes must not be split, powers of two may be."""
+    """Return the neighbouring channels per lane: triples must not be split between lanes."""
     return 3 if rotation.name == "rotor3" else 1
 
 
@@ -221,9 +223,9 @@ def _function(name: str, calls: list[str]) -> str:
 
 
 def metal_rotation(name: str, rotation: Rotation) -> str:
-    """The type of this name that metal_kernels/rows.h asks to rotate rows.
+    """Return the type ``name`` that metal_kernels/rows.h uses to rotate rows.
 
-    It depends on the rotation's name and head_dim only.
+    The text depends only on the rotation's name and head_dim.
     """
     methods = "".join(
         f"  template <int ROWS>\n  static DEVICE_FN void {method}(\n"
@@ -239,9 +241,9 @@ def metal_rotation(name: str, rotation: Rotation) -> str:
 
 
 def cuda_header(codec: Codec) -> str:
-    """The header ``key_rotation.h`` or ``value_rotation.h`` of ``cuda_kernels/launch.cu``.
+    """Return the header ``key_rotation.h`` or ``value_rotation.h`` of ``cuda_kernels/launch.cu``.
 
-    It depends on the codec's role and bits and on the rotation's name and head_dim.
+    The text depends only on the codec's role and bits, and on the rotation's name and head_dim.
     """
     lanes, held = lanes_of_row(codec.rotation), _held(codec.rotation)
     return (
@@ -257,9 +259,9 @@ def cuda_header(codec: Codec) -> str:
 def coefficients(rotation: Rotation, *, back: bool = False) -> Float32s:
     """Return the coefficients of ``rotate_rows``, or of ``unrotate_rows`` if ``back``.
 
-    The coefficients of all stages, or the matrix ``[D, D]`` that rows are multiplied by, or one for
-    each KV head, ``[K, D, D]``. At least 8 numbers, because MLX binds fewer to another address
-    space.
+    The result holds the coefficients of all stages, or the matrix that rows are multiplied by:
+    ``[D, D]``, or ``[K, D, D]`` with one per KV head. It has at least 8 numbers, because MLX binds
+    smaller arrays to another address space.
     """
     if rotation.stages:
         numbers = np.concatenate([stage.coefficients.ravel() for stage in rotation.stages])

@@ -1,1 +1,1 @@
-"""Files: their locations, how they are written, and the checks before one is read."""
+"""Files: their locations, writing them, and the checks before one is read."""

@@ -1,8 +1,8 @@
-"""The state of a saved compressed cache: place, dtype and shape of every entry.
+"""The state of a saved compressed cache: position, dtype and shape of every entry.
 
-A state is a flat list, as mlx-lm saves it. This module gives its entries names, and says which
-arrays follow from the numbers; whoever reads or writes a state, of MLX, of torch or a file's
-header, does so with these tables.
+A state is a flat list, as mlx-lm saves it. This module names its entries and derives the dtypes and
+shapes of the arrays from the numbers. All code that reads or writes states uses this module: for
+MLX, for torch and for the header of a file.
 
 Source: docs/FORMAT.md, section 8.
 """
@@ -22,14 +22,14 @@ from rotormlx.codec.format import BLOCK, FORMAT_VERSION, KEY, words_shape
 from rotormlx.codec.parts import Part, keys_and_values, latent_and_rope
 from rotormlx.config import RotorConfig
 
-# The classes of a file that this module describes.
+# The classes in a file that this module describes.
 SINGLE, BATCH = "RotorKVCache", "BatchRotorKVCache"
-# Of latents: for attention that reads them packed, and for models that need them as arrays.
+# Caches of latents: for attention that reads them packed, and for models that need them as arrays.
 LATENT, LATENT_BATCH = "LatentKVCache", "BatchLatentKVCache"
 DECODED_LATENT, DECODED_LATENT_BATCH = "DecodedLatentKVCache", "BatchDecodedLatentKVCache"
 SLIDING, BATCH_SLIDING = "SlidingRotorKVCache", "BatchSlidingRotorKVCache"
 CHUNKED = "ChunkedRotorKVCache"
-# Those that a file may name, with the one whose state each has.
+# The classes that a file may name, each with the class whose layout of the state it uses.
 LAYOUTS = {
     **{SINGLE: SINGLE, "DecodedRotorKVCache": SINGLE},
     **{BATCH: BATCH, "BatchDecodedRotorKVCache": BATCH},
@@ -37,26 +37,28 @@ LAYOUTS = {
     **{LATENT_BATCH: LATENT_BATCH, DECODED_LATENT_BATCH: LATENT_BATCH},
     **{SLIDING: SLIDING, BATCH_SLIDING: BATCH_SLIDING, CHUNKED: CHUNKED},
 }
-# What exact tokens may be, as files name dtypes.
+# The dtypes of exact tokens, as files name them.
 FLOATS = ("F16", "BF16", "F32")
 
 
 class Field(NamedTuple):
-    """The description of an array: its dtype, as files name it, and its shape."""
+    """The dtype of an array, as files name it, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class SavedStore(NamedTuple):
-    """The arrays of a cache's keys or of its values, or the :class:`Field` of each; else None.
+    """The arrays of a cache's keys or values, or the :class:`Field` of each.
+
+    An array that the cache does not have is None.
 
     exact: Sink, then tail: float16, bfloat16 or float32 ``[B, K, E, D]``.
     words: uint32 ``[B, K, N, rows, lanes]``.
     scales: float16 ``[B, K, N, 64]``.
-    centres: float16 ``[B, K, N, D]``, of keys.
-    channel_scale: float32 ``[K, D]``, or ``[B, K, D]`` in a batch. Of a calibrated cache what its
-        calibration gives: ``[K, D]``, or ``[K, D, D]`` for rotations.
+    centres: float16 ``[B, K, N, D]``, for keys only.
+    channel_scale: float32 ``[K, D]``, or ``[B, K, D]`` in a batch. In a calibrated cache, the array
+        of the calibration: ``[K, D]``, or ``[K, D, D]`` for rotations.
     """
 
     exact: Any
@@ -66,18 +68,18 @@ class SavedStore(NamedTuple):
     channel_scale: Any
 
 
-_HEADER = 5  # entries before the arrays, in either class
+_HEADER = 5  # entries before the arrays, in single caches and batches
 _STORE = len(SavedStore._fields)
-_LIMIT = 2  # entries behind the arrays, where a single cache has a limit
-# Entries at the end that a class has besides: the sliding window; or chunk size and first position.
+_LIMIT = 2  # entries after the arrays of a single cache with a limit
+# Number of additional entries at the end: the sliding window; or chunk size and first position.
 _OWN = {SLIDING: 1, BATCH_SLIDING: 1, CHUNKED: 2}
 
 
 class SavedCache(NamedTuple):
     """The state of a ``RotorKVCache``, or of a ``LatentKVCache``, whose values are RoPE parts.
 
-    Its entries are: format version, configuration, layer, tokens, packed tokens; the arrays of keys
-    and values, if it ever held any; limit and evicted tokens, if it has a limit.
+    The entries are: format version, configuration, layer, tokens, packed tokens; the arrays of keys
+    and values, if the cache ever held any; limit and evicted tokens, if it has a limit.
     """
 
     config: RotorConfig
@@ -88,12 +90,12 @@ class SavedCache(NamedTuple):
 
     @property
     def calibrated(self) -> tuple[Any, Any] | None:
-        """What a calibration gave keys and values, if it did and the cache held any."""
+        """The calibrated arrays of keys and values; None without calibration or arrays."""
         return _calibrated(self.config, self.stores)
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """The entries in their order."""
+        """The entries of the state in their order."""
         counts = self.counts
         header = (FORMAT_VERSION, self.config.to_json(), self.layer, counts.tokens, counts.packed)
         limit = () if self.max_size is None else (self.max_size, counts.evicted)
@@ -101,17 +103,17 @@ class SavedCache(NamedTuple):
 
     @classmethod
     def named(cls, state: Sequence[Any], config: RotorConfig) -> Self:
-        """The entries by name; their number and the configuration were checked before."""
+        """Name the entries; the caller must have checked their number and the configuration."""
         layer, tokens, packed = state[2:_HEADER]
         max_size, evicted = state[-_LIMIT:] if len(state) % _STORE == _LIMIT else (None, 0)
         return cls(config, layer, max_size, Counts(tokens, packed, evicted), _stores(state))
 
     @classmethod
     def read(cls, state: Sequence[Any], reader: StateReader) -> Self:
-        """The entries by name, after a check of each.
+        """Name the entries after a check of each.
 
         Raises:
-            ValueError: If the state is not that of such a cache, or of another format version.
+            ValueError: If an entry is not as required, or the format version differs.
         """
         state, own = _without_own(state, reader)
         limited = len(state) % _STORE == _LIMIT
@@ -130,9 +132,9 @@ class SavedCache(NamedTuple):
 class SavedBatch(NamedTuple):
     """The state of a ``BatchRotorKVCache``, or of a ``BatchLatentKVCache``.
 
-    Its entries are: format version, configuration, layer, limit or None, the table of counts (int32
-    ``[B, 3]``: tokens, packed and evicted tokens of each row); the arrays of keys and values, if it
-    ever held any, as long as the longest row needs.
+    The entries are: format version, configuration, layer, limit or None, the table of counts (int32
+    ``[B, 3]``: tokens, packed tokens and evicted tokens of each row); the arrays of keys and
+    values, if the cache ever held any, with the length that the longest row needs.
     """
 
     config: RotorConfig
@@ -143,27 +145,27 @@ class SavedBatch(NamedTuple):
 
     @property
     def calibrated(self) -> tuple[Any, Any] | None:
-        """What a calibration gave keys and values, if it did and the cache held any."""
+        """The calibrated arrays of keys and values; None without calibration or arrays."""
         return _calibrated(self.config, self.stores)
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """The entries in their order."""
+        """The entries of the state in their order."""
         header = (FORMAT_VERSION, self.config.to_json(), self.layer, self.max_size, self.table)
         return (*header, *chain(*self.stores))
 
     @classmethod
     def named(cls, state: Sequence[Any], config: RotorConfig) -> Self:
-        """The entries by name; their number and the configuration were checked before."""
+        """Name the entries; the caller must have checked their number and the configuration."""
         layer, max_size, table = state[2:_HEADER]
         return cls(config, layer, max_size, table, _stores(state))
 
     @classmethod
     def read(cls, state: Sequence[Any], reader: StateReader) -> Self:
-        """The entries by name, after a check of each.
+        """Name the entries after a check of each.
 
         Raises:
-            ValueError: If the state is not that of such a cache, or of another format version.
+            ValueError: If an entry is not as required, or the format version differs.
         """
         state, own = _without_own(state, reader)
         reader.entries(len(state), _HEADER, _HEADER + 2 * _STORE)
@@ -184,7 +186,7 @@ class SavedBatch(NamedTuple):
 
 
 class StateReader(ABC):
-    """A reader of states: how it sees arrays, and how it refuses a state that does not fit.
+    """The base of classes that check a state: access to its arrays, and the errors of a misfit.
 
     Attributes:
         name: The class of the cache.
@@ -194,7 +196,7 @@ class StateReader(ABC):
 
     @abstractmethod
     def field(self, entry: Any) -> Any:
-        """The :class:`Field` of an array; what is no array comes back as it is."""
+        """Return the :class:`Field` of an array; other values unchanged."""
 
     @abstractmethod
     def numbers(self, entry: Any) -> npt.NDArray[Any]:
@@ -217,16 +219,16 @@ class StateReader(ABC):
         return parts(self.name, config)
 
     def require(self, holds: bool, required: str, came: object) -> None:
-        """Refuse the state unless something holds."""
+        """Refuse the state unless ``holds`` is true."""
         if not holds:
             raise self.refuse(required, came)
 
     def entries(self, count: int, *allowed: int) -> None:
-        """Require one of these numbers of entries."""
+        """Require that the number of entries is one of those allowed."""
         self.require(count in allowed, f"{' or '.join(map(str, allowed))} entries", count)
 
     def integers(self, *values: Any) -> None:
-        """Require integers from 0."""
+        """Require integers from 0 to 2**31 - 1."""
         are_right = all(type(n) is int and 0 <= n < 2**31 for n in values)
         self.require(are_right, "integers from 0", values)
 
@@ -238,14 +240,14 @@ class StateReader(ABC):
         return field
 
     def array(self, what: str, entry: Any, wanted: Field | None) -> None:
-        """Require an array like this, or None."""
+        """Require an array of the dtype and shape ``wanted``, or None if ``wanted`` is None."""
         came = self.field(entry)
         shown = None if wanted is None else tuple(wanted)
         self.require(came == wanted, f"{what} of dtype and shape {shown}", came)
 
 
 def parts(name: str, config: RotorConfig) -> tuple[Part, Part]:
-    """Return the two parts of a cache of the class ``name``: keys and values, or a latent's."""
+    """Return the parts of a cache of the class ``name``: keys and values, or latent and RoPE."""
     is_latent = LAYOUTS.get(name) in (LATENT, LATENT_BATCH)
     return latent_and_rope(config) if is_latent else keys_and_values(config)
 
@@ -259,14 +261,14 @@ def _stores(state: Sequence[Any]) -> tuple[SavedStore, ...]:
 
 
 def _calibrated(config: RotorConfig, stores: Sequence[SavedStore]) -> tuple[Any, Any] | None:
-    """What a calibration gave keys and values; None without one, or without arrays."""
+    """Return the calibrated arrays of keys and values; None without calibration or arrays."""
     if not config.is_calibrated or not stores:
         return None
     return stores[0].channel_scale, stores[1].channel_scale
 
 
 def kv_dims(stores: Sequence[SavedStore]) -> tuple[int, int, int] | None:
-    """KV heads, key dimension and value dimension, where a cache holds keys and values."""
+    """Return KV heads, key dimension and value dimension; None if a cache holds no arrays."""
     if not stores:
         return None
     _, heads, _, key_dim = stores[0].exact.shape
@@ -282,7 +284,7 @@ def _config(state: Sequence[Any], reader: StateReader) -> RotorConfig:
 
 
 def _without_own(state: Sequence[Any], reader: StateReader) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Split entries into those of every class and those that only this class has."""
+    """Split entries into the entries that all classes have and the entries of this class only."""
     stop = len(state) - _OWN.get(reader.name, 0)
     return state[:stop], state[stop:]
 
@@ -290,7 +292,7 @@ def _without_own(state: Sequence[Any], reader: StateReader) -> tuple[Sequence[An
 def _check_own(
     own: Sequence[Any], saved: SavedCache | SavedBatch, tokens: int, reader: StateReader
 ) -> None:
-    """Require that the entries of this class only agree with the others."""
+    """Require that the entries of this class only are consistent with the other entries."""
     reader.integers(*own)
     if reader.name in (SLIDING, BATCH_SLIDING):
         (window,) = own
@@ -306,7 +308,7 @@ def _check_own(
 def _check_counts(
     saved: SavedCache | SavedBatch, table: npt.NDArray[Any], reader: StateReader
 ) -> None:
-    """Require counts that a sequence can have, and none without arrays."""
+    """Require counts that a sequence can have, and no tokens without arrays."""
     config, limit = saved.config, saved.max_size
     fits = limit is None or limit >= least_size(config)
     reader.require(fits, "a limit with room for a block", limit)
@@ -319,7 +321,7 @@ def _check_counts(
 def _check_stores(
     saved: SavedCache | SavedBatch, longest: Counts, reader: StateReader, rows: int | None
 ) -> None:
-    """Require the arrays that follow from the longest row; ``rows`` is B where it is known."""
+    """Require the arrays that follow from the longest row; ``rows`` is B if known, else None."""
     fronts = set()
     for part, store in zip(reader.parts(saved.config), saved.stores, strict=True):
         exact = reader.floating(f"exact {part.name}", store.exact)
@@ -335,7 +337,10 @@ def _check_stores(
 def _fields(
     config: RotorConfig, role: str, exact: Field, longest: Counts, rows: int | None
 ) -> SavedStore:
-    """What each array of a role must be: dtype, batch, KV heads and head_dim are those of exact."""
+    """Return the required field of each array of a role.
+
+    dtype, batch, KV heads and head_dim follow from ``exact``.
+    """
     batch, heads, _, head_dim = exact.shape
     if rows is not None:
         batch = rows

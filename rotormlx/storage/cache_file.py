@@ -1,12 +1,14 @@
 """Files with the states of caches, in the layout of mlx-lm's ``save_prompt_cache``.
 
-Entry j of the state of cache i is the tensor ``i.j``, a list inside of a state has ``i.j.k``. The
-metadata holds texts of the user (``0.name``), the class of each cache (``1.i``), and which tensors
-stand for numbers, texts and None (``2.m.0`` and ``2.m.1``, from m = 1). In ``2.0``, which mlx-lm
-writes empty and never reads, lies our checksum.
+Entry j of the state of cache i is the tensor ``i.j``; an entry of a list inside a state is the
+tensor ``i.j.k``. The metadata holds the user's texts (``0.name``), the class of each cache
+(``1.i``), and the tensors that represent numbers, texts and None (``2.m.0`` is the name of the
+tensor and ``2.m.1`` its kind, from m = 1). ``2.0``, which mlx-lm writes empty and never reads,
+holds the checksum of rotormlx.
 
-What a file says is compared with the rules of its classes before a tensor is read: a class that is
-not listed here is never looked up, and an array has the shape that follows from the rest.
+A file's header is compared with the rules of its classes before an array is read. A class that is
+not in these rules is never looked up, and every array must have the shape that follows from the
+other entries.
 
 Source: docs/FORMAT.md, section 8.
 """
@@ -27,7 +29,7 @@ from rotormlx.storage.cache_rules import Shape, check
 from rotormlx.storage.tensor_file import Array, TensorFile
 
 WHERE = "prompt cache"
-# What a tensor that stands for a number, a text or None may be.
+# The dtypes of a tensor that represents a number.
 _SCALAR_DTYPES = ("I32", "I64", "F32", "BOOL")
 _MOST_CHARACTERS = 2**16
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
@@ -43,13 +45,13 @@ State = Any  # a list of states, or a leaf: an array, a number, a text, None
 def misfit(path: str | Path, model_type: str, required: str, came: object) -> ValueError:
     """Return the error for a file of another model."""
     return ValueError(
-        f"[prompt cache] The model {model_type} requires {required}, but {path} has {came}; use it "
-        "with the model that it was made with, or make it again."
+        f"[prompt cache] The model {model_type} requires {required}, but {path} has {came}; use "
+        "the file with the model that made it, or make it again."
     )
 
 
 def with_suffix(path: str | Path) -> str:
-    """Return the path with the suffix that mlx-lm appends if it is missing."""
+    """Return the path with the suffix ``.safetensors``, which mlx-lm also appends if missing."""
     return f"{path}" if f"{path}".endswith(".safetensors") else f"{path}.safetensors"
 
 
@@ -60,17 +62,18 @@ def write(
     metadata: Mapping[str, str],
     tensor_of: Callable[[Any], tuple[str, tuple[int, ...], Callable[[], Array]]],
 ) -> None:
-    """Write a file with a checksum; it appears complete or not at all.
+    """Write a file with a checksum, atomically.
 
     Args:
         path: The file to make or to replace.
         classes: The class of each cache.
-        states: Its state: lists of arrays, numbers, texts and None, and of such lists.
-        metadata: Texts of the user.
-        tensor_of: Gives dtype (as the format names it), shape and content of an array.
+        states: The state of each cache: a list of arrays, numbers, texts, None and lists of these.
+        metadata: The user's texts.
+        tensor_of: Function that returns the dtype (as the format names it), shape and content of an
+            array.
 
     Raises:
-        ValueError: If a state holds something else, or ``path`` is no place for a file.
+        ValueError: If a state holds something else, or ``path`` cannot be a file.
         OSError: If the disk is full, or the directory is read-only; the old file is unchanged.
     """
     tensors = {}
@@ -99,7 +102,7 @@ def _flat(name: str, state: State) -> Iterator[tuple[str, Any]]:
 
 
 def _as_array(value: Any) -> tuple[str | None, Array]:
-    """Return a leaf as mlx-lm writes it, and its marker if it is no array."""
+    """Return the kind of a leaf, None for an array, and the array that mlx-lm writes for it."""
     if value is None:
         return "none", np.zeros(0, np.float32)
     if isinstance(value, bool):
@@ -122,9 +125,9 @@ class SavedCaches:
 
     Attributes:
         classes: The class of each cache.
-        metadata: Texts of the user.
-        shapes: What must fit a model, of each cache that is no list: the index of the cache that it
-            is or belongs to, and its shape.
+        metadata: The user's texts.
+        shapes: The index and shape of each cache, for comparison with a model. A list of caches has
+            one entry per part, all with the index of the list.
     """
 
     def __init__(self, file: TensorFile) -> None:
@@ -137,19 +140,19 @@ class SavedCaches:
                 self.shapes.append((index, shape))
 
     def _read_texts(self, texts: dict[str, str]) -> None:
-        """Take the classes, the metadata and the values that are no arrays."""
+        """Read the classes, the metadata and the values that are not arrays."""
         file = self._file
         if "1.0" not in texts:
             raise file.error("be a file of save_prompt_cache", "it is another safetensors file")
         if not file.names_checksum:
-            raise file.error("name a checksum, if only an empty one", "it does not")
+            raise file.error("have an entry 2.0 for a checksum, which may be empty", "it has none")
         for text in texts:
             if not _TEXTS.fullmatch(text):
                 raise file.error("have the metadata of caches", f"it has {text[:80]!a}")
         self.metadata = {k[2:]: text for k, text in texts.items() if k.startswith("0.")}
         count = sum(name.startswith("1.") for name in texts)
         if any(f"1.{i}" not in texts for i in range(count)):
-            raise file.error("number its classes from 0", f"it has {count} others")
+            raise file.error("number its classes from 0 without gaps", "it does not")
         self.classes = [texts[f"1.{i}"] for i in range(count)]
         self._values = dict(self._read_values(texts))
 
@@ -157,7 +160,7 @@ class SavedCaches:
         """Read the states; ``make`` converts each array, given its dtype.
 
         Raises:
-            ValueError: If the content is not what was written.
+            ValueError: If the file ends early, or the checksum does not match.
         """
         arrays: dict[str, Any] = {}
         for name, array in self._file.tensors():
@@ -166,12 +169,14 @@ class SavedCaches:
         return self._states(arrays.__getitem__)
 
     def _read_values(self, texts: dict[str, str]) -> Iterator[tuple[str, Any]]:
-        """The numbers, texts and None's."""
+        """Yield the name and value of each tensor that represents a number, a text or None."""
         file = self._file
         pairs = sum(name.startswith("2.") for name in texts) // 2
         wanted = {f"2.{m}.{part}" for m in range(1, pairs + 1) for part in (0, 1)}
         if wanted != {name for name in texts if name.startswith("2.")}:
-            raise file.error("number its scalars from 1", f"it has {pairs} others")
+            raise file.error(
+                "number its scalars from 1, each with a name and a kind", "it does not"
+            )
         seen = set()
         for m in range(1, pairs + 1):
             name, kind = texts[f"2.{m}.0"], texts[f"2.{m}.1"]
@@ -185,8 +190,8 @@ class SavedCaches:
             }
             if not fits.get(kind) or math.prod(entry.shape) > _MOST_CHARACTERS:
                 raise file.error(
-                    "say which tensors are a scalar, a string or none",
-                    f"{name}, {entry.dtype} of shape {entry.shape}, is {kind[:80]!a}",
+                    "mark its tensors correctly as scalar, string or none",
+                    f"{name}, {entry.dtype} of shape {entry.shape}, is marked {kind[:80]!a}",
                 )
             seen.add(name)
             yield name, _value(file.read(file.entries[name]), kind, file)
@@ -209,7 +214,8 @@ class SavedCaches:
         states = self._listed(root)
         if len(states) != len(self.classes) or not all(type(s) is list for s in states):
             raise self._file.error(
-                f"hold a state for each of its {len(self.classes)} caches", f"{len(states)} came"
+                f"hold one state for each of its {len(self.classes)} caches",
+                f"it holds {len(states)}",
             )
         return states
 
@@ -223,10 +229,11 @@ class SavedCaches:
 
 
 class OldSavedCaches(SavedCaches):
-    """A file of mlx-lm before 0.32, whose caches are mlx-lm's own: arrays, and texts beside them.
+    """A file of mlx-lm before 0.32, which holds only caches of mlx-lm's own classes.
 
-    The metadata holds these texts (``0.i``, or lists of them), texts of the user (``1.name``) and
-    the class of each cache (``2.i``). Its states come out as mlx-lm writes them since 0.32.
+    A state there consists of arrays and of texts. The metadata holds the texts of each cache
+    (``0.i``, or a list of them), the user's texts (``1.name``) and the class of each cache
+    (``2.i``). States are returned in the form that mlx-lm writes since 0.32.
     """
 
     def _read_texts(self, texts: dict[str, str]) -> None:
@@ -275,13 +282,13 @@ class OldSavedCaches(SavedCaches):
 
 
 class _Leaf(NamedTuple):
-    """Tells an entry, which is a tuple, from a list of entries."""
+    """A wrapped value, which distinguishes an entry from a list of entries."""
 
     value: Any
 
 
 def _value(array: Array, kind: str, file: TensorFile) -> Any:
-    """Return the value that a tensor stands for."""
+    """Return the value that a tensor represents."""
     if kind == "none":
         return None
     if kind == "scalar":
@@ -289,7 +296,7 @@ def _value(array: Array, kind: str, file: TensorFile) -> Any:
     try:
         return array.astype("<i4").tobytes().decode("utf-32-le")
     except UnicodeDecodeError as error:
-        raise file.error("hold letters in its texts", str(error.reason)) from error
+        raise file.error("hold characters in its texts", str(error.reason)) from error
 
 
 def is_old_layout(texts: Mapping[str, str]) -> bool:
@@ -307,7 +314,7 @@ def opened(path: str | Path) -> Iterator[SavedCaches]:
     """Open a file of caches and check its header; no array is read yet.
 
     Raises:
-        ValueError: If there is no such file, or it is damaged or something else.
+        ValueError: If there is no such file, or it is damaged or not a file of caches.
     """
     with tensor_file.open_tensors(path, where=WHERE, checksum=_checksum_key) as file:
         yield OldSavedCaches(file) if is_old_layout(file.metadata) else SavedCaches(file)

@@ -1,8 +1,8 @@
-"""Rules for saved states, class by class, that can be checked from a file's header.
+"""Rules for saved states, one per class, that can be checked from a file's header.
 
-Reading a file means to give its content to the classes that it names. These rules come first: they
-need no array, so a file that breaks one is refused before anything is read or made. They are also
-the list of classes that a file may name; any other name is refused, whatever it stands for.
+Reading a file creates caches of the classes that it names. These rules are checked before that.
+They need only the header and a few small tensors, so a file that breaks a rule is refused before
+any cache is made. The rules also list the classes that a file may name; any other name is refused.
 
 Source: docs/FORMAT.md, section 8.
 """
@@ -28,17 +28,18 @@ from rotormlx.storage.cache_fields import (
 )
 from rotormlx.storage.tensor_file import Array, Entry, TensorFile
 
-# A state's arrays are entries of a header; numbers, texts and None are what they are.
+# In a state, an array is represented by its entry in the header; other values are stored directly.
 State = list[Any]
 
 
 class Shape(NamedTuple):
     """The properties of a saved cache that must fit a model.
 
-    name: Its class; of a compressed one :data:`LAYOUTS` says which.
-    config, layer, limited: Of a compressed one; limited if it holds no more than so many tokens.
-    window: The tokens of a sliding window, or of a chunk.
-    dims: KV heads, key dimension and value dimension, where it holds keys and values.
+    name: Class of the cache; for a compressed cache, the class of its layout in :data:`LAYOUTS`.
+    config, layer: Configuration and layer index of a compressed cache.
+    limited: Whether the number of tokens of a compressed cache is limited.
+    window: Tokens of a sliding window, or of a chunk.
+    dims: KV heads, key dimension and value dimension; None if it holds no keys and values.
     """
 
     name: str
@@ -54,19 +55,21 @@ def check(name: Any, state: State, file: TensorFile) -> Iterator[Shape]:
 
     Args:
         name: The class.
-        state: Its state.
-        file: Where it stands.
+        state: The state.
+        file: The file that holds the state.
 
     Yields:
-        Its shape; of a ``CacheList`` that of each part.
+        The shape of the cache; for a ``CacheList``, the shape of each part.
 
     Raises:
-        ValueError: If the class is not listed, or its state is not one of its kind.
+        ValueError: If the class is not listed, or the state breaks a rule of the class.
     """
     if name == "CacheList":
         for part in state:
             if type(part) is not list or len(part) != 2 or type(part[0]) is not list:
-                raise file.error("hold a state and a class for each part of a CacheList", "others")
+                raise file.error(
+                    "hold a state and a class for each part of a CacheList", "it does not"
+                )
             yield from check(part[1], part[0], file)
         return
     if type(name) is not str or name not in _RULES:
@@ -85,11 +88,11 @@ class _Rules(StateReader):
         self.file = file
 
     def field(self, entry: Any) -> Any:
-        """The dtype and shape that the header gives."""
+        """Return the dtype and shape of an array from the header; other values unchanged."""
         return Field(entry.dtype, entry.shape) if isinstance(entry, Entry) else entry
 
     def numbers(self, entry: Any) -> Array:
-        """Read the content of a tensor; only this one is read before all are checked."""
+        """Read the content of one tensor, before the other tensors are checked."""
         return self.file.read(entry)
 
     def refuse(self, required: str, came: object) -> ValueError:
@@ -105,7 +108,7 @@ class _Rules(StateReader):
         )
 
     def config(self, text: str) -> RotorConfig:
-        """Parse a configuration, which may be any text."""
+        """Parse a configuration; the file may hold any text in its place."""
         try:
             return RotorConfig.from_json(text)
         except (ValueError, TypeError, RecursionError) as error:
@@ -116,7 +119,11 @@ class _Rules(StateReader):
             ) from error
 
     def keys_and_values(self) -> tuple[int, tuple[int, int, int] | None]:
-        """Require two arrays alike as the first entries, or two None: their tokens, and dims."""
+        """Require two matching arrays, or two None, as the first entries.
+
+        Returns:
+            The number of tokens; and KV heads, key dimension and value dimension, or None.
+        """
         keys, values = self.state[:2]
         if keys is None and values is None:
             return 0, None
@@ -173,13 +180,13 @@ def _arrays(rules: _Rules) -> Shape:
     batches = {a.shape[0] for a in arrays}
     for entry in lengths:
         is_right = isinstance(entry, Entry) and entry.dtype == "I32" and len(entry.shape) == 1
-        rules.require(entry is None or is_right, "one int32 a row", entry)
+        rules.require(entry is None or is_right, "one int32 per row", entry)
         batches |= set() if entry is None else {entry.shape[0]}
     rules.require(len(batches) <= 1, "arrays that agree in batch", sorted(batches))
     return Shape(rules.name)
 
 
-# ---- ours ---------------------------------------------------------------------------------------
+# ---- the classes of rotormlx --------------------------------------------------------------------
 
 
 def _compressed(rules: _Rules) -> Shape:
@@ -197,7 +204,7 @@ def _compressed_batch(rules: _Rules) -> Shape:
 
 
 def _window(rules: _Rules) -> int | None:
-    """Return the window or chunk size of a class that has one."""
+    """Return the window or chunk size; None for a class that has none."""
     places = {SLIDING: -1, BATCH_SLIDING: -1, CHUNKED: -2}
     place = places.get(rules.name)
     return None if place is None else rules.state[place]

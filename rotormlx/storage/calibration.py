@@ -1,6 +1,7 @@
-"""Calibrations: channel scales or matrices that suit one model, kept in a file.
+"""Calibrations: channel scales or matrices computed for one model and stored in a file.
 
-:mod:`rotormlx.measure.calibrate` makes one from a short text; caches of every host take it.
+:mod:`rotormlx.measure.calibrate` makes a calibration from a short text; caches of every host can
+use it.
 
 Source: docs/FORMAT.md, section 11; docs/CALIBRATION.md.
 """
@@ -39,17 +40,18 @@ Float32s = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Channel scales or matrices that suit the layers of one model.
+    """Channel scales or matrices for the layers of one model.
 
     Args:
         transform: One of ``TRANSFORMS``.
         model: Fingerprint of the model's weights.
-        numbers: By name what is kept, float32: ``LAYER.ROLE``, the channel scale ``[K, D]`` or the
-            matrix ``[K, D, D]``; for ``rotors`` the scale, and ``LAYER.ROLE.rotors``, the
-            coefficients ``[K, n]``. Where the layers were measured, ``LAYER.ROLE.loss`` ``[1]``,
-            see :func:`rotormlx.measure.layer_losses.losses`.
-        tokens: Tokens that were read.
-        is_share: Whether it is for some of the model's KV heads, as :meth:`share` makes it.
+        numbers: The stored float32 arrays by name. ``LAYER.ROLE`` is the channel scale ``[K, D]``
+            (for ``scale`` and ``rotors``) or the matrix ``[K, D, D]`` (for ``klt``).
+            ``LAYER.ROLE.rotors`` holds the coefficients ``[K, n]`` for ``rotors``.
+            ``LAYER.ROLE.loss`` ``[1]`` exists if the layers were measured, see
+            :func:`rotormlx.measure.layer_losses.losses`.
+        tokens: Number of tokens that the calibration read.
+        is_share: Whether it covers only a share of the model's KV heads, see :meth:`share`.
     """
 
     transform: str
@@ -62,11 +64,12 @@ class Calibration:
         """Return the same configuration, but with this calibration.
 
         Args:
-            config: Bits, sink and window are kept, and the rotation if this has none.
-            source: What messages call the calibration.
+            config: The configuration. Its bits, sink and window are kept, and its rotation too if
+                the calibration has only scales.
+            source: Name of the calibration in messages.
 
         Raises:
-            ValueError: If the configuration asks for something else in its place.
+            ValueError: If the configuration sets a field that the calibration also sets.
         """
         if self.transform == "scale":
             made = replace(config, channel_scale=CALIBRATED)
@@ -92,14 +95,14 @@ class Calibration:
 
     @property
     def without_losses(self) -> Calibration:
-        """Return this calibration with equal bits in all layers."""
+        """The same calibration without losses, so that all layers have equal bits."""
         kept = {name: array for name, array in self.numbers.items() if not name.endswith(LOSS)}
         return replace(self, numbers=kept)
 
     def share(self, place: int, shares: int) -> Calibration:
-        """Return the calibration of one of several equal shares of the KV heads.
+        """Return the calibration for one of several equal shares of the KV heads.
 
-        A calibration that is a share already returns itself.
+        A calibration that already is a share returns itself.
 
         Args:
             place: Index of the share, counted from 0.
@@ -115,7 +118,10 @@ class Calibration:
         return replace(self, numbers=kept, is_share=True)
 
     def by_layer(self, config: RotorConfig) -> Callable[[int], RotorConfig]:
-        """The configuration of each layer; their bits have the mean of ``config``'s."""
+        """Return a function of the layer index that gives the configuration of the layer.
+
+        The mean of the bits over all values is at most the mean of the bits of ``config``.
+        """
         if not self.has_losses:
             return lambda layer: config
         bits = self._allotted((config.key_bits + config.value_bits) / 2)
@@ -127,7 +133,7 @@ class Calibration:
 
     @cached_property
     def _allotted(self) -> Callable[[float], NDArray[np.int64]]:
-        """Return the bits ``[layers, 2]`` of keys and values for a mean; results are cached."""
+        """A cached function from a mean to the bits ``[layers, 2]`` of keys and values."""
         parts = [[f"{layer}.{role}" for role in ROLES] for layer in self.layers]
         loss = np.array([[self.numbers[part + LOSS][0] for part in pair] for pair in parts])
         shapes = [[self.numbers[part].shape for part in pair] for pair in parts]
@@ -141,13 +147,16 @@ class Calibration:
 
     @property
     def numbers_a_head(self) -> int:
-        """Mean count of stored numbers per KV head, over the first layer's keys and values."""
+        """Count of stored numbers per KV head: the mean of the first layer's keys and values."""
         numbers = self.without_losses.numbers
         first = [a for name, a in numbers.items() if name.startswith(f"{self.layers[0]}.")]
         return sum(a[0].size for a in first) // 2
 
     def of(self, layer: int) -> tuple[Float32s, Float32s]:
-        """Channel scales ``[K, D]`` or matrices ``[K, D, D]`` for keys and values of a layer.
+        """Return the channel scales ``[K, D]`` or matrices ``[K, D, D]`` of a layer.
+
+        Returns:
+            The array for keys and the array for values.
 
         Raises:
             ValueError: If this layer was not calibrated.
@@ -166,7 +175,7 @@ class Calibration:
         """Refuse a calibration without the layers and shapes of a model.
 
         Raises:
-            ValueError: If one is missing or has another shape.
+            ValueError: If a layer is missing or has another shape.
         """
         config = self.configured(report.config)
         for layer in report.layers:
@@ -187,11 +196,11 @@ class Calibration:
         """Refuse the calibration of another model.
 
         Args:
-            weights: Of the model that is to use it.
-            path: The file it comes from, if it comes from one.
+            weights: Weights of the model that uses the calibration.
+            path: The file of the calibration, if it was read from one.
 
         Raises:
-            ValueError: If the weights are others.
+            ValueError: If the calibration was made with other weights.
         """
         difference = self.model.difference(weights.fingerprint)
         if difference is not None:
@@ -201,11 +210,11 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that :func:`load` reads; it appears complete or not at all.
+        """Write a safetensors file that :func:`load` reads, atomically.
 
         Raises:
-            ValueError: If ``path`` is no place for a file.
-            OSError: If it cannot be written.
+            ValueError: If ``path`` is in no existing directory, or exists and is not a file.
+            OSError: If the file cannot be written.
 
         Source: docs/FORMAT.md, section 11.
         """
@@ -219,13 +228,13 @@ class Calibration:
 
     @cached_property
     def _arrays(self) -> dict[int, tuple[Float32s, Float32s]]:
-        """Return the arrays of each layer, for keys and for values."""
+        """The arrays of each layer, for keys and for values."""
         keys, values = ({n: self._array(n, role) for n in self.layers} for role in ROLES)
         return {layer: (keys[layer], values[layer]) for layer in self.layers}
 
     @cached_property
     def _rotations(self) -> dict[int, tuple[Rotation, ...]]:
-        """Those in use: what backends derive from them, such as inverses, then outlives a cache."""
+        """The rotations in use, kept so that data derived from them is not lost with a cache."""
         return {}
 
     def _array(self, layer: int, role: str) -> Float32s:
@@ -248,16 +257,16 @@ def calibrated(
     """Find and check the calibration of a model.
 
     Args:
-        report: Of the model, with the configuration that was asked for.
-        weights: Of the model.
-        given: A calibration or its file; None for the one that is kept for the model.
-        share: Of the KV heads, as :meth:`Calibration.share` takes it.
+        report: Report on the model, with the requested configuration.
+        weights: Weights of the model.
+        given: A calibration or its file; None for the one that is stored for the model.
+        share: Index and number of the shares of KV heads, see :meth:`Calibration.share`.
 
     Returns:
-        The report, with the configuration and the bits of each layer, and the calibration.
+        The report with the configuration and the bits of each layer; and the calibration.
 
     Raises:
-        ValueError: If a calibration is missing, or it is of another model, or the model keeps
+        ValueError: If the calibration is missing or belongs to another model, or if the model keeps
             latents.
     """
     if any(layer.holds_latents for layer in report.layers):
@@ -288,10 +297,10 @@ def calibrated(
 
 
 def load(path: str | Path, weights: Weights) -> Calibration:
-    """Read a calibration of a model.
+    """Read the calibration of a model from a file.
 
     Raises:
-        ValueError: If there is no such file, it is damaged, or it is of another model.
+        ValueError: If there is no such file, it is damaged, or it belongs to another model.
 
     Source: docs/FORMAT.md, section 11.
     """
@@ -301,9 +310,9 @@ def load(path: str | Path, weights: Weights) -> Calibration:
 
 
 def find(weights: Weights, transform: str | None = None) -> Calibration | None:
-    """Return the stored calibration of a model: of one transform, or the latest of any.
+    """Return the stored calibration of a model: with this transform, or the latest with any.
 
-    Weights are read only where there is a file for a model of the same shapes.
+    Weights are read only if there is a file for a model with the same shapes.
 
     Raises:
         ValueError: If a file for this model is damaged.
@@ -315,10 +324,10 @@ def find(weights: Weights, transform: str | None = None) -> Calibration | None:
 
 
 def required(weights: Weights, config: RotorConfig) -> Calibration:
-    """The calibration that a calibrated configuration asks for.
+    """Return the calibration that a calibrated configuration needs.
 
     Raises:
-        ValueError: If none is kept for the model.
+        ValueError: If none is stored for the model.
     """
     transforms = TRANSFORMS[1:] if config.rotation == CALIBRATED else TRANSFORMS[:1]
     kept = [made for name in reversed(transforms) if (made := find(weights, name))]
@@ -341,15 +350,15 @@ def _folder() -> Path:
 
 
 def _kept(transform: str | None) -> Iterator[Path]:
-    """Return the stored files, the latest first."""
+    """Yield the stored files, the latest first."""
     names = [*_folder().glob(f"[0-9a-f]*-{transform or '*'}.safetensors")]
     yield from sorted(names, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _is_of(path: Path, weights: Weights) -> bool:
-    """Whether a file that is kept is one of this model, as far as can be told without its arrays.
+    """Whether a stored file belongs to this model, judged without its arrays.
 
-    A file that cannot be read is judged by its name, which the host gave that made it.
+    A file that cannot be read is judged by its name, which contains the digest of its model.
     """
     try:
         with tensor_file.open_tensors(path, where=_WHERE) as file:
@@ -370,10 +379,10 @@ def _read(path: str | Path) -> Calibration:
     model = Fingerprint.from_text(facts.get(MODEL, ""))
     if fault is None and model is not None:
         return Calibration(facts["transform"], model, numbers, int(facts["tokens"]))
-    required, came = fault or _Fault("tell its model", "it does not")
+    required, came = fault or _Fault("name its model", "it does not")
     raise ValueError(
         f"[calibration] {path} must {required}, but {came}; it is damaged, of another version or "
-        "something else: calibrate the model again."
+        "not a calibration: calibrate the model again."
     )
 
 
@@ -392,7 +401,7 @@ def _fault_of_facts(facts: dict[str, str]) -> _Fault | None:
             f"it has version {facts.get('version')!a:.40} and {facts.get('transform')!a:.40}",
         )
     if not _COUNT.fullmatch(facts.get("tokens", "")):
-        return _Fault("tell its tokens", "it does not")
+        return _Fault("give its number of tokens", "it does not")
     return None
 
 
@@ -414,14 +423,18 @@ def _fault_of_numbers(numbers: dict[str, Float32s], transform: str) -> _Fault | 
             )
         if name in measured:
             if array.shape != (1,) or array[0] < 0:
-                return _Fault("hold a loss not below zero for each layer and role", f"not {name}")
+                return _Fault(
+                    "hold a loss not below zero for each layer and role", f"{name} is invalid"
+                )
         elif not _usable(transform, name, array, numbers):
-            return _Fault("hold scales above zero and matrices that can be inverted", name)
+            return _Fault(
+                "hold scales above zero and matrices that can be inverted", f"{name} is invalid"
+            )
     return None
 
 
 def _usable(transform: str, name: str, array: Float32s, numbers: dict[str, Float32s]) -> bool:
-    """Whether numbers of the right dtype and dimensions can be computed with."""
+    """Whether numbers of the right dtype and dimensions are valid scales, rotors or matrices."""
     if not array.size:
         return False
     if name.endswith(".rotors"):

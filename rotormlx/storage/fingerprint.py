@@ -1,9 +1,9 @@
-"""Fingerprints of weights, so that a file made with one model is refused by another.
+"""Fingerprints of weights, used to refuse files that were made with another model.
 
-mlx-lm and transformers load one checkpoint under different names, in different dtypes and layouts.
-So a fingerprint holds a few numbers per weight, from places that no change of axes moves. Two are
-compared where both have a weight of one name, and agree if the numbers of one are those of the
-other, rounded to its dtype.
+mlx-lm and transformers load the same checkpoint under different names and in different dtypes and
+layouts. So a fingerprint holds a few numbers per weight, from its diagonal, which stays the same if
+axes are exchanged. Two fingerprints are compared on the weights whose names occur in both. They
+agree if the numbers of one, rounded to the dtype of the other, are the numbers of the other.
 
 Source: docs/FORMAT.md, section 8.
 """
@@ -21,17 +21,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# The entry of a file's metadata that tells which model it belongs to.
+# The key of a file's metadata that holds the fingerprint of its model.
 MODEL = "rotormlx_model"
 HOSTS = ("mlx", "torch")
 _VERSION = 1
 _FIRST_LINE = f"rotormlx fingerprint {_VERSION} "
-_SAMPLES = 4  # numbers per weight: the text of 5,000 weights must fit into the header of a file
+_SAMPLES = 4  # numbers per weight; the text of 5,000 weights must fit into the header of a file
 _NAME = 200  # characters at most
 _HEAD = "lm_head."
 _LINE = re.compile(r"(\S{1,200}) ([0-9]{1,12}(?:x[0-9]{1,12}){0,7}) (i?)((?:[0-9a-f]{8}){1,4})")
 _IN_LAYER = re.compile(r"[A-Za-z_]+\.[0-9]+\..*")
-# Of a layer: its name, and that of a weight of all experts, which mlx-lm calls switch_mlp.
+# The groups are a layer and a weight of all its experts (mlx-lm calls the experts switch_mlp).
 _EXPERTS = re.compile(r"([A-Za-z_]+\.[0-9]+)\.(?:.*\.)?(?:experts|switch_mlp)\.(\w+?)(?:\.weight)?")
 _LAYER = re.compile(r"[A-Za-z_]+\.[0-9]+(?=\.)")
 
@@ -41,9 +41,9 @@ Sizes = tuple[int, ...]
 class Weight(NamedTuple):
     """The samples of one weight in a fingerprint.
 
-    sizes: Its dimensions, the smallest first.
+    sizes: Dimensions of the weight, in ascending order.
     is_integer: Whether its numbers are integers, as in a quantized weight.
-    digits: The 32 bits of each sampled number, float32 or an integer, in hexadecimal.
+    digits: The 32 bits of each sampled number (float32 or integer), in hexadecimal.
     """
 
     sizes: Sizes
@@ -52,7 +52,7 @@ class Weight(NamedTuple):
 
     @property
     def values(self) -> NDArray[np.float64]:
-        """The numbers of a floating weight."""
+        """The sampled numbers of a floating weight."""
         return np.frombuffer(bytes.fromhex(self.digits), ">f4").astype(np.float64)
 
 
@@ -61,8 +61,8 @@ class Fingerprint:
     """Samples of a model's weights.
 
     Args:
-        host: One of ``HOSTS``: whose names the weights have.
-        weights: By canonical name, see :func:`canonical_names`.
+        host: One of ``HOSTS``: the library whose names the weights have.
+        weights: Samples by canonical name, see :func:`canonical_names`.
     """
 
     host: str
@@ -70,12 +70,12 @@ class Fingerprint:
 
     @property
     def text(self) -> str:
-        """The fingerprint as files hold it."""
+        """The fingerprint as a text, the form that files contain."""
         return "\n".join([_FIRST_LINE + self.host, *self._lines])
 
     @property
     def digest(self) -> str:
-        """A short name, the same for the same samples of the same names."""
+        """A short hash of the names and samples."""
         return hashlib.sha256("\n".join(self._lines).encode()).hexdigest()[:16]
 
     @property
@@ -87,7 +87,7 @@ class Fingerprint:
 
     @classmethod
     def from_text(cls, text: str) -> Fingerprint | None:
-        """Parse :attr:`text`; None if it is something else or of another version."""
+        """Parse :attr:`text`; return None for any other text, or for another version."""
         first, *lines = text.split("\n")
         host = first.removeprefix(_FIRST_LINE)
         matches = [_LINE.fullmatch(line) for line in lines]
@@ -102,7 +102,7 @@ class Fingerprint:
         )
 
     def difference(self, other: Fingerprint) -> str | None:
-        """The first difference of two models, in words; None if they look like one model."""
+        """Return the first difference of two models, in words; None if none is found."""
         common = sorted(self.weights.keys() & other.weights.keys())
         for name in common:
             a, b = self.weights[name], other.weights[name]
@@ -111,7 +111,7 @@ class Fingerprint:
             if not _agree(a, b, self.host != other.host):
                 return f"{name} has other numbers"
         for name in sorted(self.weights.keys() ^ other.weights.keys()):
-            # Between hosts names differ; but an adapter is one in each.
+            # Hosts have different names, so a missing name is a difference only for an adapter.
             if self.host == other.host or "lora" in name.lower():
                 return f"only one of them has {name!a:.80}"
         lacking = _layers(self.weights) | _layers(other.weights)
@@ -128,16 +128,16 @@ class Fingerprint:
 def check_file(
     path: str | Path, metadata: Mapping[str, str], weights: Weights, model_type: str
 ) -> None:
-    """Refuse a saved cache that other weights have filled; a file that does not say is taken.
+    """Refuse a saved cache of other weights; a file without a fingerprint is accepted.
 
     Args:
         path: The file.
-        metadata: Its texts.
-        weights: Of the model that is to go on with it.
-        model_type: What the model is called in messages.
+        metadata: Texts of the file.
+        weights: Weights of the model that continues with the file.
+        model_type: Name of the model in messages.
 
     Raises:
-        ValueError: If the file is of another model.
+        ValueError: If the file belongs to another model, or its fingerprint cannot be read.
     """
     text = metadata.get(MODEL)
     if text is None:
@@ -146,17 +146,17 @@ def check_file(
     if made_with is None:
         raise ValueError(
             f"[prompt cache] {path} must name its model by a fingerprint of version {_VERSION}, "
-            f"but it has {text!a:.40}; make it again."
+            f"but it has {text!a:.40}; make the file again."
         )
     if (difference := made_with.difference(weights.fingerprint)) is not None:
         raise ValueError(
             f"[prompt cache] {path} must be of this {model_type}, but other weights made it "
-            f"({difference}); use that model, or make it again."
+            f"({difference}); use the model that made it, or make the file again."
         )
 
 
 def _agree(a: Weight, b: Weight, between_hosts: bool) -> bool:
-    """Whether two weights of the same sizes have the same numbers, whatever dtype they came in."""
+    """Whether two weights of the same sizes have the same numbers, regardless of their dtypes."""
     if a.digits == b.digits:
         return True
     if a.is_integer or len(a.digits) != len(b.digits):
@@ -176,7 +176,7 @@ def _is_rounded(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
 
 
 def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rounded to bfloat16, ties to even."""
+    """Round to bfloat16, ties to even."""
     bits = x.view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
@@ -186,7 +186,7 @@ def _layers(names: Iterable[str]) -> set[str]:
     return {match[0] for name in names if (match := _LAYER.match(name))}
 
 
-# ---- of a model ---------------------------------------------------------------------------------
+# ---- the weights of a model ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,9 @@ class Weights:
 
     Args:
         host: One of ``HOSTS``.
-        shapes: Shape of each weight by the name that the host has for it.
-        sample: Gives, for names and the places along every axis of each, the numbers there: float32
-            of a floating weight, unsigned integers of another.
+        shapes: Shape of each weight, by the host's name.
+        sample: Function that takes, by name, the positions along every axis of a weight and returns
+            the numbers there: float32 for a floating weight, else unsigned integers.
     """
 
     host: str
@@ -206,14 +206,14 @@ class Weights:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint; reads the weights."""
+        """The fingerprint of the model; computing it reads the weights."""
         names = canonical_names(name for name, shape in self.shapes.items() if 0 not in shape)
         numbers = self.sample({own: places_of(self.shapes[own]) for own in names.values()})
         weights = {name: _weight(self.shapes[own], numbers[own]) for name, own in names.items()}
         return Fingerprint(self.host, weights)
 
     def may_be(self, other: Fingerprint) -> bool:
-        """Whether the shapes are those of a fingerprint; reads no weight."""
+        """Whether the shapes are the same as in a fingerprint; reads no weight."""
         names = canonical_names(self.shapes)
         return _layers(names) == _layers(other.weights) and all(
             _sizes(self.shapes[own]) == other.weights[name].sizes
@@ -223,12 +223,13 @@ class Weights:
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Map the names that all hosts share to the names of this host.
+    """Map canonical names, which all hosts share, to the names of this host.
 
-    ``model.language_model.layers.3.mlp.up_proj.weight`` is ``layers.3.mlp.up_proj.weight``; outside
-    of layers the last two parts count. Weights of all experts are ``layers.3.experts.down_proj``.
-    Left out are the head, which no cache depends on, weights of a list inside of a layer (single
-    experts, which other hosts stack), and names that are not unique.
+    ``model.language_model.layers.3.mlp.up_proj.weight`` is ``layers.3.mlp.up_proj.weight``. Outside
+    of layers, a canonical name is the last two parts. Weights of all experts are
+    ``layers.3.experts.down_proj``. The result does not contain the head (no cache depends on it),
+    weights of a list inside a layer (single experts, which other hosts stack), or names that are
+    not unique.
     """
     chosen: dict[str, str] = {}
     twice = set()
@@ -247,13 +248,13 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def places_of(shape: Sizes) -> NDArray[np.int64]:
-    """Return positions on the diagonal, which no order of the axes changes."""
+    """Return positions on the diagonal, which are the same for every order of the axes."""
     last = min(_sizes(shape)) - 1
     return np.unique(np.arange(_SAMPLES) * last // (_SAMPLES - 1))
 
 
 def _sizes(shape: Sizes) -> Sizes:
-    """Return the sorted dimensions; a scalar has one."""
+    """Return the dimensions in ascending order; (1,) for a scalar."""
     return tuple(sorted(shape)) or (1,)
 
 

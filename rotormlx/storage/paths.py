@@ -9,5 +9,8 @@ from platformdirs import user_cache_dir
 
 
 def cache_dir() -> Path:
-    """Return the folder of models, calibrations and kernels: ``ROTORMLX_CACHE``, or the default."""
+    """Return the folder of models, calibrations and kernels.
+
+    This is ``ROTORMLX_CACHE`` if that is set, else the user's cache folder of this platform.
+    """
     return Path(os.environ.get("ROTORMLX_CACHE") or user_cache_dir("rotormlx"))

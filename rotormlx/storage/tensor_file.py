@@ -1,13 +1,13 @@
 """Safetensors files: written atomically, and read without trust in their content.
 
-The format is a length (8 bytes), a header (JSON: where each tensor lies, and a dictionary of texts)
-and the tensors. A reader here believes nothing of it: the whole header is checked against the size
-of the file before anything is allocated, and no name in it is ever looked up or used as a path.
+The format is a length (8 bytes), a header (JSON: the position of each tensor, and a dictionary of
+texts) and the tensors. The whole header is checked against the size of the file before anything is
+allocated, and no name in it is ever looked up or used as a path.
 
-A file written here carries a checksum among its texts: the SHA-256 of the file in which the 64
-digits of the checksum itself are zeros. Processors have instructions for it, so it runs at the
-speed of a disk, and unlike a CRC of 32 bits it lets no damage pass. It is no signature: who forges
-a file can compute it anew.
+Files written here have a checksum among their texts: the SHA-256 of the file with zeros in place of
+the 64 digits of the checksum. Processors have instructions for SHA-256, so it runs at the speed of
+a disk, and unlike a CRC of 32 bits it detects all damage. It is not a signature: anyone who forges
+a file can also compute its checksum.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# Where the checksum stands among the texts of a file, unless a caller has another place for it.
+# The default key of the checksum among the texts of a file.
 CHECKSUM = "rotormlx_sha256"
 
-# A temporary file is called so, beside the file that it becomes. What a killed process left of them
-# can be deleted at any time.
+# Name of a temporary file, in the directory of the file that it replaces. Files of this name that a
+# killed process left can be deleted at any time.
 PARTIAL = ".rotormlx-{token}.partial{suffix}"
 
-# The dtypes of the format, but for those below 8 bits, which have no use here; numpy has no BF16.
+# The dtypes of the format, except those below 8 bits, which are not used, and BF16, which numpy
+# lacks.
 _NUMPY: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     **{f"U{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
@@ -45,11 +46,11 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _NUMPY.items()}
-# Bytes of an element.
+# Bytes per element.
 ITEM_BYTES = {**{name: dtype.itemsize for name, dtype in _NUMPY.items()}, "BF16": 2}
 
-# JSON may take 20 times its size in memory, so the header is bounded: a cache of 100 layers has
-# about 200 KB of it.
+# Parsed JSON may take 20 times its size in memory, so the size of the header is limited. The header
+# of a cache of 100 layers has about 200 KB.
 HEADER_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 _MAX_DIMENSIONS = 8
@@ -63,7 +64,7 @@ Array = npt.NDArray[Any]
 
 
 class Entry(NamedTuple):
-    """The place of a tensor: its dtype as the format names it, its shape, and its bytes."""
+    """The entry of a tensor in a header: its dtype (as the format names it), shape and bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -76,29 +77,31 @@ class Entry(NamedTuple):
 
 @contextmanager
 def atomic_path(path: str | Path, where: str = "files") -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block ends without an error.
+    """Provide a temporary file that replaces ``path`` if the block ends without an error.
 
-    It is written to the disk first, so whoever looks at ``path``, also after a crash at any moment,
-    finds the old file or the new one, whole. On an error the temporary file is removed and the old
-    file stays.
+    The temporary file is first flushed to the disk. So ``path`` always holds either the complete
+    old file or the complete new one, even after a crash at any moment. On an error, the temporary
+    file is removed and the old file stays.
 
     Args:
-        path: The file to make or to replace. A symbolic link keeps pointing to it.
-        where: The part in brackets at the start of an error.
+        path: The file to make or to replace. A symbolic link is kept; the file it points to is
+            replaced.
+        where: The text in brackets at the start of an error message.
 
     Yields:
-        The path to write to: an existing empty file in the same directory, of the same suffix.
+        The path to write to: an existing empty file with the same directory and suffix.
 
     Raises:
-        ValueError: If ``path`` is no place for a file.
-        OSError: If the file cannot be written: the disk is full, or the directory is read-only.
+        ValueError: If ``path`` is in no existing directory, or exists and is not a file.
+        OSError: If the file cannot be written, because the disk is full or the directory is
+            read-only.
     """
     target = Path(os.path.realpath(path))
     is_new = not os.path.lexists(target)
     if not os.path.isdir(target.parent) or not (is_new or os.path.isfile(target)):
         raise ValueError(
             f"[{where}] A file in an existing directory is required, but {path} is "
-            f"{'in none' if is_new else 'no file'}; choose another path."
+            f"{'in none' if is_new else 'not a file'}; choose another path."
         )
     token = secrets.token_hex(8)
     temporary = target.with_name(PARTIAL.format(token=token, suffix=target.suffix))
@@ -117,11 +120,11 @@ def atomic_path(path: str | Path, where: str = "files") -> Iterator[Path]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"[{where}] {path} must be written, but {error.strerror or error}; a file that was "
-            "there is unchanged: make room, or choose another path.",
+            f"[{where}] {path} could not be written: {error.strerror or error}; an existing file "
+            "is unchanged. Free disk space, or choose another path.",
         ) from error
-    # The new name is on the disk only when its directory is. Not every file system can do this, and
-    # the file is whole either way.
+    # The new name is on the disk only after its directory is flushed. Some file systems do not
+    # support this; the file is complete in any case.
     with suppress(OSError):
         _sync(target.parent)
 
@@ -133,16 +136,16 @@ def write_arrays(
     *,
     where: str = "files",
 ) -> None:
-    """Write arrays to a safetensors file with a checksum; it appears complete or not at all.
+    """Write arrays to a safetensors file with a checksum, atomically (:func:`atomic_path`).
 
     Args:
         path: The file to make or to replace.
-        arrays: By name: letters, digits, ``_``, ``-`` and ``.``, at most 200 of them.
-        metadata: Texts to keep beside them.
-        where: The part in brackets at the start of an error.
+        arrays: Arrays by name. A name has at most 200 letters, digits, ``_``, ``-`` and ``.``.
+        metadata: Texts to store with the arrays.
+        where: The text in brackets at the start of an error message.
 
     Raises:
-        ValueError: If a name, a dtype or ``path`` cannot be written.
+        ValueError: If a name, a dtype or a text is not allowed, or ``path`` cannot be a file.
         OSError: If the disk is full, or the directory is read-only; the old file is unchanged.
     """
     tensors: dict[str, tuple[str, tuple[int, ...], Callable[[], Array]]] = {}
@@ -169,17 +172,17 @@ def write_tensors(
 
     Args:
         path: The file to make or to replace.
-        tensors: By name the dtype as the format names it, the shape, and what gives the array; of
-            the array only the bytes count.
-        metadata: Texts to keep beside them.
-        where: The part in brackets at the start of an error.
+        tensors: By name: the dtype (as the format names it), the shape, and a function that returns
+            the array. Only the bytes of the array are used, not its dtype.
+        metadata: Texts to store with the arrays.
+        where: The text in brackets at the start of an error message.
         checksum: The key of the checksum among the texts.
 
     Raises:
-        ValueError: If a name, a dtype, a text or ``path`` cannot be written.
+        ValueError: If a name, a dtype or a text is not allowed, or ``path`` cannot be a file.
         OSError: If the disk is full, or the directory is read-only; the old file is unchanged.
     """
-    # Widest elements first, as other writers do, so that all lie at multiples of their size.
+    # Widest elements first, as other writers do, so that all tensors are aligned to their elements.
     order = sorted(tensors, key=lambda name: (-ITEM_BYTES.get(tensors[name][0], 0), name))
     entries: dict[str, Entry] = {}
     stop = 0
@@ -189,7 +192,7 @@ def write_tensors(
         entries[name] = Entry(dtype, tuple(shape), start, stop)
     texts = dict(metadata or {})
     header = _header_bytes(entries, {**texts, checksum: _NO_DIGEST})
-    # What would not be read back is not written.
+    # A header that a reader would refuse is not written.
     _Checking(where, str(path), "change it and save again").header(header[8:], stop)
     with atomic_path(path, where) as temporary, open(temporary, "wb") as file:
         file.write(header)
@@ -200,12 +203,12 @@ def write_tensors(
             if array.nbytes != expected:
                 raise ValueError(
                     f"[{where}] {name} must have {expected} bytes, but it has {array.nbytes}; give "
-                    "the shape and dtype that it has."
+                    "the shape and dtype of the array."
                 )
             data = array.reshape(-1).view(np.uint8).data
             digest.update(data)
             file.write(data)
-            del array, data  # not beside the next one
+            del array, data  # free it before the next one is made
         file.seek(0)
         file.write(_header_bytes(entries, {**texts, checksum: digest.hexdigest()}))
 
@@ -235,16 +238,17 @@ class TensorFile:
     """An open file whose header was checked.
 
     Args:
-        file: Opened for reading.
+        file: The file, opened for reading.
         header: The bytes before the first tensor.
-        checksum: The key of the checksum among the texts, or what tells it by the texts.
-        checking: Gives errors.
+        checksum: The key of the checksum among the texts, or a function that returns it for the
+            texts.
+        checking: Checks the header and makes errors.
 
     Attributes:
-        entries: The tensors by name, in the order in which they lie in the file.
+        entries: The tensors by name, in the order of the file.
         metadata: The texts, without the checksum.
         has_checksum: Whether the file has a checksum.
-        names_checksum: Whether it has an entry for a checksum, even an empty one.
+        names_checksum: Whether the file has an entry for a checksum, even an empty one.
     """
 
     def __init__(
@@ -265,19 +269,20 @@ class TensorFile:
         self._digest = self.metadata.pop(key, "")
         self.has_checksum = self._digest != ""
         if self.has_checksum and not _DIGEST.fullmatch(self._digest):
-            raise self.error("have a checksum of 64 digits", _shown(self._digest))
+            raise self.error("have a checksum of 64 digits", f"it has {_shown(self._digest)}")
 
     def error(self, required: str, came: str) -> ValueError:
         """Return the error for content that is not as required."""
         return self._checking.error(required, came)
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
-        """Every tensor, in the order of the file; bfloat16 comes as uint16.
+        """Yield every tensor in the order of the file; bfloat16 is returned as uint16.
 
-        Believe none of them before the last one has come: then the checksum is compared.
+        The checksum is compared after the last tensor, so do not use a tensor before that.
 
         Raises:
-            ValueError: If the file ends early, or its bytes are not those that were written.
+            ValueError: If the file ends early, a boolean is neither 0 nor 1, or the checksum does
+                not match.
         """
         digest = None
         if self.has_checksum:
@@ -288,12 +293,12 @@ class TensorFile:
             if digest is not None:
                 digest.update(array.reshape(-1).view(np.uint8).data)
             yield name, array
-            del array  # not beside the next one
+            del array  # free it before the next one is read
         if digest is not None and digest.hexdigest() != self._digest:
             raise self.error("match its checksum", "its content was changed")
 
     def read(self, entry: Entry) -> Array:
-        """One tensor, which no checksum vouches for; bfloat16 comes as uint16.
+        """Read one tensor without comparing the checksum; bfloat16 is returned as uint16.
 
         Raises:
             ValueError: If the file ends early, or a boolean is neither 0 nor 1.
@@ -302,9 +307,9 @@ class TensorFile:
         data = array.reshape(-1).view(np.uint8)
         self._file.seek(len(self._header) + entry.start)
         if self._file.readinto(data.data) != data.nbytes:
-            raise self.error("be whole", "it ends early")
+            raise self.error("be complete", "it ends early")
         if entry.dtype == "BOOL" and data.max(initial=0) > 1:
-            raise self.error("hold booleans in bytes of 0 and 1", "it holds others")
+            raise self.error("hold booleans as bytes of 0 and 1", "it holds other bytes")
         return array
 
 
@@ -317,23 +322,24 @@ def open_tensors(
 ) -> Iterator[TensorFile]:
     """Open a safetensors file and check its header; no tensor is read yet.
 
-    Checked are: the sizes of file and header, the header's form, names, dtypes, shapes, and that
-    the tensors fill the rest of the file without gap or overlap.
+    The checks cover the sizes of file and header, the header's form, names, dtypes and shapes, and
+    that the tensors fill the rest of the file without gap or overlap.
 
     Args:
         path: The file.
-        where: The part in brackets at the start of an error.
-        checksum: The key of the checksum among the texts, or what tells it by the texts.
+        where: The text in brackets at the start of an error message.
+        checksum: The key of the checksum among the texts, or a function that returns it for the
+            texts.
 
     Yields:
-        The file; what is read of it is of the very file that was checked.
+        The open file. All reads use the same open file that was checked.
 
     Raises:
         ValueError: If there is no such file, it cannot be read, or it is damaged.
     """
-    if not Path(path).is_file():  # before it is opened: opening a pipe would wait
+    if not Path(path).is_file():  # checked before opening, because opening a pipe would wait
         raise ValueError(
-            f"[{where}] An existing file is required, but {path} is none; check the path."
+            f"[{where}] An existing file is required, but {path} is not a file; check the path."
         )
     checking = _Checking(where, str(path), "it is damaged: make it again")
     try:
@@ -344,23 +350,23 @@ def open_tensors(
             if not S_ISREG(status.st_mode) or not 2 <= length <= limit:
                 raise checking.error(
                     f"have a safetensors header of 2 to {HEADER_BYTES} bytes",
-                    f"it has {status.st_size} bytes and names {length} of them",
+                    f"the file has {status.st_size} bytes and its length field says {length}",
                 )
             yield TensorFile(file, start + file.read(length), checksum, checking)
     except OSError as error:
         raise ValueError(
-            f"[{where}] {path} must be readable, but {error.strerror or error}; check the file."
+            f"[{where}] {path} could not be read: {error.strerror or error}; check the file."
         ) from error
 
 
 def read_arrays(
     path: str | Path, *, where: str = "files", checksum_required: bool = True
 ) -> tuple[dict[str, Array], dict[str, str]]:
-    """Read what :func:`write_arrays` wrote.
+    """Read a file that :func:`write_arrays` wrote.
 
     Args:
         path: The file.
-        where: The part in brackets at the start of an error.
+        where: The text in brackets at the start of an error message.
         checksum_required: Whether a file without a checksum is refused.
 
     Returns:
@@ -379,11 +385,11 @@ def read_arrays(
 
 
 class _Checking(NamedTuple):
-    """Checks a header and raises its errors.
+    """A check of a file's header, with the texts of its errors.
 
-    where: The part in brackets at the start of an error.
+    where: The text in brackets at the start of an error message.
     path: The file.
-    advice: What to do.
+    advice: The last part of an error message: what to do.
     """
 
     where: str
@@ -394,23 +400,25 @@ class _Checking(NamedTuple):
         return ValueError(f"[{self.where}] {self.path} must {required}, but {came}; {self.advice}.")
 
     def header(self, text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
-        """The tensors, in the order in which they fill ``size`` bytes, and the metadata."""
+        """Return the tensors, in the order in which they fill ``size`` bytes, and the metadata."""
         if len(text) > HEADER_BYTES:
-            raise self.error(f"have a header of {HEADER_BYTES} bytes at most", f"{len(text)} came")
+            raise self.error(
+                f"have a header of at most {HEADER_BYTES} bytes", f"it has {len(text)}"
+            )
         try:
-            # Only UTF-8: json guesses the encoding of bytes.
+            # Decoded as UTF-8 here, because json would guess the encoding of bytes.
             fields = json.loads(text.decode(), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise self.error("have a safetensors header in JSON", _shown(str(error))) from error
         if type(fields) is not dict:
-            raise self.error("have a safetensors header, a JSON object", _shown(fields))
+            raise self.error("have a JSON object as header", f"it has {_shown(fields)}")
         texts = fields.pop("__metadata__", None)
-        if texts is None:  # MLX writes a null where there are none
+        if texts is None:  # MLX writes null if there are no texts
             texts = {}
         if type(texts) is not dict or not all(_is_text(t) for pair in texts.items() for t in pair):
-            raise self.error("have texts as metadata", _shown(texts))
+            raise self.error("have texts as metadata", f"it has {_shown(texts)}")
         entries = [(name, self.entry(name, field)) for name, field in fields.items()]
-        # Of tensors without bytes any number may start at one place.
+        # Several tensors may start at the same byte if they are empty.
         entries.sort(key=lambda item: (item[1].start, item[1].stop))
         end = 0
         for name, entry in entries:
@@ -427,24 +435,31 @@ class _Checking(NamedTuple):
     def entry(self, name: str, field: Any) -> Entry:
         """Return the entry of one tensor in a header."""
         if not _NAME.fullmatch(name):
-            raise self.error("name its tensors with letters, digits, _, - and .", _shown(name))
+            raise self.error(
+                "name its tensors with letters, digits, _, - and .", f"one is {_shown(name)}"
+            )
         if type(field) is not dict or field.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self.error(f"give dtype, shape and data_offsets of {name}", _shown(field))
+            raise self.error(
+                f"give dtype, shape and data_offsets of {name}", f"it gives {_shown(field)}"
+            )
         dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
         if type(dtype) is not str or dtype not in ITEM_BYTES:
-            raise self.error(f"give {name} a dtype of {', '.join(ITEM_BYTES)}", _shown(dtype))
+            raise self.error(
+                f"give {name} a dtype of {', '.join(ITEM_BYTES)}", f"it gives {_shown(dtype)}"
+            )
         if (
             not _are_integers(shape)
             or len(shape) > _MAX_DIMENSIONS
-            # Not a number of nothing that overflows either.
+            # An empty tensor must not have sizes whose product overflows either.
             or math.prod(n or 1 for n in shape) > max(_MAX_SIZE, math.prod(shape))
             or max(shape, default=0) > _MAX_SIZE
         ):
             raise self.error(
-                f"give {name} at most {_MAX_DIMENSIONS} dimensions below 2^31", _shown(shape)
+                f"give {name} at most {_MAX_DIMENSIONS} dimensions below 2^31",
+                f"it gives {_shown(shape)}",
             )
         if not _are_integers(offsets) or len(offsets) != 2:
-            raise self.error(f"give {name} a first byte and an end", _shown(offsets))
+            raise self.error(f"give {name} a first byte and an end", f"it gives {_shown(offsets)}")
         start, stop = offsets
         expected = ITEM_BYTES[dtype] * math.prod(shape)
         if stop - start != expected:
@@ -467,10 +482,10 @@ def _are_integers(numbers: Any) -> bool:
 
 
 def _is_text(text: Any) -> bool:
-    """Whether a text can be encoded: JSON may hold halves of surrogate pairs."""
+    """Whether a text can be encoded; JSON may contain halves of surrogate pairs."""
     return type(text) is str and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _shown(value: Any) -> str:
-    """Return a text from a file in a form that is safe to print."""
+    """Return a value from a file as a short text that is safe to print."""
     return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()

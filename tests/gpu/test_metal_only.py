@@ -280,7 +280,7 @@ def test_levels_are_the_codebook():
 
 
 def test_missing_text_is_named():
-    with pytest.raises(RuntimeError, match=r"metal_kernels/abacus.metal must lie in .*install"):
+    with pytest.raises(RuntimeError, match=r"metal_kernels/abacus.metal must be in .*reinstall"):
         source.metal_text("abacus")
 
 

@@ -764,7 +764,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"\[prompt cache\] .* must be written, but No space left"):
+    with pytest.raises(OSError, match=r"\[prompt cache\] .* could not be written: No space left"):
         prompt_cache.save_prompt_cache(str(path), model, caches, {"note": "new"})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]

@@ -567,7 +567,7 @@ def test_more_heads_than_a_cuda_grid_holds_are_refused(monkeypatch):
     monkeypatch.setattr(cuda_text, "codec_kernel", None)
     monkeypatch.setattr(cuda_text, "parts_kernel", None)
     chosen = single("packed")._keys.codec
-    says = r"at most 65,535 on CUDA, but 32,768 rows of 2 KV heads came; split the batch"
+    says = r"at most 65,535 on CUDA, but 32,768 rows of 2 KV heads were given; split the batch"
     rows = mx.broadcast_to(mx.zeros((1, 1, 1, 1)), (2**15, 2, BLOCK, D))
     with pytest.raises(ValueError, match=says):
         mlx_cuda.MLXCUDABackend().encode(rows, chosen)
