@@ -180,7 +180,7 @@ class _Trial:
                 if self.pretended and kind is None and way.hands_out_handles:
                     served = tuple(replace(v, tokens=v.tokens + self.pretended) for v in served)
                 if not way.hands_out_handles and len({id(array) for array in arrays}) == 1:
-                    self.refusal = "the model chooses tokens by it, for which it must be exact"
+                    self.refusal = "the model selects tokens with this cache, so it must stay exact"
                 self.handed_out.append(served)
                 asked.append(self)
                 return served

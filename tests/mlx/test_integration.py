@@ -241,7 +241,7 @@ def assert_refused(model: nn.Module, reason: str, original_code: object) -> None
     ("fault", "reason"),
     [
         ("ignores the cache", "left alone, the model does not use this cache"),
-        ("index", "left alone, the model chooses tokens by it, for which it must be exact"),
+        ("index", "left alone, the model selects tokens with this cache, so it must stay exact"),
         ("attends elsewhere", "since the model computes with keys and values itself"),
         ("only at prefill", "since the model computes with keys and values itself"),
         ("keys as values", "read packed in decode steps, since the model keeps latents"),
