@@ -339,7 +339,7 @@ def _dims(keys: Any, values: Any) -> tuple[int, int, int]:
 
 
 def _cross_reports(first: int, cross: Cache) -> list[LayerReport]:
-    reason = "it holds what the encoder gave, which does not grow"
+    reason = "it holds keys and values of the encoder's output, which do not grow"
     return [
         LayerReport(first + i, f"{type(layer).__name__} of cross-attention", False, reason)
         for i, layer in enumerate(cross.layers)
