@@ -106,7 +106,7 @@ def test_a_cache_that_is_read_is_seen():
         return output
 
     second.forward = reads
-    with pytest.raises(ValueError, match="keys of layer 1 lie compressed, but were asked for as a"):
+    with pytest.raises(ValueError, match="keys of layer 1 were read as a tensor, but they are"):
         rt.apply(model)
 
 
