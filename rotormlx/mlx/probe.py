@@ -398,7 +398,7 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
         reason = windows.reason_alone(cache)
         return LayerReport(index, label, False, reason, *shape, max_tokens=limit)
     if is_a(cache, ARRAYS):
-        reason = "a state of constant size, no keys and values"
+        reason = "it holds a state of constant size instead of keys and values"
         return LayerReport(index, label, False, reason, state_bytes=cache.nbytes)
     return LayerReport(index, label, False, "a kind of cache that rotormlx does not know", *shape)
 

@@ -321,8 +321,8 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         return LayerReport(index, name, False, "it holds nothing of its own")
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         state = sum(x.nbytes for x in tree_leaves(_states(layer)) if isinstance(x, Tensor))
-        reason = "a state of constant size"
-        reason += " beside keys and values" if is_full else ", no keys and values"
+        reason = "it holds a state of constant size "
+        reason += "besides keys and values" if is_full else "instead of keys and values"
         return LayerReport(index, name, False, reason, *shape, max_tokens=limit, state_bytes=state)
     if limit is not None:
         reason = f"it never keeps more than {limit} tokens"
