@@ -247,7 +247,7 @@ class _TrialRun:
             if probe is not None:
                 way, why = LATENT, "the model keeps latents"
                 if not probe.hands_out_views:
-                    way, why = DECODED_LATENT, f"{why} and picks tokens out of them"
+                    way, why = DECODED_LATENT, f"{why} and selects tokens from them"
                 own = self.trials[place]
                 self.trials[place] = _Trial(own.index, own.own, (way,), why)
 
@@ -400,7 +400,7 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
     if is_a(cache, ARRAYS):
         reason = "it holds a state of constant size instead of keys and values"
         return LayerReport(index, label, False, reason, state_bytes=cache.nbytes)
-    return LayerReport(index, label, False, "a kind of cache that rotormlx does not know", *shape)
+    return LayerReport(index, label, False, "rotormlx does not support this kind of cache", *shape)
 
 
 def _all_it_keeps(caches: list[Any]) -> str:
@@ -410,7 +410,7 @@ def _all_it_keeps(caches: list[Any]) -> str:
     limits = [limit for c in held if (limit := windows.size(c)) is not None]
     others = {type(c).__name__ for c in held if not is_a(c, ARRAYS, ROTATING, CHUNKED)}
     if others:
-        return f"tokens in caches that rotormlx does not know ({', '.join(sorted(others))})"
+        return f"tokens in caches that rotormlx does not support ({', '.join(sorted(others))})"
     parts = []
     if states:
         size = megabytes(sum(cache.nbytes for cache in states))

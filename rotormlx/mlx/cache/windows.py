@@ -46,8 +46,8 @@ def reason_alone(cache: Any) -> str:
     if tokens < LEAST_SLIDING_WINDOW:
         return f"its window of {tokens} tokens is below {LEAST_SLIDING_WINDOW}"
     if is_compressible(cache):
-        return f"its window of {tokens} tokens stays exact"
-    return f"it keeps {tokens} tokens in a way of its own"
+        return f"its window of {tokens} tokens stays exact (sliding_windows is off)"
+    return f"it keeps {tokens} tokens in a way that rotormlx does not support"
 
 
 def maker(config: RotorConfig, max_kv_size: int | None = None) -> WindowMaker:
