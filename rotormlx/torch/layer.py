@@ -260,8 +260,8 @@ class RotorLayer(CacheLayerMixin):
         if self.is_initialized:
             raise ValueError(
                 f"[RotorCache] The {role} of layer {self.layer} were read as a tensor, but they "
-                "are stored compressed; nbytes gives their size, save_prompt_cache stores them, and "
-                "the model's attention reads them."
+                "are stored compressed; nbytes gives their size, save_prompt_cache stores them, "
+                "and the model's attention reads them."
             )
 
     # ---- beyond the contract --------------------------------------------------------------------

@@ -915,7 +915,7 @@ def test_a_model_that_takes_views_apart_is_told_what_to_do() -> None:
     other = tiny.build("llama")
     integration.apply(other)
     model = tiny.build("deepseek_v3")
-    with pytest.raises(AttributeError, match=r"asks them for swapaxes; call rotormlx.apply\(model"):
+    with pytest.raises(AttributeError, match=r"uses their swapaxes; call rotormlx.apply\(model"):
         model(tiny.tokens(3), cache=by_hand(model))
 
 

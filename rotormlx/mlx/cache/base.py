@@ -1,4 +1,4 @@
-"""The base class of caches of one sequence and of batches: a store of keys and a store of values."""
+"""The base class of caches of one sequence and of batches: two stores, keys and values."""
 
 from __future__ import annotations
 
