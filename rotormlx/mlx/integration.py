@@ -34,7 +34,7 @@ class CompressedCaches:
         host: The host of the model.
         model: The part of the model that makes caches.
         own: The ``make_cache`` that the instance had before; None if only its class has one.
-        config: How keys and values are compressed.
+        config: The compression settings.
         report: The report on the model's caches.
         calibration: The calibration of a calibrated configuration, else None.
         sliding_windows: Whether sliding windows are compressed if possible.
@@ -97,7 +97,7 @@ def apply(
 
     Args:
         model: The first item that ``mlx_lm.load`` or ``mlx_vlm.load`` returned.
-        config: How keys and values are compressed; the default configuration if None.
+        config: The compression settings; the default configuration if None.
         calibration: A calibration of this model from :func:`rotormlx.calibrate`, or its file; the
             configuration then becomes a calibrated one. Without it, a calibrated configuration
             takes the calibration stored for the model.
@@ -156,7 +156,7 @@ def load(
 
     Args:
         path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
-        config: How keys and values are compressed; the default configuration if None.
+        config: The compression settings; the default configuration if None.
         calibration: A calibration or its file, instead of the one stored for the model.
         host: ``"mlx-lm"``, or ``"mlx-vlm"`` for models that read images. None for mlx-lm, or for
             mlx-vlm if it is installed and mlx-lm does not support the model type.
@@ -205,7 +205,7 @@ def make_prompt_cache(
 
     Args:
         model: The first item that ``mlx_lm.load`` returned.
-        config: How keys and values are compressed; the model's configuration if None, and the
+        config: The compression settings; the model's configuration if None, and the
             default one if the model has none.
         max_kv_size: The most tokens that a compressed cache holds; None for no limit. Beyond it,
             the oldest packed block is dropped, the sink stays, and positions keep growing.

@@ -70,7 +70,7 @@ def find(model: Module, caches: Sequence[Any], config: RotorConfig) -> list[Prob
     Args:
         model: The model.
         caches: Its own caches, empty; they stay empty.
-        config: How latents would be compressed.
+        config: The compression settings.
 
     Returns:
         For each leaf of ``caches``, a cache that holds a few latents, or None if the leaf holds no

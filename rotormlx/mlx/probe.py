@@ -49,7 +49,7 @@ def probe(
     Args:
         model: The part of the model that takes tokens and caches; it stays unchanged.
         caches: The model's own caches, empty; they are copied and stay empty.
-        config: How keys and values would be compressed.
+        config: The compression settings.
         sliding_windows: Whether sliding windows and chunked attention are to be compressed.
 
     Returns:
@@ -160,7 +160,7 @@ class _Trial:
         """Return a cache that records its results, and this trial in ``asked`` at each call.
 
         Args:
-            config: How it compresses.
+            config: The compression settings.
             asked: The list to which each call appends this trial.
             kind: A class that replaces that of the way; None to keep it.
         """
@@ -220,7 +220,7 @@ class _TrialRun:
     Args:
         model: The model.
         pattern: The model's own caches, empty.
-        config: How keys and values would be compressed.
+        config: The compression settings.
         sliding_windows: Whether sliding windows are under trial too.
     """
 

@@ -27,7 +27,7 @@ class StoredCache(ABC, Generic[S]):
     """A cache of one layer that holds its keys in one store and its values in another.
 
     Args:
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         max_size: The most tokens to hold for a sequence; None for no limit.
         calibrated: The calibrated arrays for keys and for values; None without a calibration.

@@ -69,7 +69,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     Args:
         left_padding: Padding before each sequence in the tokens to come, B numbers.
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         max_size: The most tokens a row holds; see :class:`RotorKVCache`.
         calibrated: See :class:`RotorKVCache`.

@@ -38,7 +38,7 @@ class ChunkedRotorKVCache(RotorKVCache):
 
     Args:
         chunk_size: Tokens per chunk.
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         calibrated: See :class:`RotorKVCache`.
 

@@ -31,7 +31,7 @@ class RotorKVCache(StoredCache[Store]):
     """The keys and values of one layer, compressed.
 
     Args:
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         max_size: The most tokens to hold; None for no limit. Beyond it, the oldest packed block is
             dropped; the sink stays, and positions keep growing.

@@ -30,7 +30,7 @@ class SlidingRotorKVCache(RotorKVCache):
 
     Args:
         sliding_window: The tokens that a token sees, itself included.
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         calibrated: See :class:`RotorKVCache`.
     """
@@ -81,7 +81,7 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
     Args:
         left_padding: See :class:`BatchRotorKVCache`.
         sliding_window: See :class:`SlidingRotorKVCache`.
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         calibrated: See :class:`RotorKVCache`.
     """

@@ -74,7 +74,7 @@ class Store:
     """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
 
     Args:
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotation.
         role: ``"key"`` or ``"value"``.
         exact: The first exact tokens, ``[B, K, E, D]``.

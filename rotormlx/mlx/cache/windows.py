@@ -54,7 +54,7 @@ def maker(config: RotorConfig, max_kv_size: int | None = None) -> WindowMaker:
     """Return a function that makes the compressed caches of such layers.
 
     Args:
-        config: How to compress; its calibration is for other layers and not used.
+        config: The compression settings; its calibration is for other layers and not used.
         max_kv_size: The most tokens of a cache; it replaces a wider window.
 
     Raises:
