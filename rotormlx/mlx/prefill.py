@@ -55,7 +55,7 @@ VARIABLE = "ROTORMLX_PROMPTS"
 # The chunk that is timed on a GPU.
 SIZE = Size(heads=32, kv_heads=8, head_dim=128, length=512, packed_tokens=4096)
 _SMALLEST = 1e-30
-_EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
+_EXPONENT = 0x7F800000  # the exponent bits of a float32
 
 
 class Layout(NamedTuple):

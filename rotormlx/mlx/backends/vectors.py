@@ -217,6 +217,6 @@ def _encodes(backend: MLXBackend, bits: int, arrays: Arrays, facts: Facts, role:
 def _is_near(found: mx.array, expected: Any) -> str | None:
     largest = np.abs(expected).max()
     error = np.abs(np.array(found.astype(mx.float32)) - expected).max() / largest
-    if error <= TOLERANCE:  # not so if it is NaN
+    if error <= TOLERANCE:  # False for NaN
         return None
     return f"is wrong by {error:.1e} of the largest number, where {TOLERANCE} is allowed"
