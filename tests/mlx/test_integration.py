@@ -312,7 +312,7 @@ def test_remove_restores_model_and_mlx_lm(original_code) -> None:
     assert "make_cache" not in vars(model)
     assert base.scaled_dot_product_attention.__code__ is original_code
     integration.remove(model)  # nothing left to do
-    with pytest.raises(ValueError, match="has its own"):
+    with pytest.raises(ValueError, match="uses its own"):
         integration.model_report(model)
 
 
