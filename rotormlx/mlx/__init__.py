@@ -1,4 +1,4 @@
-"""The package's MLX side: backends, caches and what is built into its hosts."""
+"""The MLX part of the package: backends, caches and the integration into hosts."""
 
 from rotormlx.mlx.cache.batch import BatchRotorKVCache
 from rotormlx.mlx.cache.decoded import BatchDecodedRotorKVCache, DecodedRotorKVCache
@@ -11,8 +11,8 @@ from rotormlx.mlx.cache.latent import (
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.sliding import BatchSlidingRotorKVCache, SlidingRotorKVCache
 
-# Hosts make a batch by ``type(cache).merge(caches)``, and single caches again from its rows, so
-# each class makes the other. They meet here, where everyone comes by who imports either.
+# Hosts make a batch with ``type(cache).merge(caches)``, and single caches from its rows, so each
+# class needs the other. They are connected here, because importing either runs this file.
 RotorKVCache.batch = BatchRotorKVCache
 DecodedRotorKVCache.batch = BatchDecodedRotorKVCache
 LatentKVCache.batch = BatchLatentKVCache

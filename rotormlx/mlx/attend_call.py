@@ -16,16 +16,16 @@ from rotormlx.mlx.cache.view import KVView
 
 
 class AttendCall(NamedTuple):
-    """A call of a backend's ``attend``, whose fields ``attention.check`` has checked.
+    """A call of a backend's ``attend``, already checked by ``attention.check``.
 
     queries: ``[B, H, L, D]``, float16, bfloat16 or float32; head h reads KV head ``h * K // H``.
     keys: Shape ``[B, K, S, D]``.
     values: Shape ``[B, K, S, Dv]``.
     scale: Factor of the scores.
     mask: None, ``"causal"`` (the last query sees every token), boolean (True: visible) or additive,
-        broadcastable to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row
-        count from its first.
-    sink_logits: Attention-sink logits ``[H]``: a score in the softmax without a value; or None.
+        broadcastable to ``[B, H, L, S]``. If batch rows differ in length, columns count from the
+        first token of a row.
+    sink_logits: Attention-sink logits ``[H]``, scores in the softmax without a value; or None.
     """
 
     queries: mx.array
@@ -67,7 +67,7 @@ class AttendCall(NamedTuple):
 
     @property
     def larger_dim(self) -> int:
-        """The larger head_dim, which decides whether kernels can hold a row."""
+        """The larger of the two head_dims, which decides whether kernels can hold a row."""
         return max(self.key_dim, self.value_dim)
 
     @property
@@ -78,7 +78,7 @@ class AttendCall(NamedTuple):
 
     @property
     def scores_shape(self) -> tuple[int, int, int, int]:
-        """``(B, H, L, S)``, what a mask is broadcast to."""
+        """``(B, H, L, S)``, the shape to which a mask is broadcast."""
         batch, heads, length, _ = self.queries.shape
         return batch, heads, length, self.keys.tokens
 
@@ -92,8 +92,8 @@ class AttendCall(NamedTuple):
     def most_exact_tokens(self) -> int:
         """The most exact tokens of a batch row.
 
-        A row with fewer packed tokens than the views count may have more exact ones than they
-        count, up to the whole buffer.
+        A row with fewer packed tokens than ``packed_tokens`` of the views may have more exact
+        tokens than they count, up to the whole buffer.
         """
         return min(self.keys.exact.shape[2], self.keys.tokens)
 
@@ -118,18 +118,18 @@ class AttendCall(NamedTuple):
 
     @property
     def scaled_queries(self) -> mx.array:
-        """The queries times the scale by KV heads, float32 ``[B, K, G, D]``."""
+        """The queries times the scale, grouped by KV head, float32 ``[B, K, G, D]``."""
         batch, _, _, head_dim = self.queries.shape
         scaled = self.queries.astype(mx.float32) * self.scale
         return scaled.reshape(batch, self.kv_heads, self.group_rows, head_dim)
 
     @property
     def rows_differ(self) -> bool:
-        """Whether batch rows have lengths or channel scales of their own."""
+        """Whether batch rows differ in length or have channel scales of their own."""
         return self.keys.rows_differ or self.values.rows_differ
 
     def rows(self) -> Iterator[AttendCall]:
-        """Yield each batch row as a call of its own."""
+        """Yield each batch row as a separate call."""
         for index, (_, tokens) in enumerate(self.keys.lengths):
             mask = self.mask
             if isinstance(mask, mx.array):

@@ -1,4 +1,4 @@
-"""Attention over a compressed cache: checks, then MLX's own or the backend."""
+"""Attention over a compressed cache: checks, then MLX's own attention or the backend."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def attend_view(
     mask: mx.array | str | None = None,
     sink_logits: mx.array | None = None,
 ) -> mx.array:
-    """Scaled dot-product attention of queries over a compressed cache.
+    """Compute scaled dot-product attention of queries over a compressed cache.
 
     Args:
         queries: ``[B, H, L, D]``, float16, bfloat16 or float32.
         keys: View of the keys, ``[B, K, S, D]``; H must be a multiple of K.
-        values: View of the values, ``[B, K, S, Dv]``; the view of the keys itself for latents,
-            which are both.
+        values: View of the values, ``[B, K, S, Dv]``; for latents, which are both keys and values,
+            the same object as ``keys``.
         scale: Factor of the scores.
         mask: None, ``"causal"``, or an array, boolean (True: visible) or additive, broadcastable
-            to ``[B, H, L, S]``. Where batch rows differ in length, the tokens of a row count from
-            its first, and the last query of a row is its last token. Where it is no array, what
-            ``keys.visible`` hides is hidden besides.
+            to ``[B, H, L, S]``. If batch rows differ in length, columns count from the first token
+            of a row, and the last query of a row is its last token. Unless it is an array,
+            ``keys.visible`` hides further tokens.
         sink_logits: Attention-sink logits ``[H]``.
 
     Returns:
@@ -51,7 +51,7 @@ def attend_view(
 
 
 def check(call: AttendCall) -> None:
-    """Refuse what :func:`attend_view` cannot do.
+    """Refuse arguments that :func:`attend_view` does not support.
 
     Raises:
         ValueError: If shapes, dtypes or the mask do not fit together.
@@ -61,8 +61,8 @@ def check(call: AttendCall) -> None:
         _check_mask(call.mask, call.scores_shape)
     if call.sink_logits is not None and call.sink_logits.shape != (call.heads,):
         raise ValueError(
-            f"[attend] Attention-sink logits must have shape ({call.heads},), one a query "
-            f"head, but they have shape {call.sink_logits.shape}."
+            f"[attend] Attention-sink logits must have shape ({call.heads},), one per "
+            f"query head, but they have shape {call.sink_logits.shape}."
         )
 
 
@@ -87,7 +87,7 @@ def _check_queries(queries: mx.array, keys: KVView, values: KVView) -> None:
     if asked[2] > tokens:
         raise ValueError(
             f"[attend] There must be at least as many tokens as queries, but {queries.shape[2]} "
-            f"queries meet {tokens} tokens; append the keys first."
+            f"queries were given for {tokens} tokens; append the keys first."
         )
 
 

@@ -1,4 +1,4 @@
-"""Calibrations for MLX's models: see :mod:`rotormlx.storage.calibration`."""
+"""Calibrations of MLX models; see :mod:`rotormlx.storage.calibration`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from rotormlx.storage.calibration import Calibration
 
 
 def load(path: str | Path, model: Module) -> Calibration:
-    """See :func:`rotormlx.storage.calibration.load`."""
+    """Load a calibration; see :func:`rotormlx.storage.calibration.load`."""
     return calibration.load(path, weights(model))
 
 
 def find(model: Module, transform: str | None = None) -> Calibration | None:
-    """See :func:`rotormlx.storage.calibration.find`."""
+    """Find a stored calibration; see :func:`rotormlx.storage.calibration.find`."""
     return calibration.find(weights(model), transform)
 
 
 def default_path(model: Module, transform: str) -> Path:
-    """Where the calibration of a model is kept and looked for."""
+    """Return the path where the calibration of a model is stored and looked up."""
     return calibration.default_path(weights(model), transform)
 
 
 @derived
 def arrays_of(made: Calibration, layer: int) -> Calibrated:
-    """Channel scales or matrices for the caches of a layer, which all share them."""
+    """Return the channel scales or matrices that all caches of a layer share."""
     keys, values = made.of(layer)
     return mx.array(keys), mx.array(values)

@@ -1,4 +1,4 @@
-"""The configuration that ROTORMLX in the environment asks for."""
+"""The configuration given by the environment variable ROTORMLX."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _off: ContextVar[bool] = ContextVar("off", default=False)
 
 
 def requested() -> RotorConfig | None:
-    """The configuration that the environment asks for; None if it asks for none.
+    """Return the configuration given by ROTORMLX; None if there is none.
 
     Raises:
-        ValueError: If ROTORMLX is no configuration.
+        ValueError: If ROTORMLX is not a valid configuration.
     """
     text = os.environ.get(VARIABLE, "").strip()
     if _off.get() or text.lower() in ("", "0", "off"):
@@ -30,7 +30,7 @@ def requested() -> RotorConfig | None:
 
 @contextmanager
 def off() -> Iterator[None]:
-    """Load models as they are, because the caller compresses them as it was told to."""
+    """Ignore ROTORMLX in this context, where the caller compresses models itself."""
     token = _off.set(True)
     try:
         yield

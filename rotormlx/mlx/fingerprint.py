@@ -1,4 +1,4 @@
-"""The weights of an MLX model, as a fingerprint takes them."""
+"""The weights of an MLX model, in the form that a fingerprint needs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rotormlx.storage.fingerprint import Fingerprint, Weights
 
 
 def fingerprint(model: Module) -> Fingerprint:
-    """The fingerprint of a model; reads its weights."""
+    """Return the fingerprint of a model, which reads its weights."""
     return weights(model).fingerprint
 
 
 def weights(model: Module) -> Weights:
-    """The weights of a model, of which none is read yet."""
+    """Return the weights of a model without reading any of them yet."""
     tree: Any = model
     parameters: dict[str, mx.array] = dict(tree_flatten(tree.parameters()))
     shapes = {name: p.shape for name, p in parameters.items()}

@@ -1,4 +1,4 @@
-"""The functions that replace those of a host: attention by the type of the keys."""
+"""The replacement of a host's attention, which depends on the type of the keys."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def record_attention(*, pretend: bool = False) -> Iterator[list[Attended]]:
     """Collect the queries and handles that reach :func:`attend` in this context.
 
     Args:
-        pretend: Whether attention over handles only checks its arguments and gives zeros; arrays
-            that reach it are collected too then.
+        pretend: Whether attention over handles only checks its arguments and returns zeros. Calls
+            with arrays are then collected too.
     """
     seen: list[Attended] = []
     tokens = _attended.set(seen), _pretend.set(pretend)
@@ -53,14 +53,14 @@ def attend(
     mask: Any,
     sinks: mx.array | None,
 ) -> mx.array:
-    """Run attention by the type of the keys.
+    """Run the host's attention for arrays, and the compressed attention for views.
 
     Args:
         own: The host's attention, which takes the other arguments.
         queries: ``[B, H, L, D]``.
         keys: A :class:`KVView`, or whatever the host's own attention takes.
         values: As ``keys``.
-        cache: Only handed on: layers that reuse the keys of another layer pass None.
+        cache: Passed on unchanged; layers that reuse the keys of another layer pass None.
         scale: Factor on the scores.
         mask: None, ``"causal"``, or an array.
         sinks: Sink logits, one per query head, or None.

@@ -1,7 +1,7 @@
-"""The caches that hosts bring, told apart by the names that they share.
+"""The caches of hosts, recognized by the names of their classes.
 
-Every host has classes of its own, of one design: the same names, the same attributes. So nobody
-has to import a host to look at its caches, and two hosts may be in one process.
+The hosts have separate classes with the same names and attributes. So their caches can be examined
+without importing a host, and two hosts can share one process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ARRAYS, LIST = "ArraysCache", "CacheList"
 
 _MODULES = ("mlx_lm.models.cache", "mlx_vlm.models.cache")
 
-# What a cache holds: the attributes that make one of its kind. Saved files have them in this order.
+# The attributes that hold the content of each class. Saved files have them in this order.
 ATTRIBUTES = {
     GROWING: ("keys", "values", "offset"),
     ROTATING: ("keys", "values", "offset", "keep", "max_size", "_idx"),
@@ -24,17 +24,17 @@ ATTRIBUTES = {
 
 
 def is_exactly(cache: Any, name: str) -> bool:
-    """Whether a cache is of a host's class of that name, and not of one derived from it."""
+    """Whether the class of a cache is a host's class of that name, not one derived from it."""
     return type(cache).__name__ == name and type(cache).__module__ in _MODULES
 
 
 def is_a(cache: Any, *names: str) -> bool:
-    """Whether a cache is of a host's class of one of these names, or of one derived from it."""
+    """Whether the class of a cache is, or derives from, a host's class of one of these names."""
     return any(c.__name__ in names and c.__module__ in _MODULES for c in type(cache).__mro__)
 
 
 def parts(cache: Any) -> Sequence[Any] | None:
-    """The caches that a list of caches holds; None if it is no list."""
+    """Return the caches in a list of caches; None if it is not a list."""
     if isinstance(cache, (tuple, list)):
         return cache
     inner: Sequence[Any] | None = cache.caches if is_exactly(cache, LIST) else None
@@ -42,12 +42,12 @@ def parts(cache: Any) -> Sequence[Any] | None:
 
 
 def list_of(like: Any, caches: Sequence[Any]) -> Any:
-    """A list of caches of the same class as another."""
+    """Return a list of caches of the same class as ``like``."""
     return type(like)(caches) if isinstance(like, (tuple, list)) else type(like)(*caches)
 
 
 def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
-    """Each cache that holds something itself: index in the list, label, cache."""
+    """Yield each cache that is not a list, as (index in the outer list, label, cache)."""
     for index, cache in enumerate(caches):
         inner = parts(cache)
         if inner is None:
@@ -58,7 +58,7 @@ def leaves(caches: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
 
 
 def replaced(cache: Any, new: dict[int, Any]) -> Any:
-    """A cache with the leaves that ``new`` has by the id of what was there."""
+    """Return a cache with its leaves replaced by those in ``new``, whose keys are ids of leaves."""
     inner = parts(cache)
     if inner is None:
         return new.get(id(cache), cache)
@@ -66,10 +66,10 @@ def replaced(cache: Any, new: dict[int, Any]) -> Any:
 
 
 def held(cache: Any) -> list[Any]:
-    """Return the content of a host's cache by :data:`ATTRIBUTES`, equal for all versions.
+    """Return the content of a host's cache in the order of :data:`ATTRIBUTES`.
 
     Raises:
-        ValueError: If it is none of these kinds.
+        ValueError: If its class is not in :data:`ATTRIBUTES`.
     """
     name = type(cache).__name__
     if name not in ATTRIBUTES or not is_exactly(cache, name):
@@ -81,7 +81,7 @@ def held(cache: Any) -> list[Any]:
 
 
 def refilled(kind: Any, values: Sequence[Any]) -> Any:
-    """A host's cache that holds what :func:`held` gave."""
+    """Return a host's cache of the class ``kind`` with the result of :func:`held`."""
     cache = kind.__new__(kind)
     for attribute, value in zip(ATTRIBUTES[kind.__name__], values, strict=True):
         setattr(cache, attribute, value)

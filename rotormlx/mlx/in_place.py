@@ -1,4 +1,4 @@
-"""Packed tokens decoded between the exact ones, in the order of the sequence."""
+"""Decoding of packed tokens to their place between the exact tokens of a sequence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def counted(view: KVView) -> Packed:
 
 
 def joined(view: KVView, of_exact: mx.array, of_packed: mx.array) -> mx.array:
-    """Rows of exact tokens, or one row for all, and of packed ones, in the order of the tokens."""
+    """Join rows of exact tokens (or one row for all of them) and packed ones in token order."""
     sink, exact = min(view.sink, view.exact_tokens), view.exact_tokens
     if of_exact.shape[2] == 1:
         of_exact = mx.broadcast_to(of_exact, (*of_packed.shape[:2], exact, of_packed.shape[3]))

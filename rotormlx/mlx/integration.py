@@ -23,18 +23,18 @@ from rotormlx.report import Report
 from rotormlx.storage.calibration import Calibration, calibrated
 
 CacheMaker = Callable[[], list[Any]]
-# A calibration, or the file of one.
+# A calibration, or its file.
 GivenCalibration = Calibration | str | Path
 
 
 class CompressedCaches:
-    """Stands in for ``model.make_cache`` and makes compressed caches.
+    """A replacement of ``model.make_cache`` that makes compressed caches.
 
     Args:
         host: The host of the model.
         model: The part of the model that makes caches.
-        own: The ``make_cache`` of the instance, if it had one of its own.
-        config: How keys and values are compressed.
+        own: The ``make_cache`` that the instance had before; None if only its class has one.
+        config: The compression settings.
         report: The report on the model's caches.
         calibration: The calibration of a calibrated configuration, else None.
         sliding_windows: Whether sliding windows are compressed if possible.
@@ -51,7 +51,7 @@ class CompressedCaches:
         sliding_windows: bool,
     ) -> None:
         self.host = host
-        # Not the model itself: a cycle would keep its weights after the last use of the model.
+        # A weak reference, because a cycle would keep the weights after the last use of the model.
         self.model = weakref.ref(model)
         self.own = own
         self.config = config
@@ -67,10 +67,10 @@ class CompressedCaches:
         """Make caches that hold at most ``max_kv_size`` tokens.
 
         Raises:
-            ValueError: If that has no room for sink, window and a block.
+            ValueError: If ``max_kv_size`` has no room for sink, window and a block.
         """
         model = self.model()
-        # A copy of a model outlives remove() of the model it was copied from.
+        # Registered again, because a copy of a model may outlive remove() of the original.
         self.host.use(self if model is None else model)
         own = _own_caches(self.host, model, self.own)
         return _compressed(own, self.report, self.calibration, max_kv_size)
@@ -92,13 +92,12 @@ def apply(
 ) -> Report:
     """Make a model use compressed caches.
 
-    ``generate``, ``stream_generate`` and everything else in its host that asks the model for
-    caches then gets compressed ones. Applying again replaces the configuration; existing caches
-    keep theirs.
+    ``generate``, ``stream_generate`` and all other functions of its host that make caches then get
+    compressed ones. Applying again replaces the configuration; existing caches keep theirs.
 
     Args:
-        model: What ``mlx_lm.load`` or ``mlx_vlm.load`` returned first.
-        config: How keys and values are compressed; the default configuration if None.
+        model: The first item that ``mlx_lm.load`` or ``mlx_vlm.load`` returned.
+        config: The compression settings; the default configuration if None.
         calibration: A calibration of this model from :func:`rotormlx.calibrate`, or its file; the
             configuration then becomes a calibrated one. Without it, a calibrated configuration
             takes the calibration stored for the model.
@@ -110,8 +109,8 @@ def apply(
 
     Raises:
         ValueError: If nothing in the model can be compressed, if its attention does not use its
-            host's function, or if a calibration is missing or of another model. Nothing is
-            changed then.
+            host's function, or if a calibration is missing or of another model. Nothing is then
+            changed.
         RuntimeError: If rotormlx cannot extend the installed version of the host.
     """
     config = config or RotorConfig()
@@ -124,9 +123,9 @@ def apply(
 
 
 def remove(model: Module) -> None:
-    """Restore a model's own caches; does nothing if it uses them already.
+    """Restore a model's own caches; do nothing if it uses them already.
 
-    The host itself is restored when no compressed model of it remains.
+    The host itself is restored when no compressed model of this host remains.
 
     Args:
         model: A model that was passed to :func:`apply` or :func:`make_prompt_cache`, or came from
@@ -157,19 +156,19 @@ def load(
 
     Args:
         path_or_repo: A directory, or the name of a repository, as in ``mlx_lm.load``.
-        config: How keys and values are compressed; the default configuration if None.
+        config: The compression settings; the default configuration if None.
         calibration: A calibration or its file, instead of the one stored for the model.
         host: ``"mlx-lm"``, or ``"mlx-vlm"`` for models that read images. None for mlx-lm, or for
-            mlx-vlm if it is installed and mlx-lm does not know the model type.
+            mlx-vlm if it is installed and mlx-lm does not support the model type.
         sliding_windows: As in :func:`apply`.
         **kwargs: Other arguments of the host's ``load``.
 
     Returns:
-        What the ``load`` of the host returns: ``(model, tokenizer)``, or ``(model, processor)``.
+        The result of the host's ``load``: ``(model, tokenizer)`` or ``(model, processor)``.
 
     Raises:
-        ValueError: As :func:`apply`, before any weights are read unless there is a calibration; or
-            if ``host`` is unknown.
+        ValueError: In the cases of :func:`apply`, before any weights are read unless there is a
+            calibration; or if ``host`` is unknown.
         ImportError: If the host is not installed.
     """
     lazy = kwargs.pop("lazy", False)
@@ -178,7 +177,7 @@ def load(
         loaded: tuple[Any, ...] = hosts.load(path_or_repo, host, **kwargs)
     model = loaded[0]
     apply_with = partial(apply, model, sliding_windows=sliding_windows)
-    apply_with(config.uncalibrated)  # refuses before a calibration makes it read weights
+    apply_with(config.uncalibrated)  # refuses a model before a calibration reads its weights
     try:
         is_open = config.rotation == ROTATIONS[0] and config.channel_scale is None
         if calibration is None and is_open:
@@ -205,19 +204,19 @@ def make_prompt_cache(
     The model's own setting does not change, so a model can run with and without them.
 
     Args:
-        model: What ``mlx_lm.load`` returned first.
-        config: How keys and values are compressed; the model's configuration if None, and the
+        model: The first item that ``mlx_lm.load`` returned.
+        config: The compression settings; the model's configuration if None, and the
             default one if the model has none.
-        max_kv_size: The most tokens that a compressed cache holds; None for no limit. Beyond it
-            the oldest packed block goes, the sink stays, and positions keep growing.
+        max_kv_size: The most tokens that a compressed cache holds; None for no limit. Beyond it,
+            the oldest packed block is dropped, the sink stays, and positions keep growing.
         sliding_windows: As in :func:`apply`; None for the model's own setting.
 
     Returns:
         One cache per layer, compressed where possible.
 
     Raises:
-        ValueError: As :func:`apply`, or if ``max_kv_size`` is too small for sink, window and a
-            block.
+        ValueError: In the cases of :func:`apply`, or if ``max_kv_size`` is too small for sink,
+            window and a block.
     """
     host, target = _host_and_target(model)
     maker = _maker(target)
@@ -251,11 +250,11 @@ def cache_factory(
 
 
 def examine(model: Module, config: RotorConfig) -> Report:
-    """Return what :func:`apply` would report without a calibration; changes nothing.
+    """Return the report that :func:`apply` would give without a calibration; change nothing.
 
     Raises:
-        ValueError: As :func:`apply`.
-        RuntimeError: As :func:`apply`.
+        ValueError: In the cases of :func:`apply`.
+        RuntimeError: In the cases of :func:`apply`.
     """
     host, target = _host_and_target(model)
     with host.in_place():
@@ -271,7 +270,7 @@ def model_report(model: Module) -> Report:
     maker = _maker(_host_and_target(model)[1])
     if maker is None:
         raise ValueError(
-            "[model_report] A model with compressed caches is required, but this one has its own; "
+            "[model_report] A model with compressed caches is required, but this one uses its own; "
             "call rotormlx.apply(model) first."
         )
     return maker.report
@@ -296,7 +295,7 @@ def _probe(
     given: GivenCalibration | None,
     sliding_windows: bool,
 ) -> tuple[Report, Calibration | None]:
-    """Probe a model and find its calibration; registers it as a user of its host's change."""
+    """Probe a model, find its calibration, and register it as a user of its host's change."""
     with host.in_place():
         caches = _own_caches(host, target, own)
         report = probe(target, caches, config, sliding_windows=sliding_windows)
@@ -308,7 +307,7 @@ def _probe(
 
 
 def _own_attribute(target: Module) -> CacheMaker | None:
-    """Return the instance's own ``make_cache`` without rotormlx; None if it uses its class's."""
+    """Return the instance's own ``make_cache`` without rotormlx; None if it has none."""
     maker = _maker(target)
     return maker.own if maker else vars(target).get("make_cache")
 

@@ -1,14 +1,15 @@
-"""Absorbed attention over packed latents: one packed copy is key and value at once.
+"""Absorbed attention over packed latents: one packed copy is both key and value.
 
-With MLA, a decode step attends with queries that were taken into the space of the latent, so keys
-and values are the same vectors, and all query heads read them. The packed tokens are walked tile by
-tile. A tile's levels serve twice: queries meet them in rotated space, and the exponentials sum them
-there. Once at the end the sum is rotated back, and what the centres add is added:
+With MLA, the queries of a decode step are projected into the space of the latent, so keys and
+values are the same vectors, and all query heads read them. The packed tokens are read tile by tile.
+The levels of a tile are used twice in rotated space: for the scores of the queries, and in the sum
+weighted by the exponentials. At the end the sum is rotated back once, and the part of the centres
+is added:
 
     score_j = scale_j * <C (s * q), c_j> + <q, mu_block(j)>
     out     = s * C^T ( sum_j p_j scale_j c_j ) + sum_blocks ( sum_j p_j ) mu_block
 
-Shapes: B batch, H query heads, L queries, S tokens, R the latent's dimension, G = H * L query rows,
+Shapes: B batch, H query heads, L queries, S tokens, R latent dimension, G = H * L query rows,
 N blocks and T tokens of a tile.
 
 Source: docs/FORMAT.md, section 7; docs/MLA.md.
@@ -37,7 +38,7 @@ from rotormlx.mlx.backends.mlx_ops import (
     tiles,
 )
 
-# Tokens whose levels are there at once: 4 MiB of them at 512 dimensions.
+# Tokens whose levels are in memory at once: 4 MiB at 512 dimensions.
 TILE_TOKENS = 2048
 
 
@@ -45,11 +46,11 @@ def attend(call: AttendCall, backend: Backend) -> mx.array:
     """Compute attention whose keys and values are the same latents.
 
     Args:
-        call: Its keys are its values, with one head for all query heads.
-        backend: Reads codes and multiplies matrices.
+        call: A call whose keys are also its values, with one KV head for all query heads.
+        backend: The backend that reads codes and multiplies matrices.
 
     Returns:
-        ``[B, H, L, R]`` in the dtype of the queries; zero for a query that sees nothing. Sums are
+        ``[B, H, L, R]`` in the dtype of the queries; zero for a query that sees no token. Sums are
         in float32.
     """
     if 0 in call.output_shape or not call.keys.tokens:
@@ -90,13 +91,13 @@ def _attend_packed(
         before = state.top
         state, weights = advance(state, scores)
         weights = weights[:, :, 0]
-        # The scale of a hidden token may be anything, NaN among them.
+        # The scale of a hidden token may be anything, even NaN.
         scaled = mx.where(weights == 0, mx.array(0.0), weights * scales)
         by_block = weights.reshape(*weights.shape[:-1], -1, BLOCK).sum(-1)
         of_centres = of_centres * _shrink(before, state.top) + backend.product(by_block, centres)
         state = state._replace(output=state.output + backend.product(scaled, levels))
 
-    # Keys decode to their unbiased length; as values they are a little shorter.
+    # Keys decode to their unbiased length; values need a slightly shorter one.
     output = backend.product(state.output * codebook.VALUE_SHRINK[codec.bits], inverse)
     if scale is not None:
         output = output * scale[:, None, :]
@@ -106,7 +107,7 @@ def _attend_packed(
 def _attend_exact(
     q: mx.array, call: AttendCall, masks: Masks, state: Softmax, backend: Backend
 ) -> Softmax:
-    """Attend to the sink and the tail, which are two runs of the mask."""
+    """Attend to the sink and the tail, which have separate columns of the mask."""
     latents = call.keys
     sink = min(latents.sink, latents.exact_tokens)
     runs = [(0, sink, 0)] if sink else []
@@ -129,7 +130,7 @@ def _shrink(before: mx.array, top: mx.array) -> mx.array:
 
 
 def _levels(words: mx.array, codec: Codec, backend: Backend) -> mx.array:
-    """The levels of whole blocks, float32 ``[B, K, T, R]``."""
+    """Return the levels of whole blocks, float32 ``[B, K, T, R]``."""
     batch, heads, blocks = words.shape[:3]
     ones = mx.ones((batch, heads, blocks, BLOCK), mx.float16)
     zeros = mx.zeros((batch, heads, blocks, codec.head_dim), mx.float16)

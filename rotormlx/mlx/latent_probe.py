@@ -1,9 +1,9 @@
-"""Finds the caches of a model that hold latents (MLA), by a trial run.
+"""The trial run that finds the caches of a model that hold latents (MLA).
 
-A latent shows in a decode step: what its cache handed out reaches attention as keys and as values.
-A prompt shows nothing, because there the model makes keys and values of it. The trial goes on with
-a long text, since sparse attention picks tokens out of the latents only once there are many of
-them; such a model gets decoded latents.
+A latent is recognized in a decode step: what its cache returned reaches attention both as keys and
+as values. A prompt shows nothing, because there the model computes keys and values from the latent.
+The trial continues with a long text, since sparse attention selects tokens from the latents only
+if there are many; such a model gets decoded latents.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from rotormlx.mlx.cache.latent import LatentKVCache
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.host_caches import GROWING, is_exactly, leaves, replaced
 
-# A prompt of a few tokens, and a long text that is all zeros and never computed.
+# Tokens of the prompt, and of a long text of zeros that is never computed.
 PROMPT_TOKENS, LONG_TOKENS = 3, 2**16
-# Nothing is packed in a trial.
+# A window so long that nothing is packed in a trial.
 _WINDOW = 2**20 - 1
 
 
 class ProbeLatents(LatentKVCache):
-    """Remembers the views it handed out, and takes what a model writes to it."""
+    """A cache that records the views it returned, and accepts values that a model assigns."""
 
     def __init__(self, config: RotorConfig, layer: int, *, hands_out_views: bool = True) -> None:
         super().__init__(replace(config, window=_WINDOW), layer)
         self.hands_out_views = hands_out_views  # type: ignore[misc]
         self.handed_out: list[KVView] = []
-        # Whether what came cannot be compressed.
+        # Whether keys and values came that cannot be compressed.
         self.has_refused = False
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Append tokens, and remember if they cannot be compressed."""
+        """Append tokens, and record if they cannot be compressed."""
         try:
             return super().update_and_fetch(keys, values)
         except ValueError:
@@ -56,7 +56,7 @@ class ProbeLatents(LatentKVCache):
 
     @property
     def values(self) -> Any:
-        """An array, as the cache of an index has it: sparse attention waits for that."""
+        """An empty array, on which sparse attention lets other arrays depend."""
         return None if self._values is None else self._values.exact[:, :, :0]
 
     @values.setter
@@ -65,16 +65,16 @@ class ProbeLatents(LatentKVCache):
 
 
 def find(model: Module, caches: Sequence[Any], config: RotorConfig) -> list[ProbeLatents | None]:
-    """Try which of a model's caches hold latents. The hook must be installed.
+    """Find the caches of a model that hold latents. The hook must be installed.
 
     Args:
         model: The model.
         caches: Its own caches, empty; they stay empty.
-        config: How latents would be compressed.
+        config: The compression settings.
 
     Returns:
-        For each leaf of ``caches`` None, or, where it holds latents, a cache that has seen a few of
-        them; its ``hands_out_views`` says whether views may be handed out.
+        For each leaf of ``caches``, a cache that holds a few latents, or None if the leaf holds no
+        latents. Its ``hands_out_views`` says whether the model can use views.
     """
     growing = [is_exactly(cache, GROWING) for _, _, cache in leaves(caches)]
     nothing: list[ProbeLatents | None] = [None] * len(growing)
@@ -99,7 +99,7 @@ def find(model: Module, caches: Sequence[Any], config: RotorConfig) -> list[Prob
 def _trial(
     caches: Sequence[Any], config: RotorConfig, chosen: Sequence[bool], *, views: bool
 ) -> list[Any]:
-    """The caches with a probe in place of each chosen leaf."""
+    """Return the caches with a probe in place of each chosen leaf."""
     own = copy.deepcopy(list(caches))
     new = {
         id(cache): ProbeLatents(config, index, hands_out_views=views)
@@ -110,10 +110,10 @@ def _trial(
 
 
 def _run(model: Module, caches: list[Any], *, long: bool) -> set[int] | None:
-    """A prompt and a decode step.
+    """Run a prompt and a decode step.
 
     Returns:
-        Ids of the views that were keys and values at once; None where the model failed.
+        Ids of the views that were both keys and values; None if the model failed.
     """
     with hook.record_attention(pretend=True) as attended:
         try:
@@ -122,13 +122,13 @@ def _run(model: Module, caches: list[Any], *, long: bool) -> set[int] | None:
                 for _, _, cache in leaves(caches):
                     _lengthen(cache)
             model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
-        except Exception:  # a model may use a view in any way, so anything may come
+        except Exception:  # a model may use a view in any way, so any error may occur
             return None
         return {id(keys) for _, keys, values in attended if keys is values}
 
 
 def _lengthen(cache: Any) -> None:
-    """Append zeros for a long text, lazily, to what grows with it."""
+    """Append the zeros of a long text, lazily, to a cache that grows with the text."""
     if isinstance(cache, ProbeLatents) and not cache.empty():
         keys, values = cache.views()
     elif is_exactly(cache, GROWING) and cache.keys is not None:
@@ -140,7 +140,7 @@ def _lengthen(cache: Any) -> None:
 
 
 def _reaching(caches: Sequence[Any], reached: set[int]) -> list[bool]:
-    """Which leaves handed out a view that was keys and values at once."""
+    """Return for each leaf whether it returned a view that was both keys and values."""
     return [
         isinstance(cache, ProbeLatents) and any(id(view) in reached for view in cache.handed_out)
         for _, _, cache in leaves(caches)

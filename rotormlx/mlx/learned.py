@@ -1,8 +1,8 @@
-"""Rotor cascades with learned rotors: a change of basis with few numbers.
+"""Rotor cascades with learned rotors, a change of basis with few numbers.
 
-The cascade of :mod:`rotormlx.codec.rotation` has fixed rotors, which mix all channels alike. Here
-its rotors and angles are chosen so that, behind them, a scale for each channel does nearly what
-the best matrix does. At head_dim 128 they are 448 numbers per KV head instead of 16,384.
+The cascade of :mod:`rotormlx.codec.rotation` has fixed rotors, which mix all channels equally. Here
+rotors and angles are learned so that a channel scale after them is nearly as good as the best
+matrix. At head_dim 128 they are 448 numbers per KV head instead of 16,384.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ RATE = 0.03
 def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
     """Learn the rotors of every head.
 
-    What is made small is the error that the best channel scales would leave,
+    They minimize the error that remains with the best channel scales,
     ``sum_i sqrt((R K R^T)_ii (R Q R^T)_ii)``.
 
     Args:
-        moment: K, second moments of what is coded, ``[K, D, D]``.
-        metric: Q, those of what it is multiplied with, likewise.
+        moment: K, the second moments of the coded vectors, ``[K, D, D]``.
+        metric: Q, the second moments of the vectors they are multiplied by, ``[K, D, D]``.
 
     Returns:
         The coefficients ``[K, n]`` and the orthogonal matrices R, ``[K, D, D]``.
@@ -43,7 +43,7 @@ def fitted(moment: Floats, metric: Floats) -> tuple[Floats, Floats]:
         return mx.log(mx.sqrt(seen[0] * seen[1]).sum(-1)).sum()
 
     gradient = mx.value_and_grad(loss)
-    # Near the identity, but not at it: there some gradients vanish by symmetry.
+    # Near the identity, but not at it, where some gradients vanish by symmetry.
     noise = np.random.default_rng(0).normal(0, 0.01, (heads, learned_size(head_dim)))
     coefficients = mx.array((noise + _identity(head_dim)).astype(np.float32))
     optimizer = mlx.optimizers.Adam(
@@ -70,7 +70,7 @@ def _identity(head_dim: int) -> Floats:
 
 
 def _basis(coefficients: mx.array, head_dim: int) -> mx.array:
-    """The orthogonal matrices, float32 ``[K, D, D]``, of coefficients ``[K, n]``."""
+    """Return the orthogonal matrices, float32 ``[K, D, D]``, of coefficients ``[K, n]``."""
     heads, place = coefficients.shape[0], 0
     matrix = mx.broadcast_to(mx.eye(head_dim), (heads, head_dim, head_dim))
     for radix, stride, n in learned_stages(head_dim):
@@ -84,7 +84,7 @@ def _basis(coefficients: mx.array, head_dim: int) -> mx.array:
 
 
 def _blocks(coefficients: mx.array, radix: int) -> mx.array:
-    """Orthogonal blocks ``[K, groups, radix, radix]``."""
+    """Return orthogonal blocks ``[K, groups, radix, radix]``."""
     if radix == 2:
         c, s = mx.cos(coefficients), mx.sin(coefficients)
         return mx.concatenate([c, -s, s, c], axis=-1).reshape(*c.shape[:2], 2, 2)
@@ -97,13 +97,13 @@ def _blocks(coefficients: mx.array, radix: int) -> mx.array:
 
 @cache
 def _left() -> mx.array:
-    """The matrix of ``x -> R x`` for each coefficient of R, ``[4, 4, 4]``."""
+    """Return the matrix of ``x -> R x`` for each coefficient of R, ``[4, 4, 4]``."""
     return mx.array(algebra.left_matrix(_even(np.eye(4))).astype(np.float32))
 
 
 @cache
 def _sandwich() -> mx.array:
-    """That of ``v -> R v R~`` for each pair of coefficients, ``[4, 4, 3, 3]``."""
+    """Return the matrix of ``v -> R v R~`` for each pair of coefficients, ``[4, 4, 3, 3]``."""
     ones = np.eye(4)
     sums = algebra.sandwich_matrix(_even(ones[:, None] + ones[None]))
     single = algebra.sandwich_matrix(_even(ones))
@@ -111,7 +111,7 @@ def _sandwich() -> mx.array:
 
 
 def _even(coefficients: Floats) -> Floats:
-    """Even multivectors ``[..., 8]`` of coefficients ``[..., 4]``, unit or not."""
+    """Return even multivectors ``[..., 8]`` of coefficients ``[..., 4]``, of any norm."""
     out = np.zeros((*coefficients.shape[:-1], 8))
     out[..., algebra.EVEN] = coefficients
     return out

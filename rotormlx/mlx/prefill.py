@@ -1,11 +1,11 @@
-"""Attention of many queries (a prompt or a chunk) by MLX's own kernels.
+"""Attention of many queries (a prompt or a chunk) with MLX's own kernels.
 
-While nothing is packed, it reads the exact tokens as those of an exact cache, and gives what that
-gives. Later the packed tokens of a few KV heads at a time are decoded to their place between sink
-and tail: memory is bounded, masks mean what they always do, and there are no parts to merge. What
-the codes of a token take off its scores is a product of a number of the query and one of the token
-(docs/FORMAT.md, section 7), so it becomes a channel of both, or a mask where MLX has no fast kernel
-for one more channel.
+While nothing is packed, it reads the exact tokens like those of an exact cache, with the same
+result. Later, the packed tokens of a few KV heads at a time are decoded to their place between sink
+and tail. So memory is bounded, masks keep their meaning, and there are no parts to merge. The term
+that is subtracted from the score of a packed token is a product of a number of the query and a
+number of the token (docs/FORMAT.md, section 7). So it becomes one more channel of both, or a mask
+if MLX has no fast kernel for one more channel.
 
 Shapes: B batch, H query heads, K KV heads, L queries, S tokens, D head_dim of keys and queries,
 Dv of values.
@@ -34,36 +34,36 @@ from rotormlx.mlx.backends.mlx_ops import KERNEL, LIBRARY, after, rotated_querie
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.in_place import counted, in_place, joined
 
-# With fewer query rows of a KV head, the backend's attention reads packed tokens as they are: on
-# Metal, decoding them costs what is saved on 200 to 300 rows, by estimate (docs/KERNELS.md).
+# With fewer query rows per KV head, the backend's attention reads packed tokens directly: on Metal,
+# decoding costs as much as it saves on 200 to 300 rows, by estimate (docs/KERNELS.md).
 LEAST_ROWS = 256
-# Bytes of decoded keys, and of decoded values: KV heads are done together up to so many.
+# KV heads are computed together up to this many bytes of decoded keys, and of decoded values.
 TILE_BYTES = 2**24
-# Those of a single KV head may be more: 262,144 tokens at head_dim 128 in 16 bits.
+# The most such bytes of a single KV head: 262,144 tokens at head_dim 128 in 16 bits.
 MOST_BYTES = 2**26
-# Bytes of scores, or of a mask in their shape, where there must be some: 512 query rows at 32,768
-# tokens in 16 bits.
+# The most bytes of scores, or of a mask of that shape, if they must be stored: 512 query rows at
+# 32,768 tokens in 16 bits.
 SCORE_BYTES = 2**25
-# head_dims for which MLX may have a kernel that stores no scores and is the faster for it.
+# head_dims for which MLX may have a kernel that stores no scores and is therefore faster.
 _FAST_DIMS = range(8, 129, 8)
-# Those at which MLX uses the matrix units that Apple's GPUs have since generation 17 (M5).
+# head_dims at which MLX uses the matrix units of Apple's GPUs since generation 17 (M5).
 _UNIT_DIMS = (64, 96, 128)
-# What a mask costs a score, in channels, by estimate (docs/KERNELS.md).
+# The cost of a mask per score, in channels, by estimate (docs/KERNELS.md).
 _MASK_CHANNELS = 32
-# Names what does chunks of a prompt behind packed tokens.
+# The environment variable that names the attention for chunks of a prompt after packed tokens.
 VARIABLE = "ROTORMLX_PROMPTS"
 # The chunk that is timed on a GPU.
 SIZE = Size(heads=32, kv_heads=8, head_dim=128, length=512, packed_tokens=4096)
 _SMALLEST = 1e-30
-_EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
+_EXPONENT = 0x7F800000  # the exponent bits of a float32
 
 
 class Layout(NamedTuple):
-    """How queries, keys and values are passed on.
+    """The layout of queries, keys and values for MLX's attention.
 
     key_dim: Channels of queries and keys, padded with zeros.
-    value_dim: Channels of values, likewise.
-    has_channel: Whether one of ``key_dim`` is that of the noise; a mask takes it off if not.
+    value_dim: Channels of values, padded with zeros.
+    has_channel: Whether one of ``key_dim`` channels subtracts the noise term; else a mask does.
     is_fast: Whether MLX has a kernel that stores no scores.
     """
 
@@ -74,15 +74,15 @@ class Layout(NamedTuple):
 
     @property
     def stores_scores(self) -> bool:
-        """Whether there is an array of the shape of the scores."""
+        """Whether an array with the shape of the scores is stored."""
         return not (self.is_fast and self.has_channel)
 
 
 def attend(call: AttendCall, backend: Backend) -> mx.array:
-    """Attention over a partly packed cache, by MLX's own or by the backend.
+    """Attend over a partly packed cache, with MLX's attention or with the backend's.
 
     Returns:
-        ``[B, H, L, Dv]`` in the dtype of the queries; zero for a query that sees nothing.
+        ``[B, H, L, Dv]`` in the dtype of the queries; zero for a query that sees no token.
 
     Source: docs/FORMAT.md, section 7.
     """
@@ -94,19 +94,20 @@ def attend(call: AttendCall, backend: Backend) -> mx.array:
 
 
 def choice(call: AttendCall, backend: Backend) -> str:
-    """Choose who computes a call: ``"library"`` is MLX's attention, ``"kernel"`` the backend's.
+    """Choose the attention for a call: ``"library"`` is MLX's, ``"kernel"`` the backend's.
 
-    Where both can, it is what ``ROTORMLX_PROMPTS`` names, else what ``backend.timed_prompts`` says,
-    else ``backend.prompts``; but on a GPU both are timed when the first chunk meets packed tokens.
+    If both can compute it, ``ROTORMLX_PROMPTS`` decides, else ``backend.timed_prompts``, else
+    ``backend.prompts``. On a GPU without the first two, both are timed at the first chunk after
+    packed tokens.
 
     Raises:
-        RuntimeError: If the variable names neither.
+        RuntimeError: If the variable names neither of them.
     """
     if 0 in call.output_shape or not call.keys.tokens:
         return KERNEL
     many = call.group_rows >= LEAST_ROWS
     if call.keys.packed_tokens and not (many and _is_able(call)):
-        return KERNEL  # every decode step behind packed tokens
+        return KERNEL  # among others, every decode step after packed tokens
     prompts = backend.timed_prompts or backend.prompts(call.queries.dtype)
     if not call.keys.packed_tokens:
         return prompts.first if many or _is_alike(call) else KERNEL
@@ -128,7 +129,7 @@ def _named() -> str | None:
 
 @cache
 def _fastest(backend: Backend, bits: int, head_dim: int, dtype: mx.Dtype) -> str:
-    """Return the faster choice on this device for a chunk behind packed tokens."""
+    """Return the faster choice on this device for a chunk after packed tokens."""
     size = SIZE._replace(head_dim=head_dim)
     timed = example.call(RotorConfig(bits, bits), size, dtype)
     ways = {
@@ -140,14 +141,14 @@ def _fastest(backend: Backend, bits: int, head_dim: int, dtype: mx.Dtype) -> str
 
 
 def _is_alike(call: AttendCall) -> bool:
-    """Whether batch rows have the same lengths and, where something is packed, channel scales."""
+    """Whether batch rows share their lengths and, if something is packed, channel scales."""
     scales = (view.channel_scale for view in (call.keys, call.values))
     own_scales = any(scale is not None and scale.ndim == 3 for scale in scales)
     return len(set(call.keys.lengths)) == 1 and not (own_scales and call.keys.packed_tokens)
 
 
 def _is_able(call: AttendCall) -> bool:
-    """Whether a KV head's tokens fit, and a causal mask hides exact tokens only."""
+    """Whether the tokens of a KV head fit, and a causal mask hides only exact tokens."""
     keys = call.keys
     layout = _layout(call)
     widest = max(layout.key_dim, layout.value_dim)
@@ -164,7 +165,7 @@ def _attend_alike(call: AttendCall, backend: Backend) -> mx.array:
     if not tokens:
         return mx.zeros(call.output_shape, call.queries.dtype)
     if call.is_causal and tokens < length:
-        # Queries before the first token see nothing.
+        # Queries before the first token see no token.
         blind = length - tokens
         seeing = call._replace(queries=call.queries[:, :, blind:])
         return mx.pad(_attend_alike(seeing, backend), [(0, 0), (0, 0), (blind, 0), (0, 0)])
@@ -179,7 +180,7 @@ def _attend_alike(call: AttendCall, backend: Backend) -> mx.array:
 
 
 def _attend_decoded(call: AttendCall, backend: Backend) -> mx.array:
-    """Attend KV head by KV head, as many at once as fit into memory."""
+    """Attend to as many KV heads at once as fit into :data:`TILE_BYTES`."""
     layout = _layout(call)
     widest = max(layout.key_dim, layout.value_dim)
     head_bytes = call.batch * call.keys.tokens * widest * call.queries.itemsize
@@ -200,12 +201,12 @@ def _attend_heads(
     dtype, mask = queries.dtype, _additive_in(queries.dtype, call.mask)
     of_queries, of_keys = _noise(call)
     if isinstance(mask, mx.array):
-        # What hides a token hides its number. A weight of zero would not hide a NaN.
+        # A NaN goes to the noise term, which a mask hides; a weight of zero would not hide it.
         broken = mx.isnan(_scales(keys)) | mx.isnan(_scales(values))
         of_keys = _spoiled(of_keys, joined(keys, mx.zeros((1, 1, 1, 1), mx.bool_), broken))
         keys, values = _mended(keys), _mended(values)
     if not layout.has_channel:
-        # A mask that is added does not hide one either.
+        # An additive mask does not hide a NaN or an infinity in an exact key either.
         broken = ~mx.all(mx.isfinite(keys.exact), axis=-1, keepdims=True)
         of_keys = _spoiled(of_keys, joined(keys, broken, mx.zeros((1, 1, 1, 1), mx.bool_)))
         keys = replace(keys, exact=mx.where(broken, mx.array(0, keys.dtype), keys.exact))
@@ -222,7 +223,7 @@ def _attend_heads(
     v = _widened(v, layout.value_dim)
     outputs: list[mx.array] = []
     for start, stop in tiles(call.length, _rows_at_once(call, layout)):
-        # A causal mask hides what comes behind the last of these queries.
+        # A causal mask hides all tokens after the last of these queries.
         seen = call.keys.tokens - (call.length - stop if call.is_causal else 0)
         part = queries[:, :, start:stop]
         lost = (call.scale * of_queries[:, :, start:stop]).astype(dtype)
@@ -245,15 +246,15 @@ def _rows_at_once(call: AttendCall, layout: Layout) -> int:
 
 
 def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
-    """Return two factors whose product corrects the score of query and key.
+    """Return two factors whose product corrects the score of a query and a key.
 
     Returns:
-        Of the queries, float32 ``[B, H, L, 1]``, not positive.
-        Of the keys, float32 ``[B, K, S, 1]``, from 0 to 2, 0 for exact ones.
+        The factor of the queries, float32 ``[B, H, L, 1]``, not positive.
+        The factor of the keys, float32 ``[B, K, S, 1]``, from 0 to 2, and 0 for exact ones.
     """
     keys, square = call.keys, _scales(call.keys).astype(mx.float32) ** 2
     largest = mx.max(mx.where(mx.isnan(square), mx.array(0.0), square), axis=2, keepdims=True)
-    # Divided by a power of two, so that both suit 16 bits, and no token changes that of another.
+    # Divided by a power of two, so that both fit 16 bits and no token changes another's term.
     power = (mx.maximum(largest, _SMALLEST).view(mx.uint32) & _EXPONENT).view(mx.float32)
 
     shape = (call.batch, call.kv_heads, call.group_rows, call.key_dim)
@@ -267,9 +268,12 @@ def _noise(call: AttendCall) -> tuple[mx.array, mx.array]:
 
 
 def _with_noise(mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.array) -> mx.array:
-    """A mask ``[B, H, L, S]`` that takes the noise off, of factors ``[.., L, 1]`` and ``[.., S]``.
+    """Add the noise term, a product of factors ``[.., L, 1]`` and ``[.., S]``, to a mask.
 
-    Under a causal one, the queries are the last tokens.
+    With a causal mask, the queries are the last tokens.
+
+    Returns:
+        ``[B, H, L, S]``.
     """
     taken = of_queries * of_keys
     hidden = mx.array(-mx.inf, taken.dtype)
@@ -277,7 +281,7 @@ def _with_noise(mask: mx.array | str | None, of_queries: mx.array, of_keys: mx.a
         return taken
     if isinstance(mask, str):
         length = taken.shape[2]
-        # Not of what is taken, which is then written in place.
+        # Computed again and not sliced, so that ``taken`` can be written in place.
         own = of_queries * of_keys[..., -length:]
         taken[..., -length:] = mx.where(mx.tri(length, dtype=mx.bool_), own, hidden)
         return taken
@@ -406,7 +410,7 @@ def _layout(call: AttendCall) -> Layout:
 
 @cache
 def _is_fast(head_dim: int, dtype: mx.Dtype, has_mask: bool, on_gpu: bool) -> bool:
-    """Whether MLX has a kernel for prompts that stores no scores: it refuses a call if not."""
+    """Whether MLX has a kernel for prompts that stores no scores; without one, MLX refuses."""
     if not on_gpu:
         return False
     x = mx.zeros((1, 1, 16, head_dim), dtype)

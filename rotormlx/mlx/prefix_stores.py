@@ -1,9 +1,9 @@
 """Compressed caches in the prefix stores of servers that build caches from ``keys`` and ``values``.
 
-vllm-mlx and rapid-mlx keep the caches of prompts, and take one that fits by making another cache
-from its arrays. A compressed cache has no such arrays, so these functions stand in for theirs; they
-are called with the function of the server, which does the caches of other kinds. So do those that
-limit a cache, where a server limits caches of mlx-lm's class only.
+vllm-mlx and rapid-mlx store the caches of prompts, and reuse one by making another cache from its
+arrays. A compressed cache has no such arrays, so the functions here replace those of the servers.
+Each gets the replaced function as ``own`` and calls it for other kinds of caches. Other functions
+limit compressed caches, because the servers limit only caches of mlx-lm's class.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def trimmed(own: Callable[..., Layers | None], caches: Layers, count: int) -> La
     """Return copies of caches without their last tokens.
 
     Args:
-        own: What the server does this with: a function of the other two.
-        caches: One per layer.
-        count: How many tokens are to go.
+        own: The server's function, which takes the other two arguments.
+        caches: One cache per layer.
+        count: The number of tokens to drop.
 
     Returns:
-        One per layer, or None where ``own`` refuses.
+        One cache per layer, or None if ``own`` returns None.
 
     Raises:
         ValueError: If a compressed cache cannot be trimmed that far.
@@ -50,15 +50,15 @@ def trimmed(own: Callable[..., Layers | None], caches: Layers, count: int) -> La
 
 
 def copied(own: Callable[..., Layers], caches: Layers, **options: Any) -> Layers:
-    """Copies of caches that share no buffer with those given.
+    """Return copies of caches that share no buffer with the originals.
 
     Args:
-        own: What the server does this with: a function of the other arguments.
-        caches: One per layer.
-        **options: Others of ``own``.
+        own: The server's function, which takes the other arguments.
+        caches: One cache per layer.
+        **options: Further arguments of ``own``.
 
     Returns:
-        One per layer; compressed ones are evaluated.
+        One cache per layer; compressed ones are evaluated.
     """
     made = _each(caches, _compact, lambda others: own(others, **options))
     return made or []
@@ -68,19 +68,19 @@ def limited(own: Callable[..., Layers], caches: Layers, max_kv_size: int) -> Lay
     """Return empty caches with a limit of tokens.
 
     Args:
-        own: What the server does this with: a function of the other two.
-        caches: One per layer, empty.
+        own: The server's function, which takes the other two arguments.
+        caches: One empty cache per layer.
         max_kv_size: The most tokens of a cache.
 
     Returns:
-        One per layer.
+        One cache per layer.
 
     Raises:
         ValueError: If a compressed cache needs more for its sink, its window and a block.
     """
     made = own(caches, max_kv_size)
     for _, _, cache in leaves(made):
-        # A sliding window has its own limit. Of a cache that is empty a limit is all that differs.
+        # A sliding window has its own limit. In an empty cache, a limit changes only these two.
         if isinstance(cache, RotorKVCache) and cache.max_size is None:
             blocks = max_blocks(max_kv_size, cache.config)
             vars(cache).update(max_size=max_kv_size, _max_blocks=blocks)
@@ -88,14 +88,14 @@ def limited(own: Callable[..., Layers], caches: Layers, max_kv_size: int) -> Lay
 
 
 def made_anew(own: Callable[..., Layers], generator: Any) -> Layers:
-    """The caches of one more sequence, limited as the ``BatchGenerator`` of mlx-lm 0.31 is.
+    """Make the caches of a new sequence, with the limit of the ``BatchGenerator`` of mlx-lm 0.31.
 
     Args:
-        own: What mlx-lm does this with: it limits caches of its own class only.
+        own: mlx-lm's function, which limits only caches of its own class.
         generator: The ``BatchGenerator``.
 
     Returns:
-        One per layer.
+        One cache per layer.
 
     Raises:
         ValueError: As :func:`limited`.
@@ -109,11 +109,11 @@ def paged(own: Callable[..., None], store: Any, model: Any, *args: Any, **option
     """Make a store that splits caches into blocks, for a model with exact caches.
 
     Args:
-        own: Its ``__init__``.
-        store: What is made.
-        model: The model whose caches it is for.
-        *args: Other arguments.
-        **options: Likewise.
+        own: The ``__init__`` of the store.
+        store: The store that is made.
+        model: The model whose caches it stores.
+        *args: Further arguments of ``own``.
+        **options: Further named arguments of ``own``.
 
     Raises:
         ValueError: If the model has compressed caches.
@@ -121,7 +121,7 @@ def paged(own: Callable[..., None], store: Any, model: Any, *args: Any, **option
     make = getattr(model, "make_cache", None)
     if make and any(isinstance(cache, StoredCache) for _, _, cache in leaves(make())):
         raise ValueError(
-            "[prefix store] A paged cache needs exact keys and values to cut into blocks, but "
+            "[prefix store] A paged cache requires exact keys and values to cut into blocks, but "
             "ROTORMLX has compressed the caches of this model; leave --use-paged-cache out."
         )
     own(store, model, *args, **options)
@@ -129,7 +129,7 @@ def paged(own: Callable[..., None], store: Any, model: Any, *args: Any, **option
 
 def _compact(cache: Any) -> Any:
     twin = copy.copy(cache)
-    # A buffer that is longer than what is used would be kept alive by a view of it.
+    # Contiguous, because a view would keep the whole buffer alive, including unused room.
     twin.state = tuple(mx.contiguous(a) if isinstance(a, mx.array) else a for a in cache.state)
     mx.eval(twin.state)
     return twin
@@ -138,7 +138,7 @@ def _compact(cache: Any) -> Any:
 def _each(
     caches: Layers, ours: Callable[[Any], Any], others: Callable[[Layers], Layers | None]
 ) -> Layers | None:
-    """Compressed caches through one function each, all others together through another."""
+    """Apply ``ours`` to each compressed cache, and ``others`` to all other caches together."""
     made = others([cache for cache in caches if not isinstance(cache, StoredCache)])
     if made is None:
         return None

@@ -1,4 +1,4 @@
-"""A trial run of a model finds which caches can be compressed, and how each is read."""
+"""The trial run that finds which caches of a model can be compressed, and how each is read."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ from rotormlx.mlx.host_caches import (
 from rotormlx.mlx.ways import DECODED, DECODED_LATENT, FUSED, LATENT, WAYS, Way, named
 from rotormlx.report import LayerReport, Report, megabytes
 
-# Prefill and decode: some models take another path for a single token.
+# Prefill and decode, because some models take another path for a single token.
 PROBE_TOKENS = (3, 1)
-# In a last step handles say that so many tokens lie before them: some models take a window out of
-# long keys themselves. No window that models have is longer.
+# Extra tokens that handles pretend to hold in a last step, because some models cut a window out of
+# long keys themselves. This is longer than the windows of all models.
 FAR_TOKENS = 1 << 20
 
 
 def probe(
     model: Module, caches: list[Any], config: RotorConfig, *, sliding_windows: bool = True
 ) -> Report:
-    """Run the model without computing, since MLX is lazy, and see which way suits each cache.
+    """Run the model without computing, since MLX is lazy, and find the way that suits each cache.
 
-    A run in which a way fails a cache is repeated with the next way for that cache; a cache that
-    none suits is left alone. The host must be changed to read compressed caches.
+    If a way fails for a cache, the run is repeated with the next way for this cache. A cache that
+    no way suits is left alone. The host must be changed to read compressed caches.
 
     Args:
-        model: The part of the model that takes tokens and caches; it stays as it is.
-        caches: Its own caches, empty; they are the pattern and stay empty.
-        config: How keys and values would be compressed.
+        model: The part of the model that takes tokens and caches; it stays unchanged.
+        caches: The model's own caches, empty; they are copied and stay empty.
+        config: The compression settings.
         sliding_windows: Whether sliding windows and chunked attention are to be compressed.
 
     Returns:
-        What would be compressed, layer by layer.
+        A report on the caches that would be compressed.
 
     Raises:
         ValueError: If there is nothing to compress, or no way suits any cache.
     """
     model_type = str(getattr(model, "model_type", type(model).__name__))
-    # Shapes and bits are the same with a calibration, which needs what is measured here.
+    # A calibration changes neither shapes nor bits, and needs the shapes found here.
     run = _TrialRun(model, caches, config.uncalibrated, sliding_windows)
     if run.failures():
         run.find_latents()
     while failures := run.failures():
-        # A run with handles ends at the first cache that they do not suit: see all at once.
+        # A run with handles ends at the first cache they do not suit, so find all such caches.
         failures = run.bypassing() or failures
         for trial, reason in failures:
             trial.reasons.append(reason)
@@ -94,11 +94,11 @@ def compress(
     """Replace growing caches by compressed ones, and windows as the report says.
 
     Args:
-        caches: Those that a model makes itself.
-        make: Gives the compressed cache of a layer, by its index.
-        report: What :func:`probe` found for the model: which caches to replace, and how each
-            serves it. If None, all plain growing ones, by the fused attention.
-        of_windows: Gives the compressed cache of a sliding window or of chunked attention.
+        caches: The caches that a model makes itself.
+        make: Returns the compressed cache of a layer, given its index.
+        report: The result of :func:`probe` for the model, which names the caches to replace and the
+            way of each. If None, all plain growing caches are replaced, for the fused attention.
+        of_windows: Returns the compressed cache of a sliding window or of chunked attention.
     """
     new = {}
     for place, (index, _, cache) in enumerate(leaves(caches)):
@@ -116,7 +116,7 @@ def compress(
 
 
 def _is_growing(cache: Any) -> bool:
-    # Exactly this class: what derives from it may promise more than a compressed cache keeps.
+    # Exactly this class, because a derived one may promise more than a compressed cache keeps.
     return is_exactly(cache, GROWING)
 
 
@@ -127,10 +127,10 @@ class _Trial:
     """A cache of a model under trial.
 
     Args:
-        index: Of its layer.
+        index: Index of its layer.
         own: The model's own cache.
-        ways: Those to be tried, best first; None for those of its kind.
-        why: Why the first of them is not the fused attention.
+        ways: The ways to try, best first; None for the ways of its kind.
+        why: The reason why the first of them is not the fused attention; empty if it is.
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class _Trial:
         self.own = own
         self.ways = ways or (WAYS if _is_growing(own) else (FUSED,))
         self.why = why
-        # Why the ways before this one did not suit.
+        # The reasons why the ways before this one failed.
         self.reasons: list[str] = []
-        # What was handed out in the latest run, and what was refused.
+        # The results returned in the latest run, and the reason of a refusal.
         self.handed_out: list[tuple[Any, Any]] = []
         self.refusal = ""
-        # How many tokens more handles are to say that they have.
+        # The number of extra tokens that handles pretend to hold.
         self.pretended = 0
 
     @property
@@ -157,12 +157,12 @@ class _Trial:
     def cache(
         self, config: RotorConfig, asked: list[_Trial], kind: type[RotorKVCache] | None
     ) -> RotorKVCache | None:
-        """Return a cache that records what it hands out, and registers in ``asked`` when it does.
+        """Return a cache that records its results, and this trial in ``asked`` at each call.
 
         Args:
-            config: How it compresses.
-            asked: Gets this trial for each time.
-            kind: Another class than that of the way.
+            config: The compression settings.
+            asked: The list to which each call appends this trial.
+            kind: A class that replaces that of the way; None to keep it.
         """
         self.handed_out, self.refusal, self.pretended = [], "", 0
         if self.way is None:
@@ -174,13 +174,13 @@ class _Trial:
                 try:
                     served = method(*arrays)
                 except ValueError as error:
-                    # What is required and what came; what to do is said by the one who asks.
+                    # Only what is required and what came; the caller says what to do.
                     self.refusal = str(error).partition("] ")[2].partition(";")[0].rstrip(".")
                     raise
                 if self.pretended and kind is None and way.hands_out_handles:
                     served = tuple(replace(v, tokens=v.tokens + self.pretended) for v in served)
                 if not way.hands_out_handles and len({id(array) for array in arrays}) == 1:
-                    self.refusal = "the model chooses tokens by it, for which it must be exact"
+                    self.refusal = "the model selects tokens with this cache, so it must stay exact"
                 self.handed_out.append(served)
                 asked.append(self)
                 return served
@@ -192,7 +192,7 @@ class _Trial:
         return cache
 
     def _made(self, config: RotorConfig, kind: type[RotorKVCache]) -> Any:
-        """Return an empty cache of this class; for a window, one that serves tokens as it does."""
+        """Return an empty cache of this class; for a window, one that serves tokens like it."""
         cache = windows.maker(config)(self.index, self.own)
         if cache is None:
             return kind(config, self.index)
@@ -201,11 +201,11 @@ class _Trial:
         return cache
 
     def is_astray(self, reached: set[tuple[int, int]], known: set[tuple[int, int]]) -> bool:
-        """Whether handles did not all reach our attention as they are, keys with their values.
+        """Whether some handle did not reach our attention unchanged, with its keys or values.
 
         Args:
-            reached: Keys and values that reached our attention, by id.
-            known: Those that were handed out by any cache.
+            reached: Pairs of keys and values that reached our attention, by id.
+            known: Pairs that any cache returned, by id.
         """
         if self.way is None or not self.way.hands_out_handles:
             return False
@@ -219,8 +219,8 @@ class _TrialRun:
 
     Args:
         model: The model.
-        pattern: Its own caches, empty.
-        config: How keys and values would be compressed.
+        pattern: The model's own caches, empty.
+        config: The compression settings.
         sliding_windows: Whether sliding windows are under trial too.
     """
 
@@ -230,13 +230,13 @@ class _TrialRun:
         self.model = model
         self.pattern = pattern
         self.config = config
-        # By the place of the cache among the leaves.
+        # By the position of the cache among the leaves.
         self.trials = {
             place: _Trial(index, cache)
             for place, (index, _, cache) in enumerate(leaves(pattern))
             if _is_growing(cache) or (sliding_windows and windows.is_compressible(cache))
         }
-        # Those of the latest run.
+        # The caches of the latest run.
         self.caches: list[Any] = []
 
     def find_latents(self) -> None:
@@ -247,12 +247,12 @@ class _TrialRun:
             if probe is not None:
                 way, why = LATENT, "the model keeps latents"
                 if not probe.hands_out_views:
-                    way, why = DECODED_LATENT, f"{why} and picks tokens out of them"
+                    way, why = DECODED_LATENT, f"{why} and selects tokens from them"
                 own = self.trials[place]
                 self.trials[place] = _Trial(own.index, own.own, (way,), why)
 
     def failures(self) -> list[tuple[_Trial, str]]:
-        """Run the model; returns the trials whose way failed, with the reasons."""
+        """Run the model; return the trials whose way failed, with the reasons."""
         asked = list[_Trial]()
         for reached, error in self._steps(asked):
             if failures := _failures(self._active, reached, error, asked):
@@ -260,7 +260,7 @@ class _TrialRun:
         return []
 
     def bypassing(self) -> list[tuple[_Trial, str]]:
-        """The trials of handles for which arrays would not reach our attention as they are."""
+        """Return the trials with handles for which arrays do not reach attention unchanged."""
         if any(trial.reasons for trial in self.trials.values()):
             return []
         found: dict[_Trial, str] = {}
@@ -280,11 +280,11 @@ class _TrialRun:
         """Run the model for each of ``PROBE_TOKENS``, and far from the first token.
 
         Args:
-            asked: Gets the trials in the order in which the model asks their caches.
-            kind: The class of all compressed caches; that of each one's way if None.
+            asked: The list to which each call of a cache appends its trial.
+            kind: The class of all compressed caches; None for the class of each one's way.
 
         Yields:
-            Keys and values that reached our attention, by id, and what ended the step if it failed.
+            Pairs of keys and values that reached our attention, by id, and the error if any.
         """
         own = copy.deepcopy(self.pattern)
         new = {}
@@ -300,7 +300,7 @@ class _TrialRun:
             with hook.record_attention(pretend=True) as attended, _unchanged(self.model):
                 try:
                     self.model(mx.zeros((1, tokens), dtype=mx.int32), cache=self.caches)
-                except Exception as error:  # a model may use a handle in any way
+                except Exception as error:  # models may use handles in any way
                     failed = error
             yield {(id(keys), id(values)) for _, keys, values in attended}, failed
 
@@ -315,9 +315,9 @@ def _failures(
 
     Args:
         active: The trials.
-        reached: Keys and values that reached our attention, by id.
-        error: What ended the run.
-        asked: The trials in the order in which the model asked their caches.
+        reached: Pairs of keys and values that reached our attention, by id.
+        error: The error that ended the run, if any.
+        asked: The trials in the order in which the model called their caches.
     """
     if refused := [(trial, trial.refusal) for trial in active if trial.refusal]:
         return refused
@@ -326,21 +326,21 @@ def _failures(
         unused = [trial for trial in active if not trial.handed_out]
         return astray or [(trial, "the model does not use this cache") for trial in unused]
     reason = _what_failed(error)
-    # A handle that went astray was touched; else it was whoever was asked last.
+    # Either the model used a handle that went astray, or the cache called last has failed.
     if astray and reason == _TOUCHED:
         return astray
     return [(trial, reason) for trial in (asked[-1:] or active)]
 
 
 def _astray(trials: Sequence[_Trial], reached: set[tuple[int, int]]) -> list[tuple[_Trial, str]]:
-    """Return the trials whose handles did not reach the fused attention."""
+    """Return the trials whose handles did not reach the fused attention unchanged."""
     known = {(id(k), id(v)) for trial in trials for k, v in trial.handed_out}
     return [(trial, _TOUCHED) for trial in trials if trial.is_astray(reached, known)]
 
 
 @contextmanager
 def _unchanged(model: Module) -> Iterator[None]:
-    """Undo changes that a run makes to a model's parts, such as prompt positions."""
+    """Undo changes that a run makes to parts of a model, such as prompt positions."""
     kept = [(d, dict(d)) for part in model.modules() for d in (part, vars(part))]
     try:
         yield
@@ -356,7 +356,7 @@ _TOUCHED = "the model computes with keys and values itself"
 
 
 def _what_failed(error: Exception) -> str:
-    """Return the reason of a failure as text."""
+    """Return the reason for a failure as text."""
     takes_no_handle = re.match(r"\w+\(\): incompatible function arguments", str(error))
     if takes_no_handle or str(error).startswith("[KVView]"):
         return _TOUCHED
@@ -370,7 +370,7 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-# ---- what was found -----------------------------------------------------------------------------
+# ---- the report ---------------------------------------------------------------------------------
 
 
 def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> LayerReport:
@@ -398,19 +398,19 @@ def _layer_report(index: int, label: str, cache: Any, trial: _Trial | None) -> L
         reason = windows.reason_alone(cache)
         return LayerReport(index, label, False, reason, *shape, max_tokens=limit)
     if is_a(cache, ARRAYS):
-        reason = "a state of constant size, no keys and values"
+        reason = "it holds a state of constant size instead of keys and values"
         return LayerReport(index, label, False, reason, state_bytes=cache.nbytes)
-    return LayerReport(index, label, False, "a kind of cache that rotormlx does not know", *shape)
+    return LayerReport(index, label, False, "rotormlx does not support this kind of cache", *shape)
 
 
 def _all_it_keeps(caches: list[Any]) -> str:
-    """Return what a model without growing caches keeps, as part of a sentence."""
+    """Return the end of a sentence on what a model without growing caches keeps."""
     held = [cache for _, _, cache in leaves(caches)]
     states = [cache for cache in held if is_a(cache, ARRAYS)]
     limits = [limit for c in held if (limit := windows.size(c)) is not None]
     others = {type(c).__name__ for c in held if not is_a(c, ARRAYS, ROTATING, CHUNKED)}
     if others:
-        return f"tokens in caches that rotormlx does not know ({', '.join(sorted(others))})"
+        return f"tokens in caches that rotormlx does not support ({', '.join(sorted(others))})"
     parts = []
     if states:
         size = megabytes(sum(cache.nbytes for cache in states))
@@ -421,7 +421,7 @@ def _all_it_keeps(caches: list[Any]) -> str:
 
 
 def dims(cache: Any) -> tuple[int, int, int] | None:
-    """Return KV heads, key and value dimension of a filled cache; None if it has none."""
+    """Return KV heads, key and value dimension of a filled cache; None if it holds no keys."""
     if isinstance(cache, RotorKVCache):
         pair: tuple[Any, Any] = (None, None) if cache.empty() else cache.views()
     else:

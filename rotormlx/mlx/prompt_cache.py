@@ -1,4 +1,4 @@
-"""Prompt caches in files: checked for damage, for the format and for the model."""
+"""Prompt caches in files, checked for damage, format and model."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def save_prompt_cache(
 ) -> None:
     """Write caches to a file that only the same model can load.
 
-    mlx-lm reads it too, and its own ``save_prompt_cache`` writes the same layout, but without the
-    model's fingerprint and a checksum. The file appears complete or not at all: after an interrupt,
-    a full disk or a crash, the old file is still there.
+    mlx-lm can read the file too. Its own ``save_prompt_cache`` writes the same layout, but without
+    the model's fingerprint and a checksum. A save either completes or leaves the old file, even
+    after an interrupt, a full disk or a crash.
 
     Args:
         path: A ``.safetensors`` file; the suffix is appended if it is missing.
@@ -54,11 +54,11 @@ def save_prompt_cache(
 def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
     """Read caches from a file for a compressed model, and compress plain caches in it.
 
-    Compressed caches keep the bits, rotation and calibration of the file, whatever
-    :func:`rotormlx.apply` was given; so they stay readable after a model is calibrated.
+    Compressed caches keep the bits, rotation and calibration of the file, whatever the arguments of
+    :func:`rotormlx.apply` were. So they stay readable after a model is calibrated.
 
     The file is not trusted: its header, classes, configurations, shapes, counts and model are
-    checked before any array is read. Reading takes no more memory than the arrays have bytes.
+    checked before any array is read. Reading takes no more memory than the size of the arrays.
 
     Args:
         path: A file written by :func:`save_prompt_cache` or by mlx-lm's function of that name.
@@ -68,7 +68,7 @@ def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[
         The caches and the metadata.
 
     Raises:
-        ValueError: If the file is missing, damaged or of another format version, or belongs to
+        ValueError: If the file is missing, is damaged, has another format version, or belongs to
             another model.
     """
     report = model_report(model)
@@ -80,7 +80,7 @@ def load_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[
 
 
 def check_model(path: str | Path, metadata: dict[str, str], model: Module) -> None:
-    """Refuse a file whose caches other weights have filled; a file without fingerprint passes."""
+    """Refuse a file of a model with other weights; a file without a fingerprint passes."""
     fingerprints.check_file(path, metadata, weights(model), model_report(model).model_type)
 
 
@@ -88,14 +88,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Check the header of a file of caches, and read the texts in it.
 
     Raises:
-        ValueError: If the file is missing, incomplete, no prompt cache, or of another version.
+        ValueError: If the file is missing or incomplete, or no prompt cache of this version.
     """
     with cache_file.opened(path) as saved:
         return saved.metadata
 
 
 def read_prompt_cache(path: str | Path, model: Module) -> tuple[list[Any], dict[str, str]]:
-    """Read caches, but leave plain caches as they are, and read no weights of the model.
+    """Read caches without compressing plain ones and without reading weights of the model.
 
     Call :func:`check_model` and :func:`adopt_prompt_cache` next.
     """
@@ -112,19 +112,19 @@ def _read(path: str | Path, saved: SavedCaches, model: Module, report: Report) -
 def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> int:
     """Check that caches fit a compressed model, and convert them to its classes in place.
 
-    Plain ones are compressed; a compressed one of another class keeps its bytes.
+    Plain caches are compressed; a compressed one of another class keeps its bytes.
 
     Args:
-        path: Where they come from, for messages.
-        model: A model that :func:`apply` was given.
-        caches: What :func:`read_prompt_cache` returned.
+        path: The file of the caches, for messages.
+        model: A model that was passed to :func:`rotormlx.apply`.
+        caches: The caches from :func:`read_prompt_cache`.
 
     Returns:
-        How many plain caches were compressed.
+        The number of plain caches that were compressed.
 
     Raises:
-        ValueError: If they belong to another model, or an empty one of them needs a calibration
-            that the model does not have; ``caches`` is unchanged then.
+        ValueError: If the caches belong to another model, or an empty one needs a calibration that
+            the model does not have; ``caches`` is then unchanged.
     """
     fit = _Fit(path, model_report(model))
     shapes = [(index, _shape(cache)) for index, _, cache in leaves(caches)]
@@ -135,7 +135,7 @@ def adopt_prompt_cache(path: str | Path, model: Module, caches: list[Any]) -> in
 
 
 def report_of(model: Module, caches: list[Any]) -> Report:
-    """Return the report of a model with these caches; its own if they are compressed alike."""
+    """Return the report of a model with these caches; its own if their settings are the same."""
     report = model_report(model)
     fresh = leaves(hosts.of(model).target(model).make_cache())
     triples = [
@@ -165,7 +165,7 @@ def _as_held(layer: LayerReport, held: Any) -> LayerReport:
     if is_compressed == layer.compressed or layer.max_tokens is None:
         return layer
     if not is_compressed:
-        return replace(layer, compressed=False, reason="it comes from a file without rotormlx")
+        return replace(layer, compressed=False, reason="its file holds it uncompressed")
     blocks = max_blocks(held.max_size, held.config)
     exact = layer.exact_bytes if held.keys is None else held.keys.itemsize
     made = replace(layer, compressed=True, reason="", max_blocks=blocks, exact_bytes=exact)
@@ -173,10 +173,10 @@ def _as_held(layer: LayerReport, held: Any) -> LayerReport:
 
 
 def _alike(want: Any, shape: Shape) -> set[str]:
-    """Return the classes that may stand for a cache, compressed or plain."""
+    """Return the classes, compressed and plain, that a file may have for this cache."""
     name = LAYOUTS.get(type(want).__name__, type(want).__name__)
     if name in (ROTATING, SLIDING):
-        # With a limit below the window, it is what any other layer has with that limit.
+        # With a limit below the window, the layer has an ordinary cache with that limit.
         return {ROTATING, SLIDING} | ({SINGLE} if shape.limited else set())
     if name in (CHUNKED, CHUNKED_ROTOR):
         return {CHUNKED, CHUNKED_ROTOR}
@@ -194,17 +194,17 @@ def _shape(cache: Any) -> Shape:
 
 
 class _Fit(NamedTuple):
-    """Checks whether caches are like those that a model makes.
+    """Checks that caches match those that a model makes.
 
-    path: Where they come from.
-    report: Of the model.
+    path: The file of the caches, for messages.
+    report: The report of the model.
     """
 
     path: str | Path
     report: Report
 
     def check(self, wanted: list[Any], shapes: Sequence[tuple[int, Shape]]) -> None:
-        """Refuse caches of these shapes unless they are like the wanted ones."""
+        """Refuse caches whose shapes do not match the wanted caches."""
         expected = list(leaves(wanted))
         if len(shapes) != len(expected):
             raise self._mismatch(f"{len(expected)} caches", f"{len(shapes)}")
@@ -233,9 +233,9 @@ class _Fit(NamedTuple):
             )
 
     def share_calibration(self, fresh: list[Any], caches: list[Any]) -> None:
-        """Share the model's calibration with empty caches and with those that hold the same one.
+        """Share the model's calibration with empty caches and with those that have an equal one.
 
-        A cache that holds tokens has what it was coded with.
+        Another cache that holds tokens keeps the calibration with which they were coded.
         """
         pairs = [
             (own, cache)

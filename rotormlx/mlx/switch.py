@@ -1,7 +1,7 @@
-"""Applies the environment variable ROTORMLX to loaded models; called by rotormlx_switch.py.
+"""Application of the environment variable ROTORMLX to loaded models, for rotormlx_switch.py.
 
-Every model is reported: one line of its report, or why it keeps its own caches. The lines go to the
-logger ``rotormlx``, which writes to standard error unless the program gave it a handler.
+Each model gets one line: the summary of its report, or why it keeps its own caches. The lines go to
+the logger ``rotormlx``, which writes to standard error unless the program gave it a handler.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from rotormlx.mlx.environment import VARIABLE, requested
 
 
 def load_model(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Load a model, with compressed caches if the environment asks for them.
+    """Load a model, with compressed caches if ROTORMLX is set.
 
     Args:
         own: ``load_model`` of mlx-lm or mlx-vlm.
-        *args: Its arguments.
-        **kwargs: Likewise.
+        *args: The arguments of ``own``.
+        **kwargs: The named arguments of ``own``.
 
     Returns:
-        What it returns: a model, or a tuple whose first entry is one. A model that cannot be
-        compressed has its own caches.
+        The result of ``own``: a model, or a tuple whose first entry is a model. A model that cannot
+        be compressed keeps its own caches.
 
     Raises:
-        ValueError: If ROTORMLX is no configuration.
+        ValueError: If ROTORMLX is not a valid configuration.
     """
     config = requested()
     loaded = own(*args, **kwargs)
@@ -40,11 +40,11 @@ def load_model(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _compress(model: Any, config: RotorConfig) -> None:
     log, setting = _log(), f"{VARIABLE}={os.environ[VARIABLE]}"
     try:
-        # Here and not above: an mlx-lm that it cannot be used with makes the import itself fail.
+        # Imported here, because the import itself fails with an unsupported mlx-lm.
         from rotormlx.mlx import integration  # noqa: PLC0415
 
         report = integration.apply(model, config)
-    except Exception as error:  # the program must run as it would without ROTORMLX, and say so
+    except Exception as error:  # the program must run as without ROTORMLX, and log why
         known = isinstance(error, (ValueError, RuntimeError))
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         log.warning("rotormlx: %s: a model keeps its own caches: %s", setting, reason)

@@ -14,13 +14,13 @@ class Way:
     """A way in which a compressed cache serves a model.
 
     A way suits a cache if the model runs with it in a trial (rotormlx/mlx/probe.py). The class
-    raises a ValueError for keys and values that it does not take.
+    raises a ValueError for keys and values that it does not support.
 
     Args:
-        name: What reports call it; empty for the first way.
+        name: Its name in reports; empty for the first way.
         cache: The class that holds the tokens.
-        hands_out_handles: Whether what ``update_and_fetch`` returns must reach our attention as it
-            is, and keys together with their values.
+        hands_out_handles: Whether ``update_and_fetch`` returns handles, which must reach our
+            attention unchanged, keys together with their values.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Way:
 FUSED = Way("", RotorKVCache, hands_out_handles=True)
 DECODED = Way("decoded for the model's own attention", DecodedRotorKVCache, hands_out_handles=False)
 WAYS = (FUSED, DECODED)
-# Of caches that hold latents (MLA), which rotormlx/mlx/latent_probe.py finds.
+# Ways for caches that hold latents (MLA), which rotormlx/mlx/latent_probe.py finds.
 LATENT = Way("read packed in decode steps", LatentKVCache, hands_out_handles=False)
 DECODED_LATENT = Way("decoded in every step", DecodedLatentKVCache, hands_out_handles=False)
 

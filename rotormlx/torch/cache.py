@@ -135,8 +135,8 @@ class RotorCache(DynamicCache):
 
     def __iter__(self) -> Iterator[NoReturn]:
         raise ValueError(
-            "[RotorCache] Keys and values lie compressed, but were asked for as tensors, layer by "
-            "layer; iterate over cache.layers, or use save_prompt_cache to store them."
+            "[RotorCache] Iteration over the cache reads keys and values as tensors, but they are "
+            "stored compressed; iterate over cache.layers, or use save_prompt_cache to store them."
         )
 
 

@@ -247,7 +247,7 @@ class RotorLayer(CacheLayerMixin):
         """None while nothing is stored, as in other caches; then there is no such tensor.
 
         Raises:
-            ValueError: If there are keys: they lie compressed.
+            ValueError: If keys are stored, because they are compressed.
         """
         return self._no_tensor("keys")
 
@@ -259,9 +259,9 @@ class RotorLayer(CacheLayerMixin):
     def _no_tensor(self, role: str) -> None:
         if self.is_initialized:
             raise ValueError(
-                f"[RotorCache] The {role} of layer {self.layer} lie compressed, but were asked for "
-                "as a tensor; nbytes tells their size, save_prompt_cache stores them, and the "
-                "model's attention reads them."
+                f"[RotorCache] The {role} of layer {self.layer} were read as a tensor, but they "
+                "are stored compressed; nbytes gives their size, save_prompt_cache stores them, "
+                "and the model's attention reads them."
             )
 
     # ---- beyond the contract --------------------------------------------------------------------

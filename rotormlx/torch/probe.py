@@ -299,7 +299,7 @@ AttentionMaskInterface.register(_PRETENDING, sdpa_mask)
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if isinstance(layer, RotorLayer):
         if layer.stores is None:
-            reason = "no token of text went through it"
+            reason = "no token of the text passed through it"
             return LayerReport(index, DynamicLayer.__name__, False, reason)
         keys, values = (store.exact for store in layer.stores)
         shape, size = _dims(keys, values), keys.dtype.itemsize
@@ -318,16 +318,16 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
     shape = _dims(*pair) if is_full else (0, 0, 0)
     limit = getattr(layer, "sliding_window", None)
     if name == "DummyLayer":  # unknown to older versions of transformers
-        return LayerReport(index, name, False, "it holds nothing of its own")
+        return LayerReport(index, name, False, "it holds no keys and values of its own")
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         state = sum(x.nbytes for x in tree_leaves(_states(layer)) if isinstance(x, Tensor))
-        reason = "a state of constant size"
-        reason += " beside keys and values" if is_full else ", no keys and values"
+        reason = "it holds a state of constant size "
+        reason += "besides keys and values" if is_full else "instead of keys and values"
         return LayerReport(index, name, False, reason, *shape, max_tokens=limit, state_bytes=state)
     if limit is not None:
         reason = f"it never keeps more than {limit} tokens"
         return LayerReport(index, name, False, reason, *shape, max_tokens=limit)
-    return LayerReport(index, name, False, "a kind of cache that rotormlx does not know", *shape)
+    return LayerReport(index, name, False, "rotormlx does not support this kind of cache", *shape)
 
 
 def _states(layer: Any) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def _dims(keys: Any, values: Any) -> tuple[int, int, int]:
 
 
 def _cross_reports(first: int, cross: Cache) -> list[LayerReport]:
-    reason = "it holds what the encoder gave, which does not grow"
+    reason = "it holds keys and values of the encoder's output, which do not grow"
     return [
         LayerReport(first + i, f"{type(layer).__name__} of cross-attention", False, reason)
         for i, layer in enumerate(cross.layers)

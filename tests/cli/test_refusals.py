@@ -218,7 +218,7 @@ def test_speculation_over_a_limited_cache_is_right_or_refused() -> None:
         integration.apply(owner, RotorConfig(window=1))
     for limits in ((240, None), (None, 240)):
         caches = limited(model, limits[0]) + limited(draft, limits[1])
-        with pytest.raises(ValueError, match=r"^\[speculation\] .* room for 196 tokens"):
+        with pytest.raises(ValueError, match=r"^\[speculation\] .* only for 196 more tokens"):
             speculated(model, draft, caches)
     with pytest.raises(ValueError, match=r"^\[speculation\] .* any number of tokens"):
         speculated(model, draft, limited(model, 300) + limited(draft, None), -1)
@@ -228,7 +228,7 @@ def test_speculation_over_a_sliding_window_that_fills_is_refused() -> None:
     model, draft = tiny.build("gemma3_text"), tiny.build("llama", seed=4)
     integration.apply(model)
     integration.apply(draft)
-    with pytest.raises(ValueError, match=r"^\[speculation\] .* room for 32 tokens"):
+    with pytest.raises(ValueError, match=r"^\[speculation\] .* only for 32 more tokens"):
         speculated(model, draft, None)
 
 

@@ -367,7 +367,7 @@ def test_encode_refuses(shape, dtype, message):
         ({"q": mx.zeros((B, H, 999, 64))}, "at least as many tokens as queries"),
         ({"mask": "diagonal"}, "None, 'causal' or an array"),
         ({"mask": mx.zeros((L, 7))}, "broadcastable to"),
-        ({"sink_logits": mx.zeros((H + 1,))}, r"shape \(6,\), one a query head"),
+        ({"sink_logits": mx.zeros((H + 1,))}, r"shape \(6,\), one per query head"),
         ({"values": {"tokens": 100}}, "agree in batch, KV heads and tokens"),
     ],
     ids=["dim", "heads", "batch", "dtype", "length", "mask", "mask-shape", "sink_logits", "values"],

@@ -104,7 +104,7 @@ def test_what_is_compressed_is_reported_and_can_be_turned_off():
     assert "4 of 4 caches compressed" in report.summary
     off = integration.apply(model, K8V8, sliding_windows=False)
     assert "2 of 4 caches compressed" in off.summary
-    assert off.layers[0].reason == "its window of 512 tokens stays exact"
+    assert off.layers[0].reason == "its window of 512 tokens stays exact (sliding_windows is off)"
     without = ["RotatingKVCache", "RotorKVCache"] * 2
     assert classes(make_prompt_cache(model)) == without
     # One conversation with the other setting, and one with the model's.
@@ -220,7 +220,7 @@ def test_speculation_ends_where_a_chunk_does():
     options = {"num_draft_tokens": 2, "max_tokens": 5}
     step = generate.speculative_generate_step(tiny.tokens(W - 7)[0], model, draft, **options)
     assert next(step)
-    with pytest.raises(ValueError, match=f"room for {W} tokens until it cannot"):
+    with pytest.raises(ValueError, match=f"only for {W} more tokens"):
         generate.speculative_generate_step(tiny.tokens(W - 6)[0], model, draft, **options)
 
 

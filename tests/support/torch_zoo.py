@@ -22,7 +22,7 @@ VOCABULARY = 257
 # How much larger weights are than transformers makes them; more than this is noise in some models.
 GAIN = 3.0
 GAINS = {"chameleon": 1.0}
-_DRAFTS = "it drafts for another model and reads that one's cache"
+_DRAFTS = "it drafts for another model and reads the cache of that model"
 NOT_RUN = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}
 
 _NAMES: dict[Any, str] = {

@@ -271,7 +271,7 @@ def test_a_damaged_file_of_findings_counts_as_none(metal_here, tmp_path):
 def test_a_cache_folder_that_cannot_be_written_is_named_once(metal_here, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ROTORMLX_CACHE", str(tmp_path / "file"))
-    says = r"must be kept in .*kernels, but that folder cannot be written \(Not a directory\)"
+    says = r"must be stored in .*kernels, but that folder cannot be written \(Not a directory\)"
     with METAL.kernels():
         backend = backends.backend()
         with pytest.warns(UserWarning, match=says):

@@ -211,7 +211,7 @@ def test_the_growing_cache_of_an_encoder_decoder_is_compressed():
     expected, _ = generate(model, ids, decoder_input_ids=prompt)
     report = rt.apply(model, K8V8)
     assert [layer.compressed for layer in report.layers] == [True, True, False, False]
-    assert "what the encoder gave, which does not grow" in str(report.layers[2])
+    assert "keys and values of the encoder's output, which do not grow" in str(report.layers[2])
     text, cache = generate(model, ids, decoder_input_ids=prompt)
     assert cache.self_attention_cache.packed_tokens == 128
     assert cache.cross_attention_cache.get_seq_length() == 30

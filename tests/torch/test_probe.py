@@ -106,7 +106,7 @@ def test_a_cache_that_is_read_is_seen():
         return output
 
     second.forward = reads
-    with pytest.raises(ValueError, match="keys of layer 1 lie compressed, but were asked for as a"):
+    with pytest.raises(ValueError, match="keys of layer 1 were read as a tensor, but they are"):
         rt.apply(model)
 
 
@@ -188,7 +188,7 @@ def test_a_layer_that_is_never_used_is_left_alone():
     layers_of(model)[1].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     report = rt.apply(model, K8V8)
     assert [layer.compressed for layer in report.layers] == [True, False]
-    assert "no token of text went through it" in str(report.layers[1])
+    assert "no token of the text passed through it" in str(report.layers[1])
     out = generate(model, tokens(150), return_dict_in_generate=True)
     assert [type(x).__name__ for x in getattr(out, CACHE).layers] == ["RotorLayer", "DynamicLayer"]
 

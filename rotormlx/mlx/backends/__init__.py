@@ -1,4 +1,4 @@
-"""The one place that chooses which backend does the work."""
+"""The choice of the backend."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rotormlx.mlx.backends.kept import findings
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.backends.vectors import Operation, operations
 
-# All backends have its operations.
+# The type of every backend, since all have the operations of MLXBackend.
 Backend = MLXBackend
 
 _CPU = mx.Device(mx.cpu)
 
-# Best first, each with what tells why this process cannot run it.
+# Best first, each with a function that returns why this process cannot run it, or None.
 _BACKENDS: dict[str, tuple[type[MLXBackend], Callable[[], str | None]]] = {
     "metal": (metal.MetalBackend, metal.missing),
     "mlx_cuda": (cuda.MLXCUDABackend, cuda.missing),
     "cpu": (cpu.CPUBackend, cpu.missing),
     "mlx": (MLXBackend, lambda: None),
 }
-# Their kernels are compiled where they run, by a compiler that nobody here has seen.
+# Backends whose kernels the user's device compiles, so each kernel is checked at first use.
 _COMPILED_LATER = ("metal", "mlx_cuda")
 
 
@@ -38,11 +38,11 @@ def available() -> list[str]:
 def backend() -> MLXBackend:
     """Return the backend named by ``ROTORMLX_BACKEND``, else the best available one.
 
-    The best one gives way to MLX's operations where its kernels are not right on this machine; one
-    that is named does not.
+    If kernels of the best backend give wrong results on this machine, MLX's operations replace
+    them. A backend named by ``ROTORMLX_BACKEND`` runs its own kernels without this fallback.
 
     Raises:
-        RuntimeError: If the name is not of a backend, or this process cannot run it.
+        RuntimeError: If no backend has that name, or this process cannot run it.
     """
     return choose(mx.default_device() == _CPU)
 
@@ -75,7 +75,7 @@ def fused() -> MLXBackend:
 
 
 def keep(operation: Operation, found: str) -> None:
-    """Record a finding about an operation: ``RIGHT``, or what is wrong with it."""
+    """Record a finding about an operation: ``RIGHT``, or a description of the error."""
     chosen = backend()
     if isinstance(chosen, CheckedBackend):
         chosen.keep(operation, found)
@@ -89,7 +89,7 @@ def ways() -> dict[str, str]:
 
 
 def describe() -> str:
-    """Describe the backend, why no better one was chosen, and what it leaves to MLX."""
+    """Describe the backend, why no better one was chosen, and which operations MLX computes."""
     chosen = backend()
     replaced = chosen.replaced() if isinstance(chosen, CheckedBackend) else {}
     left = "".join(f"; MLX's operations do: {op}, which {why}" for op, why in replaced.items())

@@ -1,7 +1,7 @@
 """Kernels that are used only after they reproduce the shared test vectors on this device.
 
-An operation whose kernels do not compile, or compute something else than the vectors, is left to
-MLX's operations, with a warning. What was found out is kept between processes (``kept.py``).
+If the kernels of an operation do not compile, or do not reproduce the vectors, MLX's operations
+compute it, with a warning. Findings are stored for later processes (``kept.py``).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rotormlx.mlx.backends.kept import Findings, device_name, findings
 from rotormlx.mlx.backends.mlx_ops import MLXBackend, Prompts
 from rotormlx.mlx.backends.vectors import RIGHT, Operation, check
 
-# The file of vectors that decides at first use.
+# The file of vectors for the check at first use.
 FILE = "cascade-d128"
-# Up to so many query rows of a KV head are few: other kernels do more of them.
+# The most query rows per KV head for ``attend``; other kernels compute more of them.
 FEW_ROWS = 8
 
 
@@ -29,7 +29,7 @@ class CheckedBackend(MLXBackend):
     """A backend with kernels, each checked at its first use.
 
     Args:
-        fused: The backend.
+        fused: The backend whose kernels are checked.
     """
 
     def __init__(self, fused: MLXBackend) -> None:
@@ -42,7 +42,7 @@ class CheckedBackend(MLXBackend):
         return findings(self.name)
 
     def prompts(self, dtype: mx.Dtype) -> Prompts:
-        """The prompt attention of the wrapped backend."""
+        """Return the prompt attention of the wrapped backend."""
         return self.fused.prompts(dtype)
 
     def replaced(self) -> dict[Operation, str]:
@@ -50,7 +50,7 @@ class CheckedBackend(MLXBackend):
         return {op: found for op, found in self._found.items() if found != RIGHT}
 
     def keep(self, operation: Operation, found: str) -> None:
-        """Store a finding about an operation: ``RIGHT``, or what is wrong with it."""
+        """Store a finding about an operation: ``RIGHT``, or a description of the error."""
         self._found[operation] = found
         self._findings.keep(str(operation), found)
 
@@ -78,14 +78,14 @@ class CheckedBackend(MLXBackend):
         return self._done("_attend", [Operation(name, bits) for bits in widths], call)
 
     def _done(self, method: str, asked: list[Operation], *args: Any) -> Any:
-        """Run a call by the kernels, or by MLX's operations."""
+        """Run a call with the kernels, or with MLX's operations."""
         if all(map(self._trusts, asked)):
             try:
                 return getattr(self.fused, method)(*args)
             except KernelError as error:
                 if error.lacks_memory:
                     raise
-                # Of this process only: another head_dim may do.
+                # For this process only, because the kernel may work with another head_dim.
                 for operation in asked:
                     self._distrust(operation, error.brief)
         return getattr(super(), method)(*args)
@@ -106,7 +106,7 @@ class CheckedBackend(MLXBackend):
         self._found[operation] = found
         warnings.warn(
             f"[kernels] On {device_name()} the {self.name} kernel of this operation cannot be "
-            f"used: {operation}. It {found}. MLX's operations do its work, right but slower; run "
+            f"used: {operation}. It {found}. MLX's operations replace it, correct but slower; run "
             "rotormlx doctor and attach the file that it writes to an issue.",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
-"""Chooses the fastest of several kernels with equal results on this device.
+"""The choice of the fastest of several kernels with equal results on this device.
 
-They are timed when one is first wanted, for a fraction of a second, and the choice is kept between
+They are timed at first use, for a fraction of a second, and the choice is stored for later
 processes (``kept.py``).
 """
 
@@ -16,7 +16,7 @@ from rotormlx.mlx.backends.first_call import KernelError
 from rotormlx.mlx.backends.kept import Findings
 
 Ways = Mapping[str, Callable[[], mx.array]]
-# Runs of each way. The first compiles it, which does not move the median.
+# Runs of each way. The first one compiles the kernel, which does not change the median.
 RUNS = 9
 
 
@@ -24,9 +24,9 @@ def fastest(findings: Findings, name: str, ways: Ways) -> str:
     """Return the fastest way on this device; the first one if none can run.
 
     Args:
-        findings: Of the backend; keeps the choice.
-        name: What is chosen.
-        ways: By name, each a call whose result is evaluated.
+        findings: The findings about the backend, which store the choice.
+        name: The name of the finding.
+        ways: Calls by name; the result of each is evaluated.
     """
     known = findings.get(name)
     if known in ways:

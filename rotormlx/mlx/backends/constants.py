@@ -1,6 +1,6 @@
-"""Arrays that calls and layers share: made once, so that a call needs no operation for them.
+"""Arrays that calls and layers share, made once so that a call needs no operation for them.
 
-An array that the host makes is copied to the GPU, or bound, whenever a kernel waits for it.
+An array made on the host must be copied to the GPU, or bound, while a kernel waits for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rotormlx.codec.rotation import Rotation
 from rotormlx.kernels import source
 from rotormlx.mlx.cache.view import KVView
 
-# MLX binds shorter arrays to another address space of Metal, for which it compiles a kernel anew.
+# MLX binds shorter arrays to another Metal address space, for which it compiles a kernel again.
 LEAST = 8
 
 
@@ -26,7 +26,7 @@ def numbers(values: tuple[int, ...] | tuple[float, ...], dtype: mx.Dtype) -> mx.
 
 
 def lengths(view: KVView) -> mx.array:
-    """Return packed and all tokens of each batch row, interleaved, int32."""
+    """Return the numbers of packed and of all tokens of each batch row, interleaved, int32."""
     return numbers(tuple(number for row in view.lengths for number in row), mx.int32)
 
 

@@ -1,4 +1,4 @@
-"""The codec as native code on the CPU: the library of cpu_kernels/; docs/CPU.md says how it works.
+"""The codec as native code on the CPU, in the library of cpu_kernels/; docs/CPU.md explains it.
 
 Shapes: B batch, H query heads, K KV heads, L queries, N blocks, D head_dim.
 """
@@ -19,7 +19,7 @@ from rotormlx.mlx.backends.mlx_ops import KERNEL, MLXBackend, Prompts
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.dtypes import FLOATS
 
-# Numbers of an array that is copied from one that is kept.
+# The most numbers of an output array that is copied from a cached one.
 _SMALL = 2**13
 
 
@@ -31,17 +31,17 @@ def missing() -> str | None:
 
 
 class CPUBackend(MLXBackend):
-    """Encode, decode and attend in the library; the rest is inherited.
+    """The backend that encodes, decodes and attends in the library; the rest is inherited.
 
-    The library reads arrays that are there, so a call evaluates its inputs. While a function is
-    traced (``mx.compile``, ``mx.export_function``) that is not possible, and the inherited
-    operations do it.
+    The library reads evaluated arrays, so a call evaluates its inputs. That is not possible while a
+    function is traced (``mx.compile``, ``mx.export_function``), so the inherited operations are
+    used then.
     """
 
     name = "cpu"
 
     def prompts(self, dtype: mx.Dtype) -> Prompts:
-        """Native code: MLX's own attention takes 30 times as long: docs/KERNELS.md."""
+        """Return native code, since MLX's attention takes 30 times as long (docs/KERNELS.md)."""
         return Prompts(KERNEL, KERNEL)
 
     def _encode(
@@ -71,7 +71,7 @@ class CPUBackend(MLXBackend):
     def _decode(
         self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
-        """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
+        """Decode packed blocks; see :meth:`MLXBackend.decode`."""
         if dtype not in FLOATS or not _evaluated(*packed, channel_scale):
             return super()._decode(packed, codec, channel_scale, dtype)
         batch, heads, count = packed.scales.shape[:3]
@@ -80,13 +80,13 @@ class CPUBackend(MLXBackend):
         return rows
 
     def product(self, a: mx.array, b: mx.array) -> mx.array:
-        """See :meth:`MLXBackend.product`; MLX's own takes 30 times as long as numpy's."""
+        """Multiply with numpy, since MLX takes 30 times as long; see :meth:`MLXBackend.product`."""
         if not _evaluated(a, b):
             return super().product(a, b)
         return mx.array(np.matmul(np.array(a, copy=False), np.array(b, copy=False)))
 
     def _attend(self, call: AttendCall) -> mx.array:
-        """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
+        """Attend over a partly packed cache; see :meth:`MLXBackend.attend`."""
         keys, values, mask, sink_logits = call.keys, call.values, call.mask_array, call.sink_logits
         if mask is not None and mask.dtype not in (mx.bool_, *FLOATS):
             mask = mask.astype(mx.float32)
@@ -117,10 +117,10 @@ class CPUBackend(MLXBackend):
 
 
 def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Output buffer that the library fills in place."""
+    """Return an output buffer that the library fills in place."""
     if math.prod(shape) > _SMALL:
         return _zeros.__wrapped__(shape, dtype)
-    # A copy is made at once; what is evaluated waits for another thread.
+    # A copy is made at once, while evaluation would wait for another thread.
     return mx.from_dlpack(_zeros(shape, dtype), copy=True)
 
 
@@ -137,7 +137,7 @@ def _blocks(view: KVView) -> cpu_library.Blocks:
 
 
 def _evaluated(*arrays: Any) -> bool:
-    """Evaluate arrays and tuples of them; False while a function is traced, without numbers yet."""
+    """Evaluate arrays and tuples of them; return False while a function is traced."""
     try:
         mx.eval(arrays)
     except ValueError:

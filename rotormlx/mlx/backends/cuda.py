@@ -1,10 +1,10 @@
 """The codec as fused CUDA kernels in MLX's own CUDA build: the device code of ``cuda_kernels/``.
 
-MLX compiles a kernel's text (``cuda_text.py``) when it is first called. Arrays come contiguous, so
-strides follow from shapes. docs/CUDA.md says how the kernels work.
+MLX compiles a kernel's text (``cuda_text.py``) at its first call. MLX makes arrays contiguous, so
+strides follow from shapes. docs/CUDA.md explains the kernels.
 
-An array that the host makes comes to the GPU when a kernel waits for it, so numbers that do not
-change are made once.
+An array made on the host is copied to the GPU while a kernel waits for it, so constant numbers are
+made once.
 
 Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
 N blocks, D head_dim of keys, Dv of values.
@@ -83,7 +83,7 @@ class MLXCUDABackend(MLXBackend):
     def _decode(
         self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
-        """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
+        """Decode packed blocks in one kernel; see :meth:`MLXBackend.decode`."""
         if codec.head_dim > MAX_HEAD_DIM:
             return super()._decode(packed, codec, channel_scale, dtype)
         batch, heads, blocks = packed.scales.shape[:3]
@@ -106,12 +106,12 @@ class MLXCUDABackend(MLXBackend):
         return out
 
     def _attend(self, call: AttendCall) -> mx.array:
-        """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
+        """Attend over a partly packed cache; see :meth:`MLXBackend.attend`."""
         if call.larger_dim > MAX_HEAD_DIM:
             return super()._attend(call)
         check_grid("attend", call.batch, call.kv_heads)
         plan = attend_plan(_shape(call))
-        # Two kernels read them.
+        # Contiguous once, because two kernels read the queries.
         call = call._replace(queries=mx.contiguous(call.queries))
         mask = _mask(call)
         numbers = _numbers(call, plan, mask)
@@ -135,7 +135,7 @@ def _shape(call: AttendCall) -> Shape:
 
 
 def _numbers(call: AttendCall, plan: Plan, mask: mx.array) -> mx.array:
-    """Return the numbers that kernels read by position: `numbers` of cuda_text.py."""
+    """Return the numbers that kernels read by position, ``numbers`` in cuda_text.py."""
     keys, values = call.keys, call.values
     sizes = (call.batch, call.heads, call.kv_heads, call.length, keys.sink, call.mask_kind)
     return constants.numbers(
@@ -144,17 +144,17 @@ def _numbers(call: AttendCall, plan: Plan, mask: mx.array) -> mx.array:
             *(*plan.exact, *plan.packed, keys.exact.shape[2]),
             *(1 if keys.packed is None else keys.packed.scales.shape[2],),
             *(1 if values.packed is None else values.packed.scales.shape[2],),
-            # Strides of the mask: 0 along an axis that is broadcast.
+            # Strides of the mask, 0 along a broadcast axis.
             *_strides(mask.shape),
             *(_scale_stride(keys), _scale_stride(values)),
         ),
-        # Strides of a mask of many queries and tokens are no 32-bit integers.
+        # 64 bits, because strides of a mask of many queries and tokens exceed 32 bits.
         mx.int64,
     )
 
 
 def _rotated(call: AttendCall, plan: Plan, numbers: mx.array) -> mx.array:
-    """The queries as the levels of the keys meet them, float32 ``[B, K, G, D]``."""
+    """Return the queries in the rotated space of the keys, float32 ``[B, K, G, D]``."""
     keys = call.keys
     if not keys.packed_tokens:
         return constants.nothing(mx.float32)
@@ -174,7 +174,7 @@ def _rotated(call: AttendCall, plan: Plan, numbers: mx.array) -> mx.array:
 def _parts(
     call: AttendCall, plan: Plan, numbers: mx.array, rotated: mx.array, mask: mx.array
 ) -> list[mx.array]:
-    """Tops, totals and outputs of all parts, float32 ``[B, K, G, parts]`` and ``[..., Dv]``."""
+    """Return tops, totals and outputs of all parts, float32 ``[B, K, G, parts(, Dv)]``."""
     keys, values, dtype = call.keys, call.values, call.queries.dtype
     shape = (call.batch, call.kv_heads, call.group_rows, plan.parts)
     widths = (call.key_dim, call.value_dim, keys.codec.bits, values.codec.bits)
@@ -192,7 +192,7 @@ def _parts(
 
 
 def _merged(call: AttendCall, plan: Plan, numbers: mx.array, parts: list[mx.array]) -> mx.array:
-    """The output ``[B, H, L, Dv]`` from what :func:`_parts` gives."""
+    """Return the output ``[B, H, L, Dv]`` from the result of :func:`_parts`."""
     values, sink_logits = call.values, call.sink_logits
     (output,) = cuda_text.merge_kernel(*_side(values), plan.matrix_rows, sink_logits is not None)(
         inputs=[
@@ -210,7 +210,7 @@ def _merged(call: AttendCall, plan: Plan, numbers: mx.array, parts: list[mx.arra
 
 
 def _row_grid(call: AttendCall, plan: Plan) -> tuple[int, int, int]:
-    """The grid, in threads, of the kernels that multiply by a matrix."""
+    """Return the grid, in threads, of the kernels that multiply by a matrix."""
     blocks = -(-call.group_rows // plan.matrix_rows)
     return cuda_plan.THREADS * blocks, call.batch * call.kv_heads, 1
 
@@ -219,7 +219,7 @@ def _row_grid(call: AttendCall, plan: Plan) -> tuple[int, int, int]:
 
 
 def _side(view: KVView) -> tuple[int, int, bool]:
-    """Return the values that the kernels around the first pass are generated from."""
+    """Return the values from which the query and merge kernels are generated."""
     rotation = view.codec.rotation
     return rotation.head_dim, matrices(rotation), view.channel_scale is not None
 
@@ -239,7 +239,7 @@ def _packed(view: KVView) -> Packed:
 
 
 def _mask(call: AttendCall) -> mx.array:
-    """The mask with four axes, boolean or float32; without one, one that no thread reads."""
+    """Return the mask with four axes, boolean or float32; a placeholder if there is none."""
     mask = call.mask_array
     if mask is None:
         return constants.nothing(mx.bool_, 4)
@@ -248,7 +248,7 @@ def _mask(call: AttendCall) -> mx.array:
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
-    """Strides of a contiguous array, 0 along axes of size 1."""
+    """Return the strides of a contiguous array, 0 along axes of size 1."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(0 if size == 1 else step)

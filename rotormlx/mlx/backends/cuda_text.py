@@ -1,7 +1,7 @@
-"""The kernels of MLX's own CUDA build: what MLX compiles, written around ``cuda_kernels/``.
+"""The kernel texts that MLX's own CUDA build compiles, which wrap ``cuda_kernels/``.
 
 A body fills the arguments of ``cuda_kernels/launch.h`` from MLX's pointers and calls the device
-function; arrays come contiguous, so strides follow from shapes.
+function. MLX makes arrays contiguous, so strides follow from shapes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rotormlx.mlx.backends.first_call import FirstCallKernel
 
 _SIGN = r"[-+*/&|<>=!:]"
 _NEEDLESS = re.compile(rf" +(?!(?<=\w )\w)(?!(?<={_SIGN} ){_SIGN})")
-# Threads of a thread block that encodes or decodes.
+# Threads per thread block of the kernels that encode and decode.
 CODEC_THREADS = 256
 
 Kernel = Callable[..., list[mx.array]]
 
 
 class CodecText(NamedTuple):
-    """The values that the kernels of a codec are generated from."""
+    """The values from which the kernels of a codec are generated."""
 
     role: str
     bits: int
@@ -41,14 +41,14 @@ class CodecText(NamedTuple):
 
 @derived
 def text_of(codec: Codec) -> CodecText:
-    """Return the text properties of a codec."""
+    """Return the values from which the kernels of a codec are generated."""
     header = cuda_header(codec)
     facts = (codec.role, codec.bits, codec.head_dim, codec.rotation.name)
     return CodecText(*facts, header, codec.words_shape[0], matrices(codec.rotation))
 
 
 def header_of(*texts: str) -> str:
-    """Texts behind what all kernels need, minified, without what MLX includes itself."""
+    """Return the common header and then these texts, minified, without MLX's own includes."""
     common = [
         *(read("cuda_kernels/vocabulary.cuh"), f"constexpr int BLOCK = {BLOCK};\n"),
         *(read("cuda_kernels/launch.h"), read("cuda_kernels/scores.cuh")),
@@ -58,9 +58,9 @@ def header_of(*texts: str) -> str:
 
 
 def minified(text: str) -> str:
-    """A text without comments and needless spaces: MLX hashes it at every call.
+    """Return a text without comments and needless spaces, since MLX hashes it at every call.
 
-    Lines stay lines, so that the compiler's messages can be followed.
+    Line breaks stay, so that line numbers in compiler messages are useful.
     """
     text = re.sub(r"//.*$", "", text, flags=re.MULTILINE)
     lines = (line.strip() for line in text.splitlines())
@@ -68,16 +68,16 @@ def minified(text: str) -> str:
 
 
 def _without_spaces(line: str) -> str:
-    """A line without spaces, but for those between two words or two signs of operators."""
+    """Return a line with spaces only between two words or two operator signs."""
     if line.startswith("#"):
         return line
-    parts = re.split(r'("(?:[^"\\]|\\.)*")', line)  # strings, at odd places, stay as they are
+    parts = re.split(r'("(?:[^"\\]|\\.)*")', line)  # strings, at odd indices, stay unchanged
     parts[::2] = (_NEEDLESS.sub("", part) for part in parts[::2])
     return "".join(parts)
 
 
 def codec_header(*texts: str) -> str:
-    """Return the header with levels and rotations."""
+    """Return the header with the functions for levels and rotations."""
     shared = (read(f"shared_kernels/{name}.h") for name in ("levels", "trellis", "rotation"))
     return header_of(*shared, *texts)
 
@@ -89,7 +89,7 @@ def attend_header() -> str:
     return header_of(*shared, *(read(f"cuda_kernels/{name}") for name in files))
 
 
-# Axes (B, K, N) of contiguous packed arrays.
+# Sets pointers, and strides of the axes (B, K, N), for contiguous packed arrays.
 _PACKED_TEXT = """
 DEVICE_FN void place_packed(rotormlx_packed& packed, const uint32_t* words, const __half* scales,
                   const __half* centres, int kv_heads, int blocks, int block_words, int head_dim) {
@@ -169,7 +169,7 @@ _DECODE_BODY = """
   decode_block<CODEC, THREADS>(call);
 """
 
-# What the kernels of attention read of `numbers`.
+# Reads `numbers` in the kernels of attention.
 _CALL_TEXT = """
   extern __shared__ uint4 shared[];
   AttendParts all = {};
@@ -244,7 +244,7 @@ _MERGE_BODY = """
 
 
 def _filled(body: str, **words: object) -> str:
-    """A body with what its words in capitals stand for."""
+    """Return a body with its placeholders in capitals replaced."""
     for word, meaning in words.items():
         body = body.replace(word, str(meaning))
     return body
@@ -254,7 +254,7 @@ def _filled(body: str, **words: object) -> str:
 def codec_kernel(
     name: str, text: CodecText, has_scale: bool, takes_means: bool = False, has_state: bool = False
 ) -> Kernel:
-    """The kernel ``encode`` or ``decode``."""
+    """Return the kernel ``encode`` or ``decode``."""
     is_key = text.role == KEY
     lanes = BLOCK if is_key else text.head_dim
     codec_text = _CODEC_TEXT.format(is_key=int(is_key), bits=text.bits, d=text.head_dim)
@@ -292,7 +292,7 @@ def codec_kernel(
 def parts_kernel(
     key_dim: int, value_dim: int, key_bits: int, value_bits: int, operands: int
 ) -> Kernel:
-    """The kernel that does a part; operands: see :class:`cuda_plan.Plan`."""
+    """Return the kernel that computes a part; ``operands`` as in :class:`cuda_plan.Plan`."""
     widths = (key_bits, value_bits, key_dim, value_dim)
     key_rows, _ = words_shape(KEY, key_bits, key_dim)
     value_rows, _ = words_shape(VALUE, value_bits, value_dim)
@@ -328,7 +328,7 @@ def parts_kernel(
 
 @cache
 def query_kernel(key_dim: int, matrices: int, has_scale: bool, rows: int) -> Kernel:
-    """The kernel that rotates queries, so many ``rows`` in a thread block."""
+    """Return the kernel that rotates queries, ``rows`` of them per thread block."""
     body = _filled(
         _CALL_TEXT + _QUERIES_TEXT + _QUERY_BODY,
         KEY_DIM=key_dim,
@@ -351,7 +351,7 @@ def query_kernel(key_dim: int, matrices: int, has_scale: bool, rows: int) -> Ker
 def merge_kernel(
     value_dim: int, matrices: int, has_scale: bool, rows: int, has_sink_logits: bool
 ) -> Kernel:
-    """The kernel that merges the parts of so many query rows in a thread block."""
+    """Return the kernel that merges parts, ``rows`` query rows per thread block."""
     body = _filled(
         _CALL_TEXT + _MERGE_BODY,
         VALUE_DIM=value_dim,

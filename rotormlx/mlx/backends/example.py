@@ -1,4 +1,4 @@
-"""A call of attention over codes drawn at random, for whoever times ways to do it."""
+"""An attention call over random codes, for timing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rotormlx.mlx.cache.view import KVView
 
 
 class Size(NamedTuple):
-    """How large a call is.
+    """The size of a call.
 
     heads: H.
     kv_heads: K.
     head_dim: D, of keys and of values.
-    length: L, which are exact tokens too.
+    length: L, the number of queries and of exact tokens after the packed ones.
     packed_tokens: A multiple of 64.
     """
 
@@ -31,12 +31,12 @@ class Size(NamedTuple):
 
 
 def call(config: RotorConfig, size: Size, dtype: mx.Dtype) -> AttendCall:
-    """A causal step of one sequence: packed tokens, and those of the step behind them.
+    """Make a causal step of one sequence: packed tokens, then the tokens of the step.
 
     Args:
-        config: Fixes bits and rotation.
-        size: Of the call.
-        dtype: Of queries and exact tokens.
+        config: The configuration, which fixes bits, rotation and sink.
+        size: The size of the call.
+        dtype: The dtype of queries and exact tokens.
     """
     keys, values = (_view(config, role, size, dtype) for role in ROLES)
     shape = (1, size.heads, size.length, size.head_dim)

@@ -1,7 +1,7 @@
-"""Kernels of MLX whose first call is waited for, so that an error of the compiler names them.
+"""MLX kernels whose first call is evaluated at once, so that a compiler error names the kernel.
 
-MLX compiles a kernel when its result is evaluated, far from the call and after other kernels, and
-says what the compiler said but not for which kernel.
+MLX compiles a kernel when its result is evaluated, which may be far from the call and after other
+kernels. Its error holds the compiler's message but not the name of the kernel.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any
 
 import mlx.core as mx
 
-# What MLX says then on Apple's GPUs and in CUDA, but not of threadgroup memory.
+# MLX's messages for missing memory on Apple's GPUs and in CUDA; not those on threadgroup memory.
 _NO_MEMORY = re.compile(r"unable to allocate|(out of|insufficient) memory", re.IGNORECASE)
 
 
 class KernelError(RuntimeError):
-    """A kernel does not compile or run; the message names it and says what to do.
+    """An error for a kernel that does not compile or run; the message names it and gives a way out.
 
     Args:
         name: The kernel.
-        said: What MLX says.
+        said: The message of MLX.
     """
 
     def __init__(self, name: str, said: str) -> None:
         lines = [line.strip() for line in said.splitlines() if line.strip()]
-        #: The end of a sentence that begins with what the kernel does.
+        #: The end of a sentence whose subject is the operation of the kernel.
         self.brief = f"does not compile or run: {lines[0] if lines else 'MLX does not say why'}"
-        #: Whether it is memory that is missing: then the kernel may be right.
+        #: Whether memory is missing; the kernel itself may then be correct.
         self.lacks_memory = _NO_MEMORY.search(said) is not None
         device = mx.device_info().get("device_name", mx.default_device())
         super().__init__(
             f"[kernel] The kernel {name} must compile and run on {device}, but it does not; "
-            "rotormlx.remove(model) gives a model its own caches back, and ROTORMLX_BACKEND=mlx "
+            "rotormlx.remove(model) restores the model's own caches, and ROTORMLX_BACKEND=mlx "
             f"needs no kernels. MLX says: {said}"
         )
 
@@ -42,9 +42,9 @@ class FirstCallKernel:
     """A kernel that evaluates the result of its first call for each template and set of dtypes.
 
     Args:
-        name: For messages.
-        make: Makes the kernel: ``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
-        **options: What it takes beside the name.
+        name: The name of the kernel, also used in messages.
+        make: ``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
+        **options: The arguments of ``make`` other than the name.
 
     Raises:
         KernelError: If the kernel cannot be made; calls raise it if it cannot be compiled or run.
@@ -75,7 +75,7 @@ class FirstCallKernel:
 
 
 def _evaluated(arrays: list[Any]) -> bool:
-    """Evaluate what is given; False while a function is traced, which has no numbers yet."""
+    """Evaluate the arrays; return False while a function is traced, when this is impossible."""
     try:
         mx.eval([a for a in arrays if isinstance(a, mx.array)])
     except ValueError:

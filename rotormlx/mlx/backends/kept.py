@@ -1,7 +1,7 @@
 """Findings about the kernels on this GPU, stored in the cache folder.
 
-One JSON file for a backend, a device and everything else that a finding depends on: the versions of
-MLX and rotormlx and the texts of the kernels. A file that cannot be read counts as none.
+There is one JSON file per backend, device, system, version of MLX and of rotormlx, and text of the
+kernels, since a finding depends on all of these. A file that cannot be read counts as missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rotormlx.kernels.source import folder
 from rotormlx.storage.paths import cache_dir
 from rotormlx.storage.tensor_file import atomic_path
 
-# Folders whose files the kernels are made of.
+# Folders with the source texts of the kernels.
 _TEXTS = ("metal_kernels", "cuda_kernels", "shared_kernels")
 
 
@@ -29,7 +29,7 @@ class Findings:
     """Findings about a backend on this device, by name.
 
     Args:
-        backend: Its name.
+        backend: The name of the backend.
     """
 
     def __init__(self, backend: str) -> None:
@@ -43,8 +43,8 @@ class Findings:
         return self._found.get(name)
 
     def keep(self, name: str, found: Any) -> None:
-        """Store a finding; warns if the file cannot be written."""
-        # Another process may have found something meanwhile.
+        """Store a finding; warn if the file cannot be written."""
+        # Another process may have stored findings meanwhile.
         self._found = {**self._read(), **self._found, name: found}
         text = json.dumps({"facts": self.facts, "found": self._found}, indent=1) + "\n"
         try:
@@ -53,9 +53,9 @@ class Findings:
                 part.write_text(text, encoding="utf-8")
         except (OSError, ValueError) as error:
             _warn_once(
-                f"[kernels] What is found out about kernels must be kept in {self.path.parent}, "
-                f"but that folder cannot be written ({_reason(error)}), so every process finds it "
-                "out again; set ROTORMLX_CACHE to a folder that can be written."
+                f"[kernels] Findings about kernels must be stored in {self.path.parent}, but that "
+                f"folder cannot be written ({_reason(error)}), so every process repeats the "
+                "checks; set ROTORMLX_CACHE to a writable folder."
             )
 
     def everything(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _findings(backend: str, _folder: Path, /) -> Findings:
 
 
 def device_name() -> str:
-    """Return MLX's name of the GPU, or the processor if MLX computes on the CPU."""
+    """Return MLX's name of the GPU, or that of the processor if MLX computes on the CPU."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return platform.processor() or platform.machine()
     return str(mx.device_info().get("device_name", mx.default_device()))

@@ -1,4 +1,4 @@
-"""The codec as fused Metal kernels; docs/KERNELS.md says how each of them works.
+"""The codec as fused Metal kernels; docs/KERNELS.md explains each of them.
 
 Shapes: B batch, K KV heads, N blocks, D head_dim.
 """
@@ -32,7 +32,7 @@ from rotormlx.mlx.backends.metal_attend import attend
 from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.dtypes import FLOATS
 
-# Threads of a threadgroup: every pipeline allows as many, whatever registers it takes.
+# Threads per threadgroup; every pipeline allows this many, whatever registers it uses.
 THREADS = 256
 THREADGROUP_BYTES = 32 * 1024
 
@@ -64,8 +64,8 @@ class MetalBackend(MLXBackend):
     ) -> Packed:
         """Compress whole blocks in one kernel; see :meth:`MLXBackend.encode`.
 
-        A head_dim above 336 takes the inherited path: its block of codes exceeds the threadgroup
-        memory.
+        A head_dim above 336 takes the inherited path, because its block of codes exceeds the
+        threadgroup memory.
         """
         if encode_bytes(codec) > THREADGROUP_BYTES:
             return super()._encode(x, codec, channel_scale, centres, start, state)
@@ -103,7 +103,7 @@ class MetalBackend(MLXBackend):
     def _decode(
         self, packed: Packed, codec: Codec, channel_scale: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
-        """The vectors that packed blocks stand for; see :meth:`MLXBackend.decode`."""
+        """Decode packed blocks in one kernel; see :meth:`MLXBackend.decode`."""
         batch, heads, count = packed.words.shape[:3]
         made = _launch(
             "decode",
@@ -122,7 +122,7 @@ class MetalBackend(MLXBackend):
         return made["out"]
 
     def _attend(self, call: AttendCall) -> mx.array:
-        """Attention over a partly packed cache; see :meth:`MLXBackend.attend`."""
+        """Attend over a partly packed cache; see :meth:`MLXBackend.attend`."""
         return attend(call)
 
 
@@ -131,20 +131,20 @@ def rotor3_quantize_dequantize(
 ) -> mx.array:
     """Quantize and dequantize vectors with the published method, in one kernel.
 
-    The same as decoding what a codec of values with the rotation ``rotor3`` and no channel scale
-    encodes, without the codes in between.
+    The result is that of encoding and decoding with a codec of values, the rotation ``rotor3`` and
+    no channel scale, but no codes are stored in between.
 
     Args:
         x: Rows ``[n, D]``, float16, bfloat16 or float32.
-        bits: Bits of a code.
-        seed: Selects the rotors, with ``layer``.
-        layer: Likewise.
+        bits: Bits per code.
+        seed: Selects the rotors, together with ``layer``.
+        layer: Selects the rotors, together with ``seed``.
 
     Returns:
         ``[n, D]`` in the dtype of x.
 
     Raises:
-        ValueError: If x has another shape or dtype, or ``bits`` is not of a codebook.
+        ValueError: If x has another shape or dtype, or there is no codebook of ``bits``.
     """
     if x.ndim != 2 or x.dtype not in FLOATS:
         raise ValueError(
@@ -170,10 +170,11 @@ def rotor3_quantize_dequantize(
 
 
 def encode_bytes(codec: Codec) -> int:
-    """Threadgroup memory of the kernel ``encode`` where it takes means; elsewhere it is no more.
+    """Return the most bytes of threadgroup memory that the kernel ``encode`` needs.
 
-    A block of codes, and sums for its centre or, in the same place, the numbers of some sequences
-    of a trellis: ``BlockEncoder`` of rotation.h and ``Slice`` of trellis.h.
+    It holds a block of codes. In addition it holds either the sums for the centre or, in the same
+    place, the numbers of some trellis sequences: ``BlockEncoder`` of rotation.h, ``Slice`` of
+    trellis.h.
     """
     codes = BLOCK * (codec.head_dim + 4)
     sums = codec.head_dim * (THREADS // 32)
@@ -231,9 +232,9 @@ def _codec_kernel(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
 ) -> Kernel:
-    """The kernel ``encode`` or ``decode`` of a rotation and a codebook."""
+    """Return the kernel ``encode`` or ``decode`` of a rotation and a codebook."""
     text = _codec_text(name, bits, rotation, macros)
-    # MLX keeps one compiled text a name, so the name tells apart all that the text depends on.
+    # MLX keeps one compiled text per name, so the name holds everything the text depends on.
     parts = (name, rotation.name, str(rotation.head_dim), str(bits), *map(str.lower, macros))
     return _metal_kernel("_".join(parts), inputs, outputs, text)
 
@@ -261,7 +262,7 @@ def _codec_text(
 def _metal_kernel(
     name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], text: KernelText
 ) -> Kernel:
-    """The kernel object, which the layers of a model share; it reads inputs as they lie."""
+    """Return the kernel object that the layers of a model share; it reads inputs in place."""
     return FirstCallKernel(
         f"rotormlx_{name}",
         mx.fast.metal_kernel,

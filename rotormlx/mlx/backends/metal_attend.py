@@ -1,8 +1,8 @@
 """Attention on packed bytes in Metal: launches ``attend``, ``prefill`` and ``attend_merge``.
 
-The sequence is cut into parts, packed and exact ones, each done by its own threadgroups; a last
-kernel merges them. A short sequence is done by one threadgroup per KV head, which gives the output.
-Buffers of the cache are passed whole, with the lengths that count, so nothing is copied.
+The sequence is cut into packed and exact parts, each computed by its own threadgroups; a last
+kernel merges them. For a short sequence, one threadgroup per KV head computes the output alone.
+Buffers of the cache are passed whole, with the lengths in use, so nothing is copied.
 
 Shapes: B batch, H query heads, K KV heads, L queries, G = H / K * L query rows of a KV head,
 S tokens, D head_dim.
@@ -28,25 +28,23 @@ from rotormlx.mlx.backends.first_call import FirstCallKernel
 from rotormlx.mlx.backends.mlx_ops import MLXBackend, rotated_queries
 from rotormlx.mlx.cache.view import KVView
 
-# Up to so many query rows of a KV head are done on words as they lie; more of them are matrix
-# products. It bounds registers (four sums a row) and threadgroup memory (26.1 KiB at head_dim 256
+# The most query rows per KV head that read levels straight from words; more rows use matrix
+# products. It bounds registers (four sums per row) and threadgroup memory (26.1 KiB at head_dim 256
 # and 8 bits).
 MAX_ROWS = 8
-# Channels that the threads of a threadgroup have at most; longer vectors are left to MLX's
-# operations.
+# The most channels that a threadgroup can hold; longer vectors are left to MLX's operations.
 MAX_HEAD_DIM = 256
-# Numbers of a buffer that are counted in 32 bits; larger buffers are left to MLX's operations.
+# Kernels index a buffer in 32 bits; buffers of this many numbers are left to MLX's operations.
 MAX_BUFFER = 2**31
-# Simdgroups of the kernel ``prefill``, and blocks of a step of the kernel ``attend``. For more than
-# 32 query rows there are twice as many, so that a group of 4 heads and 16 queries reads a byte
-# once.
+# Simdgroups of the kernel ``prefill``, and blocks per step of the kernel ``attend``. More than 32
+# query rows get twice as many simdgroups, so that 4 heads with 16 queries each read a byte once.
 SIMDGROUPS = 4
-# Tokens that a part is a multiple of.
+# The tokens of a part are a multiple of this number.
 PART_STEP = SIMDGROUPS * BLOCK
-# Threadgroups that keep a large GPU busy: a longer sequence gets longer parts, not more of them.
+# Threadgroups that keep a large GPU busy; beyond them, parts get longer, not more numerous.
 THREADGROUPS = 512
 MAX_PARTS = 128
-# Up to so many steps are done by one threadgroup, rather than by several and another kernel.
+# The most steps that one threadgroup computes alone, without parts and without a merge.
 ALONE_STEPS = 2
 MERGE_THREADS = 128
 
@@ -55,10 +53,10 @@ Template = list[tuple[str, object]]
 
 
 class Plan(NamedTuple):
-    """How a call is cut.
+    """The parts into which a call is cut.
 
     packed, exact: Parts of the packed and of the exact tokens.
-    alone: Whether one threadgroup does all tokens of a KV head.
+    alone: Whether one threadgroup per KV head computes all tokens.
     """
 
     packed: Parts
@@ -67,16 +65,16 @@ class Plan(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """All parts."""
+        """The number of all parts."""
         return self.packed.number + self.exact.number
 
 
 class Tiling(NamedTuple):
-    """How the G query rows of a KV head are spread over threadgroups of the kernel ``prefill``.
+    """The division of the G query rows of a KV head among threadgroups of the kernel ``prefill``.
 
-    tiles: Threadgroups.
-    rows: Query rows of each.
-    simdgroups: Of each.
+    tiles: Number of threadgroups.
+    rows: Query rows per threadgroup.
+    simdgroups: Simdgroups per threadgroup.
     tile: Tokens that are decoded at once.
     """
 
@@ -87,9 +85,9 @@ class Tiling(NamedTuple):
 
 
 def attend(call: AttendCall) -> mx.array:
-    """Attention over a partly packed cache; see :meth:`MLXBackend.attend`.
+    """Attend over a partly packed cache; see :meth:`MLXBackend.attend`.
 
-    Vectors of more than 256 numbers, and buffers of 2^31 numbers, take MLX's operations.
+    MLX's operations compute vectors of more than 256 numbers and buffers of 2^31 or more numbers.
     """
     if call.larger_dim > MAX_HEAD_DIM or _largest_buffer(call) >= MAX_BUFFER:
         return MLXBackend().attend(call)
@@ -102,7 +100,7 @@ def attend(call: AttendCall) -> mx.array:
 
 
 def _attend_few(call: AttendCall, way: str) -> mx.array:
-    """Attention of few query rows; ``way``: of finding levels, see :mod:`metal_levels`."""
+    """Attend with few query rows; ``way`` finds levels, see :mod:`metal_levels`."""
     plan = _plan(call)
     if plan.alone:
         return _attended_alone(call, plan, way)
@@ -120,7 +118,7 @@ def _plan(call: AttendCall, tiles: int = 1) -> Plan:
 
 
 def _largest_buffer(call: AttendCall) -> int:
-    """Numbers of the largest buffer."""
+    """Return the size of the largest buffer, in numbers."""
     views = call.keys, call.values
     packed = (a for view in views for a in view.packed or () if a is not None)
     return max(a.size for a in (*(view.exact for view in views), *packed))
@@ -137,9 +135,9 @@ def _tiling(group: int, larger_dim: int) -> Tiling:
 
 
 def _attended_alone(call: AttendCall, plan: Plan, way: str) -> mx.array:
-    """The output ``[B, H, L, Dv]``, by one threadgroup a KV head."""
+    """Return the output ``[B, H, L, Dv]``, computed by one threadgroup per KV head."""
     keys, values = call.keys.codec.rotation, call.values.codec.rotation
-    # Two places a thread: the one threadgroup then has twice as many simdgroups.
+    # Two places per thread, so that the single threadgroup has twice as many simdgroups.
     (output,) = _attend_kernel(keys, values, alone=True)(
         inputs=[*_inputs(call, plan), *_output_inputs(call)],
         template=[*_template(call, 2, way), *_output_template(call)],
@@ -151,8 +149,8 @@ def _attended_alone(call: AttendCall, plan: Plan, way: str) -> mx.array:
 
 
 def _parts(call: AttendCall, plan: Plan, way: str) -> list[mx.array]:
-    """Tops, totals and outputs of all parts, float32 ``[B, K, G, parts]`` and ``[..., Dv]``."""
-    # Four places share what is loaded of a query; more rows than four leave no registers for them.
+    """Return tops, totals and outputs of all parts, float32 ``[B, K, G, parts(, Dv)]``."""
+    # Four places share one load of a query; with more than four rows, registers do not suffice.
     places = 4 if call.group_rows <= 4 else 2
     shape = (call.batch, call.kv_heads, call.group_rows, plan.parts)
     return _attend_kernel(call.keys.codec.rotation, call.values.codec.rotation, alone=False)(
@@ -201,7 +199,7 @@ def _grid(call: AttendCall, places: int, parts: int) -> dict[str, tuple[int, int
 
 
 def _simdgroups(places: int) -> int:
-    """Simdgroups that have the blocks of a step, with so many tokens a thread."""
+    """Return the simdgroups that read the blocks of a step, with ``places`` tokens per thread."""
     return SIMDGROUPS * 2 // places
 
 
@@ -209,10 +207,10 @@ def _simdgroups(places: int) -> int:
 
 
 def _prefill_parts(call: AttendCall, plan: Plan, tiling: Tiling) -> list[mx.array]:
-    """Compute parts as :func:`_parts` does, with query rows padded to whole tiles."""
+    """Compute parts as in :func:`_parts`, with query rows padded to whole tiles."""
     keys, values, group = call.keys, call.values, call.group_rows
     rows = tiling.tiles * tiling.rows
-    # Flat in between: the kernel reads it row by row, and a reshape alone may keep strides.
+    # Flattened in between, because the kernel needs contiguous rows and a reshape may keep strides.
     q = call.scaled_queries
     q = mx.pad(q.reshape(-1).reshape(q.shape), [(0, 0), (0, 0), (0, rows - group), (0, 0)])
     rotated = rotated_queries(q, keys) if keys.packed_tokens else q
@@ -239,7 +237,7 @@ def _prefill_parts(call: AttendCall, plan: Plan, tiling: Tiling) -> list[mx.arra
 
 
 def _merged(call: AttendCall, plan: Plan, parts: list[mx.array], *, rows: int) -> mx.array:
-    """The output ``[B, H, L, Dv]`` from what the parts give, ``rows`` query rows a threadgroup."""
+    """Merge parts to the output ``[B, H, L, Dv]``, ``rows`` query rows per threadgroup."""
     (output,) = _merge_kernel(call.values.codec.rotation)(
         inputs=[*parts, _plan_numbers(call, plan), *_output_inputs(call)],
         template=[
@@ -279,8 +277,8 @@ def _output_template(call: AttendCall) -> Template:
 def _plan_numbers(call: AttendCall, plan: Plan) -> mx.array:
     """Return the numbers that kernels read by position.
 
-    Sink; packed parts, their tokens, tokens of an exact part; L, G; bits of the scale; strides of
-    the batch rows' channel scales of keys and of values; K.
+    They are: sink; number of packed parts, tokens per packed part, tokens per exact part; L; G; the
+    scale as raw bits; strides of the batch rows' channel scales of keys and of values; K.
     """
     return constants.numbers(
         (
@@ -299,7 +297,7 @@ def _scale_stride(view: KVView) -> int:
 
 
 def _packed(view: KVView) -> Packed:
-    """The packed buffers; where nothing is packed, some that no thread reads."""
+    """Return the packed buffers; placeholders if nothing is packed."""
     if view.packed_tokens and view.packed is None:
         raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
     given = (view.packed if view.packed_tokens else None) or Packed(None, None, None)
@@ -308,12 +306,12 @@ def _packed(view: KVView) -> Packed:
 
 
 def _exact(view: KVView) -> mx.array:
-    """The exact buffer; where it is empty, one that no thread reads."""
+    """Return the exact buffer; a placeholder if it is empty."""
     return view.exact if view.exact.size else constants.nothing(view.dtype, 4)
 
 
 def _mask_of_kernel(call: AttendCall) -> mx.array:
-    """The mask as ``[B, H, L, S]``, which copies nothing; without one, one that no thread reads."""
+    """Return the mask broadcast to ``[B, H, L, S]``; a placeholder if there is none."""
     mask = call.mask_array
     if mask is None:
         return constants.nothing(mx.bool_, 4)
@@ -339,7 +337,7 @@ def _text(name: str, *before: str, lookup: bool = False) -> KernelText:
 
 @derived
 def _attend_kernel(keys: Rotation, values: Rotation, *, alone: bool) -> Kernel:
-    """The kernel ``attend``: from the queries to the output, or to what a part gives."""
+    """Return the kernel ``attend``, which gives the output if ``alone``, else the parts."""
     kind = "alone" if alone else "parts"
     types = [metal_rotation("KeyRotation", keys), metal_rotation("ValueRotation", values)]
     return _kernel(
@@ -371,7 +369,7 @@ def _prefill_kernel() -> Kernel:
 def _kernel(
     name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], text: KernelText
 ) -> Kernel:
-    """The kernel object, which layers share; the buffers of the cache are read where they lie."""
+    """Return the kernel object that layers share; it reads the buffers of the cache in place."""
     return FirstCallKernel(
         f"rotormlx_{name}",
         mx.fast.metal_kernel,

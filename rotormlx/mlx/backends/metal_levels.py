@@ -1,6 +1,6 @@
-"""How the Metal kernel of few query rows finds the level of a code: several ways, one result.
+"""The ways in which the Metal kernel of few query rows finds the level of a code.
 
-Which is the fastest depends on the GPU, so they are timed at first use.
+All have equal results. Their speed depends on the GPU, so they are timed at first use.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from rotormlx.mlx.backends import choices, example
 from rotormlx.mlx.backends.example import Size
 from rotormlx.mlx.backends.kept import findings
 
-# In the order of metal_kernels/lookup.h; and those of each width, the best by estimate first
-# (docs/KERNELS.md). 256 levels are too many for any but the table.
+# All ways, in the order of metal_kernels/lookup.h; then the ways of each width, the best by
+# estimate first (docs/KERNELS.md). Only the table holds 256 levels.
 WAYS = ("table", "arithmetic", "quad", "pairs")
 OF_BITS = {
     2: ("quad", "pairs", "arithmetic", "table"),
@@ -27,28 +27,26 @@ OF_BITS = {
     8: ("table",),
 }
 VARIABLE = "ROTORMLX_METAL_LEVELS"
-# The call that is timed: what one user's step reads of a layer.
+# The size of the call that is timed: one layer in a decode step of one user.
 SIZE = Size(heads=32, kv_heads=8, head_dim=128, length=1, packed_tokens=8192)
 
-# Runs a call in a way.
+# Runs a call in the way of this name.
 Run = Callable[[AttendCall, str], mx.array]
 
 
 def ways(key_bits: int, value_bits: int) -> tuple[str, ...]:
-    """Ways for keys and values of these widths, the best by estimate first.
+    """Return the ways for keys and values of these widths, the best by estimate first.
 
-    Where only one of the two widths has a way, the other takes the table.
+    A width that does not have a way takes the table instead.
     """
     return max(OF_BITS[key_bits], OF_BITS[value_bits], key=len)
 
 
 def chosen(key_bits: int, value_bits: int, run: Run) -> str:
-    """The one of :func:`ways` that is used.
-
-    That is what ``ROTORMLX_METAL_LEVELS`` names, else the fastest on this GPU.
+    """Return the way that ``ROTORMLX_METAL_LEVELS`` names, else the fastest on this GPU.
 
     Raises:
-        RuntimeError: If the variable names none of them.
+        RuntimeError: If the variable names none of :func:`ways`.
     """
     name = os.environ.get(VARIABLE)
     if name is None:
@@ -75,7 +73,7 @@ def _fastest(key_bits: int, value_bits: int, run: Run) -> str:
 
 
 def template(key_bits: int, value_bits: int, way: str) -> list[tuple[str, object]]:
-    """The kernel's template arguments."""
+    """Return the kernel's template arguments for a way."""
     taken = (way if way in OF_BITS[bits] else "table" for bits in (key_bits, value_bits))
     return [
         (name, WAYS.index(way)) for name, way in zip(("KEY_WAY", "VALUE_WAY"), taken, strict=True)

@@ -1,8 +1,8 @@
-"""The codec and its attention in MLX operations: right on any device that MLX runs on.
+"""The codec and its attention in MLX operations, correct on every device that MLX supports.
 
 Encoding uses only elementwise operations and sums in a fixed order, so a block's bytes do not
 depend on how many blocks are encoded in one call. Attention rotates the query once, reads levels
-straight from words and rotates the output back once; a long history is walked tile by tile.
+straight from words and rotates the output back once. It reads a long history tile by tile.
 
 Shapes: B batch, H query heads, K KV heads, G = H / K * L query rows of a KV head, N blocks,
 T tokens of a tile, D head_dim.
@@ -26,23 +26,23 @@ from rotormlx.mlx.attend_call import AttendCall
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.dtypes import FLOATS
 
-# Values that are encoded at once: at 3 bits about fifty float32 arrays of them are alive, 25 MiB.
+# Values encoded at once: at 3 bits, about fifty float32 arrays of this size are alive, 25 MiB.
 TILE_VALUES = 2**17
-# Scores held at once, over all query heads: 16 MiB in float32.
+# Scores held at once over all query heads, 16 MiB in float32.
 TILE_SCORES = 2**22
 TILE_TOKENS = 2048
 
-# What reads a prompt: MLX's attention, see rotormlx/mlx/prefill.py, or that of a backend.
+# The attention for a prompt: that of MLX (see rotormlx/mlx/prefill.py) or that of a backend.
 LIBRARY, KERNEL = "library", "kernel"
 
 
-# From the first and the last-plus-one token of a tile to its mask ``[B or 1, K or 1, G, T]``,
-# boolean or additive, or None where every token is visible.
+# Takes the first token of a tile and the first one after it; returns its mask ``[B or 1, K or 1, G,
+# T]``, boolean or additive, or None if every token is visible.
 Masks = Callable[[int, int], "mx.array | None"]
 
 
 class Softmax(NamedTuple):
-    """A softmax under way over the tokens seen so far, float32.
+    """The intermediate state of a softmax over the tokens read so far, float32.
 
     top: Largest score, ``[B, K, G, 1]``.
     total: Sum of exponentials, ``[B, K, G, 1]``.
@@ -55,9 +55,9 @@ class Softmax(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Which attention does a chunk of a prompt, ``LIBRARY`` or ``KERNEL``.
+    """The attention for a chunk of a prompt, ``LIBRARY`` or ``KERNEL``.
 
-    first: While nothing is packed; ``LIBRARY`` gives what an exact cache gives, bit for bit.
+    first: While nothing is packed. ``LIBRARY`` gives the same bits as an exact cache.
     later: Once something is packed.
     """
 
@@ -66,18 +66,18 @@ class Prompts(NamedTuple):
 
 
 class MLXBackend:
-    """Every operation of the codec in MLX operations; other backends replace what they fuse."""
+    """The backend in MLX operations; other backends replace the operations that they fuse."""
 
     name = "mlx"
 
-    # What somebody who has timed both on this device prefers to `prompts`.
+    # The faster attention as timed on this device, which replaces the result of `prompts`.
     timed_prompts: Prompts | None = None
 
     def prompts(self, dtype: mx.Dtype) -> Prompts:
-        """The faster attention for prompts, by estimate or measured: docs/KERNELS.md."""
+        """Return the faster attention for prompts, estimated or measured (docs/KERNELS.md)."""
         if mx.default_device().type == mx.DeviceType.gpu:
             return Prompts(LIBRARY, LIBRARY)
-        # MLX multiplies 16 bits more slowly on a CPU than float32, which the operations here use.
+        # On a CPU, MLX multiplies 16-bit numbers more slowly than float32, which KERNEL uses.
         return Prompts(LIBRARY if dtype == mx.float32 else KERNEL, KERNEL)
 
     def encode(
@@ -97,9 +97,9 @@ class MLXBackend:
             codec: Role, bits and rotation.
             channel_scale: float32 ``[K, D]``, positive; None for 1.
             centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
-            start: Tokens of the one block before it are coded already; what comes out for them does
-                not count.
-            state: What those leave to the trellis codes of values, uint32 ``[B, K, N, D]``; see
+            start: Number of tokens at the start of the single block that are already coded; their
+                results do not count.
+            state: State of the trellis after these tokens, uint32 ``[B, K, N, D]``, for values; see
                 :func:`rotormlx.codec.trellis.state_after`.
 
         Returns:
@@ -146,11 +146,11 @@ class MLXBackend:
         return Packed(*(None if a[0] is None else mx.concatenate(a, axis=2) for a in fields))
 
     def prefill_scale(self, x: mx.array, codec: Codec) -> mx.array:
-        """The channel scale ``prefill`` of a first block.
+        """Return the channel scale ``prefill`` of a first block.
 
         Args:
-            x: Keys or values of the first block, ``[B, K, 64, D]``; batch row 0 counts.
-            codec: Role of the block.
+            x: Keys or values of the first block, ``[B, K, 64, D]``; only batch row 0 is used.
+            codec: The codec, which gives the role of the block.
 
         Returns:
             float32 ``[K, D]``.
@@ -173,7 +173,7 @@ class MLXBackend:
         channel_scale: mx.array | None = None,
         dtype: mx.Dtype = mx.float32,
     ) -> mx.array:
-        """The vectors that packed blocks stand for.
+        """Decode packed blocks.
 
         Returns:
             ``[B, K, N * 64, D]``.
@@ -200,14 +200,14 @@ class MLXBackend:
         return y.reshape(*y.shape[:2], -1, codec.head_dim).astype(dtype)
 
     def product(self, a: mx.array, b: mx.array) -> mx.array:
-        """The matrix product of float32 ``[..., M, N]`` and ``[..., N, P]``."""
+        """Return the matrix product of float32 ``[..., M, N]`` and ``[..., N, P]``."""
         return a @ b
 
     def attend(self, call: AttendCall) -> mx.array:
-        """Attention over a partly packed cache.
+        """Attend over a partly packed cache.
 
         Returns:
-            ``[B, H, L, Dv]`` in the dtype of the queries; zero for a query that sees nothing.
+            ``[B, H, L, Dv]`` in the dtype of the queries; zero for a query that sees no token.
             Sums are in float32.
 
         Source: docs/FORMAT.md, section 7.
@@ -236,7 +236,7 @@ class MLXBackend:
 
 
 def start_softmax(call: AttendCall) -> Softmax:
-    """A softmax that has seen nothing, or only the attention-sink logits."""
+    """Return a softmax over no token, or only over the attention-sink logits."""
     rows = (call.batch, call.kv_heads, call.group_rows, 1)
     output = mx.zeros((*rows[:-1], call.value_dim), mx.float32)
     if call.sink_logits is None:
@@ -248,18 +248,18 @@ def start_softmax(call: AttendCall) -> Softmax:
 
 
 def advance(state: Softmax, scores: mx.array) -> tuple[Softmax, mx.array]:
-    """Take in the scores of a tile.
+    """Add the scores of a tile to a softmax.
 
     Args:
         state: The softmax so far.
-        scores: ``[B, K, *, G, T]``, where * is one or several blocks.
+        scores: ``[B, K, *, G, T]``, where * is the number of blocks.
 
     Returns:
-        The state with its output still lacking this tile's values, and the tile's exponentials in
-        the shape of the scores.
+        The new state, whose output still lacks the values of this tile, and the exponentials of the
+        tile in the shape of the scores.
     """
     top = mx.maximum(state.top, mx.max(scores, axis=(2, 4))[..., None])
-    # A row that has seen nothing has no top: subtract 0 from its -inf.
+    # For a row without a visible token, subtract 0 instead of its top, which is -inf.
     reference = mx.where(top == -np.inf, mx.array(0.0), top)
     weights = mx.exp(scores - reference[:, :, None])
     shrink = mx.exp(state.top - reference)
@@ -270,10 +270,10 @@ def advance(state: Softmax, scores: mx.array) -> tuple[Softmax, mx.array]:
 def attend_packed(
     q: mx.array, keys: KVView, values: KVView, masks: Masks, tile: int, state: Softmax
 ) -> Softmax:
-    """Go over the packed blocks first of all; q is ``[B, K, G, D]``, already scaled.
+    """Add the packed blocks, which come first; q is ``[B, K, G, D]``, already scaled.
 
     The output stays in the rotated space of the values until the end, so no value may have been
-    summed before.
+    added before.
     """
     if keys.packed is None or values.packed is None:
         raise ValueError("[attend] A view that counts packed tokens must hold packed blocks.")
@@ -294,7 +294,7 @@ def attend_packed(
 
         state, weights = advance(state, scores)
         words, scales = (a[:, :, blocks] for a in values.packed[:2])
-        # The scale of a hidden token may be anything, NaN among them.
+        # The scale of a hidden token may be anything, even NaN.
         weights = mx.where(
             weights == 0, mx.array(0.0), weights * scales.astype(mx.float32)[..., None, :]
         )
@@ -311,8 +311,8 @@ def attend_packed(
 def attend_exact(
     q: mx.array, keys: KVView, values: KVView, masks: Masks, tile: int, state: Softmax
 ) -> Softmax:
-    """Go over the sink and the tail; q is ``[B, K, G, D]``, already scaled."""
-    # Sink and tail lie side by side. Where a mask asks for their places, they are two runs.
+    """Add the sink and the tail; q is ``[B, K, G, D]``, already scaled."""
+    # Sink and tail are adjacent in the buffer, but two runs if a mask depends on positions.
     apart = keys.packed_tokens and masks(0, keys.tokens) is not None
     sink = min(keys.sink, keys.exact_tokens) if apart else 0
     runs = [(0, sink, 0)] if sink else []
@@ -330,7 +330,7 @@ def attend_exact(
 
 
 def mask_of_tile(call: AttendCall, start: int, stop: int) -> mx.array | None:
-    """The part of a call's mask that a tile needs; see :data:`Masks`."""
+    """Return the part of a call's mask that a tile needs; see :data:`Masks`."""
     mask, tokens = call.mask, call.keys.tokens
     if mask is None:
         return None
@@ -351,7 +351,7 @@ def mask_of_tile(call: AttendCall, start: int, stop: int) -> mx.array | None:
 
 
 def hide(scores: mx.array, masks: Masks, start: int, stop: int) -> mx.array:
-    """Mask scores ``[B, K, N, G, T]`` of the tokens from start to stop; lanes beyond are hidden."""
+    """Mask scores ``[B, K, N, G, T]`` of tokens start to stop; hide the lanes after them."""
     _, _, blocks, _, lanes = scores.shape
     missing = blocks * lanes - (stop - start)
     mask = masks(start, stop)
@@ -369,9 +369,9 @@ def hide(scores: mx.array, masks: Masks, start: int, stop: int) -> mx.array:
 
 
 def after(earlier: mx.array, a: mx.array) -> mx.array:
-    """The array a, but not before ``earlier`` is there.
+    """Return the array a, which MLX then computes only after ``earlier``.
 
-    MLX may run ahead and work on all tiles at once; this keeps one at a time in memory.
+    Without this, MLX may compute all tiles at once; with it, one tile at a time is in memory.
     """
     return mx.depends([a], [earlier])[0]
 
@@ -394,7 +394,7 @@ def encode_blocks(
 ) -> Packed:
     """Compress blocks ``[B, K, N, 64, D]``; see :meth:`MLXBackend.encode`.
 
-    ``path`` is ``start`` and ``state`` of that.
+    ``path`` is its ``start`` and ``state``.
     """
     y = x.astype(mx.float32)
     if codec.role == KEY:
@@ -414,7 +414,7 @@ def encode_blocks(
     along = mx.maximum(sum_in_order(level * z, -1), codec.head_dim / 2)
     scales = (norm * (codec.shrink * root) / along).astype(mx.float16)
     scales = mx.where(size == 0, mx.array(0, mx.float16), scales)
-    # The NaN of the format; MLX's own is another, a signalling one.
+    # The NaN of the format; MLX's NaN has other bits and is signalling.
     nan = mx.array(0x7E00, mx.uint16).view(mx.float16)
     scales = mx.where(mx.isfinite(size) & mx.isfinite(scales), scales, nan)
     return Packed(pack(codes, codec), scales[..., 0], centres)
@@ -430,10 +430,10 @@ def nearest_codes(z: mx.array, codec: Codec) -> tuple[mx.array, mx.array]:
 def path_codes(
     z: mx.array, codec: Codec, start: int, state: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    """Trellis codes of ``[B, K, N, 64, D]``, and their levels; see :meth:`MLXBackend.encode`."""
+    """Return trellis codes of ``[B, K, N, 64, D]``, and levels; see :meth:`MLXBackend.encode`."""
     if codec.role == KEY:
         start, state = 0, None
-    # The packed axis first, the lanes of all blocks side by side.
+    # The packed axis comes first, then the lanes of all blocks in one axis.
     axis = -1 if codec.role == KEY else -2
     sequences = mx.moveaxis(z, axis, 0)
     shape = sequences.shape
@@ -447,7 +447,7 @@ def path_codes(
 
 
 def block_means(x: mx.array) -> mx.array:
-    """Centres of blocks ``[..., 64, D]``, float16 ``[..., D]``: means over the finite rows."""
+    """Return centres of blocks ``[..., 64, D]``: means of the finite rows, float16 ``[..., D]``."""
     finite = mx.all(mx.isfinite(x), axis=-1, keepdims=True)
     mean = sum_in_order(mx.where(finite, x, mx.array(0.0)), -2)[..., 0, :] / BLOCK
     return mx.clip(mean, -LARGEST_FLOAT16, LARGEST_FLOAT16).astype(mx.float16)
@@ -456,7 +456,7 @@ def block_means(x: mx.array) -> mx.array:
 def rotate(y: mx.array, rotation: Rotation) -> mx.array:
     """Rotate rows ``[B, K, N, 64, D]``, float32."""
     if not rotation.stages:
-        # One product a block: a matrix product of another shape may add up in another order.
+        # One product per block, since a product of another shape may sum in another order.
         whole = mx.swapaxes(matrix(rotation), -1, -2)
         blocks = [multiplied(y[:, :, n : n + 1], whole) for n in range(y.shape[2])]
         return mx.concatenate(blocks, axis=2)
@@ -466,20 +466,20 @@ def rotate(y: mx.array, rotation: Rotation) -> mx.array:
 
 
 def rotated_queries(q: mx.array, keys: KVView) -> mx.array:
-    """The queries ``[B, K, G, D]`` as the levels of the keys meet them, float32."""
+    """Return queries ``[B, K, G, D]`` in the rotated space of the keys, float32."""
     scaled = q if keys.channel_scale is None else q * keys.channel_scale[..., None, :]
     return scaled @ mx.swapaxes(inverse_matrix(keys.codec.rotation), -1, -2)
 
 
 def multiplied(rows: mx.array, matrix: mx.array) -> mx.array:
-    """Rows ``[B, K, ..., D]`` times a matrix ``[D, D]``, or times one per head, ``[K, D, D]``."""
+    """Multiply rows ``[B, K, ..., D]`` by a matrix ``[D, D]``, or by one per head ``[K, D, D]``."""
     if matrix.ndim == 3:
         matrix = matrix.reshape(-1, *(1,) * (rows.ndim - 4), *matrix.shape[1:])
     return rows @ matrix
 
 
 def apply_stage(y: mx.array, stage: Stage) -> mx.array:
-    """Mix the channels of float32 ``[..., D]``, one column of all blocks after the other."""
+    """Mix the channels of float32 ``[..., D]``, column by column for all blocks of a stage."""
     outer, radix, stride = stage.outer, stage.radix, stage.stride
     groups = y[..., stage.start : stage.stop].reshape(*y.shape[:-1], outer, radix, stride)
     columns = stage_columns(stage)
@@ -493,7 +493,7 @@ def apply_stage(y: mx.array, stage: Stage) -> mx.array:
 
 
 def sum_in_order(x: mx.array, axis: int) -> mx.array:
-    """The sum over an axis, kept with size 1: halves are added until one number is left.
+    """Sum over an axis, kept with size 1, by adding halves until one number is left.
 
     ``mx.sum`` may choose its order by the shape of the whole array; this order is always the same.
     """
@@ -506,7 +506,7 @@ def sum_in_order(x: mx.array, axis: int) -> mx.array:
 
 
 def nearest_magnitude(size: mx.array, bits: int) -> mx.array:
-    """Index of the nearest magnitude, uint32; at a boundary the larger one."""
+    """Return the index of the nearest magnitude, uint32; at a boundary, of the larger one."""
     limits = mx.array(codebook.boundaries(bits))
     index = mx.zeros(size.shape, mx.uint32)
     step = 2 ** (bits - 2)
@@ -517,7 +517,7 @@ def nearest_magnitude(size: mx.array, bits: int) -> mx.array:
 
 
 def levels_of_codes(codes: mx.array, bits: int) -> mx.array:
-    """float32 levels of codes."""
+    """Return the float32 levels of codes."""
     return mx.array(codebook.levels(bits))[codes]
 
 
@@ -525,7 +525,7 @@ def levels_of_codes(codes: mx.array, bits: int) -> mx.array:
 
 
 def pack(codes: mx.array, codec: Codec) -> mx.array:
-    """Words ``[..., rows, lanes]`` from codes ``[..., 64, D]``, uint32."""
+    """Pack codes ``[..., 64, D]`` into words ``[..., rows, lanes]``, uint32."""
     if codec.role == KEY:
         codes = mx.swapaxes(codes, -1, -2)
     lanes = codes.shape[-1]
@@ -542,10 +542,10 @@ def pack(codes: mx.array, codec: Codec) -> mx.array:
 
 
 def levels(words: mx.array, codec: Codec) -> mx.array:
-    """float32 levels ``[..., fields, lanes]`` of words ``[..., rows, lanes]``, in word order.
+    """Return float32 levels ``[..., fields, lanes]`` of words ``[..., rows, lanes]`` in word order.
 
-    Word order puts the first field of every word before the second of any, because then unpacking
-    moves nothing: see :func:`in_word_order`.
+    Word order puts the first field of every word before the second field of any word, so that
+    unpacking moves nothing; see :func:`in_word_order`.
     """
     first, rows = codec.planes[0], codec.plane_rows[0]
     shifts = mx.arange(0, 32, first.bits, dtype=mx.uint32)[:, None, None]
@@ -563,7 +563,7 @@ def levels(words: mx.array, codec: Codec) -> mx.array:
 
 
 def high_bits(words: mx.array, codec: Codec) -> mx.array:
-    """High bits of 3-bit codes in the word order of the low ones, ``[..., 16, rows, lanes]``."""
+    """Return high bits of 3-bit codes in word order of the low bits, ``[..., 16, rows, lanes]``."""
     low, high = codec.planes
     rows = codec.plane_rows[0]
     a_high_word = high.a_word // low.a_word
@@ -576,10 +576,10 @@ def high_bits(words: mx.array, codec: Codec) -> mx.array:
 
 
 def signed_magnitudes(index: mx.array, negative: mx.array, bits: int) -> mx.array:
-    """float32 levels from magnitude indices and sign bits.
+    """Return float32 levels from magnitude indices and sign bits.
 
-    Up to 8 magnitudes come from the polynomial through them: on a CPU, MLX does a multiply-add
-    sixty times faster than a look-up (and than a select). It is off by at most 3e-8.
+    Up to 8 magnitudes are computed by the polynomial through them, because on a CPU a multiply-add
+    of MLX is sixty times as fast as a look-up or a select. Its error is at most 3e-8.
     """
     if bits == 8:
         return mx.array(codebook.levels(bits))[index | (negative << (bits - 1))]
@@ -592,7 +592,7 @@ def signed_magnitudes(index: mx.array, negative: mx.array, bits: int) -> mx.arra
 
 
 def in_word_order(a: mx.array, codec: Codec) -> mx.array:
-    """Put the packed axis, which is the last of ``a``, into the order that levels come in."""
+    """Reorder the last axis of ``a``, the packed axis, into the word order of :func:`levels`."""
     per_word, rows = codec.planes[0].a_word, codec.plane_rows[0]
     missing = rows * per_word - codec.packed_axis_size
     if missing:
@@ -601,7 +601,7 @@ def in_word_order(a: mx.array, codec: Codec) -> mx.array:
 
 
 def in_natural_order(level: mx.array, codec: Codec) -> mx.array:
-    """Levels ``[..., 64, D]`` from levels in word order."""
+    """Return levels ``[..., 64, D]`` from levels in word order."""
     per_word, rows = codec.planes[0].a_word, codec.plane_rows[0]
     *front, fields, lanes = level.shape
     level = mx.swapaxes(level.reshape(*front, per_word, rows, lanes), -3, -2)
@@ -610,7 +610,7 @@ def in_natural_order(level: mx.array, codec: Codec) -> mx.array:
 
 
 def flat_fields(a: mx.array) -> mx.array:
-    """``[..., fields a word, rows, lanes]`` with the first two axes of those as one."""
+    """Merge the first two of the axes ``[..., fields per word, rows, lanes]``."""
     return a.reshape(*a.shape[:-3], -1, a.shape[-1])
 
 
@@ -619,26 +619,26 @@ def flat_fields(a: mx.array) -> mx.array:
 
 @derived
 def matrix(rotation: Rotation) -> mx.array:
-    """The whole rotation, float32 ``[D, D]``, or ``[K, D, D]`` where it is calibrated."""
+    """Return the matrix of a rotation, float32 ``[D, D]``; ``[K, D, D]`` if calibrated."""
     return mx.array(rotation.matrix.astype(np.float32))
 
 
 @derived
 def inverse_matrix(rotation: Rotation) -> mx.array:
-    """The transposed inverse, as :func:`matrix`: rows times it are un-rotated."""
+    """Return the transposed inverse, shaped as :func:`matrix`; it rotates rows back."""
     return mx.array(np.swapaxes(rotation.inverse, -1, -2).astype(np.float32))
 
 
 @derived
 def stage_columns(stage: Stage) -> tuple[mx.array, ...]:
-    """Column r of every block of a stage, float32 ``[outer, radix, stride]``."""
+    """Return for each r column r of every block of a stage, float32 ``[outer, radix, stride]``."""
     by_column = stage.blocks.transpose(3, 0, 2, 1).astype(np.float32)
     return tuple(mx.array(column) for column in by_column)
 
 
 @cache
 def magnitude_polynomial(bits: int) -> tuple[float, tuple[float, ...]]:
-    """An offset and coefficients, highest first: magnitude i is the polynomial at i - offset."""
+    """Return offset and coefficients, highest first, of a polynomial: magnitude i at i - offset."""
     is_trellis = bits in TRELLIS_BITS
     sizes = codebook.trellis_levels(bits)[: 2**bits] if is_trellis else codebook.magnitudes(bits)
     sizes = sizes.astype(np.float64)

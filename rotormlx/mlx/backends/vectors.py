@@ -1,4 +1,4 @@
-"""The shared test vectors as what a backend takes, and whether it reproduces them.
+"""The shared test vectors as arguments of a backend, and the check that it reproduces them.
 
 Source: docs/FORMAT.md, section 9.
 """
@@ -22,16 +22,16 @@ from rotormlx.mlx.backends.mlx_ops import MLXBackend
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.storage import tensor_file
 
-# What a check finds where all is well.
+# The finding of a check that found no difference.
 RIGHT = "right"
 Arrays = dict[str, Any]
 Facts = dict[str, Any]
 
-# Decoded vectors and outputs may differ by so much of the largest number.
+# The largest allowed error of decoded vectors and outputs, relative to the largest number.
 TOLERANCE = 1e-5
-# Query heads of a KV head are repeated so often where many query rows are wanted.
+# How often query heads are repeated for the operation with many query rows.
 MANY = 4
-# Enough that kernels cut a sequence into parts.
+# Enough tokens for kernels to cut a sequence into parts.
 HIDDEN_TOKENS = 1024
 
 
@@ -39,7 +39,7 @@ class Operation(NamedTuple):
     """An operation of the kernels at one code width.
 
     name: One of :data:`NAMES`.
-    bits: Bits of a code.
+    bits: Bits per code.
     """
 
     name: str
@@ -56,12 +56,12 @@ NAMES = (
 
 
 def operations() -> list[Operation]:
-    """Every operation at every width."""
+    """Return every operation at every width."""
     return [Operation(name, bits) for name in NAMES for bits in BITS]
 
 
 def folder() -> Path:
-    """Where the files lie: inside the package in a wheel, in ``tests/`` in the repository.
+    """Return the folder of the files: in the package in a wheel, in ``tests/`` in the repository.
 
     Raises:
         RuntimeError: If the installation lacks them.
@@ -71,38 +71,38 @@ def folder() -> Path:
         if place.is_dir():
             return place
     raise RuntimeError(
-        f"[vectors] The test vectors must lie in {package / 'vectors'}, but they do not; install "
-        "rotormlx anew."
+        f"[vectors] The test vectors must be in {package / 'vectors'}, but they are missing; "
+        "reinstall rotormlx."
     )
 
 
 def names() -> list[str]:
-    """Names of the files, such as ``cascade-d128``: a rotation and a head_dim."""
+    """Return the names of the files, such as ``cascade-d128``: a rotation and a head_dim."""
     return sorted(path.stem for path in folder().glob("*.safetensors"))
 
 
 @cache
 def load(name: str) -> tuple[Arrays, Facts]:
-    """The arrays of a file, and the facts about them."""
+    """Return the arrays of a file, and the facts about them."""
     path = folder() / f"{name}.safetensors"
     arrays, texts = tensor_file.read_arrays(path, where="test vectors", checksum_required=False)
     return dict(arrays), json.loads(texts["rotormlx"])
 
 
 def codec_of(facts: Facts, bits: int, role: str) -> Codec:
-    """The codec that has written a role's blocks of this width."""
+    """Return the codec that wrote a role's blocks of this width."""
     config = RotorConfig(bits, bits, facts["rotation"], seed=facts["seed"])
     return codec(config, facts["head_dim"], layer=facts["layer"], role=role)
 
 
 def channel_scale(arrays: Arrays, role: str) -> mx.array | None:
-    """The channel scale of a role, or None."""
+    """Return the channel scale of a role, or None."""
     scale = arrays.get(f"{role}.channel_scale")
     return None if scale is None else mx.array(scale)
 
 
 def packed_of(arrays: Arrays, role: str, bits: int) -> Packed:
-    """The packed rows of a role."""
+    """Return the packed rows of a role."""
     centres = mx.array(arrays["key.centres"]) if role == KEY else None
     words, scales = (mx.array(arrays[f"{role}.{part}.{bits}"]) for part in ("words", "scales"))
     return Packed(words, scales, centres)
@@ -111,7 +111,7 @@ def packed_of(arrays: Arrays, role: str, bits: int) -> Packed:
 def views_of(
     arrays: Arrays, facts: Facts, bits: int, dtype: mx.Dtype = mx.float32
 ) -> tuple[KVView, KVView]:
-    """Views of keys and of values, exact tokens in this dtype."""
+    """Return views of keys and of values, with exact tokens in this dtype."""
     views = []
     for role in ROLES:
         packed = packed_of(arrays, role, bits)
@@ -124,14 +124,14 @@ def views_of(
     return views[0], views[1]
 
 
-# ---- whether a backend reproduces them ----------------------------------------------------------
+# ---- the check of a backend --------------------------------------------------------------------
 
 
 def check(backend: MLXBackend, operation: Operation, name: str) -> str:
-    """Whether an operation of a backend reproduces a file.
+    """Check whether an operation of a backend reproduces a file.
 
     Returns:
-        ``RIGHT``, or the end of a sentence that begins with the operation.
+        ``RIGHT``, or the end of a sentence whose subject is the operation.
 
     Raises:
         KernelError: If memory is missing, which says nothing about the kernel.
@@ -148,12 +148,12 @@ def difference(backend: MLXBackend, operation: Operation, name: str) -> str | No
     """Compare the result of an operation with that in a vector file.
 
     Args:
-        backend: Runs the operation.
-        operation: Which, and at which width.
-        name: The file.
+        backend: The backend that runs the operation.
+        operation: The operation and its width.
+        name: The name of the file.
 
     Returns:
-        The end of a sentence that begins with the operation; None if it is reproduced.
+        The end of a sentence whose subject is the operation; None if there is no difference.
     """
     arrays, facts = load(name)
     verb, _, rest = operation.name.partition(" ")
@@ -170,11 +170,11 @@ def difference(backend: MLXBackend, operation: Operation, name: str) -> str | No
         return _is_near(found[:, :, : expected.shape[2]], expected)
     repeats = MANY if rest else 1
     query, expected = (arrays[part] for part in ("query", f"output.{operation.bits}"))
-    # Heads of one KV head stand side by side.
+    # Query heads of one KV head are adjacent.
     query, expected = (np.repeat(x, repeats, axis=1) for x in (query, expected))
     views = views_of(arrays, facts, operation.bits)
     call = AttendCall(mx.array(query), *views, facts["head_dim"] ** -0.5, "causal")
-    # Other kernels may do a short sequence than a long one.
+    # Long sequences may use other kernels than short ones.
     calls = [call] if rest else [call, _among_hidden_tokens(call)]
     return next(filter(None, (_is_near(backend.attend(c), expected) for c in calls)), None)
 
@@ -201,7 +201,7 @@ def _among_hidden_tokens(call: AttendCall) -> AttendCall:
 
 
 def _encodes(backend: MLXBackend, bits: int, arrays: Arrays, facts: Facts, role: str) -> str | None:
-    """Every bit of words, scales and centres must be that of the vectors."""
+    """Compare every bit of encoded words, scales and centres with the vectors."""
     x, scale = mx.array(arrays[f"{role}.input"]), channel_scale(arrays, role)
     packed = backend.encode(x, codec_of(facts, bits, role), channel_scale=scale)
     for part in ("words", "scales", "centres"):
@@ -217,6 +217,6 @@ def _encodes(backend: MLXBackend, bits: int, arrays: Arrays, facts: Facts, role:
 def _is_near(found: mx.array, expected: Any) -> str | None:
     largest = np.abs(expected).max()
     error = np.abs(np.array(found.astype(mx.float32)) - expected).max() / largest
-    if error <= TOLERANCE:  # not so if it is NaN
+    if error <= TOLERANCE:  # False for NaN
         return None
     return f"is wrong by {error:.1e} of the largest number, where {TOLERANCE} is allowed"

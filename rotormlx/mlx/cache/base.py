@@ -1,4 +1,4 @@
-"""The base of caches for one sequence and for batches: two stores, keys and values."""
+"""The base class of caches of one sequence and of batches: two stores, keys and values."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class StoredCache(ABC, Generic[S]):
     """A cache of one layer that holds its keys in one store and its values in another.
 
     Args:
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         max_size: The most tokens to hold for a sequence; None for no limit.
-        calibrated: Of a calibrated configuration, for keys and values.
+        calibrated: The calibrated arrays for keys and for values; None without a calibration.
 
     Raises:
         ValueError: If ``max_size`` has no room for sink, window and a block.
     """
 
-    # Its class in files: what it holds two of, and how, follows from that.
+    # The name of its class in files, from which readers know its parts and entries.
     kind: ClassVar[str]
-    # Attributes that it saves behind the entries that all have.
+    # Attributes that are saved after the entries that all classes share.
     own_entries: ClassVar[tuple[str, ...]] = ()
     # The class of the stores.
     _store: ClassVar[type[Store]]
-    # What the latest step attends, where it has dropped tokens that its first queries see: layers
-    # that read the keys and values of another ask for them in the same step.
+    # The views of the latest step if it dropped tokens that its first queries see. Layers that read
+    # the keys and values of another layer need these views in the same step.
     _latest: tuple[KVView, KVView] | None = None
 
     def __init__(
@@ -75,7 +75,7 @@ class StoredCache(ABC, Generic[S]):
         """Everything that is saved: numbers, texts, arrays and None.
 
         Source: docs/FORMAT.md, section 8; :class:`SavedCache` and :class:`SavedBatch` name the
-        entries, behind which :attr:`own_entries` stand.
+        entries, which :attr:`own_entries` follow.
         """
         self._latest = None  # hosts read the state to compute it
         return (*self._saved(), *(getattr(self, name) for name in self.own_entries))
@@ -85,7 +85,7 @@ class StoredCache(ABC, Generic[S]):
         """Restore a saved state.
 
         Raises:
-            ValueError: If it is not the state of such a cache, or of another format version.
+            ValueError: If it is not the state of such a cache, or has another format version.
         """
         self._restore(state)
         own = state[len(state) - len(self.own_entries) :]
@@ -122,7 +122,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def meta_state(self) -> str:
-        """Empty: ``state`` is everything. mlx-lm before 0.32 and mlx-vlm ask for it."""
+        """An empty text, which mlx-lm before 0.32 and mlx-vlm read; ``state`` holds everything."""
         return ""
 
     @meta_state.setter
@@ -134,14 +134,14 @@ class StoredCache(ABC, Generic[S]):
         """Make a cache from a state; ``meta_state`` comes from older hosts and is empty.
 
         Raises:
-            ValueError: If it is not the state of such a cache, or of another format version.
+            ValueError: If it is not the state of such a cache, or has another format version.
         """
         cache = cls.__new__(cls)
         cache.state = state
         return cache
 
     def prefix_cache_snapshot(self) -> dict[str, Any]:
-        """Return what a prefix cache of mlx-vlm stores; copies nothing."""
+        """Return what a prefix cache of mlx-vlm stores, without a copy."""
         return {"state": self.state, "meta_state": self.meta_state}
 
     def prefix_cache_restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -150,15 +150,15 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, room for growth included."""
+        """Bytes allocated, including room for growth."""
         return sum(store.nbytes for store in self._stores)
 
     @property
     def keys(self) -> mx.array | None:
         """An empty array in place of the keys.
 
-        Pipeline-parallel models assign ``cache.keys = mx.depends(cache.keys, sent)``, so that what
-        they sent is computed along with the cache.
+        Pipeline-parallel models assign ``cache.keys = mx.depends(cache.keys, sent)``, so that MLX
+        computes the arrays they sent together with the cache.
         """
         return None if self._keys is None else self._keys.exact[:, :, :0]
 
@@ -169,7 +169,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def values(self) -> NoReturn:
-        """Absent, so that code that copies ``keys`` and ``values`` fails instead of losing tokens.
+        """An absent attribute: code that copies ``keys`` and ``values`` fails, and loses no tokens.
 
         Raises:
             AttributeError: Always.
@@ -190,8 +190,8 @@ class StoredCache(ABC, Generic[S]):
         """Return keys and values for the model: handles for the fused attention.
 
         Args:
-            views: Of keys and values.
-            new: The keys and values just appended, if some were.
+            views: The views of keys and of values.
+            new: The keys and values just appended, if any.
         """
         return views
 
@@ -208,11 +208,11 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def bits(self) -> int:
-        """Absent; mlx-lm's own attention looks for it before it reads keys and values.
+        """An absent attribute that mlx-lm's own attention looks up before it reads keys and values.
 
         Raises:
             ValueError: While mlx-lm's attention cannot read compressed caches.
-            AttributeError: Else: there is no such thing.
+            AttributeError: Otherwise.
         """
         self._check_readable()
         raise AttributeError(f"{type(self).__name__} has no bits")
@@ -238,7 +238,7 @@ class StoredCache(ABC, Generic[S]):
 
     @property
     def parts(self) -> tuple[Part, Part]:
-        """What the first store holds, and what the second one holds."""
+        """The contents of the first store and of the second store."""
         return cache_fields.parts(self.kind, self.config)
 
     def _new_stores(self, *like: mx.array) -> tuple[S, S]:

@@ -1,9 +1,9 @@
 """Compressed caches of one layer for several sequences of different lengths.
 
 A row is stored as in :class:`RotorKVCache`: it has its own sink, packed blocks and tail, starts
-with its first token, and has the packed bytes of a run alone. Buffers are as long
-as the longest row needs. Padding never counts: left padding is not
-stored, and right padding is overwritten by the next tokens.
+with its first token, and has the same packed bytes as in a cache of its own. Buffers are as long as
+the longest row needs. Padding never counts: left padding is not stored, and the next tokens
+overwrite right padding.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Row:
 
     Args:
         counts: Tokens held, without padding.
-        left: Padding that will still come before the first token.
-        expected: Tokens that will still come before right padding; None for no limit.
-        right: Right padding just appended: it lies behind the tokens and counts in attention, so
-            that the last query of every row is the last appended, until the next step.
-        rejected: Tokens at the end that go when padding is over: a draft that was not accepted.
+        left: Padding still to come before the first token.
+        expected: Tokens still to come before right padding; None for no limit.
+        right: Right padding of the latest step. It follows the tokens and counts in attention until
+            the next step, so that the last query of every row is the last one appended.
+        rejected: Tokens at the end that are dropped when padding ends (rejected draft tokens).
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -52,7 +52,7 @@ class Row:
         return replace(self, counts=replace(self.counts))
 
     def append(self, length: int) -> int:
-        """Count the next ``length`` tokens; returns how many of them are left padding."""
+        """Count the next ``length`` tokens; return how many of them are left padding."""
         skipped = min(length, self.left)
         self.left -= skipped
         came = length - skipped
@@ -68,8 +68,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     """The keys and values of one layer for B sequences, compressed.
 
     Args:
-        left_padding: What stands before each sequence in the tokens to come; its length is B.
-        config: How to compress.
+        left_padding: Padding before each sequence in the tokens to come, B numbers.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         max_size: The most tokens a row holds; see :class:`RotorKVCache`.
         calibrated: See :class:`RotorKVCache`.
@@ -77,7 +77,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     kind = BATCH
     _store = BatchStore
-    # The class of a row by itself.
+    # The class of the cache of a single row.
     _single: ClassVar[type[RotorKVCache]] = RotorKVCache
 
     def __init__(
@@ -112,13 +112,13 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             ValueError: If a shape or dtype does not fit.
             MemoryError: If MLX's memory limit leaves no room for them.
 
-            Whatever is raised, an interrupt too: the cache is then unchanged.
+            After any exception, including an interrupt, the cache is unchanged.
         """
         check_update(keys, values, self._keys, self._values)
         if keys.shape[0] != len(self.rows):
             raise ValueError(
                 f"[BatchRotorKVCache] This cache has {len(self.rows)} rows, but keys of shape "
-                f"{keys.shape} were appended; give one row of keys for each."
+                f"{keys.shape} were appended; give one row of keys per row of the cache."
             )
         rows = [row.copy() for row in self.rows]
         if self._keys is None or self._values is None:
@@ -134,7 +134,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         views = self._views(stores, rows)
         served = self._served(views, (keys, values))
         self._pack_tails(stores, rows)
-        # One step, between whose halves no interrupt comes.
+        # A single call, which no interrupt can split.
         pairs = zip(rows, self.rows, strict=True)
         has_dropped = any(new.counts.evicted > old.counts.evicted for new, old in pairs)
         latest = views if has_dropped else None
@@ -146,13 +146,13 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return self._served(self.views())
 
     def views(self) -> tuple[KVView, KVView]:
-        """Return views of all keys and values; until a step is computed, those of that step."""
+        """Return views of all keys and values; until a step is computed, the views of that step."""
         return self._latest or self._views(self._filled(), self.rows)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """Return the attention mask for N new tokens; the tokens of a row count from its first.
+        """Return the attention mask for N new tokens; columns count from the first token of a row.
 
         Raises:
             ValueError: If no model is compressed, so that the attention could not read this cache.
@@ -166,15 +166,15 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         return mx.stack(masks)[:, None]
 
     def size(self) -> int:
-        """Return the tokens of the longest row."""
+        """Return the number of tokens of the longest row."""
         return max((row.counts.tokens for row in self.rows), default=0)
 
     def is_trimmable(self) -> bool:
-        """Whether any number of tokens can be forgotten: not once some were evicted."""
+        """Whether any number of tokens can be dropped: not after some were evicted."""
         return not any(row.counts.evicted for row in self.rows)
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens of every row; see :meth:`RotorKVCache.trim`."""
+        """Drop the last n tokens of every row; see :meth:`RotorKVCache.trim`."""
         self._forget_padding()
         return max((row.counts.trim(n, self.config) for row in self.rows), default=0)
 
@@ -188,19 +188,19 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         """Announce which of the next tokens are padding.
 
         Args:
-            left_padding: Tokens before each row; only while the cache is empty.
+            left_padding: Padding before each row; only while the cache is empty.
             lengths: Tokens of each row before its right padding.
-            right_padding: Tokens behind each row, until :meth:`finalize`. Without ``lengths`` they
-                are the last ones that each row holds then.
+            right_padding: Padding after each row, until :meth:`finalize`. Without ``lengths``,
+                :meth:`finalize` drops that many tokens at the end of each row.
 
         Raises:
-            ValueError: If left padding meets a filled cache.
+            ValueError: If left padding is given for a filled cache.
         """
         if left_padding is not None:
             if not self.empty():
                 raise ValueError(
                     "[BatchRotorKVCache] Left padding requires an empty cache, but this one holds "
-                    f"{self.size()} tokens; pad on the right."
+                    f"{self.size()} tokens; use right padding."
                 )
             for row, left in zip(self.rows, left_padding, strict=True):
                 row.left += int(left)
@@ -223,7 +223,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
 
     @property
     def _idx(self) -> int:
-        """The next column of prompts padded to one length; mlx-vlm reads it."""
+        """The next column of prompts padded to a common length, which mlx-vlm reads."""
         return max((row.counts.offset + row.right - row.left for row in self.rows), default=0)
 
     @property
@@ -265,7 +265,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             key_part, value_part = self.parts
             single._keys = self._keys.single(idx, single.counts, key_part.config)
             single._values = self._values.single(idx, single.counts, value_part.config)
-            # Now, or the copy would keep the buffers of the whole batch until it is used.
+            # Computed now: otherwise the copy keeps the buffers of the whole batch until its use.
             mx.eval(single._keys.arrays, single._values.arrays)
         return single
 
@@ -292,7 +292,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     # ---- inside ---------------------------------------------------------------------------------
 
     def _saved(self) -> tuple[Any, ...]:
-        # Without pending padding.
+        # Padding still to come is not saved.
         counts = [[r.counts.tokens, r.counts.packed, r.counts.evicted] for r in self.rows]
         table = mx.array(counts, mx.int32).reshape(-1, 3)
         longest = _longest(self.rows)
@@ -309,7 +309,7 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             row.right = 0
 
     def _mask_of(self, row: Row, length: int, window_size: int | None) -> mx.array:
-        """Return which tokens the next queries of a row see, ``[length, tokens]``."""
+        """Return the mask of the next queries of a row, ``[length, tokens]``."""
         if row.left:
             return causal_mask(length, window=window_size)[:, min(row.left, length) :]
         mask = attention_mask(row.counts, self.config, length, window_size, return_array=True)
@@ -338,18 +338,18 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
             store.shrink(longest)
 
     def _packable(self, rows: Sequence[Row]) -> dict[tuple[int, ...], list[int]]:
-        """Rows that have tokens to pack: their number first, then what must agree in a call."""
+        """Group rows with tokens to pack by their number, and by all that one call must share."""
         alike = defaultdict(list)
         for index, row in enumerate(rows):
             if count := row.counts.packable(self.config, self._max_blocks):
-                # A channel scale is the row's own, so it is encoded by itself.
+                # With a channel scale of its own, a row is encoded alone.
                 own = (index,) if self.config.scales_channels else ()
                 alike[count, row.counts.packed % BLOCK, *own].append(index)
         return alike
 
 
 def _longest(rows: Sequence[Row]) -> Counts:
-    """Counts with the most exact and the most packed tokens that a row has."""
+    """Return counts with the most exact and the most packed tokens of any row."""
     exact = max((row.counts.exact for row in rows), default=0)
     packed = max((row.counts.packed for row in rows), default=0)
     return Counts(exact + packed, packed)
@@ -361,8 +361,8 @@ def _check_same(caches: Sequence[Any]) -> None:
     for other in others:
         if not same_calibrated(first.calibrated, other.calibrated):
             raise ValueError(
-                "[BatchRotorKVCache] Rows of a batch must share their calibration, but two came; "
-                "make their caches anew."
+                "[BatchRotorKVCache] Rows of a batch must share their calibration, but these have "
+                "different ones; make all caches with one calibration."
             )
         differ = first.config.difference(other.config)
         for name, own, its in (
@@ -375,5 +375,5 @@ def _check_same(caches: Sequence[Any]) -> None:
             name, own, its = differ
             raise ValueError(
                 f"[BatchRotorKVCache] Rows of a batch must share their {name}, but it is {own} in "
-                f"one and {its} in another; make them alike."
+                f"one and {its} in another; make all caches with the same settings."
             )

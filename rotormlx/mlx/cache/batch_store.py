@@ -1,4 +1,4 @@
-"""The buffers of one layer's keys or values for several sequences, each of its own length."""
+"""The buffers of one layer's keys or values for several sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rotormlx.mlx.cache.view import KVView
 
 
 class BatchStore(Store):
-    """The keys or the values of several sequences; each row is stored as it would be alone.
+    """The keys or the values of several sequences; each row is stored as in a :class:`Store`.
 
-    A channel scale that is taken from the first packed block is float32 ``[B, K, D]``.
+    A channel scale derived from the first packed block is float32 ``[B, K, D]``.
     """
 
     def append_rows(self, x: mx.array, exact: Sequence[int], skipped: Sequence[int]) -> None:
-        """Write tokens behind the exact ones of each row.
+        """Write tokens after the exact ones of each row.
 
         Args:
             x: ``[B, K, L, D]``.
-            exact: Exact tokens of each row before.
+            exact: Exact tokens of each row before this call.
             skipped: How many of the L tokens of each row are left padding.
         """
         if len(set(exact)) == 1 and not any(skipped):
@@ -33,7 +33,7 @@ class BatchStore(Store):
             return
         length = x.shape[2]
         if any(skipped):
-            # What comes behind the tokens of a row does not count.
+            # Left padding is rotated behind the tokens of a row, where it does not count.
             source = (mx.arange(length) + mx.array([*skipped])[:, None]) % length
             x = mx.take_along_axis(x, source[:, None, :, None], axis=2)
         if max(exact) + length > self.exact.shape[2]:
@@ -44,7 +44,7 @@ class BatchStore(Store):
         )
 
     def view_rows(self, sink: int, lengths: Sequence[tuple[int, int]]) -> KVView:
-        """All tokens, as attention reads them; ``lengths`` are packed and all tokens of a row."""
+        """Return a view of all tokens; ``lengths`` are the packed and all tokens of each row."""
         packed, tokens = (max(column) for column in zip(*lengths, strict=True))
         rows = tuple(lengths) if len(set(lengths)) > 1 else None
         return KVView(*self.handles(), sink, packed, tokens, rows)
@@ -52,10 +52,10 @@ class BatchStore(Store):
     def pack_rows(
         self, sink: int, count: int, rows: Sequence[int], counts: Sequence[Counts]
     ) -> None:
-        """Move the ``count`` exact tokens behind the sink of these rows into packed blocks.
+        """Move the ``count`` exact tokens after the sink of these rows into packed blocks.
 
-        All rows have equally many tokens in their last block. A row with a channel scale of its own
-        is packed alone.
+        All rows must have the same number of tokens in their last block. A row with a channel scale
+        of its own must be packed alone.
         """
         x = self.exact[:, :, sink : sink + count]
         if len(rows) < x.shape[0]:
@@ -71,12 +71,12 @@ class BatchStore(Store):
         self._close_gap(sink, count, rows)
 
     def _row_scale(self, row: int, first: mx.array | None) -> mx.array:
-        """The channel scale of a row, ``[K, D]``; taken from the first tokens that it packs."""
+        """Return the channel scale of a row, ``[K, D]``, derived from ``first`` if it is given."""
         if self.channel_scale is None:
             batch, heads, _, head_dim = self.exact.shape
             self.channel_scale = mx.ones((batch, heads, head_dim), mx.float32)
         if first is not None:
-            self.channel_scale = self.channel_scale[:]  # not what a view holds
+            self.channel_scale = self.channel_scale[:]  # a new handle: a view may hold the old one
             self.channel_scale[row] = backend().prefill_scale(first[:, :, :BLOCK], self.codec)
         return self.channel_scale[row]
 
@@ -90,9 +90,9 @@ class BatchStore(Store):
         )
 
     def _write_rows(self, new: Packed, rows: Sequence[int], slots: Sequence[int]) -> None:
-        """Put blocks of these rows at their slots and behind them."""
+        """Write blocks of these rows, from the slot of each row on."""
         blocks = new.scales.shape[2]
-        # Handles of their own: others may hold those there were.
+        # New handles, because views may hold the old ones.
         packed = by_part(lambda a: a[:], self._with_room(new, max(slots) + blocks))
         for place, (row, slot) in enumerate(zip(rows, slots, strict=True)):
             for buffer, array in zip(packed, new, strict=True):
@@ -101,7 +101,7 @@ class BatchStore(Store):
         self.packed = packed
 
     def _with_room(self, like: Packed, blocks: int) -> Packed:
-        """Return packed buffers of at least so many blocks, with the content of the store."""
+        """Return packed buffers with room for ``blocks`` blocks and the content of the store."""
         packed = self.packed
         if packed is None:
             batch = self.exact.shape[0]
@@ -115,20 +115,20 @@ class BatchStore(Store):
         return by_part(lambda a: with_room(a, room), packed)
 
     def _close_gap(self, sink: int, count: int, rows: Sequence[int]) -> None:
-        """Move what is behind ``count`` packed tokens to the sink; right padding moves along."""
-        self.exact = self.exact[:]  # a handle of its own, as above
+        """Move the tokens and padding after the ``count`` packed tokens up to the sink."""
+        self.exact = self.exact[:]  # a new handle, as above
         for row in rows:
             rest = self.exact[row : row + 1, :, sink + count :]
             self.exact[row : row + 1, :, sink : sink + rest.shape[2]] = rest
 
     def shrink(self, exact_tokens: int) -> None:
-        """Free the buffer beyond the capacity, which a long chunk needed."""
+        """Free the part of the buffer beyond the capacity that a long chunk needed."""
         if self.exact.shape[2] > max(self.capacity, exact_tokens):
             kept = self.exact[:, :, :exact_tokens]
             self.exact = with_room(kept, self.capacity - exact_tokens)
 
     def take(self, rows: list[int], blocks: int) -> None:
-        """Keep these rows, with so many blocks each."""
+        """Keep these rows, with ``blocks`` blocks each."""
         index = mx.array(rows, mx.int32)
         self.exact = self.exact[index]
         if self.scales_channels and self.channel_scale is not None:
@@ -154,7 +154,7 @@ class BatchStore(Store):
         """Join the rows of several stores.
 
         Args:
-            sources: Stores, and how many rows each has; None stands for rows that hold nothing.
+            sources: Stores, each with its number of rows; None for rows that hold nothing.
 
         Raises:
             ValueError: If they differ in KV heads or head_dim.
@@ -188,18 +188,18 @@ def _check_dims(stores: Sequence[Store]) -> None:
         if (store.exact.shape[1], store.exact.shape[3]) != (heads, head_dim):
             raise ValueError(
                 f"[BatchRotorKVCache] Rows of a batch must have {heads} KV heads and head_dim "
-                f"{head_dim}, but {store.exact.shape} came; they are of another model."
+                f"{head_dim}, but one has shape {store.exact.shape}; use caches of the same model."
             )
 
 
 def _stacked(parts: Sequence[tuple[mx.array | None, int]]) -> mx.array | None:
-    """Arrays ``[n, K, S, ...]`` as one ``[B, K, longest S, ...]``, filled up with zeros.
+    """Join arrays ``[n, K, S, ...]`` to one ``[B, K, longest S, ...]``, padded with zeros.
 
     Args:
-        parts: Arrays, and the n of each; None stands for n rows of zeros.
+        parts: Arrays, each with its n; None for n rows of zeros.
 
     Returns:
-        None if all are None.
+        The joined array; None if all parts are None.
     """
     arrays = [a for a, _ in parts if a is not None]
     if not arrays:
@@ -213,7 +213,7 @@ def _stacked(parts: Sequence[tuple[mx.array | None, int]]) -> mx.array | None:
 
 
 def _scale_rows(store: Store | None, shape: tuple[int, int, int]) -> mx.array:
-    """The channel scale of each row of a store, ``[n, K, D]``; 1 where a row has none yet."""
+    """Return the channel scale of each row of a store, ``[n, K, D]``; 1 if it has none yet."""
     if store is None or store.channel_scale is None:
         return mx.ones(shape, mx.float32)
     return mx.broadcast_to(store.channel_scale, shape)

@@ -1,7 +1,7 @@
 """The compressed cache of a layer with chunked attention: a token sees only its chunk.
 
-Chunks are cut at multiples of their size. What is held is the latest chunk, as a sequence of its
-own with a sink, packed blocks and a tail; its first token begins it anew.
+Chunks begin at multiples of their size. The cache holds the latest chunk as a sequence of its own,
+with a sink, packed blocks and a tail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rotormlx.storage.cache_fields import CHUNKED
 
 
 class _Absent:
-    """Hides a method of the base class."""
+    """A descriptor that hides a method of the base class."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.message = f"{owner.__name__} has no batches"
@@ -37,8 +37,8 @@ class ChunkedRotorKVCache(RotorKVCache):
     """The keys and values of a layer with chunked attention, compressed.
 
     Args:
-        chunk_size: Tokens of a chunk.
-        config: How to compress.
+        chunk_size: Tokens per chunk.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         calibrated: See :class:`RotorKVCache`.
 
@@ -66,22 +66,22 @@ class ChunkedRotorKVCache(RotorKVCache):
         return self.start_position + self.counts.tokens
 
     def maybe_trim_front(self) -> None:
-        """Forget a full chunk: the next token begins another. Models call this before reading."""
+        """Drop a full chunk, since the next token begins another; models call this first."""
         if self.counts.tokens and self.offset % self.chunk_size == 0:
             vars(self).update(vars(self._begun(self.offset)))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
         """Append tokens; see :meth:`RotorKVCache.update_and_fetch`.
 
-        The views have the tokens of earlier chunks too, where some of the new ones see them.
+        The views also have tokens of earlier chunks if some of the new tokens see them.
         """
         limits.check_tokens("RotorKVCache", self.offset + keys.shape[2])
         whole = copy.copy(self)
         views = RotorKVCache.update_and_fetch(whole, keys, values)
-        # A chunk that was just filled stays until the next token: it may be trimmed again.
+        # A chunk that was just filled stays until the next token, because it may still be trimmed.
         latest = self.begun_for(whole.offset)
         if latest.start_position > self.start_position:
-            # What was packed of earlier chunks is never computed.
+            # MLX is lazy: packed tokens of earlier chunks are never computed.
             new = whole.offset - latest.start_position
             latest.update_and_fetch(keys[:, :, -new:], values[:, :, -new:])
             whole = latest
@@ -92,7 +92,7 @@ class ChunkedRotorKVCache(RotorKVCache):
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens; ``window_size`` changes nothing.
+        """Return the attention mask for N new tokens; ``window_size`` is ignored.
 
         Raises:
             ValueError: If no model is compressed, so that the attention could not read this cache.
@@ -104,10 +104,10 @@ class ChunkedRotorKVCache(RotorKVCache):
         return growing_mask(N, self.counts.tokens, None, return_array)
 
     def is_trimmable(self) -> bool:
-        """Whether any number of tokens can be forgotten: not once a chunk was."""
+        """Whether any number of tokens can be dropped: not after a chunk was dropped."""
         return not self.start_position
 
-    # There are no batches: models with chunks read one position for all rows.
+    # No batches, because models with chunks read one position for all rows.
     merge = to_batch = prefix_cache_merge = _Absent()
 
     def begun_for(self, stop: int) -> ChunkedRotorKVCache:
@@ -131,7 +131,7 @@ def visible(start: int, stop: int, chunk_size: int, length: int) -> mx.array | N
     """Return the mask of the last ``length`` of the tokens ``start`` to ``stop``.
 
     Returns:
-        Booleans ``[length, stop - start]``; None if all are of one chunk.
+        Booleans ``[length, stop - start]``; None if all tokens are in one chunk.
     """
     if not length or start // chunk_size == (stop - 1) // chunk_size:
         return None

@@ -1,4 +1,4 @@
-"""The compressed caches by their names, as files and hosts look them up."""
+"""The classes of compressed caches by name, for files and hosts that look them up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes and reads the caches of a model: the part that needs MLX."""
+"""The part of writing and reading cache files that needs MLX."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rotormlx.storage.tensor_file import Array
 
 
 def write(path: str | Path, caches: Sequence[Any], metadata: Mapping[str, str]) -> None:
-    """Write caches to a file that appears complete or not at all.
+    """Write caches to a file; a save either completes or leaves the old file.
 
     Args:
-        path: A ``.safetensors`` file; that suffix is appended where it is missing.
+        path: A ``.safetensors`` file; a missing suffix is appended.
         caches: The caches of a model.
         metadata: Texts to keep with them.
 
     Raises:
-        ValueError: If a cache holds what no file can hold, or ``path`` is no place for a file.
+        ValueError: If a file cannot hold the content of a cache, or ``path`` cannot be a file.
         OSError: If the disk is full, or the directory is read-only.
     """
     classes = [_name(cache) for cache in caches]
@@ -41,10 +41,10 @@ def read(saved: SavedCaches, host_caches: ModuleType) -> list[Any]:
 
     Args:
         saved: The file.
-        host_caches: The module of the host's classes.
+        host_caches: The module of the host's cache classes.
 
     Raises:
-        ValueError: If the content is not what was written.
+        ValueError: If the content differs from what was written.
     """
     states = saved.read(_array)
     pairs = zip(saved.classes, states, strict=True)
@@ -56,7 +56,7 @@ def _name(cache: Any) -> str:
 
 
 def _state(cache: Any) -> Any:
-    """Return the state and class of a cache; for a list, those of each part."""
+    """Return the state of a cache; for a list, the state and class name of each part."""
     inner = parts(cache)
     if inner is not None:
         return [(_state(part), _name(part)) for part in inner]
@@ -73,7 +73,7 @@ def _restored(name: str, state: Any, host_caches: ModuleType) -> Any:
 
 
 def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
-    """Return dtype, shape and a function that makes the bytes of an array."""
+    """Return the dtype and shape of an array, and a function that returns its content."""
     if not isinstance(array, mx.array) or array.dtype not in DTYPE_NAMES:
         raise ValueError(
             "[prompt cache] A cache must hold arrays, numbers, texts and None to be saved, but one "
@@ -81,7 +81,7 @@ def _tensor(array: mx.array) -> tuple[str, tuple[int, ...], Callable[[], Array]]
         )
 
     def give() -> Array:
-        is_wide = array.dtype == mx.bfloat16  # numpy has none
+        is_wide = array.dtype == mx.bfloat16  # numpy has no bfloat16
         whole = mx.contiguous(array)
         return np.array(whole.view(mx.uint16) if is_wide else whole, copy=False)
 

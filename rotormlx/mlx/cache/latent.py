@@ -1,12 +1,12 @@
 """Compressed caches of multi-head latent attention (MLA).
 
-Such a model keeps one latent per token for all heads, key and value at once, and a RoPE part beside
-it; to its cache they look like keys and values of one head. One packed copy of the latent serves as
-both. Where the model reads the latent itself, as every prompt does, it gets arrays; in a decode
-step it hands the latent to attention as it came, so that is a view, and nothing is decoded for it
-but a tile at a time.
+Such a model keeps a RoPE part and one latent per token, which is both key and value for all heads.
+Its cache receives them as the keys and values of one head. One packed copy of the latent serves as
+both. If the model reads the latent itself, as in every prompt, it gets arrays. In a decode step it
+passes the latent to attention unchanged, so the latent is a view, of which one tile at a time is
+decoded.
 
-Shapes: B batch, L new tokens, S all tokens, R the latent's dimension, P that of the RoPE part.
+Shapes: B batch, L new tokens, S all tokens, R latent dimension, P dimension of the RoPE part.
 
 Source: docs/MLA.md.
 """
@@ -31,8 +31,8 @@ class LatentKVCache(RotorKVCache):
     """The latents and RoPE parts of one layer, compressed; arguments as :class:`RotorKVCache`.
 
     ``update_and_fetch`` takes latents ``[B, 1, L, R]`` and RoPE parts ``[B, 1, L, P]`` and returns
-    all of them, ``[B, 1, S, R]`` and ``[B, 1, S, P]``: arrays, but the latents as a view if L is 1.
-    The latent has the bits of keys or of values, whichever are more, and the RoPE part 8.
+    all of them, ``[B, 1, S, R]`` and ``[B, 1, S, P]``: arrays, but a view for latents if L is 1.
+    The latent has the bits of keys or of values, whichever are more, and the RoPE part has 8.
     """
 
     kind = LATENT
@@ -48,7 +48,7 @@ class LatentKVCache(RotorKVCache):
 class DecodedLatentKVCache(LatentKVCache):
     """A :class:`LatentKVCache` that never hands out views.
 
-    For models that pick tokens out of the latents in a decode step (sparse attention).
+    It is for models that select tokens from the latents in a decode step (sparse attention).
     """
 
     hands_out_views = False
@@ -57,9 +57,9 @@ class DecodedLatentKVCache(LatentKVCache):
 class BatchLatentKVCache(BatchRotorKVCache):
     """The latents and RoPE parts of one layer for B sequences, compressed.
 
-    Arguments are those of :class:`BatchRotorKVCache`, and what is handed out is that of
-    :class:`LatentKVCache`. S is that of the longest row; arrays of a shorter one end in zeros,
-    which a mask of :meth:`make_mask` hides.
+    The arguments are those of :class:`BatchRotorKVCache`, and the results those of
+    :class:`LatentKVCache`. S is the length of the longest row. Arrays of a shorter row end in
+    zeros, which the mask of :meth:`make_mask` hides.
     """
 
     kind = LATENT_BATCH
@@ -74,7 +74,7 @@ class BatchLatentKVCache(BatchRotorKVCache):
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens: an array, since the model reads arrays itself."""
+        """Return the attention mask for N new tokens as an array, since the model reads arrays."""
         return super().make_mask(N, window_size, return_array=True)
 
 

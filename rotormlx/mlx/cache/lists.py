@@ -1,4 +1,4 @@
-"""Compresses the list of a model's caches in place."""
+"""In-place compression of a model's list of caches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rotormlx.storage.cache_fields import LAYOUTS, SINGLE
 
 
 def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
-    """Compress a host's caches in place, and give others the class that the model needs.
+    """Compress a host's caches in place, and give compressed ones the class that the model needs.
 
-    A sliding window that has dropped tokens stays as it is: some are missing that a compressed
-    cache holds.
+    A sliding window that has dropped tokens stays as it is, because it lacks tokens that a
+    compressed cache would hold.
 
     Args:
         caches: The caches of a model.
-        own: The leaves of the list that the model makes itself, which say how.
+        own: The leaves of the list that the model makes itself, whose settings are used.
 
     Returns:
-        How many were compressed.
+        The number of caches compressed.
     """
     count = 0
     for index, cache in enumerate(caches):
@@ -41,7 +41,7 @@ def compress_plain(caches: list[Any], own: Iterator[Any]) -> int:
             if {LAYOUTS.get(type(c).__name__) for c in (cache, like)} == {SINGLE}:
                 caches[index] = cache if type(cache) is type(like) else type(like).of(cache)
             continue
-        # Layer by layer, so that a plain layer is freed before the next one is packed.
+        # One layer at a time, so that a plain layer is freed before the next one is packed.
         packed: RotorKVCache | None
         if is_exactly(cache, GROWING):
             packed = type(like).from_kv_cache(cache, like.config, like.layer, like.calibrated)

@@ -1,4 +1,4 @@
-"""Attention masks as the hosts' growing caches make them."""
+"""Attention masks equal to those of the hosts' growing caches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 
 
 def causal_mask(length: int, held: int = 0, window: int | None = None) -> mx.array:
-    """Return what each of ``length`` new tokens sees, behind ``held`` older ones.
+    """Return the causal mask of ``length`` new tokens after ``held`` older ones.
 
     Args:
         length: L, the new tokens.
@@ -25,13 +25,13 @@ def causal_mask(length: int, held: int = 0, window: int | None = None) -> mx.arr
 def growing_mask(
     length: int, held: int, window: int | None, as_array: bool
 ) -> mx.array | str | None:
-    """Return the mask of a cache that forgets nothing; None or ``"causal"`` where possible.
+    """Return the mask of a cache that drops no token; None or ``"causal"`` where possible.
 
     Args:
         length: L, the new tokens.
         held: The tokens before them.
         window: As in :func:`causal_mask`.
-        as_array: Whether ``"causal"`` must be an array.
+        as_array: Whether to return an array in place of ``"causal"``.
     """
     if window is None and length == 1:
         return None

@@ -23,7 +23,7 @@ from rotormlx.mlx.cache.store import Calibrated, Store, check_growth, check_upda
 from rotormlx.mlx.cache.view import KVView
 from rotormlx.storage.cache_fields import SINGLE, SavedCache
 
-# Tokens of a filled cache that are converted at once: bounds the memory a conversion takes.
+# Tokens of a filled cache that are converted at once, which bounds the memory of a conversion.
 CONVERSION_TOKENS = 2048
 
 
@@ -31,12 +31,12 @@ class RotorKVCache(StoredCache[Store]):
     """The keys and values of one layer, compressed.
 
     Args:
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
-        max_size: The most tokens to hold; None for no limit. Beyond it the oldest packed block
-            goes; the sink stays, and positions keep growing.
-        calibrated: Of a calibrated configuration, for keys and values: the channel scales, float32
-            ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
+        max_size: The most tokens to hold; None for no limit. Beyond it, the oldest packed block is
+            dropped; the sink stays, and positions keep growing.
+        calibrated: The arrays of a calibrated configuration, for keys and for values: channel
+            scales, float32 ``[K, D]``, or rotations, float32 ``[K, D, D]``.
 
     Raises:
         ValueError: If ``max_size`` has no room for sink, window and a block.
@@ -46,9 +46,9 @@ class RotorKVCache(StoredCache[Store]):
 
     kind = SINGLE
     _store = Store
-    # Whether no more tokens are taken back at once than the window always has.
+    # Whether each trim drops at most as many tokens as the window always holds.
     rewinds = False
-    # The class of batches of such caches; rotormlx/mlx/__init__.py says which.
+    # The class of batches of such caches, which rotormlx/mlx/__init__.py sets.
     batch: ClassVar[Any]
 
     def __init__(
@@ -82,7 +82,7 @@ class RotorKVCache(StoredCache[Store]):
             ValueError: If a shape or dtype does not fit.
             MemoryError: If MLX's memory limit leaves no room for them.
 
-            Whatever is raised, an interrupt too: the cache is then unchanged.
+            After any exception, including an interrupt, the cache is unchanged.
         """
         check_update(keys, values, self._keys, self._values)
         counts = replace(self.counts)
@@ -97,7 +97,7 @@ class RotorKVCache(StoredCache[Store]):
         views = self._views((key_store, value_store), counts)
         served = self._served(views, (keys, values))
         self._pack_tail((key_store, value_store), counts)
-        # One step, between whose halves no interrupt comes.
+        # A single call, which no interrupt can split.
         latest = views if counts.evicted > self.counts.evicted else None
         vars(self).update(_keys=key_store, _values=value_store, counts=counts, _latest=latest)
         return served
@@ -107,7 +107,7 @@ class RotorKVCache(StoredCache[Store]):
         return self._served(self.views())
 
     def views(self) -> tuple[KVView, KVView]:
-        """Return views of all keys and values; until a step is computed, those of that step."""
+        """Return views of all keys and values; until a step is computed, the views of that step."""
         return self._latest or self._views(self._filled(), self.counts)
 
     def make_mask(
@@ -122,23 +122,23 @@ class RotorKVCache(StoredCache[Store]):
         return attention_mask(self.counts, self.config, N, window_size, return_array)
 
     def size(self) -> int:
-        """Return the tokens held, S."""
+        """Return the number of tokens held, S."""
         return self.counts.tokens
 
     def is_trimmable(self) -> bool:
-        """Whether tokens can be forgotten: any number until some were evicted, or ``rewinds``."""
+        """Whether :meth:`trim` may be called: while no token was evicted, or with ``rewinds``."""
         return self.rewinds or not self.counts.evicted
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens.
+        """Drop the last n tokens.
 
-        In the tail that is exact. A packed block that loses tokens keeps its centre and its rows
-        and counts fewer of them; it is filled up again from the tail, with the same centre. No row
+        In the tail this is exact. A packed block that loses tokens keeps its centre and its rows,
+        and counts fewer of them; later it is filled up from the tail, with the same centre. No row
         is ever quantized twice.
 
         Returns:
-            How many tokens were forgotten: n, or all there were; once tokens were evicted, no more
-            than the tail holds.
+            The number of tokens dropped: n, or all there were; once tokens were evicted, at most
+            as many as the tail holds.
         """
         self._latest = None
         packed = self.counts.packed

@@ -1,8 +1,7 @@
 """The compressed cache of a layer whose tokens see a sliding window of the latest tokens.
 
-It is a cache with a limit (:class:`RotorKVCache`): a new block replaces the oldest one. It holds
-as many packed tokens as the window has, beside sink and tail; tokens beyond the window are
-masked.
+It is a :class:`RotorKVCache` with a limit, in which a new block replaces the oldest one. Besides
+sink and tail, it holds packed tokens for the whole window. A mask hides tokens beyond the window.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class SlidingRotorKVCache(RotorKVCache):
 
     Args:
         sliding_window: The tokens that a token sees, itself included.
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         calibrated: See :class:`RotorKVCache`.
     """
@@ -53,7 +52,7 @@ class SlidingRotorKVCache(RotorKVCache):
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens; a model may ask for fewer tokens than the window.
+        """Return the attention mask for N new tokens; ``window_size`` may be below the window.
 
         Raises:
             ValueError: If no model is compressed, so that the attention could not read this cache.
@@ -82,7 +81,7 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
     Args:
         left_padding: See :class:`BatchRotorKVCache`.
         sliding_window: See :class:`SlidingRotorKVCache`.
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotations.
         calibrated: See :class:`RotorKVCache`.
     """
@@ -107,7 +106,7 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens; see :class:`SlidingRotorKVCache`.
+        """Return the attention mask for N new tokens; see :class:`SlidingRotorKVCache`.
 
         Raises:
             ValueError: If no model is compressed, so that the attention could not read this cache.
@@ -134,14 +133,14 @@ class BatchSlidingRotorKVCache(BatchRotorKVCache):
 
 
 def _asked(length: int, window_size: int | None, sliding_window: int) -> int:
-    """Return how many tokens a token sees; RotatingKVCache limits it to its own window."""
+    """Return how many tokens a token sees, limited as in ``RotatingKVCache``."""
     if window_size is None:
         return sliding_window
     return min(window_size, sliding_window) if length == 1 else window_size
 
 
 def _with_padding(row: Row) -> Counts:
-    """What is held of a row as attention counts it: right padding lies behind the tokens."""
+    """Return the counts of a row with its right padding, which attention counts as tokens."""
     return replace(row.counts, tokens=row.counts.tokens + row.right)
 
 
@@ -152,13 +151,13 @@ def visible(
 
     Args:
         rows: The counts of each sequence, B of them.
-        config: Gives the sink.
+        config: The configuration, which gives the sink.
         sliding_window: The tokens that a token sees, itself included.
         length: L.
 
     Returns:
-        Booleans ``[B, 1, L, S]``, S the most tokens of a sequence; None if no token is farther back
-        than the window.
+        Booleans ``[B, 1, L, S]``, where S is the most tokens of a sequence; None if the window
+        reaches all tokens.
     """
     if all(counts.offset <= sliding_window for counts in rows):
         return None

@@ -1,6 +1,7 @@
-"""The buffers of one layer's keys or values, and how many tokens of them count.
+"""The buffers of one layer's keys or values.
 
-The cache tracks lengths (:class:`Counts`); the methods of a :class:`Store` receive them.
+The cache tracks how many tokens of them count (:class:`Counts`) and passes this to the methods of a
+:class:`Store`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rotormlx.mlx.cache.view import KVView
 from rotormlx.mlx.dtypes import FLOATS
 from rotormlx.storage.cache_fields import SavedStore
 
-# What a calibration gives the keys and the values of a layer.
+# The calibrated arrays for the keys and for the values of a layer.
 Calibrated = tuple[mx.array, mx.array]
 
 
@@ -34,7 +35,7 @@ def check_update(
             raise ValueError(
                 f"[RotorKVCache] Keys and values must have shape [B, K, S, head_dim], equal up "
                 f"to head_dim, and be float16, bfloat16 or float32, but the {role}s have shape "
-                f"{x.shape} and dtype {x.dtype} beside keys of shape {keys.shape}."
+                f"{x.shape} and dtype {x.dtype}, with keys of shape {keys.shape}."
             )
     for store, x in ((key_store, keys), (value_store, values)):
         if store is not None:
@@ -44,13 +45,13 @@ def check_update(
 def check_growth(
     stores: Sequence[Store], rows: Sequence[Counts], tokens: int, config: RotorConfig
 ) -> None:
-    """Refuse to append ``tokens`` where positions end, or where memory is known to be too small.
+    """Refuse to append tokens beyond the last position, or beyond MLX's memory limit.
 
     Args:
-        stores: Of keys and values.
+        stores: The stores of keys and of values.
         rows: The counts of each batch row.
-        tokens: How many are appended to each.
-        config: Gives sink and window.
+        tokens: The number of tokens appended to each row.
+        config: The configuration, which gives sink and window.
 
     Raises:
         ValueError: If the sequence would have more tokens than kernels can count.
@@ -73,16 +74,16 @@ class Store:
     """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
 
     Args:
-        config: How to compress.
+        config: The compression settings.
         layer: Index of the layer in the model; selects its rotation.
         role: ``"key"`` or ``"value"``.
-        exact: The exact tokens to begin with, ``[B, K, E, D]``.
-        calibrated: Of a calibrated configuration, else None: the channel scale, float32
-            ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
+        exact: The first exact tokens, ``[B, K, E, D]``.
+        calibrated: The channel scale, float32 ``[K, D]``, or the rotations, float32 ``[K, D, D]``,
+            of a calibrated configuration; else None.
         max_blocks: The most packed blocks; see :class:`Counts`.
 
     Raises:
-        ValueError: If what is calibrated is missing or does not fit.
+        ValueError: If the calibrated array is missing or does not fit.
     """
 
     def __init__(
@@ -102,24 +103,24 @@ class Store:
         self.max_blocks = max_blocks
         self.exact = with_room(exact, self.capacity - exact.shape[2])
         self.packed: Packed | None = None
-        # As attention and encoding take it; batch rows may have their own, [B, K, D].
+        # [K, D], for attention and encoding; [B, K, D] if batch rows have their own.
         self.channel_scale = None if config.rotation == CALIBRATED else calibrated
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Neither changes, and what is derived from a codec is kept for each codec object.
+        # Both are immutable, and arrays derived from a codec are cached per codec object.
         memo |= {id(same): same for same in (self.codec, self.calibrated)}
         twin = type(self).__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
     def twin(self) -> Self:
-        """Return a store with the same buffers; writes to one do not show in the other."""
+        """Return a store with the same buffers; writes to one do not change the other."""
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         return twin
 
     def new_bytes(self, exact_tokens: int, blocks: int) -> int:
-        """Return the bytes of new buffers for so many exact tokens and blocks."""
+        """Return the bytes of the new buffers that so many exact tokens and blocks need."""
         batch, heads, room, head_dim = self.exact.shape
         made = 0
         if exact_tokens > room:
@@ -137,11 +138,11 @@ class Store:
             raise ValueError(
                 f"[RotorKVCache] This cache holds {self.codec.role}s of shape "
                 f"[{batch}, {heads}, S, {head_dim}], but shape {x.shape} was appended; "
-                "use a cache of its own."
+                "use another cache for them."
             )
 
     def append(self, x: mx.array, exact_tokens: int) -> None:
-        """Write tokens behind the exact ones; a chunk beyond the capacity widens the buffer."""
+        """Write tokens after the exact ones; a chunk beyond the capacity widens the buffer."""
         x = x.astype(self.exact.dtype)
         stop = exact_tokens + x.shape[2]
         if stop <= self.exact.shape[2]:
@@ -154,11 +155,11 @@ class Store:
         return KVView(*self.handles(), sink, counts.packed, counts.tokens)
 
     def handles(self) -> tuple[Codec, mx.array, Packed | None, mx.array | None]:
-        """Return the handles that a view holds; nothing is ever written through them."""
+        """Return the handles for a view; nothing is ever written through them."""
         return self.codec, self.exact, self.packed, self.channel_scale
 
     def pack(self, sink: int, count: int, counts: Counts) -> None:
-        """Move the ``count`` exact tokens behind the sink into packed blocks."""
+        """Move the ``count`` exact tokens after the sink into packed blocks."""
         x = self.exact[:, :, sink : sink + count]
         slot, filled = counts.next_slot(self.max_blocks), counts.packed % BLOCK
         if self.scales_channels and counts.packed == 0 and not counts.evicted:
@@ -171,12 +172,12 @@ class Store:
         self.exact = with_room(kept, self.capacity - kept.shape[2])
 
     def room(self, blocks: int) -> int:
-        """Return how many blocks to allocate in advance, so that a long cache is seldom copied."""
+        """Return how many blocks to allocate in advance, so that a long cache is rarely copied."""
         room = max(4, blocks // 32)
         return room if self.max_blocks is None else min(room, self.max_blocks - blocks)
 
     def _write(self, new: Packed, slot: int) -> None:
-        """Write blocks at ``slot`` and the slots behind it."""
+        """Write blocks at ``slot`` and the slots after it."""
         stop = slot + new.scales.shape[2]
         if self.packed is not None and stop <= self.packed.scales.shape[2]:
             place = slice(slot, stop)
@@ -189,7 +190,7 @@ class Store:
         self.packed = by_part(lambda a: with_room(a, room), new)
 
     def forget_packed(self) -> None:
-        """Drop the packed blocks and what was derived from the first of them."""
+        """Drop the packed blocks and the channel scale derived from the first of them."""
         self.packed = None
         if self.scales_channels:
             self.channel_scale = None
@@ -219,13 +220,13 @@ class Store:
     @property
     def arrays(self) -> list[mx.array]:
         """The buffers of this store."""
-        # What is calibrated is not the cache's: all caches of a model share it.
+        # Calibrated arrays do not count, because all caches of a model share them.
         own_scale = self.channel_scale if self.calibrated is None else None
         return [a for a in (self.exact, own_scale, *(self.packed or ())) if a is not None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, room for growth included."""
+        """Bytes allocated, including room for growth."""
         return sum(a.nbytes for a in self.arrays)
 
 
@@ -246,7 +247,7 @@ def _codec(
             have = "none" if calibrated is None else f"{calibrated.shape}"
             raise ValueError(
                 f"[RotorKVCache] A calibrated cache needs an array {wanted} for the {role}s of "
-                f"layer {layer}, but {have} came; make caches with rotormlx.make_prompt_cache, or "
+                f"layer {layer}, but got {have}; make caches with rotormlx.make_prompt_cache, or "
                 "calibrate this model: rotormlx calibrate MODEL."
             )
     if config.rotation != CALIBRATED:
@@ -257,7 +258,7 @@ def _codec(
 def encode(
     codec: Codec, x: mx.array, channel_scale: mx.array | None, last: Packed | None, filled: int
 ) -> Packed:
-    """Pack tokens into new blocks, or into block ``last``, which has ``filled`` tokens already."""
+    """Pack tokens into new blocks, or into block ``last``, which already has ``filled`` tokens."""
     if last is None:
         return backend().encode(x, codec, channel_scale=channel_scale)
     rows = mx.pad(x, [(0, 0), (0, 0), (filled, 0), (0, 0)])
@@ -291,7 +292,7 @@ def sliced(packed: Packed, start: int, stop: int) -> Packed:
 
 def written(buffer: mx.array, place: slice, new: mx.array) -> mx.array:
     """Return the buffer with new content along its third axis; the given handle is unchanged."""
-    own = buffer[:]  # a handle of its own, which copies nothing
+    own = buffer[:]  # a new handle, without a copy
     own[:, :, place] = new
     return own
 

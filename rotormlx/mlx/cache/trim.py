@@ -1,7 +1,7 @@
-"""Trims caches so that the tokens before the cut are as exact as if no others had come.
+"""Trimming of caches so that the window before the cut is exact again.
 
-A packed block that loses its last tokens is not unpacked: what was exact when the cut was passed
-the first time is gone. It comes back when the last tokens before the cut are read again.
+A packed block that loses its last tokens is not unpacked, so tokens before the cut that were exact
+once may stay packed. They become exact again when the model reads them again.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from rotormlx.mlx.host_caches import leaves
 
 
 def trim_prompt_cache(caches: list[Any], num_tokens: int) -> int:
-    """Forget the last tokens, and those before them that must be read again to be exact.
+    """Drop the last tokens, and those before them that must be read again to be exact.
 
-    mlx-lm's function of that name forgets ``num_tokens`` only; what it leaves of the last
-    ``window`` tokens in packed blocks stays packed.
+    mlx-lm's function of that name drops ``num_tokens`` only. Tokens of the remaining window that
+    are in packed blocks then stay packed.
 
     Args:
         caches: The caches of a model.
-        num_tokens: How many tokens are to go.
+        num_tokens: The number of tokens to drop.
 
     Returns:
-        How many were forgotten: 0 if a cache cannot be trimmed, else ``num_tokens``, or all there
-        were, and 0 to ``window + 63`` more. Give the model the tokens from there on.
+        The number of tokens dropped: 0 if a cache cannot be trimmed, else ``num_tokens`` (or all
+        there were) and 0 to ``window + 63`` more. Give the model the tokens from there on.
     """
     if not caches or not all(cache.is_trimmable() for cache in caches):
         return 0
@@ -33,12 +33,12 @@ def trim_prompt_cache(caches: list[Any], num_tokens: int) -> int:
 
 
 def _trim(caches: list[Any], count: int) -> int:
-    """Forget tokens of every cache; returns how many."""
+    """Drop tokens of every cache; return how many."""
     counts = [int(cache.trim(count)) for cache in caches]
     return counts[0]
 
 
 def tokens_to_reread(caches: list[Any]) -> int:
-    """How many of the last tokens to read again so that every window is exact."""
+    """Return how many of the last tokens must be read again to make every window exact."""
     compressed = (cache for _, _, cache in leaves(caches) if isinstance(cache, RotorKVCache))
     return max((cache.counts.tokens_to_reread(cache.config) for cache in compressed), default=0)

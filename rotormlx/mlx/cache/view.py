@@ -16,24 +16,25 @@ class KVView:
     """The keys or the values of one layer as they are stored.
 
     A sequence is ``sink`` exact tokens, ``packed_tokens`` packed ones, and exact ones again (the
-    tail). Sink and tail lie in one buffer, the sink first. Buffers are whole, with room at their
-    end: lengths say how much counts, so nothing is sliced or copied to make a view. The rows
-    of one KV head are contiguous in a buffer: kernels rely on it.
+    tail). Sink and tail share one buffer, the sink first. A view holds whole buffers, with room at
+    their end, and the lengths in use, so making it slices and copies nothing. The rows of one KV
+    head are contiguous in a buffer, which kernels rely on.
 
     Args:
-        codec: How the packed tokens are coded; fixes head_dim.
+        codec: The coding of the packed tokens, which fixes head_dim.
         exact: ``[B, K, capacity, D]``, float16, bfloat16 or float32.
         packed: Whole blocks with room at the end; None while nothing is packed.
-        channel_scale: float32 ``[K, D]``, or ``[B, K, D]`` where batch rows have their own; None
-            for 1.
+        channel_scale: float32 ``[K, D]``, or ``[B, K, D]`` if batch rows have their own; None means
+            1.
         sink: Exact tokens before the packed ones.
-        packed_tokens: Packed tokens that count; the last block may be partly filled.
+        packed_tokens: Packed tokens in use; the last block may be partly filled.
         tokens: All tokens, S.
-        rows: (packed tokens, all tokens) of each batch row where rows differ; ``packed_tokens`` and
+        rows: (packed tokens, all tokens) of each batch row if rows differ; ``packed_tokens`` and
             ``tokens`` are then the largest. A row with fewer tokens than ``sink`` has no others.
-        visible: Of keys, where not every token is seen by all that come later: gives the boolean
-            mask of the last so many tokens, broadcastable to ``[B, H, L, S]``, or None while it
-            hides nothing but later tokens. It counts where attention is called without an array.
+        visible: For keys of which later tokens do not see all (a window or a chunk): a function
+            that takes the number of last tokens, L, and returns their boolean mask, broadcastable
+            to ``[B, H, L, S]``, or None while causality hides enough. It is used if attention is
+            called without a mask array.
     """
 
     codec: Codec
@@ -53,7 +54,7 @@ class KVView:
 
     @property
     def rows_differ(self) -> bool:
-        """Whether batch rows have lengths or channel scales of their own."""
+        """Whether batch rows differ in length or have channel scales of their own."""
         has_scales = self.channel_scale is not None and self.channel_scale.ndim == 3
         return self.rows is not None or has_scales
 
@@ -70,7 +71,7 @@ class KVView:
 
     @property
     def ndim(self) -> int:
-        """Dimensions of :attr:`shape`."""
+        """Number of dimensions of :attr:`shape`."""
         return 4
 
     @property
@@ -79,7 +80,7 @@ class KVView:
         return self.exact.dtype
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Raise for other attributes of an array, which models use to process keys themselves."""
+        """Refuse other attributes of an array, which a model would use to process keys itself."""
         raise AttributeError(_refusal(name))
 
     def row(self, index: int) -> KVView:
@@ -98,9 +99,9 @@ class KVView:
 
 def _refusal(name: str) -> str:
     return (
-        "[KVView] Keys and values of a compressed cache must go to mlx-lm's attention as they are, "
-        f"but the model asks them for {name}; call rotormlx.apply(model) first, which says whether "
-        "it can be compressed."
+        "[KVView] Keys and values of a compressed cache must reach mlx-lm's attention unchanged, "
+        f"but the model uses their {name}; call rotormlx.apply(model) first, which reports whether "
+        "the model can be compressed."
     )
 
 
@@ -111,6 +112,6 @@ def _refusing(name: str) -> Any:
     return method
 
 
-# Python looks these up on the class.
+# Python looks these methods up on the class.
 for _name in ("getitem", "matmul", "add", "sub", "mul", "truediv", "neg"):
     setattr(KVView, f"__{_name}__", _refusing(f"__{_name}__"))

@@ -1,4 +1,4 @@
-"""Layers that see a part of the sequence only: which are compressed, and by which cache.
+"""The compressed caches of layers that see only a part of the sequence.
 
 Hosts keep a sliding window in a ``RotatingKVCache`` and chunked attention in a
 ``ChunkedKVCache``; both hold a bounded number of tokens.
@@ -16,12 +16,12 @@ from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.sliding import SlidingRotorKVCache
 from rotormlx.mlx.host_caches import CHUNKED, ROTATING, is_a, is_exactly
 
-# What takes the place of a cache of a layer, by its index; None where it is left alone.
+# Takes the index and the cache of a layer; returns its compressed cache, or None to leave it alone.
 WindowMaker = Callable[[int, Any], RotorKVCache | None]
 
 
 def size(cache: Any) -> int | None:
-    """The tokens that a token sees at most; None of a cache without such a number."""
+    """Return the most tokens that a token sees; None for a cache without such a limit."""
     if isinstance(cache, SlidingRotorKVCache):
         return cache.sliding_window
     if is_a(cache, ROTATING):
@@ -32,30 +32,30 @@ def size(cache: Any) -> int | None:
 
 
 def is_compressible(cache: Any) -> bool:
-    """Whether a cache of a host is such that a compressed one can take its place."""
-    # Exactly these classes: what derives from one may promise more. With ``keep``, a
-    # RotatingKVCache is no sliding window but a cache with a limit.
+    """Whether a compressed cache can take the place of a host's window or chunk."""
+    # Exactly these classes, because a derived one may promise more. With ``keep``, a
+    # RotatingKVCache is a cache with a limit, not a sliding window.
     if is_exactly(cache, ROTATING):
         return bool(cache.keep == 0 and cache.max_size >= LEAST_SLIDING_WINDOW)
     return is_exactly(cache, CHUNKED) and bool(cache.chunk_size >= LEAST_SLIDING_WINDOW)
 
 
 def reason_alone(cache: Any) -> str:
-    """Why a cache of a host with such a number is left alone."""
+    """Return the reason why a host's window or chunk is left alone."""
     tokens = size(cache) or 0
     if tokens < LEAST_SLIDING_WINDOW:
         return f"its window of {tokens} tokens is below {LEAST_SLIDING_WINDOW}"
     if is_compressible(cache):
-        return f"its window of {tokens} tokens stays exact"
-    return f"it keeps {tokens} tokens in a way of its own"
+        return f"its window of {tokens} tokens stays exact (sliding_windows is off)"
+    return f"it keeps {tokens} tokens in a way that rotormlx does not support"
 
 
 def maker(config: RotorConfig, max_kv_size: int | None = None) -> WindowMaker:
     """Return a function that makes the compressed caches of such layers.
 
     Args:
-        config: How to compress. What is calibrated is for the other layers.
-        max_kv_size: The most tokens of a cache; a wider window gives way to it.
+        config: The compression settings; its calibration is for other layers and not used.
+        max_kv_size: The most tokens of a cache; it replaces a wider window.
 
     Raises:
         ValueError: When a cache is made, if ``max_kv_size`` has no room for a block.
@@ -76,12 +76,17 @@ def maker(config: RotorConfig, max_kv_size: int | None = None) -> WindowMaker:
 
 
 def compressed(cache: Any, like: RotorKVCache) -> RotorKVCache | None:
-    """A filled cache of a host as one like this; None if it is of another kind or dropped tokens.
+    """Compress a filled cache of a host like another compressed cache; the source is unchanged.
 
-    The source is left as it is.
+    Args:
+        cache: The cache of the host.
+        like: A compressed cache of the same layer, whose settings are used.
+
+    Returns:
+        The compressed cache; None if the kinds differ, or if a sliding window has dropped tokens.
     """
     if is_exactly(cache, ROTATING) and isinstance(like, SlidingRotorKVCache):
-        # Then every token is where it was appended.
+        # Only then is every token still where it was appended.
         if cache.keep or cache.offset != cache._idx:
             return None
         made: RotorKVCache = SlidingRotorKVCache(cache.max_size, like.config, like.layer)

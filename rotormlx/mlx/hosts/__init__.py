@@ -1,6 +1,6 @@
-"""The packages that run models: one file each, behind one interface.
+"""The packages that run models, with one file each and a common interface.
 
-Importing this package imports none of them.
+Importing this package imports none of the hosts.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["HOSTS", "MLX_LM", "MLX_VLM", "Host", "load", "named", "of"]
 
 
 def of(model: Any) -> Host:
-    """Return the host whose code a model consists of; mlx-lm if none is found.
+    """Return the host that defines the classes of a model; mlx-lm if none is found.
 
     Raises:
-        ValueError: If it is no model.
+        ValueError: If it is not a model.
     """
     if not isinstance(model, Module):
         raise ValueError(
             f"[rotormlx] A model from mlx_lm.load or mlx_vlm.load is required, but a "
-            f"{type(model).__name__} was given; load returns a pair, pass the first of it."
+            f"{type(model).__name__} was given; load returns a pair, so pass its first item."
         )
     if (host := _BY_PACKAGE.get(_package(model))) is not None:
         return host
@@ -61,15 +61,15 @@ def named(name: str) -> Host:
 
 
 def load(path_or_repo: str, name: str | None, **options: Any) -> tuple[Any, ...]:
-    """Load a model lazily with the host of a name, or with the one that knows its type.
+    """Load a model lazily with the named host, or with the one that supports its type.
 
     Args:
         path_or_repo: A directory, or the name of a repository.
-        name: The host; None for mlx-lm, or for mlx-vlm where only that knows the type.
-        **options: What else its ``load`` takes.
+        name: The host; None for mlx-lm, or for mlx-vlm if only that supports the type.
+        **options: Other arguments of its ``load``.
 
     Raises:
-        ValueError: If there is no such host, or none knows the type of the model.
+        ValueError: If there is no such host, or no host supports the type of the model.
         ImportError: If the host is not installed.
     """
     if name is not None:

@@ -1,9 +1,9 @@
 """The interface to a package that runs models, and how such a package is extended.
 
-About 105 model files of mlx-lm bind ``scaled_dot_product_attention`` by name when they are
-imported, and 150 of mlx-vlm, so replacing the attribute of a module would reach none of them. The
-function object is the same everywhere: its ``__code__`` is exchanged for code that looks at the
-type of the keys. Keys that are arrays run the code that was there before.
+About 105 model files of mlx-lm and 150 of mlx-vlm bind ``scaled_dot_product_attention`` by name
+when they are imported, so replacing the attribute of a module would reach none of them. But the
+function object is the same everywhere. Its ``__code__`` is exchanged for code that checks the type
+of the keys, and runs the original code if they are arrays.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from rotormlx.mlx.cache.classes import CLASSES
 from rotormlx.mlx.host_caches import GROWING
 
 _VARARGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
-# Held while a host is changed, and while who uses a change is counted.
+# Held while a host is changed or restored, and while users of the change are counted.
 _lock = threading.RLock()
 
 
 class Exchange(NamedTuple):
     """A function of a host whose code is exchanged.
 
-    module: Where it is defined, by its full name.
-    name: Its name there.
-    replacement: The function whose code it gets. One that takes ``*args`` and ``**options`` serves
-        every signature that has the parameters ``needs``; any other must have the same.
+    module: Full name of the module that defines it.
+    name: Its name in that module.
+    replacement: The function whose code it gets. It must have the same signature, unless it takes
+        ``*args`` and ``**options``; then the signature must only have the parameters ``needs``.
+    needs: The parameters that such a signature must have.
     """
 
     module: str
@@ -57,19 +58,19 @@ class _Run:
 class Host(ABC):
     """A package that makes caches for models and computes attention over them."""
 
-    # As pip calls it, and as Python does.
+    # The name for pip, and the name for import.
     name: ClassVar[str]
     package: ClassVar[str]
-    # The oldest and the newest version that the tests ran with.
+    # The oldest and the newest version with which the tests ran.
     tested: ClassVar[tuple[str, str]]
 
     def __init__(self) -> None:
-        # By name, a function with the code that the host came with; empty while it is unchanged.
+        # Functions with the original code, by name; empty while the host is unchanged.
         self._original: dict[str, FunctionType] = {}
-        # What uses the change, by id: models, and runs that :meth:`in_place` stands for.
+        # The users of the change, by id: models, and blocks of :meth:`in_place`.
         self._users: dict[int, weakref.ref[Any]] = {}
 
-    # ---- what a host says of itself -------------------------------------------------------------
+    # ---- the properties of a host ---------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -78,12 +79,12 @@ class Host(ABC):
 
     @property
     def caches(self) -> ModuleType:
-        """The module of its caches, where it also looks up classes by name."""
+        """The module of its caches, in which it also looks up classes by name."""
         return importlib.import_module(f"{self.package}.models.cache")
 
     @property
     def version(self) -> str:
-        """The version that is installed."""
+        """The installed version."""
         return str(importlib.import_module(self.package).__version__)
 
     @property
@@ -92,13 +93,13 @@ class Host(ABC):
         return importlib.util.find_spec(self.package) is not None
 
     def load(self, path_or_repo: str, **options: Any) -> tuple[Any, ...]:
-        """Return what the host's ``load`` returns, the model first, without reading weights."""
+        """Load with the host's ``load``, without reading weights; the model comes first."""
         own = importlib.import_module(self.package).load
         loaded: tuple[Any, ...] = own(path_or_repo, lazy=True, **options)
         return loaded
 
     def target(self, model: Module) -> Module:
-        """The part of a model that makes caches and takes tokens: the model itself."""
+        """Return the part of a model that makes caches and takes tokens: the model itself."""
         return model
 
     def own_caches(self, model: Any) -> list[Any]:
@@ -110,10 +111,10 @@ class Host(ABC):
     # ---- changing it ----------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Teach the host's attention, its caches and its files about compressed caches.
+        """Make the host's attention, caches and files support compressed caches.
 
-        Calling it again changes nothing. It lasts until :meth:`remove`, or until the last user is
-        released. A version that nobody tested is tried: its functions must have what we need.
+        Calling it again changes nothing. The change lasts until :meth:`remove`, or until the last
+        user is released. An untested version of the host is accepted if its functions suit.
 
         Raises:
             RuntimeError: If a function is missing or has another signature; nothing is changed
@@ -148,7 +149,7 @@ class Host(ABC):
             base.readers.discard(self.name)
 
     def installed(self) -> bool:
-        """Whether the host's attention handles compressed keys now."""
+        """Whether the host's attention can read compressed keys now."""
         return bool(self._original)
 
     def use(self, user: Any) -> None:
@@ -186,7 +187,7 @@ class Host(ABC):
         """Return a function of the host with its original code."""
         if (own := self._original.get(name)) is not None:
             return own
-        # Another thread called remove() just now: the function has that code again.
+        # Another thread has just called remove(), so the function has its original code again.
         return next(exchange.function for exchange in self.exchanges if exchange.name == name)
 
     # ---- inside ---------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ class Host(ABC):
 
 
 def _exchanged(exchange: Exchange) -> FunctionType:
-    """Exchange the code of a function; returns a function with the code that it came with."""
+    """Exchange the code of a function; return a function with the original code."""
     function = exchange.function
     own = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__
@@ -229,6 +230,6 @@ def _exchanged(exchange: Exchange) -> FunctionType:
 
 
 def _names(function: Any) -> list[tuple[str, Any, Any]]:
-    """Names, kinds and defaults of parameters, without types."""
+    """Return names, kinds and defaults of parameters, without types."""
     signature = function if isinstance(function, inspect.Signature) else inspect.signature(function)
     return [(p.name, p.kind, p.default) for p in signature.parameters.values()]

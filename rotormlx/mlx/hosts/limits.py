@@ -1,4 +1,4 @@
-"""What hosts ask of compressed caches: a limit, quantization, draft models."""
+"""Host requests that concern compressed caches: a token limit, quantization, draft models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def make_caches(own: Callable[..., list[Any]], model: Any, max_kv_size: int | No
     """Make the caches of a model, and apply ``max_kv_size`` to compressed ones too.
 
     Args:
-        own: The host's function.
-        model: The model that the host asks for caches.
+        own: The host's function that makes caches.
+        model: The model whose caches are made.
         max_kv_size: The most tokens that a cache holds, or None.
     """
     limited = getattr(vars(model).get("make_cache"), "limited", None)
@@ -31,7 +31,7 @@ def make_caches(own: Callable[..., list[Any]], model: Any, max_kv_size: int | No
 def quantize(
     own: Callable[..., None], caches: list[Any], start: int, group_size: int, bits: int | None
 ) -> None:
-    """Quantize caches as ``kv_bits`` asks; only warns if some are compressed already."""
+    """Quantize caches to ``kv_bits``; if one is compressed already, only warn."""
     if bits is None:
         return
     for _, _, cache in leaves(caches):
@@ -44,19 +44,20 @@ def quantize(
 def speculated(
     options: Mapping[str, Any], make: Callable[[Any], list[Any]]
 ) -> tuple[list[Any], list[RotorKVCache]]:
-    """Return the caches for a draft model, if all can forget rejected tokens to the end.
+    """Return the caches for generation with a draft model, if all of them suit it.
 
-    A compressed cache always can: its window holds them.
+    All of them must be able to drop rejected tokens until generation ends. A compressed cache
+    always can if its window holds the tokens of a draft.
 
     Args:
-        options: Those of a host's ``speculative_generate_step``.
+        options: The arguments of a host's ``speculative_generate_step``, by name.
         make: Makes the caches of a model.
 
     Returns:
-        The caches of model and draft, and those of them that must be told what is taken back.
+        The caches of both models, and those of them whose ``rewinds`` must be set meanwhile.
 
     Raises:
-        ValueError: If a cache would reach its limit: it could forget no rejected token then.
+        ValueError: If a cache would reach its limit, after which it cannot drop tokens.
     """
     caches = options["prompt_cache"]
     if caches is None:
@@ -73,15 +74,15 @@ def speculated(
     if limits and (tokens < 0 or needed > min(limits)):
         wanted = "any number of" if tokens < 0 else needed
         raise ValueError(
-            f"[speculation] Rejected tokens of a draft must be forgotten, but a cache with a limit "
-            f"or a sliding window has room for {max(0, min(limits))} tokens until it cannot, and "
-            f"{wanted} tokens may come; use caches without a limit, or no draft model."
+            f"[speculation] Every cache must be able to drop rejected draft tokens, but one with a "
+            f"limit or a sliding window can do so only for {max(0, min(limits))} more tokens, and "
+            f"this call may add {wanted} tokens; use caches without a limit, or no draft model."
         )
     return caches, rewinding
 
 
 def _rewinds(cache: Any, drafted: int) -> bool:
-    """Whether the window of a cache with a limit holds the tokens of a draft at any time."""
+    """Whether a cache has a limit and its window always holds all tokens of a draft."""
     return (
         isinstance(cache, RotorKVCache)
         and cache.max_size is not None
@@ -90,7 +91,7 @@ def _rewinds(cache: Any, drafted: int) -> bool:
 
 
 def _room(cache: Any) -> int | None:
-    """Return how many tokens fit until a cache cannot be trimmed; None for no limit."""
+    """Return how many tokens fit before a cache cannot be trimmed; None for no limit."""
     if isinstance(cache, ChunkedRotorKVCache):
         return cache.chunk_size - cache.offset if cache.is_trimmable() else 0
     size = getattr(cache, "max_size", None)

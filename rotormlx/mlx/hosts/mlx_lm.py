@@ -1,10 +1,12 @@
 """mlx-lm: language models, from 0.31.3 on.
 
-Besides its attention, four functions get our code. ``make_prompt_cache`` drops ``max_kv_size``
-where a model makes its caches itself. ``speculative_generate_step`` forgets no rejected token once
-a cache has reached its limit, and says nothing. ``maybe_quantize_kv_cache`` raises in the middle of
-a prompt where a model has sliding windows besides. Before 0.32, files of caches hold arrays only,
-and what else a compressed cache is would be lost.
+Besides its attention, these functions get our code:
+
+- ``make_prompt_cache`` ignores ``max_kv_size`` if a model makes its caches itself.
+- ``speculative_generate_step`` silently keeps rejected tokens once a cache has reached its limit.
+- ``maybe_quantize_kv_cache`` raises in the middle of a prompt if a model also has sliding windows.
+- ``save_prompt_cache`` and ``load_prompt_cache``, before 0.32, store only arrays, which would lose
+  the other entries of a compressed cache.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ _SPECULATION = ("prompt", "model", "draft_model", "prompt_cache", "max_tokens", 
 
 
 class MlxLm(Host):
-    """mlx-lm."""
+    """The host mlx-lm."""
 
     name = "mlx-lm"
     package = "mlx_lm"
@@ -81,7 +83,7 @@ class MlxLm(Host):
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Its attention, and what it asks of caches."""
+        """Its attention, and its functions that use caches."""
         cache, generate = "mlx_lm.models.cache", "mlx_lm.generate"
         exchanges = (
             Exchange("mlx_lm.models.base", "scaled_dot_product_attention", _attention),
@@ -99,11 +101,11 @@ class MlxLm(Host):
 
     @property
     def _files_hold_arrays_only(self) -> bool:
-        """Whether this is the contract before 0.32, where a cache has a ``meta_state`` too."""
+        """Whether caches have a ``meta_state`` besides their state, as before 0.32."""
         return hasattr(importlib.import_module("mlx_lm.models.cache").KVCache, "meta_state")
 
     def speculate(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Generate with a draft model, if every cache can forget tokens until the end.
+        """Generate with a draft model, if every cache can drop tokens until the end.
 
         Raises:
             ValueError: If a cache would reach its limit.
@@ -113,7 +115,7 @@ class MlxLm(Host):
         own = self.own("speculative_generate_step")
         call = inspect.signature(own).bind(*args, **options)
         call.apply_defaults()
-        # By the name that the function itself would use, which a caller may have exchanged.
+        # Looked up as the function itself would, because a caller may have replaced it.
         make = own.__globals__.get("make_prompt_cache", self.caches.make_prompt_cache)
         caches, rewinding = limits.speculated(call.arguments, make)
         call.arguments["prompt_cache"] = caches
@@ -121,7 +123,7 @@ class MlxLm(Host):
 
 
 def _rewinding(steps: Iterator[Any], caches: Sequence[RotorKVCache]) -> Iterator[Any]:
-    """Steps of generation that take back no more tokens of these caches than a window has."""
+    """Yield steps of generation that drop at most as many tokens at once as a window holds."""
     for cache in caches:
         cache.rewinds = True
     try:

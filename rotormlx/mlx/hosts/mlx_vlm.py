@@ -1,7 +1,7 @@
 """mlx-vlm: models that read images besides text, from 0.7 on.
 
-It imports nothing of mlx-lm: its attention and its caches are its own, of the same design. The
-language model inside of a model makes the caches.
+It imports nothing from mlx-lm: its attention and its caches are its own, of the same design. The
+language model inside a model makes the caches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _make_caches(model, max_kv_size=None):  # type: ignore[no-untyped-def]
 
 
 class MlxVlm(Host):
-    """mlx-vlm."""
+    """The host mlx-vlm."""
 
     name = "mlx-vlm"
     package = "mlx_vlm"
@@ -42,14 +42,14 @@ class MlxVlm(Host):
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Its attention, and what makes caches."""
+        """Its attention, and its function that makes caches."""
         return (
             Exchange("mlx_vlm.models.base", "scaled_dot_product_attention", _attention),
             Exchange("mlx_vlm.models.cache", "make_prompt_cache", _make_caches),
         )
 
     def target(self, model: Module) -> Module:
-        """The language model of a model that has one."""
+        """Return the language model inside a model; the model itself if there is none."""
         inner: Any = getattr(model, "language_model", None)
         return inner if isinstance(inner, Module) else model
 

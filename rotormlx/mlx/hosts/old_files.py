@@ -1,4 +1,4 @@
-"""Cache files for hosts whose files hold arrays only, such as mlx-lm before 0.32."""
+"""Cache files for hosts whose own files hold only arrays, such as mlx-lm before 0.32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(
 def load(
     own: Callable[..., Any], host_caches: ModuleType, file_name: str, return_metadata: bool
 ) -> Any:
-    """Load what :func:`save` or the host itself has written."""
+    """Load a file that :func:`save` or the host itself has written."""
     _, texts = cast(tuple[Any, dict[str, str]], mx.load(file_name, return_metadata=True))
     if cache_file.is_old_layout(texts):
         return own(file_name, return_metadata)
