@@ -124,7 +124,7 @@ def test_an_old_output_of_batch_survives_a_refusal(llama: str) -> None:
     assert Path("old.jsonl").read_text() == "kept\n"
     assert run("batch", *arguments, "old.jsonl").exit_code == 0
     assert len(Path("old.jsonl").read_text().splitlines()) == 3
-    assert_refused(run("batch", *arguments, "prompts.txt"), "is the input too")
+    assert_refused(run("batch", *arguments, "prompts.txt"), "is also the input")
 
 
 # ---- options that do not fit together -----------------------------------------------------------
