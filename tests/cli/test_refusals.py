@@ -305,7 +305,7 @@ def test_ctrl_c_keeps_what_was_measured(
     monkeypatch.setattr(owner, name, after(calls, getattr(owner, name)))
     result = run(command, *work(command, llama), "out")
     assert_interrupted(result)
-    assert f"{command} was ended early" in result.stderr
+    assert f"{command} ended early" in result.stderr
     assert "k4v4" in result.stdout
     kept = json.loads(Path(f"out/{command}.json").read_text())
     assert {"quality": "rows", "needle": "trials", "bench": "medians"}[command] in kept
