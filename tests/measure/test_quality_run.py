@@ -334,7 +334,7 @@ def test_command_explains_the_columns_it_shows(
     printed = " ".join(console.file.getvalue().split())
     assert ("top-1: how often" in printed) == (width == 120)
     assert "attention top-1" not in printed
-    assert "bits per value: of compressed values" in printed
+    assert "bits per value: bits of a compressed value" in printed
 
 
 @pytest.mark.parametrize(
