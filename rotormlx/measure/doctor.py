@@ -98,7 +98,7 @@ class Findings:
         if self.wrong:
             return (
                 f"Use rotormlx here only to save memory: {len(self.wrong)} of {len(operations())} "
-                "operations are wrong in its kernels, so slower operations of MLX replace them."
+                "operations are not right in its kernels, so MLX's slower operations replace them."
             )
         steps = [timing for timing in self.timings if timing.what == "decode step"]
         if not steps:
