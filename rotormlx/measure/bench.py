@@ -119,7 +119,7 @@ def run(
         )
     schemes = [scheme(name).bound(model) for name in dict.fromkeys(names)]
     if not schemes:
-        raise ValueError("[bench] At least one scheme must be given; k4v4 is our default.")
+        raise ValueError("[bench] At least one scheme must be given; add one, such as k4v4.")
     progress = progress or Progress(disable=True)
     ids = tokenizer.encode(default_text()[: 8 * max(contexts)])
     ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
