@@ -289,8 +289,8 @@ def assert_packed(caches: Sequence[Any], at_least: int) -> None:
     if packed < max(at_least, 1):
         raise RuntimeError(
             f"[assert_packed] Every compressed layer must hold at least {max(at_least, 1)} tokens "
-            f"as packed bytes, but only {packed} are packed, so compression would not be measured; use "
-            "a longer text, and check which layers are compressed."
+            f"as packed bytes, but only {packed} are packed, so compression would not be measured; "
+            "use a longer text, and check which layers are compressed."
         )
 
 
