@@ -1,9 +1,9 @@
 """Generated tasks that are scored exactly: texts, and questions with one right answer.
 
-There are three kinds of task. Two are needles in prose:
+There are three kinds of task; the first two are needles in prose.
 
-- A **fact** is a sentence ("The secret number of Oslo is 4829."). A question after the text asks for
-  it: the model must recall a value by its key.
+- A **fact** is a sentence ("The secret number of Oslo is 4829."). A question after the text asks
+  for it: the model must recall a value by its key.
 - A **copy** is a run of 17 random tokens that the text repeats three times in a row. Given the
   first 16 again, the model must continue with the last.
 - A **chain** is a question of two sums ("Q: 2 + 5 + 3", "A: 2 + 5 = 7, 7 + 3 = 10") after a text of

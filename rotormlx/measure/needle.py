@@ -115,7 +115,7 @@ class Result:
         return Share(sum(chosen), len(chosen))
 
     def pairs(self, reference: str, scheme: str, **wanted: object) -> Pairs:
-        """Compare a scheme with a reference on the same needles, for trials with the given fields."""
+        """Compare a scheme with a reference on the same needles, over trials with given fields."""
         # The trials of every scheme are in the same order.
         both = list(
             zip(
