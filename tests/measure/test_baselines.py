@@ -129,7 +129,7 @@ def test_scheme_of_mlx_lm() -> None:
         ("affine-k5v5", "Bits must be of 2, 3, 4, 6, 8"),
         ("turboquant-k8v8:qjl", "Bits must be of 2, 3, 4"),
         ("kvarn-k5v4", "Bits must be of 2, 3, 4 here, but 'kvarn-k5v4' was given"),
-        ("kvarn-k4v4:group=96", "group must be of 64, 128 tokens, but 96 was given"),
+        ("kvarn-k4v4:group=96", "group must be one of 64, 128 tokens, but 96 was given"),
         ("kvarn-k4v4:seed=1", "has seed; leave it out"),
         ("exl3-k1v4", "Bits must be of 2, 3, 4, 5, 6, 7, 8"),
         ("exl3-k4v4:group=64", "has group; leave it out"),
