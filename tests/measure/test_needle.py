@@ -155,7 +155,7 @@ def test_texts_differ_by_seed_and_are_the_same_again() -> None:
 def test_texts_without_room_are_refused(kind: str, length: int) -> None:
     room = haystack.ROOM[kind]
     assert length == 8 * room + 224 - 1
-    with pytest.raises(ValueError, match=f"have {room} .* {length} tokens and 8 needles were given"):
+    with pytest.raises(ValueError, match=f"have {room} .* {length} tokens and 8 needles were"):
         stack(kind, length)
 
 
