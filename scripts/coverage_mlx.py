@@ -47,8 +47,8 @@ every model gives its former logits, bit for bit.
   rotormlx decodes the tokens for it, one layer at a time.
 - **error**: the largest error of a token's logits against the float cache, relative to the norm of
   the logits.
-- **other experts**: for models with a router, the tokens for which it chose other experts because
-  of the codec's error. The error is then that of the tokens before the first of them.
+- **other experts**: for models with a router, the number of tokens for which it chose other experts
+  because of the codec's error. The error then covers only the tokens before the first of these.
 - **left alone, or why not**: the caches that stay exact, with the reason; or the reason why the
   model is refused or was not run.
 

@@ -42,11 +42,11 @@ This page lists which language models of transformers {version} work with compre
 `python scripts/coverage.py transformers` wrote it on {date}. Each has a tiny configuration and
 random float32 weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8
 bits, with no sink and no window, so that nearly all tokens are read from packed bytes. Then
-`generate` must work with compressed caches and begin with the text of the exact ones. After
-`remove`, every model gives its former logits, bit for bit.
+`generate` must work with compressed caches, and its text must begin like that of exact caches.
+After `remove`, every model gives its former logits, bit for bit.
 
 - Names without a folder are causal language models. `seq2seq/`, `speech/` and `image/` are the
-  types that transformers lists for these tasks; what such a model hears or sees is left out, or
+  types that transformers lists for these tasks; their audio or image input is left out, or is
   noise.
 - *Not run*: transformers itself cannot run the model in this way.
 - [Models of mlx-lm](COVERAGE.md) explains the columns.

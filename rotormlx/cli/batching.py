@@ -1,4 +1,4 @@
-"""Answers the prompts of a file, many at once."""
+"""The command ``rotormlx batch``: answers the prompts of a file, many at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rotormlx.cli.refusal import Refusal, sentence
 from rotormlx.cli.usage import Usage, measure
 from rotormlx.mlx import integration
 
-# A prompt as it was given: text, or chat messages.
+# A prompt as the user gave it: text, or chat messages.
 Prompt = str | list[dict[str, str]]
 
 
@@ -30,12 +30,12 @@ def read_prompts(path: Path) -> list[Prompt]:
         Refusal: If the file is missing or empty, or a line is none of these.
     """
     if not path.is_file():
-        raise Refusal(f"[batch] A file of prompts is required, but {path} is none; check the path.")
+        raise Refusal(f"[batch] A file of prompts is required, but {path} is not a file; check it.")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(
-            f"[batch] The file of prompts must be text in UTF-8, but {path} gave: "
+            f"[batch] The file of prompts must be text in UTF-8, but reading {path} failed: "
             f"{sentence(error)}."
         ) from error
     lines = [line for line in text.splitlines() if line.strip()]
@@ -81,17 +81,17 @@ def answer(
         session: Loads the model.
         model_path: A directory or the name of a repository.
         prompts: What :func:`read_prompts` returned.
-        max_tokens: Longest answer, in tokens.
-        batch_size: Most sequences at once.
+        max_tokens: Maximum number of tokens per answer.
+        batch_size: Maximum number of sequences at once.
         temp: Sampling temperature; 0 is greedy.
-        use_chat_template: Whether the prompts go through the chat template, if there is one.
-        write: Takes the answers in the order of the prompts, each as soon as it and those before
-            it are known: ``prompt``, ``text`` and the number of ``tokens``. After an interrupt it
-            takes all that are known.
+        use_chat_template: Whether to apply the chat template to the prompts, if there is one.
+        write: Receives the answers in the order of the prompts, each as soon as it and all earlier
+            ones are known. An answer has a ``prompt``, a ``text`` and the number of ``tokens``.
+            After an interrupt, ``write`` receives all answers that are known.
 
     Raises:
-        Refusal: If the model cannot be used, messages meet a model without a chat template, or a
-            prompt has no tokens.
+        Refusal: If the model cannot be used, a prompt of chat messages is given without a chat
+            template, or a prompt has no tokens.
     """
     model, tokenizer = session.load(model_path)[:2]
     chat = use_chat_template and tokenizer.has_chat_template
@@ -113,7 +113,7 @@ def answer(
         uid: i for i, uid in enumerate(generator.insert(encoded, [max_tokens] * len(encoded)))
     }
     tokens: list[list[int]] = [[] for _ in prompts]
-    known: dict[int, dict[str, Any]] = {}  # answers that wait for one before them
+    known: dict[int, dict[str, Any]] = {}  # answers that wait for an earlier one
     try:
         while responses := generator.next_generated():
             for response in responses:
@@ -148,7 +148,7 @@ def _encode(tokenizer: Any, prompt: Prompt, chat: bool) -> list[int]:
             ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
         except (TemplateError, TypeError, ValueError) as error:
             raise Refusal(
-                f"[batch] The chat template does not take the prompt {str(prompt)[:60]!r}: "
+                f"[batch] The chat template does not accept the prompt {str(prompt)[:60]!r}: "
                 f"{sentence(error)}; correct it."
             ) from error
     if not ids:

@@ -1,10 +1,10 @@
 """Compares four caches with one model and one text: memory, accuracy and answers.
 
-A passage and a question about it are read through each cache in chunks of 64 tokens. That scores
-the cache (every next-token distribution against the exact cache's) and fills it. Then the model
-answers from that cache: the numbers and the answer come from the same bytes.
+A passage and a question about it are read through each cache in chunks of 64 tokens. This fills the
+cache and scores it: each next-token distribution is compared with that of the exact cache. Then the
+model answers from the same cache.
 
-MLX multiplies slowly on a CPU, so numpy does it there, as in ``rotormlx quality``.
+MLX multiplies matrices slowly on a CPU, so numpy does it there, as in ``rotormlx quality``.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from rotormlx.mlx import integration
 from rotormlx.mlx.host_caches import leaves
 
 DEFAULT_PROMPT = "What does this text say about objects? Answer in two sentences."
-# The first 132 tokens are exact in a rotormlx cache; predictions behind them are what is compared.
+# A rotormlx cache keeps the first 132 tokens exact; only the predictions after them are compared.
 LEAST_SCORE_TOKENS = 256
 ROTOR_BITS = (4, 3)
 FLOAT16_BITS = 16
 EXACT = "exact"
-# A context at which the exact tokens, 132 at most, weigh as little as they do in practice.
+# A context so long that the exact tokens, 132 at most, take a negligible share.
 LONG_CONTEXT = 8192
 
-BAR_WIDTH = 40  # of the longest bar of the plot, in characters
+BAR_WIDTH = 40  # characters of the longest bar
 
 Caches = list[Any]
 
@@ -58,15 +58,16 @@ class Row:
     """The results of one cache.
 
     Args:
-        name: The cache, for people to read.
+        name: The name of the cache, as printed.
         text: The answer.
         context_tokens: Tokens in the cache at the end.
         packed_tokens: How many of them are packed, in the layer with the fewest.
-        packed_share: Share of earlier tokens read from packed bytes, the mean over the predictions
-            compared.
+        packed_share: Share of earlier tokens that a prediction reads from packed bytes: the mean
+            over the compared predictions.
         cache_bytes: Bytes of the cache at the end, without room for growth.
-        long_context_ratio: How many times smaller than the exact cache it is at 8,192 tokens.
-        bits_per_value: True bits of a packed value; of any value in the exact cache.
+        long_context_ratio: How many times smaller the cache is than the exact one at 8,192 tokens.
+        bits_per_value: Bits per packed value, scales and centres included; for the exact cache,
+            bits per value.
         quality: Distance from the exact cache; None for the exact cache itself.
         tokens_per_second: Speed of the answer.
     """
@@ -102,25 +103,26 @@ def run(
     """Compare the exact cache, mlx-lm's 4-bit cache and rotormlx at 4 and 3 bits.
 
     Args:
-        model: What ``mlx_lm.load`` takes; None is SmolLM2-135M-Instruct, downloaded once.
+        model: A model that ``mlx_lm.load`` can load; None for SmolLM2-135M-Instruct, downloaded
+            once.
         prompt: The question about the passage.
-        max_tokens: Longest answer, in tokens.
+        max_tokens: Maximum length of the answer, in tokens.
         score_tokens: Length of the passage, in tokens.
-        console: Where the table goes; standard output if None.
+        console: The console to print on; standard output if None.
 
     Returns:
         One row per cache, the exact one first.
 
     Raises:
-        ValueError: If the passage is too short to be read from packed bytes, or the model cannot
-            be compressed.
+        ValueError: If the passage is too short for anything to be packed, or the model cannot be
+            compressed.
         RuntimeError: If the model cannot be downloaded, or nothing was read from packed bytes.
     """
     if score_tokens < LEAST_SCORE_TOKENS or max_tokens < 1:
         raise ValueError(
             f"[demo] A passage of at least {LEAST_SCORE_TOKENS} tokens and an answer of at least 1 "
             f"are required, so that packed tokens are read, but {score_tokens} and {max_tokens} "
-            "came; ask for more."
+            "were given; ask for more."
         )
     console = console or Console()
     with progress_bar(console) as progress, fast_on_a_cpu(console):
@@ -176,22 +178,22 @@ def progress_bar(console: Console) -> Progress:
 
 @contextmanager
 def fast_on_a_cpu(console: Console) -> Iterator[None]:
-    """Let numpy multiply where MLX runs on a CPU, and say so."""
+    """Let numpy multiply if MLX runs on a CPU, and print a line about it."""
     if runs_on_a_cpu():
         console.print(
-            "MLX runs on a CPU here, so numpy multiplies: faster, but not mlx-lm's own speed."
+            "MLX runs on a CPU here, so numpy multiplies, which is faster; speeds are not mlx-lm's."
         )
     with numpy_linear(), numpy_attention():
         yield
 
 
 def runs_on_a_cpu() -> bool:
-    """Whether MLX computes on the CPU."""
+    """Return whether MLX computes on the CPU."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _show(console: Console, runs: dict[str, _Run], ratios: dict[str, float]) -> list[Row]:
-    """Print the caches that were tried; returns a row of each."""
+    """Print the results of the caches that were read, and return one row per cache."""
     start = _first_packed(runs)
     rows = [_row(name, run, runs[EXACT], start, ratios) for name, run in runs.items()]
     _print(console, rows, runs[EXACT].scores, start)
@@ -200,7 +202,7 @@ def _show(console: Console, runs: dict[str, _Run], ratios: dict[str, float]) -> 
 
 def _cache_makers(network: Any) -> dict[str, Callable[[], Caches]]:
     def mlx_lm_4_bit() -> Caches:
-        # What mlx-lm's kv_bits=4 comes to with quantized_kv_start=0.
+        # The caches that mlx-lm makes with kv_bits=4 and quantized_kv_start=0.
         return [
             QuantizedKVCache(group_size=64, bits=4) if type(cache) is KVCache else cache
             for cache in make_prompt_cache(network)
@@ -218,7 +220,7 @@ def _cache_makers(network: Any) -> dict[str, Callable[[], Caches]]:
 
 
 def _long_context_ratios(network: Any) -> dict[str, float]:
-    """Return how many times smaller than float16 each cache is in a long context."""
+    """Return how many times smaller each cache is than float16 in a long context."""
     ratios = {}
     for bits in ROTOR_BITS:
         report = integration.apply(network, RotorConfig(key_bits=bits, value_bits=bits))
@@ -234,12 +236,12 @@ def _rotor_name(bits: int) -> str:
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str, score_tokens: int) -> list[int]:
-    # A token of English is 4 or 5 characters; all of the text would exceed some models' context.
+    # An English token has 4 or 5 characters; the whole text would exceed some models' context.
     text = default_text()[: 8 * score_tokens]
     passage = tokenizer.encode(text, add_special_tokens=False)[:score_tokens]
     if len(passage) < score_tokens:
         raise ValueError(
-            f"[demo] The passage has {len(passage)} tokens, but {score_tokens} were asked for; "
+            f"[demo] The passage has {len(passage)} tokens, but {score_tokens} are required; "
             "lower --score-tokens."
         )
     text = f"{tokenizer.decode(passage)}\n\n{prompt}"
@@ -263,7 +265,7 @@ def _run_one(
     text = ""
     count = 0
     start = time.perf_counter()
-    # score() leaves the last token unread: it is the whole prompt here.
+    # score() does not read the last token, so that token is the prompt here.
     for response in stream_generate(
         network, tokenizer, tokens[-1:], max_tokens=max_tokens, prompt_cache=caches
     ):
@@ -310,7 +312,7 @@ def _print(console: Console, rows: list[Row], exact: scoring.Scores, start: int)
     table.add_column("")
     for row in rows:
         table.add_column(row.name, justify="right")
-    # A cache is a column: so the table fits a terminal of 80 characters.
+    # One column per cache, so that the table fits a terminal of 80 characters.
     lines: dict[str, Callable[[Row], str]] = {
         "memory": lambda row: f"{row.cache_bytes / 1e6:.2f} MB",
         "smaller": lambda row: f"{first.cache_bytes / row.cache_bytes:.2f}x",
@@ -328,12 +330,12 @@ def _print(console: Console, rows: list[Row], exact: scoring.Scores, start: int)
     console.print(table)
     predictions = len(exact.targets) - start
     console.print(
-        "memory: of the cache after the answer; smaller: than the exact cache, now and with 8,192 "
-        "tokens. bits per value: of packed values, with their scales and centres. read packed: "
-        "the mean share of earlier tokens that a prediction reads from packed bytes; the others "
-        f"are exact. KL (in nats) and top-1: {predictions} next-token predictions against those of "
-        f"the exact cache, whose perplexity is {exact.perplexity(start):.2f}; the first {start} "
-        "are left out, because rotormlx packs nothing before them. words as exact: words of the "
+        "memory: size of the cache after the answer. smaller: ratio to the exact cache, now and "
+        "with 8,192 tokens. bits per value: bits of a packed value, including scales and centres. "
+        "read packed: mean share of earlier tokens that a prediction reads from packed bytes; the "
+        f"others are exact. KL (in nats) and top-1 compare {predictions} next-token predictions "
+        f"with those of the exact cache, whose perplexity is {exact.perplexity(start):.2f}. The "
+        f"first {start} are left out, because nothing is packed yet. words as exact: words of the "
         "answer before the first that differs. tokens/s: speed of the answer.",
         highlight=False,
     )
@@ -365,16 +367,16 @@ def _plot(rows: list[Row]) -> Table:
 
 
 def _print_next(console: Console, commands: dict[str, str]) -> None:
-    """Print commands to try, and what each does."""
+    """Print commands to try, with a line on each."""
     console.print("\n[bold]Try next:[/bold]")
     for command, does in commands.items():
-        # A command is one line, to copy.
+        # One line per command, so that it can be copied.
         console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
         console.print(f"    [dim]{does}[/dim]", highlight=False)
 
 
 def as_typed(path: str) -> str:
-    """Return a path or name as typed in a shell, with ~ for the home directory."""
+    """Return a path or name quoted for a shell, with ~ for the home directory."""
     home = Path.home()
     if not Path(path).is_relative_to(home):
         return shlex.quote(path)

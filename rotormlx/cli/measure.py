@@ -63,7 +63,7 @@ Output = Annotated[Path | None, typer.Option(help="A directory for the result fi
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
+    """Add the commands that measure to ``app``."""
     for command in (quality, needle, bench, calibrate):
         app.command()(command)
 
@@ -75,17 +75,21 @@ def quality(
     text: Annotated[
         list[Path] | None, typer.Option(help="A text file. Give the option again for several.")
     ] = None,
-    tokens: Annotated[int, count("Tokens to read of each text.")] = 1217,
-    greedy: Annotated[int, count("Tokens of the greedy continuation of each text.", 0)] = 64,
-    sampled: Annotated[int, count("Tokens of each sampled continuation.", 0)] = 64,
-    seeds: Annotated[int, count("Sampled continuations of each text.", 0)] = 4,
+    tokens: Annotated[int, count("Number of tokens to read of each text.")] = 1217,
+    greedy: Annotated[
+        int, count("Length of the greedy continuation of each text, in tokens.", 0)
+    ] = 64,
+    sampled: Annotated[int, count("Length of each sampled continuation, in tokens.", 0)] = 64,
+    seeds: Annotated[int, count("Number of sampled continuations of each text.", 0)] = 4,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the sampled continuations.")
     ] = 0.8,
     tasks: Annotated[
         int,
         count(
-            "Questions per generated task, e.g. 100. Each scheme then takes a minute or more.", 0
+            "Number of questions per generated task, e.g. 100. Each scheme then takes a minute or "
+            "more.",
+            0,
         ),
     ] = 0,
     dtype: Dtype = None,
@@ -112,7 +116,7 @@ def quality(
     where = ("[quality]", "[scheme]", "[needle]", "[RotorConfig]", "[smollm2]")
     with refusing(ValueError, RuntimeError, where=where), kept:
         names = [grammar.all_packed(n) if all_packed else n for n in schemes.split()]
-        list(map(grammar.scheme, names))  # refuses before a model is loaded
+        list(map(grammar.scheme, names))  # refuse a bad name before a model is loaded
         written = _module("free_running").Settings(greedy, sampled, seeds, temperature)
         texts = None if text is None else _read_all(text)
         console, path, loaded = _load(model)
@@ -120,7 +124,7 @@ def quality(
 
             def keep(result: Any) -> None:
                 kept.keep(result)
-                if not console.is_terminal:  # a log has no bar
+                if not console.is_terminal:  # a log shows no progress bar
                     typer.echo(_step(result, progress), err=True)
 
             result = run.run(
@@ -141,7 +145,7 @@ def quality(
 
 
 def _step(result: Any, progress: Progress) -> str:
-    """Return the log line of a scheme that is done."""
+    """Return the log line for a scheme that is complete."""
     task = progress.tasks[-1]
     seconds = round(task.time_remaining or 0)
     row = result.rows[-1]
@@ -165,15 +169,15 @@ def needle(
     model: Model = None,
     *,
     schemes: Schemes = NEEDLE,
-    lengths: Annotated[str, typer.Option(help="Tokens of the texts, separated by commas.")] = (
-        "512,1024"
-    ),
-    trials: Annotated[int, count("Least number of trials per kind and scheme.")] = 200,
-    needles: Annotated[int, count("Most needles per text.")] = 20,
+    lengths: Annotated[
+        str, typer.Option(help="Lengths of the texts in tokens, separated by commas.")
+    ] = ("512,1024"),
+    trials: Annotated[int, count("Minimum number of trials per kind and scheme.")] = 200,
+    needles: Annotated[int, count("Maximum number of needles per text.")] = 20,
     kinds: Annotated[
         str, typer.Option(help="Kinds of task, separated by commas: fact, copy, chain.")
     ] = "fact,copy,chain",
-    seed: Annotated[int, count("Seed of texts and answers.", 0)] = 0,
+    seed: Annotated[int, count("Seed of the texts and answers.", 0)] = 0,
     output: Output = None,
 ) -> None:
     """Test recall of facts and copies in long texts, and chains of sums, through each scheme."""
@@ -205,16 +209,16 @@ def bench(
     model: Model = None,
     *,
     schemes: Schemes = BENCH,
-    contexts: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = (
-        "1024,4096"
-    ),
-    repeats: Annotated[int, count("Runs per scheme and context.")] = 3,
-    decode_tokens: Annotated[int, count("Tokens to generate per run.")] = 32,
+    contexts: Annotated[
+        str, typer.Option(help="Lengths of the prompts in tokens, separated by commas.")
+    ] = ("1024,4096"),
+    repeats: Annotated[int, count("Number of runs per scheme and context.")] = 3,
+    decode_tokens: Annotated[int, count("Number of tokens to generate per run.")] = 32,
     numpy: Annotated[
         bool,
         typer.Option(
             "--numpy",
-            help="On a CPU, multiply in linear layers with numpy, as quality does. That is faster, "
+            help="On a CPU, let numpy multiply in linear layers, as quality does. That is faster, "
             "but not the speed of mlx-lm.",
         ),
     ] = False,
@@ -258,30 +262,31 @@ def calibrate(
     transform: Annotated[
         str,
         typer.Option(
-            help="scale: one factor per channel; rotors: learned rotors as well; klt: one matrix "
-            "per KV head."
+            help="scale: one factor per channel; rotors: one factor per channel and learned "
+            "rotors; klt: one matrix per KV head."
         ),
     ] = "scale",
     text: Annotated[
         Path | None,
         typer.Option(help="A text file. By default, prose from CPython's documentation."),
     ] = None,
-    tokens: Annotated[int, count("Tokens to read, from the end of the text.")] = 512,
+    tokens: Annotated[int, count("Number of tokens to read, from the end of the text.")] = 512,
     layers: Annotated[
         bool,
         typer.Option(
             "--layers",
-            help="Also measure each layer, in float32, so that bits go where they are needed.",
+            help="Also measure the loss of each layer, in float32, to distribute the bits.",
         ),
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="A .safetensors file. By default, where rotormlx finds it for the model."
+            help="The .safetensors file to write. By default, the one that rotormlx looks up for "
+            "the model."
         ),
     ] = None,
 ) -> None:
-    """Measure a model on a short text, and store what compresses its cache best."""
+    """Measure a model on a short text, and store the transform that compresses its cache best."""
     where = ("[calibration]", "[smollm2]", "[hook]")
     with refusing(ValueError, RuntimeError, where=where):
         if output is not None:
@@ -349,9 +354,8 @@ def _plots() -> Any:
         if error.name != "matplotlib":
             raise
         typer.echo(
-            "rotormlx: the files will have no plots, because matplotlib is not installed; in a "
-            "clone, install it with: pip install -e '.[bench]', otherwise with: "
-            "pip install 'rotormlx[bench]'",
+            "rotormlx: the files will have no plots, because matplotlib is not installed; install "
+            "it with: pip install 'rotormlx[bench]' (in a clone: pip install -e '.[bench]')",
             err=True,
         )
         return None
@@ -361,8 +365,8 @@ def _numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part[:20]) <= _LONGEST for part in parts):
         raise Refusal(
-            f"[measure] --{option} must be whole numbers up to {_LONGEST} separated by commas, but "
-            f"{text!r} came."
+            f"[measure] --{option} must be whole numbers up to {_LONGEST}, separated by commas, "
+            f"but {text!r} was given."
         )
     return [int(part) for part in parts]
 
@@ -373,7 +377,7 @@ def _read(name: str, path: Path) -> str:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise Refusal(
-            f"[{name}] A text file in UTF-8 is required, but {path} gave: {why}."
+            f"[{name}] A text file in UTF-8 is required, but reading {path} failed: {why}."
         ) from error
 
 
@@ -382,7 +386,7 @@ def _read_all(paths: list[Path]) -> dict[str, str]:
     for path in paths:
         if path.name in texts:
             raise Refusal(
-                f"[quality] Texts must have names of their own, but {path} is the second "
+                f"[quality] Every text must have a different name, but {path} is the second "
                 f"{path.name}; rename one."
             )
         texts[path.name] = _read("quality", path)
@@ -394,16 +398,15 @@ def _command() -> str:
 
 
 class _Kept:
-    """Results that are stored as they come, in files if a folder is given.
+    """A context that keeps the results so far, and stores them if a folder is given.
 
     The folder is made before the work. ``NAME.json`` is written after every step, so that a crash
-    loses nothing; the other files and the table are written at the end, also after an
-    interrupt.
+    loses nothing. The other files and the table are written at the end, also after an interrupt.
 
     Args:
-        name: The command; the files have its name.
+        name: The command; its files are named after it.
         output: The folder, or None.
-        files: Gives the files of a result by name.
+        files: Returns the text of each file for a result, by file name.
         show: Prints a result.
     """
 
@@ -427,7 +430,7 @@ class _Kept:
         with self._stack:
             if kind is not None and self._latest is not None:
                 typer.echo(
-                    f"rotormlx: {self.name} was ended early; this is what was done", err=True
+                    f"rotormlx: {self.name} ended early; these are the results so far", err=True
                 )
                 self.finish(self._latest)
 
@@ -476,5 +479,5 @@ def _progress(console: Console) -> Progress:
         console=console,
         transient=True,
         disable=not console.is_terminal,
-        speed_estimate_period=300,  # a chunk of a long text takes seconds
+        speed_estimate_period=300,  # in seconds: a chunk of a long text takes several
     )

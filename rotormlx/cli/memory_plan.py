@@ -13,9 +13,9 @@ from rotormlx.cli.refusal import Refusal
 from rotormlx.report import Report, megabytes
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# Bits of keys and of values that are compared with float16.
+# Bits of keys and values to compare with float16.
 BITS = (8, 4, 3, 2)
-# No model reads as many tokens: a cache that still fits has a bounded size.
+# More tokens than any model reads: a cache that still fits here has a bounded size.
 MOST_TOKENS = 2**30
 _BAR_WIDTH = 40
 
@@ -28,10 +28,10 @@ class Choice(NamedTuple):
 
 
 def size_of(text: str) -> int:
-    """Parse a size such as ``16GB``; returns bytes.
+    """Parse a size such as ``16GB``, and return it in bytes.
 
     Raises:
-        Refusal: If it is no size.
+        Refusal: If the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
     if match is None or match[2].upper() not in UNITS:
@@ -46,11 +46,11 @@ def choices(report: Report, budget: int) -> list[Choice]:
     """Return the longest context of each cache that takes at most ``budget`` bytes.
 
     Args:
-        report: Of the model.
-        budget: Bytes.
+        report: The report on the model.
+        budget: Bytes available for the cache.
 
     Returns:
-        One choice per cache, float16 first, then with fewer and fewer bits.
+        One choice per cache: float16 first, then decreasing numbers of bits.
     """
     made = [Choice("float16", longest(report.float_bytes, budget))]
     for bits in BITS:
@@ -60,11 +60,15 @@ def choices(report: Report, budget: int) -> list[Choice]:
 
 
 def longest(size: Callable[[int], int], budget: int) -> int | None:
-    """Return the most tokens with ``size(tokens) <= budget``; None beyond ``MOST_TOKENS``.
+    """Return the largest number of tokens with ``size(tokens) <= budget``.
 
     Args:
-        size: Bytes at a number of tokens; grows with it, but for the tail that is packed at once.
-        budget: Bytes.
+        size: Returns the bytes for a number of tokens. It grows with the tokens, except where a
+            full tail is packed.
+        budget: Bytes available for the cache.
+
+    Returns:
+        The number, or None if even ``MOST_TOKENS`` tokens fit.
     """
     if size(MOST_TOKENS) <= budget:
         return None
@@ -79,9 +83,9 @@ def table(report: Report, weights: int, memory: int) -> Table:
     """Return a table of the longest contexts beside the weights, with one bar per cache.
 
     Args:
-        report: Of the model.
-        weights: Bytes of its weights.
-        memory: Bytes for weights and cache.
+        report: The report on the model.
+        weights: Bytes of the model's weights.
+        memory: Bytes available for weights and cache.
 
     Raises:
         Refusal: If the weights alone do not fit.
@@ -89,15 +93,15 @@ def table(report: Report, weights: int, memory: int) -> Table:
     if weights >= memory:
         raise Refusal(
             f"[info] --memory must be more than the weights of the model, which take "
-            f"{megabytes(weights)}, but {megabytes(memory)} was given; take a model with fewer "
-            "bits per weight, or more memory."
+            f"{megabytes(weights)}, but {megabytes(memory)} was given; choose a model with "
+            "fewer bits per weight, or more memory."
         )
     made = choices(report, memory - weights)
     most = max((choice.tokens or 0 for choice in made), default=0)
     shown = Table(
         title=f"longest context in {megabytes(memory)}, of which the weights take "
         f"{megabytes(weights)}",
-        caption="one sequence; what a step computes comes on top",
+        caption="one sequence; without the memory for computing a step",
     )
     shown.add_column("cache")
     shown.add_column("tokens", justify="right")

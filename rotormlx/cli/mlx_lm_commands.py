@@ -1,7 +1,7 @@
 """Runs a command of mlx-lm with compressed caches, and reports their memory.
 
-The command's own ``main`` runs, with its own options. Where it loads a model, or makes, loads or
-saves a prompt cache, the functions of a :class:`Session` replace its own.
+The command's own ``main`` runs, with its own options. The functions of a :class:`Session` replace
+those that load a model, and those that make, load or save a prompt cache.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from rotormlx.mlx import backends, integration, prompt_cache
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.report import Report, megabytes
 
-# Options of mlx-lm for another kind of cache. They would change nothing, so they are refused.
+# Options of mlx-lm for another kind of cache. They would have no effect, so they are refused.
 REFUSED = ("kv_bits", "kv_group_size", "quantized_kv_start")
-# What sentences of ours start with that come through mlx-lm's commands.
+# How rotormlx's own error messages start that pass through mlx-lm's commands.
 _OURS = tuple(
     f"[{where}]"
     for where in ("apply", "calibration", "hook", "perplexity", "prompt cache", "speculation")
@@ -57,11 +57,11 @@ def run(
 
     Args:
         name: A command of mlx-lm, such as ``generate``.
-        argv: Its options.
+        argv: The options of the command.
         config: How keys and values are compressed.
-        calibration: A calibration file instead of the one that is kept for the model.
-        given_options: The options of ``config`` that the user gave: their names by field.
-        sliding_windows: Whether sliding windows are compressed where they can be.
+        calibration: A calibration file instead of the one stored for the model.
+        given_options: The options of ``config`` that the user gave: from field to option name.
+        sliding_windows: Whether sliding windows are compressed where possible.
 
     Raises:
         Refusal: If the options, the model or a file cannot be used.
@@ -83,7 +83,7 @@ def run(
             if hasattr(tool, key):
                 stack.enter_context(patch.object(tool, key, value))
         if name == "benchmark":
-            # It generates with mlx_lm.generate, which makes the caches.
+            # mlx_lm benchmark generates through mlx_lm.generate, which makes the caches.
             generate = tool_module("generate")
             stack.enter_context(
                 patch.multiple(generate, make_prompt_cache=session.make_prompt_cache)
@@ -102,7 +102,7 @@ def run(
         except KeyboardInterrupt:
             session.print_usage()
             raise
-        except EOFError:  # Ctrl-D is how a chat ends
+        except EOFError:  # Ctrl-D ends a chat
             if name != "chat":
                 raise
     session.print_usage()
@@ -110,7 +110,7 @@ def run(
 
 @contextmanager
 def _refusing_input(name: str) -> Iterator[None]:
-    """Turn mlx-lm's errors about its input into one sentence."""
+    """Turn errors of mlx-lm about its input into refusals of one sentence."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, MemoryError, ImportError, TemplateError) as error:
@@ -118,20 +118,20 @@ def _refusing_input(name: str) -> Iterator[None]:
         if text.startswith(_OURS):
             raise Refusal(text) from error
         if "allocate" in text or isinstance(error, MemoryError):
-            raise Refusal(f"[{name}] There is too little memory for this: {text}.") from error
-        if re.match(r"\[[\w:]+\] ", text):  # an operation of MLX: a fault of the program
+            raise Refusal(f"[{name}] There is not enough memory: {text}.") from error
+        if re.match(r"\[[\w:]+\] ", text):  # an error in an MLX operation is a bug
             raise
         raise Refusal(f"[{name}] mlx_lm {name} stopped: {text.rstrip('.')}.") from error
 
 
 class Session:
-    """Functions that replace those of mlx-lm's commands, and their results.
+    """The functions that replace those of mlx-lm's commands, and their results.
 
     Args:
         config: How keys and values are compressed.
-        calibration: A calibration file instead of the one that is kept for a model.
-        given_options: The options of ``config`` that the user gave: their names by field.
-        sliding_windows: Whether sliding windows are compressed where they can be.
+        calibration: A calibration file instead of the one stored for a model.
+        given_options: The options of ``config`` that the user gave: from field to option name.
+        sliding_windows: Whether sliding windows are compressed where possible.
     """
 
     def __init__(
@@ -145,16 +145,17 @@ class Session:
         self.sliding_windows = sliding_windows
         self.calibration = calibration
         self._given_options = given_options or {}
-        # Not the models themselves: a server drops one before it loads another.
+        # Weak references, because a server drops one model before it loads another.
         self._models: list[tuple[weakref.ref[Module], Report]] = []
-        self._caches: dict[int, list[Any]] = {}  # the latest of each model, by the id of its report
-        self.foreseen = (0, 0)  # tokens of a sequence and sequences, where no cache is left
-        # Of a file: mlx-lm asks for it, and looks at the first, before it loads the model, without
-        # which we read no cache. Filled by load.
+        self._caches: dict[int, list[Any]] = {}  # each model's latest, by its report's id
+        # Tokens per sequence and number of sequences, for runs that leave no cache to measure.
+        self.foreseen = (0, 0)
+        # The caches of a file. mlx-lm asks for this list, and reads its first element, before it
+        # loads the model; rotormlx needs the model to read the file. So load() fills the list.
         self._prompt_cache: list[Any] = [None]
         self._metadata: dict[str, str] = {}
         self._file = ""
-        # Of a command of mlx-lm, from prepare().
+        # The command of mlx-lm and its options, set by prepare().
         self._command = ""
         self._args: argparse.Namespace | None = None
         self._given: Collection[str] = ()
@@ -164,8 +165,8 @@ class Session:
 
         Args:
             name: The command of mlx-lm.
-            args: Its options.
-            given: Those of them that the user gave.
+            args: The options of the command.
+            given: The names of the options that the user gave.
 
         Raises:
             Refusal: If an option, the prompt cache file, the limit or the model cannot be used.
@@ -174,7 +175,7 @@ class Session:
         rules.check(name, args, given, processes())
         if processes() > 1 and self.calibration is not None:
             raise Refusal(
-                f"[{name}] A calibration is of a whole model, but --calibration was given in a run "
+                f"[{name}] A calibration needs a whole model, but --calibration was given in a run "
                 "of several processes, each with some of the heads; leave it out."
             )
         limit = getattr(args, "max_kv_size", None)
@@ -187,7 +188,7 @@ class Session:
             if limit is not None:
                 raise Refusal(
                     f"[{name}] A prompt cache keeps the limit it was made with, but --max-kv-size "
-                    f"{limit} was given with --prompt-cache-file; give it to cache_prompt."
+                    f"{limit} was given with --prompt-cache-file; pass it to cache_prompt instead."
                 )
         if name == "cache_prompt" and path is not None:
             is_whole = path.endswith(".safetensors") or rules.is_folder(path)
@@ -213,7 +214,7 @@ class Session:
         return [report for model, report in self._models if model() is not None]
 
     def load(self, path: str, **kwargs: Any) -> tuple[Any, ...]:
-        """Load as ``mlx_lm.load`` does, with compressed caches; refuses before reading weights."""
+        """Load as ``mlx_lm.load`` does, with compressed caches; refuse before reading weights."""
         loaded = self._load(path, **kwargs)
         is_first = not self._models
         if is_first and self._args is not None:
@@ -226,7 +227,7 @@ class Session:
         if is_first and self._file:
             with refusing(ValueError):
                 prompt_cache.check_model(self._file, self._metadata, loaded[0])
-        if self._command == "server":  # which drops one model for another
+        if self._command == "server":  # a server replaces one model by another
             self._models = [pair for pair in self._models if pair[0]() is not None]
             kept = {id(kept) for _, kept in self._models}
             self._caches = {key: value for key, value in self._caches.items() if key in kept}
@@ -234,7 +235,7 @@ class Session:
         return loaded
 
     def sharded_load(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """``mlx_lm.utils.sharded_load`` with compressed caches: a rank's are of its own heads."""
+        """Load as ``mlx_lm.utils.sharded_load`` does; each rank's caches hold its own heads."""
         loaded: tuple[Any, ...] = sharded_load(*args, **kwargs)
         with refusing(ValueError, RuntimeError):
             report = integration.apply(loaded[0], self.config, sliding_windows=self.sliding_windows)
@@ -242,14 +243,14 @@ class Session:
         return loaded
 
     def make_prompt_cache(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
-        """Make caches as mlx-lm does, and remember the latest ones of each model."""
+        """Make caches as mlx-lm does, and keep the latest ones of each model for the report."""
         caches: list[Any] = mlx_lm_cache.make_prompt_cache(model, max_kv_size)
         # A copy: mlx-lm's server appends the caches of a draft model to the list.
         self._caches[id(integration.model_report(model))] = caches[:]
         return caches
 
     def load_prompt_cache(self, path: str, return_metadata: bool = False) -> Any:
-        """The list that :meth:`load` fills."""
+        """Return the list that :meth:`load` fills."""
         return (self._prompt_cache, self._metadata) if return_metadata else self._prompt_cache
 
     def save_prompt_cache(
@@ -263,7 +264,7 @@ class Session:
             prompt_cache.save_prompt_cache(path, model, caches, metadata)
 
     def print_usage(self) -> None:
-        """Print what was compressed, the size of the caches, and the peak memory."""
+        """Print which layers were compressed, the size of the caches, and the peak memory."""
         total = usage.Usage()
         for _, report in self._models:
             caches = self._caches.get(id(report))
@@ -311,10 +312,10 @@ class Session:
                 "given; give the same model or leave --model out."
             )
         if model is not None:
-            self._metadata["model"] = model  # mlx-lm compares the letters
+            self._metadata["model"] = model  # mlx-lm compares the strings
 
     def _read_prompt_cache(self, model: Any) -> Report:
-        """Read the caches of the file; returns the report of the model with them."""
+        """Read the caches of the file, and return the report of the model with them."""
         with refusing(ValueError):
             caches, self._metadata = prompt_cache.read_prompt_cache(self._file, model)
             converted = prompt_cache.adopt_prompt_cache(self._file, model, caches)
@@ -323,8 +324,8 @@ class Session:
             rules.check_saved(self._file, self.config, self._given_options, report)
             if self.calibration is not None:
                 raise Refusal(
-                    f"[prompt cache] {self._file} goes on with what it was made with, but "
-                    f"--calibration {self.calibration} was given, which is another; leave it out."
+                    f"[prompt cache] {self._file} keeps the settings it was made with, but "
+                    f"--calibration {self.calibration} differs from them; leave it out."
                 )
         self._prompt_cache[:] = caches
         if converted:
@@ -337,7 +338,7 @@ class Session:
 
 
 def _check_tokenizer_config(path: str, text: str) -> None:
-    """Refuse a file with tokenizer settings that mlx-lm does not write."""
+    """Refuse a file whose tokenizer settings mlx-lm could not have written."""
     try:
         options = json.loads(text)
     except (ValueError, RecursionError):
@@ -346,7 +347,7 @@ def _check_tokenizer_config(path: str, text: str) -> None:
     if type(options) is not dict or any(type(v) is not kinds.get(k) for k, v in options.items()):
         raise Refusal(
             f"[prompt cache] {path} must have a tokenizer_config of {' and '.join(kinds)} in JSON, "
-            f"but it has {text[:80]!a}; make it again."
+            f"but it has {text[:80]!a}; make the file again."
         )
 
 
@@ -354,7 +355,7 @@ def check_model_name(path: str) -> None:
     """Require an existing path or the name of a repository."""
     try:
         exists = bool(path) and Path(path).exists()
-    except (OSError, ValueError):  # too long, or with a character that no path has
+    except (OSError, ValueError):  # too long, or with a forbidden character
         exists = False
     if not exists and not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", path):
         raise Refusal(
@@ -366,7 +367,7 @@ def check_model_name(path: str) -> None:
 def load_lazily(
     path: str, config: RotorConfig, calibration: Path | None = None, **kwargs: Any
 ) -> tuple[Any, ...]:
-    """Load a model; weights are read only to compare them with a calibration.
+    """Load a model without its weights; they are read only to check a calibration against them.
 
     Raises:
         Refusal: If there is no such model, or it cannot be compressed.
@@ -379,7 +380,7 @@ def load_lazily(
         if not message.startswith(("[apply]", "[hook]", "[calibration]")):
             first = message.splitlines()[0] if message else type(error).__name__
             message = (
-                f"[load] A model that mlx-lm can load is required, but {path} gave: "
+                f"[load] A model that mlx-lm can load is required, but loading {path} failed: "
                 f"{first.rstrip('.')}; check the path or the name."
             )
         raise Refusal(message) from error
@@ -387,7 +388,7 @@ def load_lazily(
 
 
 def weights_of(model: Any) -> list[mx.array]:
-    """The weights of a model."""
+    """Return the weights of a model."""
     return [pair[1] for pair in tree_flatten(model.parameters())]  # type: ignore[misc]
 
 
@@ -409,10 +410,10 @@ def read_weights(model: Any) -> None:
 
 
 def tool_module(name: str) -> ModuleType:
-    """The module of a command of mlx-lm.
+    """Return the module of a command of mlx-lm.
 
     Raises:
-        Refusal: If it needs a package that is not installed.
+        Refusal: If the module needs a package that is not installed.
     """
     try:
         return importlib.import_module(f"mlx_lm.{name}")
@@ -428,7 +429,7 @@ class _Captured(Exception):
 
 
 def parser_of(tool: ModuleType) -> argparse.ArgumentParser:
-    """Return the argument parser of a command, which some build only inside ``main``."""
+    """Return the argument parser of a command; some commands build it only inside ``main``."""
     setup = getattr(tool, "setup_arg_parser", None)
     if setup is not None:
         parser: argparse.ArgumentParser = setup()
@@ -464,13 +465,13 @@ def parse(
     parser.error = error  # type: ignore[method-assign]
     try:
         args = parser.parse_args(argv)
-        # A default is only set where the namespace has nothing yet.
+        # argparse sets a default only if the namespace lacks the name: this finds the given ones.
         nothing = object()
         names = [action.dest for action in parser._actions]
         marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, nothing)))
     except (ArithmeticError, LookupError, RecursionError, ValueError) as problem:
         raise Refusal(
-            f"[{name}] An option has a value that cannot be read ({sentence(problem) or 'empty'}); "
+            f"[{name}] The value of an option cannot be read ({sentence(problem) or 'empty'}); "
             f"see rotormlx {name} --help."
         ) from problem
     given = {dest for dest, value in vars(marked).items() if value is not nothing}

@@ -14,7 +14,7 @@ from rotormlx.cli.refusal import Refusal, refusing, sentence
 from rotormlx.config import RotorConfig
 from rotormlx.mlx import hosts, integration
 
-# Options of mlx-vlm for another kind of cache. They would change nothing, so they are refused.
+# Options of mlx-vlm for another kind of cache. They would have no effect, so they are refused.
 REFUSED = ("--kv-bits", "--kv-key-bits", "--kv-value-bits", "--kv-quant-scheme")
 
 
@@ -23,9 +23,9 @@ def run(name: str, argv: list[str], config: RotorConfig, *, sliding_windows: boo
 
     Args:
         name: A command of mlx-vlm, such as ``generate``.
-        argv: Its options.
+        argv: The options of the command.
         config: How keys and values are compressed.
-        sliding_windows: Whether sliding windows are compressed where they can be.
+        sliding_windows: Whether sliding windows are compressed where possible.
 
     Raises:
         Refusal: If mlx-vlm is not installed, an option asks for its own cache quantization, the
@@ -39,8 +39,8 @@ def run(name: str, argv: list[str], config: RotorConfig, *, sliding_windows: boo
     quantizing = next((a for a in argv if a.partition("=")[0] in REFUSED), None)
     if quantizing is not None:
         raise Refusal(
-            f"[vlm] A compressed cache is given by --key-bits and --value-bits, but {quantizing} "
-            "asks for mlx-vlm's own; leave it out."
+            f"[vlm] rotormlx compresses the cache itself, but {quantizing} asks mlx-vlm for "
+            "another cache; leave it out and use --key-bits and --value-bits."
         )
     utils = importlib.import_module("mlx_vlm.utils")
     session = _Session(config, sliding_windows, utils.load_model)
@@ -58,7 +58,7 @@ def run(name: str, argv: list[str], config: RotorConfig, *, sliding_windows: boo
 
 
 class _Session:
-    """Loads models for a command, and remembers the caches that it made last."""
+    """A loader of models for a command; it remembers the caches that were made last."""
 
     def __init__(
         self, config: RotorConfig, sliding_windows: bool, load: Callable[..., Any]
@@ -77,7 +77,7 @@ class _Session:
         return model
 
     def remembering(self) -> Callable[..., list[Any]]:
-        """Return a function that makes compressed caches and remembers the latest."""
+        """Return a function that makes compressed caches and remembers the latest ones."""
         make = integration.CompressedCaches.limited
 
         def limited(maker: integration.CompressedCaches, max_kv_size: int | None) -> list[Any]:
@@ -88,6 +88,6 @@ class _Session:
         return limited
 
     def print_usage(self) -> None:
-        """Print the size of the latest caches, if they were filled."""
+        """Print the size of the latest caches, if they hold tokens."""
         if self._latest is not None and usage.measure(*self._latest).tokens:
             say(usage.describe(*self._latest).splitlines()[-1])

@@ -38,12 +38,12 @@ _CONFIG: dict[str, tuple[str, Any, str]] = {
         f"The channel scale: {_choices(CHANNEL_SCALES)}. The default suits the rotation.",
     ),
     "sink": ("sink", int, "Number of first tokens that stay exact."),
-    "window": ("window", int, "Number of latest tokens that stay exact, at least."),
-    # mlx-lm's commands have a seed of their own.
+    "window": ("window", int, "Minimum number of latest tokens that stay exact."),
+    # mlx-lm's commands already have an option --seed.
     "seed": ("rotation_seed", int, "Seed of the rotations."),
 }
 
-# Fields that --quality sets where they are not given.
+# Fields that --quality sets if they are not given.
 _BITS = ("key_bits", "value_bits")
 
 CalibrationFile = Annotated[
@@ -70,7 +70,7 @@ def count(text: str, least: int = 1) -> Any:
 
 
 def takes_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a :class:`RotorConfig` in place of its argument ``config``."""
+    """Replace a command's argument ``config`` by the options of a :class:`RotorConfig`."""
 
     @wraps(command)
     def with_config(**given: Any) -> None:
@@ -125,7 +125,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _replaced(config: RotorConfig) -> bool:
-    """Whether a calibration would replace an option that the user gave."""
+    """Return whether a calibration would replace an option that the user gave."""
     return config.channel_scale in ("none", "prefill")
 
 

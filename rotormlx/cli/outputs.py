@@ -1,4 +1,4 @@
-"""Result files: paths that cannot be written are refused before the work."""
+"""Files for results: a path that cannot be written is refused before the work starts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rotormlx.cli.refusal import Refusal
 
 
 def check_file(name: str, path: Path) -> None:
-    """Refuse a path where no file can be made or replaced; leaves nothing there.
+    """Refuse a path where no file can be created or replaced; create nothing.
 
     Args:
-        name: The command that asks.
+        name: The name of the command, for messages.
         path: The file, as the user named it.
 
     Raises:
-        Refusal: If its folder is missing or read-only, or the path is no file.
+        Refusal: If its folder is missing or read-only, or the path is not a file.
     """
     try:
         is_folder = not path.name or path.is_dir()
@@ -30,7 +30,7 @@ def check_file(name: str, path: Path) -> None:
     if is_folder:
         raise Refusal(f"[{name}] The output must be a file, but {path} is a folder; name a file.")
     if os.path.lexists(path) and not path.exists():
-        raise Refusal(f"[{name}] The output {path} is a link to nothing; choose another path.")
+        raise Refusal(f"[{name}] The output {path} is a broken link; choose another path.")
     if path.exists():
         if not os.access(path, os.W_OK):
             raise Refusal(f"[{name}] The output {path} is read-only; choose another path.")
@@ -40,17 +40,17 @@ def check_file(name: str, path: Path) -> None:
 
 @contextmanager
 def folder(name: str, path: Path) -> Iterator[Path]:
-    """Make a folder for results; if the work fails, remove folders that are still empty.
+    """Make a folder for results; afterwards, remove the folders it made that are still empty.
 
     Args:
-        name: The command that asks.
+        name: The name of the command, for messages.
         path: The folder, as the user named it.
 
     Yields:
         The folder.
 
     Raises:
-        Refusal: If it cannot be made, or no file can be written to it.
+        Refusal: If the folder cannot be made, or no file can be written to it.
     """
     made: list[Path] = []
     try:
@@ -69,18 +69,18 @@ def folder(name: str, path: Path) -> Iterator[Path]:
 
 @contextmanager
 def lines(name: str, path: Path | None, source: Path) -> Iterator[Callable[[str], None]]:
-    """Open a file for lines that are stored as they come; the first one replaces the old file.
+    """Open a file and store each line as soon as it is written; the first replaces the old text.
 
     Args:
-        name: The command that asks.
+        name: The name of the command, for messages.
         path: The file, as the user named it; standard output if None.
-        source: What the lines are made from.
+        source: The file that the lines are made from.
 
     Yields:
-        Writes a line.
+        A function that writes a line.
 
     Raises:
-        Refusal: If it cannot be opened, is the source, or the disk is full.
+        Refusal: If the file cannot be opened or written, or is the source itself.
     """
     if path is None:
         yield typer.echo
@@ -92,7 +92,7 @@ def lines(name: str, path: Path | None, source: Path) -> Iterator[Callable[[str]
         raise _unwritable(name, path, error) from error
     if path.samefile(source):
         file.close()
-        raise Refusal(f"[{name}] The output {path} is the input too; name another file.")
+        raise Refusal(f"[{name}] The output {path} is also the input; name another file.")
     written = 0
 
     def write(line: str) -> None:
@@ -128,7 +128,7 @@ def _try_folder(name: str, place: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file atomically: an interrupt leaves the old text or the new one."""
+    """Replace a file atomically: after an interrupt it holds the old text or the new one."""
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

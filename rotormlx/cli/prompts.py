@@ -1,4 +1,4 @@
-"""Refuses prompts that a model cannot take, when its tokenizer is known and its weights are not."""
+"""Checks of prompts: made once the tokenizer is loaded, before the weights are read."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rotormlx.cli.rules import option
 def check(
     name: str, args: argparse.Namespace, given: Collection[str], loaded: tuple[Any, ...]
 ) -> None:
-    """Refuse a prompt, or options of it, that the model cannot take.
+    """Refuse a prompt, or an option about it, that the model does not support.
 
     Args:
         name: The command of mlx-lm.
-        args: Its options.
-        given: Those of them that the user gave.
-        loaded: Model and tokenizer, and the configuration where mlx-lm asked for it.
+        args: The options of the command.
+        given: The names of the options that the user gave.
+        loaded: Model and tokenizer, and the configuration if mlx-lm asked for it.
 
     Raises:
-        Refusal: If there is no prompt, or an option needs a chat template, images or more tokens
-            than the model has.
+        Refusal: If there is no prompt, or an option needs a chat template, images or a larger
+            vocabulary than the model has.
     """
     model, tokenizer = loaded[:2]
     has_template = tokenizer.has_chat_template
@@ -62,7 +62,7 @@ def check(
 
 
 def vocabulary_of(model: Any, tokenizer: Any) -> int:
-    """Return the size of a model's vocabulary, if it is known."""
+    """Return the size of a model's vocabulary; the tokenizer's if the model does not give one."""
     args = getattr(model, "args", None)
     sizes = []
     for holder in (args, getattr(args, "text_config", None)):

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-# Where these come from depends on typer's version, which exports one class of that family.
+# typer exports only BadParameter; where the related classes are defined depends on its version.
 _UsageError: Any = typer.BadParameter.__base__
 _MissingParameter: Any = next(
     kind for kind in typer.BadParameter.__subclasses__() if kind.__name__ == "MissingParameter"
@@ -23,7 +23,7 @@ class Refusal(Exception):
 
 
 class RefusingGroup(TyperGroup):
-    """A command line that prints a :class:`Refusal` of any of its commands."""
+    """A group of commands that prints a :class:`Refusal` raised by any of them."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an interrupt prints one line."""
@@ -37,7 +37,7 @@ class RefusingGroup(TyperGroup):
             typer.echo("rotormlx: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except _MissingParameter:
-            raise  # the usage line says what belongs there
+            raise  # typer prints the usage line, which names the missing argument
         except _UsageError as error:
             command = error.ctx.command_path if error.ctx else "rotormlx"
             name = command.rpartition(" ")[2]
@@ -51,8 +51,8 @@ def refusing(*kinds: type[Exception], where: tuple[str, ...] = ("",)) -> Iterato
     """Turn errors into refusals.
 
     Args:
-        *kinds: Which errors.
-        where: What their messages start with, such as ``"[quality]"``; other errors pass.
+        *kinds: The types of errors to turn.
+        where: How their messages start, such as ``"[quality]"``; other errors pass unchanged.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def refusing(*kinds: type[Exception], where: tuple[str, ...] = ("",)) -> Iterato
 
 
 def sentence(error: BaseException) -> str:
-    """Return an error as one line; system errors without number, but with their path."""
+    """Return an error as one line; a system error loses its number but keeps its path."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,7 +1,7 @@
 """Checks of mlx-lm's options: allowed values, and combinations without effect.
 
-mlx-lm takes any number and drops options that do not fit together. Here both are refused before a
-model is loaded.
+mlx-lm accepts any number, and ignores an option that has no effect together with another. These
+checks refuse both before a model is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rotormlx.report import Report
 
 
 class Range(NamedTuple):
-    """The smallest and largest value of an option, and one extra value."""
+    """The smallest and largest value of an option, and one further allowed value."""
 
     least: float
     most: float
@@ -57,11 +57,11 @@ RANGES: dict[str, Range] = {
     "prompt_cache_size": Range(0, MOST),
     "prompt_cache_bytes": Range(0, 2**63 - 1),
 }
-# Where a command takes less than the others do.
+# By command and option: ranges narrower than those of the other commands.
 _NARROWER: dict[tuple[str, str], Range] = {
     ("server", "max_tokens"): _COUNT,
     ("evaluate", "max_tokens"): _COUNT,
-    ("perplexity", "seed"): Range(0, 2**32 - 1),  # numpy's
+    ("perplexity", "seed"): Range(0, 2**32 - 1),  # the range of numpy's seeds
     ("evaluate", "seed"): Range(0, 2**32 - 1),
 }
 _DATA_SUFFIXES = (".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".parquet")
@@ -72,8 +72,8 @@ def check(name: str, args: argparse.Namespace, given: Collection[str], processes
 
     Args:
         name: The command.
-        args: Its options.
-        given: Those of them that the user gave, not the defaults.
+        args: The options of the command.
+        given: The names of the options that the user gave; the others have their defaults.
         processes: How many processes share the model.
 
     Raises:
@@ -99,7 +99,7 @@ def check(name: str, args: argparse.Namespace, given: Collection[str], processes
 
 
 def option(dest: str) -> str:
-    """Return an option as the user writes it."""
+    """Return an option as it is written on the command line."""
     return "--" + dest.replace("_", "-")
 
 
@@ -144,7 +144,7 @@ def _check_files(name: str, args: argparse.Namespace) -> None:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is a file; a path that the system does not take has none."""
+    """Return whether a path is a file; false for a path that the system does not accept."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -152,12 +152,12 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_same_model(a: str, b: str) -> bool:
-    """Whether two names are of one repository, or two paths of one folder."""
+    """Return whether two names are the same repository, or two paths the same folder."""
     return a == b or (is_folder(a) and is_folder(b) and Path(a).resolve() == Path(b).resolve())
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether there is a folder; a path that the system does not take has none."""
+    """Return whether a path is a folder; false for a path that the system does not accept."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -214,8 +214,8 @@ def _sharded(dest: str) -> _Conflict:
 
 _CONFLICTS = (
     _excludes(
-        "draft_model", "max_kv_size", "mlx-lm gives no limit to the caches of a draft; leave one "
-        "out",
+        "draft_model", "max_kv_size", "mlx-lm does not limit the caches of a draft model; leave "
+        "one out",
     ),
     _excludes(
         "draft_model", "prompt_cache_file", "the file has no cache of the draft model; leave one "
@@ -230,7 +230,7 @@ _CONFLICTS = (
         lambda args: "--draft-model needs a --max-tokens of at least 1, but -1 was given; "
         "give a number",
     ),
-    # A server takes it as the default of requests that name a draft model.
+    # A server accepts it without --draft-model: a default for requests that name a draft model.
     _Conflict(
         lambda name, args, given, n: (
             name == "generate" and "num_draft_tokens" in given and args.draft_model is None
@@ -251,7 +251,7 @@ _CONFLICTS = (
 
 
 def _check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on: the server would load a model and then hang."""
+    """Refuse an address that cannot be bound; otherwise the server would hang after loading."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -261,8 +261,8 @@ def _check_address(host: str, port: int) -> None:
             trial.bind(address)
     except (OSError, UnicodeError) as error:
         raise Refusal(
-            f"[server] Nothing can be served at {host} on port {port}: {sentence(error)}; choose "
-            "another --host or --port."
+            f"[server] The server cannot listen on port {port} of {host}: {sentence(error)}; "
+            "choose another --host or --port."
         ) from error
 
 
@@ -271,9 +271,9 @@ def check_saved(path: str, asked: RotorConfig, given: dict[str, str], saved: Rep
 
     Args:
         path: The file.
-        asked: The options.
-        given: Those of them that the user gave, which count: their names by field.
-        saved: What the file's caches are like.
+        asked: The configuration from the options of this run.
+        given: The options that the user gave, from field to option name; only these are checked.
+        saved: The report on the caches of the file.
     """
     for field, option in given.items():
         wanted, made = getattr(asked, field), getattr(saved.config, field)
@@ -285,6 +285,6 @@ def check_saved(path: str, asked: RotorConfig, given: dict[str, str], saved: Rep
             kept = "bits by layer" if by_layer else f"{own} {made}"
             meant = f"{own} {wanted}" if option == own else f"{option}, {own} {wanted},"
             raise Refusal(
-                f"[prompt cache] {path} goes on with {kept}, as it was made, but {meant} "
+                f"[prompt cache] {path} keeps {kept}, the setting it was made with, but {meant} "
                 f"was given; leave {option} out, or make the file again."
             )

@@ -1,10 +1,10 @@
-"""Lets ``mlx_lm server`` survive every request.
+"""Keeps ``mlx_lm server`` running whatever a request contains.
 
-mlx-lm generates for all clients in one thread, which an exception ends for good: an empty prompt,
-a stop word that is a number or a ``top_k`` beyond the vocabulary is enough. Here a request is
-checked before it gets there, and is answered with a status of 400 and a sentence. If an
-exception happens nevertheless, running requests are answered with 500, and generation continues
-with the next one.
+mlx-lm generates for all clients in one thread, and one exception ends that thread for good. An
+empty prompt, a stop word that is a number or a ``top_k`` beyond the vocabulary is enough. The guard
+checks each request before the thread gets it, and answers an invalid one with status 400 and a
+sentence. If an exception happens nevertheless, running requests are answered with status 500, and
+generation continues with the next one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import mlx.core as mx
 from rotormlx.cli.prompts import vocabulary_of
 from rotormlx.cli.refusal import Refusal
 
-MOST_TOKENS = 2**20  # of a prompt and its answer
+MOST_TOKENS = 2**20  # of a prompt and its answer together
 MOST_BYTES = 2**26  # of the body of a request, images included
-STALLED_S = 300  # a client that sends or takes nothing for so long is left
-# By class of mlx-lm's server: its methods, and those of _Guard that run in their place.
+STALLED_S = 300  # a client that sends or receives nothing for so many seconds is disconnected
+# By class of mlx-lm's server: its methods, and the methods of _Guard that replace them.
 _REPLACED = {
     "ResponseGenerator": {
         "_run_generate": "run_generate",
@@ -55,18 +55,18 @@ _NUMBERS = (
 
 
 class BadRequest(ValueError):
-    """A request that is invalid."""
+    """An invalid request."""
 
 
 @contextmanager
 def guarded(
     tool: ModuleType, probe: Callable[[str, str | None], None]
 ) -> Iterator[Callable[[], int]]:
-    """Let a server survive every request while this context runs.
+    """Guard a server against every request while this context is open.
 
     Args:
         tool: ``mlx_lm.server``.
-        probe: Refuses a model, and an adapter, that cannot be loaded.
+        probe: Called with a model and an adapter; raises if they cannot be loaded.
 
     Yields:
         A function that returns how often generation was restarted.
@@ -75,7 +75,7 @@ def guarded(
     with ExitStack() as stack:
         for (owner, name), own in guard.own.items():
             if own is None:
-                logging.warning("rotormlx: mlx-lm's server has no %s.%s any more", owner, name)
+                logging.warning("rotormlx: mlx-lm's server no longer has %s.%s", owner, name)
                 continue
             function = _method(getattr(guard, _REPLACED[owner][name]))
             stack.enter_context(patch.object(getattr(tool, owner), name, function))
@@ -97,11 +97,11 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Guard:
-    """Replacements for methods of mlx-lm's server, whose ``self`` is the first argument.
+    """Replacements for methods of mlx-lm's server; the first argument is the method's own ``self``.
 
     Args:
         tool: ``mlx_lm.server``.
-        probe: Refuses a model, and an adapter, that cannot be loaded.
+        probe: Called with a model and an adapter; raises if they cannot be loaded.
     """
 
     def __init__(self, tool: ModuleType, probe: Callable[[str, str | None], None]) -> None:
@@ -109,10 +109,10 @@ class _Guard:
         self.probe = probe
         self.restarts = 0
         self._taken = 0  # requests that the generation thread has taken
-        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()  # their queues of answers
-        self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # what can be told to stop
+        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()  # the queues of their answers
+        self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # contexts with a method stop()
         self._generators: weakref.WeakSet[Any] = weakref.WeakSet()
-        # What mlx-lm no longer has is None here, and is not replaced.
+        # None for a method that mlx-lm no longer has; it is not replaced.
         self.own: dict[tuple[str, str], Any] = {
             (owner, name): getattr(getattr(tool, owner), name, None)
             for owner, names in _REPLACED.items()
@@ -138,7 +138,7 @@ class _Guard:
         try:
             self._generate_on(generator)
         finally:
-            # MLX's CPU build aborts at the end of a process whose threads have left streams.
+            # MLX's CPU build aborts at exit if a thread has left streams behind.
             mx.clear_streams()
 
     def _generate_on(self, generator: Any) -> None:
@@ -147,19 +147,19 @@ class _Guard:
             try:
                 generator._generate()
             except Exception as error:
-                logging.exception("rotormlx: generation stopped, and begins anew")
+                logging.exception("rotormlx: generation stopped and is restarted")
                 for answers in list(self._waiting):
                     answers.put(RuntimeError(f"generation stopped: {error}"))
                 self._waiting.clear()
                 self.restarts += 1
-                if self._taken == before:  # no request's fault: the model cannot be loaded
+                if self._taken == before:  # no request was taken: the model cannot be loaded
                     generator._generation_failed = True
                     return
             gc.collect()
             mx.clear_cache()
 
     def next_request(self, generator: Any, timeout: float | None = None) -> Any:
-        """Return the next request, and remember who waits for an answer."""
+        """Return the next request, and remember the queue of its answers."""
         request = self.own["ResponseGenerator", "_next_request"](generator, timeout)
         if request is not None:
             self._taken += 1
@@ -167,7 +167,7 @@ class _Guard:
         return request
 
     def tokenize(self, generator: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-        """Tokenize as mlx-lm does; refuses prompts that would stop generation later."""
+        """Tokenize as mlx-lm does, but refuse prompts that would stop generation later."""
         try:
             result = self.own["ResponseGenerator", "_tokenize"](generator, tokenizer, request, args)
         except Exception as error:
@@ -190,7 +190,7 @@ class _Guard:
         return result
 
     def load(self, provider: Any, path: str, adapter: Any = None, draft: Any = None) -> None:
-        """Load as mlx-lm does; refuses a model before the current one is unloaded."""
+        """Load as mlx-lm does, but refuse a bad model before the current one is unloaded."""
         if provider.model is not None:
             self.probe(path, adapter)
             if draft is not None:
@@ -205,14 +205,14 @@ class _Guard:
         self.own["ResponseGenerator", "stop_and_join"](generator)
 
     def stop(self) -> None:
-        """End generation threads that are left, so that the process can end."""
+        """Stop the remaining generation threads, so that the process can exit."""
         for generator in list(self._generators):
             self.stop_and_join(generator)
 
     # ---- the handlers of requests ---------------------------------------------------------------
 
     def do_post(self, handler: Any) -> None:
-        """Answer any request, valid or not."""
+        """Answer any POST request, valid or not."""
         length = handler.headers.get("Content-Length", "")
         if length.strip().lstrip("+-").isdecimal() and not 0 <= int(length[:20]) <= MOST_BYTES:
             _answer(handler, 413, f"a request must have from 0 to {MOST_BYTES} bytes")
@@ -220,14 +220,14 @@ class _Guard:
         self._answered(handler, "do_POST")
 
     def do_get(self, handler: Any) -> None:
-        """Answer a question, whatever happens on the way."""
+        """Answer any GET request, even if an error occurs."""
         self._answered(handler, "do_GET")
 
     def _answered(self, handler: Any, name: str) -> None:
         handler.rotormlx_flushed = handler.rotormlx_checked = False
         try:
             self.own["APIHandler", name](handler)
-        except OSError:  # the client has left, or stands still
+        except OSError:  # the client has disconnected or stalled
             handler.close_connection = True
         except Exception as error:
             logging.warning("rotormlx: a request failed: %s: %s", type(error).__name__, error)
@@ -240,23 +240,23 @@ class _Guard:
         self.own["APIHandler", "flush_headers"](handler)
 
     def set_headers(self, handler: Any, status_code: int = 200) -> None:
-        """Set headers, with 400 or 500 where mlx-lm answers an error of generation with 404."""
+        """Set headers; replace the 404 that mlx-lm gives for errors of generation by 400 or 500."""
         error = sys.exc_info()[1]
         if status_code == 404 and error is not None and not isinstance(error, Refusal):
             status_code = 400 if isinstance(error, BadRequest) else 500
         self.own["APIHandler", "_set_completion_headers"](handler, status_code)
 
     def validate(self, handler: Any) -> None:
-        """Validate as mlx-lm does, and check the rest: see :func:`check_parameters`."""
+        """Validate as mlx-lm does, after the checks of :func:`check_parameters`."""
         check_parameters(handler, handler.body)
         self.own["APIHandler", "validate_model_parameters"](handler)
         handler.rotormlx_checked = True
 
     def scan_cache_dir(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the models of the hub's cache; none if there is no cache."""
+        """Return the models in the hub's cache; an empty list if there is no cache."""
         try:
             return self._own_scan(*args, **kwargs)
-        except Exception as error:  # the hub's own kinds, one of them for a missing cache
+        except Exception as error:  # huggingface_hub raises its own types
             logging.info("rotormlx: no models of the hub: %s", error)
             return SimpleNamespace(repos=())
 
@@ -265,18 +265,18 @@ def check_parameters(given: Any, body: dict[str, Any]) -> None:
     """Refuse parameters that mlx-lm does not check, or checks only in part.
 
     Args:
-        given: Has the parameters as attributes, defaults filled in.
-        body: The request.
+        given: An object with the parameters as attributes, defaults included.
+        body: The JSON body of the request.
 
     Raises:
-        BadRequest: If one has the wrong type, or is out of range.
+        BadRequest: If a parameter has the wrong type or is out of range.
     """
     for name in (*_INTEGERS, *_SIZES):
         if isinstance(getattr(given, name, None), bool):
             raise BadRequest(f"{name} must be a whole number")
     for name in _NUMBERS:
         value = getattr(given, name, None)
-        if value is None:  # mlx-lm's own check says what it may be
+        if value is None:  # mlx-lm checks whether it may be missing
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BadRequest(f"{name} must be a number")
@@ -345,7 +345,7 @@ def _check_body(body: dict[str, Any]) -> None:
 
 
 def _answer(handler: Any, status: int, message: str) -> None:
-    """Send an error, unless a status has gone out; a stream is then told in its own form."""
+    """Send an error; if a status was already sent, only a stream gets it, as an event."""
     handler.close_connection = True
     try:
         text = json.dumps({"error": message})
@@ -359,4 +359,4 @@ def _answer(handler: Any, status: int, message: str) -> None:
         handler.end_headers()
         handler.wfile.write(text.encode())
     except OSError:
-        pass  # the client has left
+        pass  # the client has disconnected

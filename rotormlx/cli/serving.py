@@ -1,4 +1,4 @@
-"""The prompt caches of ``mlx_lm server``: how they are reused and reported."""
+"""Reuse and report of the prompt caches that ``mlx_lm server`` keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rotormlx.mlx.cache import trim
 from rotormlx.mlx.host_caches import leaves
 from rotormlx.report import Report, megabytes
 
-# Connections that may wait until the server takes them.
+# Number of connections that may wait until the server accepts them.
 CLIENTS_WAITING = 128
 
 
@@ -26,7 +26,7 @@ class PromptCacheUsage:
     """Sizes of the prompt caches that a server keeps.
 
     Args:
-        reports: Gives the reports of the models loaded, the draft model's last.
+        reports: Returns the reports of the loaded models, the draft model's last.
     """
 
     def __init__(self, reports: Callable[[], list[Report]]) -> None:
@@ -37,7 +37,7 @@ class PromptCacheUsage:
         self.restarts: Callable[[], int] = lambda: 0
 
     def update(self, prompt_caches: Sequence[list[Any]]) -> None:
-        """Measure all of them again; called where they change, in the generation thread."""
+        """Measure all prompt caches again; called in the generation thread when they change."""
         self.allocated_bytes = sum(c.nbytes for caches in prompt_caches for c in caches)
         total = Usage()
         for caches in prompt_caches:
@@ -46,7 +46,7 @@ class PromptCacheUsage:
 
     def _measure(self, caches: list[Any]) -> Usage:
         total, rest = Usage(), [leaf for _, _, leaf in leaves(caches)]
-        # With a draft model, its caches follow the model's.
+        # The caches of a draft model follow those of the model.
         for report in self.reports():
             count = len(report.layers)
             if len(rest) >= count:
@@ -82,18 +82,19 @@ Found = tuple[list[Any] | None, list[int]]
 
 
 def made_usable(caches: list[Any] | None, tokens: list[int], rest: list[int]) -> Found:
-    """Trim a stored prompt cache so that it equals a freshly read one.
+    """Trim a stored prompt cache so that it equals the cache of a freshly read prompt.
 
-    At least one token is left to be read, without which mlx-lm ends generation; and so are those
-    that are packed and would be exact in a prompt that comes alone.
+    At least one token must be left to read; without one, mlx-lm ends generation. Tokens that are
+    packed in the stored cache but would be exact in a fresh one must be read again.
 
     Args:
-        caches: Copies of the caches of a prompt that begins alike, cut where it differs; or None.
-        tokens: Of the prompt; what stands for an image is negative.
-        rest: Those of them that are behind the caches.
+        caches: Copies of the caches of a prompt with the same beginning, cut where the prompts
+            differ; or None.
+        tokens: The tokens of the prompt; negative numbers stand for an image.
+        rest: The last of these tokens, which the caches do not hold.
 
     Returns:
-        The caches, or None if they are of no use, and the tokens that are behind them now.
+        The caches, or None if they cannot be used, and the tokens that they do not hold now.
     """
     if caches is None:
         return None, tokens
@@ -104,18 +105,21 @@ def made_usable(caches: list[Any] | None, tokens: list[int], rest: list[int]) ->
         kept -= 1
         mlx_lm_cache.trim_prompt_cache(caches, 1)
     again = tokens[kept - trim.tokens_to_reread(caches) : kept]
-    if min(again, default=0) >= 0:  # an image is read in one piece
+    if min(again, default=0) >= 0:  # an image must be read whole
         kept -= trim.trim_prompt_cache(caches, 0)
     return caches, tokens[kept:]
 
 
 @contextmanager
 def measured(tool: ModuleType, reports: Callable[[], list[Report]]) -> Iterator[PromptCacheUsage]:
-    """Let a server measure and reuse its prompt caches while this context runs.
+    """Let a server measure and reuse its prompt caches while this context is open.
 
     Args:
         tool: ``mlx_lm.server``.
-        reports: Gives the reports of the models loaded.
+        reports: Returns the reports of the loaded models.
+
+    Yields:
+        The sizes of the prompt caches, kept up to date.
     """
     usage = PromptCacheUsage(reports)
     log_stats = getattr(tool.ResponseGenerator, "_log_cache_stats", lambda generator: None)
@@ -158,7 +162,7 @@ def measured(tool: ModuleType, reports: Callable[[], list[Report]]) -> Iterator[
         "LRUPromptCache": (tool, MeasuredPromptCache),
         "_log_cache_stats": (tool.ResponseGenerator, log_cache_stats),
         "handle_health_check": (tool.APIHandler, handle_health_check),
-        # Five by default: of more clients that connect at once some would be turned away.
+        # The default is five; if more clients connected at once, some would be refused.
         "request_queue_size": (tool.ThreadingHTTPServer, CLIENTS_WAITING),
     }
     with ExitStack() as stack:
@@ -170,7 +174,7 @@ def measured(tool: ModuleType, reports: Callable[[], list[Report]]) -> Iterator[
 
 @contextmanager
 def _telling() -> Iterator[None]:
-    """What is told about memory must never end a request, whatever mlx-lm calls its parts."""
+    """Turn errors of the memory report into a warning, so that they never end a request."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The memory of filled caches, and what they would take in float16."""
+"""The memory of filled caches, compared with float16."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Usage:
 
     Args:
         tokens: Tokens held by the longest cache.
-        packed_tokens: Those of them that are packed.
-        cache_bytes: Bytes as they are.
-        float16_bytes: Bytes with keys and values in float16; layers left alone count as they are.
+        packed_tokens: How many of these tokens are packed.
+        cache_bytes: Bytes used by the caches.
+        float16_bytes: Bytes with keys and values in float16; layers left alone keep their size.
     """
 
     tokens: int = 0
@@ -49,8 +49,8 @@ def measure(report: Report, caches: Sequence[Any]) -> Usage:
     """Measure the caches of one sequence.
 
     Args:
-        report: Of the model they belong to.
-        caches: The list that ``model.make_cache()`` gave, filled.
+        report: The report on their model.
+        caches: The filled list that ``model.make_cache()`` returned.
     """
     tokens = packed = size = float16_size = 0
     for layer, (_, _, cache) in zip(report.layers, leaves(caches), strict=True):
@@ -66,7 +66,7 @@ def measure(report: Report, caches: Sequence[Any]) -> Usage:
 
 
 def describe(report: Report, caches: Sequence[Any]) -> str:
-    """Return two lines: what was compressed, and the size of the cache."""
+    """Return two lines: which layers were compressed, and the size of the cache."""
     usage = measure(report, caches)
     size, float16_size = usage.cache_bytes, usage.float16_bytes
     smaller = usage.packed_tokens and size < float16_size

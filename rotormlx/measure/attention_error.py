@@ -1,8 +1,8 @@
 """Measures the effect of a cache on attention, layer by layer, as the paper does.
 
-Keys and values of the exact run go through a cache of each scheme, and the exact queries of the end
-of the text read both. So the error of one layer is measured alone, without errors of earlier
-layers.
+The keys and values of the exact run are stored in a cache of each scheme. The exact queries of the
+end of the text then read both caches. So each layer's error is measured alone, without the errors
+of earlier layers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class LayerError:
     """The errors of one layer.
 
     Args:
-        layer: Its index.
-        key_error: Squared error of all keys relative to their square.
-        value_error: The same of the values.
-        score_cosine: Cosine of the scores before the softmax with the exact ones, likewise.
-        cosine: Cosine of the attention output with the exact one, the mean over heads and queries.
+        layer: Index of the layer.
+        key_error: Squared error of all keys, relative to the sum of their squares.
+        value_error: Squared error of all values, relative to the sum of their squares.
+        score_cosine: Cosine of the scores before the softmax with the exact ones; the mean over
+            heads and queries.
+        cosine: Cosine of the attention output with the exact one; the mean over heads and queries.
         top1: Share of queries whose most attended token stays the most attended.
         top5: Share of queries whose most attended token stays among the five most attended.
     """
@@ -68,9 +69,12 @@ class Attended:
 
 @contextmanager
 def record_queries() -> Iterator[dict[int, tuple[mx.array, float]]]:
-    """Keep the latest queries and factor of each cache, by the id of the cache.
+    """Record the latest queries and the score factor of each cache, by the id of the cache.
 
-    The hook must be installed: every attention of mlx-lm goes through it then.
+    The hook must be installed, so that all attention of mlx-lm passes through it.
+
+    Yields:
+        Queries and factor by the id of the cache.
     """
     latest: dict[int, tuple[mx.array, float]] = {}
     attend: Callable[..., mx.array] = hook.attend
@@ -88,7 +92,7 @@ def record_queries() -> Iterator[dict[int, tuple[mx.array, float]]]:
 def attended(
     caches: Sequence[Any], latest: dict[int, tuple[mx.array, float]]
 ) -> Iterator[Attended]:
-    """Return the content of each growing cache of the exact run, with its last queries."""
+    """Yield the content of each growing cache of the exact run, with its last queries."""
     for layer, cache in cache_contents.compressed(caches):
         queries, scale = latest[id(cache)]
         keys, values = cache_contents.decoded(cache)
@@ -96,11 +100,11 @@ def attended(
 
 
 def layer_error(exact: Attended, cache: Any) -> LayerError:
-    """Send the keys and values of a layer through an empty cache and compare what attention gets.
+    """Store a layer's keys and values in a cache, and compare attention with the exact one.
 
     Args:
-        exact: The layer as the exact run had it.
-        cache: Empty; filled in chunks of 64 tokens.
+        exact: The inputs of the layer's attention in the exact run.
+        cache: An empty cache; it is filled in chunks of 64 tokens.
     """
     tokens = exact.keys.shape[1]
     for start in range(0, tokens, CHUNK):
@@ -113,7 +117,7 @@ def layer_error(exact: Attended, cache: Any) -> LayerError:
     truth, scores = _scores(exact, exact.keys), _scores(exact, keys) - noise.astype(np.float32)
     visible = np.isfinite(truth)
     best = truth.argmax(-1)[..., None]
-    # Tokens with a higher score than the one that should be highest.
+    # Number of tokens with a higher score than the token that should have the highest.
     above = (scores > np.take_along_axis(scores, best, -1)).sum(-1)
     return LayerError(
         exact.layer,
@@ -127,7 +131,7 @@ def layer_error(exact: Attended, cache: Any) -> LayerError:
 
 
 def _scores(exact: Attended, keys: Array) -> Array:
-    """Masked scores ``[H, L, S]`` of the last L queries."""
+    """Return the masked scores ``[H, L, S]`` of the last L queries."""
     heads, length, _ = exact.queries.shape
     repeated = np.repeat(keys, heads // len(keys), axis=0)
     scores: Array = exact.scale * (exact.queries @ repeated.swapaxes(-1, -2))

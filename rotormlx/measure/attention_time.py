@@ -1,4 +1,4 @@
-"""Times attention over a packed cache against MLX's own over an exact one, in turn."""
+"""Times attention over packed caches in turn with MLX's own attention over an exact cache."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rotormlx.mlx.backends.mlx_ops import Prompts
 from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.cache.view import KVView
 
-# Contenders, by what does the attention.
+# Names of the contenders that are not rotormlx.
 EXACT, QUANTIZED = "exact (mx.fast)", "mlx-lm 4 bit"
-# Tokens that a cache takes at once.
+# Tokens appended to a cache at once.
 FILL_TOKENS = 2048
 
 Steps = dict[str, Callable[[], mx.array]]
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     dtype: mx.Dtype
 
     def random(self, heads: int, tokens: int) -> mx.array:
-        """``[B, heads, tokens, D]``."""
+        """Return normal random numbers ``[B, heads, tokens, D]``."""
         made = mx.random.normal((self.batch, heads, tokens, self.head_dim)).astype(self.dtype)
         mx.eval(made)
         return made
@@ -54,19 +54,19 @@ def rotor_name(bits: int) -> str:
 
 
 def decode_steps(shape: Shape, tokens: int, bits: Sequence[int]) -> Steps:
-    """One query token over a history of random tokens, through each kind of cache.
+    """Return steps of one query token over a history of random tokens, one per kind of cache.
 
     Args:
-        shape: What is attended to.
-        tokens: Of the history.
-        bits: Widths of our caches.
+        shape: Sizes and dtype of the call.
+        tokens: Tokens of the history.
+        bits: Bits of the rotormlx caches.
     """
     keys, values = (shape.random(shape.kv_heads, tokens) for _ in "kv")
     query = shape.random(shape.heads, 1)
     quantized = QuantizedKVCache(group_size=64, bits=4)
     quantized_keys, quantized_values = quantized.update_and_fetch(keys, values)
     mx.eval(quantized.state)
-    # mlx-lm's function scales its queries in place, so it gets a product of its own.
+    # mlx-lm's function scales its queries in place, so it gets a copy of them.
     steps: Steps = {
         EXACT: lambda: mx.fast.scaled_dot_product_attention(query, keys, values, scale=shape.scale),
         QUANTIZED: lambda: quantized_scaled_dot_product_attention(
@@ -82,15 +82,15 @@ def decode_steps(shape: Shape, tokens: int, bits: Sequence[int]) -> Steps:
 def prompt_steps(
     shape: Shape, tokens: int, length: int, bits: Sequence[int], ways: Sequence[str] = ()
 ) -> Steps:
-    """A chunk of a prompt behind a history, causally, with an exact cache and with ours.
+    """Return steps of a causal chunk of a prompt after a history, for exact and packed caches.
 
     Args:
-        shape: What is attended to.
-        tokens: Of the history.
+        shape: Sizes and dtype of the call.
+        tokens: Tokens of the history.
         length: Tokens of the chunk.
-        bits: Widths of our caches.
-        ways: Attention that is tried, ``"library"`` or ``"kernel"`` (see
-            :func:`rotormlx.mlx.prefill.choice`); by default what is chosen here.
+        bits: Bits of the rotormlx caches.
+        ways: The kinds of attention to time, ``"library"`` or ``"kernel"`` (see
+            :func:`rotormlx.mlx.prefill.choice`); by default, the one that rotormlx chooses.
     """
     keys, values = (shape.random(shape.kv_heads, tokens + length) for _ in "kv")
     query = shape.random(shape.heads, length)
@@ -132,7 +132,7 @@ def _views(keys: mx.array, values: mx.array, bits: int, *, last: int) -> tuple[K
 
 
 def peak_megabytes(step: Callable[[], mx.array]) -> float:
-    """Memory that a step takes beside what there is before it."""
+    """Return the peak memory of a step in megabytes, beyond the memory in use before it."""
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -141,12 +141,12 @@ def peak_megabytes(step: Callable[[], mx.array]) -> float:
 
 
 def median_ms(steps: Steps, runs: int) -> dict[str, float]:
-    """Median time of each step in milliseconds, the steps taken in turn."""
+    """Return the median time of each step in milliseconds; the steps run in turn."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for run in range(runs + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             mx.eval(step())
-            if run:  # the first is a warm-up
+            if run:  # the first run is a warm-up
                 taken[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -1,7 +1,7 @@
 """Simulations of published codecs, for comparison.
 
-A simulated cache holds what the published codec would give back, under the same rule of sink,
-blocks and window as ours, so that only the codec differs.
+A simulated cache holds the vectors that the published codec would decode. It has the same rule of
+sink, blocks and window as rotormlx, so that only the codec differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLOAT16_BITS = 16
 
 
 class Simulation(Protocol):
-    """A published codec: its decoded vectors and its size."""
+    """The interface of a simulated codec: its decoded vectors and its size."""
 
     @property
     def block(self) -> int:
@@ -36,12 +36,12 @@ class Simulation(Protocol):
         """Return the decoded vectors of whole blocks ``[B, K, N * block, D]``."""
 
     def bits_per_value(self, head_dim: int, role: str) -> float:
-        """True bits per value, scales and offsets included."""
+        """Return the bits per value, scales and offsets included."""
 
 
 @dataclass(frozen=True)
 class Kivi:
-    """KIVI: minimum and step for each channel over 64 tokens (keys), for each token (values).
+    """KIVI: minimum and step per channel of 64 tokens (keys), or per group of a token (values).
 
     Args:
         key_bits: Bits of a key code.
@@ -73,7 +73,7 @@ class Kivi:
 
 @dataclass(frozen=True)
 class Affine:
-    """mlx-lm's quantization: minimum and step for each group of channels of a token.
+    """mlx-lm's quantization: minimum and step per group of channels of a token.
 
     Args:
         key_bits: Bits of a key code.
@@ -96,7 +96,7 @@ class Affine:
         return self._bits(role) + 2 * FLOAT16_BITS / self._group_size(head_dim)
 
     def _group_size(self, head_dim: int) -> int:
-        # mx.quantize has groups of 32, 64 and 128.
+        # mx.quantize supports groups of 32, 64 and 128.
         return GROUP if head_dim % GROUP == 0 else 32
 
     def _bits(self, role: str) -> int:
@@ -111,10 +111,10 @@ class Turbo:
         key_bits: Bits of a key code, the sketch included.
         value_bits: Bits of a value code.
         rotation: Name of the rotation: ``dense`` is TurboQuant, ``rotor3`` RotorQuant.
-        qjl: Whether the last bit of a key is the sign of a random projection of what the other
-            bits left over (the published correction, which makes inner products unbiased).
-        centred: Whether keys are centred by block, as ours are.
-        seed: Selects the rotation and the projection.
+        qjl: Whether the last bit of a key is the sign of a random projection of the other bits'
+            residual (the published correction, which makes inner products unbiased).
+        centred: Whether keys are centred by block, as in rotormlx.
+        seed: Seed of the rotation and the projection.
 
     Source: Zandieh et al., TurboQuant, 2025, algorithms 1 and 2.
     """
@@ -142,7 +142,7 @@ class Turbo:
         """See :class:`Simulation`."""
         if role == VALUE:
             return self.value_bits + FLOAT16_BITS / head_dim
-        norms = 2 if self.qjl else 1  # that of the vector, that of the residual
+        norms = 2 if self.qjl else 1  # of the vector and of the residual
         centre = FLOAT16_BITS / BLOCK if self.centred else 0
         return self.key_bits + norms * FLOAT16_BITS / head_dim + centre
 
@@ -163,13 +163,13 @@ class Turbo:
 
 
 class SimulatedCache:
-    """A cache that gives back what a simulated codec would, under our rule of sink and window.
+    """A cache that returns what a simulated codec decodes, with rotormlx's sink and window.
 
     Args:
         codec: The codec.
-        layer: Index of the layer; selects its rotations.
-        sink: First tokens that stay exact.
-        window: Latest tokens that stay exact.
+        layer: Index of the layer, which determines its rotations.
+        sink: Number of first tokens that stay exact.
+        window: Minimum number of latest tokens that stay exact.
     """
 
     def __init__(self, codec: Simulation, layer: int, *, sink: int = 4, window: int = 64) -> None:
@@ -179,7 +179,7 @@ class SimulatedCache:
         self._arrays: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append tokens ``[B, K, S, D]``; they are still exact in what is returned."""
+        """Append tokens ``[B, K, S, D]``; return all keys and values, the new ones still exact."""
         if self._arrays is not None:
             held = zip(self._arrays, (keys, values), strict=True)
             keys, values = (mx.concatenate(list(pair), axis=2) for pair in held)
@@ -197,7 +197,7 @@ class SimulatedCache:
         return keys, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All keys and values, what is coded as the codec gives it back."""
+        """Return all keys and values; coded tokens are as the codec decodes them."""
         if self._arrays is None:
             raise ValueError("[SimulatedCache] The cache is empty; append keys and values first.")
         return self._arrays
@@ -205,7 +205,7 @@ class SimulatedCache:
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens, as mlx-lm's growing cache makes it."""
+        """Return the attention mask for N new tokens, as mlx-lm's growing cache makes it."""
         return create_attention_mask(N, self.offset, return_array, window_size)
 
     @property
@@ -215,7 +215,7 @@ class SimulatedCache:
 
     @property
     def bits_per_value(self) -> float:
-        """True bits per value of the coded part, keys and values together."""
+        """Bits per value of the coded part, keys and values together."""
         keys, values = self.keys_and_values()
         dims = {KEY: keys.shape[-1], VALUE: values.shape[-1]}
         bits = sum(d * self.codec.bits_per_value(d, role) for role, d in dims.items())
@@ -239,12 +239,12 @@ class SimulatedCache:
 
 
 def group_size(head_dim: int) -> int:
-    """The largest divisor of head_dim up to 64."""
+    """Return the largest divisor of head_dim up to 64."""
     return next(size for size in range(GROUP, 0, -1) if head_dim % size == 0)
 
 
 def nearest_level(z: Array, bits: int) -> Array:
-    """The nearest level of the Lloyd-Max codebook, 1 to 4 or 8 bits; the shape of z."""
+    """Return the nearest levels of the Lloyd-Max codebook for 1 to 4 or 8 bits, shaped like z."""
     if bits == 1:
         magnitude = np.full(z.shape, np.sqrt(2 / np.pi), np.float32)
     else:
@@ -254,10 +254,10 @@ def nearest_level(z: Array, bits: int) -> Array:
 
 
 def sketch(residual: Array, seed: int, layer: int) -> Array:
-    """The vectors of norm 1 for which the signs of a random projection stand, on average.
+    """Return estimates of the residuals' directions from the signs of a random projection.
 
     With S a normal D x D matrix, <q, sqrt(pi/2) / D S^T sign(S r)> is <q, r> / |r| on average
-    over S: an estimate without bias from one bit per channel.
+    over S: an unbiased estimate from one bit per channel.
     """
     projection = _projection(residual.shape[-1], seed, layer)
     signs = np.where(residual @ projection.T < 0, np.float32(-1), np.float32(1))
@@ -272,7 +272,7 @@ def _affine(x: Array, bits: int, *, axis: int) -> Array:
 
 
 def require_multiple(family: str, head_dim: int, of: int) -> None:
-    """Refuse a head_dim that does not split into groups of so many channels."""
+    """Refuse a head_dim that is not a multiple of ``of``."""
     if head_dim % of:
         raise ValueError(
             f"[scheme] {family} needs a head_dim that is a multiple of {of}, but this model's is "

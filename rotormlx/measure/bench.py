@@ -1,7 +1,7 @@
 """Measures speed and memory of a model with each cache.
 
-The schemes take turns in one process, so that a machine that slows down slows all of them down;
-what is reported is the median.
+The schemes run in turn in one process, so that a slowdown of the machine affects all of them. The
+reported numbers are medians.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rotormlx.measure.text import default_text
 from rotormlx.mlx import hosts
 from rotormlx.report import megabytes
 
-PROMPT_CHUNK = 512  # tokens of a prompt that are read at once
+PROMPT_CHUNK = 512  # tokens of a prompt read at once
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Timing:
         scheme: Name of the scheme.
         context: Tokens of the prompt.
         prefill_tokens_per_second: Speed of reading the prompt.
-        first_token_seconds: From the start until the first token is known.
-        decode_tokens_per_second: Speed of the tokens behind it.
-        peak_bytes: The most memory that MLX held, weights included.
+        first_token_seconds: Time from the start until the first token is known.
+        decode_tokens_per_second: Speed of the tokens after the first.
+        peak_bytes: Peak memory of MLX, weights included.
         cache_bytes: Bytes of the cache at the end, without room for growth.
     """
 
@@ -56,12 +56,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """The medians and the settings; other fields as in ``quality_run.Result``.
+    """The medians and the settings; the other fields are as in ``quality_run.Result``.
 
     Args:
-        repeats: Turns of each scheme and context.
-        decode_tokens: Tokens written in each turn.
-        medians: One a scheme and context.
+        repeats: Number of turns of each scheme and context.
+        decode_tokens: Number of tokens generated in each turn.
+        medians: One timing per scheme and context.
     """
 
     model: str
@@ -98,31 +98,31 @@ def run(
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`.
-        model_name: What the report calls the model.
-        command: What the report gives as the command.
-        contexts: Tokens of the prompts.
-        repeats: Turns of each scheme and context; one more with a short prompt warms up.
-        decode_tokens: Tokens to write in each turn.
+        names: Names of schemes, see :func:`rotormlx.measure.schemes.scheme`.
+        model_name: Name of the model for the report.
+        command: The command line for the report.
+        contexts: Lengths of the prompts in tokens.
+        repeats: Number of turns of each scheme and context, after a warm-up with a short prompt.
+        decode_tokens: Number of tokens to generate in each turn.
         numpy: Whether linear layers multiply with numpy on a CPU, which mlx-lm does not do.
-        dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
+        dtype: The dtype to compute in, one of ``scoring.DTYPES``; the model's own if None.
         progress: Shows the turns, if given.
-        keep: Takes the medians so far, after each turn.
+        keep: Called with the medians so far, after each turn.
 
     Raises:
-        ValueError: If a number is not positive, or a name is no scheme or dtype.
+        ValueError: If a number is not positive, or a scheme or the dtype is unknown.
     """
     if min(*contexts, repeats, decode_tokens) < 1:
         raise ValueError(
             f"[bench] Contexts, repeats and decode tokens must be at least 1, but "
-            f"{', '.join(map(str, contexts))}, {repeats} and {decode_tokens} came."
+            f"{', '.join(map(str, contexts))}, {repeats} and {decode_tokens} were given."
         )
     schemes = [scheme(name).bound(model) for name in dict.fromkeys(names)]
     if not schemes:
-        raise ValueError("[bench] At least one scheme must be given; k4v4 is our default.")
+        raise ValueError("[bench] At least one scheme must be given; add one, such as k4v4.")
     progress = progress or Progress(disable=True)
     ids = tokenizer.encode(default_text()[: 8 * max(contexts)])
-    ids = np.resize(ids, max(contexts)).tolist()  # a long prompt says the same again
+    ids = np.resize(ids, max(contexts)).tolist()  # a long prompt repeats the text
     task = progress.add_task("", total=repeats * len(schemes) * sum(contexts))
     turns: dict[tuple[str, int], list[Timing]] = {}
 
@@ -156,7 +156,7 @@ def run(
 
 
 def turn(model: Any, prompt: Sequence[int], chosen: Scheme, decode_tokens: int) -> Timing:
-    """Read a prompt and write ``decode_tokens`` tokens behind the first, greedily."""
+    """Read a prompt, and generate ``decode_tokens`` tokens after the first, greedily."""
     mx.clear_cache()
     mx.reset_peak_memory()
     caches = chosen.caches(model)
@@ -184,7 +184,7 @@ def turn(model: Any, prompt: Sequence[int], chosen: Scheme, decode_tokens: int) 
 
 
 def median(timings: Sequence[Timing]) -> Timing:
-    """The median of each number of several turns of one scheme and context."""
+    """Return the median of each number over several turns of one scheme and context."""
     rows = [asdict(timing) for timing in timings]
     numbers = {
         name: statistics.median(row[name] for row in rows)
@@ -204,7 +204,7 @@ HEADER = (
 
 
 def cells(result: Result) -> list[list[str]]:
-    """Rows of text, by context."""
+    """Return the rows of the table, sorted by context."""
     return [
         [
             f"{timing.context:,}",
@@ -235,6 +235,6 @@ def markdown(result: Result) -> str:
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     return (
-        f"{result.model}: medians of {result.repeats} turns, {result.decode_tokens} tokens written "
-        f"in each.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
+        f"{result.model}: medians of {result.repeats} turns with {result.decode_tokens} generated "
+        f"tokens.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
     )

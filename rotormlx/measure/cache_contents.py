@@ -34,9 +34,9 @@ def decoded(cache: Any) -> tuple[mx.array, mx.array]:
 
 
 def score_noise(cache: Any, queries: NDArray[np.float32], scale: float) -> NDArray[np.float64]:
-    """Return what attention subtracts from the scores ``[B, H, L, S]`` of the queries.
+    """Return the numbers that attention subtracts from the scores ``[B, H, L, S]`` of the queries.
 
-    Zero for tokens that are exact, and in every cache but our own.
+    They are zero for exact tokens, and in every cache that is not rotormlx's.
     """
     keys, _ = cache.keys_and_values()
     if not isinstance(keys, KVView) or keys.packed is None or not keys.packed_tokens:
@@ -49,28 +49,28 @@ def score_noise(cache: Any, queries: NDArray[np.float32], scale: float) -> NDArr
 
 
 def bits_per_value(caches: Sequence[Any]) -> float:
-    """True bits of a compressed value, the mean over the layers; of any value in exact caches."""
+    """Return the bits per compressed value, or per value of exact caches; the mean over layers."""
     return float(np.mean([_bits(c) for _, _, c in leaves(caches) if _bits(c)]))
 
 
 def used_bytes(caches: Sequence[Any]) -> int:
-    """Bytes of the tokens that caches hold, without room for growth."""
+    """Return the bytes of the tokens that caches hold, without room for growth."""
     return sum(_used(cache) for _, _, cache in leaves(caches))
 
 
 def exact_tokens(cache: Any) -> tuple[int, int]:
-    """First and latest tokens that a cache never packs: its sink and its window."""
+    """Return the numbers of first and latest tokens that a cache never packs: sink and window."""
     rule = getattr(cache, "config", cache)
     return getattr(rule, "sink", 0), getattr(rule, "window", 0)
 
 
 def block_tokens(cache: Any) -> int:
-    """Tokens that a cache packs together."""
+    """Return the number of tokens that a cache packs together."""
     return cache.codec.block if isinstance(cache, SimulatedCache) else BLOCK
 
 
 def compressed(caches: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """The growing caches of a model, compressed or exact, with the index of their layer."""
+    """Yield the growing caches of a model, compressed or exact, with the index of their layer."""
     kinds = (RotorKVCache, SimulatedCache, QuantizedKVCache)
     for index, _, held in leaves(caches):
         if isinstance(held, kinds) or type(held) is KVCache:

@@ -1,16 +1,18 @@
 """Measures a model's keys, values and queries on a short text, and derives transforms.
 
-An error of a key matters as far as queries look at it, and a quantizer behind a rotation spreads
-its error over all channels alike. So channels that queries look at are made larger before, and
-those that vary without being looked at smaller. With K and Q the second moments of (centred) keys
-and of queries of a KV head, the map T of keys that loses least has ``T^T T = Q # K^-1``, the
-geometric mean of the two matrices, and any rotation may follow. Three transforms come near to it:
+An error in a key matters only in the directions of the queries, and a quantizer after a rotation
+spreads its error evenly over all channels. So the channels that matter to queries are enlarged
+before quantization, and channels that vary but matter little are reduced. Let K and Q be the second
+moments of the (centred) keys and of the queries of a KV head. The map T of keys with the smallest
+loss satisfies ``T^T T = Q # K^-1``, the geometric mean of these matrices. Any rotation may follow.
+Three transforms approximate it:
 
 - ``scale``: the best diagonal T, the channel scale ``s_i = (K_ii / Q_ii)^(1/4)``: D numbers;
-- ``klt``: all of it, ``T = L^(-1/4) U^T Q^(1/2)`` with ``Q^(1/2) K Q^(1/2) = U L U^T``: D² numbers;
-- ``rotors``: the best diagonal behind a cascade of learned rotors, which takes U's place.
+- ``klt``: the whole map, ``T = L^(-1/4) U^T Q^(1/2)`` with ``Q^(1/2) K Q^(1/2) = U L U^T``: D²
+  numbers;
+- ``rotors``: the best diagonal after a cascade of learned rotors, which replaces U.
 
-For values, whose errors reach the output as they are, Q is 1.
+For values, Q is 1, because their errors reach the output unchanged.
 
 Source: docs/FORMAT.md, section 11; docs/CALIBRATION.md has measurements.
 """
@@ -44,11 +46,11 @@ from rotormlx.mlx.probe import compress
 from rotormlx.storage.calibration import LOSS, TRANSFORMS, Calibration
 
 Floats = NDArray[np.float64]
-# Tokens that a calibration reads; more of them change little (docs/CALIBRATION.md).
+# Number of tokens that a calibration reads; more tokens change little (docs/CALIBRATION.md).
 TOKENS = 512
 _SINK = RotorConfig().sink
-# A second moment of few tokens is drawn towards its diagonal by so much, and no channel counts less
-# than this share of the mean: directions that the text hardly showed must not be blown up.
+# A second moment of few tokens is shrunk towards its diagonal by this share, and no channel counts
+# less than this share of the mean. Otherwise rare directions would be enlarged.
 _SHRINKAGE = 0.1
 _FLOOR = 1 / 64**2
 
@@ -63,21 +65,24 @@ def calibrate(
     layers: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Read a text with the exact cache and see what a model's keys, values and queries are like.
+    """Read a text with the exact cache, and derive a transform from the keys, values and queries.
 
     Args:
-        model: What ``mlx_lm.load`` returned first.
-        tokenizer: What it returned second.
+        model: The first value that ``mlx_lm.load`` returned.
+        tokenizer: The second value that it returned.
         transform: One of ``TRANSFORMS``.
         text: The text, of which the last tokens are read; prose of CPython's documentation if None.
-        tokens: How many of its tokens to read.
-        layers: Whether to measure each layer too, so that bits go where they count. The text is
-            read again twice a layer, in float32.
-        progress: Told of every token read and, then, of every layer done, if given.
+        tokens: Number of tokens to read.
+        layers: Whether to measure the loss of each layer too, so that bits can be distributed. The
+            text is read again twice per layer, in float32.
+        progress: Called with the number of tokens read or, later, of layers done, if given.
+
+    Returns:
+        The calibration, with losses if ``layers``.
 
     Raises:
-        ValueError: If the transform is unknown, the text or ``tokens`` too short, or the model has
-            layers that cannot be told apart or predicts what is not finite.
+        ValueError: If the transform is unknown, the text or ``tokens`` is too short, the model
+            has a layer that cannot be calibrated, or its predictions are not finite.
     """
     if transform not in TRANSFORMS:
         raise ValueError(
@@ -87,16 +92,16 @@ def calibrate(
     least = _SINK + 2 * BLOCK
     if tokens < least:
         raise ValueError(
-            f"[calibration] At least {least} tokens must be read, but {tokens} were asked for; "
-            "raise tokens, or leave it out."
+            f"[calibration] At least {least} tokens must be read, but {tokens} were given; raise "
+            "tokens, or leave it out."
         )
     text = default_text() if text is None else text
-    # A token of English is 4 or 5 characters; all of a long text would take long to encode.
+    # An English token has 4 or 5 characters; encoding all of a long text would take long.
     ids: list[int] = tokenizer.encode(text[-8 * tokens :])[-tokens:]
     if len(ids) < tokens:
         raise ValueError(
-            f"[calibration] A text of at least {tokens} tokens is required, but {len(ids)} came; "
-            "give a longer one, or fewer tokens."
+            f"[calibration] A text of at least {tokens} tokens is required, but this one has "
+            f"{len(ids)}; give a longer one, or lower tokens."
         )
     tell = progress or (lambda n: None)
     numbers: dict[str, NDArray[np.float32]] = {}
@@ -113,18 +118,18 @@ def calibrate(
     return made
 
 
-# ---- what the text shows ------------------------------------------------------------------------
+# ---- moments of the text ------------------------------------------------------------------------
 
 
 @dataclass
 class _Sum:
-    """A second moment under way, ``[K, D, D]``."""
+    """A running sum for a second moment, ``[K, D, D]``."""
 
     total: Floats | float = 0.0
     rows: int = 0
 
     def add(self, x: Floats) -> None:
-        """Rows ``[K, n, D]``."""
+        """Add rows ``[K, n, D]``."""
         self.total = self.total + np.swapaxes(x, 1, 2) @ x
         self.rows += x.shape[1]
 
@@ -137,21 +142,22 @@ class _Sum:
 def _moments(
     model: Any, ids: list[int], tell: Callable[[int], None]
 ) -> dict[int, tuple[Floats, Floats, Floats]]:
-    """Second moments of queries, centred keys and values of each layer, ``[K, D, D]``."""
+    """Return the second moments of queries, centred keys and values by layer, ``[K, D, D]``."""
     exact = RotorConfig(window=len(ids))  # nothing is packed
     report = examine(model, exact)
     other = next((layer for layer in report.layers if layer.way), None)
     if other is not None:
         raise ValueError(
-            "[calibration] A calibration needs the queries that the fused attention gets, but "
-            f"layer {other.index} is {other.way}, since {other.reason}; use the model without one."
+            "[calibration] A calibration needs the queries of the fused attention, but layer "
+            f"{other.index} is {other.way}, since {other.reason}; use the model without a "
+            "calibration."
         )
     caches = compress(make_prompt_cache(model), lambda layer: RotorKVCache(exact, layer), report)
     held = {i: cache for i, _, cache in leaves(caches) if isinstance(cache, RotorKVCache)}
     if len(held) < sum(isinstance(cache, RotorKVCache) for _, _, cache in leaves(caches)):
         raise ValueError(
-            "[calibration] A layer must have one growing cache, but one of this model has several; "
-            "use it without a calibration."
+            "[calibration] Every layer must have one growing cache, but a layer of this model has "
+            "several; use the model without a calibration."
         )
     queries: dict[int, _Sum] = {}
     with hosts.MLX_LM.in_place(), numpy_linear(), hook.record_attention() as attended:
@@ -173,7 +179,7 @@ def _moments(
 
 
 def _moment(view: Any) -> Floats:
-    """Return the moment of whole blocks behind the sink; keys are centred first."""
+    """Return the moment of the whole blocks after the sink; keys are centred first."""
     blocks = (view.tokens - _SINK) // BLOCK
     rows = view.exact[0, :, _SINK : _SINK + blocks * BLOCK].astype(mx.float32)
     x = np.array(rows, np.float64).reshape(rows.shape[0], blocks, BLOCK, -1)
@@ -207,7 +213,7 @@ def _transformed(
 
 
 def channel_scale(moment: Floats, metric: Floats) -> Floats:
-    """The best channel scales, ``[K, D]``, of geometric mean 1, for moments ``[K, D, D]``."""
+    """Return the best channel scales ``[K, D]`` for moments ``[K, D, D]``; geometric mean 1."""
     of_keys, of_queries = (np.diagonal(m, axis1=-2, axis2=-1) for m in (moment, metric))
     scale = (of_keys / of_queries) ** 0.25
     out: Floats = scale / np.exp(np.log(scale).mean(-1, keepdims=True))
@@ -215,7 +221,7 @@ def channel_scale(moment: Floats, metric: Floats) -> Floats:
 
 
 def klt(moment: Floats, metric: Floats) -> Floats:
-    """The best matrices, ``[K, D, D]``, of determinant ±1, for moments ``[K, D, D]``."""
+    """Return the best matrices ``[K, D, D]`` for moments ``[K, D, D]``; determinant ±1."""
     root = _power(metric, 0.5)
     size, basis = np.linalg.eigh(root @ moment @ root)
     small = size[..., -1:] * 1e-12
@@ -233,7 +239,7 @@ def _power(symmetric: Floats, exponent: float) -> Floats:
 
 
 def _steady(moment: Floats) -> Floats:
-    """A moment that few tokens cannot lead astray; 1 for a head with nothing, or with NaN."""
+    """Return a regularized moment ``[K, D, D]``; the identity for a head of zeros or with NaN."""
     identity = np.eye(moment.shape[-1])
     mean = np.trace(moment, axis1=-2, axis2=-1)[:, None, None] / len(identity)
     is_right = np.isfinite(moment).all((-2, -1), keepdims=True) & (mean > 0)

@@ -1,9 +1,9 @@
 """Faster attention over exact keys for measurements on a CPU.
 
-MLX's CPU build spends nearly all of a long text in attention. So while a model is measured on a
-CPU, chunks attend with numpy's BLAS, in float32 whatever the dtype, as MLX does on a GPU; the
-result goes back in the dtype it would have had. Calls of few queries, such as decoding, stay with
-MLX.
+For a long text, MLX's CPU build spends nearly all its time in attention. So while a model is
+measured on a CPU, attention of chunks is computed with numpy's BLAS, in float32 for every dtype, as
+MLX does on a GPU. The result has the dtype that MLX would have given. Calls with few queries, such
+as decode steps, stay with MLX.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Codes = tuple[mx.array, mx.array, mx.array]
 
-# Queries from which numpy is faster than MLX.
+# The smallest number of queries with which numpy is faster than MLX.
 FEWEST = 8
 
 
@@ -29,7 +29,7 @@ FEWEST = 8
 def numpy_attention() -> Iterator[None]:
     """Let ``mx.fast.scaled_dot_product_attention`` compute with numpy, if MLX runs on a CPU.
 
-    The attention of mlx-lm's quantized cache goes the same way, over dequantized keys and values.
+    The attention of mlx-lm's quantized cache does too, over dequantized keys and values.
     """
     fast, over_codes = (
         mx.fast.scaled_dot_product_attention,
@@ -95,18 +95,19 @@ def attended(
     mask: NDArray[Any] | str | None = None,
     sinks: Array | None = None,
 ) -> Array:
-    """Attention of grouped queries in float32.
+    """Return attention of grouped queries in float32.
 
     Args:
         q: Queries ``[B, H, L, D]``.
         k: Keys ``[B, K, S, D]``.
         v: Values ``[B, K, S, Dv]``.
         scale: Factor of the scores.
-        mask: ``"causal"``, booleans of what is visible, or numbers to add; None if all is visible.
-        sinks: A score of each query head that takes its share and gives nothing, ``[H]``.
+        mask: ``"causal"``, booleans that are true for visible keys, or numbers to add to scores;
+            None if all keys are visible.
+        sinks: A score per query head, ``[H]``, that takes part in the softmax but has no value.
 
     Returns:
-        ``[B, H, L, Dv]``.
+        The output ``[B, H, L, Dv]``.
     """
     batch, heads, length, _ = q.shape
     groups, tokens = k.shape[1:3]
@@ -127,7 +128,7 @@ def attended(
 
 
 def _added(mask: NDArray[Any] | str, length: int, tokens: int) -> NDArray[Any]:
-    """What a mask adds to scores ``[..., L, S]``."""
+    """Return the numbers that a mask adds to scores ``[..., L, S]``."""
     if isinstance(mask, str):
         mask = np.arange(tokens) <= np.arange(length)[:, None] + tokens - length
     if mask.dtype != np.bool_:

@@ -1,8 +1,8 @@
 """Faster matrix products for measurements on a CPU.
 
-MLX's CPU build multiplies matrices at 2 to 6 GFLOP/s on two cores, numpy's BLAS at 20 to 60, and a
+On two cores, MLX's CPU build multiplies matrices at 2 to 6 GFLOP/s, and numpy's BLAS at 20 to 60. A
 measurement spends nearly all its time there. So while a model is measured on a CPU, its linear
-layers multiply with numpy, in float32; the result goes back in the dtype that it would have had.
+layers multiply with numpy, in float32. The result has the dtype that MLX would have given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checks and times the kernels on this machine, for ``rotormlx doctor``.
 
-Every operation runs on every file of the shared test vectors; decode steps and chunks of a prompt
-take turns with MLX's own attention over an exact cache.
+Every operation runs on every file of the shared test vectors. Decode steps and chunks of a prompt
+are timed in turn with MLX's own attention over an exact cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 CONTEXTS = (4096, 32768)
 # Tokens of a chunk of a prompt.
 CHUNK = 256
-# The width that the verdict speaks of, the default of the package.
+# The number of bits that the verdict is about, which is the default of the package.
 WIDTH = 4
 WIDTHS = tuple(sorted(BITS, reverse=True))
 
@@ -44,9 +44,9 @@ class Timing:
 
     Args:
         what: ``"decode step"`` or ``"prompt chunk"``.
-        tokens: Of the history.
+        tokens: Tokens of the history.
         queries: Tokens of the step.
-        ms: By contender, see :mod:`rotormlx.measure.attention_time`.
+        ms: Milliseconds by contender, see :mod:`rotormlx.measure.attention_time`.
     """
 
     what: str
@@ -65,14 +65,14 @@ class Findings:
     """The results of all checks.
 
     Args:
-        date: When, UTC.
-        machine: On what.
-        versions: Of the packages.
+        date: Day of the check, UTC.
+        machine: Processor, device and backend.
+        versions: Versions of Python and the packages.
         backend: The backend, and why it was chosen.
-        files: Files of the test vectors.
-        wrong: Operations that are not right, and the end of a sentence on each.
-        timings: None where they were not asked for.
-        ways: The fastest of several kernels, by what they do.
+        files: Names of the files of test vectors.
+        wrong: Operations with wrong results, with the second part of a sentence on each.
+        timings: The timings; empty if none were requested.
+        ways: The fastest way of each operation that has several ways, by operation.
     """
 
     date: str
@@ -94,11 +94,11 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """Whether to use rotormlx on this machine, in one line."""
+        """Advice on whether to use rotormlx on this machine, in one line."""
         if self.wrong:
             return (
-                f"Use rotormlx here for memory only: {len(self.wrong)} of {len(operations())} "
-                "operations are not right in its kernels, so MLX's operations do them, slower."
+                f"Use rotormlx here only to save memory: {len(self.wrong)} of {len(operations())} "
+                "operations are not right in its kernels, so MLX's slower operations replace them."
             )
         steps = [timing for timing in self.timings if timing.what == "decode step"]
         if not steps:
@@ -106,21 +106,21 @@ class Findings:
         last = steps[-1]
         ours, exact = readable(last.ms[rotor_name(WIDTH)]), readable(last.ms[EXACT])
         found = (
-            f"at {WIDTH} bits a decode step behind {last.tokens:,} tokens takes {ours} ms, with "
-            f"MLX's exact cache {exact} ms."
+            f"at {WIDTH} bits, attention of a decode step after {last.tokens:,} tokens takes "
+            f"{ours} ms; with MLX's exact cache it takes {exact} ms."
         )
         if last.ratio <= 1:
             return f"Use rotormlx here: every kernel is right, and {found}"
-        return f"Use rotormlx here where memory counts: every kernel is right, but {found}"
+        return f"Use rotormlx here to save memory: every kernel is right, but {found}"
 
 
 def find_out(*, timed: bool = True, runs: int = 5, say: Said = lambda _: None) -> Findings:
     """Check every operation, and time attention.
 
     Args:
-        timed: Whether to time.
-        runs: Counted runs of each contender.
-        say: Told what is done next.
+        timed: Whether to time attention.
+        runs: Number of timed runs of each contender.
+        say: Called with a phrase about the next step.
     """
     chosen, files = backends.fused(), names()
     wrong: dict[Operation, str] = {}
@@ -149,24 +149,24 @@ def _timings(runs: int, say: Said) -> list[Timing]:
     shape = Shape(1, HEADS, KV_HEADS, HEAD_DIM, mx.float32 if on_cpu else mx.float16)
     found = []
     for tokens in CONTEXTS:
-        say(f"timing: a decode step behind {tokens:,} tokens")
+        say(f"timing: a decode step after {tokens:,} tokens")
         ms = median_ms(decode_steps(shape, tokens, WIDTHS), runs)
         found.append(Timing("decode step", tokens, 1, ms))
-        say(f"timing: {CHUNK} tokens of a prompt behind {tokens:,}")
+        say(f"timing: {CHUNK} tokens of a prompt after {tokens:,}")
         ms = median_ms(prompt_steps(shape, tokens, CHUNK, WIDTHS), max(1, runs // 2))
         found.append(Timing("prompt chunk", tokens, CHUNK, ms))
     return found
 
 
 def readable(ms: float) -> str:
-    """Milliseconds in about three digits."""
+    """Format milliseconds with about three digits."""
     return f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}"
 
 
 def rows(findings: Findings) -> list[list[str]]:
-    """The table: a row per operation, a column per width, then MLX's own caches if they were timed.
+    """Return the table: rows are operations and timings, columns are numbers of bits.
 
-    The first row names the columns.
+    If MLX's own caches were timed, they have the last columns. The first row names the columns.
     """
     others = (EXACT, QUANTIZED) if findings.timings else ()
     table = [["", *(f"{bits} bits" for bits in WIDTHS), *others]]

@@ -1,4 +1,4 @@
-"""The quantized cache of exllamav3, simulated: 32 values share a Hadamard matrix and a scale.
+"""A simulation of exllamav3's quantized cache: 32 values share a Hadamard matrix and a scale.
 
 Source: turboderp-org/exllamav3, ``exllamav3_ext/cache/q_cache_kernels.cuh`` and ``lmq.cuh``.
 """
@@ -14,7 +14,7 @@ from rotormlx.codec.format import BLOCK, KEY
 from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16, require_multiple
 
 GROUP = 32
-# What its compander makes of t in [-1, 1]: a * t + (1 - a) * t^3.
+# The parameter a of its compander, which maps t in [-1, 1] to a * t + (1 - a) * t^3.
 COMPANDER = 0.65
 LEAST_SCALE = 1e-10
 
@@ -23,15 +23,15 @@ LEAST_SCALE = 1e-10
 class Exl3:
     """exllamav3: 32 channels of a token, Hadamard, largest magnitude as float16 scale, 2^b levels.
 
-    The levels lie in the middle of 2^b equal parts of [-1, 1]; with the compander a cubic moves
-    them towards zero, near Lloyd-Max levels. The scale that codes are chosen with is not rounded,
-    the stored one is. Vectors are float32 here, where theirs are float16, in the rival's favour.
+    The levels are the centres of 2^b equal parts of [-1, 1]. The compander, a cubic, moves them
+    towards zero, near Lloyd-Max levels. Codes are chosen with the unrounded scale; the stored scale
+    is rounded. Vectors are float32 here and float16 in exllamav3, which favours exllamav3.
 
     Args:
         key_bits: Bits of a key code.
         value_bits: Bits of a value code.
-        compander: Whether levels are moved by the cubic; off by default, as in exllamav3. Normal
-            numbers come out nearer with it at 2 and 3 bits, and a little farther above.
+        compander: Whether the cubic moves the levels; off by default, as in exllamav3. For normal
+            numbers it reduces the error at 2 and 3 bits, and increases it a little at more bits.
     """
 
     key_bits: int
@@ -55,7 +55,7 @@ class Exl3:
         return self._bits(role) + FLOAT16_BITS / GROUP
 
     def _levels(self, x: Array, bits: int) -> Array:
-        """The level of each number in [-1, 1]."""
+        """Return the level of each number in [-1, 1]."""
         half = 2 ** (bits - 1)
         position = _expanded(x) if self.compander else x
         codes = np.floor(position * half + half).clip(0, 2 * half - 1)
@@ -72,7 +72,7 @@ def _compressed(t: Array) -> Array:
 
 
 def _expanded(x: Array) -> Array:
-    """The one t with ``_compressed(t) == x``, by Cardano's formula."""
+    """Return the t with ``_compressed(t) == x``, by Cardano's formula."""
     b = 1 - COMPANDER
     half = x / (2 * b)
     root = np.sqrt(half * half + (COMPANDER / b / 3) ** 3)

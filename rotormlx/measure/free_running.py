@@ -1,9 +1,9 @@
-"""A model that goes on by itself behind a text: where it leaves the path of the exact cache.
+"""Continuations of a text, and where they first differ from those of the exact cache.
 
-Reading a text shows one step at a time; writing adds up what the steps before have done. Two
-continuations are compared token by token up to the first difference. Sampled ones draw the same
-random numbers in the same step (Gumbel noise, whose largest sum with the logits is a sample), so
-they part only where the distributions do.
+Reading a text tests each step alone; in a continuation, the errors of earlier steps add up. Two
+continuations are compared token by token up to the first difference. Sampled ones use the same
+random numbers in the same step: Gumbel noise is added to the logits, and the largest sum is a
+sample. So they differ only if the distributions do.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Choose = Callable[[mx.array, int], int]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is written behind a text.
+    """The settings of the continuations of a text.
 
     Args:
-        greedy: Tokens of the greedy continuation; 0 for none.
-        sampled: Tokens of each sampled continuation; 0 for none.
-        seeds: How many are sampled.
-        temperature: What logits are divided by before a sample is drawn.
+        greedy: Length of the greedy continuation in tokens; 0 for none.
+        sampled: Length of each sampled continuation in tokens; 0 for none.
+        seeds: Number of sampled continuations.
+        temperature: Divisor of the logits before sampling.
 
     Raises:
-        ValueError: If the temperature is not above 0, or a number is negative.
+        ValueError: If the temperature is not positive and finite, or a number is negative.
     """
 
     greedy: int = 64
@@ -42,13 +42,13 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < np.inf or min(self.greedy, self.sampled, self.seeds) < 0:
             raise ValueError(
-                "[quality] Continuations must have a temperature above 0 and numbers from 0 on, "
-                f"but {self} came; --sampled 0 leaves all but the greedy one out."
+                "[quality] Continuations must have a finite temperature above 0 and no negative "
+                f"number, but {self} was given; --sampled 0 leaves all but the greedy one out."
             )
 
     @property
     def tokens(self) -> int:
-        """All tokens that are written behind one text."""
+        """Total number of tokens generated after one text."""
         return self.greedy + self.sampled * self.seeds
 
 
@@ -59,14 +59,14 @@ def continuations(
     settings: Settings,
     advance: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """What a model writes behind what its caches hold, the greedy continuation first.
+    """Return the continuations after the tokens that caches hold, the greedy one first.
 
     Args:
         model: An mlx-lm model.
-        first: The token that is read first.
-        caches: One cache a layer, filled; their contents are used up.
-        settings: What to write.
-        advance: Called with the number of tokens after each continuation.
+        first: The first token to read.
+        caches: One filled cache per layer; the call changes their contents.
+        settings: The settings of the continuations.
+        advance: Called after each continuation with its number of tokens.
     """
     choices = [(sampler(seed, settings.temperature), settings.sampled) for seed in _seeds(settings)]
     choices.append((_most_likely, settings.greedy))
@@ -80,7 +80,7 @@ def continuations(
 
 
 def sampler(seed: int, temperature: float) -> Choose:
-    """Draws a token from logits ``[V]``; the same noise for the same seed and step."""
+    """Return a function that samples from logits ``[V]``; seed and step determine the noise."""
 
     def choose(logits: mx.array, step: int) -> int:
         scaled = np.array(logits.astype(mx.float32)) / temperature
@@ -91,7 +91,7 @@ def sampler(seed: int, temperature: float) -> Choose:
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens at the start of two continuations are the same."""
+    """Return the number of equal tokens at the start of two continuations."""
     pairs = zip(a, b, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

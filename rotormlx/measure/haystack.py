@@ -1,10 +1,13 @@
 """Generated tasks that are scored exactly: texts, and questions with one right answer.
 
-Two kinds of needle in prose. A **fact** is a sentence ("The secret number of Oslo is 4829.") that a
-question behind the text asks for: recall of a value by its key. A **copy** is a run of 17 random
-tokens, said three times on end: given the first 16 again, the model has to go on with the last.
-The third kind is a **chain** of two sums ("Q: 2 + 5 + 3", "A: 2 + 5 = 7, 7 + 3 = 10") behind a
-text of such chains, worked out: the model learns from them what to write.
+There are three kinds of task; the first two are needles in prose.
+
+- A **fact** is a sentence ("The secret number of Oslo is 4829."). A question after the text asks
+  for it: the model must recall a value by its key.
+- A **copy** is a run of 17 random tokens that the text repeats three times in a row. Given the
+  first 16 again, the model must continue with the last.
+- A **chain** is a question of two sums ("Q: 2 + 5 + 3", "A: 2 + 5 = 7, 7 + 3 = 10") after a text of
+  worked examples, which show the model what to write.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from rotormlx.measure.text import default_text
 KINDS = ("fact", "copy", "chain")
 COPY_BEFORE, COPY_TIMES = 16, 3
 CHAIN_STEPS = 2
-# Tokens of a text for each needle, and those that hold none: a start, and more than a window.
-# Of chains a text holds examples only.
+# Tokens of a text per needle, and the tokens without needles: a start, and an end that is longer
+# than a window. A text of chains holds examples only.
 ROOM = {"fact": 40, "copy": 64, "chain": 1}
 START, END = 16, 208
-# Names that do not begin alike, so that a model can tell them apart.
+# Names with different beginnings, so that a model can tell them apart.
 PLACES = (
     "Oslo", "Cairo", "Lima", "Tokyo", "Paris", "Boston", "Dublin", "Madrid", "Naples", "Quito",
     "Sydney", "Vienna", "Warsaw", "Zurich", "Athens", "Berlin", "Havana", "Jakarta", "Kyoto",
@@ -36,13 +39,13 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Question:
-    """One needle and how it is asked for.
+    """A needle and the question about it.
 
     Args:
-        first: Where the needle begins in the text, in tokens.
-        end: Where it ends, with its answer.
-        tokens: What is read behind the text: the question, and the answer but its last token.
-        answer: The tokens that must come.
+        first: First token of the needle in the text.
+        end: Token after the needle and its answer.
+        tokens: Tokens to read after the text: the question, and the answer without its last token.
+        answer: Tokens of the right answer.
     """
 
     first: int
@@ -57,8 +60,8 @@ class Haystack:
 
     Args:
         kind: One of ``KINDS``.
-        tokens: The text.
-        questions: One a needle.
+        tokens: The tokens of the text.
+        questions: One question per needle.
     """
 
     kind: str
@@ -75,15 +78,15 @@ def texts_for(
     *,
     seed: int = 0,
 ) -> list[Haystack]:
-    """Texts with at least ``trials`` questions of each kind over all lengths.
+    """Return texts with at least ``trials`` questions of each kind over all lengths.
 
     Args:
-        tokenizer: Of the model.
-        kinds: Of ``KINDS``.
-        lengths: Tokens of the texts.
-        trials: Least number of questions of each kind.
-        needles: Most questions of one text; a short one has room for fewer.
-        seed: Selects the texts.
+        tokenizer: The tokenizer of the model.
+        kinds: Kinds of task, from ``KINDS``.
+        lengths: Lengths of the texts in tokens.
+        trials: Minimum number of questions of each kind.
+        needles: Maximum number of questions per text; a short text has room for fewer.
+        seed: Seed of the texts.
     """
     stacks: list[Haystack] = []
     for kind in kinds:
@@ -98,17 +101,17 @@ def texts_for(
 
 
 def haystack(tokenizer: Any, kind: str, length: int, needles: int, *, seed: int) -> Haystack:
-    """A text of ``length`` tokens with needles at even distances.
+    """Return a text of ``length`` tokens with needles at even distances.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The tokenizer of the model.
         kind: One of ``KINDS``.
-        length: Tokens.
-        needles: How many.
-        seed: Selects the text, the answers and who is asked for.
+        length: Length of the text in tokens.
+        needles: Number of needles.
+        seed: Seed of the text, the answers and the names.
 
     Raises:
-        ValueError: If the text has no room for them.
+        ValueError: If the text has no room for the needles.
     """
     rng = np.random.default_rng([seed, length, KINDS.index(kind)])
     if kind == "chain":
@@ -138,18 +141,18 @@ def haystack(tokenizer: Any, kind: str, length: int, needles: int, *, seed: int)
     if len(questions) < needles or questions[-1].end > length:
         raise ValueError(
             f"[needle] A text must have {ROOM[kind]} tokens per needle and {START + END} more, but "
-            f"{length} tokens and {needles} needles came, and not all fit; take longer texts or "
-            "fewer needles."
+            f"{length} tokens and {needles} needles were given, and not all fit; use longer texts "
+            "or fewer needles."
         )
     return Haystack(kind, tuple(tokens[:length]), tuple(questions))
 
 
 def _chains(tokenizer: Any, length: int, questions: int, rng: np.random.Generator) -> Haystack:
-    """A text of worked examples, and questions of which none is among them."""
+    """Return a text of worked examples, and questions that are not among the examples."""
     if length < START + END + ROOM["chain"]:
         raise ValueError(
             f"[needle] A text of chains must have at least {START + END + ROOM['chain']} tokens, "
-            f"but {length} came; take longer texts."
+            f"but {length} were given; use longer texts."
         )
     asked: dict[str, str] = {}
     while len(asked) < questions:
@@ -168,7 +171,7 @@ def _chains(tokenizer: Any, length: int, questions: int, rng: np.random.Generato
 
 
 def _chain(rng: np.random.Generator) -> tuple[str, str]:
-    """A sum of three numbers up to 5, worked out step by step."""
+    """Return a sum of three numbers up to 5 as a question, and its answer step by step."""
     value = int(rng.integers(6))
     asked, steps = str(value), []
     for _ in range(CHAIN_STEPS):
@@ -179,7 +182,7 @@ def _chain(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _fact(tokenizer: Any, place: str, digits: str) -> tuple[list[int], list[int], list[int]]:
-    """What the text says but its full stop, what is asked, and the answer."""
+    """Return the sentence of the text without its full stop, the question, and the answer."""
     fact = f"The secret number of {place} is"
     before = _ids(tokenizer, f" {fact}")
     said = _ids(tokenizer, f" {fact} {digits}")
@@ -192,7 +195,7 @@ def _sentences() -> list[str]:
 
 
 def _room(length: int) -> int:
-    """Tokens of a text among which needles may begin."""
+    """Return the number of tokens of a text among which needles may begin."""
     return length - START - END
 
 

@@ -1,6 +1,6 @@
-"""Intervals at 95 % of what neighbouring predictions give: means, quantiles and shares.
+"""Intervals at 95 % for means, quantiles and shares over the predictions of a text.
 
-Neighbouring predictions are alike, so the bootstrap draws runs of 16 of them.
+Neighbouring predictions are correlated, so the bootstrap draws runs of 16 of them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from scipy.stats import binom, binomtest, bootstrap
 RUN = 16
 RESAMPLES = 4000
 LEVEL = 0.95
-_AT_ONCE = 2**22  # numbers of one step: 32 MB
+_AT_ONCE = 2**22  # numbers per step: 32 MB
 
 Interval = tuple[float, float]
 
 
 def mean_interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
-    """Bootstrap interval of a mean.
+    """Return the bootstrap interval of a mean.
 
     Args:
-        values: Numbers ``[n]``, neighbours side by side.
-        seed: Selects what is drawn.
+        values: Numbers ``[n]``, in the order of the predictions.
+        seed: Seed of the resampling.
     """
     runs = [part.mean() for part in np.array_split(values, _runs(len(values)))]
     if np.ptp(runs) == 0:
@@ -41,20 +41,20 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
 
 
 def share_interval(hits: NDArray[np.bool_]) -> Interval:
-    """Bootstrap interval of a share; Wilson's where all are alike and nothing can be drawn."""
+    """Return the bootstrap interval of a share; Wilson's interval if all values are equal."""
     if hits.all() or not hits.any():
         return wilson(int(hits.sum()), len(hits))
     return mean_interval(hits.astype(np.float64))
 
 
 def wilson(hits: int, trials: int) -> Interval:
-    """Wilson's interval of a share of independent trials."""
+    """Return Wilson's interval of a share of independent trials."""
     bounds = binomtest(hits, trials).proportion_ci(LEVEL, method="wilson")
     return float(bounds.low), float(bounds.high)
 
 
 def median_interval(values: Sequence[int]) -> Interval | None:
-    """Interval of the median of a few independent numbers, from ranks; None for fewer than 6."""
+    """Return the interval of a median of independent numbers, from ranks; None for fewer than 6."""
     rank = int(binom.ppf((1 - LEVEL) / 2, len(values), 0.5))
     if rank == 0:
         return None
@@ -65,15 +65,15 @@ def median_interval(values: Sequence[int]) -> Interval | None:
 def quantile_intervals(
     values: NDArray[np.float64], levels: Sequence[float], seed: int = 0
 ) -> list[Interval]:
-    """Bootstrap intervals of quantiles.
+    """Return the bootstrap intervals of quantiles.
 
-    No interval reaches beyond the largest value. One that ends there says only "at least": too few
-    predictions lie above the quantile.
+    No interval extends beyond the largest value. One that ends there has only a lower bound: too
+    few predictions are above the quantile.
 
     Args:
-        values: Numbers ``[n]``, neighbours side by side.
-        levels: Which quantiles, from 0 to 1.
-        seed: Selects what is drawn.
+        values: Numbers ``[n]``, in the order of the predictions.
+        levels: The quantiles, from 0 to 1.
+        seed: Seed of the resampling.
     """
     rng = np.random.default_rng(seed)
     runs = _runs(len(values))
@@ -83,7 +83,7 @@ def quantile_intervals(
     step = max(1, _AT_ONCE // len(values))
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
-        # How often each run is drawn, and so how many numbers lie up to each value.
+        # How often each run is drawn, and from that how many numbers are at most each value.
         times = rng.multinomial(runs, np.full(runs, 1 / runs), size=size)
         up_to = np.cumsum(times[:, run_of[order]], axis=1)
         for column, level in enumerate(levels):

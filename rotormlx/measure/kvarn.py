@@ -1,4 +1,4 @@
-"""KVarN, simulated: a Hadamard matrix, then scales of tokens and channels, then plain rounding.
+"""A simulation of KVarN: a Hadamard matrix, then scales of tokens and channels, then rounding.
 
 Source: Müller et al., KVarN, arXiv 2606.03458, and the authors' code in vLLM (pull request 46812).
 """
@@ -16,7 +16,7 @@ from rotormlx.measure.baselines import FLOAT16_BITS, Array, as_float16
 
 GROUPS = (64, 128)
 ITERATIONS = 16
-# Bounds of the published code: of a deviation, of the logarithm of a scale, of a step.
+# Bounds in the published code for a deviation, the logarithm of a scale, and a step.
 DEVIATIONS = (1e-3, 1e3)
 LOG_SCALES = (-0.3, 10.0)
 LEAST_DEVIATION, LEAST_STEP = 1e-8, 1e-10
@@ -27,24 +27,25 @@ class KVarN:
     """KVarN: tokens and channels of a tile scaled to equal deviation, then minimum and step.
 
     A tile is ``group`` tokens of one head. After the Hadamard matrix, columns and rows are divided
-    in turn by their standard deviation, 16 times; the scales of the turn with the least imbalance
-    count. Rows of keys are channels, rows of values are tokens. Each row is rounded between its
-    minimum and maximum. Float16 are: step and minimum of each row, times the row's scale, and the
-    scale of each column.
+    in turn by their standard deviation, 16 times; the scales of the iteration with the least
+    imbalance are used. Rows of keys are channels, rows of values are tokens. Each row is rounded
+    between its minimum and maximum. Stored as float16 are the step and the minimum of each row,
+    both multiplied by the row's scale, and the scale of each column.
 
-    The authors' default group is 128; 64 is their finer one, and as long as our block. Where the
-    sources differ, the rival has the better choice: 16 turns (the default of their function; their
-    presets in vLLM take 8), and float32 vectors in and out (theirs are float16). Their exact sink
-    of 128 tokens is left out, since all schemes share one rule of sink and window. Bits are without
-    the padding of their tiles.
+    The authors' default group is 128; 64 is their finer one and equals our block. Where the sources
+    differ, the simulation takes what is better for KVarN: 16 iterations (the default of their
+    function; their presets in vLLM use 8), and float32 vectors in and out (theirs are float16).
+    Their exact sink of 128 tokens is left out, since all schemes share one rule of sink and window.
+    The padding of their tiles is not counted in the bits.
 
     Args:
         key_bits: Bits of a key code.
         value_bits: Bits of a value code.
-        group: Tokens of a tile, 64 or 128. With 128, up to 64 more tokens wait unpacked.
+        group: Tokens per tile, 64 or 128. With 128, up to 64 more tokens stay unpacked.
 
     Raises:
-        ValueError: If ``group`` is another, or later a head_dim is no power of two.
+        ValueError: If ``group`` has another value. ``decoded`` raises it if head_dim is not a power
+            of two.
     """
 
     key_bits: int
@@ -54,7 +55,7 @@ class KVarN:
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
             raise ValueError(
-                f"[scheme] kvarn's group must be of {', '.join(map(str, GROUPS))} tokens, but "
+                f"[scheme] kvarn's group must be one of {', '.join(map(str, GROUPS))} tokens, but "
                 f"{self.group} was given; choose one of them."
             )
 
@@ -89,11 +90,10 @@ class KVarN:
 
 
 def balance(tiles: Array) -> tuple[Array, Array]:
-    """Scales that make rows and columns of tiles ``[..., R, C]`` deviate alike.
+    """Return scales that give the rows and columns of tiles ``[..., R, C]`` equal deviations.
 
     Returns:
-        Scales of the rows ``[..., R, 1]`` and of the columns ``[..., 1, C]``; tiles are divided by
-        both.
+        Scales of the rows ``[..., R, 1]`` and of the columns ``[..., 1, C]``; divide tiles by both.
     """
     log_rows = np.zeros_like(tiles[..., :1])
     log_columns = np.zeros_like(tiles[..., :1, :])
@@ -113,7 +113,7 @@ def balance(tiles: Array) -> tuple[Array, Array]:
 
 
 def imbalance(tiles: Array) -> Array:
-    """Largest over least deviation, of columns plus of rows, ``[..., 1, 1]``; at best 2."""
+    """Return largest over least deviation, of columns plus of rows, ``[..., 1, 1]``; at least 2."""
     total: Array = np.zeros_like(tiles[..., :1, :1])
     for axis in (-2, -1):
         deviation = tiles.std(axis, ddof=1, keepdims=True)
@@ -130,7 +130,7 @@ def _turn(log_scale: Array, scaled: Array, axis: int) -> Array:
 
 
 def _rounded(tiles: Array, bits: int) -> Array:
-    """Tiles ``[..., R, C]`` as they decode."""
+    """Return tiles ``[..., R, C]`` after coding and decoding."""
     rows, columns = balance(tiles)
     scaled = tiles / columns / rows
     low = scaled.min(-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""What the keys and the values of each layer lose by few bits, all else exact.
+"""The loss from few bits in the keys or the values of a single layer, with everything else exact.
 
-Layers differ by a factor of a hundred in what their errors do to a text;
-:mod:`rotormlx.codec.layer_bits` gives the bits to those that need them.
+The effect of a layer's errors differs between layers by a factor of a hundred;
+:mod:`rotormlx.codec.layer_bits` distributes the bits accordingly.
 
 Source: docs/results/bits.md, "Bits by layer".
 """
@@ -24,26 +24,27 @@ from rotormlx.mlx.cache.single import RotorKVCache
 from rotormlx.mlx.probe import compress
 
 Floats = NDArray[np.float64]
-# 3 bits in the keys, and in the values; the error of 8 bits is 1/800 of theirs.
+# 3 bits in the keys or in the values, and 8 bits in the other, whose error is 1/800 as large.
 _ONE_ROLE = (RotorConfig(3, 8, window=0), RotorConfig(8, 3, window=0))
-_START = 2 * BLOCK  # the first prediction that reads a packed block behind the sink
+_START = 2 * BLOCK  # the first prediction that reads a packed block after the sink
 
 
 def losses(
     model: Any, ids: Sequence[int], layers: Sequence[int], tell: Callable[[int], None]
 ) -> Floats:
-    """What a text loses by 3 bits in the keys or the values of one layer, all else exact.
+    """Measure the loss from 3 bits in the keys or the values of one layer, all else exact.
 
-    Computed in float32: the rounding of 16 bits is larger than what most layers lose.
+    Computation is in float32, because the rounding of 16 bits is larger than most layers' loss.
 
     Args:
         model: An mlx-lm model.
-        ids: The text, more than two blocks behind the sink.
-        layers: The layers to measure.
-        tell: Told of the tokens that are read, for each of them once more than twice.
+        ids: The tokens of the text, more than two blocks after the sink.
+        layers: Indices of the layers to measure.
+        tell: Called with the number of tokens read. The text is read once, and then twice per
+            layer.
 
     Returns:
-        Mean KL divergence of the next token, ``[layers, 2]``, keys and values.
+        Mean KL divergence of the next token, ``[layers, 2]``: for keys and for values.
 
     Raises:
         ValueError: If the model's predictions are not finite.
@@ -63,10 +64,10 @@ def losses(
             for role, config in enumerate(_ONE_ROLE):
                 coded = read(layer, config)
                 kl = scoring.differences(reference, coded, start=_START).kl.mean()
-                lost[place, role] = max(kl, 0.0)  # what is lost is; rounding may say -1e-10
+                lost[place, role] = max(kl, 0.0)  # rounding can give -1e-10
     if not np.isfinite(lost).all():
         raise ValueError(
-            "[calibration] A model must predict finite numbers for its layers to be measured, but "
-            "this one does not; calibrate it without --layers."
+            "[calibration] A model must predict finite numbers to measure its layers, but this one "
+            "does not; calibrate it without --layers."
         )
     return lost

@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rotormlx.mlx import backends
 
 
 def machine() -> str:
-    """The processor, and what MLX computes on."""
+    """Return the processor, the device that MLX computes on, and the backend."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -25,6 +25,6 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a measurement depends on."""
+    """Return the versions of Python and of the packages that a measurement depends on."""
     packages = ("rotormlx", "mlx", "mlx-lm", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,9 +1,9 @@
-"""Generated tasks through a compressed cache: is what stands far back in a text still used?
+"""Generated tasks that test whether a model still uses distant text through a compressed cache.
 
 The kinds of task are those of :mod:`rotormlx.measure.haystack`. A question counts as solved if
-every token of the answer is the most likely one, which is what greedy decoding would give. A text
-is read once and asked all of its questions, each time from a copy of the caches as they were. Every
-needle lies in packed bytes, or the run stops.
+every token of the answer is the most likely one, as in greedy decoding. A text is read once, and
+each of its questions is asked with a fresh copy of the caches. The run stops if a needle is not in
+packed bytes.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from rotormlx.measure.machine import machine, versions
 from rotormlx.measure.schemes import EXACT, Scheme, scheme
 from rotormlx.mlx import hosts
 
-DEPTHS = 5  # equal parts of a text
-PROMPT_CHUNK = 256  # tokens read at once: a text of 512 is read in chunks too
+DEPTHS = 5  # equal parts of a text, for the tables
+PROMPT_CHUNK = 256  # tokens read at once, so that even a text of 512 is read in several chunks
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One needle asked for through one scheme.
+    """One question about a needle through one scheme.
 
     Args:
         scheme: Name of the scheme.
         kind: Kind of needle.
         length: Tokens of the text.
-        depth: Where the needle is, from 0 (start) to 1 (end).
-        found: Whether it was found.
+        depth: Position of the needle, from 0 (start) to 1 (end).
+        found: Whether the needle was found.
     """
 
     scheme: str
@@ -54,7 +54,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of some trials found their needle, with a Wilson interval at 95 %."""
+    """The number of trials that found their needle, with a Wilson interval at 95 %."""
 
     found: int
     trials: int
@@ -71,14 +71,14 @@ class Share:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Two schemes on the same needles: what the second lost and gained against the first."""
+    """The needles that a scheme lost and gained against a reference."""
 
     lost: int
     gained: int
 
     @property
     def p(self) -> float:
-        """McNemar's exact test: how likely so uneven a split is if neither is better."""
+        """The p value of McNemar's exact test, with the null hypothesis that neither is better."""
         differing = self.lost + self.gained
         return float(binomtest(self.lost, differing).pvalue) if differing else 1.0
 
@@ -88,9 +88,9 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Result:
-    """All trials of a run, and what was run.
+    """All trials of a run, and its settings.
 
-    Fields as in :class:`rotormlx.measure.quality_run.Result`.
+    The other fields are as in :class:`rotormlx.measure.quality_run.Result`.
     """
 
     model: str
@@ -110,12 +110,12 @@ class Result:
         return list(dict.fromkeys(trial.scheme for trial in self.trials))
 
     def share(self, **wanted: object) -> Share:
-        """Of the trials whose fields are as wanted; ``part`` is the part of the text, 0 to 4."""
+        """Return the share of trials with the given fields; ``part`` of the text is 0 to 4."""
         chosen = self._found(**wanted)
         return Share(sum(chosen), len(chosen))
 
     def pairs(self, reference: str, scheme: str, **wanted: object) -> Pairs:
-        """A scheme against a reference, needle by needle, where fields are as wanted."""
+        """Compare a scheme with a reference on the same needles, over trials with given fields."""
         # The trials of every scheme are in the same order.
         both = list(
             zip(
@@ -150,30 +150,31 @@ def run(
     progress: Progress | None = None,
     keep: Callable[[Result], None] | None = None,
 ) -> Result:
-    """Hide needles in texts and ask for them through each scheme; the exact cache comes first.
+    """Hide needles in texts, and ask for them through the exact cache and then each scheme.
 
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`.
-        model_name: What the report calls the model.
-        command: What the report gives as the command.
-        lengths: Tokens of the texts.
-        trials: Least number of trials of each kind and scheme, over all lengths.
-        needles: Most needles in one text; a short one has room for fewer.
+        names: Names of schemes, see :func:`rotormlx.measure.schemes.scheme`.
+        model_name: Name of the model for the report.
+        command: The command line for the report.
+        lengths: Lengths of the texts in tokens.
+        trials: Minimum number of trials of each kind and scheme, over all lengths.
+        needles: Maximum number of needles per text; a short text has room for fewer.
         kinds: Kinds of needle.
-        seed: Selects the texts.
-        progress: Shows what is read, if given.
-        keep: Takes the trials so far, after each text.
+        seed: Seed of the texts.
+        progress: Shows the progress, if given.
+        keep: Called with the trials so far, after each text.
 
     Raises:
-        ValueError: If a name is no scheme, or a text is too short for its needles.
-        RuntimeError: If a needle does not lie in packed bytes.
+        ValueError: If a scheme or kind is unknown, or a text is too short for its needles.
+        RuntimeError: If a needle is not in packed bytes.
     """
     if set(kinds) - set(KINDS) or trials < 1 or not 1 <= needles <= len(PLACES):
         raise ValueError(
-            f"[needle] Kinds of {', '.join(KINDS)}, at least 1 trial and 1 to {len(PLACES)} "
-            f"needles a text are required, but {', '.join(kinds)}, {trials} and {needles} came."
+            f"[needle] Kinds from {', '.join(KINDS)}, at least 1 trial and 1 to {len(PLACES)} "
+            f"needles per text are required, but {', '.join(kinds)}, {trials} and {needles} were "
+            "given."
         )
     schemes = [scheme(name).bound(model) for name in dict.fromkeys((EXACT, *names))]
     progress = progress or Progress(disable=True)
@@ -205,10 +206,10 @@ def run(
 def search(
     model: Any, stack: Haystack, chosen: Scheme, advance: Callable[[], None] | None = None
 ) -> Iterator[Trial]:
-    """Read a text through a scheme's caches and ask for each of its needles.
+    """Read a text through a scheme's caches, and ask for each of its needles.
 
     Raises:
-        RuntimeError: If a needle does not lie in packed bytes.
+        RuntimeError: If a needle is not in packed bytes.
     """
     caches = read(model, stack, chosen)
     length = len(stack.tokens)
@@ -228,13 +229,13 @@ def read(
         model: An mlx-lm model.
         stack: The text.
         chosen: The scheme.
-        advance: Called with the number of tokens of each chunk that was read.
+        advance: Called after each chunk with its number of tokens.
 
     Returns:
         The caches, which hold the text.
 
     Raises:
-        RuntimeError: If a needle does not lie in packed bytes.
+        RuntimeError: If a needle is not in packed bytes.
     """
     caches = chosen.caches(model)
     for start in range(0, len(stack.tokens), PROMPT_CHUNK):
@@ -248,9 +249,9 @@ def read(
 
 
 def answered(model: Any, question: Question, caches: Sequence[Any]) -> tuple[int, ...]:
-    """The most likely tokens in place of an answer, each after the right ones before it.
+    """Return the most likely token at each place of an answer, given the right ones before it.
 
-    The caches stay as they are.
+    The caches are copied and do not change.
     """
     logits = model(mx.array([question.tokens]), cache=copy.deepcopy(caches))
     best = np.array(mx.argmax(logits[0, -len(question.answer) :], axis=-1))
@@ -264,9 +265,9 @@ def _check_packed(stack: Haystack, chosen: Scheme, caches: Sequence[Any]) -> Non
     for question in stack.questions:
         if question.first < sink or question.end > sink + packed:
             raise RuntimeError(
-                f"[needle] Every needle must lie in packed bytes, but one is tokens "
+                f"[needle] Every needle must be in packed bytes, but one is tokens "
                 f"{question.first} to {question.end}, and {chosen.name} packed {sink} to "
-                f"{sink + packed}; take longer texts."
+                f"{sink + packed}; use longer texts."
             )
 
 
@@ -274,9 +275,10 @@ def _check_packed(stack: Haystack, chosen: Scheme, caches: Sequence[Any]) -> Non
 
 
 def cells(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a scheme a row; a kind and length, then a kind and part of the text.
+    """Return header and rows, one row per scheme.
 
-    The last columns compare with the exact cache and with the first scheme.
+    The columns are kinds and lengths, then kinds and parts of the text. The last columns compare
+    with the exact cache and with the first scheme.
     """
     kinds = dict.fromkeys(trial.kind for trial in result.trials)
     columns: dict[str, dict[str, object]] = {}
@@ -303,7 +305,7 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def table(result: Result) -> Table:
-    """For a terminal: a column a scheme."""
+    """Return a table for a terminal, with one column per scheme."""
     header, rows = cells(result)
     out = Table(title=f"{result.model}: needles found")
     for name in ("", *(row[0] for row in rows)):
@@ -314,7 +316,7 @@ def table(result: Result) -> Table:
 
 
 def markdown(result: Result) -> str:
-    """For a file: a column a scheme."""
+    """Return a table in Markdown, with one column per scheme."""
     header, rows = cells(result)
     lines = [["found", *(f"`{row[0]}`" for row in rows)], ["---"] * (1 + len(rows))]
     lines += [
@@ -324,7 +326,7 @@ def markdown(result: Result) -> str:
     trials = result.share(scheme=EXACT).trials
     packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     return (
-        f"{result.model}: share of needles found, {trials} a scheme, with Wilson intervals at "
+        f"{result.model}: share of needles found, {trials} per scheme, with Wilson intervals at "
         f"95 %. Against: needles that a scheme lost and gained, with the p of McNemar's exact "
         f"test.\n\n{body}\n\n`{result.command}`; {result.machine}; {packages}; {result.date}.\n"
     )

@@ -1,4 +1,4 @@
-"""NVFP4, simulated: 4-bit floats, an 8-bit float for 16 of them, a float32 for all.
+"""A simulation of NVFP4: 4-bit floats, with an 8-bit scale per 16 and one float32 scale for all.
 
 Source: NVIDIA's NVFP4 format, as vLLM and TensorRT-LLM keep a cache in it.
 """
@@ -22,9 +22,9 @@ class FloatFormat:
     """A small float: sign, exponent, mantissa; no infinity.
 
     Args:
-        mantissa_bits: Bits behind the point.
-        least_exponent: Of a normal number; below it steps are equal.
-        largest: The largest number; what is larger becomes it.
+        mantissa_bits: Bits after the point.
+        least_exponent: Smallest exponent of a normal number; smaller numbers have equal steps.
+        largest: Largest number; larger ones are clipped to it.
     """
 
     mantissa_bits: int
@@ -32,7 +32,7 @@ class FloatFormat:
     largest: float
 
     def nearest(self, x: Array) -> Array:
-        """The nearest numbers, ties to the even mantissa."""
+        """Return the nearest numbers of the format; ties go to the even mantissa."""
         exponent = np.maximum(np.frexp(x)[1] - 1, self.least_exponent)
         step = np.ldexp(np.float32(1), exponent - self.mantissa_bits)
         out: Array = (np.rint(x / step) * step).clip(-self.largest, self.largest)
@@ -45,11 +45,11 @@ E4M3 = FloatFormat(3, -6, 448.0)
 
 @dataclass(frozen=True)
 class Nvfp4:
-    """NVFP4: 16 channels of a token share a scale that makes the largest of them 6.
+    """NVFP4: 16 channels of a token share a scale that maps the largest of them to 6.
 
-    Codes are e2m1, scales of 16 are e4m3, and a float32 scale of the whole tensor brings the
-    largest scale to 448. That one is calibrated or loaded in practice; here every call has its own,
-    which is the rival's best case, and its 32 bits count as none.
+    Codes are e2m1, the scales of 16 are e4m3, and a float32 scale of the whole tensor maps the
+    largest scale to 448. In practice the float32 scale is calibrated or loaded. Here every call has
+    its own, which is the best case for NVFP4, and its 32 bits are not counted.
     """
 
     block = BLOCK

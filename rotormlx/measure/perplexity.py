@@ -1,7 +1,7 @@
 """Perplexity of text that is read through the cache.
 
-``mlx_lm.perplexity`` runs a model without a cache, so it cannot see what a cache's compression
-costs. Here every chunk of a text attends to what the chunks before it left in the cache.
+``mlx_lm.perplexity`` runs a model without a cache, so it cannot measure the loss from a compressed
+cache. Here every chunk of a text attends to the tokens of earlier chunks in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rotormlx.measure.scoring import CHUNK
 
 
 class CacheMaker(Protocol):
-    """What makes the caches of a model."""
+    """An object that makes the caches of a model."""
 
     def make_prompt_cache(self, model: Any) -> list[Any]:
         """Make caches for one run."""
@@ -28,26 +28,27 @@ class CacheMaker(Protocol):
 def replacements(
     tool: ModuleType, maker: CacheMaker, tell: Callable[[str], None]
 ) -> dict[str, Callable[..., Any]]:
-    """What ``mlx_lm.perplexity`` runs in place of its own functions.
+    """Return the functions that replace those of ``mlx_lm.perplexity``, by name.
 
     Args:
         tool: ``mlx_lm.perplexity``.
         maker: Makes the caches.
-        tell: Takes what is known when the user interrupts.
+        tell: Called with the results so far, as text, when the user interrupts.
     """
     from_hub = tool.load_data
 
     def load_data(
         tokenizer: Any, data_path: str, num_samples: int, sequence_length: int
     ) -> mx.array:
-        """Samples ``[N, sequence_length]`` of a text file, or as mlx-lm loads them."""
+        """Load samples ``[N, sequence_length]`` from a text file, or as mlx-lm loads them."""
         if not Path(data_path).is_file():
             return _from_hub(from_hub, tokenizer, data_path, num_samples, sequence_length)
         try:
             tokens = tokenizer.encode(Path(data_path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"[perplexity] The text must be UTF-8, but {data_path} gave: {error}; convert it."
+                f"[perplexity] The text must be UTF-8, but reading {data_path} failed: {error}; "
+                "convert it."
             ) from error
         samples = len(tokens) // sequence_length
         if not samples:
@@ -59,7 +60,7 @@ def replacements(
         return data[:num_samples] if num_samples > 0 else data
 
     def eval_ppl(model: Any, data: mx.array, batch_size: int = 8) -> tuple[float, float]:
-        """Perplexity and its standard error."""
+        """Return the perplexity and its standard error."""
         return through_cache(model, data, maker.make_prompt_cache, batch_size, tell)
 
     return {"load_data": load_data, "eval_ppl": eval_ppl}
@@ -68,11 +69,11 @@ def replacements(
 def _from_hub(from_hub: Callable[..., mx.array], tokenizer: Any, path: str, *sizes: int) -> Any:
     try:
         return from_hub(tokenizer, path, *sizes)
-    except Exception as error:  # whatever data sets, their servers and their columns may give
+    except Exception as error:  # data sets and their servers can raise anything
         lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f"[perplexity] {path} must be a text file or a data set that mlx-lm can load, but it "
-            f"gave: {lines[0].rstrip('.')}; check the name."
+            f"[perplexity] {path} must be a text file or a data set that mlx-lm can load, but "
+            f"loading failed: {lines[0].rstrip('.')}; check the name."
         ) from error
 
 
@@ -83,14 +84,14 @@ def through_cache(
     batch_size: int = 8,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[float, float]:
-    """Perplexity and its standard error.
+    """Return the perplexity and its standard error.
 
     Args:
         model: The model.
-        data: Tokens ``[N, S]``; each row is a text by itself.
+        data: Tokens ``[N, S]``; each row is a separate text.
         make_caches: Makes empty caches of the model.
-        batch_size: Rows that are read at once.
-        tell: Takes the perplexity so far when the user interrupts.
+        batch_size: Number of rows read at once.
+        tell: Called with the perplexity so far, as text, when the user interrupts.
     """
     losses: list[mx.array] = []
     done = 0

@@ -1,4 +1,4 @@
-"""The plots of ``rotormlx quality`` and ``bench``: all that needs matplotlib."""
+"""The plots of ``rotormlx quality`` and ``bench``; only this module needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rotormlx.measure.quality_run import Row
 
 
 def of_quality(result: quality_run.Result) -> dict[str, str]:
-    """``<svg>`` elements by title: quality against bits, by position and by layer."""
+    """Return ``<svg>`` elements by title: quality against bits, by position and by layer."""
     return {
         "Quality against bits": picture(lambda axes: _against_bits(axes, result.rows)),
         "KL divergence by position": picture(lambda axes: _by_position(axes, result)),
@@ -29,7 +29,7 @@ def of_quality(result: quality_run.Result) -> dict[str, str]:
 
 
 def of_bench(result: bench.Result) -> str:
-    """Decode speed against context, as an ``<svg>`` element."""
+    """Return an ``<svg>`` element: decode speed against context."""
 
     def draw(axes: Axes) -> None:
         for name in dict.fromkeys(timing.scheme for timing in result.medians):
@@ -46,12 +46,12 @@ def of_bench(result: bench.Result) -> str:
 
 
 def picture(draw: Callable[[Axes], None]) -> str:
-    """What ``draw`` puts on a pair of axes, as an ``<svg>`` element."""
+    """Return what ``draw`` draws on a pair of axes, as an ``<svg>`` element."""
     text = io.StringIO()
-    # The same data give the same bytes, and letters stay letters.
+    # A fixed salt gives the same bytes for the same data; fonttype "none" keeps text as text.
     with mpl.rc_context({"svg.hashsalt": "rotormlx", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(9, 4.5))
-        axes = figure.add_axes((0.08, 0.12, 0.64, 0.84))  # room for a legend at the right
+        axes = figure.add_axes((0.08, 0.12, 0.64, 0.84))  # leaves room for a legend on the right
         draw(axes)
         axes.grid(alpha=0.3)
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -96,7 +96,7 @@ def _by_layer(axes: Axes, rows: Sequence[Row], label: str, value: Callable[[Any]
 
 
 def _style(number: int) -> dict[str, Any]:
-    """A colour and a mark of its own for each scheme."""
+    """Return the colour and the marker of a scheme, by its number."""
     return {
         "color": mpl.colormaps["tab20"](number % 20),
         "marker": "osD^vPX*<>"[number % 10],

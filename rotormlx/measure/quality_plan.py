@@ -1,4 +1,4 @@
-"""What a run of ``rotormlx quality`` is to read, and what it refuses before the work."""
+"""Preparation of a run of ``rotormlx quality``: the texts to read, and checks before the work."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rotormlx.measure.scoring import CHUNK
 
 
 def encoded(tokenizer: Any, name: str, text: str, tokens: int, start: int) -> tuple[int, ...]:
-    """The tokens of a text that are read, of which those before ``start`` are not compared.
+    """Return the first tokens of a text; predictions before ``start`` will not be compared.
 
     Raises:
-        ValueError: If the text is too short, or too little of it is to be read.
+        ValueError: If the text or ``tokens`` is too short.
     """
     if tokens < start + 2:
         raise ValueError(
             f"[quality] At least {start + 2} tokens are required, so that every scheme is read "
-            f"from packed bytes, but {tokens} were asked for; give more with --tokens."
+            f"from packed bytes, but {tokens} were given; give more with --tokens."
         )
-    # A token of English is 4 or 5 characters; all of a long text would take long to encode.
+    # An English token has 4 or 5 characters; encoding all of a long text would take long.
     ids = tokenizer.encode(text[: 8 * tokens])[:tokens]
     if len(ids) < tokens:
         raise ValueError(
@@ -35,23 +35,25 @@ def encoded(tokenizer: Any, name: str, text: str, tokens: int, start: int) -> tu
 
 
 def try_out(model: Any, ids: Sequence[int], schemes: Sequence[Scheme]) -> None:
-    """Refuse a scheme that this model cannot have before the work, not in the middle of it."""
+    """Refuse a scheme that does not work with this model, before the long work starts."""
     for chosen in schemes:
         try:
             scoring.score(model, ids[:2], chosen.caches(model))
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # of mlx-lm, and of models that attend by themselves
+        # mlx-lm raises these, and so do models with attention code of their own.
+        except (ValueError, TypeError) as error:
             why = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
-                f"[quality] Every scheme must work with this model, but {chosen.name} gave: {why}; "
-                "leave it out of --schemes."
+                f"[quality] Every scheme must work with this model, but {chosen.name} failed: "
+                f"{why}; leave it out of --schemes."
             ) from error
 
 
 def stacks_for(tokenizer: Any, schemes: Sequence[Scheme], items: int) -> list[Haystack]:
-    """The texts of the generated tasks."""
+    """Return the texts of the generated tasks.
+
+    Raises:
+        ValueError: If a scheme has a sink or window that is too large for the tasks.
+    """
     if not items:
         return []
     for chosen in schemes:
@@ -59,14 +61,14 @@ def stacks_for(tokenizer: Any, schemes: Sequence[Scheme], items: int) -> list[Ha
         if sink > tasks.MOST_SINK or window > tasks.MOST_WINDOW:
             raise ValueError(
                 f"[quality] Tasks need a sink up to {tasks.MOST_SINK} and a window up to "
-                f"{tasks.MOST_WINDOW}, so that answers lie in packed bytes, but {chosen.name} "
-                "came; leave the scheme or --tasks out."
+                f"{tasks.MOST_WINDOW}, so that answers are in packed bytes, but {chosen.name} "
+                "was given; leave out the scheme or --tasks."
             )
     return texts_for(tokenizer, KINDS, (tasks.LENGTH,), items, tasks.QUESTIONS)
 
 
 def setting_of(model: Any, written: Settings) -> dict[str, Any]:
-    """What a number depends on, besides its text and its scheme."""
+    """Return everything that a result depends on, besides its text and its scheme."""
     return {
         "model": unfinished.of_model(model),
         "package": unfinished.of_package(),
@@ -77,7 +79,7 @@ def setting_of(model: Any, written: Settings) -> dict[str, Any]:
 
 
 def first_packed(schemes: Sequence[Scheme]) -> int:
-    """The first prediction, in whole chunks, for which every scheme reads packed tokens."""
+    """Return the first prediction, in whole chunks, for which every scheme reads packed tokens."""
     needs = []
     for chosen in schemes:
         cache = chosen.make(0)

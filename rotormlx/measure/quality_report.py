@@ -1,6 +1,6 @@
-"""What ``rotormlx quality`` found, as a table, as Markdown, and as one HTML page.
+"""The results of ``rotormlx quality`` as a table, as Markdown, and as one HTML page.
 
-The page needs nothing but itself: its plots are SVG inside it, so it opens without a network.
+The page is self-contained: its plots are inline SVG, so it opens without a network.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rotormlx.measure.quality_run import Result, Row
 from rotormlx.measure.schemes import EXACT
 from rotormlx.report import megabytes
 
-# What the columns of the tables hold.
+# The columns of the tables, and how to make their cells.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "bits per value": lambda row: f"{row.bits_per_value:.3f}",
     "exact tokens": lambda row: f"{row.sink} + {row.window}",
     "KL": lambda row: f"{row.kl:.4f}",
     "KL, 95 %": lambda row: _range(row.kl_interval, ".4f"),
-    "KL less the first's, 95 %": lambda row: _signed(row.kl_difference),
+    "KL minus the first's, 95 %": lambda row: _signed(row.kl_difference),
     "median": lambda row: f"{row.kl_median:.5f}",
     "median, 95 %": lambda row: _range(row.kl_median_interval, ".5f"),
     "99 %": lambda row: f"{row.kl_p99:.3f}",
@@ -44,45 +44,47 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "bytes": lambda row: megabytes(row.cache_bytes),
 }
 EXACT_TOKENS = (
-    "Exact tokens: how many of the first + of the latest tokens a scheme never packs, the sink and "
-    "the window. Compare schemes with the same. Besides them, tokens that do not fill a block yet "
-    "stay exact: 63 at most, 127 with kvarn's group=128."
+    "Exact tokens: the number of first + latest tokens that a scheme never packs, its sink and its "
+    "window. Compare schemes with equal numbers. Tokens that do not fill a block yet also stay "
+    "exact: 63 at most, 127 with kvarn's group=128."
 )
-# What columns mean: a sentence is shown if one of its columns is.
+# Explanations: each one is shown together with any of its columns.
 _LEGEND = {
     ("KL",): "KL: mean KL divergence of the next-token distribution from the exact cache's, in "
     "nats.",
-    ("median", "99 %", "99.9 %"): "median, 99 %, 99.9 %: quantiles of that divergence.",
+    ("median", "99 %", "99.9 %"): "median, 99 %, 99.9 %: quantiles of the KL divergence.",
     ("KL, 95 %", "median, 95 %", "99 %, 95 %", "99.9 %, 95 %", "top-1, 95 %"): "95 %: a bootstrap "
-    "interval over runs of 16 predictions; one that ends in 'or more' needs a longer text, because "
-    "too few predictions lie above it.",
-    ("KL less the first's, 95 %",): "KL less the first's, 95 %: the bootstrap interval of the "
-    "difference from the first scheme, prediction by prediction.",
+    "interval over runs of 16 predictions. An interval that ends in 'or more' needs a longer text, "
+    "because too few predictions are above it.",
+    ("KL minus the first's, 95 %",): "KL minus the first's, 95 %: the bootstrap interval of the "
+    "mean difference from the first scheme, prediction by prediction.",
     ("top-1",): "top-1: how often both caches agree on the most likely token.",
-    ("greedy",): "greedy: greedy tokens behind the text up to the first that differs from the "
+    ("greedy",): "greedy: the number of greedy tokens after the text before the first that differs "
+    "from the exact cache's.",
+    ("sampled",): "sampled: the median of this number for sampled continuations, drawn with the "
+    "same random numbers in every scheme.",
+    ("never differ",): "never differ: the share of sampled continuations that are equal to the "
     "exact cache's.",
-    ("sampled",): "sampled: the same of sampled continuations, their median, drawn with the same "
-    "random numbers in every scheme.",
-    ("never differ",): "never differ: the share of sampled continuations that differ nowhere from "
-    "the exact cache's.",
-    ("sampled, 95 %",): "sampled, 95 %: from ranks.",
+    ("sampled, 95 %",): "sampled, 95 %: an interval from ranks.",
     ("never, 95 %",): "never, 95 %: Wilson's interval.",
     ("PPL",): "PPL: perplexity.",
-    ("cosine",): "cosine: of attention outputs with the exact ones, the mean over layers, each "
-    "layer by itself.",
-    ("attention top-1", "top-5"): "attention top-1, top-5: queries whose most attended token stays "
-    "the most attended, or among five.",
-    ("bits per value",): "bits per value: of compressed values, with their scales and centres.",
-    ("bytes",): "bytes: of the cache after the last text.",
+    ("cosine",): "cosine: the cosine of attention outputs with the exact ones, measured for each "
+    "layer alone; the mean over layers.",
+    ("attention top-1", "top-5"): "attention top-1, top-5: the share of queries whose most "
+    "attended token stays the most attended, or among the five most attended.",
+    (
+        "bits per value",
+    ): "bits per value: bits of a compressed value, including scales and centres.",
+    ("bytes",): "bytes: size of the cache after the last text.",
 }
 TASK_LEGEND = (
-    "Share of questions whose every token is right, with Wilson's interval at 95 %; the answers "
-    "lie in texts of 1,024 tokens, in packed bytes. fact: a number by its name. copy: how a run of "
-    "random tokens goes on. chain: two sums, one behind the other, after examples. Against exact: "
-    "questions lost and gained against the exact cache, with the p of McNemar's exact test, "
-    "two-sided and not corrected for the number of comparisons."
+    "Share of questions whose every token is right, with Wilson's interval at 95 %. The answers "
+    "are in texts of 1,024 tokens, in packed bytes. fact: a number that the text gives for a name. "
+    "copy: the continuation of a run of random tokens. chain: two sums, one after the other, after "
+    "examples. Against exact: questions lost and gained against the exact cache, with the p of "
+    "McNemar's exact test, two-sided and not corrected for the number of comparisons."
 )
-# What a terminal shows, as far as it has room.
+# Columns for a terminal, which shows as many as fit.
 _PRINTED = (
     *("bits per value", "exact tokens", "KL", "KL, 95 %", "median", "99.9 %", "top-1"),
     *("top-1, 95 %", "sampled", "greedy", "PPL", "never differ", "99.9 %, 95 %"),
@@ -90,7 +92,7 @@ _PRINTED = (
 
 
 def table(result: Result, width: int) -> Table:
-    """The main columns, as many as a terminal of ``width`` characters shows whole."""
+    """Return the main columns, as many as fit a terminal of ``width`` characters."""
     columns = {"scheme": [row.scheme for row in result.rows]}
     columns |= {name: [COLUMNS[name](row) for row in result.rows] for name in _PRINTED}
     out = Table(title=f"{heading(result)}\n{EXACT_TOKENS}")
@@ -98,9 +100,9 @@ def table(result: Result, width: int) -> Table:
     room = width - 1
     for name, cells in columns.items():
         needed = max(map(len, (*cells, *name.split())))
-        room -= needed + 3  # what stands between columns
+        room -= needed + 3  # the borders between columns
         if shown and room < 0:
-            out.caption = "A wider terminal shows more columns; the files have all."
+            out.caption = "A wider terminal shows more columns; the files have all columns."
             break
         out.add_column(name, justify="left" if name == "scheme" else "right", width=needed)
         shown.append(cells)
@@ -110,15 +112,15 @@ def table(result: Result, width: int) -> Table:
 
 
 def legend(columns: Iterable[str]) -> str:
-    """What some columns of ``COLUMNS`` mean."""
+    """Return the explanations of some columns of ``COLUMNS``."""
     shown = set(columns)
     return " ".join(text for names, text in _LEGEND.items() if shown.intersection(names))
 
 
 def task_table(result: Result) -> Table:
-    """The generated tasks, for a terminal."""
+    """Return the results of the generated tasks as a table for a terminal."""
     header, rows = task_cells(result)
-    out = Table(title="Generated tasks that were solved")
+    out = Table(title="Generated tasks: questions solved")
     for name in header:
         out.add_column(name)
     for row in rows:
@@ -127,7 +129,7 @@ def task_table(result: Result) -> Table:
 
 
 def task_cells(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the exact cache, then a scheme a row; two columns a kind of task."""
+    """Return header and rows: the exact cache, then the schemes; two columns per kind of task."""
     header = ["scheme"]
     for score in result.exact_tasks:
         header += [f"{score.kind}, of {score.trials}", f"{score.kind}, against exact"]
@@ -141,7 +143,7 @@ def task_cells(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def heading(result: Result) -> str:
-    """What was measured, in one line."""
+    """Return one line about the model and the exact cache."""
     return (
         f"{result.model}: {result.predictions} predictions, exact cache: perplexity "
         f"{result.exact_ppl:.2f}, {megabytes(result.exact_bytes)}"
@@ -149,27 +151,27 @@ def heading(result: Result) -> str:
 
 
 def setting(result: Result) -> str:
-    """How, where and when, in one line."""
+    """Return one line about the command, the texts, the machine and the date."""
     texts = ", ".join(result.texts)
     packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     return (
         f"`{result.command}`, {result.tokens} tokens of {texts} read in chunks of 64, predictions "
-        f"from {result.start} on, computed in {result.dtype}; {_written(result.written)}; "
+        f"compared from {result.start} on, computed in {result.dtype}; {_written(result.written)}; "
         f"{result.machine}; {packages}; {result.date}."
     )
 
 
 def _written(written: Settings) -> str:
-    """What was written behind each text."""
+    """Return a phrase about the continuations of each text."""
     sampled = written.seeds if written.sampled else 0
     return (
         f"{written.greedy} greedy tokens and {sampled} continuations of {written.sampled} tokens "
-        f"sampled at temperature {written.temperature:g} behind each text"
+        f"sampled at temperature {written.temperature:g} after each text"
     )
 
 
 def markdown(result: Result) -> str:
-    """A table of everything, with its setting and legend."""
+    """Return the table of all columns as Markdown, with its setting and legend."""
     lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for row in result.rows:
         lines.append([f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())])
@@ -186,10 +188,10 @@ def _piped(lines: Sequence[Sequence[str]]) -> str:
 
 
 def html(result: Result, plots: Mapping[str, str]) -> str:
-    """One page that needs no other file and no network.
+    """Return an HTML page that needs no other file and no network.
 
     Args:
-        result: What was measured.
+        result: The results.
         plots: ``<svg>`` elements by title, see :func:`rotormlx.measure.plots.of_quality`.
     """
     loader = PackageLoader("rotormlx", "pages")
@@ -211,7 +213,7 @@ def html(result: Result, plots: Mapping[str, str]) -> str:
 
 
 def _range(interval: Interval | None, form: str, largest: float = np.inf) -> str:
-    """An interval; one that ends at the largest value measured has no upper bound."""
+    """Format an interval; one that ends at the largest measured value has no upper bound."""
     if interval is None:
         return ""
     low, high = interval

@@ -34,43 +34,47 @@ from rotormlx.mlx import hosts
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one scheme.
+    """The results of one scheme.
+
+    All intervals are at 95 %.
 
     Args:
-        scheme: Its name.
-        bits_per_value: True bits of a compressed value.
-        sink: First tokens that are never packed.
-        window: Latest tokens that are never packed.
+        scheme: Name of the scheme.
+        bits_per_value: Bits per compressed value, scales and centres included.
+        sink: Number of first tokens that are never packed.
+        window: Number of latest tokens that are never packed.
         cache_bytes: Bytes of the cache after the last text, without room for growth.
-        packed_tokens: Tokens of it that are packed, in the layer with the fewest.
-        ppl: Perplexity of the predictions compared.
+        packed_tokens: Tokens packed in this cache, in the layer with the fewest.
+        ppl: Perplexity of the compared predictions.
         kl: Mean KL divergence from the exact cache, in nats.
-        kl_interval: Bootstrap interval of that mean at 95 %.
-        kl_median: Median; its interval and those of the percentiles are bootstrap intervals too.
-        kl_median_interval: Of the median.
-        kl_p99: 99th percentile.
-        kl_p99_interval: Of it.
-        kl_p999: 99.9th percentile.
-        kl_p999_interval: Of it; where it ends at ``kl_max`` it has no upper bound.
-        kl_max: Largest.
-        kl_difference: Bootstrap interval at 95 % of the mean KL divergence less that of the first
+        kl_interval: Bootstrap interval of the mean.
+        kl_median: Median of the KL divergence.
+        kl_median_interval: Bootstrap interval of the median.
+        kl_p99: 99th percentile of the KL divergence.
+        kl_p99_interval: Bootstrap interval of the 99th percentile.
+        kl_p999: 99.9th percentile of the KL divergence.
+        kl_p999_interval: Bootstrap interval of the 99.9th percentile. One that ends at ``kl_max``
+            has no upper bound.
+        kl_max: Largest KL divergence.
+        kl_difference: Bootstrap interval of the mean difference in KL divergence from the first
             scheme, prediction by prediction.
         top1: Share of equal most likely tokens.
-        top1_interval: Bootstrap interval of it at 95 %.
-        greedy_tokens: Greedy tokens behind the text up to the first that differs from the exact
-            cache's, the mean over texts.
-        sampled_tokens: The same of each sampled continuation, seed by seed, text by text.
-        sampled_median: Their median; None if nothing was sampled.
-        sampled_interval: Interval of it at 95 %, from ranks; None for fewer than 6.
-        sampled_never: Share of them that never differ.
-        sampled_never_interval: Wilson interval of it at 95 %.
-        tasks: Generated tasks that were solved; empty if none were given.
-        cosine: Cosine of attention outputs, the mean over layers.
-        attention_top1: Share of queries whose most attended token stays that.
-        attention_top5: Share whose most attended token stays among the five most attended.
-        layers: The errors of each layer.
+        top1_interval: Bootstrap interval of this share.
+        greedy_tokens: Number of greedy tokens after the text before the first that differs from
+            the exact cache's; the mean over texts.
+        sampled_tokens: This number for each sampled continuation, seed by seed, text by text.
+        sampled_median: Median of these numbers; None if nothing was sampled.
+        sampled_interval: Interval of the median, from ranks; None for fewer than 6 numbers.
+        sampled_never: Share of sampled continuations that never differ.
+        sampled_never_interval: Wilson interval of this share.
+        tasks: Scores of the generated tasks; empty if none were given.
+        cosine: Cosine of attention outputs with the exact ones; the mean over layers.
+        attention_top1: Share of queries whose most attended token stays the most attended.
+        attention_top5: Share of queries whose most attended token stays among the five most
+            attended.
+        layers: Errors of each layer.
         kl_by_position: Mean KL divergence of each run of 64 predictions.
-        seconds: How long the texts took.
+        seconds: Time that reading the texts took.
     """
 
     scheme: str
@@ -109,24 +113,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """All rows of a run, and what was run.
+    """All rows of a run, and its settings.
 
     Args:
-        model: The model, as it was named.
-        command: The command line that gives this again.
+        model: Name of the model.
+        command: The command line that repeats the run.
         date: Day of the run.
         machine: Processor and device.
-        versions: Of Python and the packages that matter.
+        versions: Versions of Python and of the packages that a measurement depends on.
         texts: Names of the texts.
-        tokens: Tokens of each text that were read.
-        start: First prediction compared in each text.
-        predictions: How many were compared in all.
-        written: What was written behind each text.
-        dtype: What the model computed in, and its exact tokens were kept in.
+        tokens: Number of tokens read of each text.
+        start: First compared prediction of each text.
+        predictions: Number of compared predictions over all texts.
+        written: Settings of the continuations.
+        dtype: The dtype of the model's computation and of exact tokens.
         exact_ppl: Perplexity through the exact cache.
         exact_bytes: Bytes of the exact cache.
-        exact_tasks: Generated tasks solved through the exact cache.
-        rows: One a scheme.
+        exact_tasks: Scores of the generated tasks through the exact cache.
+        rows: One row per scheme.
     """
 
     model: str
@@ -168,32 +172,32 @@ def run(
 ) -> Result:
     """Read texts through every scheme and compare with the exact cache.
 
-    A run that was ended early goes on where it was if it is called again with the same ``output``.
+    A run that ended early continues if it is called again with the same ``output``.
 
     Args:
         model: An mlx-lm model with its own caches.
         tokenizer: Its tokenizer.
-        names: Schemes, see :func:`rotormlx.measure.schemes.scheme`; the others are compared with
-            the first.
-        model_name: What the report calls the model.
-        command: What the report gives as the command.
+        names: Names of schemes, see :func:`rotormlx.measure.schemes.scheme`; all are also compared
+            with the first.
+        model_name: Name of the model for the report.
+        command: The command line for the report.
         texts: Texts by name; prose of CPython's documentation if None.
-        tokens: Tokens of each text to read.
-        written: What to write behind each text; as :class:`Settings` says if None.
+        tokens: Number of tokens to read of each text.
+        written: Settings of the continuations; the defaults of :class:`Settings` if None.
         items: Questions of each generated task, see :mod:`rotormlx.measure.haystack`; 0 for none.
-        dtype: What the model is to compute in, of ``scoring.DTYPES``; its own if None.
-        output: A folder in which to keep what is measured until all is; a temporary one if None.
-            Each text takes 4 bytes per token and entry of the vocabulary there.
-        progress: Shows what is read, if given.
-        keep: Takes what is known so far, after each scheme.
+        dtype: The dtype to compute in, one of ``scoring.DTYPES``; the model's own if None.
+        output: A folder for partial results while the run lasts; a temporary one if None. Each
+            text takes 4 bytes per token and vocabulary entry there.
+        progress: Shows the progress, if given.
+        keep: Called with the results so far, after each scheme.
 
     Raises:
-        ValueError: If a name is no scheme or dtype, or a text is too short.
-        RuntimeError: If what was scored did not come from packed bytes.
+        ValueError: If a scheme or the dtype is unknown, or a text is too short.
+        RuntimeError: If a compared prediction read too few packed tokens.
     """
     schemes = [scheme(name).bound(model) for name in dict.fromkeys(names) if name != EXACT]
     if not schemes:
-        raise ValueError("[quality] At least one scheme must be given; k4v4 is our default.")
+        raise ValueError("[quality] At least one scheme must be given; add one, such as k4v4.")
     progress = progress or Progress(disable=True)
     written = Settings() if written is None else written
     start = first_packed(schemes)
@@ -203,7 +207,7 @@ def run(
     }
     stacks = stacks_for(tokenizer, schemes, items)
     done: list[_Done] = []
-    solved: list[tasks.Solved] = []  # of the exact cache first
+    solved: list[tasks.Solved] = []  # the exact cache comes first
     with (
         unfinished.folder(output, "quality") as folder,
         hosts.MLX_LM.in_place(),
@@ -235,7 +239,7 @@ def run(
 
         for text, found in zip(read, known, strict=True):
             for _ in _of_text(model, text, schemes, found, progress, task, done):
-                # What a later text has only in part would tear its rows apart.
+                # Rows that include a later text need it from every scheme to be comparable.
                 if keep is not None and (len(done) == 1 or len(done[-1].coded) == len(schemes)):
                     keep(result())
         if stacks:
@@ -254,7 +258,7 @@ def _result(
     done: Sequence[_Done],
     solved: Sequence[tasks.Solved],
 ) -> Result:
-    """The results so far, with the requested fields."""
+    """Return the results so far; ``asked`` holds fields that repeat the arguments of the run."""
     likelihoods = np.concatenate([text.exact.log_likelihoods for text in done])
     return Result(
         **asked,
@@ -277,7 +281,7 @@ def _result(
 
 @dataclass(frozen=True)
 class _Done:
-    """What is known of a text: the exact cache's reading, and that of each scheme in order."""
+    """The results for one text: of the exact cache, and of each scheme in order."""
 
     exact: Exact
     coded: list[Coded]
@@ -292,7 +296,7 @@ def _of_text(
     task: TaskID,
     done: list[_Done],
 ) -> Iterator[None]:
-    """Add to ``done`` what is known of a text, scheme by scheme."""
+    """Add the results for a text to ``done``, scheme by scheme."""
 
     def advance(steps: int) -> None:
         progress.advance(task, steps)
@@ -314,7 +318,7 @@ def _solve(
     place: Path,
     progress: Progress,
 ) -> Iterator[tasks.Solved]:
-    """The answers through the exact cache and then through each scheme."""
+    """Yield the answers through the exact cache and then through each scheme."""
     questions = sum(len(stack.questions) for stack in stacks)
     task = progress.add_task("", total=(1 + len(schemes)) * questions)
     for chosen in (scheme(EXACT), *schemes):
@@ -336,7 +340,7 @@ def _rows(
         for index in range(len(texts[0].coded))
     ]
     answered = [tasks.scores(solved[0], own) for own in solved[1:]]
-    answered += [()] * (len(joined) - len(answered))  # not all are done, perhaps
+    answered += [()] * (len(joined) - len(answered))  # schemes that are not done yet
     return tuple(
         _row(
             chosen.name,
@@ -406,6 +410,6 @@ def _row(
 
 
 def _mean_error(errors: Sequence[attention_error.LayerError]) -> attention_error.LayerError:
-    """The mean of one layer's errors over several texts."""
+    """Return the mean of one layer's errors over several texts."""
     means = np.mean([astuple(error)[1:] for error in errors], axis=0)
     return attention_error.LayerError(errors[0].layer, *map(float, means))

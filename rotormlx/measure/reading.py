@@ -1,7 +1,7 @@
-"""One text through the caches of a model: the exact ones, and then those of each scheme.
+"""Reads one text through the exact cache, and then through the caches of each scheme.
 
-A distribution of a long text takes gigabytes, so what the exact cache gave lies in files, and what
-a scheme gives is compared chunk by chunk.
+The distributions of a long text take gigabytes. So those of the exact cache are stored in files,
+and those of a scheme are compared chunk by chunk.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Text:
     """A text to read through a cache.
 
     Args:
-        name: Its name.
-        ids: Its tokens.
-        start: The first prediction that is compared.
-        written: What is written behind it.
-        folder: Holds what the exact cache gave, and what came of each scheme.
+        name: Name of the text.
+        ids: Tokens of the text.
+        start: The first prediction to compare.
+        written: Settings of the continuations.
+        folder: A folder for the results of the exact cache and of each scheme.
     """
 
     name: str
@@ -45,23 +45,24 @@ class Text:
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """The tokens that came, ``[S - 1]``."""
+        """The actual next tokens, ``[S - 1]``."""
         return np.asarray(self.ids[1:], np.int64)
 
     @property
     def steps(self) -> int:
-        """Tokens that are read and written for one scheme."""
+        """Number of tokens that are read and generated for one scheme."""
         return len(self.ids) - 1 + self.written.tokens
 
 
 @dataclass(frozen=True)
 class Exact:
-    """What the exact cache gave.
+    """The results of the exact cache.
 
     Args:
-        log_likelihoods: Of the tokens that came, from the first prediction compared on.
-        continuations: What was written behind the text, the greedy continuation first.
-        dtype: What the model computed in.
+        log_likelihoods: Log-probabilities of the actual next tokens, from the first compared
+            prediction on.
+        continuations: The tokens of the continuations, the greedy one first.
+        dtype: The dtype of the model's computation.
         cache_bytes: Bytes of the cache.
     """
 
@@ -73,17 +74,17 @@ class Exact:
 
 @dataclass(frozen=True)
 class Coded:
-    """What one scheme did to one text.
+    """The results of one scheme for one text.
 
     Args:
-        differences: From the exact cache's predictions, one by one.
-        common: Tokens of each continuation up to the first that differs.
-        layers: The errors of each layer.
-        bits_per_value: True bits of a compressed value.
-        exact_tokens: First and latest tokens that are never packed.
+        differences: Differences from the exact cache's predictions, one by one.
+        common: Number of tokens of each continuation before the first that differs.
+        layers: Errors of each layer.
+        bits_per_value: Bits per compressed value, scales and centres included.
+        exact_tokens: Numbers of first and of latest tokens that are never packed.
         cache_bytes: Bytes of the cache.
-        packed_tokens: Tokens of it that are packed, in the layer with the fewest.
-        seconds: How long it was read.
+        packed_tokens: Tokens packed in the cache, in the layer with the fewest.
+        seconds: Time that reading the text took.
     """
 
     differences: Differences
@@ -100,13 +101,13 @@ class Coded:
 
 
 def exact(model: Any, text: Text, advance: Advance, *, distributions: bool) -> Exact:
-    """Read a text through the exact cache, unless that was done.
+    """Read a text through the exact cache, or load the results of an earlier run.
 
     Args:
         model: The model; the hook must be installed.
         text: The text.
-        advance: Called with the number of tokens read or written.
-        distributions: Whether a scheme is to be compared yet, so distributions are needed too.
+        advance: Called with the number of tokens read or generated.
+        distributions: Whether distributions are needed, because a scheme is still to be compared.
     """
     files = [_distributions(text), _layers(text)] if distributions else []
     found = _found_exact(text)
@@ -114,16 +115,16 @@ def exact(model: Any, text: Text, advance: Advance, *, distributions: bool) -> E
         if distributions:
             advance(text.steps)
         return found
-    _exact(text).unlink(missing_ok=True)  # it says that the other files are whole
+    _exact(text).unlink(missing_ok=True)  # this file marks the others as complete
     caches = scheme(EXACT).caches(model)
     with attention_error.record_queries() as latest:
-        # The queries of the text's end are wanted, not those of what is written behind it.
+        # Before the continuations: the latest queries must be those at the end of the text.
         likelihoods = _keep_distributions(model, text, caches, advance)
         layers = list(attention_error.attended(caches, latest))
     _keep_layers(text, layers)
     keys, _ = cache_contents.decoded(next(cache for _, cache in cache_contents.compressed(caches)))
     size = cache_contents.used_bytes(caches)
-    # The last token is yet unread.
+    # The continuations begin with the last token, which has not been read.
     written = free_running.continuations(model, text.ids[-1], caches, text.written, advance)
     made = Exact(likelihoods, written, str(keys.dtype).rpartition(".")[2], size)
     facts = {"continuations": written, "dtype": made.dtype, "cache_bytes": size}
@@ -132,7 +133,7 @@ def exact(model: Any, text: Text, advance: Advance, *, distributions: bool) -> E
 
 
 def drop_distributions(text: Text) -> None:
-    """Delete what is only needed to compare a scheme with the exact cache."""
+    """Delete the files that are needed only to compare a scheme with the exact cache."""
     _distributions(text).unlink(missing_ok=True)
     _layers(text).unlink(missing_ok=True)
 
@@ -140,10 +141,10 @@ def drop_distributions(text: Text) -> None:
 def _keep_distributions(
     model: Any, text: Text, caches: Sequence[Any], advance: Advance
 ) -> NDArray[np.float64]:
-    """Write every log-probability ``[S - 1, V]`` to a file; gives those of the tokens that came."""
+    """Write all log-probabilities ``[S - 1, V]`` to a file; return those of the next tokens."""
     text.folder.mkdir(exist_ok=True)
     likelihoods = np.empty(len(text.targets))
-    # Not mapped into memory: a full disk would end the process without a word.
+    # Not a memory map, with which a full disk would end the process without a message.
     with _distributions(text).open("wb") as file:
         for start, rows, _ in scoring.chunks(model, text.ids, caches):
             if start == 0:
@@ -168,7 +169,7 @@ def _keep_layers(text: Text, layers: Sequence[Attended]) -> None:
 
 
 def _attended(text: Text) -> Iterator[Attended]:
-    """One layer after the other: together they may not fit into memory."""
+    """Yield the stored layers one by one, because all may not fit into memory."""
     with np.load(_layers(text), allow_pickle=False) as file:
         facts = unfinished.facts_of(file)
         for number, (layer, scale) in enumerate(facts["layers"]):
@@ -185,17 +186,17 @@ def _found_exact(text: Text) -> Exact | None:
 
 
 def coded(model: Any, text: Text, chosen: Scheme, reference: Exact, advance: Advance) -> Coded:
-    """Read a text through the caches of a scheme and compare it with the exact ones.
+    """Read a text through the caches of a scheme, and compare with the exact cache.
 
     Args:
         model: The model; the hook must be installed.
-        text: The text, which the exact cache has read.
+        text: The text, already read through the exact cache.
         chosen: The scheme.
-        reference: What :func:`exact` gave.
-        advance: Called with the number of tokens read or written.
+        reference: The result of :func:`exact`.
+        advance: Called with the number of tokens read or generated.
 
     Raises:
-        RuntimeError: If what was compared did not come from packed bytes.
+        RuntimeError: If a compared prediction read too few packed tokens.
     """
     caches = chosen.caches(model)
     began = time.perf_counter()
@@ -222,7 +223,7 @@ def coded(model: Any, text: Text, chosen: Scheme, reference: Exact, advance: Adv
 
 
 def found_coded(model: Any, text: Text, chosen: Scheme) -> Coded | None:
-    """What :func:`coded` gave before, if it did."""
+    """Return the stored result of :func:`coded`, or None if there is none."""
     found = unfinished.read(_coded(text, unfinished.of_scheme(chosen, model)))
     if found is None:
         return None
@@ -241,7 +242,7 @@ def _compared(
         if first >= text.start:
             if packed < CHUNK:
                 raise RuntimeError(
-                    f"[quality] Every prediction compared must read at least {CHUNK} packed "
+                    f"[quality] Every compared prediction must read at least {CHUNK} packed "
                     f"tokens, but one through {chosen.name} read {packed}; start later."
                 )
             part = slice(first, first + len(rows))

@@ -1,9 +1,9 @@
-"""The schemes that a measurement compares, ours and others, by a short name.
+"""The schemes that a measurement compares, rotormlx's and others, by a short name.
 
-A scheme is a name such as ``k4v4``, ``rotor3-k4v3``, ``affine-k8v8`` or ``kivi-k4v4:bare``: a
-family, the bits of keys and values, and options. Rotations are rotormlx's own caches and ``affine``
-is mlx-lm's; the other families are simulated (``RIVALS``). ``bare`` takes sink and window away,
-which is how most of those codecs were published.
+A name such as ``k4v4``, ``rotor3-k4v3``, ``affine-k8v8`` or ``kivi-k4v4:bare`` consists of a
+family, the bits of keys and values, and options. The rotations are rotormlx's own caches, and
+``affine`` is mlx-lm's; the other families are simulated (``RIVALS``). ``bare`` removes sink and
+window, as most of the simulated codecs were published.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Rival:
     """A family of simulated codecs.
 
     Args:
-        make: The codec, from the bits of keys and values, and options.
-        bits: The bits that it has.
-        options: Options besides sink, window and bare.
+        make: Makes the codec from the bits of keys and values, and options.
+        bits: The allowed numbers of bits.
+        options: Names of the options besides sink, window and bare.
     """
 
     make: Callable[..., Simulation]
@@ -54,7 +54,7 @@ RIVALS = {
     "nvfp4": Rival(lambda key_bits, value_bits: Nvfp4(), (4,)),
 }
 FAMILIES = (*ROTATIONS, "affine", *RIVALS)
-# mx.quantize has these.
+# The numbers of bits that mx.quantize supports.
 AFFINE_BITS = (2, 3, 4, 6, 8)
 _NAME = re.compile(r"(?:([a-z]+\d?)-)?k(\d)v(\d)(?::(.+))?")
 GRAMMAR = (
@@ -68,14 +68,15 @@ _FLAGS = ("bare", "qjl", "centred", "layers", "compander")
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to keep a cache.
+    """A kind of cache with its settings.
 
     Args:
-        name: As it was written.
-        make: The cache of a layer, by its index.
-        config: Of a rotormlx cache; None for the others.
-        transform: The calibration that it needs, see :mod:`rotormlx.mlx.calibration`, or None.
-        layers: Whether layers get bits of their own, as the calibration has measured them.
+        name: The name as the user wrote it.
+        make: Makes the cache of a layer from the layer's index.
+        config: Configuration of a rotormlx cache; None for other caches.
+        transform: Transform of the calibration that the scheme needs, see
+            :mod:`rotormlx.mlx.calibration`; None if it needs none.
+        layers: Whether the calibration sets the bits of each layer.
     """
 
     name: str
@@ -85,45 +86,45 @@ class Scheme:
     layers: bool = False
 
     def bound(self, model: Any) -> Scheme:
-        """The scheme with the calibration of a model, if it needs one.
+        """Return the scheme with the calibration of a model, if it needs one.
 
         Raises:
-            ValueError: If the model has none.
+            ValueError: If there is no such calibration of the model.
         """
         if self.transform is None or self.config is None:
             return self
         made = calibration.find(model, self.transform)
         if made is None:
             raise ValueError(
-                f"[scheme] {self.name} needs a calibration of this model, but none is kept; make "
-                f"it: rotormlx calibrate MODEL --transform {self.transform}."
+                f"[scheme] {self.name} needs a calibration of this model, but none is stored; make "
+                f"one: rotormlx calibrate MODEL --transform {self.transform}."
             )
         if not self.layers:
             made = made.without_losses
         elif not made.has_losses:
             raise ValueError(
-                f"[scheme] {self.name} needs a calibration that has measured the layers, but the "
-                "one of this model has not; make it: rotormlx calibrate MODEL --layers --transform "
+                f"[scheme] {self.name} needs a calibration with measured layers, but that of this "
+                "model has none; make one: rotormlx calibrate MODEL --layers --transform "
                 f"{self.transform}."
             )
         config = made.configured(self.config)
         return replace(self, config=config, make=cache_factory(config, made))
 
     def caches(self, model: Any) -> list[Any]:
-        """Fresh caches for a model that has its own; what cannot be compressed stays as it is."""
+        """Return empty caches for a model; those that cannot be compressed are the model's own."""
         report = None if self.config is None else examine(model, self.config)
         return compress(make_prompt_cache(model), self.make, report)
 
 
 def scheme(name: str) -> Scheme:
-    """Read the name of a scheme.
+    """Parse the name of a scheme.
 
     Args:
         name: ``exact``, or ``[FAMILY-]kBITSvBITS[:OPTION,...]``. The family is ``cascade`` if none
             is given.
 
     Raises:
-        ValueError: If the name is not of that form, or the family has no such bits or option.
+        ValueError: If the name does not have this form, or the family lacks the bits or an option.
     """
     if name == EXACT:
         return Scheme(name, lambda layer: KVCache())
@@ -138,7 +139,7 @@ def scheme(name: str) -> Scheme:
 
 
 def all_packed(name: str) -> str:
-    """The scheme of that name without sink and window, unless it says what it has of them."""
+    """Return the name with ``bare``, unless the name sets sink or window or the cache has none."""
     chosen = scheme(name)
     held = chosen.make(0)
     if not isinstance(held, (RotorKVCache, SimulatedCache)):
@@ -170,7 +171,7 @@ def _allow(name: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise ValueError(
-            f"[scheme] This family takes {', '.join(allowed)}, but {name!r} has "
+            f"[scheme] This family accepts {', '.join(allowed)}, but {name!r} has "
             f"{', '.join(unknown)}; leave it out."
         )
 
@@ -181,13 +182,13 @@ def _rotor_scheme(name: str, family: str, bits: tuple[int, int], options: dict[s
     layers = options.pop("layers", False)
     if layers and transform is None:
         raise ValueError(
-            f"[scheme] Bits by layer come from a calibration, but {name!r} has none; add "
+            f"[scheme] Bits by layer need a calibration, but {name!r} has none; add "
             f"calibrated={TRANSFORMS[0]}."
         )
     if transform is not None and (transform not in TRANSFORMS or family != "cascade" or scale):
         raise ValueError(
-            f"[scheme] A calibrated scheme must have the cascade, no other scale, and a transform "
-            f"of {', '.join(TRANSFORMS)}, but {name!r} was given."
+            f"[scheme] A calibrated scheme must have the rotation cascade, no scale, and one of "
+            f"the transforms {', '.join(TRANSFORMS)}, but {name!r} was given."
         )
     config = RotorConfig(*bits, rotation=family, channel_scale=scale, **options)
     return Scheme(name, lambda layer: RotorKVCache(config, layer), config, transform, layers)
@@ -217,5 +218,5 @@ def _baseline(name: str, family: str, bits: tuple[int, int], options: dict[str, 
 
 def _check_bits(name: str, bits: tuple[int, int], choices: tuple[int, ...]) -> None:
     if not set(bits) <= set(choices):
-        wanted = f"{'of ' if choices[1:] else ''}{', '.join(map(str, choices))}"
+        wanted = f"{'one of ' if choices[1:] else ''}{', '.join(map(str, choices))}"
         raise ValueError(f"[scheme] Bits must be {wanted} here, but {name!r} was given.")

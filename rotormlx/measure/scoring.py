@@ -1,9 +1,9 @@
-"""What a compressed cache costs in quality, measured on text that is read through the cache.
+"""The quality of a compressed cache, measured on text that is read through the cache.
 
-``mlx_lm.perplexity`` runs a model without a cache, so it cannot see cache compression. Here the
-text goes through the cache in chunks, and each chunk attends to what the chunks before it left
-there. Quality of a cache is the distance of its next-token distributions from those of the exact
-cache (KL divergence) and the share of equal most likely tokens (top-1).
+``mlx_lm.perplexity`` runs a model without a cache, so it cannot measure cache compression. Here the
+text is read through the cache in chunks, and each chunk attends to the tokens of earlier chunks in
+the cache. Quality is the distance of the next-token distributions from those of the exact cache (KL
+divergence), and the share of equal most likely tokens (top-1).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from mlx_lm.models.cache import CacheList, QuantizedKVCache
 from numpy.typing import NDArray
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# Tokens of one call: their keys are exact, all earlier ones are read as the cache keeps them.
+# Tokens per call. Their keys are exact; all earlier ones are read as the cache keeps them.
 CHUNK = 64
-_ROWS = 64  # rows of a vocabulary in float64 at a time: 25 MB for 49,152 tokens
+_ROWS = 64  # rows of log-probabilities in float64 at a time: 25 MB for 49,152 tokens
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model predicted for every token of a text but the first.
+    """The predictions of a model for every token of a text but the first.
 
     Args:
         log_probs: Log-probabilities of the next token, ``[S - 1, V]``, float32.
-        targets: The tokens that came, ``[S - 1]``.
-        packed_tokens: How many earlier tokens were read from packed bytes at each prediction, at
-            least, ``[S - 1]``; zeros for a cache that packs nothing.
+        targets: The actual next tokens, ``[S - 1]``.
+        packed_tokens: Minimum number of earlier tokens that each prediction read from packed
+            bytes, ``[S - 1]``; zeros for a cache that packs nothing.
     """
 
     log_probs: NDArray[np.float32]
@@ -40,7 +40,7 @@ class Scores:
     packed_tokens: NDArray[np.int64]
 
     def first(self, predictions: int) -> Scores:
-        """The scores of the first predictions only."""
+        """Return the scores of the first predictions only."""
         return Scores(
             self.log_probs[:predictions],
             self.targets[:predictions],
@@ -48,23 +48,23 @@ class Scores:
         )
 
     def perplexity(self, start: int = 0) -> float:
-        """Perplexity of the tokens from prediction ``start`` on."""
+        """Return the perplexity of the predictions from ``start`` on."""
         rows = np.arange(start, len(self.targets))
         return float(np.exp(-self.log_probs[rows, self.targets[rows]].mean(dtype=np.float64)))
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Distance of one cache's predictions from the reference's.
+    """The distance of one cache's predictions from the reference's.
 
     Args:
         kl_mean: Mean KL divergence (reference || other), in nats.
-        kl_median: Its median.
-        kl_p99: Its 99th percentile.
-        kl_p999: Its 99.9th percentile.
+        kl_median: Median of the KL divergence.
+        kl_p99: 99th percentile of the KL divergence.
+        kl_p999: 99.9th percentile of the KL divergence.
         top1: Share of predictions with the same most likely token.
         ppl: Perplexity of the other cache's predictions.
-        predictions: How many predictions were compared.
+        predictions: Number of compared predictions.
     """
 
     kl_mean: float
@@ -90,12 +90,13 @@ def score(
         model: An mlx-lm model, called as ``model(tokens[1, L], cache=caches)``.
         tokens: The text, S tokens.
         caches: One cache per layer, empty at the start; they hold the text afterwards.
-        chunk: Tokens of one call. Keys of earlier chunks are read as the cache keeps them.
-        progress: Called with the number of tokens read after each chunk.
+        chunk: Tokens per call. Keys of earlier chunks are read as the cache keeps them.
+        progress: Called after each chunk with the number of tokens read.
 
     Returns:
-        Log-probabilities, targets and the packed tokens behind each prediction. 4 bytes times the
-        vocabulary for each token: 100 MB for 512 tokens of a vocabulary of 49,152.
+        Log-probabilities, targets, and the number of packed tokens that each prediction read. They
+        take 4 bytes per token and vocabulary entry: 100 MB for 512 tokens and a vocabulary of
+        49,152.
 
     Raises:
         ValueError: If there is nothing to predict, or the chunk is empty.
@@ -103,7 +104,7 @@ def score(
     if len(tokens) < 2 or chunk < 1:
         raise ValueError(
             f"[score] At least 2 tokens and a chunk of at least 1 token are required, but "
-            f"{len(tokens)} tokens and chunk={chunk} came; give a longer text."
+            f"{len(tokens)} tokens and chunk={chunk} were given; give a longer text."
         )
     predictions = len(tokens) - 1
     packed_tokens = np.zeros(predictions, np.int64)
@@ -125,14 +126,14 @@ def chunks(
     *,
     chunk: int = CHUNK,
 ) -> Iterator[tuple[int, NDArray[np.float32], int]]:
-    """The same, chunk by chunk, for texts whose distributions do not fit into memory.
+    """Read a text as :func:`score` does, for texts whose distributions do not fit into memory.
 
     Yields:
-        The first prediction of a chunk, its log-probabilities ``[L, V]``, and the packed tokens
-        behind it.
+        For each chunk: its first prediction, its log-probabilities ``[L, V]``, and the number of
+        packed tokens that it read.
     """
     for start in range(0, len(tokens) - 1, chunk):
-        # Counted before the call: what the chunk itself adds may be read exact or packed.
+        # Counted before the call, because the chunk's own tokens may be read exact or packed.
         packed = packed_of(caches)
         part = tokens[start : min(start + chunk, len(tokens) - 1)]
         logits = model(mx.array([part]), cache=caches)[0].astype(mx.float32)
@@ -141,12 +142,13 @@ def chunks(
 
 @dataclass(frozen=True)
 class Differences:
-    """Predictions through one cache beside those through the exact cache, one by one.
+    """The predictions through one cache compared one by one with those through the exact cache.
 
     Args:
         kl: KL divergence (reference || other) of each next-token distribution, in nats, ``[n]``.
         same: Whether the most likely token is the same, ``[n]``.
-        log_likelihoods: Log-probabilities of the tokens that came, through the other cache.
+        log_likelihoods: Log-probabilities of the actual next tokens through the other cache,
+            ``[n]``.
     """
 
     kl: NDArray[np.float64]
@@ -155,7 +157,7 @@ class Differences:
 
     @classmethod
     def joined(cls, parts: Sequence[Differences]) -> Differences:
-        """Those of several texts as one."""
+        """Return the differences of several texts as one object."""
         return cls(
             np.concatenate([part.kl for part in parts]),
             np.concatenate([part.same for part in parts]),
@@ -164,7 +166,7 @@ class Differences:
 
     @property
     def quality(self) -> Quality:
-        """Their summary."""
+        """Summary of the differences."""
         return Quality(
             kl_mean=float(self.kl.mean()),
             kl_median=float(np.median(self.kl)),
@@ -181,11 +183,12 @@ def differences(reference: Scores, other: Scores, *, start: int = 0) -> Differen
 
     Args:
         reference: Scores through the exact cache.
-        other: Scores of the same text through the cache in question.
-        start: First prediction compared; earlier ones read nothing packed and only dilute a mean.
+        other: Scores of the same text through the cache to compare.
+        start: First prediction to compare. Predictions that read no packed tokens would only
+            dilute the mean.
 
     Raises:
-        ValueError: If the scores are of different texts or vocabularies, or nothing is left.
+        ValueError: If the texts or vocabularies differ, or no prediction is left to compare.
     """
     if reference.log_probs.shape != other.log_probs.shape or not np.array_equal(
         reference.targets, other.targets
@@ -198,7 +201,7 @@ def differences(reference: Scores, other: Scores, *, start: int = 0) -> Differen
     predictions = len(other.targets) - start
     if start < 0 or predictions < 1:
         raise ValueError(
-            f"[compare] start must leave a prediction of {len(other.targets)}, but {start} came."
+            f"[compare] start must be from 0 to {len(other.targets) - 1}, but {start} was given."
         )
     return Differences.joined(
         [
@@ -215,10 +218,10 @@ def differences(reference: Scores, other: Scores, *, start: int = 0) -> Differen
 def differences_of_rows(
     reference: NDArray[np.float32], other: NDArray[np.float32], targets: NDArray[np.int64]
 ) -> Differences:
-    """Compare log-probabilities ``[n, V]`` of the same predictions; targets ``[n]``."""
+    """Compare log-probabilities ``[n, V]`` of the same predictions, with targets ``[n]``."""
     p_log, q_log = reference.astype(np.float64), other.astype(np.float64)
     p = np.exp(p_log)
-    # A token of probability 0 adds 0, also where both logarithms are -inf.
+    # A token of probability 0 adds 0, even if both logarithms are -inf.
     terms = np.subtract(p_log, q_log, out=np.zeros_like(p), where=p > 0)
     return Differences(
         (p * terms).sum(axis=1),
@@ -228,7 +231,7 @@ def differences_of_rows(
 
 
 def quantile(values: NDArray[np.float64], level: float) -> float:
-    """The smallest of some values that has a share of ``level`` of them up to it."""
+    """Return the smallest value that at least a share ``level`` of the values do not exceed."""
     return float(np.quantile(values, level, method="inverted_cdf"))
 
 
@@ -245,14 +248,14 @@ def compare(reference: Scores, other: Scores, *, start: int = 0) -> Quality:
 
 @contextmanager
 def computing_in(model: Any, dtype: str | None) -> Iterator[None]:
-    """Let a model compute in another dtype, which its caches then hold too.
+    """Let a model compute in another dtype; its caches then hold that dtype too.
 
     Args:
         model: An mlx-lm model.
         dtype: One of ``DTYPES``, or None for the model's own.
 
     Raises:
-        ValueError: If it is another.
+        ValueError: If the dtype is not one of these.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(
@@ -268,12 +271,12 @@ def computing_in(model: Any, dtype: str | None) -> Iterator[None]:
 
 
 def packed_of(caches: Sequence[Any]) -> int:
-    """The fewest tokens any compressed layer holds as packed bytes; 0 if no layer is compressed."""
+    """Return the smallest number of packed tokens in a compressed layer; 0 without such a layer."""
     return min(_packed_tokens(caches), default=0)
 
 
 def assert_packed(caches: Sequence[Any], at_least: int) -> None:
-    """Refuse a measurement whose keys and values did not come from packed bytes.
+    """Refuse a measurement that did not read enough packed tokens.
 
     Args:
         caches: The caches after the measurement.
@@ -286,8 +289,8 @@ def assert_packed(caches: Sequence[Any], at_least: int) -> None:
     if packed < max(at_least, 1):
         raise RuntimeError(
             f"[assert_packed] Every compressed layer must hold at least {max(at_least, 1)} tokens "
-            f"as packed bytes, but only {packed} are; the measurement would say nothing about "
-            "compression: use a longer text, and check which layers are compressed."
+            f"as packed bytes, but only {packed} are packed, so compression would not be measured; "
+            "use a longer text, and check which layers are compressed."
         )
 
 
@@ -296,6 +299,6 @@ def _packed_tokens(caches: Sequence[Any]) -> Iterator[int]:
         if hasattr(cache, "packed_tokens"):
             yield int(cache.packed_tokens)
         elif isinstance(cache, QuantizedKVCache):
-            yield cache.offset  # it has codes for every token
+            yield cache.offset  # every token has codes
         elif isinstance(cache, CacheList):
             yield from _packed_tokens(cache.caches)

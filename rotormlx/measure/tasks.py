@@ -1,4 +1,4 @@
-"""The generated tasks of ``rotormlx quality``: how many are solved, against the exact cache."""
+"""The generated tasks of ``rotormlx quality``: questions solved, compared with the exact cache."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from rotormlx.measure.needle import Pairs, Share
 from rotormlx.measure.schemes import Scheme
 
 LENGTH = 1024  # tokens of a text
-QUESTIONS = 20  # most of one text
-# Of a scheme whose answers lie in packed bytes, a block that is not yet full left aside.
+QUESTIONS = 20  # maximum number per text
+# The largest sink and window with which all answers are in packed bytes; the window leaves room for
+# a block that is not full yet.
 MOST_SINK, MOST_WINDOW = START, END - 64
 
 # By kind of task, whether each question was solved.
@@ -27,16 +28,16 @@ Solved = dict[str, NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Score:
-    """How many questions of one kind were solved through a scheme.
+    """The number of questions of one kind that were solved through a scheme.
 
     Args:
         kind: Kind of task.
-        solved: Questions solved.
-        trials: Questions asked.
+        solved: Number of questions solved.
+        trials: Number of questions asked.
         interval: Wilson interval of the share at 95 %.
-        lost: Questions that only the exact cache solved.
-        gained: Questions that only this scheme solved.
-        p: Of McNemar's exact test of these two, two-sided.
+        lost: Number of questions that only the exact cache solved.
+        gained: Number of questions that only this scheme solved.
+        p: The p value of McNemar's exact test of ``lost`` and ``gained``, two-sided.
     """
 
     kind: str
@@ -52,7 +53,7 @@ class Score:
 
     @property
     def against_exact(self) -> str:
-        """What was lost and gained."""
+        """Questions lost and gained, and the p value, as text."""
         return str(Pairs(self.lost, self.gained))
 
 
@@ -63,17 +64,17 @@ def solved(
     folder: Path,
     advance: Callable[[], None],
 ) -> Solved:
-    """Ask all questions through a scheme, unless that was done.
+    """Ask all questions through a scheme, or read the stored answers of an earlier run.
 
     Args:
         model: The model; the hook must be installed.
         stacks: Texts and questions.
         chosen: The scheme.
-        folder: Keeps the answers.
+        folder: The folder that stores the answers.
         advance: Called after each question.
 
     Raises:
-        RuntimeError: If an answer does not lie in packed bytes.
+        RuntimeError: If an answer is not in packed bytes.
     """
     path = folder / f"{unfinished.of_scheme(chosen, model)}.npz"
     found = unfinished.read(path)

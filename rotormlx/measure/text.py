@@ -1,4 +1,4 @@
-"""The text that measurements read where the user gives none."""
+"""The text that measurements read if the user gives none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pydoc_data.topics import topics
 
 # Topics of pydoc_data that hold connected prose, in the order they are read. The list is fixed so
-# that the text changes only where CPython's documentation does.
+# that the text changes only if CPython's documentation does.
 _TOPICS = (
     "objects",
     "execmodel",
@@ -27,13 +27,13 @@ _NOT_PROSE = re.compile(
 
 
 def default_text() -> str:
-    """English prose that every CPython carries: paragraphs of the language reference.
+    """Return English prose that every CPython contains: paragraphs of the language reference.
 
     The paragraphs come from ``pydoc_data.topics``, from a fixed list of topics in a fixed order. A
     paragraph counts as prose if it has at least 160 characters, starts with a capital and ends with
-    a full stop, and has no indentation, bullets, change notes or characters of code. It is about
-    40,000 characters, 8,500 tokens of SmolLM2. Versions of CPython word it a little differently:
-    compare numbers of one minor version.
+    a full stop, and has no indentation, bullets, change notes or characters of code. The text
+    has about 40,000 characters, 8,500 tokens of SmolLM2. Its wording differs a little between
+    versions of CPython, so compare only numbers from one minor version.
     """
     paragraphs = (paragraph for name in _TOPICS for paragraph in _prose(topics.get(name, "")))
     return "\n\n".join(dict.fromkeys(paragraphs))  # topics repeat each other

@@ -1,7 +1,7 @@
-"""What a run has measured so far, in files, so that an interrupted run goes on where it was.
+"""Files of partial results, with which an interrupted run continues.
 
-A file's name is a digest of all that its contents depend on, so contents that belong to another
-model, text, setting or version are never found. A file appears whole, when all of it is measured.
+A file's name is a digest of everything that its contents depend on, so results for another model,
+text, setting or version are never used. A file appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from rotormlx.measure.schemes import Scheme
 from rotormlx.mlx import calibration
 
 Arrays = dict[str, NDArray[Any]]
-# Of all that a number is made of, what is not an array.
+# The entry of a file that holds everything but the arrays, as JSON.
 _FACTS = "facts"
 
 
 @contextmanager
 def folder(output: Path | None, name: str) -> Iterator[Path]:
-    """Where a run keeps what it has measured; gone when the run is done, left if it is ended early.
+    """Make a folder for partial results; delete it when the run is done, keep it if it ends early.
 
     Args:
-        output: Where the results go; None for a temporary folder, from which nothing is resumed.
-        name: Of the command.
+        output: The folder for the results; None for a temporary folder that cannot be resumed.
+        name: The name of the command.
+
+    Yields:
+        The folder.
 
     Raises:
         RuntimeError: If a file cannot be written.
@@ -53,8 +56,8 @@ def folder(output: Path | None, name: str) -> Iterator[Path]:
         shutil.rmtree(kept)
     except OSError as error:
         raise RuntimeError(
-            f"[{name}] What was measured so far must be written to {kept}, but the system says: "
-            f"{error.strerror}; make room, or name another folder with --output."
+            f"[{name}] The results so far must be written to {kept}, but the system reports: "
+            f"{error.strerror}; free some space, or name another folder with --output."
         ) from error
     finally:
         if kept.is_dir() and not any(kept.iterdir()):
@@ -62,19 +65,19 @@ def folder(output: Path | None, name: str) -> Iterator[Path]:
 
 
 def only(kept: Path, names: Sequence[str]) -> None:
-    """Delete what is in a folder under other names: of a run that asked for something else."""
+    """Delete everything in a folder that has another name: it belongs to a different run."""
     for path in kept.iterdir():
         if path.name not in names:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def digest(**parts: Any) -> str:
-    """A name for what depends on some texts, numbers, bytes, and lists of them."""
+    """Return a file name for results that depend on texts, numbers, bytes and lists of these."""
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:32]
 
 
 def of_model(model: Any) -> str:
-    """Digest of a model: every weight, and how it computes."""
+    """Return a digest of a model: its configuration and every weight."""
     found = hashlib.sha256(repr(getattr(model, "args", None)).encode())
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, weight in sorted(parameters.items()):
@@ -85,7 +88,7 @@ def of_model(model: Any) -> str:
 
 
 def of_scheme(chosen: Scheme, model: Any) -> str:
-    """Digest of a scheme, with the calibration that it uses."""
+    """Return a digest of a scheme and of the calibration that it uses."""
     made = None if chosen.transform is None else calibration.find(model, chosen.transform)
     numbers = {} if made is None else made.numbers
     held = [(name, array.tobytes()) for name, array in sorted(numbers.items())]
@@ -93,7 +96,7 @@ def of_scheme(chosen: Scheme, model: Any) -> str:
 
 
 def of_package() -> str:
-    """Digest of the files of rotormlx: an edited one measures anew."""
+    """Return a digest of the files of rotormlx; after an edit, everything is measured again."""
     found = hashlib.sha256()
     root = Path(rotormlx.__file__).parent
     for path in sorted(root.rglob("*")):
@@ -103,7 +106,7 @@ def of_package() -> str:
 
 
 def write(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
-    """Keep arrays and what JSON can say beside them; the file appears at once, or not at all."""
+    """Write arrays, and facts as JSON, to a file that appears only when it is complete."""
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         np.savez(file, **arrays, **{_FACTS: np.array(json.dumps(facts))})  # type: ignore[arg-type]
@@ -111,7 +114,7 @@ def write(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
-    """What :func:`write` kept; None if there is no such file, or it is damaged."""
+    """Return what :func:`write` stored; None if there is no such file or it is damaged."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             facts = facts_of(file)
@@ -121,6 +124,6 @@ def read(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
 
 
 def facts_of(file: Any) -> dict[str, Any]:
-    """What lies beside the arrays of an open file."""
+    """Return the facts of an open file."""
     facts: dict[str, Any] = json.loads(str(file[_FACTS]))
     return facts

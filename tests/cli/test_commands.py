@@ -385,11 +385,11 @@ def test_a_prompt_cache_goes_on_as_it_was_made(tmp_path, llama: str) -> None:
     # 4 is the default, but the user asked for it.
     for other, made in (("--key-bits 4", "3"), ("--channel-scale none", "prefill")):
         result = run("generate", *options, *other.split())
-        assert_refused(result, f"[prompt cache] {path} goes on with {other.split()[0]} {made}")
+        assert_refused(result, f"[prompt cache] {path} keeps {other.split()[0]} {made}")
         assert f"{other} was given" in result.output
     result = run("generate", *options, "--quality", "small")
     assert_refused(
-        result, "goes on with --key-bits 3, as it was made, but --quality, --key-bits 2,"
+        result, "keeps --key-bits 3, the setting it was made with, but --quality, --key-bits 2,"
     )
     assert "leave --quality out" in result.output
     fits = ["--quality", "high", "--key-bits", "3"]
@@ -409,7 +409,7 @@ def test_a_prompt_cache_goes_on_with_its_bits_by_layer(tmp_path, llama: str) -> 
         "caches compressed, bits by layer, cascade, 5.125 bits" in run("generate", *options).stderr
     )
     result = run("generate", *options, "--key-bits", "3")
-    assert_refused(result, f"{path} goes on with bits by layer, as it was made, but --key-bits 3")
+    assert_refused(result, f"{path} keeps bits by layer", "made with, but --key-bits 3")
     assert run("generate", *options, "--window", "64").exit_code == 0
 
 
@@ -633,7 +633,7 @@ def test_batch_answers_every_prompt_as_generate_does(tmp_path, llama: str) -> No
 @pytest.mark.parametrize(
     ("name", "text", "part"),
     [
-        ("none.txt", None, "is none"),
+        ("none.txt", None, "is not a file"),
         ("empty.txt", "\n \n", "has none"),
         ("bad.jsonl", '"good"\n{"text": 1}\n', "line 2 of"),
         ("bad.jsonl", "no json\n", "line 1 of"),
@@ -808,7 +808,7 @@ def test_a_prompt_cache_outlives_a_calibration(llama: str, text: str, monkeypatc
     result = run("generate", "--prompt-cache-file", path, *SHORT)
     assert "K4 V4 cascade with calibrated channel scales," in result.stderr
     result = run("generate", "--prompt-cache-file", path, *SHORT, "--channel-scale", "none")
-    assert_refused(result, f"{path} goes on with --channel-scale calibrated", "none was given")
+    assert_refused(result, f"{path} keeps --channel-scale calibrated", "none was given")
 
 
 def test_calibrate_writes_a_file_that_commands_take(llama: str, text: str, tmp_path):

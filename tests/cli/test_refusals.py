@@ -124,7 +124,7 @@ def test_an_old_output_of_batch_survives_a_refusal(llama: str) -> None:
     assert Path("old.jsonl").read_text() == "kept\n"
     assert run("batch", *arguments, "old.jsonl").exit_code == 0
     assert len(Path("old.jsonl").read_text().splitlines()) == 3
-    assert_refused(run("batch", *arguments, "prompts.txt"), "is the input too")
+    assert_refused(run("batch", *arguments, "prompts.txt"), "is also the input")
 
 
 # ---- options that do not fit together -----------------------------------------------------------
@@ -305,7 +305,7 @@ def test_ctrl_c_keeps_what_was_measured(
     monkeypatch.setattr(owner, name, after(calls, getattr(owner, name)))
     result = run(command, *work(command, llama), "out")
     assert_interrupted(result)
-    assert f"{command} was ended early" in result.stderr
+    assert f"{command} ended early" in result.stderr
     assert "k4v4" in result.stdout
     kept = json.loads(Path(f"out/{command}.json").read_text())
     assert {"quality": "rows", "needle": "trials", "bench": "medians"}[command] in kept

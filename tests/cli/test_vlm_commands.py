@@ -56,7 +56,7 @@ def test_a_model_with_nothing_to_compress_is_refused(tmp_path) -> None:
 def test_its_own_cache_quantization_is_refused(option: str) -> None:
     result = run("generate", "--model", "missing", option, "4")
     assert result.exit_code == 2
-    assert f"but {option} asks for mlx-vlm's own; leave it out" in result.stderr
+    assert f"but {option} asks mlx-vlm for another cache; leave it out" in result.stderr
 
 
 def test_a_model_that_is_not_there_is_refused_in_a_sentence(tmp_path) -> None:

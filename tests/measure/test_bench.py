@@ -134,7 +134,7 @@ def test_decoding_goes_on_from_the_prompt(model: Any) -> None:
     ("contexts", "repeats", "decode"), [((0,), 1, 1), ((5,), 0, 1), ((5,), 1, 0)]
 )
 def test_run_refuses(contexts: tuple[int, ...], repeats: int, decode: int) -> None:
-    with pytest.raises(ValueError, match=f"but {contexts[0]}, {repeats} and {decode} came"):
+    with pytest.raises(ValueError, match=f"but {contexts[0]}, {repeats} and {decode} were given"):
         bench.run(
             None,
             None,

@@ -108,5 +108,5 @@ def test_common_start(a: list[int], b: list[int], common: int) -> None:
               {"temperature": float("inf")}, {"greedy": -1}, {"seeds": -1}]
 )  # fmt: skip
 def test_settings_refuse(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="temperature above 0 and numbers from 0 on"):
+    with pytest.raises(ValueError, match="temperature above 0 and no negative number"):
         Settings(**wrong)

@@ -155,7 +155,7 @@ def test_texts_differ_by_seed_and_are_the_same_again() -> None:
 def test_texts_without_room_are_refused(kind: str, length: int) -> None:
     room = haystack.ROOM[kind]
     assert length == 8 * room + 224 - 1
-    with pytest.raises(ValueError, match=f"have {room} .* {length} tokens and 8 needles came"):
+    with pytest.raises(ValueError, match=f"have {room} .* {length} tokens and 8 needles were"):
         stack(kind, length)
 
 
@@ -218,7 +218,7 @@ def test_answers_must_lie_in_packed_bytes() -> None:
         Scheme("early", lambda layer: SimulatedCache(Forgetting(0, 0), 0, sink=200, window=0)),
         Scheme("never", lambda layer: KVCache()),
     ):
-        with pytest.raises(RuntimeError, match=f"must lie in packed bytes.* and {scheme.name} "):
+        with pytest.raises(RuntimeError, match=f"must be in packed bytes.* and {scheme.name} "):
             list(needle.search(Recalling(), made, scheme))
 
 
@@ -345,7 +345,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("trials", "needles", "kinds"), [(0, 5, ("fact",)), (9, 99, ("fact",)), (9, 5, ("hay",))]
 )
 def test_run_refuses(trials: int, needles: int, kinds: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=f"but {kinds[0]}, {trials} and {needles} came"):
+    with pytest.raises(ValueError, match=f"but {kinds[0]}, {trials} and {needles} were given"):
         needle.run(
             None, None, [], model_name="", command="", trials=trials, needles=needles, kinds=kinds
         )

@@ -148,7 +148,7 @@ def test_compare_refuses_different_texts() -> None:
 
 @pytest.mark.parametrize("start", [-1, 150])
 def test_compare_refuses_an_empty_range(start: int) -> None:
-    with pytest.raises(ValueError, match="start must leave a prediction of 150"):
+    with pytest.raises(ValueError, match="start must be from 0 to 149"):
         scoring.compare(random_scores(1), random_scores(2), start=start)
 
 

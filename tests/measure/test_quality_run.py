@@ -334,7 +334,7 @@ def test_command_explains_the_columns_it_shows(
     printed = " ".join(console.file.getvalue().split())
     assert ("top-1: how often" in printed) == (width == 120)
     assert "attention top-1" not in printed
-    assert "bits per value: of compressed values" in printed
+    assert "bits per value: bits of a compressed value" in printed
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_a_scheme_that_a_model_cannot_have_is_refused_before_the_work(
     monkeypatch.setattr(quality_run.reading, "exact", lambda *a, **k: pytest.fail("read"))
     size = {"head_dim": 64} if model_type == "gpt_oss" else {}
     model = tiny_models.build(model_type, seed=3, **size)
-    with pytest.raises(ValueError, match=rf"\[quality\] .* but {name} gave: .*{why}.*; leave it"):
+    with pytest.raises(ValueError, match=rf"\[quality\] .* but {name} failed: .*{why}.*; leave it"):
         quality_run.run(model, Bytes(), [name], model_name="", command="", tokens=270)
 
 

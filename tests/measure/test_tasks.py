@@ -97,7 +97,7 @@ def test_every_token_of_a_chain_counts_its_end_too(end: bytes, solved: bool) -> 
 
 
 def test_texts_of_chains_need_room() -> None:
-    with pytest.raises(ValueError, match="at least 225 tokens, but 224 came"):
+    with pytest.raises(ValueError, match="at least 225 tokens, but 224 were given"):
         haystack.haystack(Bytes(), "chain", 224, 3, seed=0)
 
 
@@ -197,7 +197,7 @@ def test_tasks_refuse_answers_that_would_be_exact() -> None:
     model = tiny_models.build("llama", seed=3)
     options: dict[str, Any] = {"model_name": "", "command": "", "tokens": 400, "items": 3}
     for name in ("k4v4:window=145", "kivi-k4v4:sink=17"):
-        with pytest.raises(ValueError, match=f"window up to 144, .* but {name} came"):
+        with pytest.raises(ValueError, match=f"window up to 144, .* but {name} was given"):
             quality_run.run(model, Bytes(), [name], **options)
 
 

@@ -348,7 +348,7 @@ def test_shapes_of_another_model_are_refused(llama, made, tmp_path, changes):
     ("arguments", "says"),
     [
         ({"transform": "pca"}, "one of scale, rotors, klt, but 'pca'"),
-        ({"text": "too short"}, "at least 196 tokens is required, but 9 came"),
+        ({"text": "too short"}, "at least 196 tokens is required, but this one has 9"),
         *(({"tokens": n}, f"At least 132 tokens must be read, but {n} were") for n in (131, 0, -3)),
     ],
     ids=["transform", "text", "few tokens", "no tokens", "negative tokens"],
