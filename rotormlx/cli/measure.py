@@ -159,7 +159,8 @@ def _quality_table(result: Any) -> None:
     report, console = _module("quality_report"), wide_console()
     table = report.table(result, console.width)
     console.print(table)
-    console.print(report.legend(column.header for column in table.columns), highlight=False)
+    shown = report.legend(str(column.header) for column in table.columns)
+    console.print(" ".join(shown), highlight=False)
     if result.exact_tasks:
         console.print(report.task_table(result))
         console.print(report.TASK_LEGEND, highlight=False)

@@ -94,7 +94,10 @@ _PRINTED = (
 def table(result: Result, width: int) -> Table:
     """Return the main columns, as many as fit a terminal of ``width`` characters."""
     columns = {"scheme": [row.scheme for row in result.rows]}
-    columns |= {name: [COLUMNS[name](row) for row in result.rows] for name in _PRINTED}
+    cells_of = _columns(result)
+    columns |= {
+        name: [cells_of[name](row) for row in result.rows] for name in _PRINTED if name in cells_of
+    }
     out = Table(title=f"{heading(result)}\n{EXACT_TOKENS}")
     shown: list[list[str]] = []
     room = width - 1
@@ -111,10 +114,18 @@ def table(result: Result, width: int) -> Table:
     return out
 
 
-def legend(columns: Iterable[str]) -> str:
+def legend(columns: Iterable[str]) -> list[str]:
     """Return the explanations of some columns of ``COLUMNS``."""
     shown = set(columns)
-    return " ".join(text for names, text in _LEGEND.items() if shown.intersection(names))
+    return [text for names, text in _LEGEND.items() if shown.intersection(names)]
+
+
+def _columns(result: Result) -> dict[str, Callable[[Row], str]]:
+    """Return the columns to show; those of continuations only where there are any."""
+    absent = set() if result.written.greedy else {"greedy"}
+    if not (result.written.sampled and result.written.seeds):
+        absent |= {"sampled", "sampled, 95 %", "never differ", "never, 95 %"}
+    return {name: cell for name, cell in COLUMNS.items() if name not in absent}
 
 
 def task_table(result: Result) -> Table:
@@ -172,10 +183,12 @@ def _written(written: Settings) -> str:
 
 def markdown(result: Result) -> str:
     """Return the table of all columns as Markdown, with its setting and legend."""
-    lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+    columns = _columns(result)
+    lines = [["scheme", *columns], ["---"] * (1 + len(columns))]
     for row in result.rows:
-        lines.append([f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())])
-    parts = [f"{heading(result)}.", EXACT_TOKENS, _piped(lines), setting(result), legend(COLUMNS)]
+        lines.append([f"`{row.scheme}`", *(cell(row) for cell in columns.values())])
+    explained = "\n".join(f"- {text}" for text in legend(columns))
+    parts = [f"{heading(result)}.", EXACT_TOKENS, _piped(lines), setting(result), explained]
     if result.exact_tasks:
         header, rows = task_cells(result)
         named = [[f"`{name}`", *cells] for name, *cells in rows]
@@ -198,13 +211,14 @@ def html(result: Result, plots: Mapping[str, str]) -> str:
     template = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
     ).get_template("quality.html")
-    rows = [(row.scheme, [cell(row) for cell in COLUMNS.values()]) for row in result.rows]
+    columns = _columns(result)
+    rows = [(row.scheme, [cell(row) for cell in columns.values()]) for row in result.rows]
     return template.render(
         heading=heading(result),
         setting=setting(result).replace("`", ""),
         exact_tokens=EXACT_TOKENS,
-        legend=legend(COLUMNS),
-        columns=list(COLUMNS),
+        legend=legend(columns),
+        columns=list(columns),
         rows=rows,
         tasks=task_cells(result) if result.exact_tasks else None,
         task_legend=TASK_LEGEND,

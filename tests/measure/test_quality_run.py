@@ -312,16 +312,35 @@ def test_a_terminal_shows_as_many_columns_as_it_has_room_for(
 
 
 def test_legend_is_about_the_columns_that_are_shown() -> None:
-    """Each column has its sentence, and no other sentence comes."""
-    assert quality_report.legend(["scheme", "exact tokens"]) == ""  # the title has these
+    """Each column has its explanation, and no other comes."""
+    assert quality_report.legend(["scheme", "exact tokens"]) == []  # the title has these
     for name in quality_report.COLUMNS:
         if name == "exact tokens":
             continue
-        said = quality_report.legend([name])
-        assert said.count(". ") == 0, name
+        [said] = quality_report.legend([name])
         key = "95 %" if name.endswith("95 %") else name
         assert key in said.partition(":")[0]
-    assert quality_report.legend(["KL", "PPL"]).endswith("in nats. PPL: perplexity.")
+
+
+def test_columns_of_continuations_are_shown_where_there_are_any(
+    result: quality_run.Result,
+) -> None:
+    """In Markdown, in HTML and in their legends."""
+    sampled = {"sampled", "sampled, 95 %", "never differ", "never, 95 %"}
+    for written, absent in (
+        (replace(result.written, greedy=0), {"greedy"}),
+        (replace(result.written, seeds=0), sampled),
+        (replace(result.written, sampled=0), sampled),
+    ):
+        without = replace(result, written=written)
+        header = quality_report.markdown(without).split("\n\n")[2].split("\n")[0]
+        columns = {"scheme", *quality_report.COLUMNS}
+        assert {cell.strip() for cell in header.strip("|").split("|")} == columns - absent
+        page = quality_report.html(without, {})
+        assert not any(f"<th>{name}</th>" in page for name in absent)
+        assert not any(f"<li>{name}:" in page for name in absent)
+        assert "<th>KL</th>" in page
+        assert "<li>PPL: perplexity.</li>" in page
 
 
 @pytest.mark.parametrize("width", [60, 120])
