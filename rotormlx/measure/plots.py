@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rotormlx.measure import bench, quality_run
 from rotormlx.measure.quality_run import Row
@@ -50,8 +52,8 @@ def picture(draw: Callable[[Axes], None]) -> str:
     text = io.StringIO()
     # A fixed salt gives the same bytes for the same data; fonttype "none" keeps text as text.
     with mpl.rc_context({"svg.hashsalt": "rotormlx", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9, 4.5))
-        axes = figure.add_axes((0.08, 0.12, 0.64, 0.84))  # leaves room for a legend on the right
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.add_subplot()
         draw(axes)
         axes.grid(alpha=0.3)
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -98,16 +100,27 @@ def _by_layer(axes: Axes, rows: Sequence[Row], label: str, value: Callable[[Any]
 def _style(number: int) -> dict[str, Any]:
     """Return the colour and the marker of a scheme, by its number."""
     return {
-        "color": mpl.colormaps["tab20"](number % 20),
-        "marker": "osD^vPX*<>"[number % 10],
+        "color": mpl.colormaps["tab10"](number % 10),
+        "marker": "osD^vPX*<>"[(number + number // 10) % 10],
         "markersize": 5,
         "linewidth": 1,
     }
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """Use a logarithmic axis with plain numbers, such as 0.001, if all values are positive."""
     if all(value > 0 for value in values):
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        ticks = (1,) if high / low > 1000 else (1, 2, 5) if high / low > 10 else range(1, 10)
+        axes.yaxis.set_major_locator(LogLocator(subs=tuple(ticks)))
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float, _: int) -> str:
+    """Return a tick without an exponent."""
+    return np.format_float_positional(float(f"{value:.3g}"), trim="-")
 
 
 def _legend(axes: Axes) -> None:
