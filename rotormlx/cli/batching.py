@@ -80,7 +80,7 @@ def answer(
     Args:
         session: Loads the model.
         model_path: A directory or the name of a repository.
-        prompts: What :func:`read_prompts` returned.
+        prompts: The prompts, as :func:`read_prompts` returns them.
         max_tokens: Maximum number of tokens per answer.
         batch_size: Maximum number of sequences at once.
         temp: Sampling temperature; 0 is greedy.

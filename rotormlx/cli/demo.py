@@ -61,7 +61,7 @@ class Row:
         name: The name of the cache, as printed.
         text: The answer.
         context_tokens: Tokens in the cache at the end.
-        packed_tokens: How many of them are packed, in the layer with the fewest.
+        packed_tokens: Number of packed tokens, in the layer with the fewest.
         packed_share: Share of earlier tokens that a prediction reads from packed bytes: the mean
             over the compared predictions.
         cache_bytes: Bytes of the cache at the end, without room for growth.

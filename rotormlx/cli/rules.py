@@ -74,7 +74,7 @@ def check(name: str, args: argparse.Namespace, given: Collection[str], processes
         name: The command.
         args: The options of the command.
         given: The names of the options that the user gave; the others have their defaults.
-        processes: How many processes share the model.
+        processes: Number of processes that share the model.
 
     Raises:
         Refusal: If a value is out of range, a file is missing, or options do not fit together.

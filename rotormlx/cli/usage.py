@@ -18,7 +18,7 @@ class Usage:
 
     Args:
         tokens: Tokens held by the longest cache.
-        packed_tokens: How many of these tokens are packed.
+        packed_tokens: Number of these tokens that are packed.
         cache_bytes: Bytes used by the caches.
         float16_bytes: Bytes with keys and values in float16; layers left alone keep their size.
     """

@@ -208,7 +208,7 @@ def test_score_sees_quantization(model: Any) -> None:
 
 @pytest.mark.parametrize(("count", "chunk"), [(1, 64), (0, 64), (9, 0)])
 def test_score_refuses_nothing_to_predict(model: Any, count: int, chunk: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} tokens and chunk={chunk} came"):
+    with pytest.raises(ValueError, match=f"{count} tokens and chunk={chunk} were given"):
         scoring.score(model, TOKENS[:count], exact_caches(model), chunk=chunk)
 
 
@@ -469,5 +469,5 @@ def test_long_demo_asks_in_packed_bytes(tmp_path: Path) -> None:
 
 
 def test_demo_refuses_a_short_passage() -> None:
-    with pytest.raises(ValueError, match=r"at least 256 tokens .* but 255 and 32 came"):
+    with pytest.raises(ValueError, match=r"at least 256 tokens .* but 255 and 32 were given"):
         demo.run(score_tokens=255)
