@@ -23,8 +23,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 from packaging.tags import sys_tags
 
-# Lower bounds are versions that passed the tests. There are no upper bounds, because no newer version
-# is known to break.
+# Lower bounds are versions that passed the tests. There are no upper bounds, because no newer
+# version is known to break.
 MLX_BOUND = ">=0.32.4"  # arrays and kernels; the oldest version that reports its memory limit
 DEPENDENCIES = [
     "jinja2>=3.1.6",  # the errors of chat templates, and the page of rotormlx quality
@@ -53,7 +53,7 @@ class CPULibraryHook(BuildHookInterface[Any]):
     """Build hook that compiles cpu_kernels/ into the package."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile the library; hatchling calls this before it builds a wheel, standard or editable."""
+        """Compile the library; hatchling calls this before a wheel, standard or editable."""
         # Next to the package, where Python reads .pth files; other files are found in the clone.
         build_data["force_include_editable"][str(Path(self.root, SWITCH))] = SWITCH
         done = subprocess.run(

@@ -123,8 +123,8 @@ def command_page() -> str:
     )
     parts = [
         "# Commands",
-        "This page lists the commands of rotormlx and their options. `rotormlx COMMAND --help` shows "
-        "the same and, for commands that take them, the options of mlx-lm.",
+        "This page lists the commands of rotormlx and their options. `rotormlx COMMAND --help` "
+        "shows the same and, for commands that take them, the options of mlx-lm.",
         "## Options of rotormlx",
         "Commands that run a model with compressed caches share these options.",
         _table("option", shared),
