@@ -1,8 +1,9 @@
-"""Use the torch operators by themselves: encode, decode, and attention over packed bytes.
+"""Use the torch operators alone: encode, decode, and attention over packed bytes.
 
     python examples/torch_operators.py
 
-Needs pip install "rotormlx[torch]"; no model, no MLX. On a GPU, add device="cuda" to each tensor.
+This needs pip install "rotormlx[torch]", but no model and no MLX. On a GPU, add device="cuda" to
+each tensor.
 """
 
 import torch
@@ -18,12 +19,14 @@ PACKED = S - 128  # the first 4 tokens and the latest 124 stay exact
 keys = torch.randn(B, K, S, D) + 3 * torch.randn(D)  # channels with an offset, as real keys have
 values = torch.randn(B, K, S, D)
 query = torch.randn(B, H, 1, D)
-lengths = torch.tensor([[PACKED, S]], dtype=torch.int32)  # packed and all tokens of each row
+lengths = torch.tensor(
+    [[PACKED, S]], dtype=torch.int32
+)  # numbers of packed and of all tokens in each row
 exact = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
 
 def cosine(x, y):
-    """Mean cosine of the vectors of two tensors; 1 if they point the same way."""
+    """Return the mean cosine of the vectors of two tensors; 1 if they have the same direction."""
     return torch.cosine_similarity(x, y, dim=-1).mean().item()
 
 
