@@ -19,9 +19,7 @@ PACKED = S - 128  # the first 4 tokens and the latest 124 stay exact
 keys = torch.randn(B, K, S, D) + 3 * torch.randn(D)  # channels with an offset, as real keys have
 values = torch.randn(B, K, S, D)
 query = torch.randn(B, H, 1, D)
-lengths = torch.tensor(
-    [[PACKED, S]], dtype=torch.int32
-)  # numbers of packed and of all tokens in each row
+lengths = torch.tensor([[PACKED, S]], dtype=torch.int32)  # packed and all tokens of each row
 exact = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
 

@@ -440,9 +440,7 @@ def main(
     ] = "512,2048,8192,32768",
     chunk: Annotated[int, typer.Option(help="Length of a later chunk in tokens.")] = 2048,
     runs: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 15,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON files and the plot.")] = Path(
-        "bench-cuda"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for JSON and plot.")] = Path("bench-cuda"),
 ) -> None:
     """Measure the cases that are not kept yet, and print every table."""
     console = wide_console()
