@@ -32,7 +32,7 @@ BOUNDARY_MARGIN = 1e-5
 TIE_MARGIN = 0.01
 
 SINK, TAIL, LENGTH, REPEATS = 3, 9, 2, 3
-# The last block is not full, so lanes behind the last token must be ignored.
+# The last block is not full, so lanes after the last token must be ignored.
 MISSING = 7
 SHOWN_TOKENS, SHOWN_ROWS = 3, 4
 
