@@ -1,12 +1,13 @@
-"""Adds the dependencies at build time, with the MLX that this machine needs, and the CPU library.
+"""Add the dependencies, with the right MLX for this machine, and the CPU library at build time.
 
-On Linux the wheel ``mlx`` holds no backend: ``mlx[cpu]`` or ``mlx[cuda13]`` brings one, and the two
-overwrite each other's files. So an installation from source looks at the machine: a CUDA build of
-MLX that is there stays, an NVIDIA driver asks for the CUDA build, anything else for the CPU build.
-A wheel for others must not carry this machine's choice: build it with ``ROTORMLX_MLX=plain``.
+On Linux, the wheel ``mlx`` contains no backend. ``mlx[cpu]`` or ``mlx[cuda13]`` installs one, and
+the two overwrite each other's files. Therefore, an installation from source keeps a CUDA build of
+MLX if one is installed, selects the CUDA build if there is an NVIDIA driver, and otherwise selects
+the CPU build. A wheel for other machines must not depend on this choice: build it with
+``ROTORMLX_MLX=plain``.
 
-The library of cpu_kernels/ is compiled where there is a C++ compiler, and the wheel is then one for
-this kind of machine. Without one the package works, on MLX's own operations.
+If there is a C++ compiler, the library of cpu_kernels/ is compiled, and the wheel is for this kind
+of machine only. Without a compiler, the package uses MLX's own operations.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 from packaging.tags import sys_tags
 
-# Lower bounds are what the tests were run with, or an older one that passed them; nothing has an
-# upper bound, because nothing newer is known to break.
-MLX_BOUND = ">=0.32.4"  # arrays and kernels; the oldest that tells its memory limit
+# Lower bounds are versions that passed the tests. There are no upper bounds, because no newer
+# version is known to break.
+MLX_BOUND = ">=0.32.4"  # arrays and kernels; the oldest version that reports its memory limit
 DEPENDENCIES = [
     "jinja2>=3.1.6",  # the errors of chat templates, and the page of rotormlx quality
     "mlx-lm>=0.31.3",  # model loading and generation; its cache contract changed in 0.32
     "numpy>=2.0",  # the reference codec, and memory that the CPU library writes to
-    "pip>=23",  # fetches the demo model, also in environments made without pip
+    "pip>=23",  # fetches the demo model, even in environments made without pip
     "platformdirs>=4",  # where models, calibrations and compiled kernels are kept
-    "rich>=14.3",  # tables and progress bars; older ones end a hidden bar with an empty line
+    "rich>=14.3",  # tables and progress bars; older versions print an empty line after a hidden bar
     "scipy>=1.15",  # confidence intervals of the measurements
     "tokenizers>=0.23",  # the demo model's tokenizer, made from its GGUF file
     "typer>=0.20",  # the command line
@@ -41,19 +42,19 @@ SWITCH = "rotormlx_switch.pth"
 
 
 class DependenciesHook(MetadataHookInterface):
-    """Fills in ``project.dependencies``."""
+    """Metadata hook that fills in ``project.dependencies``."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Called by hatchling with the project table."""
+        """Set the dependencies in the project table; hatchling calls this."""
         metadata["dependencies"] = [mlx_for_this_machine() + MLX_BOUND, *DEPENDENCIES]
 
 
 class CPULibraryHook(BuildHookInterface[Any]):
-    """Compiles cpu_kernels/ into the package."""
+    """Build hook that compiles cpu_kernels/ into the package."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called by hatchling before it builds a wheel, standard or editable."""
-        # Beside the package, where Python reads .pth files; the rest is found in the clone.
+        """Compile the library; hatchling calls this before a wheel, standard or editable."""
+        # Next to the package, where Python reads .pth files; other files are found in the clone.
         build_data["force_include_editable"][str(Path(self.root, SWITCH))] = SWITCH
         done = subprocess.run(
             [sys.executable, str(Path(self.root, "cpu_kernels", "build.py"))],
@@ -71,16 +72,16 @@ class CPULibraryHook(BuildHookInterface[Any]):
         library = Path(done.stdout.strip())
         if version != "editable":  # an editable installation finds it in the clone
             build_data["force_include"][str(library)] = f"rotormlx/{library.name}"
-        # It needs no particular Python, but this kind of machine.
+        # The library works with any Python, but only on this kind of machine.
         build_data["tag"] = f"py3-none-{platform_tag()}"
         build_data["pure_python"] = False
 
 
 def platform_tag() -> str:
-    """The kind of machine that the library is compiled for.
+    """Return the platform tag of the machines that the library is compiled for.
 
-    On Linux it promises this machine only; auditwheel finds out which others can load it. On a Mac
-    the compiler makes it for $MACOSX_DEPLOYMENT_TARGET and newer, if that is set.
+    On Linux, the tag names this machine only; auditwheel determines which others can load the
+    library. On a Mac, the library is for $MACOSX_DEPLOYMENT_TARGET and newer, if that is set.
     """
     platforms = (tag.platform for tag in sys_tags())
     machine = next(p for p in platforms if not p.startswith(("manylinux", "musllinux")))
@@ -93,7 +94,7 @@ def platform_tag() -> str:
 
 
 def mlx_for_this_machine() -> str:
-    """The name of the MLX distribution to depend on."""
+    """Return the name of the MLX distribution to depend on."""
     choice = os.environ.get("ROTORMLX_MLX")
     if choice is not None:
         return "mlx" if choice == "plain" else f"mlx[{choice}]"

@@ -1,8 +1,9 @@
-"""Compressed caches in programs that know nothing of rotormlx: ``ROTORMLX=4 some-server ...``.
+"""Use compressed caches in programs without rotormlx support: ``ROTORMLX=4 some-server ...``.
 
 rotormlx_switch.pth imports this module when an interpreter starts, if the environment has ROTORMLX.
-Nothing heavy may be loaded then, so functions of other packages are wrapped when their modules are
-imported, and rotormlx itself is imported when one of them is first called. docs/SERVERS.md.
+The import must be fast. Therefore, functions of other packages are wrapped only when their modules
+are imported, and rotormlx is imported only when a wrapped function is first called. See
+docs/SERVERS.md.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-# By module: its functions, and what is called in place of each with the function in front of the
-# arguments. The loaders of models, and what prefix stores of servers do to caches.
+# By module: functions to wrap, and the replacement of each, which gets the original function as its
+# first argument. These load models, or handle caches in the prefix stores of servers.
 WRAPPED = {
     "mlx_lm.generate": {
         "BatchGenerator._make_new_cache": "rotormlx.mlx.prefix_stores:made_anew",
@@ -39,15 +40,15 @@ WRAPPED = {
         "Scheduler._bound_cache_layers": "rotormlx.mlx.prefix_stores:limited",
     },
 }
-# In some versions only.
+# Functions that only some versions have.
 OPTIONAL = {"BatchGenerator._make_new_cache"}
 
 
 class Finder:
-    """Wraps functions of the modules of ``WRAPPED`` as soon as they are imported."""
+    """Import finder that wraps the functions in ``WRAPPED`` when their modules are imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Find a module as the other finders do; called by Python for every import."""
+        """Find a module with the other finders; Python calls this for every import."""
         if name not in WRAPPED:
             return None
         others = (finder for finder in sys.meta_path if not isinstance(finder, Finder))
@@ -65,7 +66,7 @@ class Finder:
 
 
 def wrap(module: ModuleType) -> None:
-    """Wrap the functions of a module that was just executed; nobody has bound them yet."""
+    """Wrap the functions of a module that was just executed, before other modules bind them."""
     for name, place in WRAPPED[module.__name__].items():
         holder, _, own_name = name.rpartition(".")
         home = vars(module).get(holder) if holder else module

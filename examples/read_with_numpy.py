@@ -2,9 +2,9 @@
 
     python examples/read_with_numpy.py [FILE [OUTPUT]]
 
-FILE is a cache of the default 4 bits; by default prompt.safetensors, which examples/chat.py writes.
-The packed keys of the first layer go to OUTPUT, a .npy file, if that is given. Sections are those
-of docs/FORMAT.md. head_dim must be a power of two here.
+FILE is a cache with the default 4 bits; without it, the example reads prompt.safetensors, which
+examples/chat.py writes. If OUTPUT, a .npy file, is given, the packed keys of the first layer are
+written to it. Section numbers refer to docs/FORMAT.md. head_dim must be a power of two here.
 """
 
 import json
@@ -26,21 +26,21 @@ header = json.loads(file[8:start])
 
 
 def entry(number):
-    """Entry of the cache of layer 0 (section 8), an array."""
+    """Return an entry of the cache of layer 0 as an array (section 8)."""
     field = header[f"0.{number}"]
     first, last = (start + offset for offset in field["data_offsets"])
     return np.frombuffer(file[first:last], DTYPES[field["dtype"]]).reshape(field["shape"])
 
 
 def mix(z):
-    """The finalizer of SplitMix64 (section 4.1)."""
+    """Apply the finalizer of SplitMix64 (section 4.1)."""
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & ALL
     z = (z ^ z >> 27) * 0x94D049BB133111EB & ALL
     return z ^ z >> 31
 
 
 def signs(name, count):
-    """The first signs of a stream (section 4.1)."""
+    """Return the first signs of a stream (section 4.1)."""
     key = 0
     for word in name:
         key = mix((key + GOLDEN & ALL) ^ word)
@@ -48,12 +48,12 @@ def signs(name, count):
 
 
 def cascade(seed, layer, role, D):
-    """The matrix of the rotation `cascade` (sections 4.2 and 4.3)."""
+    """Return the matrix of the rotation `cascade` (sections 4.2 and 4.3)."""
     C, stride, stage = np.eye(D), 1, 0
     while stride < D:
         radix = 4 if D // stride % 4 == 0 else 2
         s = signs((seed, layer, role, 0, D, stage), D if radix == 4 else D // 2)
-        if radix == 4:  # the one-sided product with a rotor of Cl(3,0), for all groups at once
+        if radix == 4:  # one-sided product with a rotor of Cl(3,0), for all groups at once
             a, b, c, d = s.reshape(-1, 4).T / 2
             blocks = np.array([[a, -b, -c, -d], [b, a, d, -c], [c, -d, a, b], [d, c, -b, a]])
         else:

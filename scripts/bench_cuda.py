@@ -1,12 +1,17 @@
-"""Everything a CUDA GPU can tell about speed: ``python scripts/bench_cuda.py``.
+"""Measure speed on a CUDA GPU: ``python scripts/bench_cuda.py``.
 
-Decode attention and prefill against torch's flash attention over an exact bfloat16 cache, and
-against FlashInfer and FlashAttention where they are installed; encoding against a dense rotation,
-nearest levels and packing in torch operations; and copying, the floor of them. Contenders of a case
-run in one process, in turn, each as a CUDA graph that goes over several buffers, together larger
-than the L2 cache three times; times are of CUDA events, medians. Bytes are those that must be read
-and written at least. Each case is kept in ``cases.json`` when it is measured; the same command
-again measures what is missing there. Writes all tables as JSON and a plot.
+It compares:
+
+- decode attention and prefill with torch's flash attention over an exact bfloat16 cache, and with
+  FlashInfer and FlashAttention where they are installed;
+- encoding with a dense rotation, nearest levels and packing in torch operations;
+- all of them with copying, the lower bound.
+
+The contenders of a case run in turn in one process. Each is a CUDA graph over several buffers that
+together are three times as large as the L2 cache. Times are medians of CUDA events. Byte counts are
+the least that must be read and written. ``cases.json`` keeps each case as soon as it is measured;
+running the same command again measures only the missing cases. The script writes all tables as JSON
+and a plot.
 """
 
 from __future__ import annotations
@@ -39,27 +44,27 @@ from rotormlx.torch.torch_ops import AttendCall, KVView
 
 HEAD_DIM, KV_HEADS, SINK, TAIL = 128, 8, 4, 96
 DEVICE = "cuda"
-REPEATS = 4  # query heads of a KV head
-# Calls of one graph: enough that starting it counts for nothing. A prompt takes long by itself.
+REPEATS = 4  # query heads per KV head
+# Calls per graph: enough to make the time of launching it negligible. Prefill needs fewer.
 CALLS, PREFILL_CALLS = 20, 2
 L2_TIMES = 3
 FLASH, DENSE, SDPA = "flash, bfloat16", "dense rotation, torch", "sdpa, bfloat16"
-# What a case may take of the memory that is free.
+# The share of free memory that a case may use.
 MEMORY_SHARE = 0.9
 
 Calls = Sequence[Callable[[], object]]
 
 
 def copies_needed(size: int) -> int:
-    """Buffers of so many bytes that are together larger than the L2 cache ``L2_TIMES`` times."""
+    """Return how many buffers of ``size`` bytes exceed ``L2_TIMES`` times the L2 cache."""
     return max(2, -(-L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size // size))
 
 
 def graph_of(calls: Calls, least: int) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of at least ``least`` calls, each in turn; and their number."""
+    """Return a graph of at least ``least`` calls, taken in turn, and their number."""
     number = max(least, len(calls))
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # what is made once must not be captured
+    with torch.cuda.stream(side):  # one-time setup must not be captured
         calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -70,7 +75,7 @@ def graph_of(calls: Calls, least: int) -> tuple[torch.cuda.CUDAGraph, int]:
 
 
 def median_ms(contenders: dict[str, Calls], runs: int, least: int = CALLS) -> dict[str, float]:
-    """Time of one call of each, on the device; the calls of a contender differ in their buffers."""
+    """Return the device time of one call per contender; its calls differ in their buffers."""
     graphs = {name: graph_of(calls, least) for name, calls in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs + 3):
@@ -80,19 +85,19 @@ def median_ms(contenders: dict[str, Calls], runs: int, least: int = CALLS) -> di
             graph.replay()
             stop.record()
             stop.synchronize()
-            if run >= 3:  # clocks and caches are warm
+            if run >= 3:  # clocks and caches are warm by now
                 times[name].append(start.elapsed_time(stop) / number)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def copies(number: int, shape: Sequence[int]) -> list[Callable[[], Tensor]]:
-    """Copies of bfloat16 arrays, each to a place of its own: one would stay in the cache."""
+    """Return calls that copy bfloat16 arrays, each to its own buffer to defeat the cache."""
     arrays = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(number)]
     return [partial(torch.empty_like(x).copy_, x) for x in arrays]
 
 
 def copy_bandwidth(runs: int) -> float:
-    """Bytes a second, read and written, of copying: the most that arrays of some sizes give."""
+    """Return the highest copy bandwidth over several sizes, bytes read and written per second."""
     sizes = [2**27, 2**28, 2**29, 2**30]
     times = median_ms({str(size): copies(2, (size // 2,)) for size in sizes}, runs)
     return max(2e3 * size / times[str(size)] for size in sizes)
@@ -104,7 +109,7 @@ def copy_bandwidth(runs: int) -> float:
 def packed_view(
     config: RotorConfig, role: str, batch: int, tokens: int, exact_tokens: int = SINK + TAIL
 ) -> tuple[KVView, int]:
-    """Random packed keys or values, and their bytes; the numbers do not matter to the time."""
+    """Return random packed keys or values, and their bytes; their contents do not affect time."""
     chosen = codec(config, HEAD_DIM, layer=0, role=role)
     blocks = (batch, KV_HEADS, tokens // BLOCK)
     words = torch.randint(
@@ -121,7 +126,7 @@ def packed_view(
 def packed_pairs(
     config: RotorConfig, number: int, batch: int, tokens: int, exact_tokens: int = SINK + TAIL
 ) -> list[tuple[KVView, KVView]]:
-    """Packed keys and values, so many times."""
+    """Return ``number`` pairs of packed keys and values."""
 
     def view(role: str) -> KVView:
         return packed_view(config, role, batch, tokens, exact_tokens)[0]
@@ -130,14 +135,14 @@ def packed_pairs(
 
 
 def packed_bytes(config: RotorConfig, batch: int, tokens: int) -> int:
-    """Bytes of a packed history of keys and values, with its exact tokens."""
+    """Return the bytes of a packed history of keys and values, with its exact tokens."""
     blocks = sum(codec(config, HEAD_DIM, layer=0, role=role).block_bytes for role in (KEY, VALUE))
     exact = 2 * (SINK + TAIL) * HEAD_DIM * 2
     return batch * KV_HEADS * (tokens // BLOCK * blocks + exact)
 
 
 def packed_steps(config: RotorConfig, query: Tensor, tokens: int, number: int) -> Calls:
-    """Calls of one step over packed caches."""
+    """Return calls of one decode step, each over its own packed cache."""
     batch = query.shape[0]
     lengths = torch.tensor([[tokens, SINK + tokens + TAIL]] * batch, dtype=torch.int32).to(DEVICE)
     return [
@@ -151,7 +156,7 @@ def packed_steps(config: RotorConfig, query: Tensor, tokens: int, number: int) -
 
 
 def exact_pairs(number: int, batch: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Exact bfloat16 keys and values, ``[B, K, S, D]``, so many times."""
+    """Return ``number`` pairs of exact bfloat16 keys and values, ``[B, K, S, D]``."""
     shape = (batch, KV_HEADS, tokens, HEAD_DIM)
 
     def random() -> Tensor:
@@ -161,7 +166,7 @@ def exact_pairs(number: int, batch: int, tokens: int) -> list[tuple[Tensor, Tens
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One step over an exact cache, by torch's flash attention."""
+    """Run one decode step over an exact cache with torch's flash attention."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
@@ -170,7 +175,7 @@ def flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def flash_attention_steps(module: Any, query: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Calls:
-    """FlashAttention 2 or 3 over the same buffers, as ``[B, S, K, D]``."""
+    """Return calls of FlashAttention 2 or 3 over the same buffers, as ``[B, S, K, D]``."""
     turned = query.transpose(1, 2).contiguous()
     return [
         partial(
@@ -181,7 +186,7 @@ def flash_attention_steps(module: Any, query: Tensor, pairs: list[tuple[Tensor, 
 
 
 def flashinfer_steps(module: Any, query: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Calls:
-    """FlashInfer over pages of 64 tokens in buffers of their own, which hold whole pages."""
+    """Return calls of FlashInfer over pages of 64 tokens, in separate buffers of whole pages."""
     batch, heads = query.shape[:2]
     tokens = pairs[0][0].shape[2]
     pages, last = -(-tokens // BLOCK), (tokens - 1) % BLOCK + 1
@@ -204,7 +209,7 @@ def flashinfer_steps(module: Any, query: Tensor, pairs: list[tuple[Tensor, Tenso
     return [partial(wrapper.run, query[:, :, 0], (paged(), paged())) for _ in pairs]
 
 
-# By name: the module that is imported, and what makes its calls.
+# By name: the module to import, and the function that makes its calls.
 RIVALS: dict[str, tuple[str, Callable[[Any, Tensor, Any], Calls]]] = {
     "FlashInfer": ("flashinfer", flashinfer_steps),
     "FlashAttention 2": ("flash_attn", flash_attention_steps),
@@ -213,7 +218,7 @@ RIVALS: dict[str, tuple[str, Callable[[Any, Tensor, Any], Calls]]] = {
 
 
 def rivals() -> tuple[dict[str, Any], dict[str, str]]:
-    """Modules of the rivals by name, and why others are not measured."""
+    """Return the importable rivals by name, and why the others are not measured."""
     found, missing = {}, {}
     for name, (module, _) in RIVALS.items():
         if find_spec(module) is None:
@@ -221,7 +226,7 @@ def rivals() -> tuple[dict[str, Any], dict[str, str]]:
             continue
         try:
             found[name] = __import__(module)
-        except Exception as error:  # built for another torch, it may fail in any way
+        except Exception as error:  # a build for another torch can raise any error
             missing[name] = f"not measured, {module} does not load: {error}"
     return found, missing
 
@@ -229,13 +234,13 @@ def rivals() -> tuple[dict[str, Any], dict[str, str]]:
 def rival_steps(
     found: dict[str, Any], query: Tensor, pairs: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Calls]:
-    """Calls of the rivals that can do this case."""
+    """Return the calls of the rivals that support this case."""
     steps = {}
     for name, module in found.items():
         try:
             calls = RIVALS[name][1](module, query, pairs)
             calls[0]()
-        except Exception as error:  # their interfaces change, and ours is not the only case
+        except Exception as error:  # their interfaces change, and not every case is supported
             print(f"{name}: not measured here, {type(error).__name__}: {error}")
             continue
         steps[name] = calls
@@ -246,24 +251,24 @@ def rival_steps(
 
 
 def decode_cases(contexts: list[int], batches: list[int]) -> list[Row]:
-    """One query token over a history."""
+    """Return the cases of one query token over a history."""
     return [{"batch": batch, "tokens": n} for batch, n in product(batches, contexts)]
 
 
 def prefill_cases(lengths: list[int], histories: list[int], chunk: int) -> list[Row]:
-    """First chunks, and a later one over packed histories."""
+    """Return the cases of first chunks, and of a later chunk over packed histories."""
     first = [{"history": 0, "queries": length} for length in lengths]
     return first + [{"history": history, "queries": chunk} for history in histories]
 
 
 def encode_cases(bits: list[int]) -> list[Row]:
-    """Keys and values of 8 sequences."""
+    """Return the cases of encoding keys and values of 8 sequences."""
     cases = product(bits, (KEY, VALUE), (64, 1024, 16384))
     return [{"bits": width, "role": role, "tokens": 8 * n} for width, role, n in cases]
 
 
 def fitting(sizes: dict[str, int], free: int) -> list[str]:
-    """The contenders that go into memory together, in their order, with all of their buffers."""
+    """Return the contenders, in order, whose buffers fit into memory together."""
     chosen, used = [], 0
     for name, size in sizes.items():
         if used + size <= MEMORY_SHARE * free:
@@ -273,7 +278,7 @@ def fitting(sizes: dict[str, int], free: int) -> list[str]:
 
 
 def measure_decode(case: Row, bits: list[int], runs: int) -> list[Row]:
-    """Flash attention, rivals, and ours at each width."""
+    """Measure flash attention, the rivals, and rotormlx at each bit width."""
     batch, tokens = case["batch"], case["tokens"]
     query = torch.randn(
         (batch, KV_HEADS * REPEATS, 1, HEAD_DIM), device=DEVICE, dtype=torch.bfloat16
@@ -284,7 +289,7 @@ def measure_decode(case: Row, bits: list[int], runs: int) -> list[Row]:
     own = {f"rotormlx {width} bit": RotorConfig(width, width) for width in bits}
     sizes = {FLASH: exact} | dict.fromkeys(found, exact)
     sizes |= {name: packed_bytes(config, batch, tokens) for name, config in own.items()}
-    # FlashAttention reads the buffers of torch's.
+    # FlashAttention reads the same buffers as torch.
     buffers = {
         name: 0 if name.startswith("FlashAttention") else size * copies_needed(size)
         for name, size in sizes.items()
@@ -306,7 +311,7 @@ def measure_decode(case: Row, bits: list[int], runs: int) -> list[Row]:
 
 
 def chunk_calls(case: Row, bits: list[int]) -> dict[str, Calls]:
-    """Attention of a chunk: torch's own over exact tokens, and ours over a packed history."""
+    """Return calls for a chunk: torch over exact tokens, rotormlx over a packed history."""
     history, length = case["history"], case["queries"]
     before = SINK + TAIL if history else 0
     exact, tokens = before + length, before + history + length
@@ -321,7 +326,7 @@ def chunk_calls(case: Row, bits: list[int]) -> dict[str, Calls]:
         ]
     }
     counts = torch.tensor([[history, tokens]], dtype=torch.int32).to(DEVICE)
-    for width in bits if history else bits[:1]:  # without a history nothing is packed
+    for width in bits if history else bits[:1]:  # without a history, nothing is packed
         config = RotorConfig(width, width)
         ((packed_keys, packed_values),) = packed_pairs(config, 1, 1, history, exact)
         call = AttendCall(
@@ -333,14 +338,14 @@ def chunk_calls(case: Row, bits: list[int]) -> dict[str, Calls]:
 
 
 def measure_prefill(case: Row, bits: list[int], runs: int) -> list[Row]:
-    """A first or later chunk of a prompt, one layer."""
+    """Measure attention of a first or later chunk of a prompt, one layer."""
     times = median_ms(chunk_calls(case, bits), runs, PREFILL_CALLS)
     rows = [{**case, "contender": name, "ms": ms} for name, ms in times.items()]
     return compared(rows, SDPA, "sdpa / this")
 
 
 def compared(rows: list[Row], against: str, title: str) -> list[Row]:
-    """Rows with their speed against one of them; None where that did not go into memory."""
+    """Return the rows with their speed relative to ``against``; None if that did not fit."""
     base = {row["contender"]: row["ms"] for row in rows}.get(against)
     return [{**row, title: base and base / row["ms"]} for row in rows]
 
@@ -349,7 +354,7 @@ def compared(rows: list[Row], against: str, title: str) -> list[Row]:
 
 
 def dense_quantizer(role: str, bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """TurboQuant in torch operations: a dense rotation, nearest levels, words of values or keys."""
+    """Return TurboQuant in torch operations: dense rotation, nearest levels, packed words."""
     matrix = torch.tensor(rotation("dense", HEAD_DIM, role=role).matrix.T.copy()).float().to(DEVICE)
     limits = torch.tensor(codebook.boundaries(bits)).to(DEVICE)
     codes_a_word = 32 // bits
@@ -368,7 +373,7 @@ def dense_quantizer(role: str, bits: int) -> Callable[[Tensor], tuple[Tensor, Te
 
 
 def measure_encode(case: Row, bits: list[int], runs: int) -> list[Row]:
-    """Keys or values of a chunk to packed blocks."""
+    """Measure encoding the keys or values of a chunk to packed blocks."""
     width, role, tokens = case["bits"], case["role"], case["tokens"] // 8
     config = RotorConfig(width, width)
     chosen = codec(config, HEAD_DIM, layer=0, role=role)
@@ -400,20 +405,20 @@ TITLES = {
 
 
 def driver() -> str:
-    """The version of the NVIDIA driver."""
+    """Return the version of the NVIDIA driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def numbers(text: str) -> list[int]:
-    """What an option lists."""
+    """Return the numbers of a comma-separated option."""
     return [int(part) for part in text.split(",")]
 
 
 def measure_missing(
     kept: KeptCases, cases: dict[str, list[Row]], bits: list[int], runs: int
 ) -> None:
-    """Measure the cases that are not kept yet, and keep each at once."""
+    """Measure the cases that are not kept yet, and keep each as soon as it is measured."""
     for table, asked in cases.items():
         left = [case for case in asked if kept.rows(table, case) is None]
         for case in track(left, f"{table}, {len(asked) - len(left)} of {len(asked)} were kept"):
@@ -423,27 +428,27 @@ def measure_missing(
 
 def main(
     tables: Annotated[
-        str, typer.Option(help="What is measured, comma-separated.")
+        str, typer.Option(help="Tables to measure, comma-separated.")
     ] = "encode,decode,prefill",
     contexts: Annotated[
         str, typer.Option(help="History lengths, comma-separated multiples of 64.")
     ] = "1024,4096,16384,32768,65536,131072",
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,2,4,8,16,32",
-    bits: Annotated[str, typer.Option(help="Bits of ours, comma-separated.")] = "2,3,4,8",
+    bits: Annotated[str, typer.Option(help="Bit widths of rotormlx, comma-separated.")] = "2,3,4,8",
     prompts: Annotated[
-        str, typer.Option(help="Tokens of first chunks, comma-separated.")
+        str, typer.Option(help="Lengths of first chunks in tokens, comma-separated.")
     ] = "512,2048,8192,32768",
-    chunk: Annotated[int, typer.Option(help="Tokens of a later chunk.")] = 2048,
-    runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 15,
-    output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-cuda"),
+    chunk: Annotated[int, typer.Option(help="Length of a later chunk in tokens.")] = 2048,
+    runs: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 15,
+    output: Annotated[Path, typer.Option(help="Folder for JSON and plot.")] = Path("bench-cuda"),
 ) -> None:
-    """Measure what is not kept yet, and print every table."""
+    """Measure the cases that are not kept yet, and print every table."""
     console = wide_console()
     asked, widths = tables.split(","), numbers(bits)
     if not set(asked) <= set(MEASURES) or not set(widths) <= set(BITS):
         console.print(
-            f"--tables must be of {', '.join(MEASURES)} and --bits of {BITS}, but {tables} and "
-            f"{bits} came."
+            f"--tables must list some of {', '.join(MEASURES)} and --bits some of {BITS}, but got "
+            f"{tables} and {bits}."
         )
         raise typer.Exit(2)
     if not torch.cuda.is_available():

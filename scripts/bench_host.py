@@ -1,11 +1,11 @@
-"""What a decode step costs on the host, through transformers: ``python scripts/bench_host.py``.
+"""Measure the host time of a decode step in transformers: ``python scripts/bench_host.py``.
 
-With ``--model PATH``, a prompt through that model too.
+With ``--model PATH``, the script also times a prompt in that model.
 
-A tiny model of eight layers over a short history on the CPU, so that little is computed. Contenders
-run in one process, in turn with the exact cache, ten steps each. The profiler counts the torch
-operations of a step, those included that another one calls; what a model without cache and
-attention has of them is taken off.
+A tiny model of eight layers decodes over a short history on the CPU, so that little is computed.
+Each contender runs in turn with the exact cache in one process, ten steps each. The profiler counts
+the torch operations of a step, including nested ones, minus those of a model without cache and
+attention.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from rotormlx.config import RotorConfig
 from rotormlx.torch.cache import RotorCache
 
 LAYERS = 8
-# Steps of a turn.
+# Steps per turn.
 TURN = 10
 
 
 def tiny_model() -> LlamaForCausalLM:
-    """A model whose layers cost little more than their calls."""
+    """Return a model whose layers cost little more than their calls."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
@@ -56,15 +56,15 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 class NoCache(DynamicCache):
-    """Keeps nothing; attention gets the new tokens."""
+    """A cache that keeps nothing; attention gets only the new tokens."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        """The tokens themselves."""
+        """Return the new tokens."""
         return key_states, value_states
 
 
 def no_attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The queries themselves."""
+    """Return the queries."""
     return query.transpose(1, 2).contiguous(), None
 
 
@@ -73,38 +73,38 @@ AttentionMaskInterface.register("none", sdpa_mask)
 
 
 class Contender:
-    """A cache, and the attention that reads it.
+    """A cache and the attention that reads it.
 
     Args:
-        model: The model; contenders share it.
-        attention: The attention's name.
-        cache: An empty cache.
+        model: Model, shared by all contenders.
+        attention: Name of the attention.
+        cache: Empty cache.
     """
 
     def __init__(self, model: LlamaForCausalLM, attention: str, cache: Any) -> None:
         self.model, self.attention, self.cache = model, attention, cache
 
     def read(self, ids: torch.Tensor) -> None:
-        """Let tokens go through the model."""
+        """Read tokens with the model."""
         self.model.set_attn_implementation(self.attention)
         self.model(ids, cache=self.cache)
 
     def timed(self, ids: torch.Tensor) -> float:
-        """Seconds that they take."""
+        """Read tokens with the model, and return the seconds that it takes."""
         self.model.set_attn_implementation(self.attention)
         start = time.perf_counter()
         self.model(ids, cache=self.cache)
         return time.perf_counter() - start
 
     def operations(self, ids: torch.Tensor) -> int:
-        """Torch operations of one call."""
+        """Return the number of torch operations of one call."""
         with profile(activities=[ProfilerActivity.CPU]) as found:
             self.read(ids)
         return sum(event.count for event in found.key_averages() if "::" in event.key)
 
 
 def contenders(model: LlamaForCausalLM, room: int) -> dict[str, Contender]:
-    """By name; the first is the exact cache."""
+    """Return the contenders by name; the first is the exact cache."""
     exact = DynamicCache(config=model.config)
     model.set_attn_implementation("rotormlx")
     grows = RotorCache(model.config, RotorConfig())
@@ -118,13 +118,13 @@ def contenders(model: LlamaForCausalLM, room: int) -> dict[str, Contender]:
 
 @torch.inference_mode()
 def decode_steps(history: int, steps: int) -> list[Row]:
-    """Every contender's step, behind a history of so many tokens."""
+    """Time a decode step of every contender after a history of ``history`` tokens."""
     model = tiny_model()
     prompt, one = torch.randint(0, 257, (1, history)), torch.randint(0, 257, (1, 1))
     nothing = Contender(model, "none", NoCache(config=model.config)).operations(one)
     rows: list[Row] = []
     for place, name in enumerate(contenders(model, history)):
-        # Caches of their own, so that all have the same history.
+        # New caches for each pair, so that all have the same history.
         exact, *others = contenders(model, history + 2 * steps).values()
         pair = [exact, others[place - 1]] if place else [exact]
         for contender in pair:
@@ -139,8 +139,8 @@ def decode_steps(history: int, steps: int) -> list[Row]:
                 "contender": name,
                 "ms": medians[-1],
                 "this / DynamicCache": medians[-1] / medians[0],
-                "more, us a layer": 1e3 * (medians[-1] - medians[0]) / LAYERS,
-                "operations a layer": (pair[-1].operations(one) - nothing) / LAYERS,
+                "more, us per layer": 1e3 * (medians[-1] - medians[0]) / LAYERS,
+                "operations per layer": (pair[-1].operations(one) - nothing) / LAYERS,
             }
         )
     return rows
@@ -148,7 +148,7 @@ def decode_steps(history: int, steps: int) -> list[Row]:
 
 @torch.inference_mode()
 def prompts(path: Path, tokens: int, runs: int) -> list[Row]:
-    """A whole prompt through a model in float32; the fastest run counts."""
+    """Time a whole prompt in a float32 model; the fastest run counts."""
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompt = torch.randint(0, model.config.vocab_size, (1, tokens))
     times: dict[str, list[float]] = {}
@@ -168,17 +168,17 @@ def prompts(path: Path, tokens: int, runs: int) -> list[Row]:
 
 
 def main(
-    history: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 200,
-    steps: Annotated[int, typer.Option(help="Counted steps of each.")] = 300,
+    history: Annotated[int, typer.Option(help="Tokens of history.")] = 200,
+    steps: Annotated[int, typer.Option(help="Timed steps of each contender.")] = 300,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a Llama model, for a prompt as well.")
+        Path | None, typer.Option(help="Folder of a Llama model; also time a prompt in it.")
     ] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of that prompt.")] = 2048,
-    output: Annotated[Path, typer.Option(help="Where JSON goes.")] = Path("bench-host"),
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt for --model.")] = 2048,
+    output: Annotated[Path, typer.Option(help="Folder for JSON.")] = Path("bench-host"),
 ) -> None:
     """Measure and print the tables."""
     torch.set_num_threads(1)
-    title = f"A decode step of {LAYERS} layers behind {history} tokens, CPU, one thread"
+    title = f"Decode step of {LAYERS} layers after {history} tokens, CPU, one thread"
     tables = {title: decode_steps(history, steps)}
     if model is not None:
         tables[f"A prompt of {prompt} tokens, float32"] = prompts(model, prompt, runs=5)

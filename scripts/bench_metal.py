@@ -1,9 +1,10 @@
-"""Everything a Mac can tell about speed: ``python scripts/bench_metal.py``.
+"""Measure speed on a Mac: ``python scripts/bench_metal.py``.
 
-Decode attention, encoding, prefill, the paper's quantizer comparison and, with ``--model``, tokens
-a second end to end. Contenders of a row run in one process, in turn; figures are medians. Bytes are
-those that must be read and written at least; the share is of the copy bandwidth measured first.
-Writes JSON and a plot. It runs on any device, so that a small run can be tried without a Mac.
+It measures decode attention, encoding, prefill, the paper's quantizer comparison and, with
+``--model``, tokens per second end to end. The contenders of a row run in turn in one process;
+figures are medians. Byte counts are the least that must be read and written, and shares are of the
+copy bandwidth, which is measured first. The script writes JSON and a plot. It runs on any device,
+so a small run can be tried without a Mac.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ from rotormlx.mlx.backends.mlx_ops import (
 
 HEAD_DIM, KV_HEADS = 128, 8
 PAPER_BITS = 3
-# What --short measures: little memory, and about two minutes on a slow Mac.
+# Settings of --short: little memory, and about two minutes on a slow Mac.
 SHORT_CONTEXTS, SHORT_COUNTS, SHORT_RUNS, SHORT_COPY_MB = "1024,4096", "1024,16384", 5, 128
 
 
 def copy_bandwidth(runs: int, size: int) -> float:
-    """Bytes a second, read and written, of copying an array of ``size`` bytes."""
+    """Return the bytes per second, read and written, of copying an array of ``size`` bytes."""
     x = mx.zeros((size // 4,), mx.float32)
     mx.eval(x)
     return 2e3 * size / median_ms({"copy": lambda: x + 1.0}, runs)["copy"]
 
 
 def decode_attention(contexts: list[int], runs: int) -> list[Row]:
-    """One query token over a history, for several groupings and batches."""
+    """Time one query token over a history, for several groupings and batches."""
     rows = []
     cases = list(product((1, 4, 8), (1, 8), contexts))
     for repeats, batch, tokens in track(cases, "Decode attention"):
@@ -73,14 +74,14 @@ def decode_attention(contexts: list[int], runs: int) -> list[Row]:
 
 
 def rotor_bits(name: str) -> float:
-    """True bits per value of ``rotormlx 4 bit`` and its like."""
+    """Return the true bits per value of a contender such as ``rotormlx 4 bit``."""
     config = RotorConfig(*[int(name.split()[1])] * 2)
     codecs = [codec(config, HEAD_DIM, layer=0, role=role) for role in (KEY, VALUE)]
     return sum(c.bits_per_value for c in codecs) / 2
 
 
 def encoding(runs: int) -> list[Row]:
-    """Keys and values of a chunk to packed blocks."""
+    """Time the encoding of keys and values of a chunk to packed blocks."""
     rows = []
     for role, bits, tokens in product((KEY, VALUE), (4, 3), (64, 512, 4096)):
         chosen = codec(RotorConfig(bits, bits), HEAD_DIM, layer=0, role=role)
@@ -94,7 +95,7 @@ def encoding(runs: int) -> list[Row]:
 
 
 def prefill(contexts: list[int], runs: int, length: int) -> list[Row]:
-    """A chunk of queries over a history, causally."""
+    """Time causal attention of a chunk of queries over a history."""
     rows = []
     shape = Shape(1, 4 * KV_HEADS, KV_HEADS, HEAD_DIM, mx.float16)
     for tokens in contexts:
@@ -105,7 +106,7 @@ def prefill(contexts: list[int], runs: int, length: int) -> list[Row]:
 
 
 def paper_table(counts: list[int], runs: int) -> list[Row]:
-    """Fused rotor3 against a dense rotation by matrix product, as the paper compares them."""
+    """Time fused rotor3 and a dense rotation by matrix product, as the paper compares them."""
     dense = matrix(rotation("dense", HEAD_DIM, role=VALUE))
 
     def dense_quantizer(x: mx.array) -> mx.array:
@@ -132,7 +133,7 @@ def paper_table(counts: list[int], runs: int) -> list[Row]:
 
 
 def end_to_end(path: str, contexts: list[int]) -> list[Row]:
-    """Tokens a second of generation after a prompt, with the exact cache and with ours."""
+    """Measure tokens per second of generation after a prompt, with an exact and a packed cache."""
     model, tokenizer = mlx_lm.load(path)
     makers = {
         "exact": lambda: make_prompt_cache(model),
@@ -150,8 +151,8 @@ def end_to_end(path: str, contexts: list[int]) -> list[Row]:
                 {
                     "tokens": tokens,
                     "contender": name,
-                    "prompt tokens a second": last.prompt_tps,
-                    "tokens a second": last.generation_tps,
+                    "prompt tokens per second": last.prompt_tps,
+                    "tokens per second": last.generation_tps,
                 }
             )
     rotormlx.remove(model)
@@ -163,16 +164,18 @@ def main(
         str, typer.Option(help="History lengths, comma-separated.")
     ] = "1024,4096,16384,65536,131072",
     counts: Annotated[
-        str, typer.Option(help="Vectors in the paper's table.")
+        str, typer.Option(help="Numbers of vectors in the paper's table, comma-separated.")
     ] = "1024,4096,16384,65536",
-    runs: Annotated[int, typer.Option(help="Counted runs of each.")] = 21,
-    prefill_length: Annotated[int, typer.Option(help="Queries of a prefill chunk.")] = 512,
-    copy_mb: Annotated[int, typer.Option(help="Size of the array copied for bandwidth.")] = 512,
+    runs: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 21,
+    prefill_length: Annotated[int, typer.Option(help="Queries in a prefill chunk.")] = 512,
+    copy_mb: Annotated[
+        int, typer.Option(help="Size in MiB of the array copied to measure bandwidth.")
+    ] = 512,
     model: Annotated[str | None, typer.Option(help="Also time this model end to end.")] = None,
     short: Annotated[
-        bool, typer.Option("--short", help="Two minutes: short histories, few runs.")
+        bool, typer.Option("--short", help="Take about two minutes: short histories, few runs.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("bench-metal"),
+    output: Annotated[Path, typer.Option(help="Folder for JSON and plot.")] = Path("bench-metal"),
 ) -> None:
     """Measure and print every table."""
     if short:

@@ -1,4 +1,4 @@
-"""What the benchmarks print, write and draw."""
+"""Print, write and plot the results of the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ Row = dict[str, Any]
 
 
 class KeptCases:
-    """The rows of each case in a JSON file, whole after each, so that a cut run can go on.
+    """A JSON file with the rows of each measured case, so that an interrupted run can continue.
+
+    The file is complete after each case.
 
     Args:
         path: The file.
-        facts: What the rows depend on besides the case; a file of other facts is begun anew.
+        facts: Conditions of the measurement; a file with other facts is started again.
     """
 
     def __init__(self, path: Path, facts: Row) -> None:
@@ -28,12 +30,12 @@ class KeptCases:
         self._facts = facts
         try:
             known = json.loads(path.read_text())
-        except (OSError, ValueError):  # none yet, or damaged
+        except (OSError, ValueError):  # no file yet, or a damaged one
             known = {}
         self._cases = known["cases"] if known.get("facts") == facts else []
 
     def rows(self, table: str, case: Row) -> list[Row] | None:
-        """The rows of a case; None if it was not measured."""
+        """Return the rows of a case; None if it was not measured."""
         for kept in self._cases:
             if (kept["table"], kept["case"]) == (table, case):
                 return kept["rows"]
@@ -48,12 +50,12 @@ class KeptCases:
         os.replace(part, self._path)
 
     def table(self, name: str) -> list[Row]:
-        """All rows of a table, in the order in which they were measured."""
+        """Return all rows of a table, in the order in which they were measured."""
         return [dict(row) for kept in self._cases if kept["table"] == name for row in kept["rows"]]
 
 
 def add_rates(rows: list[Row], bandwidth: float) -> None:
-    """GB/s and the share of the copy bandwidth, where bytes are known."""
+    """Add GB/s and the share of the copy bandwidth to rows with known bytes."""
     for row in rows:
         if "bytes" in row:
             row["GB/s"] = row["bytes"] / row["ms"] / 1e6
@@ -63,7 +65,7 @@ def add_rates(rows: list[Row], bandwidth: float) -> None:
 def write_figures(
     console: Console, tables: dict[str, list[Row]], output: Path, **facts: object
 ) -> None:
-    """Write tables, and facts about their measurement, to ``output/figures.json``; print them."""
+    """Write tables and facts about their measurement to ``output/figures.json``; print tables."""
     output.mkdir(parents=True, exist_ok=True)
     facts = {**facts, "date": time.strftime("%Y-%m-%d"), "tables": tables}
     (output / "figures.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -77,7 +79,7 @@ def write_figures(
 
 
 def readable(value: object) -> str:
-    """A number as a table shows it, three digits of a small one; or a name; nothing for None."""
+    """Format a table cell: three digits for a float below 1,000, and nothing for None."""
     if value is None:
         return ""
     if isinstance(value, float) and value < 1000:
@@ -86,7 +88,7 @@ def readable(value: object) -> str:
 
 
 def plot_cases(rows: list[Row], title: str, path: Path) -> None:
-    """Time of decode attention over the length of the history, a panel for each case."""
+    """Plot the time of decode attention over the length of the history, one panel per case."""
     cases = sorted({(row["gqa"], row["batch"]) for row in rows})
     figure, panels = plt.subplots(
         1, len(cases), figsize=(3.2 * len(cases), 3.6), sharey=True, squeeze=False
@@ -98,7 +100,7 @@ def plot_cases(rows: list[Row], title: str, path: Path) -> None:
             panel.loglog(*zip(*points, strict=True), marker="o", label=name)
         panel.set_title(f"GQA {gqa}, batch {batch}")
         panel.set_xlabel("tokens")
-    panels[0][0].set_ylabel("ms a step")
+    panels[0][0].set_ylabel("ms per step")
     panels[0][-1].legend()
     figure.suptitle(title)
     figure.tight_layout()

@@ -1,9 +1,9 @@
-"""What was built: use it for real, or compare what it holds with the clone.
+"""Check built packages: use an installed one, or compare their contents with the clone.
 
-python check_wheel.py                 an installed rotormlx, away from the clone
-python check_wheel.py contents DIST   the wheel and the sdist in this folder, in the clone
-python check_wheel.py release DIST    likewise the wheels of a release, one for each kind of machine
-python check_wheel.py same A B        two folders of them, built in other places and times
+python check_wheel.py                 use an installed rotormlx, outside the clone
+python check_wheel.py contents DIST   compare the wheel and the sdist in DIST with the clone
+python check_wheel.py release DIST    the same for a release, one wheel per kind of machine
+python check_wheel.py same A B        compare two folders, built in different places and times
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[1]
-# What the package consists of: folders of the clone, where each lies in a wheel, and the kinds of
-# files there; anything else has come in by mistake.
+# Contents of the package: folders of the clone, their places in a wheel, and their kinds of files.
+# Any other file is in the wheel by mistake.
 PARTS = {
     "rotormlx": ("rotormlx", {".py", ".typed", ".html"}),
     "cuda_kernels": ("rotormlx/cuda_kernels", {".cu", ".cuh", ".h", ".cpp"}),
@@ -27,16 +27,16 @@ PARTS = {
     "shared_kernels": ("rotormlx/shared_kernels", {".h"}),
     "tests/vectors": ("rotormlx/vectors", {".safetensors"}),
 }
-# What lies beside the package: ROTORMLX in the environment needs both.
+# Files next to the package; the environment variable ROTORMLX needs both.
 SWITCH = {"rotormlx_switch.pth", "rotormlx_switch.py"}
 LIBRARY = "rotormlx/librotormlx_cpu.so"
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
-# The machines of a release, by the end of the wheel's tag.
+# Machines of a release, by the ends of wheel tags.
 MACHINES = ("macosx_*_arm64", "manylinux_*_x86_64", "manylinux_*_aarch64")
 
 
 def main() -> None:
-    """Do what the arguments say."""
+    """Run the check that the arguments select."""
     match sys.argv[1:]:
         case []:
             use()
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def use() -> None:
-    """Compress and read a cache, find the type marker, and run the command."""
+    """Compress a cache with an installed rotormlx, and run its command."""
     import mlx.core as mx  # noqa: PLC0415
 
     import rotormlx  # noqa: PLC0415
@@ -64,14 +64,14 @@ def use() -> None:
     keys = mx.random.normal((1, 2, 300, 64))
     cache.update_and_fetch(keys, keys)
     if cache.packed_tokens != 192:
-        sys.exit(f"192 tokens must be packed, but {cache.packed_tokens} are.")
+        sys.exit(f"A cache of 300 tokens must have 192 packed, but it has {cache.packed_tokens}.")
     require_library()
     command = Path(sys.executable).parent / "rotormlx"
     print(subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout)
 
 
 def require_library() -> None:
-    """Refuse a wheel for one kind of machine whose CPU library does not load there."""
+    """Refuse a wheel for one kind of machine if its CPU library does not load."""
     from rotormlx.kernels import cpu_library  # noqa: PLC0415
 
     wheel = metadata.distribution("rotormlx").read_text("WHEEL") or ""
@@ -84,7 +84,7 @@ def require_library() -> None:
 
 
 def built(folder: Path, patterns: list[str]) -> list[Path]:
-    """The files of a folder, the sdist last; one for each pattern, and nothing else."""
+    """Return the files of a folder, the sdist last; one per pattern, and nothing else."""
     names = sorted(path.name for path in folder.iterdir())
     matching = [sorted(folder.glob(pattern)) for pattern in patterns]
     if [len(paths) for paths in matching] != [1] * len(patterns) or len(names) != len(patterns):
@@ -93,7 +93,7 @@ def built(folder: Path, patterns: list[str]) -> list[Path]:
 
 
 def check_contents(*paths: Path) -> None:
-    """Compare each wheel, and the sdist, which is the last, with the clone."""
+    """Compare each wheel, and the sdist, which comes last, with the clone."""
     *wheels, sdist = paths
     for wheel in wheels:
         check(wheel.name, in_wheel(wheel), wanted_in_wheel(wheel))
@@ -101,29 +101,29 @@ def check_contents(*paths: Path) -> None:
 
 
 def check(name: str, listed: list[str], wanted: set[str]) -> None:
-    """Refuse a file that is there without being listed, is missing, or is there twice."""
+    """Refuse an unlisted, missing or duplicate file."""
     wrong = sorted(f"+ {path}" for path in set(listed) - wanted)
     wrong += sorted(f"- {path}" for path in wanted - set(listed))
     wrong += sorted(f"twice: {path}" for path in set(listed) if listed.count(path) > 1)
     if wrong:
-        sys.exit(f"The {name} must hold what the clone has and no more, but:\n" + "\n".join(wrong))
+        sys.exit(f"{name} must hold exactly the files of the clone, but:\n" + "\n".join(wrong))
     print(f"{name}: {len(listed)} files, as listed")
 
 
 def in_wheel(path: Path) -> list[str]:
-    """Names of all files; auditwheel and delocate list their folders too."""
+    """Return the names of all files; auditwheel and delocate also list folders."""
     with zipfile.ZipFile(path) as wheel:
         return [name for name in wheel.namelist() if not name.endswith("/")]
 
 
 def in_sdist(path: Path) -> list[str]:
-    """Names of all files, without the folder that they lie in."""
+    """Return the names of all files, without their top folder."""
     with tarfile.open(path) as sdist:
         return [member.name.partition("/")[2] for member in sdist]
 
 
 def wanted_in_wheel(path: Path) -> set[str]:
-    """The package, the kernels, the CPU library unless the wheel is for any machine."""
+    """Return the files that a wheel must hold; a wheel for any machine has no CPU library."""
     of_package = {
         place + name.removeprefix(folder)
         for folder, (place, kinds) in PARTS.items()
@@ -137,14 +137,14 @@ def wanted_in_wheel(path: Path) -> set[str]:
 
 
 def wanted_in_sdist() -> set[str]:
-    """What pyproject.toml includes, and what hatchling adds."""
+    """Return the files that pyproject.toml includes, and those that hatchling adds."""
     table = tomllib.loads((CLONE / "pyproject.toml").read_text(encoding="utf-8"))
     included = table["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     return {*files_of_clone(*included), ".gitignore", "pyproject.toml", "PKG-INFO"}
 
 
 def files_of_clone(*paths: str) -> list[str]:
-    """Files of the clone that git does not ignore."""
+    """Return the files of the clone that git does not ignore."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *paths]
     done = subprocess.run(command, cwd=CLONE, check=True, capture_output=True, text=True)
     return [name for name in done.stdout.split("\0") if name and (CLONE / name).is_file()]
@@ -154,23 +154,23 @@ def files_of_clone(*paths: str) -> list[str]:
 
 
 def compare(first: Path, second: Path) -> None:
-    """Refuse two builds that differ, and name the files that do."""
+    """Refuse two builds that differ, and name the files that differ."""
     if {path.name for path in first.iterdir()} != {path.name for path in second.iterdir()}:
-        sys.exit(f"{first} and {second} must hold files of the same names.")
+        sys.exit(f"{first} and {second} must hold files with the same names, but they do not.")
     for path in sorted(first.iterdir()):
         digests = [
             hashlib.sha256((p / path.name).read_bytes()).hexdigest() for p in (first, second)
         ]
         if digests[0] != digests[1]:
             sys.exit(
-                f"{path.name} must have the same bytes wherever and whenever it is built, but has "
-                f"not; they differ in {differing(path, second / path.name) or 'times or order'}."
+                f"{path.name} must have the same bytes wherever and whenever it is built, but the "
+                f"builds differ in {differing(path, second / path.name) or 'times or order'}."
             )
         print(f"{digests[0]}  {path.name}, twice")
 
 
 def differing(first: Path, second: Path) -> list[str]:
-    """Names of the files inside two archives whose bytes differ."""
+    """Return the names of files inside two archives whose bytes differ."""
     contents = []
     for path in (first, second):
         if path.suffix == ".whl":

@@ -1,18 +1,18 @@
-"""Which models of an installed library rotormlx compresses; writes a table for each library.
+"""Examine which models of an installed library rotormlx compresses, and write a table of them.
 
     python scripts/coverage.py mlx-lm           # docs/COVERAGE.md, a few minutes
     python scripts/coverage.py mlx-vlm          # docs/COVERAGE_VLM.md
     python scripts/coverage.py transformers     # docs/COVERAGE_TORCH.md
-    python scripts/coverage.py mlx-lm llama gemma3_text     # these only, without writing
+    python scripts/coverage.py mlx-lm llama gemma3_text     # only these, without writing
 
-Every model type gets a tiny configuration (tests/support) and random weights. The same tokens go
-through the library's own caches and through compressed ones: a prefill, a chunk and single steps,
-most of them reading packed bytes. Where experts are chosen by a router, the first token whose
-choice differs is noted: the codec's error decides between nearly equal experts there, and from
-then on the two runs are of different models.
+Every model type gets a tiny configuration (tests/support) and random weights. The same tokens are
+read with the library's own caches and with compressed ones: a prefill, a chunk and single steps,
+most of which read packed bytes. For models with a router, the comparison ends at the first token
+with other experts: there the codec's error decides between nearly equal experts, and from then on
+the two runs compute with different weights.
 
-Models are examined one after another in a process of their own. A model that ends this process
-gets its line in the table, and the next ones a new process.
+Models are examined one after another in a separate process. If a model ends that process, its row
+in the table says so, and a new process examines the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 from scripts.coverage_table import STEPS, Result, table
 
-# Where the class of each library is; only the library that is asked for must be installed.
+# Module and class of each library; only the library in use must be installed.
 HOSTS = {
     "mlx-lm": ("scripts.coverage_mlx", "MlxLm"),
     "mlx-vlm": ("scripts.coverage_vlm", "MlxVlm"),
@@ -45,12 +45,12 @@ LONGEST_SECONDS = 600.0
 
 
 class Host(Protocol):
-    """What this script asks of a library.
+    """The interface that this script needs of a library.
 
     Args:
-        path: Its table.
-        head: What stands before the table, as ``coverage_table.table`` takes it.
-        version: Of the installed library.
+        path: File of the table.
+        head: Text before the table, as ``coverage_table.table`` takes it.
+        version: Version of the installed library.
     """
 
     path: Path
@@ -58,30 +58,30 @@ class Host(Protocol):
     version: str
 
     def prepare_process(self) -> None:
-        """Set up a process that does nothing but examine models."""
+        """Set up a process that only examines models."""
 
     def model_types(self) -> list[str]:
-        """Every model type of the library."""
+        """Return every model type of the library."""
 
     def examine(self, model_type: str, steps: Sequence[int] = STEPS) -> Result:
         """Compare a model's logits with and without compression, over tokens in these chunks."""
 
 
 def host(module: str, class_name: str) -> Host:
-    """A library, given what ``HOSTS`` says of it."""
+    """Return the library of an entry of ``HOSTS``."""
     made: Host = getattr(importlib.import_module(module), class_name)()
     return made
 
 
 def examined(name: str, model_types: Sequence[str]) -> Iterator[Result]:
-    """Examine models one after another, and outlive those that end their process.
+    """Examine models one after another, and go on if one ends its process.
 
     Args:
-        name: Of the library, a key of ``HOSTS``.
-        model_types: In this order.
+        name: Name of the library, a key of ``HOSTS``.
+        model_types: Model types, in the order to examine them.
 
     Yields:
-        A result for each, as it comes.
+        The result of each model type as soon as it is known.
     """
     left = list(model_types)
     context = multiprocessing.get_context("spawn")
@@ -110,7 +110,7 @@ def _examine_all(place: tuple[str, str], model_types: list[str], results: Connec
 
 
 def _next(model_type: str, results: Connection, process: BaseProcess) -> tuple[Result, bool]:
-    """The next result, of this model type, and whether the process can give more."""
+    """Return the result of this model type, and whether the process is still alive."""
     end = f"no result within {LONGEST_SECONDS:.0f} s"
     try:
         if results.poll(LONGEST_SECONDS):
@@ -122,11 +122,11 @@ def _next(model_type: str, results: Connection, process: BaseProcess) -> tuple[R
 
 
 class Kept:
-    """Results in a file, a line of JSON each, so that a cut run can go on.
+    """Results in a file, one line of JSON each, so that an interrupted run can continue.
 
     Args:
         path: The file; None to keep nothing.
-        facts: The library and its version; results of others are not known here.
+        facts: The library and its version; results with other facts are ignored.
     """
 
     def __init__(self, path: Path | None, **facts: str) -> None:
@@ -150,14 +150,14 @@ class Kept:
 
 
 def main() -> int:
-    """Examine models; the exit status tells whether one crashes or differs."""
+    """Examine models, and return exit status 1 if one crashes or differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("host", choices=HOSTS)
-    parser.add_argument("model_types", nargs="*", help="all by default")
+    parser.add_argument("model_types", nargs="*", help="model types; all by default")
     parser.add_argument(
-        "--keep", type=Path, help="a file for results as they come; what it holds is not run again"
+        "--keep", type=Path, help="file that keeps each result; models in it are not run again"
     )
     given = parser.parse_args()
     library = host(*HOSTS[given.host])

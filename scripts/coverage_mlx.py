@@ -1,4 +1,4 @@
-"""How the table of mlx-lm's models is made: for ``scripts/coverage.py mlx-lm``."""
+"""Examine the models of mlx-lm, for ``scripts/coverage.py mlx-lm``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (ROOT / "tests" / "support" / "zoo.json").read_text()
 )
 SMALLEST_VOCABULARY = 64
-# Packages that a module of mlx-lm imports to see whether they are there, and never uses.
+# Packages that a module of mlx-lm only imports to check that they are installed.
 _ASKED_FOR = {"olmo": ("hf_olmo",)}
 
 HEAD = (
@@ -40,10 +40,10 @@ This page lists which model types of mlx-lm {version} work with compressed cache
 `python scripts/coverage.py mlx-lm` writes it. Each model has a tiny configuration and random
 float32 weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8 bits,
 with no sink and no window, so that nearly all tokens are read from packed bytes. After `remove`,
-every model gives its former logits, bit for bit.
+every model gives the same logits as before `apply`, bit for bit.
 
 - **caches compressed**: how many caches are compressed. *latents* are caches of multi-head latent
-  attention ([MLA](MLA.md)). *decoded* caches belong to models with attention code of their own;
+  attention ([MLA](MLA.md)). *decoded* caches belong to models with their own attention code;
   rotormlx decodes the tokens for it, one layer at a time.
 - **error**: the largest error of a token's logits against the float cache, relative to the norm of
   the logits.
@@ -58,7 +58,7 @@ every model gives its former logits, bit for bit.
 
 
 class MlxLm:
-    """mlx-lm and its models."""
+    """The host mlx-lm and its models."""
 
     path = ROOT / "docs" / "COVERAGE.md"
     head = HEAD
@@ -66,10 +66,10 @@ class MlxLm:
     name = "mlx-lm"
 
     def prepare_process(self) -> None:
-        """Nothing to set up in a process that examines models."""
+        """Do nothing; a process that examines models of mlx-lm needs no setup."""
 
     def model_types(self) -> list[str]:
-        """The modules of mlx-lm that define a model; they may need packages that are missing."""
+        """Return the modules of mlx-lm that define a model; some need packages that are missing."""
         names = []
         for module in pkgutil.iter_modules(mlx_lm.models.__path__):
             text = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
@@ -78,11 +78,11 @@ class MlxLm:
         return sorted({*names, *CONFIGS})
 
     def why_not_run(self, model_type: str) -> str:
-        """Why a model type is not even built; empty if it is."""
+        """Return why a model type cannot be built; empty if it can."""
         return "" if model_type in CONFIGS else "no configuration in tests/support/zoo.json"
 
     def build(self, model_type: str) -> Any:
-        """A float32 model with random weights."""
+        """Return a float32 model with random weights."""
         for asked in _ASKED_FOR.get(model_type, ()):
             sys.modules.setdefault(asked, ModuleType(asked))
         module = importlib.import_module(f"mlx_lm.models.{model_type}")
@@ -93,17 +93,17 @@ class MlxLm:
         return model.eval()
 
     def caches(self, model: Any) -> list[Any]:
-        """New caches for one sequence, as the host makes them."""
+        """Return new caches for one sequence, as the host makes them."""
         return make_prompt_cache(model)
 
     def forget(self, model: Any) -> None:
-        """Make a model as it was loaded; those of mlx-lm keep nothing of a prompt."""
+        """Do nothing; models of mlx-lm keep no state of a prompt."""
 
     def begin_sequence(self, model: Any, tokens: mx.array) -> None:
-        """Tell a model of a new sequence ``[1, L]``; those of mlx-lm need not know."""
+        """Do nothing; models of mlx-lm need no preparation for a sequence ``[1, L]``."""
 
     def logits(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
-        """The logits ``[1, L, V]`` of tokens ``[1, L]``."""
+        """Return the logits ``[1, L, V]`` of tokens ``[1, L]``."""
         return model(tokens, cache=caches)
 
     def examine(self, model_type: str, steps: Sequence[int] = STEPS) -> Result:
@@ -133,16 +133,16 @@ class MlxLm:
         packed = [c for _, _, c in leaves(caches) if isinstance(c, rotormlx.RotorKVCache)]
         full = sum(steps) // 64 * 64
         if len(packed) != result.compressed or any(c.packed_tokens != full for c in packed):
-            result.verdict, result.note = "differs", "a cache that was to be packed is not"
+            result.verdict, result.note = "differs", "a cache that must be packed is not"
         again, _ = self.read(model, self.caches(model), steps)
         if not np.array_equal(again, want, equal_nan=True):
-            result.verdict, result.note = "differs", "remove does not give the model back"
+            result.verdict, result.note = "differs", "remove does not restore the model"
         return result
 
     def read(
         self, model: Any, caches: list[Any], steps: Sequence[int]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits ``[tokens, V]`` and, for each router, its choice for each token."""
+        """Return logits ``[tokens, V]`` and, for each router, its choice for each token."""
         tokens = mx.random.randint(0, SMALLEST_VOCABULARY, (1, sum(steps)), key=mx.random.key(1))
         logits, routes, start = [], [], 0
         self.begin_sequence(model, tokens)
@@ -157,11 +157,11 @@ class MlxLm:
 
 
 def by_layer(routes: list[list[np.ndarray]]) -> list[np.ndarray]:
-    """Each router's choice for each token, ``[tokens, experts]``.
+    """Return each router's choice for each token, ``[tokens, experts]``.
 
     Args:
-        routes: For each step, what was chosen one after another, ``[step, experts]``. Other users
-            of the same functions choose more or less in another step, and are left out.
+        routes: For each step, the recorded choices in order, ``[step, experts]``. Other uses of the
+            same functions have a different width in another step, and are left out.
     """
     if len({len(step) for step in routes}) > 1:
         return []
@@ -171,7 +171,7 @@ def by_layer(routes: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 @contextmanager
 def recorded_routing() -> Iterator[list[mx.array]]:
-    """Collect every choice of a router: the largest few, or the largest, of a last axis."""
+    """Collect every router choice: the indices of the largest entries along the last axis."""
     seen: list[mx.array] = []
     argpartition, argmax = mx.argpartition, mx.argmax
 
@@ -188,7 +188,7 @@ def recorded_routing() -> Iterator[list[mx.array]]:
             seen.append(chosen)
         return chosen
 
-    # What a compiled function computes inside cannot be kept.
+    # Arrays inside a compiled function cannot be kept.
     mx.disable_compile()
     try:
         with patch.object(mx, "argpartition", few), patch.object(mx, "argmax", largest):

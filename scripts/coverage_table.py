@@ -1,4 +1,4 @@
-"""What the tables of models have in common: docs/COVERAGE.md and those of the other hosts."""
+"""Shared parts of the tables of models: docs/COVERAGE.md and the tables of the other hosts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import rotormlx
 from rotormlx.report import Report
 
 ROOT = Path(__file__).resolve().parents[1]
-# Everything but the latest tokens of an unfinished block is packed: little is read exactly.
+# Everything is packed except the tokens of an unfinished block, so few tokens are read exactly.
 CONFIG = rotormlx.RotorConfig(8, 8, sink=0, window=0)
 STEPS = (130, 70, 40, 1, 1, 1)
-# Share of the logits' norm. At 8 bits a key or value is off by 1 %; layers of random weights
-# amplify that up to fivefold.
+# Relative to the norm of the logits. At 8 bits, a key or value has an error of 1 %; layers with
+# random weights amplify it up to fivefold.
 LARGEST_ERROR = 0.05
 VERDICTS = ("works", "nothing to compress", "refused", "not run")
 # The end of every table's head.
@@ -32,19 +32,20 @@ Refused with the reason: {refused}. Not run: {not_run}.
 
 @dataclass
 class Result:
-    """What became of one model type.
+    """The result of one model type.
 
     Args:
-        model_type: The library's name.
+        model_type: Name of the model type in the library.
         verdict: One of ``VERDICTS``, ``differs`` or ``crashes``.
-        note: Why, where there is something to say.
-        compressed: Caches that are compressed.
-        caches: Caches of the model.
-        otherwise: How many of the compressed ones the fused attention does not read, and how they
+        note: Reason for the verdict, if there is one.
+        compressed: Number of compressed caches.
+        caches: Number of caches of the model.
+        otherwise: Number of compressed caches that the fused attention does not read, and how they
             are read.
         left_alone: Kinds of caches left alone, with the reason.
         error: Largest error of a token's logits, relative to their norm, before routing differs.
-        flips: Tokens whose experts differ from those of the float cache, and tokens.
+        flips: Number of tokens whose experts differ from those with the float cache, and number of
+            all tokens.
     """
 
     model_type: str
@@ -59,7 +60,7 @@ class Result:
 
 
 def begin(model_type: str, report: Report) -> Result:
-    """A result that knows what the report promises."""
+    """Return a result filled with what the report promises."""
     result = Result(model_type, "works", caches=len(report.layers))
     result.compressed = sum(layer.compressed for layer in report.layers)
     others = Counter(layer.holds_latents for layer in report.layers if layer.way)
@@ -72,7 +73,7 @@ def begin(model_type: str, report: Report) -> Result:
 
 
 def refused(model_type: str, error: ValueError) -> Result:
-    """A result for a model that ``apply`` refuses."""
+    """Return the result for a model that ``apply`` refuses."""
     reason = str(error).partition("cannot be compressed: ")[2].partition("; use the")[0]
     kept, nothing, _ = reason.partition(", so there is nothing to compress")
     if nothing:
@@ -87,16 +88,16 @@ def judge(
     want_routes: Sequence[np.ndarray],
     routes: Sequence[np.ndarray],
 ) -> None:
-    """Compare logits ``[tokens, V]``, up to the first token for which routers differ.
+    """Compare logits ``[tokens, V]`` up to the first token for which routers differ.
 
     Args:
-        result: Gets the error, the flips, and another verdict if the logits are not close.
+        result: Receives the error, the flips and, if logits are not close, another verdict.
         want: Logits with the float cache.
         got: Logits with compressed caches.
         want_routes: For each router, its choice for each token.
-        routes: The same with compressed caches.
+        routes: Choices of each router with compressed caches.
     """
-    # Some models give -inf to tokens that stand for nothing.
+    # Some models give -inf to unused tokens of the vocabulary.
     hidden = np.isneginf(want)
     same_hidden = np.array_equal(hidden, np.isneginf(got))
     want, got = (np.where(hidden, 0.0, logits) for logits in (want, got))
@@ -105,7 +106,7 @@ def judge(
         pairs = zip(want_routes, routes, strict=True)
         flipped = np.any([np.any(a != b, axis=1) for a, b in pairs], axis=0)
         result.flips = (int(flipped.sum()), len(flipped))
-        # A token sees every token before it: after a flip in an early layer nothing can agree.
+        # A token attends to all earlier ones, so no later token can agree after a flip.
         first = int(np.argmax(flipped)) if flipped.any() else len(flipped)
         judged = slice(0, first)
     result.error = largest_error(want[judged], got[judged])
@@ -114,23 +115,23 @@ def judge(
 
 
 def largest_error(want: np.ndarray, got: np.ndarray) -> float:
-    """The largest error of logits ``[tokens, V]``, relative to their norm."""
+    """Return the largest error of logits ``[tokens, V]``, relative to their norm."""
     size = np.linalg.norm(want, axis=1).clip(1e-9)
     return float((np.linalg.norm(got - want, axis=1) / size).max(initial=0.0))
 
 
 def is_close(want: np.ndarray, got: np.ndarray) -> bool:
-    """Whether the codec's error explains the difference of logits ``[tokens, V]``."""
+    """Return whether the codec's error explains the difference of logits ``[tokens, V]``."""
     return largest_error(want, got) <= LARGEST_ERROR
 
 
 def table(head: str, results: list[Result], version: str) -> str:
-    """The text of a table.
+    """Return the text of a page with its table.
 
     Args:
-        head: What stands before it, with places for version, date, tokens and counts.
-        results: One per line.
-        version: Of the library.
+        head: Text before the rows, with fields for version, date, tokens and counts.
+        results: Results, one per row.
+        version: Version of the library.
     """
     counts = {
         verdict.replace(" ", "_"): sum(r.verdict == verdict for r in results)
@@ -157,6 +158,6 @@ def table(head: str, results: list[Result], version: str) -> str:
 
 
 def verdicts(path: Path) -> dict[str, str]:
-    """The verdict of each model type in a table."""
+    """Return the verdict of each model type in a table."""
     text = path.read_text(encoding="utf-8")
     return dict(re.findall(r"^\| (\S+) \| ([a-z ]+) \|", text, re.MULTILINE))

@@ -1,7 +1,7 @@
-"""How the table of transformers' models is made: for ``scripts/coverage.py transformers``.
+"""Examine the models of transformers, for ``scripts/coverage.py transformers``.
 
-Configurations are those of tests/support/torch_zoo.py. Beyond what scripts/coverage.py asks of
-every host, ``generate`` must write a few tokens.
+Configurations come from tests/support/torch_zoo.py. In addition to the checks that
+scripts/coverage.py makes for every host, ``generate`` must write a few tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scripts.coverage_table import (
 )
 from tests.support import torch_zoo
 
-# Enough for generate to read its own tokens from the cache.
+# Enough that generate reads its own tokens from the cache.
 NEW_TOKENS = 4
 
 HEAD = (
@@ -42,11 +42,11 @@ This page lists which language models of transformers {version} work with compre
 `python scripts/coverage.py transformers` wrote it on {date}. Each has a tiny configuration and
 random float32 weights, and reads {tokens} tokens in chunks of {chunks}. Keys and values have 8
 bits, with no sink and no window, so that nearly all tokens are read from packed bytes. Then
-`generate` must work with compressed caches, and its text must begin like that of exact caches.
-After `remove`, every model gives its former logits, bit for bit.
+`generate` must work with compressed caches and begin with the text of the exact ones. After
+`remove`, every model gives the same logits as before `apply`, bit for bit.
 
 - Names without a folder are causal language models. `seq2seq/`, `speech/` and `image/` are the
-  types that transformers lists for these tasks; their audio or image input is left out, or is
+  types that transformers lists for these tasks; their audio and image inputs are left out or are
   noise.
 - *Not run*: transformers itself cannot run the model in this way.
 - [Models of mlx-lm](COVERAGE.md) explains the columns.
@@ -57,20 +57,20 @@ After `remove`, every model gives its former logits, bit for bit.
 
 
 class Transformers:
-    """transformers and its models."""
+    """The host transformers and its models."""
 
     path = ROOT / "docs" / "COVERAGE_TORCH.md"
     head = HEAD
     version = transformers.__version__
 
     def prepare_process(self) -> None:
-        """Set up a process that does nothing but examine models."""
+        """Set up a process that only examines models."""
         transformers.logging.set_verbosity_error()
         warnings.simplefilter("ignore")
-        torch.set_num_threads(1)  # threads cost more than such small matrices
+        torch.set_num_threads(1)  # for such small matrices, threads cost more than they save
 
     def model_types(self) -> list[str]:
-        """The types that transformers lists as language models."""
+        """Return the model types that transformers lists as language models."""
         return torch_zoo.model_types()
 
     def examine(self, model_type: str, steps: Sequence[int] = STEPS) -> Result:
@@ -80,7 +80,7 @@ class Transformers:
 
 @contextmanager
 def recorded_routing() -> Iterator[list[torch.Tensor]]:
-    """Collect every choice of a router: the largest few, or the largest, of a last axis."""
+    """Collect every router choice: the indices of the largest entries along the last axis."""
     seen: list[torch.Tensor] = []
 
     def recording(function: Any) -> Any:
@@ -103,7 +103,7 @@ def recorded_routing() -> Iterator[list[torch.Tensor]]:
 
 @torch.no_grad()
 def read(model: Any, steps: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray], Any]:
-    """Logits ``[tokens, V]``, each router's choice for each token, and the cache at the end."""
+    """Return logits ``[tokens, V]``, each router's choice per token, and the final cache."""
     ids = torch_zoo.tokens(sum(steps))
     name, cache = cache_name(model), None
     logits, routes, start = [], [], 0
@@ -113,7 +113,7 @@ def read(model: Any, steps: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]
             out = model(**inputs, use_cache=True, **{name: cache})
         cache = getattr(out, name, None)
         if cache is None:
-            raise ValueError("it gives no cache back")
+            raise ValueError("it returns no cache")
         logits.append(out.logits[0, -count:].float().numpy())
         routes.append([choice for r in seen if (choice := by_token(r, count)) is not None])
         start += count
@@ -121,7 +121,7 @@ def read(model: Any, steps: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]
 
 
 def by_token(chosen: torch.Tensor, count: int) -> np.ndarray | None:
-    """What a router chose for each token; None for other uses of the same functions."""
+    """Return a router's choice for each token; None for other uses of the same functions."""
     shape = chosen.shape
     if len(shape) > 1 and shape[:-1].numel() == count:
         return chosen.reshape(count, -1).numpy()
@@ -129,13 +129,13 @@ def by_token(chosen: torch.Tensor, count: int) -> np.ndarray | None:
 
 
 def by_layer(routes: list[list[np.ndarray]]) -> list[np.ndarray]:
-    """Each router's choice for each token, if every step has asked the same routers."""
+    """Return each router's choice for each token; empty if steps used different routers."""
     shapes = {tuple(r.shape[1] for r in step) for step in routes}
     return [np.concatenate(r) for r in zip(*routes, strict=True)] if len(shapes) == 1 else []
 
 
 def generated(model: Any) -> tuple[np.ndarray, Any]:
-    """Logits of the first token that ``generate`` writes, ``[1, V]``, and the cache it uses."""
+    """Return the logits of the first token of ``generate``, ``[1, V]``, and the cache it used."""
     used = []
 
     def look(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def examine(model_type: str, steps: Sequence[int] = STEPS) -> Result:
     try:
         result = begin(model_type, rotormlx.torch.apply(model, CONFIG))
     except ValueError as error:
-        # A model that fails on any tokens is no model that rotormlx refuses.
+        # A model that fails even without rotormlx does not count as refused.
         if failure and "must run on a few tokens" in str(error):
             return not_run
         return refused(model_type, error)
@@ -180,9 +180,10 @@ def compare(model: Any, result: Result, plain: tuple[Any, ...], steps: Sequence[
     """Read and generate with compressed caches, then with exact ones again.
 
     Args:
-        model: Compressed; exact afterwards.
-        result: Gets what came of it.
-        plain: Logits, routes, cache, what ``generated`` gave, and why it gave nothing.
+        model: Compressed model; exact again afterwards.
+        result: Receives the verdict and the errors.
+        plain: Logits, routes and cache without compression, the result of ``generated``, and the
+            reason if that failed.
         steps: Tokens in each chunk.
     """
     want, want_routes, _, want_generated, no_generation = plain
@@ -201,15 +202,15 @@ def compare(model: Any, result: Result, plain: tuple[Any, ...], steps: Sequence[
         rotormlx.torch.remove(model)
     judge(result, want, got, want_routes, routes)
     if not all(is_packed(cache, tokens, result) for cache, tokens in caches):
-        result.verdict, result.note = "differs", "a cache that was to be packed is not"
+        result.verdict, result.note = "differs", "a cache that must be packed is not"
     if not (no_generation or want_routes or is_close(want_generated[0], first)):
-        result.verdict, result.note = "differs", "generate writes another text"
+        result.verdict, result.note = "differs", "generate writes a different text"
     if not np.array_equal(read(model, steps)[0], want):
-        result.verdict, result.note = "differs", "remove does not give the model back"
+        result.verdict, result.note = "differs", "remove does not restore the model"
 
 
 def is_packed(cache: Any, tokens: int, result: Result) -> bool:
-    """Whether as many layers as were promised hold what they can in packed blocks."""
+    """Return whether as many layers as promised hold every whole block packed."""
     cache = self_attention(cache)
     layers = cache.rotor_layers if isinstance(cache, RotorCache) else []
     full = tokens // 64 * 64
@@ -217,7 +218,7 @@ def is_packed(cache: Any, tokens: int, result: Result) -> bool:
 
 
 def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
-    """What a call returns, and what it raises, in short; one of them is empty."""
+    """Return the result of a call and, if it fails, a short form of the error instead."""
     try:
         return call(), ""
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How the table of mlx-vlm's models is made: for ``scripts/coverage.py mlx-vlm``."""
+"""Examine the models of mlx-vlm, for ``scripts/coverage.py mlx-vlm``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ nearly all tokens are read from packed bytes. [Models of mlx-lm](COVERAGE.md) ex
 
 
 class MlxVlm(MlxLm):
-    """mlx-vlm and its models: tokens go to the language model, as while generating."""
+    """The host mlx-vlm and its models; tokens go to the language model, as in generation."""
 
     path = ROOT / "docs" / "COVERAGE_VLM.md"
     head = HEAD
@@ -35,32 +35,32 @@ class MlxVlm(MlxLm):
     name = "mlx-vlm"
 
     def model_types(self) -> list[str]:
-        """The packages of mlx-vlm that hold a language model."""
+        """Return the packages of mlx-vlm that contain a language model."""
         return sorted({*vlm_models.model_types(), *vlm_models.CONFIGS})
 
     def why_not_run(self, model_type: str) -> str:
-        """Why a model type is not even built; empty if it is."""
+        """Return why a model type cannot be built; empty if it can."""
         if reason := vlm_models.NOT_RUN.get(model_type):
             return reason
         known = model_type in vlm_models.CONFIGS
         return "" if known else "no configuration in tests/support/vlm_zoo.json"
 
     def build(self, model_type: str) -> Any:
-        """A float32 model with random weights."""
+        """Return a float32 model with random weights."""
         return vlm_models.build(model_type)
 
     def caches(self, model: Any) -> list[Any]:
-        """New caches for one sequence, as the host makes them."""
+        """Return new caches for one sequence, as the host makes them."""
         return make_prompt_cache(model.language_model)
 
     def forget(self, model: Any) -> None:
-        """Make a model as it was loaded: without the positions of an earlier prompt."""
+        """Remove the positions of an earlier prompt from a model."""
         vlm_models.forget(model)
 
     def begin_sequence(self, model: Any, tokens: mx.array) -> None:
-        """Give a model the positions of a new sequence ``[1, L]``, if it wants them."""
+        """Give a model the positions of a new sequence ``[1, L]``, if it needs them."""
         vlm_models.begin_sequence(model, tokens)
 
     def logits(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
-        """The logits ``[1, L, V]`` of tokens ``[1, L]``."""
+        """Return the logits ``[1, L, V]`` of tokens ``[1, L]``."""
         return vlm_models.logits(model, tokens, caches)

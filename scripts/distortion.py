@@ -1,7 +1,7 @@
-"""What each rotation costs and how well it spreads outliers: ``python scripts/distortion.py``.
+"""Measure the cost and distortion of each rotation: ``python scripts/distortion.py``.
 
 Distortion is the mean squared error of coded vectors relative to their mean square, computed with
-the float64 reference codec. It depends on no device.
+the float64 reference codec. It does not depend on the device.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ OUTLIERS, OUTLIER_SIZE = 4, 10.0
 
 
 def named(name: str, head_dim: int, seed: int) -> Rotation:
-    """A rotation of the family."""
+    """Return a rotation by name."""
     return rotation(name, head_dim, seed=seed, role=VALUE)
 
 
 def with_random_rotors(head_dim: int, seed: int) -> Rotation:
-    """The cascade with evenly distributed rotors where it has those with entries ±1/2."""
+    """Return the cascade with evenly distributed rotors in place of those with entries ±1/2."""
     rng = np.random.default_rng(seed)
     cascade = named("cascade", head_dim, seed)
     stages, columns, drawn = [], np.eye(head_dim), 0
@@ -46,13 +46,13 @@ def with_random_rotors(head_dim: int, seed: int) -> Rotation:
         matrix=columns.T,
         parameters=drawn,
         sign_bits=cascade.sign_bits - drawn,
-        # 16 multiply-adds a group of four in place of 12 additions.
+        # 16 multiply-adds per group of four in place of 12 additions.
         multiply_adds=cascade.multiply_adds + drawn,
     )
 
 
 def inputs(kind: str, head_dim: int, seed: int, rows: int = 512) -> np.ndarray:
-    """Normal rows, with four channels ten times as large if ``kind`` is ``outliers``."""
+    """Return normal rows, with four channels ten times as large if ``kind`` is ``outliers``."""
     rng = np.random.default_rng([seed, head_dim])
     x = rng.normal(size=(1, 1, rows, head_dim))
     if kind == "outliers":
@@ -61,7 +61,7 @@ def inputs(kind: str, head_dim: int, seed: int, rows: int = 512) -> np.ndarray:
 
 
 def distortion(x: np.ndarray, chosen: Rotation, bits: int) -> float:
-    """Relative mean squared error of vectors ``[1, 1, S, D]``."""
+    """Return the relative mean squared error of vectors ``[1, 1, S, D]``."""
     codec = Codec(VALUE, bits, chosen)
     decoded = reference.decode(reference.encode(x, codec), codec)
     return float(((decoded - x) ** 2).sum() / (x**2).sum())
@@ -69,7 +69,7 @@ def distortion(x: np.ndarray, chosen: Rotation, bits: int) -> float:
 
 def main(
     head_dim: int = 128,
-    seeds: Annotated[int, typer.Option(help="Rotations and inputs averaged.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Number of rotations and inputs to average over.")] = 8,
 ) -> None:
     """Print a Markdown table."""
     cases = [(kind, bits) for kind in ("normal", "outliers") for bits in (2, 3, 4, 8)]

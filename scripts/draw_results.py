@@ -2,9 +2,9 @@
 
     python scripts/draw_results.py [--output FOLDER]
 
-A figure has no numbers of its own: it is drawn from the Markdown tables of the page that shows it,
-and keeps the numbers that it shows in its metadata. ``tests/system/test_draw_results.py`` compares
-these with the tables. matplotlib comes with ``pip install -e ".[bench]"``.
+Each figure is drawn from the Markdown tables of the page that shows it, and stores the numbers that
+it shows in its metadata. ``tests/system/test_draw_results.py`` compares these numbers with the
+tables. ``pip install -e ".[bench]"`` installs matplotlib.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STYLE = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
 }
-# Okabe and Ito's colours, told apart with any colour vision.
+# The palette of Okabe and Ito, distinguishable with any colour vision.
 BLACK, BLUE, SKY, GREEN = "#000000", "#0072b2", "#56b4e9", "#009e73"
 ORANGE, RED, PINK, GREY = "#e69f00", "#d55e00", "#cc79a7", "#777777"
 
@@ -61,51 +61,51 @@ class Table:
     rows: list[list[str]]
 
     def column(self, name: str) -> list[str]:
-        """The cells of a column."""
+        """Return the cells of a column."""
         place = self.header.index(name)
         return [row[place] for row in self.rows]
 
     def numbers(self, name: str) -> list[float]:
-        """The first number of each cell of a column."""
+        """Return the first number of each cell of a column."""
         return [number(cell) for cell in self.column(name)]
 
     def row(self, name: str) -> list[str]:
-        """The cells of a row, without the first, which is its name."""
+        """Return the cells of a row without the first, which holds its name."""
         return next(row[1:] for row in self.rows if row[0] == name)
 
 
 def number(cell: str) -> float:
-    """The first number of a cell, such as 0.0012 of ``0.0012 (0.0010 to 0.0014)``."""
+    """Return the first number of a cell, such as 0.0012 of ``0.0012 (0.0010 to 0.0014)``."""
     found = re.search(r"-?\d[\d,]*(?:\.\d+)?", cell)
     if found is None:
-        raise ValueError(f"A cell must hold a number to be drawn, but it is {cell!r}.")
+        raise ValueError(f"A cell must hold a number to be drawn, but got {cell!r}.")
     return float(found[0].replace(",", ""))
 
 
 def interval(cell: str) -> list[float]:
-    """The share of a cell such as ``68.8% (62% to 75%)``, and its interval, in percent."""
+    """Return the share and its interval, in percent, of a cell such as ``68.8% (62% to 75%)``."""
     return [float(part) for part in re.findall(r"[\d.]+(?=%)", cell)]
 
 
 def divergences(table: Table) -> Iterable[tuple[str, float, float]]:
-    """Scheme, bits per value and KL of each row."""
+    """Return the scheme, bits per value and KL of each row."""
     bits, divergence = table.numbers("bits per value"), table.numbers("KL")
     return zip(table.column("scheme"), bits, divergence, strict=True)
 
 
 def pairs(first: Iterable[float], second: Iterable[float]) -> list[list[float]]:
-    """The points of a series."""
+    """Return the points of a series."""
     return [list(pair) for pair in zip(first, second, strict=True)]
 
 
 def tables(page: str, heading: str) -> list[Table]:
-    """The tables of a page between a heading and the next one."""
+    """Return the tables of a page between a heading and the next one."""
     text = (PAGES / page).read_text(encoding="utf-8")
     found = re.search(
         rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.DOTALL | re.MULTILINE
     )
     if found is None:
-        raise ValueError(f"{page} must have the heading {heading!r}, but it has not.")
+        raise ValueError(f"{page} must have the heading {heading!r}, but it does not.")
     blocks = re.findall(r"(?:^\|.*\n)+", found[1], re.MULTILINE)
     return [_table(block) for block in blocks]
 
@@ -122,7 +122,7 @@ def _table(block: str) -> Table:
 
 
 def panels(count: int, width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with axes in a row; sizes in inches."""
+    """Return a figure and its axes in one row; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(wspace=0.05)
     axes = figure.subplots(1, count, squeeze=False, **shared)[0]
@@ -130,12 +130,12 @@ def panels(count: int, width: float, height: float, **shared: Any) -> tuple[Figu
 
 
 def plain(value: float, _: int = 0) -> str:
-    """A tick without exponent: 0.001, 32,768."""
+    """Format a tick without exponent: 0.001, 32,768."""
     return f"{value:,.10g}"
 
 
 def log_axis(axis: Any, ticks: list[float] | None = None) -> None:
-    """Plain numbers on a logarithmic axis, at the given ticks or at 1, 2 and 5 of each decade."""
+    """Put plain numbers on a log axis, at the given ticks or at 1, 2 and 5 of each decade."""
     if ticks:
         axis.set_ticks(ticks)
     else:
@@ -147,7 +147,7 @@ def log_axis(axis: Any, ticks: list[float] | None = None) -> None:
 
 
 def divergence_axis(ax: Axes) -> None:
-    """A logarithmic axis of KL divergence."""
+    """Set up a logarithmic axis of KL divergence."""
     ax.set_yscale("log")
     log_axis(ax.yaxis)
     ax.set_ylabel("KL divergence, nats (log scale)")
@@ -156,7 +156,7 @@ def divergence_axis(ax: Axes) -> None:
 def label(
     ax: Axes, point: list[float], text: str, color: str, *, left: bool = False, dy: float = 0
 ) -> None:
-    """A name beside a point; ``dy`` in points keeps names apart."""
+    """Write a name beside a point; ``dy``, in points, keeps names apart."""
     ax.annotate(
         text,
         (point[0], point[1]),
@@ -192,14 +192,14 @@ PREFIXES = {
 
 
 def family(scheme: str) -> str:
-    """The family that a scheme of the rivals' tables belongs to."""
+    """Return the family of a scheme of the tables in ``rivals.md``."""
     prefix, _, rest = scheme.partition("-")
     name = PREFIXES[prefix] if rest else "rotormlx"
     return f"{name}, QJL" if "qjl" in rest else name
 
 
 def rivals_data(heading: str) -> Data:
-    """Bits per value and KL of each scheme, by family."""
+    """Return bits per value and KL of each scheme, by family."""
     (table,) = tables("rivals.md", heading)
     data: Data = {name: [] for name in FAMILIES}
     for scheme, bits, divergence in divergences(table):
@@ -208,7 +208,7 @@ def rivals_data(heading: str) -> Data:
 
 
 def lowest(points: list[list[float]]) -> list[list[float]]:
-    """The points from which no other has both fewer bits and less divergence, by bits."""
+    """Return, by bits, the points that no other point beats in both bits and divergence."""
     kept: list[list[float]] = []
     for point in sorted(points):
         if not kept or point[1] < kept[-1][1]:
@@ -217,7 +217,7 @@ def lowest(points: list[list[float]]) -> list[list[float]]:
 
 
 def draw_rivals(data: Data) -> Figure:
-    """KL over bits, a line through the best of each family."""
+    """Draw KL over bits, with a line through the best points of each family."""
     figure, (ax,) = panels(1, 7.2, 4.6)
     for name, (color, marker) in FAMILIES.items():
         best, points = lowest(data[name]), data[name]
@@ -242,14 +242,14 @@ LONG_TEXT = {"KL": "mean", "median": "median", "99 %": "99 %", "99.9 %": "99.9 %
 
 
 def long_text_data() -> Data:
-    """Mean and quantiles of the divergence at each width."""
+    """Return the mean and quantiles of the divergence at each bit width."""
     table = tables("quality.md", "A long text")[0]
     bits = table.numbers("bits per value")
     return {shown: pairs(bits, table.numbers(column)) for column, shown in LONG_TEXT.items()}
 
 
 def draw_long_text(data: Data) -> Figure:
-    """Mean and quantiles over bits."""
+    """Draw the mean and quantiles over bits."""
     figure, (ax,) = panels(1, 5.6, 3.6)
     colors = {"mean": BLACK, "median": BLUE, "99 %": ORANGE, "99.9 %": RED}
     for name, points in data.items():
@@ -262,19 +262,19 @@ def draw_long_text(data: Data) -> Figure:
 
 
 def bits_data() -> Data:
-    """Bits per value and KL of each pair of widths, by which part has more bits."""
+    """Return bits per value and KL of each pair of widths, by the part with more bits."""
     table = tables("bits.md", "Keys and values")[0]
     data: Data = {"more bits in keys": {}, "equal bits": {}, "more bits in values": {}}
     for scheme, bits, divergence in divergences(table):
         keys, values = (int(part) for part in re.findall(r"\d", scheme))
         part = "more bits in keys" if keys > values else "more bits in values"
-        if divergence > 0:  # a logarithmic axis has no place for 0.00000
+        if divergence > 0:  # a logarithmic axis cannot show 0.00000
             data["equal bits" if keys == values else part][scheme] = [bits, divergence]
     return data
 
 
 def draw_bits(data: Data) -> Figure:
-    """KL over bits; each point has the name of its scheme."""
+    """Draw KL over bits; each point is labelled with its scheme."""
     figure, (ax,) = panels(1, 6.4, 4.2)
     colors = {"more bits in keys": BLUE, "equal bits": BLACK, "more bits in values": RED}
     markers = {"more bits in keys": "^", "equal bits": "o", "more bits in values": "v"}
@@ -294,12 +294,12 @@ def draw_bits(data: Data) -> Figure:
 
 
 def exact_tokens_data() -> Data:
-    """KL of 4 and 3 bits over the sink, and over the window."""
+    """Return the KL of 4 and 3 bits over the sink, and over the window."""
     data: Data = {}
     for name, table in zip(
         ("sink", "window"), tables("exact_tokens.md", "How many exact tokens"), strict=True
     ):
-        # "0, 16, 32" is one column, since these windows keep the same.
+        # "0, 16, 32" is one column, since these windows keep the same tokens exact.
         lengths = [number(cell.split(",")[0]) for cell in table.header[1:]]
         data[name] = {
             scheme: pairs(lengths, map(number, table.row(scheme))) for scheme in ("k4v4", "k3v3")
@@ -308,7 +308,7 @@ def exact_tokens_data() -> Data:
 
 
 def draw_exact_tokens(data: Data) -> Figure:
-    """Two panels, sink and window, with one axis of divergence."""
+    """Draw two panels, sink and window, that share the divergence axis."""
     figure, axes = panels(2, 7.2, 3.4, sharey=True)
     shown = {"sink": "sink tokens (window 64)", "window": "window, tokens (sink 4)"}
     for ax, (name, series) in zip(axes, data.items(), strict=True):
@@ -331,7 +331,7 @@ NEEDLES = {
 
 
 def needles_data() -> Data:
-    """Share found and its interval, percent, of each scheme and kind of needle."""
+    """Return the share found and its interval, in percent, by kind of needle and scheme."""
     data: Data = {}
     for heading, (row, shown) in NEEDLES.items():
         (table,) = tables("needles.md", heading)
@@ -341,7 +341,7 @@ def needles_data() -> Data:
 
 
 def draw_needles(data: Data) -> Figure:
-    """A panel for each kind: a point and its interval for each scheme."""
+    """Draw one panel per kind, with a point and its interval per scheme."""
     figure, axes = panels(len(data), 7.2, 2.7, sharey=True)
     schemes = ["exact", "k4v4", "k3v3", "k2v2", "kivi-k4v4", "affine-k4v4"]
     for ax, (name, found) in zip(axes, data.items(), strict=True):
@@ -368,14 +368,14 @@ CPU_SERIES = {
 
 
 def cpu_data() -> Data:
-    """Milliseconds of a decode step over the length of the history."""
+    """Return the milliseconds of a decode step over the length of the history."""
     table = tables("speed_cpu.md", "Decode attention")[0]
     tokens = [number(cell) for cell in table.header[1:]]
     return {name: pairs(tokens, map(number, table.row(name))) for name in CPU_SERIES}
 
 
 def draw_cpu(data: Data) -> Figure:
-    """Time over history."""
+    """Draw time over history."""
     figure, (ax,) = panels(1, 7.2, 4.2)
     for name, points in data.items():
         color, line = CPU_SERIES[name]
@@ -389,7 +389,7 @@ def draw_cpu(data: Data) -> Figure:
 
 
 def gpu_data() -> Data:
-    """Milliseconds of a decode step over the length of the history, by batch, of GQA 4."""
+    """Return the milliseconds of a decode step over the history, by batch, for GQA 4."""
     table = tables("speed_gpu.md", "Decode attention")[0]
     data: Data = {}
     for row in table.rows:
@@ -403,7 +403,7 @@ def gpu_data() -> Data:
 
 
 def draw_gpu(data: Data) -> Figure:
-    """Time over history, a panel for each batch."""
+    """Draw time over history, one panel per batch."""
     figure, axes = panels(len(data), 7.2, 3.4, sharey=True)
     colors = {"flash, bfloat16": RED, "rotormlx 4 bit": BLACK, "rotormlx 3 bit": BLUE}
     for ax, (batch, series) in zip(axes, data.items(), strict=True):
@@ -427,7 +427,7 @@ def _time_axes(ax: Axes, tokens: list[float]) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: what it reads from the tables, and how that is drawn."""
+    """A figure: a function that reads its numbers from tables, and one that draws them."""
 
     read: Callable[[], Data]
     draw: Callable[[Data], Figure]
@@ -446,7 +446,7 @@ PICTURES = {
 
 
 def write(picture: Picture, path: Path) -> None:
-    """Draw a figure, with the numbers it shows as its description."""
+    """Draw a figure, and store the numbers that it shows as its description."""
     data = picture.read()
     metadata = {"Creator": None, "Date": None, "Description": json.dumps(data)}
     with mpl.rc_context(STYLE):
@@ -454,16 +454,18 @@ def write(picture: Picture, path: Path) -> None:
 
 
 def shown(path: Path) -> Data:
-    """The numbers that a figure shows."""
+    """Return the numbers that a figure shows."""
     text = path.read_text(encoding="utf-8")
     found = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
     if found is None:
-        raise ValueError(f"{path} must hold its numbers, but it does not; draw it again.")
+        raise ValueError(
+            f"{path} must hold the numbers that it shows, but it does not; draw it again."
+        )
     return json.loads(html.unescape(found[1]))
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder of the figures.")] = PAGES,
+    output: Annotated[Path, typer.Option(help="Folder for the figures.")] = PAGES,
 ) -> None:
     """Draw every figure."""
     for name, picture in PICTURES.items():

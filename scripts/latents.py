@@ -1,9 +1,13 @@
-"""What compressed latents (MLA) take, cost and save: ``python scripts/latents.py``.
+"""Measure compressed latents (MLA): ``python scripts/latents.py``.
 
-At DeepSeek-V3's shape, a latent of 512 and a RoPE part of 64 in 61 layers: bytes per token; the
-error of attention over made-up latents, which are RMS-normed, with correlated and with outlier
-channels; the divergence of random tiny models; and the time of a decode step in one layer, exact
-and compressed in turn. Prints Markdown. No real model with MLA is small enough to be had here.
+The shape is that of DeepSeek-V3: a latent of 512 and a RoPE part of 64 in 61 layers. The script
+prints Markdown tables of:
+
+- bytes per token;
+- the error of attention over synthetic RMS-normed latents with independent, correlated and outlier
+  channels;
+- the divergence of random tiny models, because no real model with MLA is small enough here;
+- the time of a decode step in one layer, exact and compressed in turn.
 """
 
 from __future__ import annotations
@@ -34,12 +38,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LATENT, ROPE, LAYERS, HEADS = 512, 64, 61, 128
 MODELS = ("deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash", "deepseek_v32")
 WIDTHS = tuple(reversed(BITS))
-# Weights of attention, and its output.
+# Weights and output of attention.
 Attended = tuple[np.ndarray, np.ndarray]
 
 
 def main(
-    tokens: Annotated[int, typer.Option(help="Tokens of the timed layer.")] = 8192,
+    tokens: Annotated[int, typer.Option(help="Tokens in the cache of the timed layer.")] = 8192,
     runs: Annotated[int, typer.Option(help="Timed steps of each kind.")] = 5,
 ) -> None:
     """Print the tables."""
@@ -50,7 +54,7 @@ def main(
 
 
 def bytes_per_token() -> None:
-    """Before and after, packed tokens."""
+    """Print the bytes per token, exact and packed."""
     exact = 2 * (LATENT + ROPE)
     print(
         "| | bytes per token and layer | of which RoPE part | per token, 61 layers "
@@ -72,7 +76,7 @@ def bytes_per_token() -> None:
 
 
 def attention_error(tokens: int = 2048, heads: int = 64) -> None:
-    """KL of the attention weights and relative error of the output, by widths and kinds."""
+    """Print KL of attention weights and relative error of outputs, by kind of latents and bits."""
     print("\n| latents | " + " | ".join(f"{b} bits: KL, error" for b in WIDTHS) + " |")
     print("|---" * (1 + len(WIDTHS)) + "|")
     for kind in ("independent channels", "correlated channels", "outlier channels"):
@@ -83,7 +87,7 @@ def attention_error(tokens: int = 2048, heads: int = 64) -> None:
         )
         exact = attention(q, q_rope, latents, rope)
         row(kind, *(f"{d[0]:.4f}, {d[1]:.3f}" for d in distances(q, q_rope, latents, rope, exact)))
-    # Ordinary keys and values of as many bits, whose scores spread as far.
+    # For comparison: ordinary keys and values with the same bits and the same spread of scores.
     rng = np.random.default_rng(0)
     keys, values = (rng.normal(size=(tokens, 128)).astype(np.float32) for _ in range(2))
     q = spread(rng.normal(size=(heads, 128)), keys, deviation=2.0 * 2**0.5)
@@ -99,26 +103,26 @@ def attention_error(tokens: int = 2048, heads: int = 64) -> None:
 def distances(
     q: np.ndarray, q_rope: np.ndarray, latents: np.ndarray, rope: np.ndarray, exact: Attended
 ) -> Iterator[tuple[float, float]]:
-    """KL and error for each width."""
+    """Yield KL and error for each bit width."""
     for bits in WIDTHS:
         cache = LatentKVCache(RotorConfig(bits, bits, sink=0, window=0))
         yield distance(attention(q, q_rope, *through(cache, latents, rope)), exact)
 
 
 def through(cache: RotorKVCache, *tokens: np.ndarray) -> list[np.ndarray]:
-    """What a cache makes of its tokens."""
+    """Return tokens as a cache decodes them."""
     cache.update_and_fetch(*(mx.array(x)[None, None] for x in tokens))
     return [np.array(decoded(view))[0, 0] for view in cache.views()]
 
 
 def distance(got: Attended, want: Attended) -> tuple[float, float]:
-    """KL of the weights, and the relative error of the output."""
+    """Return the KL of the weights and the relative error of the output."""
     kl = (want[0] * np.log(want[0] / got[0])).sum(1).mean()
     return float(kl), float(np.linalg.norm(got[1] - want[1]) / np.linalg.norm(want[1]))
 
 
 def made_latents(kind: str, tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """RMS-normed latents with a gain by channel, float32 ``[tokens, 512]``."""
+    """Return RMS-normed latents with a gain per channel, float32 ``[tokens, 512]``."""
     x, gain = rng.normal(size=(tokens, LATENT)), np.ones(LATENT)
     if kind != "independent channels":
         strengths = np.exp(rng.normal(0, 0.7, 96))
@@ -133,7 +137,7 @@ def made_latents(kind: str, tokens: int, rng: np.random.Generator) -> np.ndarray
 
 
 def made_rope(tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """RoPE parts with a constant part before their turn, float32 ``[tokens, 64]``."""
+    """Return RoPE parts that had a constant offset before RoPE, float32 ``[tokens, 64]``."""
     x = rng.normal(size=(tokens, ROPE // 2, 2)) + 3 * rng.normal(size=(ROPE // 2, 2))
     angle = np.arange(tokens)[:, None] * 10000.0 ** (-np.arange(ROPE // 2) * 2 / ROPE)
     turned = (x[..., 0] + 1j * x[..., 1]) * np.exp(1j * angle)
@@ -141,30 +145,30 @@ def made_rope(tokens: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def spread(q: np.ndarray, keys: np.ndarray, deviation: float) -> np.ndarray:
-    """Queries whose scores over these keys have this standard deviation."""
+    """Scale queries so that their scores over these keys have this standard deviation."""
     scaled: np.ndarray = q * deviation / np.std(q @ keys.T, axis=1, keepdims=True)
     return scaled
 
 
 def attention(q: np.ndarray, q_rope: np.ndarray, latents: np.ndarray, rope: np.ndarray) -> Attended:
-    """Absorbed attention."""
+    """Return absorbed attention."""
     return softmax(q @ latents.T + q_rope @ rope.T, latents)
 
 
 def ordinary(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> Attended:
-    """Ordinary attention."""
+    """Return ordinary attention."""
     return softmax(q @ keys.T, values)
 
 
 def softmax(scores: np.ndarray, values: np.ndarray) -> Attended:
-    """Weights of these scores, and the values under them."""
+    """Return the softmax of the scores, and the values weighted with it."""
     weights = np.exp(scores - scores.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
     return weights, weights @ values
 
 
 def model_divergence(tokens: int = 300) -> None:
-    """KL and median relative error of the logits of random tiny models, decode steps only."""
+    """Print KL and median relative error of logits of random tiny models, decode steps only."""
     zoo = json.loads((ROOT / "tests" / "support" / "zoo.json").read_text())
     print("\n| random model | " + " | ".join(f"{b} bits: KL, error" for b in WIDTHS) + " |")
     print("|---" * (1 + len(WIDTHS)) + "|")
@@ -186,7 +190,7 @@ def model_divergence(tokens: int = 300) -> None:
 
 
 def steps(model: Any, ids: mx.array, caches: list[Any], count: int = 40) -> mx.array:
-    """Logits of ``count`` decode steps behind a prompt that is read in chunks."""
+    """Return the logits of ``count`` decode steps after a prompt that is read in chunks."""
     prompt = ids.shape[1] - count
     for start in range(0, prompt, 60):
         mx.eval(model(ids[:, start : min(start + 60, prompt)], cache=caches))
@@ -198,7 +202,7 @@ def steps(model: Any, ids: mx.array, caches: list[Any], count: int = 40) -> mx.a
 
 
 def step_time(tokens: int, runs: int) -> None:
-    """Absorbed attention of one decode step, exact and compressed in turn."""
+    """Print the time of absorbed attention in one decode step, exact and compressed in turn."""
     latents, rope = mx.random.normal((1, 1, tokens, LATENT)), mx.zeros((1, 1, tokens, ROPE))
     queries, pe_scores = mx.random.normal((1, HEADS, 1, LATENT)), mx.zeros((1, HEADS, 1, tokens))
     scale = LATENT**-0.5
@@ -219,14 +223,14 @@ def step_time(tokens: int, runs: int) -> None:
         start = time.perf_counter()
         mx.eval(ways[name]())
         taken[name].append(time.perf_counter() - start)
-    print(f"\n| a decode step, one layer, {HEADS} heads, {tokens:,} tokens | median | least |")
+    print(f"\n| decode step, one layer, {HEADS} heads, {tokens:,} tokens | median | least |")
     print("|---|---|---|")
     for name, seconds in taken.items():
         row(name, f"{1e3 * statistics.median(seconds):.0f} ms", f"{1e3 * min(seconds):.0f} ms")
 
 
 def row(*cells: object) -> None:
-    """A line of a table."""
+    """Print one row of a table."""
     print("| " + " | ".join(map(str, cells)) + " |")
 
 

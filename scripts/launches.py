@@ -1,11 +1,11 @@
-"""Operations and kernel launches of one layer in a decode step, for every backend of MLX.
+"""Count operations and kernel launches of one layer in a decode step, for every backend of MLX.
 
     python scripts/launches.py
 
-A step is what the hook does: the cache takes a token, then its query attends. MLX's graph of both
-is made, on any machine, and never run; nothing here is measured. Nodes are MLX's operations, each
-of which costs time on the host; views among them launch nothing. The backend ``cpu`` is left out:
-it works outside MLX's graph, in one call.
+A step does what the hook does: the cache takes a token, then its query attends. The script builds
+MLX's graph of both on any machine and never runs it; it measures no time. Nodes are MLX's
+operations, each of which costs time on the host; views among them launch nothing. The backend
+``cpu`` is left out, because it works outside MLX's graph, in one call.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BACKENDS: dict[str, type[MLXBackend]] = {
     "mlx_cuda": cuda.MLXCUDABackend,
 }
 KV_HEADS, REPEATS, HEAD_DIM = 8, 4, 128
-# Operations that only look at memory in another way, where it lies in rows, as it does in caches.
+# Operations that only view contiguous memory, such as that of caches, in another layout.
 VIEWS = frozenset(
     {
         *("Broadcast", "BroadcastAxes", "Contiguous", "Depends", "ExpandDims", "Flatten"),
@@ -50,17 +50,17 @@ Arrays = list[mx.array]
 
 
 class Counted(NamedTuple):
-    """Nodes of a graph, and kernels that they launch."""
+    """Numbers of nodes in a graph and of kernels that they launch."""
 
     nodes: int
     launches: int
 
 
 class Step(NamedTuple):
-    """A decode step behind so many tokens.
+    """A decode step after ``tokens`` tokens.
 
-    dtype: Of queries, keys and values.
-    mask, sink_logits: As of :func:`attend_view`.
+    dtype: Dtype of queries, keys and values.
+    mask, sink_logits: Arguments of :func:`attend_view`.
     """
 
     tokens: int
@@ -72,14 +72,14 @@ class Step(NamedTuple):
 
 
 def count(function: Callable[[mx.array], Arrays], array: mx.array) -> Counted:
-    """Of a function's graph."""
+    """Count the nodes and launches of a function's graph."""
     drawn = io.StringIO()
 
     def draw(given: mx.array) -> mx.array:
         mx.export_to_dot(drawn, *function(given))
         return given
 
-    # What is exported does not matter: only there MLX makes kernels of devices that are missing.
+    # The export itself is not used, but only inside it does MLX build kernels of missing devices.
     mx.export_function(lambda event: None, draw, array)
     names = dict(re.findall(r"\{ (\d+) \[label =\"(\w+)\"", drawn.getvalue()))
     inputs = re.findall(r"-> (\d+)$", drawn.getvalue(), re.MULTILINE)
@@ -89,13 +89,13 @@ def count(function: Callable[[mx.array], Arrays], array: mx.array) -> Counted:
 def _launches(name: str, inputs: int) -> int:
     if name in VIEWS:
         return 0
-    # A padded array is filled, then written to; arrays are joined one by one.
+    # Padding launches a fill and a copy; concatenation launches one copy per array.
     return {"Pad": 2, "Concatenate": inputs}.get(name, 1)
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """The backend of this name, whose graphs are made and not run."""
+    """Use the backend of this name to build graphs that are never run."""
     backend = BACKENDS[name]()
     with (
         mock.patch.object(attention, "backend", return_value=backend),
@@ -108,7 +108,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def _drawn_cuda_kernel(*, shared_memory: int, **options: Any) -> Callable[..., Arrays]:
-    """A kernel for a graph, where MLX is built without CUDA."""
+    """Return a kernel that can be in a graph even if MLX is built without CUDA."""
     return mx.fast.metal_kernel(**options)
 
 
@@ -120,7 +120,7 @@ def _forget_kernels() -> None:
 
 
 def counted(name: str, step: Step) -> tuple[Counted, Counted]:
-    """What the cache's update takes with a backend, and what attention takes."""
+    """Return the counts of the cache's update and of attention with a backend."""
     config = RotorConfig(rotation=step.rotation)
     random = mx.random.normal((step.batch, KV_HEADS, step.tokens, HEAD_DIM)).astype(step.dtype)
     cache = RotorKVCache(config)

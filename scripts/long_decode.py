@@ -1,12 +1,12 @@
-"""Memory and time per token of a long decode: memory as the format says, time without drift.
+"""Measure memory and time per token of a long decode.
 
     python scripts/long_decode.py [--tokens 20000] [--key-bits 4] [--value-bits 4]
 
-A tiny random model decodes token by token. A line every 2,000 tokens: the time of a token (the
-10th percentile, which other work on the machine disturbs little), what
-the cache's arrays take, and what the report had foreseen. The attention reads the whole history, so
-the time grows linearly with it; the last column is the time that a straight line through
-them leaves over.
+A tiny random model decodes token by token. Every 2,000 tokens, a row shows the time per token (the
+10th percentile, which other work on the machine disturbs little), the bytes of the cache's arrays,
+and the bytes that the report predicts. Attention reads the whole history, so the time must grow
+linearly with it; the last column is the deviation from a straight line. The exit status is 1 if the
+bytes differ from the prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVERY = 2000
 
 
 def main() -> int:
-    """Decode, print the table, and return 1 if memory is not what was foreseen."""
+    """Decode, print the table, and return 1 if memory differs from the prediction."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--key-bits", type=int, default=4)
@@ -56,7 +56,7 @@ def main() -> int:
             break
     counts, typical_ms = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
     line = np.polynomial.Polynomial.fit(counts, typical_ms, 1)
-    print("tokens      ms a token   bytes        foreseen     off the line")
+    print("tokens      ms per token bytes        predicted    off the line")
     for tokens, typical, size, foreseen in rows:
         off = 100 * (typical / line(tokens) - 1)
         print(f"{tokens:<11,} {typical:<12.3f} {size:<12,} {foreseen:<12,} {off:+.1f} %")

@@ -1,9 +1,9 @@
 """Make the test vectors that every backend must reproduce: ``python scripts/make_vectors.py``.
 
-The inputs are multiples of 1/32 below 4, exact in float16 and bfloat16, so that block means are
-exact in any order of summation. Rows are redrawn until every coordinate keeps its distance from
-every decision boundary and every scale from every rounding tie: then words, scales and centres
-must agree bit for bit, whatever the order in which a backend adds.
+The inputs are multiples of 1/32 below 4. They are exact in float16 and bfloat16, so block means are
+exact in any order of summation. Rows are redrawn until every coordinate is far enough from every
+decision boundary, and every scale far enough from every rounding tie. Then words, scales and
+centres must agree bit for bit, in whatever order a backend adds.
 
 Source: docs/FORMAT.md, section 9.
 """
@@ -25,20 +25,20 @@ from rotormlx.config import RotorConfig
 DIRECTORY = Path(__file__).parent.parent / "tests" / "vectors"
 
 GRID = 32
-# Smallest distance of a coordinate z from a boundary, and of the sums of two paths; float32 errors
-# are a tenth of it.
+# Smallest distance of a coordinate z from a boundary, and smallest difference of the sums of two
+# paths; float32 errors are a tenth of it.
 BOUNDARY_MARGIN = 1e-5
 # Smallest distance of a scale from a tie, in units of its last place; float32 errors are 4e-4.
 TIE_MARGIN = 0.01
 
 SINK, TAIL, LENGTH, REPEATS = 3, 9, 2, 3
-# The last block is not full, so lanes behind the last token must be ignored.
+# The last block is not full, so lanes after the last token must be ignored.
 MISSING = 7
 SHOWN_TOKENS, SHOWN_ROWS = 3, 4
 
 
 class Case(NamedTuple):
-    """One file: a rotation at one head_dim, all code widths, with a channel scale or without."""
+    """One file: one rotation at one head_dim, at all code widths, with or without channel scale."""
 
     rotation: str
     head_dim: int
@@ -67,7 +67,7 @@ CASES = (
 
 
 def make(case: Case) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata of one file."""
+    """Return the arrays and the metadata of one file."""
     rng = np.random.default_rng([CASES.index(case)])
     arrays: dict[str, np.ndarray] = {}
     exact: dict[str, np.ndarray] = {}
@@ -78,7 +78,7 @@ def make(case: Case) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     for role in ROLES:
         codecs = [_codec(case, bits, role) for bits in codebook.BITS]
         x = _grid(rng, (batch, heads, case.blocks * BLOCK, head_dim), offset=role == KEY)
-        # Fixed before rows are redrawn, so it is an input, near the one that `prefill` would take.
+        # Fixed before rows are redrawn, so it is an input; it is close to the scale of `prefill`.
         scale = _channel_scale(case, x, codecs[0])
         _keep_margins(x, codecs, scale, rng)
         arrays |= {f"{role}.prefill": reference.prefill_scale(x[:1, :, :BLOCK], codecs[0])}
@@ -131,7 +131,7 @@ def _codec(case: Case, bits: int, role: str) -> Codec:
 
 
 def _grid(rng: np.random.Generator, shape: tuple[int, ...], *, offset: bool) -> np.ndarray:
-    """Normal numbers with channels of unequal size, and an offset a channel, on the grid."""
+    """Return normal numbers on the grid, with unequal sizes and offsets per channel."""
     spread = rng.uniform(0.2, 1.2, shape[-1])
     middle = rng.uniform(-1.5, 1.5, shape[-1]) if offset else 0.0
     steps = np.round((rng.normal(size=shape) * spread + middle) * GRID)
@@ -149,7 +149,7 @@ def _keep_margins(
 ) -> None:
     """Redraw rows in place until all keep the margins.
 
-    A step added to one row is taken from another of its block, so that the centre stays.
+    A step added to one row is subtracted from another of its block, so the centre does not change.
     """
     blocks = x.reshape(*x.shape[:2], -1, BLOCK, x.shape[-1])
     while (bad := _too_close(x, codecs, scale)).any():
@@ -162,7 +162,7 @@ def _keep_margins(
 
 
 def _too_close(x: np.ndarray, codecs: list[Codec], scale: np.ndarray | None) -> np.ndarray:
-    """Which rows ``[B, K, N, 64]`` come too close to a boundary or a tie at any code width."""
+    """Return which rows ``[B, K, N, 64]`` are too close to a boundary or a tie at any width."""
     bad = np.zeros((*x.shape[:2], x.shape[2] // BLOCK, BLOCK), bool)
     for chosen in codecs:
         packed = reference.encode(x, chosen, channel_scale=scale)
@@ -180,7 +180,7 @@ def _too_close(x: np.ndarray, codecs: list[Codec], scale: np.ndarray | None) -> 
 
 
 def _boundary_distance(z: np.ndarray, chosen: Codec) -> np.ndarray:
-    """How far each number is from the next boundary."""
+    """Return the distance of each number from the nearest boundary."""
     size = np.abs(z)
     limits = np.concatenate([[0], codebook.boundaries(chosen.bits).astype(np.float64)])
     right = np.clip(np.searchsorted(limits, size), 0, len(limits) - 1)
@@ -188,7 +188,7 @@ def _boundary_distance(z: np.ndarray, chosen: Codec) -> np.ndarray:
 
 
 def _path_margin(z: np.ndarray, chosen: Codec) -> np.ndarray:
-    """How much the cheapest path that another choice at each number would lead to costs more."""
+    """Return how much more the cheapest path with another choice at each number costs."""
     if chosen.role == KEY:
         z = np.swapaxes(z, -1, -2)
     _, margins = trellis.encode_with_margins(z, chosen.bits)
@@ -196,7 +196,7 @@ def _path_margin(z: np.ndarray, chosen: Codec) -> np.ndarray:
 
 
 def _tie_distance(packed: Packed, z: np.ndarray, norm: np.ndarray, chosen: Codec) -> np.ndarray:
-    """How far each scale was from being rounded the other way, in units of the last place."""
+    """Return the distance of each scale from a rounding tie, in units of the last place."""
     level = reference.levels(reference.unpack(packed.words, chosen), chosen)
     along = np.maximum((level * z).sum(-1), chosen.head_dim / 2)
     scale = chosen.shrink * norm[..., 0] * np.sqrt(chosen.head_dim) / along
@@ -204,7 +204,9 @@ def _tie_distance(packed: Packed, z: np.ndarray, norm: np.ndarray, chosen: Codec
     return 0.5 - error / np.spacing(packed.scales).astype(np.float64)
 
 
-def main(directory: Annotated[Path, typer.Argument(help="Where to write.")] = DIRECTORY) -> None:
+def main(
+    directory: Annotated[Path, typer.Argument(help="Folder for the test vectors.")] = DIRECTORY,
+) -> None:
     """Write all test vectors."""
     directory.mkdir(parents=True, exist_ok=True)
     for case in CASES:

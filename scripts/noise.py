@@ -1,8 +1,8 @@
-"""What rounding adds to a measured divergence: ``python scripts/noise.py``.
+"""Measure how much rounding adds to a divergence: ``python scripts/noise.py``.
 
-Reads SmolLM2-135M-Instruct through the exact cache in chunks of other lengths, through ours with
-nothing packed, and in another dtype: right computations of the same thing, which differ by rounding
-alone. Prints Markdown.
+SmolLM2-135M-Instruct reads a text with the exact cache in chunks of other lengths, with a rotormlx
+cache that packs nothing, and in another dtype. All are correct computations of the same function
+and differ only by rounding. The script prints Markdown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Make = Callable[[int], Any]
 
 
 def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) -> None:
-    """Print the divergence that arithmetic alone makes, beside that of 4 bits."""
+    """Print the divergence due to rounding alone, next to that of 4 bits."""
     model, tokenizer = mlx_lm.load(str(demo_model.fetch()))[:2]
     ids = tokenizer.encode(default_text()[: 8 * tokens])[:tokens]
     exact = schemes.scheme(schemes.EXACT).make
@@ -46,7 +46,9 @@ def main(tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217) ->
             return scoring.score(model, ids, caches, chunk=chunk)
 
     print(
-        "| reference: the exact cache in | against it | KL | 95 % | top-1 |\n" + "| --- " * 5 + "|"
+        "| reference: the exact cache in | compared with it | KL | 95 % | top-1 |\n"
+        + "| --- " * 5
+        + "|"
     )
 
     def compare(reference: Scores, dtype: str, label: str, other: Scores) -> None:

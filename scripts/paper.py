@@ -1,8 +1,8 @@
-"""The tables of the RotorQuant paper, measured again: ``python scripts/paper.py``.
+"""Measure the tables of the RotorQuant paper again: ``python scripts/paper.py``.
 
-Writes docs/results/paper.md. Everything but the table on a real model is computed with float32
-numpy and depends on no device. Source of the claims: J. D. Pope, RotorQuant, technical report,
-March 2026.
+The script writes docs/results/paper.md. Everything except the table of a real model is computed
+with float32 numpy and does not depend on the device. Source of the claims: J. D. Pope, RotorQuant,
+technical report, March 2026.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from rotormlx.mlx import hosts
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "paper.md"
 TEMPLATE = Path(__file__).with_name("paper.md.jinja")
 HEAD_DIM = 128
-VECTORS, PAIRS = 2048, 3008  # the paper: 2000 and 3000; whole blocks of 64 here
+VECTORS, PAIRS = 2048, 3008  # the paper has 2000 and 3000; these are whole blocks of 64
 SEEDS = 8
 PUBLISHED = {"dense": "TurboQuant", "rotor3": "RotorQuant"}
 
-# The paper's figures. Its tables 1, 4, 5 and 7.
+# Figures from tables 1, 4, 5 and 7 of the paper.
 CLAIMED_MSE = {
     "dense": {1: 0.361, 2: 0.116, 3: 0.034, 4: 0.009},
     "rotor3": {1: 0.457, 2: 0.197, 3: 0.081, 4: 0.032},
@@ -57,13 +57,13 @@ CLAIMED_MODEL = {
 
 
 def unit_vectors(count: int, seed: int) -> np.ndarray:
-    """Random unit vectors, float32 ``[1, 1, count, D]``."""
+    """Return random unit vectors, float32 ``[1, 1, count, D]``."""
     x = np.random.default_rng(seed).normal(size=(1, 1, count, HEAD_DIM))
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def distortion(name: str, bits: int) -> float:
-    """Mean squared error of unit vectors with their norm as scale, as published."""
+    """Return the mean squared error of unit vectors, with their norm as scale as published."""
     errors = []
     for seed in range(SEEDS):
         x = unit_vectors(VECTORS, seed)
@@ -73,7 +73,7 @@ def distortion(name: str, bits: int) -> float:
 
 
 def our_distortion(name: str, bits: int) -> float:
-    """The same with the scale that the packed format gives values."""
+    """Return the mean squared error with the scale that the packed format gives values."""
     errors = []
     for seed in range(SEEDS):
         x = unit_vectors(VECTORS, seed)
@@ -84,9 +84,9 @@ def our_distortion(name: str, bits: int) -> float:
 
 
 def products(name: str, bits: int, *, qjl: bool) -> tuple[float, float, float, float]:
-    """Bias, slope, RMSE and correlation of inner products of independent unit vectors.
+    """Return bias, slope, RMSE and correlation of inner products of independent unit vectors.
 
-    The slope is that of estimated against true products by least squares: 1 without bias.
+    The slope is the least-squares slope of estimated over true products: 1 without bias.
     """
     results = []
     for seed in range(SEEDS):
@@ -102,7 +102,7 @@ def products(name: str, bits: int, *, qjl: bool) -> tuple[float, float, float, f
 
 
 def parameters() -> list[list[str]]:
-    """Numbers and work of every rotation."""
+    """Return the rows of parameters and multiply-adds of every rotation."""
     claimed = {"dense": ("16,399", "16,384"), "rotor3": ("372", "about 100 and about 2,400")}
     rows = []
     for name in ROTATIONS:
@@ -122,7 +122,7 @@ def parameters() -> list[list[str]]:
 
 
 def distortions() -> list[list[str]]:
-    """Mean squared errors of unit vectors."""
+    """Return the rows of mean squared errors of unit vectors."""
     rows = []
     for name in ROTATIONS:
         cells = []
@@ -137,7 +137,7 @@ def distortions() -> list[list[str]]:
 
 
 def inner_products() -> list[list[str]]:
-    """Inner products with and without the QJL correction."""
+    """Return the rows of inner products with and without the QJL correction."""
     rows = []
     for bits in (2, 3, 4):
         for name in (*PUBLISHED, "cascade"):
@@ -161,7 +161,7 @@ def inner_products() -> list[list[str]]:
 
 
 def real_model(tokens: int, progress: Progress) -> list[list[str]]:
-    """Attention of SmolLM2-135M: every layer and head, the last 64 queries."""
+    """Return the rows of attention of SmolLM2-135M: all layers and heads, last 64 queries."""
     model, tokenizer = mlx_lm.load(str(demo_model.fetch(progress)))[:2]
     ids = tokenizer.encode(default_text()[: 8 * tokens])[: tokens + 1]
     with hosts.MLX_LM.in_place(), numpy_linear(), attention_error.record_queries() as latest:
@@ -205,13 +205,13 @@ def real_model(tokens: int, progress: Progress) -> list[list[str]]:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def page(tokens: int, progress: Progress) -> str:
-    """The whole of docs/results/paper.md."""
+    """Return the text of docs/results/paper.md."""
     places = ("rotation", "parameters, claimed", "real numbers", "signs", "multiply-adds, claimed")
     widths = [f"{bits} bit, {whose}" for bits in (1, 2, 3, 4) for whose in ("claimed", "ours")]
     pairs = ("rotation", "bits", "claimed", "bias", "slope", "RMSE", "correlation")
@@ -232,8 +232,8 @@ def page(tokens: int, progress: Progress) -> str:
 
 
 def main(
-    tokens: Annotated[int, typer.Option(help="Tokens of the real model's text.")] = 1024,
-    output: Annotated[Path, typer.Option(help="Where to write.")] = PAGE,
+    tokens: Annotated[int, typer.Option(help="Tokens that the real model reads.")] = 1024,
+    output: Annotated[Path, typer.Option(help="File to write.")] = PAGE,
 ) -> None:
     """Write the page."""
     with Progress() as progress:

@@ -1,4 +1,4 @@
-"""Run the demo and keep its table as a picture: ``python scripts/picture.py``."""
+"""Run the demo, and save its table as a picture: ``python scripts/picture.py``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rotormlx.cli import demo
 PICTURE = Path(__file__).parent.parent / "docs" / "demo.svg"
 
 
-def main(output: Annotated[Path, typer.Argument(help="Where to write.")] = PICTURE) -> None:
-    """Write what ``rotormlx demo`` prints as an SVG picture."""
+def main(output: Annotated[Path, typer.Argument(help="File to write.")] = PICTURE) -> None:
+    """Write the output of ``rotormlx demo`` as an SVG picture."""
     console = Console(record=True, width=88)
     demo.run(console=console)
     console.save_svg(str(output), title="rotormlx demo")

@@ -1,13 +1,13 @@
-"""Our codec and published ones on one text, at their true bits.
+"""Compare our codec with published ones on one text, at their true bits.
 
     python scripts/rivals.py [--model DIRECTORY] [--gguf-file NAME] [--schemes '...']
 
-A model of transformers reads a text in chunks of 64 tokens, in float32: through its own cache, and
-through each scheme of ``rotormlx quality``. Ours is the real cache of ``rotormlx.torch``, attention
-over packed bytes included; the others are the simulated caches of ``rotormlx quality``. Both leave
-alone what is not full attention. Prints Markdown as results come.
+A model of transformers reads a text in chunks of 64 tokens, in float32, through its own cache and
+through each scheme of ``rotormlx quality``. Our schemes use the real cache of ``rotormlx.torch``,
+with attention over packed bytes; the others use the simulated caches of ``rotormlx quality``. Both
+compress only layers with full attention. The script prints Markdown as results come.
 
-By default everything is packed but 4 sink tokens and the chunk being read.
+By default, everything is packed except 4 sink tokens and the chunk being read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OPTIONS = {
     "turboquant-": (",qjl",),
     "exl3-": (",compander",),
 }
-# The best at equal bits; KVarN's own preset is k4v2.
+# The best families at equal bits, also with more bits in keys; KVarN's own preset is k4v2.
 UNEQUAL, BEST = ("k3v2", "k4v2", "k4v3"), ("", "kvarn-", "kivi-")
 COLUMNS = ("scheme", "bits per value", "exact tokens", "KL", "95 %", "median", "99.9th", "top-1")
 
@@ -58,7 +58,7 @@ class SimulatedLayer(DynamicLayer):
         self.held = held
 
     def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **options: Any) -> Any:
-        """As transformers calls it; new tokens are exact in what is returned."""
+        """Add tokens, and return all keys and values, new tokens exact; transformers calls this."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = (mx.array(x.numpy()) for x in (key_states, value_states))
@@ -69,7 +69,7 @@ class SimulatedLayer(DynamicLayer):
 
 @contextmanager
 def our_cache(model: Any, config: RotorConfig) -> Iterator[tuple[Any, Callable[[], float]]]:
-    """A real cache of the torch companion, and what tells its bits per value."""
+    """Yield a real cache of the torch companion, and a function for its bits per value."""
     apply(model, config)
     cache = RotorCache(model.config, config)
 
@@ -87,7 +87,7 @@ def our_cache(model: Any, config: RotorConfig) -> Iterator[tuple[Any, Callable[[
 
 @contextmanager
 def simulated_cache(model: Any, chosen: Scheme) -> Iterator[tuple[Any, Callable[[], float]]]:
-    """A cache whose growing layers are simulated, and what tells its bits per value."""
+    """Yield a cache with simulated growing layers, and a function for its bits per value."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for index in growing_layers(cache.layers):
         cache.layers[index] = SimulatedLayer(chosen.make(index))
@@ -97,7 +97,7 @@ def simulated_cache(model: Any, chosen: Scheme) -> Iterator[tuple[Any, Callable[
 
 @torch.inference_mode()
 def log_probabilities(model: Any, ids: Tensor, cache: Any, first: int) -> Tensor:
-    """Of what follows each token from ``first`` on, ``[N, V]``."""
+    """Return the log probabilities after each token from ``first`` on, ``[N, V]``."""
     rows = [
         model(ids[:, start : start + CHUNK], **{cache_name(model): cache}).logits[0]
         for start in range(0, ids.shape[1] - 1, CHUNK)
@@ -106,20 +106,22 @@ def log_probabilities(model: Any, ids: Tensor, cache: Any, first: int) -> Tensor
 
 
 def packed_tokens(cache: Any) -> int:
-    """Tokens that every compressed layer holds packed."""
+    """Return the number of tokens that every compressed layer holds packed."""
     if isinstance(cache, RotorCache):
         return cache.packed_tokens
     return min(x.held.packed_tokens for x in cache.layers if isinstance(x, SimulatedLayer))
 
 
 def row(model: Any, ids: Tensor, exact: Tensor, chosen: Scheme) -> str:
-    """One line of the table."""
+    """Return one row of the table."""
     first, config = ids.shape[1] - 1 - len(exact), chosen.config
     opened = simulated_cache(model, chosen) if config is None else our_cache(model, config)
     with opened as (cache, bits):
         found = log_probabilities(model, ids, cache, first)
         if packed_tokens(cache) < ids.shape[1] - CHUNK - first:
-            raise RuntimeError(f"Predictions must read packed tokens, but {chosen.name} has none.")
+            raise RuntimeError(
+                f"Predictions must read packed tokens, but {chosen.name} has too few."
+            )
         true_bits = bits()
     kl = (exact.exp() * (exact - found)).sum(-1).double().numpy()
     low, high = mean_interval(kl)
@@ -132,7 +134,7 @@ def row(model: Any, ids: Tensor, exact: Tensor, chosen: Scheme) -> str:
 
 
 def default_schemes() -> Iterator[str]:
-    """All families at 2, 3 and 4 bits, and more bits in the keys; 4 sink tokens and no window."""
+    """Yield all families at 2, 3 and 4 bits, and with more key bits; 4 sink tokens, no window."""
     for bits in ("k2v2", "k3v3", "k4v4"):
         yield from _named(bits, FAMILIES)
     yield from _named("k4v4", ("nvfp4-",))
@@ -147,21 +149,25 @@ def _named(bits: str, families: tuple[str, ...]) -> Iterator[str]:
 
 
 def read(names: list[str]) -> list[Scheme]:
-    """Schemes by name; only those that have a cache in torch."""
+    """Return schemes by name; refuse those without a cache in torch."""
     chosen = [scheme(name) for name in names]
     for one in chosen:
         simulated = isinstance(one.make(0), SimulatedCache)
         if one.transform or not (simulated or one.config):
             raise typer.BadParameter(
-                f"A scheme must be simulated, or ours without a calibration, but {one.name!r} was "
-                "given; use rotormlx quality for it."
+                f"A scheme must be simulated, or ours without a calibration, but got {one.name!r}; "
+                "use rotormlx quality for it."
             )
     return chosen
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="A directory; SmolLM2-135M if none.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in it.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; SmolLM2-135M by default.")
+    ] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option(help="A GGUF file in the model directory.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217,
     schemes: Annotated[str | None, typer.Option(help="Schemes, separated by spaces.")] = None,
 ) -> None:

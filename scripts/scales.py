@@ -1,12 +1,12 @@
-"""How the scale of a row, and the noise taken off scores, decide the divergence.
+"""Measure how row scales, and noise subtracted from scores, change the divergence.
 
     python scripts/scales.py [--model DIRECTORY] [--gguf-file NAME] [--figure docs/scales.png]
 
-A model of transformers reads a text in chunks of 64 tokens, in float32. Before each chunk, all
-whole blocks behind 4 sink tokens are replaced by what they decode to, with each row's scale moved
-between least squares (exponent 0) and the one without bias (1), and scores of packed keys may have
-the noise of the codes taken off. Format 2 is (1, 0.75, noise). Prints Markdown. docs/CODES.md
-explains it and shows the results.
+A model of transformers reads a text in chunks of 64 tokens, in float32. Before each chunk, the
+script encodes and decodes all whole blocks after 4 sink tokens. The exponent of a row's scale runs
+from least squares (0) to the scale without bias (1). The noise of the codes can be subtracted from
+the scores of packed keys. Format 2 is (1, 0.75, noise). The script prints Markdown; docs/CODES.md
+explains the method and shows the results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rotormlx.measure.text import default_text
 from rotormlx.torch import torch_ops
 
 SINK, FIRST = 4, 192
-# Exponents of keys and of values, and whether noise is taken off scores.
+# Exponents of keys and of values, and whether noise is subtracted from scores.
 CHOICES = (
     (0.0, 0.0, False),
     (0.5, 0.5, False),
@@ -49,10 +49,10 @@ FIGURE_LAYER = 10
 
 
 def coded(x: Tensor, bits: int, layer: int, role: str, exponent: float) -> tuple[Tensor, Tensor]:
-    """Whole blocks ``[B, K, N * 64, D]`` as they decode, and their scales ``[B, K, N * 64]``.
+    """Return whole blocks ``[B, K, N * 64, D]`` decoded, and their scales ``[B, K, N * 64]``.
 
     With a the angle between a row and its levels, least squares makes the decoded row cos(a) times
-    as long as the row, and an inner product without bias 1 / cos(a) times.
+    as long as the row; inner products without bias need 1 / cos(a) times.
     """
     made = codec(RotorConfig(bits, bits), x.shape[-1], layer=layer, role=role)
     packed = torch_ops.encode(x, made)
@@ -67,11 +67,11 @@ def coded(x: Tensor, bits: int, layer: int, role: str, exponent: float) -> tuple
 
 
 class CodedLayer(DynamicLayer):
-    """A cache layer of transformers whose whole blocks are coded before new tokens come.
+    """A cache layer of transformers that codes its whole blocks before it adds new tokens.
 
     Args:
-        layer: Its index.
-        bits: Bits of keys and of values; 0 for exact ones.
+        layer: Index of the layer.
+        bits: Bits of keys and of values; 0 keeps them exact.
         choice: One of ``CHOICES``.
     """
 
@@ -82,7 +82,7 @@ class CodedLayer(DynamicLayer):
         self.noise: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **options: Any) -> Any:
-        """As transformers calls it."""
+        """Code whole blocks, then add new tokens; transformers calls this."""
         whole = (self.get_seq_length() - self.done) // BLOCK * BLOCK
         if whole > 0 and self.bits:
             part = slice(self.done, self.done + whole)
@@ -110,7 +110,7 @@ def attend(
     mask: Any,
     **rest: Any,
 ) -> Any:
-    """Attention of transformers, with the noise of each token taken off its score."""
+    """Compute attention with the noise of each token subtracted from its score."""
     noise = layers[module.layer_idx].noise
     length, tokens = query.shape[2], key.shape[2]
     if mask is None:
@@ -128,7 +128,7 @@ def attend(
 
 @torch.inference_mode()
 def log_probabilities(model: Any, ids: Tensor, bits: int, choice: Any = CHOICES[0]) -> Tensor:
-    """Of what follows each token from ``FIRST`` on, ``[N, V]``; exact with 0 bits."""
+    """Return log probabilities after each token from ``FIRST`` on, ``[N, V]``; 0 bits is exact."""
     cache = DynamicCache()
     count = model.config.get_text_config().num_hidden_layers
     cache.layers = layers = [CodedLayer(layer, bits, choice) for layer in range(count)]
@@ -144,7 +144,7 @@ def log_probabilities(model: Any, ids: Tensor, bits: int, choice: Any = CHOICES[
 
 @torch.inference_mode()
 def scores(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries ``[H, 64, D]`` of the last tokens of one layer, and its keys ``[K, S, D]``."""
+    """Return the last 64 queries of one layer, ``[H, 64, D]``, and its keys ``[K, S, D]``."""
     found = {}
 
     def attention(module: Any, query: Tensor, key: Tensor, *more: Any, **options: Any) -> Any:
@@ -159,7 +159,7 @@ def scores(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(model: Any, ids: Tensor, path: Path, bits: int = 2) -> None:
-    """Scores of packed keys less that of their centre, against the exact ones; two scales."""
+    """Plot scores of packed keys over exact scores, less the centre's score, for two scales."""
     query, keys = scores(model, ids)
     whole = (keys.shape[1] - SINK) // BLOCK * BLOCK
     keys = keys[None, :, SINK : SINK + whole]
@@ -186,11 +186,15 @@ def draw(model: Any, ids: Tensor, path: Path, bits: int = 2) -> None:
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="A directory; SmolLM2-135M if none.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in it.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; SmolLM2-135M by default.")
+    ] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option(help="A GGUF file in the model directory.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1217,
     bits: Annotated[list[int] | None, typer.Option(help="Bits of keys and values.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Only draw the figure, there.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Only draw the figure, to this file.")] = None,
 ) -> None:
     """Print the divergence for each choice."""
     directory, more = model or demo_model.fetch(), {"gguf_file": gguf_file} if gguf_file else {}

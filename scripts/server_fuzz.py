@@ -1,11 +1,11 @@
-"""Malformed requests against ``rotormlx server``: none ends it, and its memory comes back.
+"""Send malformed requests to ``rotormlx server``: none ends it, and all memory is freed.
 
     python scripts/server_fuzz.py [--requests 2000] [--model PATH] [--draft-model PATH]
 
-Without --model a tiny random model is made. Only a server on the loopback address is asked, which
-this program starts itself. Requests are drawn from a seed: bodies that are no JSON, every parameter
-with values of every type, absurd lengths, other models, raw bytes in place of HTTP. After every 50
-a well-formed request must be answered with the text that it had at first.
+Without --model, the script makes a tiny random model. It only contacts a server on the loopback
+address that it starts itself. Requests are drawn from a seed: bodies that are not JSON, every
+parameter with values of every type, absurd lengths, other models, raw bytes in place of HTTP. After
+every 50 requests, a well-formed request must get the same text as at the start.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ RAW = (
 
 @dataclass
 class Result:
-    """What became of the requests.
+    """The outcome of the requests.
 
     Args:
-        statuses: How many got which status; 0 is no answer at all.
-        failed: Requests after which the server did not do what it should.
-        before: What ``/health`` said of memory before them.
-        after: And after them.
-        seconds: How long they took.
+        statuses: Number of requests by status; 0 means no answer.
+        failed: Requests after which the server did not behave as required.
+        before: Memory before the requests, from ``/health``.
+        after: Memory after the requests, from ``/health``.
+        seconds: Time that the requests took.
     """
 
     statuses: Counter[int] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ class Result:
 
 
 def post(port: int, path: str, body: bytes) -> tuple[int, bytes]:
-    """Send a body; returns status and answer, 0 if the connection was closed without one."""
+    """Send a body; return status and answer, with status 0 if the connection closed without one."""
     connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -99,7 +99,7 @@ def post(port: int, path: str, body: bytes) -> tuple[int, bytes]:
 
 
 def send_raw(port: int, request: bytes) -> int:
-    """Send bytes and close our side; returns the status, 0 for none."""
+    """Send bytes and close this side; return the status, 0 for none."""
     with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
         try:
             connection.sendall(request)
@@ -112,7 +112,7 @@ def send_raw(port: int, request: bytes) -> int:
 
 
 def malformed(chance: random.Random) -> tuple[str, bytes]:
-    """A path and a body with one to three parameters, mostly one, that are likely wrong."""
+    """Return a path and a body with one to three likely wrong parameters, mostly one."""
     path = chance.choice(PATHS)
     if chance.random() < 0.1:
         return path, chance.choice(BODIES)
@@ -121,22 +121,22 @@ def malformed(chance: random.Random) -> tuple[str, bytes]:
     for name in chance.sample(PARAMETERS, chance.choice((1, 1, 1, 2, 3))):
         body[name] = chance.choice(VALUES)
     if isinstance(body["max_tokens"], int) and 2 < body["max_tokens"] <= 2**20:
-        body["max_tokens"] = 2  # well-formed, and only slow
+        body["max_tokens"] = 2  # well-formed, but slow
     return path, json.dumps(body).encode()
 
 
 def fuzz(
     port: int, *, requests: int, seed: int = 0, every: int = 50, same_text: bool = True
 ) -> Result:
-    """Send malformed requests, and a good one now and then.
+    """Send malformed requests, and a good request at regular intervals.
 
     Args:
-        port: Of the server.
-        requests: How many.
-        seed: Selects them.
-        every: After so many a good one is sent.
-        same_text: Whether it must be answered with the same text. With a draft model and prompt
-            caches it is not, without rotormlx either (docs/MLX_LM.md).
+        port: Port of the server.
+        requests: Number of malformed requests.
+        seed: Seed of the requests.
+        every: Number of malformed requests between two good ones.
+        same_text: Whether good requests must get the same text each time. With a draft model and
+            prompt caches they do not, even without rotormlx (docs/MLX_LM.md).
     """
     chance, result = random.Random(seed), Result()
     good = json.dumps(GOOD).encode()
@@ -160,19 +160,21 @@ def fuzz(
             if status != 200 or (same_text and not is_same):
                 result.failed.append(f"after {number + 1}: a good request got {status} {answer!r}")
     result.seconds = time.monotonic() - start
-    time.sleep(1)  # the last batch goes after its last answer
+    time.sleep(1)  # the last batch is freed after its last answer
     result.after = server_load.health(port)["rotormlx"]
     if result.after["restarts"]:
-        result.failed.append(f"generation began anew {result.after['restarts']} times")
+        result.failed.append(f"generation restarted {result.after['restarts']} times")
     return result
 
 
 def main() -> int:
-    """Fuzz a server and print what came of it."""
+    """Fuzz a server, and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, help="a directory; a tiny random model by default")
+    parser.add_argument(
+        "--model", type=Path, help="directory of a model; a tiny random model by default"
+    )
     parser.add_argument("--draft-model", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:

@@ -1,11 +1,11 @@
-"""Many clients at once against ``rotormlx server``: no crash, no mixed-up text, memory back.
+"""Load ``rotormlx server`` with many clients: no crash, no mixed-up text, all memory freed.
 
     python scripts/server_load.py [--requests 200] [--clients 32] [--model PATH]
 
-Without --model a tiny random model is made. Each client streams completions over HTTP: prompts of 5
-to 600 tokens, many of which continue an earlier one (so that the prompt cache is used), some
-cancelled in the middle, some malformed. Every prompt comes more than once, alone first, so the text
-of a run alone is known.
+Without --model, the script makes a tiny random model. Each client streams completions over HTTP,
+with prompts of 5 to 600 tokens. Many prompts continue an earlier one, so that the prompt cache is
+used. Some requests are cancelled in the middle, and some are malformed. Every prompt first runs
+alone, which gives the text that later runs must match.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ TIMEOUT_S = 300
 
 @dataclass
 class Result:
-    """What became of the requests.
+    """The outcome of the requests.
 
     Args:
-        completed: Streams read to the end.
-        cancelled: Streams that the client left in the middle.
-        refused: Malformed requests that got a status of 4xx.
-        reused: Completed streams that found tokens in the prompt cache.
-        mixed_up: Streams whose text is not that of the run alone.
-        failed: Anything else.
-        tokens: Tokens that were generated in completed streams.
-        seconds: From the first request to the last answer.
+        completed: Number of streams read to the end.
+        cancelled: Number of streams that the client closed in the middle.
+        refused: Number of malformed requests that got a status of 4xx.
+        reused: Number of completed streams that found tokens in the prompt cache.
+        mixed_up: Streams whose text differs from that of the prompt run alone.
+        failed: All other failures.
+        tokens: Number of tokens generated in completed streams.
+        seconds: Time from the first request to the last answer.
     """
 
     completed: int = 0
@@ -56,7 +56,7 @@ class Result:
 
 @contextmanager
 def free_port() -> Iterator[int]:
-    """A port of the loopback address that is free when this context ends."""
+    """Yield a port of the loopback address that is free when this context ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         yield int(free.getsockname()[1])
@@ -64,7 +64,7 @@ def free_port() -> Iterator[int]:
 
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[int]:
-    """Run a server in a process of its own; gives its port."""
+    """Run a server in its own process, and yield its port."""
     with free_port() as port:
         pass
     command = [sys.executable, "-m", "rotormlx", "server", "--model", str(model)]
@@ -83,14 +83,16 @@ def serving(model: Path, *options: str) -> Iterator[int]:
                 except OSError:
                     time.sleep(0.5)
             log.seek(0)
-            raise RuntimeError(f"[server_load] The server did not start:\n{log.read()}")
+            raise RuntimeError(
+                f"[server_load] The server must start, but it did not:\n{log.read()}"
+            )
         finally:
             process.terminate()
             process.wait(30)
 
 
 def health(port: int) -> dict:
-    """What the server says at ``/health``."""
+    """Return the answer of the server at ``/health``."""
     connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     connection.request("GET", "/health")
     answer: dict = json.loads(connection.getresponse().read())
@@ -99,7 +101,7 @@ def health(port: int) -> dict:
 
 
 def stream(port: int, prompt: str, max_tokens: int, leave_after: int | None = None) -> dict:
-    """Stream one completion; leaves after so many pieces if that is given."""
+    """Stream one completion; stop after ``leave_after`` pieces if that is given."""
     connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     body = {
         "prompt": prompt,
@@ -139,7 +141,7 @@ MALFORMED = (
 
 
 def malformed(port: int, body: bytes) -> int:
-    """Send something that is no request; returns the status."""
+    """Send a malformed request, and return the status."""
     connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     connection.request("POST", "/v1/completions", body)
     status = connection.getresponse().status
@@ -151,10 +153,10 @@ def load(port: int, *, requests: int, clients: int, seed: int = 0) -> Result:
     """Send requests from several clients at once and compare every text with that of a run alone.
 
     Args:
-        port: Of the server.
-        requests: How many, all kinds together.
-        clients: How many at a time.
-        seed: Selects prompts and lengths.
+        port: Port of the server.
+        requests: Number of requests of all kinds.
+        clients: Number of clients at a time.
+        seed: Seed of prompts and lengths.
     """
     chance = random.Random(seed)
     shared = [" ".join(chance.choices(WORDS, k=chance.randint(20, 90))) for _ in range(3)]
@@ -164,7 +166,7 @@ def load(port: int, *, requests: int, clients: int, seed: int = 0) -> Result:
             chance.choices(WORDS, k=chance.randint(1, 30))
         )
         prompts.append(chance.choice([*shared, ""]) + own)
-    # Each alone, at its longest: a shorter run is a beginning of it.
+    # Each prompt alone with the most tokens: a run with fewer tokens gives a prefix of it.
     longest = 40
     alone = [stream(port, prompt, longest)["text"] for prompt in prompts]
 
@@ -208,11 +210,13 @@ def load(port: int, *, requests: int, clients: int, seed: int = 0) -> Result:
 
 
 def main() -> int:
-    """Load a server and print what came of it."""
+    """Load a server, and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--model", type=Path, help="a directory; a tiny random model by default")
+    parser.add_argument(
+        "--model", type=Path, help="directory of a model; a tiny random model by default"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = args.model

@@ -1,11 +1,11 @@
-"""A server with its own exact caches and with compressed ones: do both give the same texts?
+"""Compare the texts of a server with its own exact caches and with compressed ones.
 
     python scripts/servers.py vllm-mlx --env DIR
 
-DIR is the environment that the server is installed in, with rotormlx (docs/SERVERS.md has the
-commands). A small model is made whose answers stand in nothing but the cache: its last layer is
-solved so that every conversation below has an answer of its own, eight random letters. The server
-runs twice, without and with ROTORMLX, and gets the same 30 requests; nothing else is changed.
+DIR is the environment in which the server and rotormlx are installed (docs/SERVERS.md has the
+commands). The script makes a small model whose answers depend only on the cache: its last layer is
+solved so that every conversation below has its own answer, eight random letters. The server runs
+twice, without and with ROTORMLX, and gets the same 30 requests; nothing else changes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ ANSWER_TOKENS = 8
 DOCUMENT_LETTERS = 400
 START_SECONDS = 300
 
-# The tokens are bytes; every role ends in a byte that no text has.
+# Tokens are bytes. Each message ends with a newline, which no text contains.
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-# Runs in every process of the server: writes how many bytes all caches of layers hold, now and at
-# most. It knows them from the time that they are made.
+# Runs in every process of the server. It records each layer cache when it is made, and writes how
+# many bytes all of them hold now, and the most that they have held.
 PROBE = """
 import json, os, sys, threading, time, weakref
 
@@ -86,7 +86,7 @@ def watch():
                 base.__new__ = new
         try:
             now = held()
-        except RuntimeError:  # another thread made one meanwhile
+        except RuntimeError:  # another thread made a cache meanwhile
             continue
         most = max(most, sum(size for _, size in now.values()))
         with open(path + ".new", "w") as file:
@@ -99,14 +99,14 @@ threading.Thread(target=watch, daemon=True).start()
 
 @dataclass(frozen=True)
 class Server:
-    """How a server is started, for a model and a port, in an environment.
+    """The command of a server, and the files and pages that belong to it.
 
     Args:
-        command: Its program and options; ``{model}`` and ``{port}`` are filled in.
-        name: What requests call the model.
-        files: What it reads besides: contents by name, in the folder that it runs in.
-        stored: Where its prompt caches lie on disk, in that folder, if they do.
-        stats: Its own page about its caches.
+        command: Program and options; ``{model}`` and ``{port}`` are filled in.
+        name: Name of the model in requests.
+        files: Names and contents of files that the server reads from its working folder.
+        stored: Subfolder of that folder with the prompt caches on disk, if the server has one.
+        stats: Path of the server's own page about its caches.
     """
 
     command: tuple[str, ...]
@@ -152,12 +152,16 @@ SERVERS = {
 
 
 def main() -> None:
-    """Run one server twice."""
+    """Run one server twice, and compare its texts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("server", choices=SERVERS)
-    parser.add_argument("--env", type=Path, required=True, help="where it is installed")
+    parser.add_argument(
+        "--env", type=Path, required=True, help="environment in which the server is installed"
+    )
     parser.add_argument("--setting", default="8,window=0", help="ROTORMLX of the second run")
-    parser.add_argument("--option", action="append", default=[], help="another one of the server")
+    parser.add_argument(
+        "--option", action="append", default=[], help="one more option of the server"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -171,14 +175,14 @@ def main() -> None:
                 began = time.time()
                 answers.append(talk(ask))
                 took = time.time() - began
-                time.sleep(2)  # the last look at the caches
+                time.sleep(2)  # lets the probe look at the caches once more
                 print(f"ROTORMLX={setting or ''}: {len(answers[-1])} requests, {took:.0f} s")
                 report(server, run, ask, setting)
     compare(*answers)
 
 
 def compare(exact: list[str], compressed: list[str]) -> None:
-    """Say how many texts are equal, and where the others differ first."""
+    """Print how many texts are equal, and where the others first differ."""
     known = sum(text == answer for text, answer in zip(exact, expected(), strict=True))
     print(f"exact caches: {known} of {len(exact)} texts are the answers of the model")
     equal = sum(a == b for a, b in zip(exact, compressed, strict=True))
@@ -194,14 +198,14 @@ def compare(exact: list[str], compressed: list[str]) -> None:
 
 
 def document(index: int) -> dict[str, str]:
-    """A system prompt that all conversations about a document share."""
+    """Return the system prompt that all conversations about a document share."""
     topics = pydoc_data.topics.topics
     text = " ".join(topics[sorted(topics)[5 + 3 * index]].split())
     return {"role": "system", "content": re.sub(r"[^ -~]", " ", text)[:DOCUMENT_LETTERS]}
 
 
 def conversation(index: int, *questions: int) -> list[dict[str, str]]:
-    """A conversation about a document; all questions but the last are answered."""
+    """Return a conversation about a document; all questions but the last are answered."""
     messages = [document(index)]
     for turn, question in enumerate(questions):
         messages.append({"role": "user", "content": QUESTIONS[question]})
@@ -212,12 +216,12 @@ def conversation(index: int, *questions: int) -> list[dict[str, str]]:
 
 
 def answer(*key: int) -> str:
-    """The answer to a conversation, eight letters that follow from nothing else."""
+    """Return the answer to a conversation: eight letters that depend only on ``key``."""
     letters = random.Random(repr(key)).choices(string.ascii_lowercase, k=ANSWER_TOKENS)
     return "".join(letters)
 
 
-# What is asked, in order: one after the other, then at once; and whether as a stream.
+# A request: document and questions, and whether the answer is streamed.
 Asked = tuple[tuple[int, ...], bool]
 ONE_BY_ONE: list[Asked] = [
     ((index, *questions), stream)
@@ -232,16 +236,16 @@ AT_ONCE: list[Asked] = [
 
 
 def expected() -> list[str]:
-    """The answers to all requests."""
+    """Return the answers to all requests."""
     return [answer(*key) for key, _ in ONE_BY_ONE + AT_ONCE]
 
 
 class Client:
-    """Asks a server.
+    """A client of a server.
 
     Args:
-        port: Where it listens.
-        model: Its name for the model.
+        port: Port of the server.
+        model: Name of the model in requests.
     """
 
     def __init__(self, port: int, model: str) -> None:
@@ -249,7 +253,7 @@ class Client:
         self.model = model
 
     def __call__(self, asked: Asked) -> str:
-        """The text that comes for one request."""
+        """Return the text that the server gives for one request."""
         key, stream = asked
         body = {
             "model": self.model,
@@ -272,13 +276,13 @@ class Client:
         return "".join(delta.get("content") or "" for delta in choices)
 
     def get(self, path: str) -> str:
-        """A page of the server."""
+        """Return a page of the server."""
         with urllib.request.urlopen(self.address + path, timeout=START_SECONDS) as response:
             return str(response.read().decode())
 
 
 def talk(ask: Client) -> list[str]:
-    """The texts of all requests."""
+    """Return the texts of all requests: first one by one, then those sent at once."""
     one_by_one = [ask(asked) for asked in ONE_BY_ONE]
     with ThreadPoolExecutor(len(AT_ONCE)) as threads:
         return one_by_one + list(threads.map(ask, AT_ONCE))
@@ -291,7 +295,7 @@ def talk(ask: Client) -> list[str]:
 def running(
     server: Server, env: Path, model: str, run: Path, setting: str | None, options: list[str]
 ) -> Iterator[Client]:
-    """A server that answers, in a folder of its own that is its home too."""
+    """Run a server in its own folder, which is also its home, and yield a client of it."""
     port, inner_port = free_port(), free_port()
     filled = {"model": model, "port": port, "inner_port": inner_port}
     program, *arguments = (part.format(**filled) for part in server.command)
@@ -302,7 +306,7 @@ def running(
     (run / "probe" / "sitecustomize.py").write_text(PROBE, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "ROTORMLX"}
     environment |= {
-        "HOME": str(run),  # some keep prompt caches there, which the other run must not find
+        "HOME": str(run),  # some servers keep prompt caches there; the other run must not find them
         "TMPDIR": str(run),
         "PYTHONPATH": str(run / "probe"),
         "CACHE_BYTES": str(run / "bytes"),
@@ -356,14 +360,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """Return a port that no process listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def report(server: Server, run: Path, ask: Client, setting: str | None) -> None:
-    """Print what rotormlx said and what the caches hold; end if nothing was compressed."""
+    """Print the log lines of rotormlx and the sizes of caches; exit if compression is wrong."""
     compressed = False
     for log in sorted(run.rglob("*.log")):
         lines = log.read_text(errors="replace").splitlines()
@@ -392,9 +396,9 @@ def report(server: Server, run: Path, ask: Client, setting: str | None) -> None:
 def make_model(directory: Path) -> str:
     """Write a random model whose last layer gives each conversation its answer.
 
-    The hidden states of a random model tell one conversation from the others by what its attention
-    finds in the cache. The weights of the last layer are the least-squares solution of: the next
-    letter of the answer scores one, all other tokens zero.
+    The hidden states of a random model differ between conversations because its attention reads
+    different caches. The weights of the last layer are the least-squares solution for which the
+    next letter of the answer scores one and all other tokens score zero.
     """
     import mlx.core as mx  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
@@ -405,7 +409,7 @@ def make_model(directory: Path) -> str:
 
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
     model = models.build("llama", **sizes)
-    for layer in model.layers:  # so that more of a hidden state comes from the cache
+    for layer in model.layers:  # so that the hidden states depend more on the cache
         attention = layer.self_attn
         attention.q_proj.weight = attention.q_proj.weight * 4
         attention.o_proj.weight = attention.o_proj.weight * 8

@@ -1,9 +1,9 @@
-"""How exact a prefix is that was trimmed out of a longer prompt.
+"""Measure the error of a prefix that was trimmed from a longer prompt.
 
     python scripts/trimmed_prefix.py
 
-SmolLM2-135M-Instruct in float32 reads a text and 300 tokens more, forgets those again, and predicts
-what comes next; against the exact cache. Prints Markdown.
+SmolLM2-135M-Instruct in float32 reads a text and 300 more tokens, trims these, and predicts the
+next tokens. The predictions are compared with those of the exact cache. The script prints Markdown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rotormlx.measure.text import default_text
 KEPT = (300, 400, 520, 650, 777)
 MORE = 300
 PREDICTED = 32
-CHUNK = 512  # as mlx-lm reads a prompt
+CHUNK = 512  # the length in which mlx-lm reads a prompt
 
 
 class Reader:
@@ -38,21 +38,21 @@ class Reader:
         self.ids = mx.array(tokenizer.encode(default_text()[: 8 * tokens])[:tokens])[None]
 
     def read(self, caches: list[Any], start: int, stop: int) -> list[Any]:
-        """Read tokens ``start`` to ``stop``; gives the caches."""
+        """Read tokens ``start`` to ``stop``, and return the caches."""
         for first in range(start, stop, CHUNK):
             part = slice(first, min(first + CHUNK, stop))
             mx.eval(self.model(self.ids[:, part], cache=caches), [c.state for c in caches])
         return caches
 
     def predict(self, caches: list[Any], start: int) -> npt.NDArray[np.float32]:
-        """Logarithms of the probabilities of what follows each of the next tokens, ``[N, V]``."""
+        """Return the log probabilities after each of the next tokens, ``[N, V]``."""
         logits = self.model(self.ids[:, start : start + PREDICTED], cache=caches)[0]
         logits = logits.astype(mx.float32)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
 def divergences(reader: Reader, bits: int, kept: int) -> tuple[float, float, float]:
-    """KL of a prefix alone, trimmed by mlx-lm's function, and trimmed by ours and read again."""
+    """Return the KL of a prefix alone, trimmed by mlx-lm, and trimmed by ours and read again."""
     exact = reader.predict(reader.read([KVCache() for _ in reader.model.layers], 0, kept), kept)
     config = rotormlx.RotorConfig(bits, bits)
     alone = reader.read(rotormlx.make_prompt_cache(reader.model, config), 0, kept)

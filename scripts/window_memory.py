@@ -1,6 +1,6 @@
-"""What the caches of models with sliding windows or chunked attention take, windows packed or not.
+"""Print the cache sizes of models with sliding windows or chunked attention, packed or not.
 
-Models of their real shapes are made without weights: nothing is computed.
+Models have their real shapes but no weights; nothing is computed.
 
     python scripts/window_memory.py
 """
@@ -17,7 +17,7 @@ import rotormlx
 TOKENS = (8_192, 32_768, 131_072)
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-# Model type, and what of its public config.json the caches depend on.
+# Model type, and the fields of its public config.json that the caches depend on.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3 4B": (
         "gemma3_text",
@@ -85,12 +85,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# What caches do not depend on.
+# Fields that caches do not depend on.
 REST = {"hidden_size": 256, "intermediate_size": 64, "vocab_size": 64, "rms_norm_eps": 1e-5}
 
 
 def model(model_type: str, shape: dict[str, Any]) -> Any:
-    """A model of this shape in bfloat16, whose weights are never computed."""
+    """Return a model of this shape in bfloat16 whose weights are never computed."""
     module = importlib.import_module(f"mlx_lm.models.{model_type}")
     arguments = REST | shape | {"model_type": model_type}
     if model_type == "llama4":
@@ -102,12 +102,12 @@ def model(model_type: str, shape: dict[str, Any]) -> Any:
 
 
 def megabytes(size: int) -> str:
-    """In units of 1000."""
+    """Format bytes as MB of 10^6 bytes."""
     return f"{size / 1e6:,.0f}"
 
 
 def main() -> None:
-    """Print a table in Markdown: MB of exact caches, of windows left exact, of windows packed."""
+    """Print a Markdown table: MB of exact caches, with windows left exact, with windows packed."""
     columns = " | ".join(f"{tokens:,} tokens" for tokens in TOKENS)
     print(f"| model | windows | {columns} |\n|---|---|{'---|' * len(TOKENS)}")
     for name, (model_type, shape) in SHAPES.items():

@@ -1,4 +1,4 @@
-"""Builds what mkdocs cannot find in ``docs/``: pages from elsewhere in the repository, and the CLI.
+"""Build the pages that are not in ``docs/``: files from elsewhere in the repository, and the CLI.
 
 mkdocs calls the functions named ``on_*``; ``mkdocs.yml`` lists this file under ``hooks``.
 """
@@ -51,7 +51,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point links at pages of the site; a link to another file becomes the name of that file."""
+    """Point links at pages of the site, and replace links to other files with file names."""
     uri = page.file.src_uri
     return site_links(markdown, ORIGINS.get(uri, f"docs/{uri}"))
 
@@ -62,10 +62,10 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Refuse a page that a browser would need a network for."""
+    """Refuse a page for which a browser would need a network."""
     found = _FETCHED.search(output)
     if found:
-        raise PluginError(f"{page.file.src_uri} loads from the network: {found[0]}")
+        raise PluginError(f"{page.file.src_uri} must not load from the network, but has {found[0]}")
     return output
 
 
@@ -73,11 +73,14 @@ def site_links(markdown: str, origin: str) -> str:
     """Rewrite the links of a page for the site.
 
     Args:
-        markdown: The page.
-        origin: Its file, relative to the repository.
+        markdown: Text of the page.
+        origin: File of the page, relative to the repository.
+
+    Returns:
+        The text with links to pages of the site, and file names in place of other links.
 
     Raises:
-        PluginError: If a link leads to no file.
+        PluginError: If the target of a link does not exist.
     """
 
     def rewrite(match: re.Match[str]) -> str:
@@ -87,7 +90,9 @@ def site_links(markdown: str, origin: str) -> str:
         path, sign, anchor = target.partition("#")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
         if not (REPOSITORY / path).exists():
-            raise PluginError(f"{origin} links to {target}, but there is no {path}")
+            raise PluginError(
+                f"Links must lead to files, but {origin} links to {target} and there is no {path}"
+            )
         if path in INCLUDED or path.startswith("docs/"):
             relative = posixpath.relpath(_page(path), posixpath.dirname(_page(origin)) or ".")
             return f"[{text}]({relative}{sign}{anchor})"
@@ -99,7 +104,7 @@ def site_links(markdown: str, origin: str) -> str:
 
 
 def _page(path: str) -> str:
-    """The page of a file, as the site names it."""
+    """Return the path of a file's page in the site."""
     return INCLUDED.get(path, path.removeprefix("docs/"))
 
 
@@ -107,10 +112,10 @@ def _page(path: str) -> str:
 
 
 def command_page() -> str:
-    """The reference of the command line, from the commands themselves."""
+    """Return the reference page of the command line, built from the commands."""
     group: Any = typer.main.get_command(app)
     commands = {name: group.get_command(None, name) for name in group.list_commands(None)}
-    # Declared once in options.py, so that one table is true of all commands that have them.
+    # options.py declares these once, so one table holds for all commands that have them.
     shared = dict.fromkeys(
         record
         for name, command in commands.items()
@@ -118,8 +123,8 @@ def command_page() -> str:
     )
     parts = [
         "# Commands",
-        "This page is built from the commands. `rotormlx COMMAND --help` shows the same, and the "
-        "options of mlx-lm where a command takes them.",
+        "This page lists the commands of rotormlx and their options. `rotormlx COMMAND --help` "
+        "shows the same and, for commands that take them, the options of mlx-lm.",
         "## Options of rotormlx",
         "Commands that run a model with compressed caches share these options.",
         _table("option", shared),
@@ -143,7 +148,7 @@ def _context(name: str, command: Any) -> Any:
 
 
 def _records(name: str, command: Any, kind: str, panel: str | None = None) -> list[tuple[str, str]]:
-    """Names and help of a command's parameters of a kind; of one panel of its help, or of all."""
+    """Return names and help of a command's parameters of a kind, from one help panel or all."""
     shown = [p for p in command.params if p.param_type_name == kind and "--help" not in p.opts]
     if panel is not None:
         shown = [p for p in shown if p.rich_help_panel == panel]

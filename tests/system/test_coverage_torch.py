@@ -85,9 +85,9 @@ def examined(monkeypatch, function, replacement) -> Result:
 def test_a_promise_that_is_not_kept_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     report = coverage_torch.rotormlx.torch.report
     result = examined(monkeypatch, "apply", report)
-    assert (result.verdict, result.note) == ("differs", "a cache that was to be packed is not")
+    assert (result.verdict, result.note) == ("differs", "a cache that must be packed is not")
 
 
 def test_a_model_that_stays_compressed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     result = examined(monkeypatch, "remove", lambda model: None)
-    assert (result.verdict, result.note) == ("differs", "remove does not give the model back")
+    assert (result.verdict, result.note) == ("differs", "remove does not restore the model")

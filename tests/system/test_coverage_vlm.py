@@ -88,7 +88,7 @@ def test_a_promise_that_is_not_kept_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(rotormlx, "apply", promise)
     result = MlxVlm().examine("llama", STEPS)
-    assert (result.verdict, result.note) == ("differs", "a cache that was to be packed is not")
+    assert (result.verdict, result.note) == ("differs", "a cache that must be packed is not")
 
 
 def test_a_model_that_stays_compressed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,4 +96,4 @@ def test_a_model_that_stays_compressed_is_found(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(rotormlx, "remove", lambda model: None)
         result = MlxVlm().examine("llama", STEPS)
     hosts.MLX_VLM.remove()
-    assert (result.verdict, result.note) == ("differs", "remove does not give the model back")
+    assert (result.verdict, result.note) == ("differs", "remove does not restore the model")

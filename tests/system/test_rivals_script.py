@@ -125,7 +125,7 @@ def test_row_refuses_what_packs_nothing(model: Any, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["exact", "affine-k4v4", "k4v4:calibrated=scale"])
 def test_read_refuses(name: str) -> None:
-    with pytest.raises(typer.BadParameter, match=re.escape(f"{name!r} was given")):
+    with pytest.raises(typer.BadParameter, match=re.escape(f"got {name!r}")):
         rivals.read([name])
 
 

@@ -235,5 +235,5 @@ def test_builds_are_compared_byte_by_byte(tmp_path, capsys):
     with pytest.raises(SystemExit, match="differ in times or order"):
         check_wheel.compare(first.parent, second.parent)
     (second.parent / "b.whl").touch()
-    with pytest.raises(SystemExit, match="files of the same names"):
+    with pytest.raises(SystemExit, match="files with the same names"):
         check_wheel.compare(first.parent, second.parent)
