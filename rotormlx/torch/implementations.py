@@ -42,7 +42,7 @@ def set_attention(model: PreTrainedModel, name: str, cache_name: str) -> Impleme
         What :func:`restore` gives back.
 
     Raises:
-        ValueError: If transformers cannot replace the model's attention; nothing is changed then.
+        ValueError: If transformers cannot replace the model's attention; the model is unchanged then.
     """
     former = _implementations(model)
     try:
