@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -365,10 +364,10 @@ def _what_failed(error: Exception) -> str:
 
 
 def brief(error: Exception) -> str:
-    """Return the kind and the first sentence of an error, at most 200 characters of it."""
+    """Return the kind and the first sentence of an error."""
     # Only the first sentence: a wrong argument to mx makes it list all signatures.
     first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {textwrap.shorten(first, 200, placeholder=' ...')}"
+    return f"{type(error).__name__}: {first}"
 
 
 # ---- the report ---------------------------------------------------------------------------------

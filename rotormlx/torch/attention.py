@@ -105,9 +105,8 @@ def checked(
     if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":
         # We leave out masks as sdpa does. Others do not, so with them this one would be causal.
         raise ValueError(
-            "[RotorCache] Attention without a mask must be causal, unless its implementation was "
-            f"sdpa before, but that of {type(module).__name__} is not; use the model without "
-            "rotormlx."
+            f"[RotorCache] Attention without a mask must be causal, or have been sdpa before, but "
+            f"{type(module).__name__}'s is not; use the model without rotormlx."
         )
     return key
 

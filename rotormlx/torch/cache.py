@@ -159,9 +159,8 @@ def growing_layers(layers: list[Any], *, holds_latents: bool = False) -> list[in
 
 def nothing_to_compress(layers: list[Any]) -> str:
     """Return what a refusal says of a model none of whose layers grows."""
-    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-    has = f"its layers are {kinds}" if layers else "it has no layers"
-    return f"at least one layer with full attention to be compressed, but {has}"
+    has = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
+    return f"at least one layer with full attention to be compressed, but all it has is {has}"
 
 
 def is_compressed(cache: Any) -> bool:

@@ -169,6 +169,6 @@ def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any
         asked.append("output_attentions")
     if asked:
         raise ValueError(
-            f"[RotorCache] Compressed attention does not support {' and '.join(asked)}, which "
-            f"{type(module).__name__} passes to it; use the model without rotormlx."
+            f"[RotorCache] Compressed attention knows no {' and no '.join(asked)}, but "
+            f"{type(module).__name__} asks for it; use the model without rotormlx."
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,7 +75,7 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
             compressed cache cannot do.
     """
     if any(kind.__name__ in _READERS for kind in type(model).__mro__):
-        reason = "its generate must not read keys and values from the cache, but does"
+        reason = "its generate must leave keys and values in the cache, but reads them"
         raise _refusal(model, reason)
     caches = own_cache(model)
     own = self_attention(caches)
@@ -135,12 +134,11 @@ def own_cache(model: PreTrainedModel) -> Any:
     try:
         prepare(model, settings, made, GenerationMode.GREEDY_SEARCH, 1, sum(PROBE_TOKENS))
     except Exception as error:  # what is wrong with a configuration shows in any way
-        reason = f"transformers must create its cache, but raises {brief(error)}"
-        raise _refusal(model, reason) from error
+        raise _refusal(model, f"transformers must make its cache, but {brief(error)}") from error
     cache = made.get(name)
     own = self_attention(cache)
     if own is None:
-        raise _refusal(model, "generate must create its cache, but creates none for this model")
+        raise _refusal(model, "generate must make its cache, but makes none for this model")
     if type(own) is not DynamicCache:
         raise _refusal(model, f"its cache must be a DynamicCache, but is a {type(own).__name__}")
     return cache
@@ -152,9 +150,9 @@ def self_attention(cache: Any) -> Any:
 
 
 def brief(error: Exception) -> str:
-    """Return the kind and the first sentence of an error, at most 200 characters of it."""
+    """Kind and first sentence of an error."""
     first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {textwrap.shorten(first, 200, placeholder=' ...')}"
+    return f"{type(error).__name__}: {first}"
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> ValueError:

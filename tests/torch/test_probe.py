@@ -25,12 +25,12 @@ REFUSED = {
     "diffllama": "torch.chunk on them",
     "doge": ".transpose on them",
     "jetmoe": ".repeat on them",
-    "bigbird_pegasus": "unless its implementation was sdpa before, but that of BigBird",
-    "minimax": "creates none for this model",
-    "gemma2": "not support softcap, which Gemma2Attention",
-    "seq2seq/t5": "not support position_bias, which T5Attention",
-    "speech/whisper": "generate must not read keys and values from the cache, but does",
-    "gpt_neo": "must let transformers replace its attention",
+    "bigbird_pegasus": "must be causal, or have been sdpa before, but BigBird",
+    "minimax": "makes none for this model",
+    "gemma2": "no softcap, but Gemma2Attention",
+    "seq2seq/t5": "no position_bias, but T5Attention",
+    "speech/whisper": "generate must leave keys and values in the cache, but reads them",
+    "gpt_neo": "must let its attention be set",
     "rwkv": "must take a cache named cache",
     "mistral": "head_dim must be a multiple of 8",
 }
@@ -68,7 +68,7 @@ def layers_of(model):
     [
         (
             lambda keys, values: (keys * 2, values),
-            "compressed keys of layer 0 to attention unchanged, but uses mul on",
+            "compressed keys of layer 0 must reach attention untouched, but the model uses mul on",
         ),
         (
             lambda keys, values: (torch.cat([keys, keys], 2)[:, :, ::2], values),
@@ -179,7 +179,7 @@ def test_an_exact_layer_that_asks_for_too_much_is_seen():
     sliding = layers_of(model)[0].self_attn
     forward = sliding.forward
     sliding.forward = lambda *args, **kwargs: forward(*args, softcap=30.0, **kwargs)
-    with pytest.raises(ValueError, match="not support softcap, which GptOssAttention passes"):
+    with pytest.raises(ValueError, match="knows no softcap, but GptOssAttention asks for it"):
         rt.apply(model)
 
 

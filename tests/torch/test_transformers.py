@@ -249,7 +249,7 @@ def test_another_attention_is_refused_before_generating(llama):
 def test_another_attention_is_refused_later(rotor_llama, attention):
     cache = rt.RotorCache(rotor_llama.config)
     rotor_llama.set_attn_implementation(attention)
-    with pytest.raises(ValueError, match="keys of layer 0 to attention unchanged"):
+    with pytest.raises(ValueError, match="keys of layer 0 must reach attention untouched"):
         rotor_llama(tokens(5), **{CACHE: cache})
     with pytest.raises(RuntimeError, match="never reached attention in layer 0"):
         rotor_llama(tokens(5), **{CACHE: cache})
@@ -261,7 +261,7 @@ def test_models_that_cannot_be_compressed_are_refused():
         rt.apply(model)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("rotormlx")
-    with pytest.raises(ValueError, match="full attention to be compressed, but its layers are Dyn"):
+    with pytest.raises(ValueError, match="full attention to be compressed, but all it has is Dyn"):
         rt.RotorCache(model.config)
     with pytest.raises(ValueError, match="head_dim must be a multiple of 8"):
         rt.apply(build("llama", head_dim=44))
@@ -277,11 +277,11 @@ def test_an_attention_that_asks_for_more_is_refused(rotor_llama):
     keys, values = cache.update(torch.ones(1, 2, 3, 32), torch.ones(1, 2, 3, 32), 0)
     forward = torch.ones(1, 4, 3, 32), keys, values, None
     function = rotor_llama_attention()
-    with pytest.raises(ValueError, match="not support softcap, which LlamaAttention passes"):
+    with pytest.raises(ValueError, match="no softcap, but LlamaAttention asks"):
         function(attention, *forward, softcap=30.0)
-    with pytest.raises(ValueError, match="not support dropout"):
+    with pytest.raises(ValueError, match="no dropout"):
         function(attention, *forward, dropout=0.1)
-    with pytest.raises(ValueError, match="not support block_indices, which LlamaAttention passes"):
+    with pytest.raises(ValueError, match="no block_indices, but LlamaAttention asks"):
         function(attention, *forward, block_indices=torch.ones(3))
     with pytest.raises(ValueError, match=r"must be causal, or .* but LlamaAttention's is not"):
         function(attention, *forward, is_causal=False)
