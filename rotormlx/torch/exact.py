@@ -169,6 +169,7 @@ def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any
         asked.append("output_attentions")
     if asked:
         raise ValueError(
-            f"[RotorCache] Compressed attention knows no {' and no '.join(asked)}, but "
-            f"{type(module).__name__} asks for it; use the model without rotormlx."
+            f"[RotorCache] The model passes {' and '.join(asked)} to its attention "
+            f"({type(module).__name__}), which compressed attention does not support; use the "
+            "model without rotormlx."
         )
