@@ -103,10 +103,11 @@ def checked(
             "without rotormlx."
         )
     if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":
-        # We leave out masks as sdpa does. Others do not, so with them this one would be causal.
+        # As with sdpa, a mask may be left out. Other attentions get it, and are causal by it.
         raise ValueError(
-            f"[RotorCache] Attention without a mask must be causal, or have been sdpa before, but "
-            f"{type(module).__name__}'s is not; use the model without rotormlx."
+            f"[RotorCache] {type(module).__name__} is not causal without a mask, which compressed "
+            "attention supports only in models that used sdpa before; use the model without "
+            "rotormlx."
         )
     return key
 
