@@ -81,7 +81,7 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
     own = self_attention(caches)
     latents = latent_dim(model.config) is not None
     if not (growing := growing_layers(own.layers, holds_latents=latents)):
-        raise _refusal(model, f"it must have {nothing_to_compress(own.layers)}")
+        raise _refusal(model, nothing_to_compress(own.layers))
     make = layer_factory(RotorConfig(), None, holds_latents=latents)
     cache: Cache = RotorCache.in_place_of(own, growing, make)
     layers = cache.layers
