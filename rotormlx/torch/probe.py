@@ -134,13 +134,13 @@ def own_cache(model: PreTrainedModel) -> Any:
     try:
         prepare(model, settings, made, GenerationMode.GREEDY_SEARCH, 1, sum(PROBE_TOKENS))
     except Exception as error:  # what is wrong with a configuration shows in any way
-        raise _refusal(model, f"transformers must make its cache, but {brief(error)}") from error
+        raise _refusal(model, f"transformers cannot make its cache ({brief(error)})") from error
     cache = made.get(name)
     own = self_attention(cache)
     if own is None:
-        raise _refusal(model, "generate must make its cache, but makes none for this model")
+        raise _refusal(model, "generate makes no cache for it that could be replaced")
     if type(own) is not DynamicCache:
-        raise _refusal(model, f"its cache must be a DynamicCache, but is a {type(own).__name__}")
+        raise _refusal(model, f"its cache must be a DynamicCache, but it is a {type(own).__name__}")
     return cache
 
 

@@ -26,7 +26,7 @@ REFUSED = {
     "doge": ".transpose on them",
     "jetmoe": ".repeat on them",
     "bigbird_pegasus": "Attention is not causal without a mask",
-    "minimax": "makes none for this model",
+    "minimax": "generate makes no cache for it",
     "gemma2": "passes softcap to its attention (Gemma2Attention)",
     "seq2seq/t5": "passes position_bias to its attention (T5Attention)",
     "speech/whisper": "generate must leave keys and values in the cache, but reads them",
