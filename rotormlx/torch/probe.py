@@ -111,7 +111,7 @@ def cache_name(model: PreTrainedModel) -> str:
     for name in CACHE_NAMES:
         if name in names:
             return name
-    raise _refusal(model, f"its forward must take a cache named {' or '.join(CACHE_NAMES)}")
+    raise _refusal(model, f"its forward has no parameter {' or '.join(CACHE_NAMES)}")
 
 
 def own_cache(model: PreTrainedModel) -> Any:

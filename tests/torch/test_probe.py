@@ -31,7 +31,7 @@ REFUSED = {
     "seq2seq/t5": "passes position_bias to its attention (T5Attention)",
     "speech/whisper": "generate must leave keys and values in the cache, but reads them",
     "gpt_neo": "must let its attention be set",
-    "rwkv": "must take a cache named cache",
+    "rwkv": "its forward has no parameter cache or past_key_values",
     "mistral": "head_dim must be a multiple of 8",
 }
 
