@@ -75,7 +75,7 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
             compressed cache cannot do.
     """
     if any(kind.__name__ in _READERS for kind in type(model).__mro__):
-        reason = "its generate must leave keys and values in the cache, but reads them"
+        reason = "its generate reads keys and values, which a compressed cache does not give out"
         raise _refusal(model, reason)
     caches = own_cache(model)
     own = self_attention(caches)

@@ -29,7 +29,7 @@ REFUSED = {
     "minimax": "generate makes no cache for it",
     "gemma2": "passes softcap to its attention (Gemma2Attention)",
     "seq2seq/t5": "passes position_bias to its attention (T5Attention)",
-    "speech/whisper": "generate must leave keys and values in the cache, but reads them",
+    "speech/whisper": "its generate reads keys and values",
     "gpt_neo": "must let its attention be set",
     "rwkv": "its forward has no parameter cache or past_key_values",
     "mistral": "head_dim must be a multiple of 8",
