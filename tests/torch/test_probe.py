@@ -68,7 +68,7 @@ def layers_of(model):
     [
         (
             lambda keys, values: (keys * 2, values),
-            "compressed keys of layer 0 must reach attention untouched, but the model uses mul on",
+            "compressed keys of layer 0 must be passed to attention unchanged, but the model uses mul on",
         ),
         (
             lambda keys, values: (torch.cat([keys, keys], 2)[:, :, ::2], values),

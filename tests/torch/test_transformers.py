@@ -249,7 +249,7 @@ def test_another_attention_is_refused_before_generating(llama):
 def test_another_attention_is_refused_later(rotor_llama, attention):
     cache = rt.RotorCache(rotor_llama.config)
     rotor_llama.set_attn_implementation(attention)
-    with pytest.raises(ValueError, match="keys of layer 0 must reach attention untouched"):
+    with pytest.raises(ValueError, match="keys of layer 0 must be passed to attention unchanged"):
         rotor_llama(tokens(5), **{CACHE: cache})
     with pytest.raises(RuntimeError, match="never reached attention in layer 0"):
         rotor_llama(tokens(5), **{CACHE: cache})
