@@ -92,7 +92,8 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
             _step(model, cache, tokens)
     for index, layer in enumerate(layers):
         if isinstance(layer, RotorLayer) and layer.is_waiting:
-            raise _refusal(model, f"layer {index} must use the attention function, but does not")
+            reason = f"layer {index} updates its cache, but does not call the attention function"
+            raise _refusal(model, reason)
     reports = [_layer_report(index, layer) for index, layer in enumerate(layers)]
     if not any(report.compressed for report in reports):
         raise _refusal(model, reports[growing[0]].reason)

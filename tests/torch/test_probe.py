@@ -169,7 +169,7 @@ def test_another_path_for_a_single_token_is_seen():
         return hidden_states, None
 
     first.forward = decodes_itself
-    with pytest.raises(ValueError, match="layer 0 must use the attention function, but does not"):
+    with pytest.raises(ValueError, match="layer 0 updates its cache, but does not call"):
         rt.apply(model)
 
 
