@@ -218,7 +218,7 @@ def _step(model: PreTrainedModel, cache: Cache, tokens: int) -> None:
         # What is required and what came; what to do is said by the refusal.
         reason = message.partition(";")[0].rstrip(".")
         if not label.startswith("[") or not reason:
-            reason = f"it must run on a few tokens, but {brief(error)}"
+            reason = f"its trial run on a few tokens fails ({brief(error)})"
         raise _refusal(model, reason[0].lower() + reason[1:]) from error
 
 
