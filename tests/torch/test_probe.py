@@ -123,7 +123,7 @@ def test_an_attention_of_its_own_is_seen():
     first.forward = ignores
     layers_of(model)[1].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     with pytest.raises(
-        ValueError, match="keys of the step before never reached attention in layer 0"
+        ValueError, match="keys of the previous step never reached attention in layer 0"
     ):
         rt.apply(model)
 
