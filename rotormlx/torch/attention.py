@@ -105,9 +105,9 @@ def checked(
     if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":
         # As with sdpa, a mask may be left out. Other attentions get it, and are causal by it.
         raise ValueError(
-            f"[RotorCache] {type(module).__name__} is not causal without a mask, which compressed "
-            "attention supports only in models that used sdpa before; use the model without "
-            "rotormlx."
+            f"[RotorCache] The model's attention ({type(module).__name__}) is not causal without a "
+            "mask, which compressed attention supports only in models that used sdpa before; use "
+            "the model without rotormlx."
         )
     return key
 

@@ -25,7 +25,7 @@ REFUSED = {
     "diffllama": "torch.chunk on them",
     "doge": ".transpose on them",
     "jetmoe": ".repeat on them",
-    "bigbird_pegasus": "Attention is not causal without a mask",
+    "bigbird_pegasus": "Attention) is not causal without a mask",
     "minimax": "generate makes no cache for it",
     "gemma2": "passes softcap to its attention (Gemma2Attention)",
     "seq2seq/t5": "passes position_bias to its attention (T5Attention)",
