@@ -68,7 +68,7 @@ def layers_of(model):
     [
         (
             lambda keys, values: (keys * 2, values),
-            "compressed keys of layer 0 must be passed to attention unchanged, but the model uses mul on",
+            "keys of layer 0 must be passed to attention unchanged, but the model uses mul on",
         ),
         (
             lambda keys, values: (torch.cat([keys, keys], 2)[:, :, ::2], values),
@@ -252,7 +252,7 @@ def test_a_model_is_as_before(refused):
         second.self_attn.forward = lambda **kwargs: 1 / 0
     before, attention = state(model), attentions(model)
     if refused:
-        with pytest.raises(ValueError, match="its trial run on a few tokens fails .ZeroDivisionError"):
+        with pytest.raises(ValueError, match=r"run on a few tokens fails \(ZeroDivisionError"):
             rt.report(model)
     else:
         rt.report(model)
