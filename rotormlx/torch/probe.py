@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -54,6 +55,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 PROBE_TOKENS = (3, 1)
 # Whose ``generate`` takes keys and values out of the cache; a trial of ``forward`` does not see it.
 _READERS = ("WhisperGenerationMixin",)
+# What the printed form of a module becomes on one line: "Stack( (block): ... )".
+_LISTING = re.compile(r"(\w+)\( \(\w+\): .* \)")
 # The attention function that computes nothing.
 _PRETENDING = "rotormlx_probe"
 
@@ -151,8 +154,9 @@ def self_attention(cache: Any) -> Any:
 
 
 def brief(error: Exception) -> str:
-    """Kind and first sentence of an error."""
-    first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    """Kind and first sentence of an error, with a module's listing cut to its class."""
+    text = _LISTING.sub(r"\1", " ".join(str(error).split()))
+    first = text.split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first}"
 
 
