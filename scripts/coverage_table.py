@@ -78,7 +78,8 @@ def refused(model_type: str, error: ValueError) -> Result:
     kept, nothing, _ = reason.partition(", so there is nothing to compress")
     if nothing:
         return Result(model_type, "nothing to compress", kept)
-    return Result(model_type, "refused", reason or str(error))
+    message = str(error).removeprefix("[apply] ").removesuffix("; use the model without rotormlx.")
+    return Result(model_type, "refused", reason or message)
 
 
 def judge(

@@ -167,7 +167,7 @@ def examine(model_type: str, steps: Sequence[int] = STEPS) -> Result:
         result = begin(model_type, rotormlx.torch.apply(model, CONFIG))
     except ValueError as error:
         # A model that fails even without rotormlx does not count as refused.
-        if failure and "must run on a few tokens" in str(error):
+        if failure and "its trial run on a few tokens fails" in str(error):
             return not_run
         return refused(model_type, error)
     if failure:

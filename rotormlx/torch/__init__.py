@@ -6,8 +6,8 @@
     print(rotormlx.torch.apply(model, rotormlx.RotorConfig(key_bits=4)))
 
 From then on ``model.generate`` uses a compressed cache. The operators
-``torch.ops.rotormlx.{encode, decode, attend, step}`` are there after this import; transformers is
-loaded when :class:`RotorCache` or what belongs to it is first used, and nothing is compiled at
+``torch.ops.rotormlx.{encode, decode, attend, step}`` are available after this import. transformers
+is loaded when :class:`RotorCache` or a function that needs it is first used. Nothing is compiled at
 import.
 """
 

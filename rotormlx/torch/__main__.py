@@ -28,7 +28,7 @@ def main() -> None:
 def build(
     head_dim: Annotated[int, typer.Option(help="head_dim of the keys")] = 128,
     value_dim: Annotated[
-        int | None, typer.Option(help="head_dim of the values, if another")
+        int | None, typer.Option(help="head_dim of the values, if different")
     ] = None,
     key_bits: Annotated[int, typer.Option(help=f"one of {BITS}")] = 4,
     value_bits: Annotated[int, typer.Option(help=f"one of {BITS}")] = 4,
@@ -65,21 +65,21 @@ def bench(
         ),
     ],
     *,
-    bits: Annotated[str, typer.Option(help=f"of RotorCache, comma-separated, of {BITS}")] = "4",
-    prompt: Annotated[int, _count("tokens of the prompt whose first token is awaited")] = 2048,
-    history: Annotated[int, _count("tokens before those that are written")] = 16384,
-    tokens: Annotated[int, _count("tokens to write behind the first one")] = 64,
+    bits: Annotated[str, typer.Option(help=f"bits of RotorCache, comma-separated, from {BITS}")] = "4",
+    prompt: Annotated[int, _count("tokens of the prompt for the time to the first token")] = 2048,
+    history: Annotated[int, _count("tokens in the cache before decoding")] = 16384,
+    tokens: Annotated[int, _count("tokens to write after the first one")] = 64,
     batch: Annotated[int, _count("sequences at once")] = 1,
-    runs: Annotated[int, _count("counted turns of each cache")] = 3,
+    runs: Annotated[int, _count("measured runs of each cache")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cuda",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "bfloat16",
     weights: Annotated[bool, typer.Option("--weights", help="load the folder's weights")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file of the result")] = Path(
+    output: Annotated[Path, typer.Option(help="JSON file for the result")] = Path(
         "bench-model.json"
     ),
 ) -> None:
     """Measure a whole model with compressed and other caches, side by side."""
-    # Only here: they load transformers, and rich, which nothing else of the companion needs.
+    # Imported here because only this command needs transformers and rich.
     from rich.console import Console  # noqa: PLC0415
 
     from rotormlx.torch import bench as measure  # noqa: PLC0415
@@ -91,7 +91,7 @@ def bench(
         widths = _widths(bits)
         if not output.parent.is_dir() or output.is_dir():
             raise ValueError(
-                f"[bench] --output must be a file in a folder that exists, but {output} came."
+                f"[bench] --output must be a file in an existing folder, but it is {output}."
             )
         made, kind = measure.model_of(model, device=device, dtype=dtype, weights=weights)
         result = measure.run(
@@ -114,7 +114,7 @@ def bench(
 def _widths(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part in map(str, BITS) for part in parts):
-        raise ValueError(f"[bench] --bits must be of {BITS}, comma-separated, but {text!r} came.")
+        raise ValueError(f"[bench] --bits must be from {BITS}, comma-separated, but it is {text!r}.")
     return [int(part) for part in dict.fromkeys(parts)]
 
 

@@ -31,25 +31,26 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of transformers' models over compressed layers; exact ones go to torch's own.
+    """Attend over a compressed layer; pass exact layers to torch's own attention.
 
     Args:
         module: The attention module.
         query: ``[B, H, L, D]``.
         key: What the cache's ``update`` returned.
-        value: Likewise.
+        value: The values, likewise.
         attention_mask: ``[B, H or 1, L, S]``, boolean or additive; None for causal.
         dropout: Must be 0 for a compressed layer.
         scaling: Factor of the scores; D^-1/2 if None.
         is_causal: Whether no mask means causal; the module's own setting if None.
-        **kwargs: ``s_aux`` are attention-sink logits; the rest is for other functions.
+        **kwargs: ``s_aux`` holds attention-sink logits; unsupported options are refused.
 
     Returns:
-        ``[B, L, H, Dv]``, in the dtype of autocast, else in that of the values; and the weights,
-        which only eager attention has, while it trains. A gradient is refused when it is asked for.
+        The output ``[B, L, H, Dv]``, in the dtype of autocast, or else that of the values, and the
+        weights, which only eager attention returns, in training. Asking the output of a compressed
+        layer for a gradient raises an error.
 
     Raises:
-        ValueError: If the model asks for something that the operator cannot do.
+        ValueError: If the model asks for something that the operator does not support.
     """
     if isinstance(key, Tensor) and isinstance(value, Tensor):
         return attend_tensors(
@@ -84,10 +85,10 @@ def checked(
     is_causal: bool,
     kwargs: dict[str, Any],
 ) -> KVHandle:
-    """The keys, if attention over them can do what is asked.
+    """Return the keys, if compressed attention supports the call.
 
     Raises:
-        ValueError: If not.
+        ValueError: If it does not.
     """
     check_options(module, dropout, kwargs)
     if not (isinstance(key, KVHandle) and key.goes_with(value)):
@@ -103,10 +104,11 @@ def checked(
             "without rotormlx."
         )
     if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":
-        # We leave out masks as sdpa does. Others do not, so with them this one would be causal.
+        # As with sdpa, a mask may be left out. Other attentions get it, and are causal by it.
         raise ValueError(
-            f"[RotorCache] Attention without a mask must be causal, or have been sdpa before, but "
-            f"{type(module).__name__}'s is not; use the model without rotormlx."
+            f"[RotorCache] The model's attention ({type(module).__name__}) is not causal without a "
+            "mask, which compressed attention supports only in models that used sdpa before; use "
+            "the model without rotormlx."
         )
     return key
 
@@ -121,7 +123,7 @@ def _attend(
     is_causal: bool,
     logits: Tensor | None,
 ) -> Tensor:
-    """``[B, L, H, Dv]``, which refuses a gradient if one could be asked for."""
+    """Return the output ``[B, L, H, Dv]``; asking it for a gradient raises an error."""
     if not torch.is_grad_enabled():
         return _attend_compressed(query.to(dtype), key, mask, scale, is_causal, logits)
     with torch.no_grad():
@@ -132,7 +134,7 @@ def _attend(
 def _refusing_gradients(
     output: Tensor, query: Tensor, logits: Tensor | None, layer: RotorLayer
 ) -> Tensor:
-    """An output that refuses a gradient if one could be asked for."""
+    """Return the output; asking it for a gradient raises an error."""
     asked = any(x is not None and x.requires_grad for x in (query, logits))
     if torch.is_grad_enabled() and (asked or layer.requires_grad):
         output = _WithoutGradient.apply(output.requires_grad_())  # type: ignore[no-untyped-call]
@@ -140,7 +142,7 @@ def _refusing_gradients(
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """Nothing on the way there; on the way back, a refusal."""
+    """The identity forward; an error backward."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
@@ -149,8 +151,8 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
         raise ValueError(
-            "[RotorCache] Gradients need an exact cache, but one was asked for through a "
-            "compressed one; train with use_cache=False."
+            "[RotorCache] Gradients need an exact cache, but one was requested through a "
+            "compressed cache; train with use_cache=False."
         )
 
 
@@ -162,7 +164,7 @@ def _attend_compressed(
     is_causal: bool,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """``[B, L, H, Dv]``."""
+    """Return the output ``[B, L, H, Dv]``."""
     padding = None if mask is None else left_padding(mask)
     view = key.step.read(padding)
     causal = padding is not None or (mask is None and is_causal)
@@ -187,7 +189,7 @@ def _attend_compressed(
 
 
 def left_padding(mask: Tensor) -> tuple[int, ...] | None:
-    """Hidden positions at the start of each row, if a mask is causal and hides nothing else.
+    """Count hidden positions at the start of each row, if a mask is causal and hides nothing else.
 
     Reads the mask, once for all layers of a step.
 
@@ -195,8 +197,8 @@ def left_padding(mask: Tensor) -> tuple[int, ...] | None:
         mask: ``[B, 1, L, S]``.
 
     Returns:
-        The first position that each row's last query sees, S if it sees nothing; None for a mask
-        that is anything else.
+        The first position that each row's last query sees (S if it sees none); None for any
+        other mask.
     """
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
         return None
@@ -216,7 +218,7 @@ def left_padding(mask: Tensor) -> tuple[int, ...] | None:
 
 
 def of_tokens(mask: Tensor, padding: Sequence[int]) -> Tensor:
-    """A mask whose columns are positions as one whose columns are each row's own tokens."""
+    """Convert a mask with one column per position to one column per token of each row."""
     if not any(padding) or mask.shape[-1] == 1:
         return mask
     tokens = mask.shape[-1]
@@ -227,10 +229,10 @@ def of_tokens(mask: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 def mask_of(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The masks that sdpa wants, but none for a step of a static cache that is causal.
+    """Return the mask that sdpa takes, but None for a causal step of a static cache.
 
-    Its lengths lie on the device and hide what does not count. Left padding is no reason for a
-    mask: it never enters the cache.
+    In such a step, lengths on the device hide unused positions. Left padding needs no mask, because
+    it never enters the cache.
     """
     plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
     is_step = kwargs.get("q_length") == 1 and not kwargs.get("allow_is_causal_skip", True)
@@ -246,6 +248,5 @@ def mask_of(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-# Known to transformers from now on.
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, mask_of)

@@ -79,8 +79,8 @@ class RotorCache(DynamicCache):
         layers = exact.layers
         if not (growing := growing_layers(layers, holds_latents=holds_latents)):
             raise ValueError(
-                f"[RotorCache] {text.model_type} must have {nothing_to_compress(layers)}; use "
-                "transformers' DynamicCache."
+                f"[RotorCache] {text.model_type} cannot be compressed: "
+                f"{nothing_to_compress(layers)}; use transformers' DynamicCache."
             )
         make = layer_factory(
             rotor_config or RotorConfig(), calibration, holds_latents=holds_latents
@@ -158,9 +158,10 @@ def growing_layers(layers: list[Any], *, holds_latents: bool = False) -> list[in
 
 
 def nothing_to_compress(layers: list[Any]) -> str:
-    """Return what a refusal says of a model none of whose layers grows."""
-    has = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
-    return f"at least one layer with full attention to be compressed, but all it has is {has}"
+    """Return the reason for refusing a model whose layers are all of other kinds."""
+    kinds = sorted({type(layer).__name__ for layer in layers})
+    has = f"only {', '.join(kinds)}" if kinds else "none"
+    return f"only plain full-attention layers can be compressed, but the model has {has}"
 
 
 def is_compressed(cache: Any) -> bool:

@@ -1,8 +1,8 @@
 """Attention over tensors under the name ``rotormlx``: layers that are left exact, and no cache.
 
-Where a gradient may be asked for, the function that the model would take without rotormlx does it,
-so training is as before. Inference keeps to torch's own attention and, for attention-sink logits,
-to the operator, neither of which holds all scores at once.
+Where a gradient may be needed, the model's own attention function is called, so training is as
+without rotormlx. Inference uses torch's own attention or, for attention-sink logits, the operator.
+Neither holds all scores at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rotormlx.torch.store import lengths_on
 from rotormlx.torch.torch_ops import KVView
 
 _EAGER = "eager"
-# Tensors that attention may get: what the operator takes, and what changes no score.
+# Tensor arguments that are accepted: the operator takes them, or they change no score.
 _KNOWN = ("s_aux", "position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 Eager = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -96,7 +96,7 @@ def _attend(
     causal: bool,
     logits: Tensor,
 ) -> Tensor:
-    """Attention-sink logits; torch's own attention has none."""
+    """Attend with attention-sink logits, which torch's own attention does not support."""
     config = RotorConfig()
     keys, values = (
         KVView(codec(config, x.shape[-1], layer=0, role=role), x.contiguous(), None, None)
@@ -118,18 +118,18 @@ def _attend(
 
 
 def causality(module: torch.nn.Module, asked: bool | None) -> bool:
-    """Whether attention is causal: by the argument, else by the module."""
+    """Return whether attention is causal: from the argument, or else from the module."""
     return bool(getattr(module, "is_causal", True)) if asked is None else asked
 
 
 def former_of(module: torch.nn.Module) -> str | None:
-    """The attention that ours replaced in a module, as far as its configuration knows."""
+    """Return the attention that rotormlx replaced in a module, if its configuration records it."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return getattr(name, "former", None)
 
 
 def _eager_of(module: torch.nn.Module) -> Eager | None:
-    """The function that transformers' module of a model takes where no other is named."""
+    """Return the eager attention function of the Python module that defines a model."""
     for kind in type(module).__mro__:
         function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if function is not None:
@@ -140,9 +140,9 @@ def _eager_of(module: torch.nn.Module) -> Eager | None:
 def _additive(
     module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """Return an additive mask: hidden places hold the least number of the model's dtype.
+    """Return an additive mask; hidden positions hold the smallest number of the model's dtype.
 
-    No mask means causal, where the model's attention is; the last query then sees all keys.
+    Without a mask, causal attention gets a causal one, in which the last query sees all keys.
     """
     length, tokens = query.shape[2], key.shape[2]
     if mask is None and causal and length > 1:
@@ -151,7 +151,7 @@ def _additive(
     if mask is None or mask.dtype != torch.bool:
         return mask
     floats = (p.dtype for p in module.parameters() if p.is_floating_point())
-    # That of the model's hidden states; under autocast queries have another.
+    # The dtype of the hidden states; under autocast, that of queries differs.
     dtype = next(floats, query.dtype)
     return torch.where(
         mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min
@@ -159,7 +159,7 @@ def _additive(
 
 
 def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Refuse options that the operator does not support: they might change the scores."""
+    """Refuse options that the operator does not support, because they might change the scores."""
     asked = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN]
     if kwargs.get("softcap") is not None:
         asked.append("softcap")
@@ -169,6 +169,7 @@ def check_options(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any
         asked.append("output_attentions")
     if asked:
         raise ValueError(
-            f"[RotorCache] Compressed attention knows no {' and no '.join(asked)}, but "
-            f"{type(module).__name__} asks for it; use the model without rotormlx."
+            f"[RotorCache] The model passes {' and '.join(asked)} to its attention "
+            f"({type(module).__name__}), which compressed attention does not support; use the "
+            "model without rotormlx."
         )

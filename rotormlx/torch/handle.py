@@ -122,8 +122,8 @@ class KVHandle:
     def refuse(self, what: str) -> NoReturn:
         """Raise the error of every other use."""
         raise ValueError(
-            f"[RotorCache] The compressed {self.role}s of layer {self.layer} must reach attention "
-            f"untouched, but the model uses {what} on them; {ADVICE}."
+            f"[RotorCache] The compressed {self.role}s of layer {self.layer} must be passed to "
+            f"attention unchanged, but the model uses {what} on them; {ADVICE}."
         )
 
     def __getitem__(self, index: object) -> NoReturn:

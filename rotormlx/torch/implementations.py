@@ -42,7 +42,7 @@ def set_attention(model: PreTrainedModel, name: str, cache_name: str) -> Impleme
         What :func:`restore` gives back.
 
     Raises:
-        ValueError: If the model does not let its attention be set; it is as before then.
+        ValueError: If the model does not take the attention function; it is unchanged then.
     """
     former = _implementations(model)
     try:
@@ -53,8 +53,8 @@ def set_attention(model: PreTrainedModel, name: str, cache_name: str) -> Impleme
     restore(former)
     if not is_set:
         raise ValueError(
-            f"[apply] {type(model).__name__} must let its attention be set, but does not; use the "
-            "model without rotormlx."
+            f"[apply] {type(model).__name__} must take another attention function from "
+            "set_attn_implementation, but it does not; use the model without rotormlx."
         )
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     of_text = [part.config for part in parts if takes_cache(part, cache_name)]

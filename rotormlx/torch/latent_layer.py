@@ -80,6 +80,14 @@ class RotorLatentLayer(RotorLayer):
             view.values, sink, packed, tokens
         )
 
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        super()._check(keys, values)
+        if not values.shape[-1]:
+            raise ValueError(
+                f"[RotorCache] Latents must come with a RoPE part, but layer {self.layer} has "
+                "none; use the model without rotormlx."
+            )
+
 
 class RotorIndexedLatentLayer(RotorLatentLayer):
     """A :class:`RotorLatentLayer` beside the exact keys of an indexer, which chooses tokens.

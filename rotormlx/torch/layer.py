@@ -150,7 +150,7 @@ class RotorLayer(CacheLayerMixin):
         """
         if self._step is not None:
             raise RuntimeError(
-                f"[RotorCache] The keys of the step before never reached attention in layer "
+                f"[RotorCache] The keys of the previous step never reached attention in layer "
                 f"{self.layer}; {ADVICE}, and use a new cache."
             )
         facts = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -54,6 +55,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 PROBE_TOKENS = (3, 1)
 # Whose ``generate`` takes keys and values out of the cache; a trial of ``forward`` does not see it.
 _READERS = ("WhisperGenerationMixin",)
+# What the printed form of a module becomes on one line: "Stack( (block): ... )".
+_LISTING = re.compile(r"(\w+)\( \(\w+\): .* \)")
 # The attention function that computes nothing.
 _PRETENDING = "rotormlx_probe"
 
@@ -75,13 +78,13 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
             compressed cache cannot do.
     """
     if any(kind.__name__ in _READERS for kind in type(model).__mro__):
-        reason = "its generate must leave keys and values in the cache, but reads them"
+        reason = "its generate reads keys and values, which a compressed cache does not give out"
         raise _refusal(model, reason)
     caches = own_cache(model)
     own = self_attention(caches)
     latents = latent_dim(model.config) is not None
     if not (growing := growing_layers(own.layers, holds_latents=latents)):
-        raise _refusal(model, f"it must have {nothing_to_compress(own.layers)}")
+        raise _refusal(model, nothing_to_compress(own.layers))
     make = layer_factory(RotorConfig(), None, holds_latents=latents)
     cache: Cache = RotorCache.in_place_of(own, growing, make)
     layers = cache.layers
@@ -92,7 +95,8 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
             _step(model, cache, tokens)
     for index, layer in enumerate(layers):
         if isinstance(layer, RotorLayer) and layer.is_waiting:
-            raise _refusal(model, f"layer {index} must use the attention function, but does not")
+            reason = f"layer {index} updates its cache, but does not call the attention function"
+            raise _refusal(model, reason)
     reports = [_layer_report(index, layer) for index, layer in enumerate(layers)]
     if not any(report.compressed for report in reports):
         raise _refusal(model, reports[growing[0]].reason)
@@ -111,7 +115,7 @@ def cache_name(model: PreTrainedModel) -> str:
     for name in CACHE_NAMES:
         if name in names:
             return name
-    raise _refusal(model, f"its forward must take a cache named {' or '.join(CACHE_NAMES)}")
+    raise _refusal(model, f"its forward has no parameter {' or '.join(CACHE_NAMES)}")
 
 
 def own_cache(model: PreTrainedModel) -> Any:
@@ -134,13 +138,13 @@ def own_cache(model: PreTrainedModel) -> Any:
     try:
         prepare(model, settings, made, GenerationMode.GREEDY_SEARCH, 1, sum(PROBE_TOKENS))
     except Exception as error:  # what is wrong with a configuration shows in any way
-        raise _refusal(model, f"transformers must make its cache, but {brief(error)}") from error
+        raise _refusal(model, f"transformers cannot make its cache ({brief(error)})") from error
     cache = made.get(name)
     own = self_attention(cache)
     if own is None:
-        raise _refusal(model, "generate must make its cache, but makes none for this model")
+        raise _refusal(model, "generate makes no cache for it that could be replaced")
     if type(own) is not DynamicCache:
-        raise _refusal(model, f"its cache must be a DynamicCache, but is a {type(own).__name__}")
+        raise _refusal(model, f"its cache must be a DynamicCache, but it is a {type(own).__name__}")
     return cache
 
 
@@ -150,8 +154,9 @@ def self_attention(cache: Any) -> Any:
 
 
 def brief(error: Exception) -> str:
-    """Kind and first sentence of an error."""
-    first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    """Kind and first sentence of an error, with a module's listing cut to its class."""
+    text = _LISTING.sub(r"\1", " ".join(str(error).split()))
+    first = text.split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first}"
 
 
@@ -217,7 +222,7 @@ def _step(model: PreTrainedModel, cache: Cache, tokens: int) -> None:
         # What is required and what came; what to do is said by the refusal.
         reason = message.partition(";")[0].rstrip(".")
         if not label.startswith("[") or not reason:
-            reason = f"it must run on a few tokens, but {brief(error)}"
+            reason = f"its trial run on a few tokens fails ({brief(error)})"
         raise _refusal(model, reason[0].lower() + reason[1:]) from error
 
 

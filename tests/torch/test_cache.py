@@ -231,7 +231,7 @@ def test_a_handle_tells_its_shape_and_refuses_the_rest():
         lambda: torch.matmul(torch.ones(5, D), keys),
         lambda: torch.nn.functional.softmax(keys, dim=-1),
     ):
-        with pytest.raises(ValueError, match=r"keys of layer 2 must reach attention untouched"):
+        with pytest.raises(ValueError, match=r"layer 2 must be passed to attention unchanged"):
             use()
     assert not hasattr(keys, "__array__")
 
@@ -239,7 +239,7 @@ def test_a_handle_tells_its_shape_and_refuses_the_rest():
 def test_a_step_that_attention_never_saw_is_refused():
     layer = RotorLayer(RotorConfig(), LAYER)
     layer.update(*vectors(5))
-    with pytest.raises(RuntimeError, match="step before never reached attention in layer 2"):
+    with pytest.raises(RuntimeError, match="previous step never reached attention in layer 2"):
         layer.update(*vectors(5))
 
 

@@ -283,7 +283,7 @@ def test_a_handle_refuses_every_use():
     ):
         with pytest.raises(
             ValueError,
-            match=r"layer 0 must reach attention untouched, but the model uses .*first\.$",
+            match=r"layer 0 must be passed to attention unchanged, but the model uses .*first\.$",
         ):
             use()
     assert (key.dim(), key.numel(), len(key), key.requires_grad) == (4, 320, 1, False)

@@ -249,7 +249,7 @@ def test_another_attention_is_refused_before_generating(llama):
 def test_another_attention_is_refused_later(rotor_llama, attention):
     cache = rt.RotorCache(rotor_llama.config)
     rotor_llama.set_attn_implementation(attention)
-    with pytest.raises(ValueError, match="keys of layer 0 must reach attention untouched"):
+    with pytest.raises(ValueError, match="keys of layer 0 must be passed to attention unchanged"):
         rotor_llama(tokens(5), **{CACHE: cache})
     with pytest.raises(RuntimeError, match="never reached attention in layer 0"):
         rotor_llama(tokens(5), **{CACHE: cache})
@@ -261,7 +261,7 @@ def test_models_that_cannot_be_compressed_are_refused():
         rt.apply(model)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("rotormlx")
-    with pytest.raises(ValueError, match="full attention to be compressed, but all it has is Dyn"):
+    with pytest.raises(ValueError, match="can be compressed, but the model has only Dyn"):
         rt.RotorCache(model.config)
     with pytest.raises(ValueError, match="head_dim must be a multiple of 8"):
         rt.apply(build("llama", head_dim=44))
