@@ -58,7 +58,7 @@ SCALE = HEAD_DIM**-0.5
 FILL_TOKENS = 2048
 # Layers per step; fewer if their histories would have more than MOST_TOKENS tokens together.
 LAYERS, MOST_TOKENS = 10, 2**18
-OURS = {f"rotormlx {bits} bit": bits for bits in (4, 3, 8)}
+OURS = {f"rotormlx {bits} bit": bits for bits in (4, 3, 2, 8)}
 # Groups of the other contenders, by the beginning of their names.
 RIVALS = {"MLX and mlx-lm": ("MLX", "mlx-lm"), "torch": "torch", "folded torch": "folded"}
 TORCH_DTYPES = ("float32", "bfloat16")
