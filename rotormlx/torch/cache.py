@@ -46,9 +46,9 @@ class RotorCache(DynamicCache):
         rotor_config: How keys and values are compressed; the default configuration if None.
         calibration: What :func:`rotormlx.torch.load_calibration` read for the model; the
             configuration becomes a calibrated one then.
-        max_cache_len: Maximum number of positions of a sequence, including padding. With it, buffers
-            are allocated once and stay in place, for ``torch.compile`` and CUDA graphs, and sliding
-            windows are transformers' static ones. None for a cache that grows.
+        max_cache_len: Maximum number of positions of a sequence, including padding. With it,
+            buffers are allocated once and stay in place, for ``torch.compile`` and CUDA graphs, and
+            sliding windows are transformers' static ones. None for a cache that grows.
 
     Raises:
         ValueError: If the model has another attention, nothing in the model can be compressed, or
@@ -95,9 +95,9 @@ class RotorCache(DynamicCache):
         """Return an empty cache in which compressed layers replace some of the layers.
 
         Args:
-            cache: As transformers made it.
-            indices: Which layers are replaced.
-            make: See :func:`layer_factory`.
+            cache: The cache that transformers made.
+            indices: Indices of the layers to replace.
+            make: Function that makes a layer; see :func:`layer_factory`.
         """
         made = cls.__new__(cls)
         made._set(cache.layers, indices, make)
