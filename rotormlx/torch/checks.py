@@ -82,7 +82,7 @@ def check_packed(
         _require(where, f"{role} scales", scales, (*front, BLOCK), torch.float16)
     if centres is not None and role == VALUE:
         raise ValueError(
-            f"[{where}] Only keys have centres, but centres were given for values; leave them out."
+            f"[{where}] Only keys have centres, but values came with centres; leave them out."
         )
     if centres is not None:
         _require(where, "key centres", centres, (*front, head_dim), torch.float16)
@@ -94,7 +94,7 @@ def check_packed(
     if rotation.is_per_head and has_heads and len(rotation.matrix) != front[1]:
         raise ValueError(
             f"[{where}] A calibrated rotation must have one matrix per KV head, but the {role}s "
-            f"have {front[1]} heads and it has {len(rotation.matrix)}; use the rotation of this layer."
+            f"have {front[1]} heads and it has {len(rotation.matrix)}; use this layer's rotation."
         )
     parts = {"words": words, "scales": scales, "centres": centres, "channel scale": channel_scale}
     _require_device(where, like, {f"the {role} {name}": part for name, part in parts.items()})
@@ -226,8 +226,8 @@ def _check_mask(query: Tensor, mask: Tensor | None, causal: bool) -> None:
         return
     if causal:
         raise ValueError(
-            "[attend] Only one of causal and a mask is possible, but both were given; put the causal "
-            "pattern into the mask."
+            "[attend] Only one of causal and a mask is possible, but both were given; put the "
+            "causal pattern into the mask."
         )
     want = query.shape[:3]
     shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
@@ -256,7 +256,8 @@ def require_float(where: str, name: str, dtype: torch.dtype) -> None:
     """Require a floating dtype."""
     if dtype not in FLOATS:
         raise ValueError(
-            f"[{where}] {name} must be float16, bfloat16 or float32, but the dtype is {dtype}; cast them."
+            f"[{where}] {name} must be float16, bfloat16 or float32, but the dtype is {dtype}; "
+            "cast them."
         )
 
 

@@ -464,7 +464,7 @@ def test_a_calibrated_cache_without_its_calibration_says_what_to_do(models):
         ValueError, match=r"needs its calibration, but none was given; .*load_calibration"
     ):
         rt.RotorCache(other.config, RotorConfig(rotation="calibrated"))
-    with pytest.raises(ValueError, match=r"needs its calibration, but a str was given; .*load_calib"):
+    with pytest.raises(ValueError, match=r"needs its calibration, but a str was given; .*load"):
         rt.RotorCache(other.config, CONFIG, "c.safetensors")
     for apply, own in ((rotormlx.apply, model), (rt.apply, other)):
         with pytest.raises(ValueError, match=r"a Calibration or its file, but a dict was given"):

@@ -548,7 +548,7 @@ REFUSED = {
     "query-device": ("query", lambda x: x.to("meta"), "must be on meta, but the lengths are on"),
     "lengths-shape": ("lengths", lambda x: x[:1], r"lengths must have shape \(2, 2\)"),
     "lengths-dtype": ("lengths", lambda x: x.long(), "dtype torch.int32"),
-    "lengths-packed": ("lengths", lambda x: x + 64, "row 0 says 320 packed of 394 tokens"),
+    "lengths-packed": ("lengths", lambda x: x + 64, "row 0 has 320 packed of 394 tokens"),
     "lengths-exact": ("lengths", lambda x: x * torch.tensor([0, 1]).int(), "at most 77 exact"),
     "lengths-negative": ("lengths", lambda x: x * 0 - 1, "packed tokens from 0 to 256"),
     "exact": ("value_exact", lambda x: x[:, :, 1:], "must agree in batch, KV heads and capacity"),
@@ -557,7 +557,7 @@ REFUSED = {
     "scales-dtype": ("value_scales", lambda x: x.float(), "dtype torch.float16"),
     "scales-device": ("value_scales", lambda x: x.to("meta"), "value scales are on meta"),
     "centres": ("key_centres", lambda x: x[..., :32], "key centres must have shape"),
-    "mask-causal": ("mask", lambda x: torch.ones(1, dtype=torch.bool), "Either causal or a mask"),
+    "mask-causal": ("mask", lambda x: torch.ones(1, dtype=torch.bool), "Only one of causal and a mask"),
     "logits": ("sink_logits", lambda x: torch.ones(H + 1), r"must have shape \(6,\)"),
 }
 
