@@ -43,8 +43,8 @@ def weights(model: PreTrainedModel) -> Weights:
     if (ranks := ranks_of(model)) > 1 and not any(map(is_shared, tensors.values())):
         raise ValueError(
             f"[fingerprint] The ranks of a model must tell which parts of its weights they have, "
-            f"but the {ranks} ranks of this {type(model).__name__} do not; install transformers 5.24 or "
-            "newer, or load the model without tensor parallelism."
+            f"but the {ranks} ranks of this {type(model).__name__} do not; install transformers "
+            "5.24 or newer, or load the model without tensor parallelism."
         )
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     return Weights("torch", shapes, partial(_sample, tensors))
@@ -60,8 +60,8 @@ def _sample(
 def _numbers(name: str, weight: Tensor, place: NDArray[np.int64]) -> NDArray[np.generic]:
     if weight.is_meta:
         raise ValueError(
-            f"[fingerprint] All weights must be in memory to identify the model, but {name} is on the "
-            "device meta; load the model without offloading."
+            f"[fingerprint] All weights must be in memory to identify the model, but {name} is on "
+            "the device meta; load the model without offloading."
         )
     wide = torch.float32 if weight.is_floating_point() else torch.int64
     try:
@@ -71,7 +71,7 @@ def _numbers(name: str, weight: Tensor, place: NDArray[np.int64]) -> NDArray[np.
         return torch.stack(numbers).cpu().numpy()
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"[fingerprint] Weights must be tensors whose numbers can be read to identify the model, "
-            f"but {name} is a {type(weight).__name__} of {weight.dtype}; use the model without "
+            "[fingerprint] Weights must be tensors whose numbers can be read to identify the "
+            f"model, but {name} is a {type(weight).__name__} of {weight.dtype}; use the model without "
             "that quantization."
         ) from error
