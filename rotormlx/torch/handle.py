@@ -88,29 +88,29 @@ class KVHandle:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Like a tensor's."""
+        """Dtype of the new tokens."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
-        """Like a tensor's."""
+        """Device of the new tokens."""
         return self._like.device
 
     @property
     def requires_grad(self) -> bool:
-        """Like a tensor's."""
+        """Whether the new tokens require a gradient."""
         return self._like.requires_grad
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        """Like a tensor's."""
+        """Return the shape, or one dimension of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Like a tensor's."""
+        """Return the number of dimensions."""
         return self.ndim
 
     def numel(self) -> int:
-        """Like a tensor's."""
+        """Return the number of elements, with all tokens."""
         return self.shape.numel()
 
     def __len__(self) -> int:
