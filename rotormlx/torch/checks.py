@@ -94,7 +94,7 @@ def check_packed(
     if rotation.is_per_head and has_heads and len(rotation.matrix) != front[1]:
         raise ValueError(
             f"[{where}] A calibrated rotation must have one matrix per KV head, but the {role}s "
-            f"have {front[1]} heads and it has {len(rotation.matrix)}; use this layer's rotation."
+            f"have {front[1]} heads and it has {len(rotation.matrix)}; use this layer's."
         )
     parts = {"words": words, "scales": scales, "centres": centres, "channel scale": channel_scale}
     _require_device(where, like, {f"the {role} {name}": part for name, part in parts.items()})

@@ -148,7 +148,10 @@ def test_a_shape_has_the_parameters_of_its_model(name, parameters):
     ("arguments", "sentence"),
     [
         (["bench", "none", "--device", "cpu"], "MODEL must be one of llama-1b"),
-        ([*TINY, "--bits", "5"], "--bits must be from (2, 3, 4, 8), comma-separated, but it is '5'"),
+        (
+            [*TINY, "--bits", "5"],
+            "--bits must be from (2, 3, 4, 8), comma-separated, but it is '5'",
+        ),
         ([*TINY, "--bits", ""], "--bits must be of"),
         ([*TINY, "--weights"], "--weights needs a folder with weights, but tiny is a shape"),
         ([*TINY, "--history", "4090", "--tokens", "9"], "4,096 positions, but 4,100 tokens"),

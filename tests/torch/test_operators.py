@@ -557,7 +557,11 @@ REFUSED = {
     "scales-dtype": ("value_scales", lambda x: x.float(), "dtype torch.float16"),
     "scales-device": ("value_scales", lambda x: x.to("meta"), "value scales are on meta"),
     "centres": ("key_centres", lambda x: x[..., :32], "key centres must have shape"),
-    "mask-causal": ("mask", lambda x: torch.ones(1, dtype=torch.bool), "Only one of causal and a mask"),
+    "mask-causal": (
+        "mask",
+        lambda x: torch.ones(1, dtype=torch.bool),
+        "Only one of causal and a mask",
+    ),
     "logits": ("sink_logits", lambda x: torch.ones(H + 1), r"must have shape \(6,\)"),
 }
 
