@@ -72,6 +72,6 @@ def _numbers(name: str, weight: Tensor, place: NDArray[np.int64]) -> NDArray[np.
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(
             "[fingerprint] Weights must be tensors whose numbers can be read to identify the "
-            f"model, but {name} is a {type(weight).__name__} of {weight.dtype}; use the model without "
-            "that quantization."
+            f"model, but {name} is a {type(weight).__name__} of {weight.dtype}; use the model "
+            "without that quantization."
         ) from error
