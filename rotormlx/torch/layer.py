@@ -68,7 +68,9 @@ class Step:
             (keys, values), self.new = self.new, None
             self.view = self.layer.store(keys, values, padding)
         if self.view is None:
-            raise RuntimeError("[RotorCache] The keys of this step were discarded; run the model again.")
+            raise RuntimeError(
+                "[RotorCache] The keys of this step were discarded; run the model again."
+            )
         return self.view
 
 
@@ -197,8 +199,8 @@ class RotorLayer(CacheLayerMixin):
         rows, but counts fewer of them; it is refilled later with the same centre.
 
         Args:
-            tokens_to_remove: Number of tokens to remove, negated; a positive number is the number of
-                tokens to keep.
+            tokens_to_remove: Number of tokens to remove, negated; a positive number means how many
+                to keep.
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.length)
