@@ -1,9 +1,10 @@
-"""Layers of multi-head latent attention (MLA): one packed copy of the latent serves as key and value.
+"""Layers of multi-head latent attention (MLA): one packed latent serves as key and value.
 
 Models of transformers pass the latent and the RoPE part of a token to their cache in place of keys
 and values. In every step, with any attention function, they expand what the cache returns to keys
 and values of all heads. So the cache returns tensors: all tokens of one layer, decoded, which are
-far smaller than the expanded ones. Left padding is stored like any token; the model's mask hides it.
+far smaller than the expanded ones. Left padding is stored like any token and hidden by the model's
+mask.
 
 Source: docs/MLA.md.
 """
