@@ -221,7 +221,7 @@ def _check_query(query: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -
 
 
 def _check_mask(query: Tensor, mask: Tensor | None, causal: bool) -> None:
-    """Refuse a mask that is not broadcastable to the scores, or is given together with ``causal``."""
+    """Refuse a mask that is not broadcastable to the scores, or is given with ``causal``."""
     if mask is None:
         return
     if causal:

@@ -409,7 +409,9 @@ def codec_of(head_dim: int, role: str, *, bits: int, rotation: str, seed: int, l
                 f"[codec] The {role}s must have the head_dim of their calibrated rotation, "
                 f"{calibrated.head_dim}, but it is {head_dim}; use this layer's rotation."
             )
-        return Codec(role, bits, calibrated)  # not cached, so that its matrices are freed with their last cache
+        return Codec(
+            role, bits, calibrated
+        )  # not cached, so that its matrices are freed with their last cache
     # During tracing, a dimension is not a plain integer.
     return _named_codec(int(head_dim), role, bits, rotation, seed, layer)
 
