@@ -166,7 +166,7 @@ def attend(
             one fewer.
         mask: Boolean (True: visible) or additive, broadcastable to ``[B, H, L, S]``; its columns
             are the tokens of each row. Must be None if ``causal``.
-        sink_logits: Attention-sink logits ``[H]``; each adds a score without a value to the softmax.
+        sink_logits: Attention-sink logits ``[H]``: a score in the softmax that has no value.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees nothing.
