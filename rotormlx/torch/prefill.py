@@ -28,7 +28,7 @@ from rotormlx.torch.torch_ops import AttendCall, KVView
 LEAST_ROWS = 64
 # Elements of keys that are decoded at once: 32 MiB in 16 bits, and as much for values.
 TILE_NUMBERS = 2**24
-# Rows are padded to multiples of this many elements: 16 bytes in 16-bit dtypes.
+# Rows are padded to multiples of this many elements: multiples of 16 bytes in every dtype.
 _WHOLE = 8
 _SMALLEST = 1e-30
 
@@ -98,7 +98,7 @@ def _attend_alike(call: AttendCall, rows: Rows, packed: int, tokens: int) -> Ten
 
 
 def _exact_parts(call: AttendCall, keys: Tensor, values: Tensor, packed: int) -> Iterator[Part]:
-    """Yield the parts of sink and tail; in a causal call, tokens that all queries see come first."""
+    """Yield the parts of sink and tail; if causal, tokens that all queries see are one part."""
     exact, query, scale = keys.shape[2], call.query, call.scale
     if call.causal:
         old = exact - query.shape[2]
