@@ -1,8 +1,8 @@
 """Saving and loading of caches, in the same files that mlx-lm's ``save_prompt_cache`` writes.
 
 Caches saved with MLX load here, and caches saved here load with MLX, bit for bit. In a file,
-compressed layers are ``RotorKVCache``, and sliding windows are ``RotatingKVCache``, whose tokens are
-put in order.
+compressed layers are ``RotorKVCache`` and sliding windows are ``RotatingKVCache``. Tokens of a
+sliding window are put in order.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ def _fill(layer: RotorLayer, name: str, state: State, device: torch.device) -> N
     layer.calibrated = calibrated
     if not any(row.tokens for row in rows):
         return  # an empty layer; the next tokens determine its batch size
-    # With no row, so that large buffers are made only from the file.
+    # Zero rows, so that nothing is allocated for a window whose size only the file gives.
     layer.lazy_initialization(*(store.exact[:0].to(device) for store in stores))
     layer.batch_size, layer.rows = len(rows), rows
     layer.length, layer.padding = rows[0].tokens, [0] * len(rows)

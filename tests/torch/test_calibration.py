@@ -448,7 +448,7 @@ def test_arguments_in_another_order_are_refused(models, tmp_path):
     rt.apply(other)
     cache = filled(other)
     where = tmp_path / "a"
-    with pytest.raises(ValueError, match=r"A RotorCache is required behind the model, but a dict"):
+    with pytest.raises(ValueError, match=r"A RotorCache is required after the model, but a dict"):
         rt.save_prompt_cache(where, cache, {"x": "y"})
     with pytest.raises(ValueError, match=r"must be a model of transformers, but a RotorCache"):
         rt.save_prompt_cache(where, cache, cache)
