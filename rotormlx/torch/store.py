@@ -82,7 +82,8 @@ class Store:
 
         Args:
             x: New tokens, ``[B, K, L, D]``.
-            places: XX
+            places: For each group of rows, its numbers of exact tokens before and after.
+            exact_tokens: The largest number of exact tokens of a row afterwards.
         """
         if exact_tokens > self.exact.shape[2]:
             wider = zeros(self.exact, (*x.shape[:2], exact_tokens, x.shape[3]))
@@ -200,7 +201,7 @@ class Store:
         )
 
     def _fill_up(self, rows: Rows, x: Tensor, block: int, filled: int) -> None:
-        """Complete a block of ``filled`` tokens, continuing with its centre and its trellis paths."""
+        """Complete a block of ``filled`` tokens; its centre and its trellis paths continue."""
         if self.packed is None:
             raise ValueError("[RotorCache] There is no packed block to fill up.")
         last = Packed(*(None if a is None else a[rows, :, block : block + 1] for a in self.packed))
