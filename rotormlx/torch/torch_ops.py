@@ -380,7 +380,7 @@ def pack(codes: Tensor, codec: Codec) -> Tensor:
 
 
 def levels(words: Tensor, codec: Codec) -> Tensor:
-    """Return float32 levels ``[..., fields, lanes]`` of words ``[..., rows, lanes]``, in word order.
+    """Return levels, float32 ``[..., fields, lanes]``, of words ``[..., rows, lanes]`` in word order.
 
     In word order, the first fields of all words come before all second fields, so that unpacking
     moves nothing; see :func:`in_word_order`.
@@ -431,8 +431,8 @@ def attend(call: AttendCall) -> Tensor:
     """Attend over a partly packed cache.
 
     Returns:
-        The output ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees nothing. Sums are in
-        float32.
+        The output ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees no token.
+        Sums are in float32.
 
     Source: docs/FORMAT.md, section 7.
     """
@@ -620,7 +620,7 @@ def boundaries(bits: int, device: torch.device) -> Tensor:
 
 @derived
 def matrix(rotation: Rotation, device: torch.device) -> Tensor:
-    """Return the transposed matrix, float32 ``[D, D]`` or per KV head; rows times it are rotated."""
+    """Return the transposed matrix, float32 ``[D, D]`` or per KV head; rows @ it are rotated."""
     return float32(rotation.matrix, device).mT
 
 
