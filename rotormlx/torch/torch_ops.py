@@ -380,10 +380,10 @@ def pack(codes: Tensor, codec: Codec) -> Tensor:
 
 
 def levels(words: Tensor, codec: Codec) -> Tensor:
-    """Return levels, float32 ``[..., fields, lanes]``, of words ``[..., rows, lanes]`` in word order.
+    """Return float32 levels ``[..., fields, lanes]`` of words ``[..., rows, lanes]``.
 
-    In word order, the first fields of all words come before all second fields, so that unpacking
-    moves nothing; see :func:`in_word_order`.
+    Levels are in word order: the first fields of all words come before all second fields, so that
+    unpacking moves nothing; see :func:`in_word_order`.
     """
     first, rows = codec.planes[0], codec.plane_rows[0]
     shifts = torch.arange(0, 32, first.bits, dtype=torch.int32, device=words.device)
