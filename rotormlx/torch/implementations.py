@@ -54,8 +54,8 @@ def set_attention(model: PreTrainedModel, name: str, cache_name: str) -> Impleme
     restore(former)
     if not is_set:
         raise ValueError(
-            f"[apply] {type(model).__name__} must take another attention function from "
-            "set_attn_implementation, but it does not; use the model without rotormlx."
+            f"[apply] {type(model).__name__} does not support set_attn_implementation, which "
+            "compressed attention needs; use the model without rotormlx."
         )
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     of_text = [part.config for part in parts if takes_cache(part, cache_name)]

@@ -30,7 +30,7 @@ REFUSED = {
     "gemma2": "passes softcap to its attention (Gemma2Attention)",
     "seq2seq/t5": "passes position_bias to its attention (T5Attention)",
     "speech/whisper": "its generate reads keys and values",
-    "gpt_neo": "must take another attention function",
+    "gpt_neo": "does not support set_attn_implementation",
     "rwkv": "its forward has no parameter cache or past_key_values",
     "mistral": "head_dim must be a multiple of 8",
 }
