@@ -152,7 +152,7 @@ def test_a_shape_has_the_parameters_of_its_model(name, parameters):
             [*TINY, "--bits", "5"],
             "--bits must be from (2, 3, 4, 8), comma-separated, but it is '5'",
         ),
-        ([*TINY, "--bits", ""], "--bits must be of"),
+        ([*TINY, "--bits", ""], "--bits must be from"),
         ([*TINY, "--weights"], "--weights needs a folder with weights, but tiny is a shape"),
         ([*TINY, "--history", "4090", "--tokens", "9"], "4,096 positions, but 4,100 tokens"),
         ([*TINY, "--dtype", "int8"], "--dtype must be one of float32"),

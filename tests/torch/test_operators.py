@@ -509,7 +509,9 @@ def test_encode_refuses_what_does_not_fit():
     x = rows((B, K, BLOCK, 64))
     encode_refused(x[0], r"\[encode\] The keys must have 4 dimensions \(batch, heads, tokens")
     encode_refused(x[:, :, :60], "S a multiple of 64, but the keys have shape")
-    encode_refused(x.double(), "must be float16, bfloat16 or float32, but torch.float64")
+    encode_refused(
+        x.double(), "must be float16, bfloat16 or float32, but the dtype is torch.float64"
+    )
     encode_refused(x.transpose(-1, -2), "must be contiguous, but its stride is 64")
     encode_refused(rows((B, K, BLOCK, 52)), "head_dim must be a multiple of 8")
     encode_refused(x, "role must be 'key' or 'value', but 'keys'", role="keys")
@@ -550,7 +552,7 @@ REFUSED = {
     "lengths-dtype": ("lengths", lambda x: x.long(), "dtype torch.int32"),
     "lengths-packed": ("lengths", lambda x: x + 64, "row 0 has 320 packed of 394 tokens"),
     "lengths-exact": ("lengths", lambda x: x * torch.tensor([0, 1]).int(), "at most 77 exact"),
-    "lengths-negative": ("lengths", lambda x: x * 0 - 1, "packed tokens from 0 to 256"),
+    "lengths-negative": ("lengths", lambda x: x * 0 - 1, "from 0 to 256 packed tokens"),
     "exact": ("value_exact", lambda x: x[:, :, 1:], "must agree in batch, KV heads and capacity"),
     "words-bits": ("key_words", lambda x: x[..., :4, :], "key words must have shape"),
     "words-missing": ("key_words", lambda x: None, "given together or not at all"),
