@@ -174,7 +174,7 @@ def test_another_path_for_a_single_token_is_seen():
 
 
 def test_an_exact_layer_that_asks_for_too_much_is_seen():
-    """Attention-sink logits make it ours to compute, and it knows no capped scores."""
+    """Attention-sink logits need rotormlx's attention, which does not support capped scores."""
     model = build("gpt-oss")
     sliding = layers_of(model)[0].self_attn
     forward = sliding.forward
