@@ -65,7 +65,9 @@ def bench(
         ),
     ],
     *,
-    bits: Annotated[str, typer.Option(help=f"bits of RotorCache, comma-separated, from {BITS}")] = "4",
+    bits: Annotated[
+        str, typer.Option(help=f"bits of RotorCache, comma-separated, from {BITS}")
+    ] = "4",
     prompt: Annotated[int, _count("tokens of the prompt for the time to the first token")] = 2048,
     history: Annotated[int, _count("tokens in the cache before decoding")] = 16384,
     tokens: Annotated[int, _count("tokens to write after the first one")] = 64,
@@ -114,7 +116,9 @@ def bench(
 def _widths(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part in map(str, BITS) for part in parts):
-        raise ValueError(f"[bench] --bits must be from {BITS}, comma-separated, but it is {text!r}.")
+        raise ValueError(
+            f"[bench] --bits must be from {BITS}, comma-separated, but it is {text!r}."
+        )
     return [int(part) for part in dict.fromkeys(parts)]
 
 

@@ -104,7 +104,7 @@ def checked(
             "without rotormlx."
         )
     if mask is None and not is_causal and query.shape[2] > 1 and former_of(module) != "sdpa":
-        # As with sdpa, a mask may be left out. Other attentions get it, and are causal by it.
+        # Like sdpa, rotormlx gets no mask here. Another function would have got a causal one.
         raise ValueError(
             f"[RotorCache] The model's attention ({type(module).__name__}) is not causal without a "
             "mask, which compressed attention supports only in models that used sdpa before; use "

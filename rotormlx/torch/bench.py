@@ -1,8 +1,9 @@
 """Measures speed and memory of a whole model of transformers with each cache.
 
-Weights may be random, so nothing is downloaded: they do not matter to the time. Contenders take
-turns in one process, so that a machine that slows down slows all of them down; what is reported is
-the median. Every turn is one ``generate``, greedy, whose tokens a streamer stamps.
+Weights may be random, because they do not affect the time; then nothing is downloaded. Contenders
+run in turn in one process, so that a slowdown of the machine affects all of them. The result is the
+median over turns. In a turn, ``generate`` decodes greedily, and a streamer takes the time of each
+token.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from rotormlx.torch.integration import apply, remove
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# The class of the configuration, and what it is given; a head_dim is written where it is not
-# hidden_size / num_attention_heads. By the files config.json of meta-llama/Llama-3.2-1B,
+# Configuration class and its arguments; head_dim is given where it differs from
+# hidden_size / num_attention_heads. The sizes are those in config.json of meta-llama/Llama-3.2-1B,
 # meta-llama/Llama-3.2-3B, meta-llama/Llama-3.1-8B and Qwen/Qwen3-4B.
 _LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,14 +102,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of a measurement.
 
     Args:
-        prompt: Tokens of the prompt whose first token is awaited.
-        history: Tokens before those that are written.
-        tokens: Tokens to write behind the first one.
+        prompt: Tokens of the prompt for the time to the first token.
+        history: Tokens in the cache before decoding.
+        tokens: Tokens to write after the first one.
         batch: Sequences at once.
-        runs: Turns of each contender; one more before them warms up, and compiles.
+        runs: Measured turns of each contender; one more turn before them warms up and compiles.
     """
 
     prompt: int = 2048
@@ -123,9 +124,9 @@ class Contender:
     """A cache, and the arguments of ``generate`` that select it.
 
     Args:
-        name: What the table calls it.
-        options: Of ``generate``.
-        bits: Of keys and values where the model is compressed, else None.
+        name: Name in the table.
+        options: Arguments of ``generate``.
+        bits: Bits of keys and values if the model is compressed, else None.
         missing: Why it cannot be measured here; empty if it can.
     """
 
@@ -140,11 +141,11 @@ class Measured:
     """Figures of one turn, or the medians of several.
 
     Args:
-        first_token_ms: From the start until the first token behind the prompt is known.
-        decode_tokens_per_second: Of all sequences together, behind the history.
-        peak_bytes: The most memory that torch held on CUDA, weights included; on a CPU, where it
-            does not count, the bytes of the cache.
-        cache_bytes: Bytes allocated for the cache at the end, room for growth included.
+        first_token_ms: Time from the start until the first token after the prompt is known.
+        decode_tokens_per_second: Tokens of all sequences together, after the history.
+        peak_bytes: Most memory that torch held on CUDA, including weights; on a CPU, where torch
+            does not count it, the bytes of the cache.
+        cache_bytes: Bytes allocated for the cache at the end, including room for growth.
     """
 
     first_token_ms: float
@@ -184,16 +185,16 @@ class Result:
 def model_of(
     name: str, *, device: str, dtype: str, weights: bool = False
 ) -> tuple[PreTrainedModel, str]:
-    """Make a model, with random weights unless ``weights`` are asked for.
+    """Make a model, with random weights unless ``weights`` is set.
 
     Args:
         name: One of ``SHAPES``, or a folder with ``config.json``.
-        device: Where it is to be.
+        device: Device of the model.
         dtype: One of ``DTYPES``.
         weights: Whether to load the weights of the folder.
 
     Returns:
-        The model, and what its weights are.
+        The model, and a word for its weights.
 
     Raises:
         ValueError: If there is no such model, device or dtype.
@@ -220,7 +221,7 @@ def model_of(
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    # Nothing ends the text early.
+    # Without an end token, no text ends early.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return model.eval(), "its own" if weights else "random"
 
@@ -258,13 +259,13 @@ def run(
     """Measure contenders in turn.
 
     Args:
-        model: Of :func:`model_of`.
-        chosen: What is compared.
-        settings: What is measured.
-        name: What the table calls the model.
-        weights: What its weights are.
-        command: What the result gives as the command.
-        keep: Takes the result so far, after each round.
+        model: Model from :func:`model_of`.
+        chosen: Contenders to compare.
+        settings: Settings of the measurement.
+        name: Name of the model in the table.
+        weights: Word for its weights.
+        command: Command to record in the result.
+        keep: Function that gets the result so far after each round.
 
     Raises:
         ValueError: If the model has fewer positions than the texts have tokens.
@@ -299,7 +300,7 @@ def run(
                 reasons[one.name] = f"refused: {' '.join(str(error).split())}"
             except torch.OutOfMemoryError:
                 reasons[one.name] = "out of memory"
-            except RuntimeError as error:  # of a compiler or a kernel; the others still count
+            except RuntimeError as error:  # from a compiler or a kernel; the other contenders go on
                 reasons[one.name] = f"failed: {str(error).strip().partition(chr(10))[0]}"
             else:
                 if counted >= 0:
@@ -335,7 +336,7 @@ def remarks(result: Result) -> list[str]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes allocated for the tensors of a cache of any kind, each counted once."""
+    """Return the bytes allocated for the tensors of any cache, each tensor counted once."""
     own = getattr(cache, "nbytes", None)
     if isinstance(own, int):
         return own
@@ -377,7 +378,7 @@ def _turn(model: PreTrainedModel, one: Contender, settings: Settings) -> Measure
 def _generate(
     model: PreTrainedModel, one: Contender, batch: int, length: int, new_tokens: int
 ) -> tuple[float, float, Any]:
-    """Generate; returns seconds to the first token, seconds from first to last, and the cache."""
+    """Generate; return seconds to the first token, seconds from first to last, and the cache."""
     generator = torch.Generator().manual_seed(length)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(3, vocabulary, (batch, length), generator=generator).to(model.device)
@@ -395,7 +396,7 @@ def _generate(
         **one.options,
     )
     first, last = stamps.times[1], stamps.times[-1]
-    # The name before transformers 5.24 is the second.
+    # Before transformers 5.24, the name is past_key_values.
     cache = getattr(made, "cache", None) or made.past_key_values
     return first - start, last - first, cache
 
@@ -412,7 +413,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return found
 
 
-# ---- what is said -------------------------------------------------------------------------------
+# ---- output and checks --------------------------------------------------------------------------
 
 
 def _median(turns: Sequence[Measured]) -> Measured | None:

@@ -1,8 +1,8 @@
 """Builds the CUDA kernels: one library for each configuration, compiled on first use and kept.
 
-A library is the launchers of ``cuda_kernels/`` and ``binding.cpp``, compiled for the head_dims,
+A library holds the launchers of ``cuda_kernels/`` and ``binding.cpp``, compiled for the head_dims,
 bits and rotation of one configuration and for one kind of GPU. Its name is a hash of everything
-that decides what is in it: the texts, the versions of torch and nvcc, the architecture and the
+that determines its content: the sources, the versions of torch and nvcc, the architecture and the
 configuration.
 """
 
@@ -27,14 +27,14 @@ from rotormlx.kernels.source import cuda_header, folder
 from rotormlx.storage.paths import cache_dir
 
 _FOLDERS = ("cuda_kernels", "shared_kernels")
-# Compiled at the same time.
+# Compiled in parallel.
 SOURCES = ("launch_attend.cu", "launch_codec.cu", "launch_store.cu", "binding.cpp")
-# nvcc's names where a GPU has instructions of its own beside those of its generation.
+# nvcc's names for GPUs with instructions beyond those of their generation.
 _OWN_ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a"}
 _OLDEST = (8, 0)
-# What cpp_extension.load waits for in the directory of a library.
+# The file in the directory of a library that cpp_extension.load waits for.
 _TORCH_LOCK = "lock"
-# What torch tells nvcc before our own flags.
+# The flags of nvcc that torch sets before ours.
 TORCH_FLAGS = cpp_extension.COMMON_NVCC_FLAGS
 
 
@@ -48,7 +48,7 @@ class Configuration:
         value_dim: head_dim of values.
         key_bits: Bits of a key code.
         value_bits: Bits of a value code.
-        arch: nvcc's name of the GPU, such as ``sm_90a``.
+        arch: nvcc's name for the architecture of the GPU, such as ``sm_90a``.
     """
 
     rotation: str
@@ -60,7 +60,7 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """Name of the library and of its operators' namespace: a hash of all that goes into it."""
+        """Name of the library and of its operators' namespace: a hash of all inputs."""
         digest = hashlib.sha256()
         facts = [*sorted(asdict(self).items()), torch.__version__, nvcc_version()]
         texts = [path.read_bytes() for path in source_files()]
@@ -92,7 +92,7 @@ class Configuration:
             "VALUE_BITS": self.value_bits,
         }
         defines = [f"-DROTORMLX_{name}={number}" for name, number in numbers.items()]
-        # torch forbids the conversions of float16 that the kernels make.
+        # torch disables float16 conversions that the kernels need.
         allowed = [flag.replace("-D", "-U") for flag in TORCH_FLAGS if "CONVERSIONS" in flag]
         return ["-O3", f"-arch={self.arch}", *allowed, *defines]
 
@@ -101,7 +101,7 @@ class Configuration:
         return ["-O2", f"-DROTORMLX_NAMESPACE={self.name}"]
 
     def include_paths(self) -> list[str]:
-        """Folders of the headers, the generated ones among them."""
+        """Folders of the headers, including the generated ones."""
         return [str(self.directory), str(folder("cuda_kernels"))]
 
     def write_headers(self) -> None:
@@ -115,7 +115,7 @@ class Configuration:
 
 
 def build(configuration: Configuration, *, verbose: bool = False) -> Path:
-    """Compile a configuration, or find it compiled, and load its operators.
+    """Compile a configuration if it is not compiled yet, and load its operators.
 
     One process builds at a time; others wait for it. A killed build does not block others.
 
@@ -127,16 +127,16 @@ def build(configuration: Configuration, *, verbose: bool = False) -> Path:
         The directory of the library; its operators are ``torch.ops.<configuration.name>``.
 
     Raises:
-        RuntimeError: If something to compile or to run it with is missing, or a compiler fails.
+        RuntimeError: If a tool or the GPU is missing, or a compiler fails.
     """
     if (reason := missing()) is not None:
         raise RuntimeError(f"[build] CUDA kernels cannot be built: {reason}.")
     directory = configuration.directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # The system lets go of this lock when a process dies.
+    # The system releases this lock when a process dies.
     with FileLock(directory.with_suffix(".lock")):
         configuration.write_headers()
-        # torch's own lock is a file that stays behind when a process dies.
+        # torch's own lock is a file that remains when a process dies.
         (directory / _TORCH_LOCK).unlink(missing_ok=True)
         _compile(configuration, verbose=verbose)
     return directory
@@ -158,7 +158,7 @@ def _compile(configuration: Configuration, *, verbose: bool) -> None:
         raise RuntimeError(
             f"[build] The kernels of {', '.join(SOURCES)} must compile for {configuration.arch} "
             f"({torch.cuda.get_device_name()}), but they do not; rotormlx.torch.remove(model) "
-            f"gives a model its own caches back. The compiler says: {error}"
+            f"restores a model's own caches. The compiler says: {error}"
         ) from error
 
 
@@ -187,7 +187,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def nvcc() -> str | None:
-    """The path of the CUDA compiler, as torch finds it: CUDA_HOME first, then PATH."""
+    """Return the path of the CUDA compiler; like torch, look in CUDA_HOME first, then in PATH."""
     home = cpp_extension.CUDA_HOME
     in_home = None if home is None else shutil.which("nvcc", path=str(Path(home) / "bin"))
     return in_home or shutil.which("nvcc")
@@ -195,7 +195,7 @@ def nvcc() -> str | None:
 
 @cache
 def nvcc_version() -> str:
-    """The release of nvcc, such as ``13.0``; empty without one."""
+    """Return the release of nvcc, such as ``13.0``; empty without nvcc."""
     path = nvcc()
     if path is None:
         return ""
@@ -205,6 +205,6 @@ def nvcc_version() -> str:
 
 
 def source_files() -> list[Path]:
-    """Every file that a library is compiled from, but the generated headers."""
+    """Return the files that a library is compiled from, except the generated headers."""
     files = [path for name in _FOLDERS for path in folder(name).iterdir() if path.is_file()]
     return sorted(files, key=lambda path: (path.parent.name, path.name))

@@ -25,7 +25,7 @@ from rotormlx.torch.store import Calibrated
 
 # Makes a compressed layer by its index, in place of an empty one of transformers.
 LayerFactory = Callable[[int, Any], RotorLayer]
-# Of transformers, besides those that it exports: a growing layer and the keys of an indexer.
+# A class that transformers does not export: a growing layer with the keys of an indexer.
 _INDEXED = "DynamicIndexedLayer"
 
 
@@ -36,8 +36,9 @@ class RotorCache(DynamicCache):
     the model. Layers with full attention are compressed; sliding windows, linear attention and
     other layers keep the caches that transformers gives them.
 
-    A configuration tells the kinds of layers only; :func:`rotormlx.torch.report` tries the model
-    itself. What attention over compressed keys cannot do raises at the first step.
+    The kinds of layers come from the configuration alone; :func:`rotormlx.torch.report` runs the
+    model itself. If the model asks for something that compressed attention does not support, the
+    first step raises an error.
 
     Args:
         config: ``model.config``; its attention must be ``rotormlx``, see
@@ -45,12 +46,12 @@ class RotorCache(DynamicCache):
         rotor_config: How keys and values are compressed; the default configuration if None.
         calibration: What :func:`rotormlx.torch.load_calibration` read for the model; the
             configuration becomes a calibrated one then.
-        max_cache_len: Positions of a sequence at most, padding included. Buffers are then made at
-            once and keep their place, for ``torch.compile`` and CUDA graphs, and sliding windows
-            are transformers' static ones. None for a cache that grows.
+        max_cache_len: Maximum number of positions of a sequence, including padding. With it,
+            buffers are allocated once and stay in place, for ``torch.compile`` and CUDA graphs, and
+            sliding windows are transformers' static ones. None for a cache that grows.
 
     Raises:
-        ValueError: If the model's attention is another, nothing in the model can be compressed, or
+        ValueError: If the model has another attention, nothing in the model can be compressed, or
             a calibrated configuration comes without a calibration.
     """
 
@@ -94,9 +95,9 @@ class RotorCache(DynamicCache):
         """Return an empty cache in which compressed layers replace some of the layers.
 
         Args:
-            cache: As transformers made it.
-            indices: Which layers are replaced.
-            make: See :func:`layer_factory`.
+            cache: The cache that transformers made.
+            indices: Indices of the layers to replace.
+            make: Function that makes a layer; see :func:`layer_factory`.
         """
         made = cls.__new__(cls)
         made._set(cache.layers, indices, make)
@@ -124,7 +125,7 @@ class RotorCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated over all layers, room for growth included."""
+        """Bytes allocated over all layers, including room for growth."""
         return sum(_nbytes(layer) for layer in self.layers)
 
     def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -141,14 +142,14 @@ class RotorCache(DynamicCache):
 
 
 def growing_layers(layers: list[Any], *, holds_latents: bool = False) -> list[int]:
-    """Indices of the layers that keep all tokens, and nothing but keys and values.
+    """Return the indices of layers that keep all tokens, and only keys and values.
 
     Args:
-        layers: Empty ones, as transformers made them.
-        holds_latents: Whether they are of latents (MLA), which may have the keys of an indexer
-            beside them.
+        layers: Empty layers that transformers made.
+        holds_latents: Whether they hold latents (MLA); then they may also hold the keys of an
+            indexer.
     """
-    # Exactly these classes: what derives from them keeps more, or less.
+    # Exactly these classes: their subclasses keep more, or less.
     plain = (DynamicLayer, StaticLayer)
     return [
         index
@@ -165,7 +166,7 @@ def nothing_to_compress(layers: list[Any]) -> str:
 
 
 def is_compressed(cache: Any) -> bool:
-    """Whether a cache has compressed layers."""
+    """Return whether a cache has compressed layers."""
     return any(isinstance(layer, RotorLayer) for layer in getattr(cache, "layers", ()))
 
 
@@ -176,7 +177,7 @@ def layer_factory(
 
     Args:
         config: How to compress.
-        calibration: Of a calibrated configuration, else None.
+        calibration: The calibration of a calibrated configuration, else None.
         holds_latents: Whether the model keeps latents (MLA) in place of keys and values.
 
     Raises:
@@ -191,7 +192,7 @@ def layer_factory(
     if not isinstance(calibration, Calibration):
         came = "none" if calibration is None else f"a {type(calibration).__name__}"
         raise ValueError(
-            f"[RotorCache] A calibrated configuration needs its calibration, but {came} came; "
+            f"[RotorCache] A calibrated configuration needs its calibration, but {came} was given; "
             "pass calibration=rotormlx.torch.load_calibration(path, model)."
         )
     own = calibration.by_layer(calibration.configured(config))
@@ -207,7 +208,7 @@ def _latent_layer(config: RotorConfig, layer: int, like: Any) -> RotorLayer:
     if isinstance(like, StaticLayer):
         raise ValueError(
             "[RotorCache] Compressed latents must be in a cache that grows, but a static one was "
-            "asked for; leave cache_implementation and max_cache_len out."
+            "requested; leave cache_implementation and max_cache_len out."
         )
     kind = RotorIndexedLatentLayer if type(like).__name__ == _INDEXED else RotorLatentLayer
     return kind(config, layer)

@@ -18,14 +18,14 @@ from rotormlx.torch.store import Calibrated
 def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
     """Read a file of ``rotormlx calibrate``, for :class:`rotormlx.torch.RotorCache`.
 
-    If a model is spread over ranks, every rank must call it, and gets its own KV heads.
+    If a model is spread over ranks, every rank must call this, and gets its own KV heads.
 
     Args:
         path: The file.
-        model: The model that it must be of.
+        model: The model that the file must belong to.
 
     Raises:
-        ValueError: If there is no such file, it is damaged, or it is of another model.
+        ValueError: If there is no such file, it is damaged, or it belongs to another model.
 
     Source: docs/FORMAT.md, section 11.
     """
@@ -34,6 +34,6 @@ def load_calibration(path: str | Path, model: PreTrainedModel) -> Calibration:
 
 @derived
 def arrays_of(made: Calibration, layer: int) -> Calibrated:
-    """Channel scales or matrices for the caches of a layer, which all share them."""
+    """Return channel scales or matrices of a layer, shared by all its caches."""
     keys, values = made.of(layer)
     return torch.from_numpy(keys), torch.from_numpy(values)

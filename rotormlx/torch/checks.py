@@ -26,7 +26,7 @@ def require_vectors(where: str, **tensors: Tensor) -> None:
 
 
 def require_no_gradient(where: str, **tensors: Tensor | None) -> None:
-    """Refuse tensors whose gradient would be lost: the operators have no derivative."""
+    """Refuse tensors that require a gradient, because the operators have no derivative."""
     if not torch.is_grad_enabled():
         return
     for name, x in tensors.items():
@@ -39,7 +39,7 @@ def require_no_gradient(where: str, **tensors: Tensor | None) -> None:
 
 
 def check_rows(x: Tensor, codec: Codec) -> None:
-    """Require rows that fill whole blocks."""
+    """Require a number of rows that fills whole blocks."""
     if x.shape[2] % BLOCK:
         raise ValueError(
             f"[encode] Rows must have shape [B, K, S, {codec.head_dim}] with S a multiple "
@@ -63,12 +63,12 @@ def check_packed(
     """Require packed parts with the shape, dtype, stride and device of the codec.
 
     Args:
-        where: The operator, for the message.
-        like: The exact vectors ``[B, K, S, D]`` that the parts belong to, which give B, K and the
-            device, and for encoding the blocks; the words themselves where nothing else does.
-        codec: Role, bits and rotation.
+        where: Name of the operator, for messages.
+        like: The exact vectors ``[B, K, S, D]`` that the parts belong to. They give B, K, the
+            device and, for encoding, the number of blocks. For decoding, the words.
+        codec: Codec of the parts: role, bits and rotation.
         packed: int32 words ``[B, K, N, rows, lanes]``, float16 scales ``[B, K, N, 64]`` and float16
-            centres ``[B, K, N, D]``, of which each may be None.
+            centres ``[B, K, N, D]``; each may be None.
         channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, or None.
     """
     role, head_dim = codec.role, codec.head_dim
@@ -82,7 +82,7 @@ def check_packed(
         _require(where, f"{role} scales", scales, (*front, BLOCK), torch.float16)
     if centres is not None and role == VALUE:
         raise ValueError(
-            f"[{where}] Only keys have centres, but centres came with values; leave them out."
+            f"[{where}] Only keys have centres, but values came with centres; leave them out."
         )
     if centres is not None:
         _require(where, "key centres", centres, (*front, head_dim), torch.float16)
@@ -94,14 +94,14 @@ def check_packed(
     if rotation.is_per_head and has_heads and len(rotation.matrix) != front[1]:
         raise ValueError(
             f"[{where}] A calibrated rotation must have one matrix per KV head, but the {role}s "
-            f"have {front[1]} heads and it has {len(rotation.matrix)}; use that of this layer."
+            f"have {front[1]} heads and it has {len(rotation.matrix)}; use this layer's."
         )
     parts = {"words": words, "scales": scales, "centres": centres, "channel scale": channel_scale}
     _require_device(where, like, {f"the {role} {name}": part for name, part in parts.items()})
 
 
 def check_path(x: Tensor, codec: Codec, start: int, state: Tensor | None) -> None:
-    """Refuse a start that is not within a block, or a state that does not fit its rows."""
+    """Refuse a start outside of a block, or a state that does not fit its rows."""
     if not 0 <= start < BLOCK:
         raise ValueError(
             f"[encode] start must be a number of tokens from 0 to {BLOCK - 1}, but it is {start}."
@@ -110,7 +110,7 @@ def check_path(x: Tensor, codec: Codec, start: int, state: Tensor | None) -> Non
         return
     if not codec.has_state:
         raise ValueError(
-            "[encode] Only values of 2 or 3 bits go on from a state, but one came with "
+            "[encode] Only values of 2 or 3 bits continue from a state, but one was given for "
             f"{codec.role}s of {codec.bits} bits; leave it out."
         )
     shape = (*x.shape[:2], x.shape[2] // BLOCK, codec.head_dim)
@@ -142,8 +142,8 @@ def check_step(new: tuple[Tensor, Tensor], counter: Tensor, call: AttendCall, wi
         length = call.query.shape[2]
         if tuple(x.shape) != (batch, heads, length, head_dim) or not 0 < length <= BLOCK:
             raise ValueError(
-                f"[step] New {role}s must have shape [{batch}, {heads}, L, {head_dim}], L being "
-                f"the queries' {length} and from 1 to {BLOCK}, but they have shape "
+                f"[step] New {role}s must have shape [{batch}, {heads}, L, {head_dim}], with the "
+                f"queries' L of {length}, from 1 to {BLOCK}, but they have shape "
                 f"{tuple(x.shape)}."
             )
         least = call.sink + window + BLOCK - 1 + length
@@ -151,7 +151,7 @@ def check_step(new: tuple[Tensor, Tensor], counter: Tensor, call: AttendCall, wi
             raise ValueError(
                 f"[step] The {role}s must have buffers for blocks and for at least {least} exact "
                 f"tokens (sink, window, {BLOCK - 1} and new ones), but there is room for "
-                f"{capacity} and the blocks are {'missing' if view.packed is None else 'there'}."
+                f"{capacity} and blocks are {'missing' if view.packed is None else 'present'}."
             )
         _require_device("step", call.query, {f"the new {role}s": x})
     _require("step", "counter", counter, (len(call.query),), torch.int32)
@@ -159,7 +159,7 @@ def check_step(new: tuple[Tensor, Tensor], counter: Tensor, call: AttendCall, wi
 
 
 def check_lengths(call: AttendCall) -> None:
-    """Refuse lengths that the buffers do not hold. Reads them, so only for CPU tensors."""
+    """Refuse lengths that the buffers do not hold; reads the lengths, so for CPU tensors only."""
     room, capacity = call.blocks * BLOCK, call.capacity
     lengths = call.lengths.tolist()
     for row, (packed, tokens) in enumerate(lengths):
@@ -167,9 +167,9 @@ def check_lengths(call: AttendCall) -> None:
         least = call.sink if packed else 0
         if not (0 <= packed <= room and least <= tokens - packed <= capacity):
             raise ValueError(
-                f"[attend] Lengths of a row must be packed tokens from 0 to {room} and, beside "
-                f"them, at most {capacity} exact ones, a sink of {call.sink} among them where "
-                f"tokens are packed, but row {row} says {packed} packed of {tokens} tokens."
+                f"[attend] A row must have from 0 to {room} packed tokens and at most {capacity} "
+                f"exact ones, including a sink of {call.sink} if tokens are packed, but row {row} "
+                f"has {packed} packed of {tokens} tokens."
             )
     if call.mask is None or not call.mask.ndim or call.mask.shape[-1] == 1:
         return
@@ -221,13 +221,13 @@ def _check_query(query: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -
 
 
 def _check_mask(query: Tensor, mask: Tensor | None, causal: bool) -> None:
-    """Refuse a mask that is not broadcastable to the scores, or comes beside ``causal``."""
+    """Refuse a mask that is not broadcastable to the scores, or is given with ``causal``."""
     if mask is None:
         return
     if causal:
         raise ValueError(
-            "[attend] Either causal or a mask is possible, but both were given; put the causal "
-            "pattern into the mask."
+            "[attend] Only one of causal and a mask is possible, but both were given; put the "
+            "causal pattern into the mask."
         )
     want = query.shape[:3]
     shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
@@ -256,12 +256,13 @@ def require_float(where: str, name: str, dtype: torch.dtype) -> None:
     """Require a floating dtype."""
     if dtype not in FLOATS:
         raise ValueError(
-            f"[{where}] {name} must be float16, bfloat16 or float32, but {dtype} came; cast them."
+            f"[{where}] {name} must be float16, bfloat16 or float32, but the dtype is {dtype}; "
+            "cast them."
         )
 
 
 def _require_contiguous(where: str, name: str, x: Tensor) -> None:
-    # An empty tensor that comes from a file has strides of 0.
+    # An empty tensor from a file has strides of 0.
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
         raise ValueError(
             f"[{where}] The last dimension of {name} must be contiguous, but its stride is "

@@ -1,7 +1,7 @@
-"""The operators on CUDA devices: the compiled kernels, or torch operations where they are missing.
+"""The operators on CUDA devices: compiled kernels, or torch operations if there are none.
 
-Checks, tables and the current device are handled here; the binding only fills structures.
-Nothing waits for the device.
+This module makes checks and tables and sets the current device; the binding only fills
+structures. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rotormlx.torch.store_step import Step
 from rotormlx.torch.torch_ops import AttendCall, KVView
 
 _ALIGNMENT = 16
-# Elements from one token or block to the next; see launch.h.
+# Limit of the stride, in elements, between tokens or blocks; see launch.h.
 _STRIDE_LIMIT = 2**29
 
 # Loaded libraries, newest last.
@@ -120,7 +120,7 @@ def attend(call: AttendCall) -> Tensor:
 def store(stored: Step) -> None:
     """Store the tokens of a step and pack what is due; see :mod:`rotormlx.torch.store_step`.
 
-    Without compiled kernels the lengths are read back, and the device is waited for.
+    Without compiled kernels, this reads the lengths back and waits for the device.
     """
     keys, values, device = stored.keys, stored.values, stored.lengths.device
     operators = _operators(keys.codec, values.codec, device)
@@ -147,7 +147,7 @@ def store(stored: Step) -> None:
 
 
 def _shape(call: AttendCall) -> Shape:
-    """What the plan depends on: what counts is known on the device only, so buffers count whole."""
+    """Return what the plan depends on; it takes whole buffers, as only the device knows lengths."""
     keys, values = call.keys.codec, call.values.codec
     batch, heads, length, _ = call.query.shape
     return Shape(
@@ -161,13 +161,13 @@ def _shape(call: AttendCall) -> Shape:
 
 
 def _mask(call: AttendCall) -> tuple[int, Tensor | None]:
-    """The kind of a mask (see launch.h), and the mask ``[B, H, L, S]``, boolean or float32."""
+    """Return the kind of a mask (see launch.h), and the mask ``[B, H, L, S]``, bool or float32."""
     mask = call.wide_mask
     if mask is None:
         return (mask_kinds.CAUSAL if call.causal else mask_kinds.NONE), None
     is_boolean = mask.dtype == torch.bool
     mask = mask if is_boolean else mask.float()
-    # Along an axis that is broadcast, the stride becomes 0 and nothing is copied.
+    # Expanding sets the stride of broadcast axes to 0 and copies nothing.
     tokens = mask.shape[-1] if mask.shape[-1] > 1 else call.blocks * BLOCK + call.capacity
     mask = mask.expand(*call.query.shape[:3], tokens)
     return (mask_kinds.BOOLEAN if is_boolean else mask_kinds.ADDITIVE), mask
@@ -207,7 +207,7 @@ def _operators_for(codec: Codec, device: torch.device) -> Any:
 
 
 def _compiled_for(rotation: Rotation) -> str:
-    """The rotation of a configuration: kernels for a matrix take one for each KV head as well."""
+    """Return the rotation to compile for; kernels for a matrix also take one per KV head."""
     return "dense" if rotation.is_per_head else rotation.name
 
 
@@ -216,14 +216,14 @@ def _can_compile() -> bool:
     reason = build.missing()
     if reason is not None:
         warnings.warn(
-            f"CUDA kernels are not to be had, so rotormlx uses torch operations, which are slower: "
+            f"CUDA kernels are not available, so rotormlx uses torch operations, which are slower: "
             f"{reason}.",
             stacklevel=2,
         )
     return reason is None
 
 
-# ---- tensors as the kernels want them -----------------------------------------------------------
+# ---- tensors for the kernels --------------------------------------------------------------------
 
 
 def _on(device: torch.device) -> torch.cuda.device:
@@ -240,16 +240,16 @@ def _architecture(device: torch.device) -> str:
 def _device(device: torch.device) -> Device:
     """Return the properties of a GPU that a plan depends on."""
     facts = torch.cuda.get_device_properties(device)
-    # Versions of torch that do not tell the limit that a kernel may ask for get the usual one.
+    # Some versions of torch do not report the opt-in limit; the default limit is used then.
     shared_bytes = getattr(facts, "shared_memory_per_block_optin", 48 * 1024)
     return Device(facts.multi_processor_count, shared_bytes)
 
 
 def _counters(device: torch.device, stream: int) -> Tensor:
-    """int32 ``[MANY_ROWS]``, more than one kernel needs; 0 between the calls of a stream.
+    """Return int32 ``[MANY_ROWS]``, enough for any kernel; all 0 between the calls of a stream.
 
-    A call in a CUDA graph has its own, which the graph sets to 0: it may run beside other calls,
-    and what is captured has not run yet.
+    A call in a CUDA graph has its own counters, which the graph sets to 0. The graph may run beside
+    other calls, and captured calls have not run yet.
     """
     if torch.cuda.is_current_stream_capturing():
         return _zeros(device)
@@ -271,9 +271,9 @@ def _stream(device: torch.device) -> int:
 
 
 def _parts(view: KVView, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """What ``attend`` takes of keys or values: exact, words, scales, centres (keys), channel scale.
+    """Return what ``attend`` takes: exact, words, scales, centres (of keys), channel scale.
 
-    Kept with the view where all of it is the view's own memory.
+    The result is kept with the view if no tensor had to be copied.
     """
     kept, found = view.prepared.get("cuda", (None, ()))
     if kept == dtype:
@@ -291,7 +291,7 @@ def _parts(view: KVView, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
 
 
 def _blocks(packed: Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Words, scales and centres; the words of a block side by side."""
+    """Return words, scales and centres, with the words of a block contiguous."""
     if packed is None:
         return None, None, None
     words, scales, centres = packed
@@ -304,7 +304,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes, as kernels load them, at strides of 32 bits."""
+    """Return whether rows start at multiples of 16 bytes, with strides that fit 32 bits."""
     steps = (x.storage_offset(), *x.stride()[:-1])
     aligned = x.stride(-1) == 1 and all(n * x.itemsize % _ALIGNMENT == 0 for n in steps)
     return aligned and x.stride(2) < _STRIDE_LIMIT
@@ -323,5 +323,5 @@ def _coefficients(rotation: Rotation, back: bool, device: torch.device) -> Tenso
 
 @derived
 def _query_matrix(rotation: Rotation, device: torch.device) -> Tensor:
-    """float32 ``[D, D]``, or one per KV head: a query times it is rotated."""
+    """Return float32 ``[D, D]``, or one per KV head; a query times it is rotated."""
     return torch_ops.inverse_matrix(rotation, device).mT.contiguous()

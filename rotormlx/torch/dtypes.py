@@ -8,7 +8,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What torch's own attention would cast to here, or None outside of autocast."""
+    """Return the dtype that torch's own attention would cast to, or None outside of autocast."""
     if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -28,23 +28,23 @@ def weights(model: PreTrainedModel) -> Weights:
     """Return the weights of a model's text decoder without reading them.
 
     Raises:
-        ValueError: If ``model`` is none, or its ranks do not tell which parts they have. The ranks
-            of one must read its fingerprint together.
+        ValueError: If ``model`` is no model of transformers, or its ranks do not tell which parts
+            they have. All ranks of a model must read its fingerprint together.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"[fingerprint] model must be a model of transformers, but a {type(model).__name__} "
             "was given; pass what from_pretrained returned."
         )
-    # Vision and speech have layers too, and mlx-lm loads neither.
-    # Its state: quantized weights may be buffers.
+    # The text decoder only: mlx-lm loads no layers of vision and speech.
+    # The state dict, because quantized weights may be buffers.
     state = model.get_decoder().state_dict()
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
     if (ranks := ranks_of(model)) > 1 and not any(map(is_shared, tensors.values())):
         raise ValueError(
             f"[fingerprint] The ranks of a model must tell which parts of its weights they have, "
-            f"but the {ranks} of this {type(model).__name__} do not; install transformers 5.24 or "
-            "newer, or load the model without tensor parallelism."
+            f"but the {ranks} ranks of this {type(model).__name__} do not; install transformers "
+            "5.24 or newer, or load the model without tensor parallelism."
         )
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     return Weights("torch", shapes, partial(_sample, tensors))
@@ -60,8 +60,8 @@ def _sample(
 def _numbers(name: str, weight: Tensor, place: NDArray[np.int64]) -> NDArray[np.generic]:
     if weight.is_meta:
         raise ValueError(
-            f"[fingerprint] All weights must be in memory to tell the model, but {name} is on the "
-            "device meta; load the model without offloading."
+            f"[fingerprint] All weights must be in memory to identify the model, but {name} is on "
+            "the device meta; load the model without offloading."
         )
     wide = torch.float32 if weight.is_floating_point() else torch.int64
     try:
@@ -71,7 +71,7 @@ def _numbers(name: str, weight: Tensor, place: NDArray[np.int64]) -> NDArray[np.
         return torch.stack(numbers).cpu().numpy()
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"[fingerprint] Weights must be tensors whose numbers can be read to tell the model, "
-            f"but {name} is a {type(weight).__name__} of {weight.dtype}; use the model without "
-            "that quantization."
+            "[fingerprint] Weights must be tensors whose numbers can be read to identify the "
+            f"model, but {name} is a {type(weight).__name__} of {weight.dtype}; use the model "
+            "without that quantization."
         ) from error

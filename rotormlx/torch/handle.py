@@ -17,7 +17,7 @@ ADVICE = (
     "its attention must be rotormlx's: call "
     'model.set_attn_implementation("rotormlx") or rotormlx.torch.apply(model) first'
 )
-# What Python would answer, or refuse in words of its own, for an object that does not say.
+# Operations for which Python would use a default, or raise an error of its own.
 _OPERATIONS = (
     *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
     *("and", "or", "xor", "lshift", "rshift"),
@@ -34,17 +34,17 @@ _REFUSED = (
 def untraced(function: Function) -> Function:
     """Make ``torch.compile`` call a function between its graphs, without tracing it.
 
-    Packing depends on how many tokens there are, so a graph of one step is not that of the next.
+    Packing depends on the number of tokens, so a graph of one step does not fit the next.
     """
     reason = (
-        "[RotorCache] Compressed attention runs between graphs, but one graph was asked for; "
+        "[RotorCache] Compressed attention runs between graphs, but one graph was requested; "
         "compile without fullgraph=True."
     )
     kept = torch.compiler.disable(function, reason=reason)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # What keeps the compiler out costs more than all that a step does here.
+        # The wrapper that keeps the compiler out costs more time than the step itself.
         chosen = kept if torch.compiler.is_dynamo_compiling() else function
         return chosen(*args, **kwargs)
 
@@ -52,16 +52,16 @@ def untraced(function: Function) -> Function:
 
 
 class KVHandle:
-    """Stands for the keys or the values of a layer between ``update`` and the attention function.
+    """A stand-in for a layer's keys or values between ``update`` and the attention function.
 
     It has a shape, dtype and device like a tensor, and raises an error for any other use.
 
     Args:
-        step: The step that it belongs to; attention reads it.
+        step: The step that the handle belongs to; attention reads it.
         role: ``"key"`` or ``"value"``.
         layer: Index of the layer.
         like: The new tokens, ``[B, K, L, D]``.
-        tokens: S, all tokens.
+        tokens: Number of all tokens, S.
     """
 
     ndim = 4
@@ -73,7 +73,7 @@ class KVHandle:
         self._like, self._tokens = like, tokens
 
     def goes_with(self, values: object) -> bool:
-        """Whether these are the keys and ``values`` the values of the same step."""
+        """Return whether these are the keys, and ``values`` the values, of one step."""
         return (
             isinstance(values, KVHandle)
             and (self.role, values.role) == ROLES
@@ -82,35 +82,35 @@ class KVHandle:
 
     @property
     def shape(self) -> torch.Size:
-        """Like a tensor's, with all tokens."""
+        """Shape ``[B, K, S, D]``, with all tokens."""
         batch, heads, _, head_dim = self._like.shape
         return torch.Size((batch, heads, self._tokens, head_dim))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Like a tensor's."""
+        """Dtype of the new tokens."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
-        """Like a tensor's."""
+        """Device of the new tokens."""
         return self._like.device
 
     @property
     def requires_grad(self) -> bool:
-        """Like a tensor's."""
+        """Whether the new tokens require a gradient."""
         return self._like.requires_grad
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        """Like a tensor's."""
+        """Return the shape, or one dimension of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Like a tensor's."""
+        """Return the number of dimensions."""
         return self.ndim
 
     def numel(self) -> int:
-        """Like a tensor's."""
+        """Return the number of elements, with all tokens."""
         return self.shape.numel()
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ class KVHandle:
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        # Handles may lie in lists, as torch.cat takes them.
+        # Handles may be in lists, as in torch.cat.
         leaves = tree_leaves((args, kwargs))
         handle = next(leaf for leaf in leaves if isinstance(leaf, cls))
         handle.refuse(f"torch.{getattr(function, '__name__', function)}")

@@ -13,33 +13,34 @@ from rotormlx.torch.exact import Name
 
 # Configurations of a model's parts, each with the name of its attention function.
 Implementations = list[tuple[Any, str | None]]
-# Where a configuration keeps the name; the property without the last word also sets those inside.
+# The attribute of a configuration that holds the name. Its property _attn_implementation also sets
+# the parts inside.
 _NAME = "_attn_implementation_internal"
 
 
 def attention_of(config: Any) -> str | None:
-    """The attention function that the text part of a model's configuration names."""
+    """Return the name of the attention function of a model's text part."""
     name = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
     return None if name is None else str(name)
 
 
 def takes_cache(part: Any, cache_name: str) -> bool:
-    """Whether a module's ``forward`` has a cache of this name."""
+    """Return whether a module's ``forward`` takes a cache of this name."""
     return cache_name in inspect.signature(type(part).forward).parameters
 
 
 def set_attention(model: PreTrainedModel, name: str, cache_name: str) -> Implementations:
-    """Make the parts of a model that work with its cache use an attention function.
+    """Set the attention function of those parts of a model that use its cache.
 
-    Others, such as vision towers, keep theirs.
+    Other parts, such as vision towers, keep theirs.
 
     Args:
         model: The model.
-        name: Registered with transformers.
-        cache_name: What ``forward`` calls the cache.
+        name: A name that is registered with transformers.
+        cache_name: Name of the cache parameter of ``forward``.
 
     Returns:
-        What :func:`restore` gives back.
+        The former attention functions, for :func:`restore`.
 
     Raises:
         ValueError: If the model does not take the attention function; it is unchanged then.
@@ -53,8 +54,8 @@ def set_attention(model: PreTrainedModel, name: str, cache_name: str) -> Impleme
     restore(former)
     if not is_set:
         raise ValueError(
-            f"[apply] {type(model).__name__} must take another attention function from "
-            "set_attn_implementation, but it does not; use the model without rotormlx."
+            f"[apply] {type(model).__name__} does not support set_attn_implementation, which "
+            "compressed attention needs; use the model without rotormlx."
         )
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     of_text = [part.config for part in parts if takes_cache(part, cache_name)]

@@ -20,23 +20,23 @@ from rotormlx.torch.implementations import Implementations, restore, set_attenti
 from rotormlx.torch.parallel import check_heads, own_heads
 from rotormlx.torch.probe import CACHE_NAMES, PREPARE, cache_name, own_cache, probe, self_attention
 
-# Caches of ``generate`` whose place a compressed one takes.
+# Values of ``cache_implementation`` whose cache is replaced by a compressed one.
 _PLAIN = (None, "dynamic", "static")
-# In a model's settings, where older ones have it, ``generate`` takes this for None.
+# ``generate`` takes this value, which older models have in their settings, for None.
 _UNSET = "hybrid"
 
 
 class CompressedCaches:
-    """Gives a model compressed caches where it, or ``generate``, would make exact ones.
+    """A hook that gives a model compressed caches where exact ones would be made.
 
-    Stands before the model's ``_prepare_cache_for_generation``, and before the ``forward`` of the
-    model and of the parts of it that take the same cache.
+    It replaces the model's ``_prepare_cache_for_generation``, and runs before the ``forward`` of
+    the model and of its parts that take the same cache.
 
     Args:
         model: The model.
-        report: What is compressed.
-        former: The attention functions that the model had.
-        calibration: Of a calibrated configuration, else None.
+        report: The report of what is compressed.
+        former: The attention functions that the model had before.
+        calibration: The calibration of a calibrated configuration, else None.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CompressedCaches:
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> None:
-        """Let transformers prepare a cache; a compressed one takes the place of a plain one."""
+        """Let transformers prepare a cache, and replace a plain one by a compressed one."""
         given = model_kwargs.get(self.cache_name)
         if given is not None:
             self.check(given)
@@ -80,7 +80,7 @@ class CompressedCaches:
         return self._in_place_of(own_cache(self._model))
 
     def check(self, given: Any) -> None:
-        """Refuse a cache that is not compressed, or not of this kind of model."""
+        """Refuse a cache that is not compressed, or does not fit this kind of model."""
         wanted = "RotorCache(model.config)"
         inner = given
         if self._model.config.is_encoder_decoder:
@@ -109,11 +109,11 @@ class CompressedCaches:
 
 
 class _BeforeForward:
-    """Passes a compressed cache to a call without one, and refuses an exact cache.
+    """A hook that passes a compressed cache to a call without one, and refuses an exact cache.
 
     Args:
-        caches: Makes and checks caches.
-        names: Parameters of the ``forward`` that is called.
+        caches: Object that makes and checks caches.
+        names: Parameter names of the ``forward`` that is called.
     """
 
     def __init__(self, caches: CompressedCaches, names: list[str]) -> None:
@@ -125,7 +125,7 @@ class _BeforeForward:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the changed arguments of ``forward``; None to leave them as they are."""
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        # By the older name too, which transformers translates later on.
+        # The older name counts too; transformers translates it later.
         given = [named[name] for name in CACHE_NAMES if named.get(name) is not None]
         for cache in given:
             self._caches.check(cache)
@@ -139,7 +139,7 @@ class _BeforeForward:
 
 
 def _hooks_before(model: PreTrainedModel, caches: CompressedCaches) -> list[RemovableHandle]:
-    """Hooks on the model, and on the parts of it that take its cache and would make their own."""
+    """Add hooks to the model, and to parts that take its cache and would make their own."""
     text = model.config.get_text_config(decoder=True)
     hooks = []
     for part in model.modules():
@@ -155,9 +155,9 @@ def _hooks_before(model: PreTrainedModel, caches: CompressedCaches) -> list[Remo
 
 
 def _caches_by_default(part: PreTrainedModel, asked: bool | None) -> bool:
-    """Whether a part of a model that is given no cache makes one and uses it."""
+    """Return whether a part of a model makes and uses a cache if it is given none."""
     if asked is None and not torch.is_grad_enabled():
-        # With gradients, a call that asks for nothing trains, and stays as it is.
+        # With gradients enabled, a call without use_cache is training and stays unchanged.
         asked = getattr(part.config.get_text_config(decoder=True), "use_cache", False)
     return bool(asked)
 
@@ -180,31 +180,31 @@ def apply(
 ) -> Report:
     """Make a model of transformers use compressed caches from now on.
 
-    The model is run on a few tokens to see what can be compressed. Then the attention of its text
-    part becomes ``rotormlx``, and it gets a :class:`RotorCache` where ``generate``, or a call
-    without a cache, would make a ``DynamicCache``; another cache is refused. Applying again
+    The model is run on a few tokens to find out what can be compressed. Then the attention of its
+    text part becomes ``rotormlx``, and it gets a :class:`RotorCache` where ``generate``, or a call
+    without a cache, would make a ``DynamicCache``; any other cache is refused. Applying again
     replaces the configuration.
 
     Args:
         model: What ``from_pretrained`` returned.
         config: How keys and values are compressed; the default configuration if None.
-        calibration: A calibration of this model, or its file (of ``rotormlx calibrate``); the
-            configuration becomes a calibrated one then. A calibrated configuration without it takes
-            the calibration that is kept for the model.
+        calibration: A calibration of this model, or its file (from ``rotormlx calibrate``); the
+            configuration then becomes a calibrated one. A calibrated configuration without this
+            argument uses the calibration that is stored for the model.
 
     Returns:
-        What is compressed, layer by layer, and what is left alone and why.
+        The report: what is compressed, layer by layer, and what is left exact and why.
 
     Raises:
         ValueError: If nothing in the model can be compressed, its attention cannot be set, or a
-            calibration is missing or of another model; nothing is changed then.
+            calibration is missing or belongs to another model; nothing is changed then.
         RuntimeError: If the installed transformers makes its caches in another way.
     """
     made, used = report(model, config), None
     if calibration is not None or made.config.is_calibrated:
         made, used = calibrated(made, weights(model), calibration, own_heads(model))
     remove(model)
-    # A model that keeps latents gets tensors, for whatever attention it has.
+    # A model that keeps latents gets tensors, so any attention of its own works.
     latents = any(layer.holds_latents for layer in made.layers)
     former = [] if latents else set_attention(model, attention.NAME, cache_name(model))
     vars(model)[PREPARE] = CompressedCaches(model, made, former, used)
@@ -234,7 +234,7 @@ def report(model: PreTrainedModel, config: RotorConfig | None = None) -> Report:
     config = config or RotorConfig()
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ValueError(
-            f"[apply] A model of transformers that generates is required, but a "
+            f"[apply] A model of transformers that can generate is required, but a "
             f"{type(model).__name__} was given; pass what "
             "AutoModelForCausalLM.from_pretrained returned."
         )

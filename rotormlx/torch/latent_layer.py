@@ -1,9 +1,10 @@
-"""Layers of multi-head latent attention (MLA): one packed copy of the latent, key and value.
+"""Layers of multi-head latent attention (MLA): one packed latent serves as key and value.
 
-Models of transformers give their cache the latent and the RoPE part of a token in the place of keys
-and values, and expand what comes back to keys and values of all heads in every step, whatever the
-attention function. So they get tensors: all tokens of one layer, decoded, which are far smaller
-than what the model makes of them. Left padding is held like any token; the model's mask hides it.
+Models of transformers pass the latent and the RoPE part of a token to their cache in place of keys
+and values. In every step, with any attention function, they expand what the cache returns to keys
+and values of all heads. So the cache returns tensors: all tokens of one layer, decoded, which are
+far smaller than the expanded ones. Left padding is stored like any token and hidden by the model's
+mask.
 
 Source: docs/MLA.md.
 """
@@ -48,7 +49,7 @@ class RotorLatentLayer(RotorLayer):
     ) -> None:
         if config.is_calibrated:
             raise ValueError(
-                "[RotorCache] A calibration must be of keys and values, but this model keeps "
+                "[RotorCache] A calibration applies to keys and values, but this model keeps "
                 f"latents in layer {layer}; leave the calibration out."
             )
         super().__init__(config, layer, calibrated)
@@ -66,15 +67,15 @@ class RotorLatentLayer(RotorLayer):
             **kwargs: Ignored.
 
         Returns:
-            All latents and RoPE parts, ``[B, 1, S, R]`` and ``[B, 1, S, P]``; those just appended
-            are still exact.
+            All latents and RoPE parts, ``[B, 1, S, R]`` and ``[B, 1, S, P]``; the newest tokens are
+            still exact.
 
         Raises:
             ValueError: If a shape, dtype or device does not fit, or the sequence gets too long.
         """
         handle, _ = super().update(key_states, value_states)
         view = handle.step.read(None)
-        ((packed, tokens),) = set(view.counts)  # without padding, rows are alike
+        ((packed, tokens),) = set(view.counts)  # without padding, all rows have equal counts
         sink = self.config.sink
         return _decoded(view.keys, sink, packed, tokens), _decoded(
             view.values, sink, packed, tokens
@@ -90,7 +91,7 @@ class RotorLatentLayer(RotorLayer):
 
 
 class RotorIndexedLatentLayer(RotorLatentLayer):
-    """A :class:`RotorLatentLayer` beside the exact keys of an indexer, which chooses tokens.
+    """A :class:`RotorLatentLayer` with the exact keys of an indexer, which selects tokens.
 
     The counterpart of ``DynamicIndexedLayer`` in transformers.
     """
@@ -98,19 +99,19 @@ class RotorIndexedLatentLayer(RotorLatentLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        # ``[B, S, D]``, and what some models keep of positions, ``[..., B, S]``.
+        # ``[B, S, D]``, and for some models positions, ``[..., B, S]``.
         self.indexer_keys: Tensor | None = None
         self.indexer_position_ids: Tensor | None = None
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """Append keys of the indexer, ``[B, L, D]``; returns all, ``[B, S, D]``."""
+        """Append keys of the indexer, ``[B, L, D]``, and return all, ``[B, S, D]``."""
         held = self.indexer_keys
         new = indexer_key_states
         self.indexer_keys = new if held is None else torch.cat([held, new], dim=1)
         return self.indexer_keys
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget tokens at the end; see :meth:`RotorLayer.crop`."""
+        """Remove tokens at the end; see :meth:`RotorLayer.crop`."""
         super().crop(tokens_to_remove)
         if self.indexer_keys is not None:
             self.indexer_keys = self.indexer_keys[:, : self.length]
@@ -127,19 +128,19 @@ class RotorIndexedLatentLayer(RotorLatentLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, room for growth and the indexer's keys included."""
+        """Bytes allocated, including room for growth and the indexer's keys."""
         parts = (self.indexer_keys, self.indexer_position_ids)
         return super().nbytes + sum(part.nbytes for part in parts if part is not None)
 
 
 def latent_dim(config: PreTrainedConfig) -> int | None:
-    """The dimension of the latents that a model with this configuration keeps, if it keeps some."""
+    """Return the dimension of the latents of a model with this configuration; None without any."""
     rank = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None)
     return rank if type(rank) is int and rank > 0 else None
 
 
 def _decoded(view: KVView, sink: int, packed_tokens: int, tokens: int) -> Tensor:
-    """All tokens, ``[B, 1, S, D]``, in the dtype of the exact ones."""
+    """Return all tokens, ``[B, 1, S, D]``, in the dtype of the exact ones."""
     exact = view.exact[:, :, : tokens - packed_tokens]
     if view.packed is None or not packed_tokens:
         return exact

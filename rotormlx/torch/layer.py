@@ -1,13 +1,13 @@
-"""One layer of a compressed cache in the shape that transformers expects.
+"""One layer of a compressed cache with the interface that transformers expects.
 
-A sequence is three parts, in order: the sink (first tokens, exact), packed blocks of 64 tokens, and
-the tail (exact). In a batch every row has lengths of its own: left padding never enters the cache,
-so a row holds the bytes that it would hold alone.
+A sequence has three parts, in order: the sink (first tokens, exact), packed blocks of 64 tokens,
+and the tail (exact). In a batch, every row has its own lengths: left padding never enters the
+cache, so a row holds the same bytes as it would alone.
 
-``update`` hands out handles instead of tensors. The registered attention function takes them back,
-says how many tokens of each row are padding, and only then are the new tokens stored and, after a
-view was taken in which they are still exact, packed. A model that does not use that attention
-function fails at once on a handle, in one sentence.
+``update`` returns handles instead of tensors. The registered attention function receives them and
+passes on how many tokens of each row are padding. Then the new tokens are stored, a view is taken
+in which they are still exact, and they are packed. A model that does not use that attention
+function gets an error with a clear message at its first use of a handle.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from rotormlx.torch.torch_ops import KVView
 class LayerView(NamedTuple):
     """A view of a layer for attention.
 
-    keys, values: Exact and packed tokens; those just appended are still exact.
+    keys, values: Exact and packed tokens; the newest ones are still exact.
     counts: Packed tokens and all tokens of each row.
-    lengths: The same, int32 ``[B, 2]`` on their device.
+    lengths: The counts as int32 ``[B, 2]`` on the device of the tokens.
     padding: Positions before the first token of each row.
     """
 
@@ -53,7 +53,7 @@ class Step:
     def __init__(self, layer: RotorLayer, keys: Tensor, values: Tensor) -> None:
         self.layer = layer
         if keys.requires_grad or values.requires_grad:
-            # A copy of a cache in the middle of a step has no use for the graph.
+            # A copy of a cache in the middle of a step does not need the graph.
             keys, values = keys.detach(), values.detach()
         self.new: tuple[Tensor, Tensor] | None = (keys, values)
         self.view: LayerView | None = None
@@ -68,7 +68,9 @@ class Step:
             (keys, values), self.new = self.new, None
             self.view = self.layer.store(keys, values, padding)
         if self.view is None:
-            raise RuntimeError("[RotorCache] These keys were forgotten; run the model again.")
+            raise RuntimeError(
+                "[RotorCache] The keys of this step were discarded; run the model again."
+            )
         return self.view
 
 
@@ -78,13 +80,13 @@ class RotorLayer(CacheLayerMixin):
     Args:
         config: How to compress.
         layer: Index of the layer in the model; selects its rotations.
-        calibrated: Of a calibrated configuration, for keys and values: the channel scales, float32
-            ``[K, D]``, or the rotations, float32 ``[K, D, D]``.
+        calibrated: The arrays of a calibrated configuration for keys and values: channel scales,
+            float32 ``[K, D]``, or rotations, float32 ``[K, D, D]``. Else None.
 
     Source: docs/FORMAT.md, section 8.
     """
 
-    # Its classes in files, for one row and for several: what it holds two of follows from that.
+    # Its class names in files, for one row and for several rows. They determine its two stores.
     kinds = SINGLE, BATCH
     is_sliding = False
     is_compileable = False
@@ -94,7 +96,7 @@ class RotorLayer(CacheLayerMixin):
     def __init__(
         self, config: RotorConfig, layer: int, calibrated: Calibrated | None = None
     ) -> None:
-        # Without the base's own, which sets keys and values.
+        # The constructor of the base class is not called, because it sets keys and values.
         self.config = config
         self.layer = layer
         self.calibrated = calibrated
@@ -104,14 +106,14 @@ class RotorLayer(CacheLayerMixin):
         """Forget everything."""
         self.length = 0  # positions, left padding included
         self.padding: list[int] = []
-        self.rows: list[Counts] = []  # without padding, and without a step that is not stored yet
+        self.rows: list[Counts] = []  # without padding and tokens not stored yet
         self.stores: tuple[Store, Store] | None = None
         self.is_initialized = False
-        # Whether keys or values once came that require a gradient.
+        # Whether any keys or values so far required a gradient.
         self.requires_grad = False
-        # transformers asks whether it is there: no cache has one before it is filled.
+        # transformers tests for this attribute; an empty cache must not have it.
         vars(self).pop("batch_size", None)
-        # What the keys and values of the latest step were, which fitted.
+        # Shapes, dtypes and devices of the latest keys and values that passed the check.
         self._fitting: tuple[Any, ...] | None = None
         self._step: Step | None = None
 
@@ -146,7 +148,7 @@ class RotorLayer(CacheLayerMixin):
 
         Raises:
             ValueError: If a shape, dtype or device does not fit, or the sequence gets too long.
-            RuntimeError: If the tokens before never reached rotormlx's attention.
+            RuntimeError: If the previous tokens never reached rotormlx's attention.
         """
         if self._step is not None:
             raise RuntimeError(
@@ -191,13 +193,14 @@ class RotorLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget tokens at the end, as docs/FORMAT.md, section 8 says.
+        """Remove tokens at the end, as specified in docs/FORMAT.md, section 8.
 
-        In the tail that is exact. A packed block that loses tokens keeps its centre and its rows
-        and counts fewer of them; it is filled up again with the same centre.
+        Removal from the tail is exact. A packed block that loses tokens keeps its centre and its
+        rows, but counts fewer of them; it is refilled later with the same centre.
 
         Args:
-            tokens_to_remove: How many, negative; a positive number is how many to keep.
+            tokens_to_remove: Number of tokens to remove, negated; a positive number means how many
+                to keep.
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.length)
@@ -235,16 +238,16 @@ class RotorLayer(CacheLayerMixin):
     def offload(self) -> NoReturn:
         """Refuse: compressed layers stay on their device."""
         raise ValueError(
-            "[RotorCache] A compressed cache cannot be offloaded, but offloading was asked for; "
+            "[RotorCache] A compressed cache cannot be offloaded, but offloading was requested; "
             "make the cache without it."
         )
 
-    # Nothing was offloaded that could come back.
+    # Nothing can be fetched back, because nothing is offloaded.
     prefetch = offload
 
     @property
     def keys(self) -> None:  # type: ignore[override]
-        """None while nothing is stored, as in other caches; then there is no such tensor.
+        """None while nothing is stored, as in other caches; later, reading it raises an error.
 
         Raises:
             ValueError: If keys are stored, because they are compressed.
@@ -253,7 +256,7 @@ class RotorLayer(CacheLayerMixin):
 
     @property
     def values(self) -> None:  # type: ignore[override]
-        """None, as :attr:`keys`."""
+        """None while nothing is stored; see :attr:`keys`."""
         return self._no_tensor("values")
 
     def _no_tensor(self, role: str) -> None:
@@ -273,7 +276,7 @@ class RotorLayer(CacheLayerMixin):
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens of each row, padding not counted."""
+        """Tokens of each row, without padding."""
         self.settle()
         return [row.tokens for row in self.rows]
 
@@ -290,7 +293,7 @@ class RotorLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, room for growth included."""
+        """Bytes allocated, including room for growth."""
         return sum(store.nbytes for store in self.stores or ())
 
     def settle(self) -> None:
@@ -299,7 +302,7 @@ class RotorLayer(CacheLayerMixin):
     def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> LayerView:
         """Append tokens, take a view, and pack; called once per step by the attention function.
 
-        Whatever is raised, an interrupt too: the layer is then as before the step.
+        After any exception, including an interrupt, the layer is as before the step.
         """
         if self.stores is None:
             raise ValueError("[RotorCache] The cache was reset during a step; run it again.")
@@ -320,7 +323,7 @@ class RotorLayer(CacheLayerMixin):
     ) -> LayerView:
         row_padding = self.padding
         if padding is not None:
-            # A row that holds tokens keeps its padding: positions before them are no longer known.
+            # A row that holds tokens keeps its padding: positions before them are not stored.
             row_padding = [
                 old if row.tokens else min(new, self.length)
                 for old, new, row in zip(row_padding, padding, self.rows, strict=True)
@@ -337,7 +340,7 @@ class RotorLayer(CacheLayerMixin):
             room, fills = max(room, exact), fills + row.packable(config)
         stores = before
         if fills or room > before[0].exact.shape[2]:
-            # Twins share buffers, in which only what does not count yet is written.
+            # Twins share buffers; only places behind the counted tokens are written.
             stores = before[0].twin(), before[1].twin()
         key_store, value_store = stores
         places = [*groups(spans)] if len(spans) > 1 else [(slice(None), spans[0])]
@@ -348,12 +351,12 @@ class RotorLayer(CacheLayerMixin):
         view = LayerView(key_store.view, value_store.view, of_rows, lengths, tuple(row_padding))
         if fills:
             self._pack(stores, rows)
-        # One step, between whose halves no interrupt comes.
+        # A single update, so that no interrupt can leave the layer half changed.
         vars(self).update(stores=stores, padding=row_padding, rows=rows, _step=None)
         return view
 
     def _pack(self, stores: tuple[Store, Store], rows: Sequence[Counts]) -> None:
-        """Pack what the tails hold beyond the window; rows alike are encoded in one call."""
+        """Pack tokens of the tails beyond the window; rows with equal counts share one call."""
         sink, exact = self.config.sink, [row.exact for row in rows]
         done = [0] * len(rows)
         while any(counts := [row.packable(self.config) for row in rows]):
@@ -368,7 +371,7 @@ class RotorLayer(CacheLayerMixin):
             store.drop(exact, done)
 
     def _forget_unused(self) -> None:
-        """Drop packed blocks that no row counts, and the channel scale of the first of them."""
+        """Drop packed blocks and the channel scale once no row counts packed tokens."""
         if not any(row.packed for row in self.rows):
             for store in self.stores or ():
                 store.forget_packed()
@@ -393,12 +396,12 @@ class RotorLayer(CacheLayerMixin):
                 raise ValueError(
                     f"[RotorCache] This cache holds {store.codec.role}s of shape [{batch}, "
                     f"{heads}, S, {head_dim}] in layer {self.layer}, but {tuple(x.shape)} was "
-                    "appended; use a cache of its own."
+                    "appended; use a new cache."
                 )
             if x.device != store.exact.device:
                 raise ValueError(
                     f"[RotorCache] This cache is on {store.exact.device}, but {store.codec.role}s "
-                    f"on {x.device} were appended; use a cache of its own."
+                    f"on {x.device} were appended; use a new cache."
                 )
 
 

@@ -1,7 +1,7 @@
-"""The operators on the CPU: the native library where it is there, else torch operations.
+"""The operators on the CPU: the native library if it is available, else torch operations.
 
-Both write the same bytes. The library reads tensors where they lie and takes any strides. It
-has as many threads as ``torch.get_num_threads`` says.
+Both write the same bytes. The library reads tensors in place and with any strides. It uses
+``torch.get_num_threads()`` threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def encode(
     start: int = 0,
     state: Tensor | None = None,
 ) -> Packed:
-    """As :func:`rotormlx.torch.torch_ops.encode`."""
+    """Encode as :func:`rotormlx.torch.torch_ops.encode` does."""
     if cpu_library.missing() is not None:
         return torch_ops.encode(
             x, codec, channel_scale=channel_scale, centres=centres, start=start, state=state
@@ -55,7 +55,7 @@ def encode(
 def decode(
     packed: Packed, codec: Codec, *, channel_scale: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
-    """As :func:`rotormlx.torch.torch_ops.decode`."""
+    """Decode as :func:`rotormlx.torch.torch_ops.decode` does."""
     if cpu_library.missing() is not None:
         return torch_ops.decode(packed, codec, channel_scale=channel_scale, dtype=dtype)
     batch, heads, blocks = packed.words.shape[:3]
@@ -66,12 +66,12 @@ def decode(
 
 
 def attend(call: AttendCall) -> Tensor:
-    """As :func:`rotormlx.torch.torch_ops.attend`."""
+    """Attend as :func:`rotormlx.torch.torch_ops.attend` does."""
     if cpu_library.missing() is not None:
         return torch_ops.attend(call)
     query, keys, values = call.query.detach(), call.keys, call.values
     lengths = call.lengths.tolist()
-    # Laid out like the queries, as those of a model are, the output needs no copy in the end.
+    # With the memory layout of the queries, the output of a model needs no copy later.
     like = (
         query if query.shape[-1] == values.exact.shape[-1] else query.new_empty(call.output_shape)
     )
@@ -94,7 +94,7 @@ def attend(call: AttendCall) -> Tensor:
 
 
 def _source(view: KVView) -> Source:
-    """A view as the library reads it, which is kept with the view."""
+    """Return the view in the form that the library reads; the result is kept with the view."""
     blocks = _blocks(view.codec, view.packed, view.channel_scale)
     source = view.prepared["cpu"] = Source(view.exact.detach(), blocks)
     return source
@@ -108,5 +108,5 @@ def _blocks(codec: Codec, packed: Packed | None, channel_scale: Tensor | None) -
 
 
 def _plain(x: Tensor | None) -> Tensor | None:
-    """A tensor that its memory can be read of; one that requires a gradient hides it."""
+    """Detach a tensor, because the library cannot read one that requires a gradient."""
     return None if x is None else x.detach()

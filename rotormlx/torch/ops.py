@@ -1,11 +1,11 @@
 """The operators ``torch.ops.rotormlx.{encode, decode, attend}``.
 
-They are ordinary torch operators: ``torch.compile`` traces through them without a break, and under
-CUDA graphs they replay, because shapes alone decide what is launched: how many tokens count is read
-on the device from ``lengths``.
+They are ordinary torch operators. ``torch.compile`` traces them without a graph break, and CUDA
+graphs can replay them, because shapes alone determine the launches: kernels read the number of
+tokens from ``lengths`` on the device.
 
-Words are int32 tensors with the bits of the format's uint32. What a layer's codec is (rotation,
-seed, layer, bits) comes as plain numbers and strings; tables are made once a device and kept.
+Words are int32 tensors with the bits of the format's uint32. A layer's codec (rotation, seed,
+layer, bits) is passed as plain numbers and strings; tables are made once per device and kept.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def encode(
         x: ``[B, K, N * 64, D]``, float16, bfloat16 or float32.
         config: Fixes the rotation, the seed and the bits of a code.
         layer: Index of the layer; selects the rotation.
-        role: ``"key"`` (centred by block) or ``"value"``.
+        role: ``"key"`` (centred per block) or ``"value"``.
         channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, positive; None for 1.
         centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
-        rotation: The one of a calibrated configuration, see
-            :func:`rotormlx.codec.rotation.calibrated`.
-        start: Tokens of the one block before it are coded already; what comes out for them does
-            not count.
-        state: What those leave to the trellis codes of values, int32 ``[B, K, N, D]``; see
+        rotation: The rotation of a calibrated configuration, see
+            :func:`rotormlx.codec.rotation.calibrated`; else None.
+        start: Number of tokens at the start of the block that are coded already; the output for
+            them has no meaning. If it is not 0, there is one block.
+        state: State of the trellis codes of values after those tokens, int32 ``[B, K, N, D]``; see
             :func:`rotormlx.codec.trellis.state_after`.
 
     Returns:
@@ -107,20 +107,20 @@ def decode(
     dtype: torch.dtype = torch.float32,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    """The vectors that packed blocks stand for.
+    """Decode packed blocks to vectors.
 
     Args:
-        packed: Words, scales and centres as :func:`encode` gives them.
+        packed: Words, scales and centres from :func:`encode`.
         config: The configuration they were coded with.
-        head_dim: D.
+        head_dim: Dimension of the vectors, D.
         layer: The layer they were coded for.
         role: ``"key"`` or ``"value"``.
         channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, positive; None for 1.
-        dtype: Of the vectors.
+        dtype: Dtype of the returned vectors.
         rotation: See :func:`encode`.
 
     Returns:
-        ``[B, K, N * 64, D]``.
+        The vectors, ``[B, K, N * 64, D]``.
 
     Raises:
         ValueError: If a shape, dtype, stride or device does not fit, or a gradient would be lost.
@@ -151,21 +151,22 @@ def attend(
     mask: Tensor | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attention over a partly packed cache.
+    """Attend over a partly packed cache.
 
     Args:
         query: ``[B, H, L, D]``, float16, bfloat16 or float32; head h reads KV head ``h * K // H``.
         lengths: int32 ``[B, 2]`` on the device of the query: packed tokens and all tokens of each
             batch row. Buffers may be longer.
         keys: Exact and packed keys, ``[B, K, ...]``.
-        values: Exact and packed values, likewise.
+        values: Exact and packed values, ``[B, K, ...]``.
         config: The configuration they were coded with.
         layer: The layer they were coded for.
         scale: Factor of the scores.
-        causal: The last query of a row sees all tokens of the row, each one before it one fewer.
+        causal: Whether the last query of a row sees all tokens of the row, and each query before it
+            one fewer.
         mask: Boolean (True: visible) or additive, broadcastable to ``[B, H, L, S]``; its columns
-            are the tokens of each row. None if ``causal``.
-        sink_logits: Attention-sink logits ``[H]``: a score in the softmax without a value.
+            are the tokens of each row. Must be None if ``causal``.
+        sink_logits: Attention-sink logits ``[H]``: a score in the softmax that has no value.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees nothing.
@@ -201,27 +202,27 @@ def attend(
 
 
 def attend_fitting(call: AttendCall) -> Tensor:
-    """As :func:`attend`, for a call whose parts are known to fit: those of a cache's own buffers.
+    """Attend as :func:`attend` does, for parts that are known to fit (a cache's own buffers).
 
-    Nothing is checked, and nothing of it can be traced.
+    Nothing is checked, and the call cannot be traced.
     """
     implementation = _ATTEND.get(call.query.device.type, torch_ops.attend)
     return implementation(call) if call.query.numel() else fake_attend(call)
 
 
 def encode_fitting(x: Tensor, codec: Codec, **options: Any) -> Packed:
-    """As :func:`torch_ops.encode`, likewise."""
+    """Encode as :func:`torch_ops.encode` does, without checks; cannot be traced."""
     return _ENCODE.get(x.device.type, torch_ops.encode)(x, codec, **options)
 
 
 def decode_fitting(packed: Packed, codec: Codec, **options: Any) -> Tensor:
-    """As :func:`torch_ops.decode`, likewise."""
+    """Decode as :func:`torch_ops.decode` does, without checks; cannot be traced."""
     implementation = _DECODE.get(packed.words.device.type, torch_ops.decode)
     return implementation(packed, codec, **options)
 
 
 def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> Tensor:
-    """The channel scale ``prefill`` of a first block.
+    """Compute the channel scale ``prefill`` from a first block.
 
     Args:
         x: Keys or values of the first block, ``[B, K, 64, D]``.
@@ -230,7 +231,7 @@ def prefill_scale(x: Tensor, config: RotorConfig, *, layer: int, role: str) -> T
         role: ``"key"`` or ``"value"``.
 
     Returns:
-        float32 ``[B, K, D]``.
+        The channel scale, float32 ``[B, K, D]``.
 
     Raises:
         ValueError: If a shape, dtype or stride does not fit, or a gradient would be lost.
@@ -252,15 +253,15 @@ def _facts(config: RotorConfig, role: str, rotation: Rotation | None) -> dict[st
 
 
 def rotation_name(config: RotorConfig, rotation: Rotation | None) -> str:
-    """The text that an operator gets for a rotation: its name, or a reference to an object."""
+    """Return the string that stands for a rotation: its name, or a reference to an object."""
     if config.rotation != CALIBRATED or rotation is None:
         return config.rotation
     return reference_to(rotation)
 
 
-# ---- what each device does ----------------------------------------------------------------------
+# ---- implementations per device -----------------------------------------------------------------
 
-# Raw keys or values, their codec, the channel scale and given centres to packed blocks.
+# From raw keys or values, their codec, channel scale and given centres to packed blocks.
 Encode = Callable[..., Packed]
 
 
@@ -390,7 +391,7 @@ def views_of(
     rotations: tuple[str, str],
     **coding: Any,
 ) -> tuple[KVView, KVView]:
-    """Keys and values from what operators get: exact and packed tokens, and the channel scale."""
+    """Make views of keys and values from exact tokens, packed tokens and channel scale."""
     keys, values = (
         KVView(codec_of(x[0].shape[-1], role, bits=width, rotation=name, **coding), *x)
         for x, role, width, name in zip(sources, ROLES, bits, rotations, strict=True)
@@ -399,17 +400,19 @@ def views_of(
 
 
 def codec_of(head_dim: int, role: str, *, bits: int, rotation: str, seed: int, layer: int) -> Codec:
-    """The codec that plain numbers and a rotation's name stand for."""
+    """Return the codec for plain numbers and the name of a rotation."""
     if role not in ROLES:
         raise ValueError(f"[codec] role must be 'key' or 'value', but {role!r} was given.")
     if (calibrated := referred(rotation)) is not None:
         if calibrated.head_dim != head_dim:
             raise ValueError(
                 f"[codec] The {role}s must have the head_dim of their calibrated rotation, "
-                f"{calibrated.head_dim}, but it is {head_dim}; use that of this layer."
+                f"{calibrated.head_dim}, but it is {head_dim}; use this layer's rotation."
             )
-        return Codec(role, bits, calibrated)  # not kept: its matrices go with their last cache
-    # While shapes are traced, a dimension is no plain integer.
+        return Codec(
+            role, bits, calibrated
+        )  # not cached, so that its matrices are freed with their last cache
+    # During tracing, a dimension is not a plain integer.
     return _named_codec(int(head_dim), role, bits, rotation, seed, layer)
 
 
@@ -426,7 +429,7 @@ def _packed(words: Tensor | None, scales: Tensor | None, centres: Tensor | None)
     return Packed(words, scales, centres)
 
 
-# What shapes and dtypes alone say: for tracing, and all there is of a result without numbers.
+# Results with the right shapes and dtypes only: for tracing, and for empty results.
 
 
 def _fake_encode(x: Tensor, codec: Codec, *, centres: Tensor | None, **_: Any) -> Packed:
@@ -444,7 +447,7 @@ def _fake_decode(packed: Packed, codec: Codec, *, dtype: torch.dtype, **_: Any) 
 
 
 def fake_attend(call: AttendCall) -> Tensor:
-    """An output of the right shape and dtype."""
+    """Return an output of the right shape and dtype, with undefined numbers."""
     return call.query.new_empty(call.output_shape)
 
 

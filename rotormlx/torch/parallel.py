@@ -1,4 +1,4 @@
-"""Models that transformers spreads over ranks by tensor parallelism: each has its own KV heads."""
+"""Tensor parallelism of transformers: every rank holds its own share of a model's KV heads."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Layers whose output holds the keys, alone or with what else is projected.
+# Layers whose output is the keys, alone or with other projections.
 _KEY_LAYERS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def ranks_of(model: PreTrainedModel) -> int:
-    """Ranks that share a model's heads; 1 where it is whole."""
+    """Return the number of ranks that share a model's heads; 1 if it is not spread."""
     return getattr(model, "tp_size", None) or 1
 
 
 def check_heads(model: PreTrainedModel) -> None:
-    """Refuse a model whose KV heads do not go round; transformers itself cannot run it either.
+    """Refuse a model whose KV heads cannot be shared evenly; transformers cannot run it either.
 
     Raises:
-        ValueError: If the ranks do not divide the KV heads that they are to share.
+        ValueError: If the number of ranks does not divide the number of KV heads.
     """
     ranks = ranks_of(model)
     heads = getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None)
@@ -35,12 +35,12 @@ def check_heads(model: PreTrainedModel) -> None:
 
 
 def own_heads(model: PreTrainedModel) -> tuple[int, int]:
-    """Which share of a model's KV heads is here.
+    """Return which share of a model's KV heads this process holds.
 
     Returns:
-        The place of the share, and how many there are: ranks hold neighbouring heads, in order.
+        The index of the share, and the number of shares. Ranks hold neighbouring heads, in order.
     """
-    weight: Any  # if it is shared, a DTensor, of which not every build of torch knows
+    weight: Any  # a DTensor if it is shared; not every build of torch has that class
     for name, weight in model.named_parameters():
         if f".{_KEY_LAYERS[0]}.weight" in name and is_shared(weight):
             mesh = weight.device_mesh
@@ -50,25 +50,25 @@ def own_heads(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether this process has a part of a weight; all ranks together have the whole."""
+    """Return whether this process holds only a part of a weight."""
     return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A weight with the parts of all ranks, each of which must call this."""
+    """Return a weight with the parts of all ranks; every rank must call this."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def check_whole(model: PreTrainedModel) -> None:
-    """Refuse to store or read the prompt cache of a model of which this process has a part.
+    """Refuse to save or load a prompt cache for a model that is spread over ranks.
 
     Raises:
         ValueError: If the model is spread over ranks.
     """
     if (ranks := ranks_of(model)) > 1:
         raise ValueError(
-            f"[prompt cache] A model must be in one process for files of prompt caches, but "
+            f"[prompt cache] A model must be in one process to save or load a prompt cache, but "
             f"{type(model).__name__} is spread over {ranks} ranks, each with its own KV heads; "
             "load it without tensor parallelism."
         )

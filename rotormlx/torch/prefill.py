@@ -1,9 +1,9 @@
-"""Attention of many queries at once, by torch's own: a prompt, or a chunk of one.
+"""Attention of many queries at once, a prompt or a chunk of one, with torch's own attention.
 
-Exact tokens go to it as they are. Packed ones are decoded tile by tile, so that memory is bounded,
-and every tile is a part whose output is merged with the others by its log-sum-exp. What the codes
-of a token take off its scores is a product of a number of the query and one of the token
-(docs/FORMAT.md, section 7), so it becomes a channel of both.
+Exact tokens are passed to it unchanged. Packed tokens are decoded tile by tile, which bounds the
+memory. Every tile gives a part of the output, and parts are merged by their log-sum-exp. The
+correction of scores for the noise of the codes is a product of one number per query and one per
+token (docs/FORMAT.md, section 7), so it is added as one more channel of both.
 
 Shapes: B batch, H query heads, K KV heads, L queries, T tokens of a part, D head_dim.
 """
@@ -24,17 +24,17 @@ from rotormlx.torch import ops, torch_ops
 from rotormlx.torch.store import Rows, groups
 from rotormlx.torch.torch_ops import AttendCall, KVView
 
-# With fewer query rows of a KV head, attention reads packed tokens as they are.
+# With this many query rows per KV head or fewer, attention reads packed tokens directly.
 LEAST_ROWS = 64
-# Numbers of keys that are decoded at once: 32 MiB in 16 bits, and as much for values.
+# Elements of keys that are decoded at once: 32 MiB in 16 bits, and as much for values.
 TILE_NUMBERS = 2**24
-# Rows for torch's attention are multiples of 16 bytes in every dtype.
+# Rows are padded to multiples of this many elements: multiples of 16 bytes in every dtype.
 _WHOLE = 8
 _SMALLEST = 1e-30
 
 
 class Part(NamedTuple):
-    """What attention over some of the tokens gives.
+    """The result of attention over some of the tokens.
 
     output: ``[B, H, L, Dv]``.
     lse: Logarithm of the sum of exponentials, float32 ``[B, H, L]``; -inf where nothing is seen.
@@ -45,18 +45,18 @@ class Part(NamedTuple):
 
 
 def takes(call: AttendCall) -> bool:
-    """Whether a call has the many queries that are worth it, on a device that can do it."""
+    """Return whether a call has enough queries, on a device with an implementation."""
     rows = call.repeats * call.query.shape[2]
     return rows > LEAST_ROWS and call.query.device.type in _PART_OF
 
 
 def attend(call: AttendCall, counts: Sequence[tuple[int, int]]) -> Tensor:
-    """Attention over a partly packed cache, ``[B, H, L, Dv]`` in the dtype of the query.
+    """Attend over a partly packed cache; return ``[B, H, L, Dv]`` in the dtype of the query.
 
     Args:
-        call: What is asked. Its parts must fit, and if it is causal, the tokens of its queries must
-            be exact still.
-        counts: Packed tokens and all tokens of each batch row, as ``call.lengths`` has them.
+        call: The call. Its parts must fit, and if it is causal, the tokens of its queries must
+            still be exact.
+        counts: Packed tokens and all tokens of each batch row; equal to ``call.lengths``.
 
     Source: docs/FORMAT.md, section 7.
     """
@@ -73,7 +73,7 @@ def attend(call: AttendCall, counts: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _attend_alike(call: AttendCall, rows: Rows, packed: int, tokens: int) -> Tensor:
-    """As :func:`attend`, for batch rows of the same lengths; query and mask are theirs alone."""
+    """Attend for batch rows of equal lengths; query and mask hold only these rows."""
     length = call.query.shape[2]
     if not tokens:
         return call.query.new_zeros(call.output_shape)
@@ -84,21 +84,21 @@ def _attend_alike(call: AttendCall, rows: Rows, packed: int, tokens: int) -> Ten
     dtype, exact = call.query.dtype, tokens - packed
     keys, values = (x.exact[rows, :, :exact].to(dtype) for x in (call.keys, call.values))
     if call.causal and exact == length and not packed and call.sink_logits is None:
-        # The first chunk: the function that an exact cache takes.
+        # For the first chunk, call the function that an exact cache uses.
         return scaled_dot_product_attention(
             call.query, keys, values, is_causal=True, scale=call.scale, enable_gqa=True
         )
     parts = [*_exact_parts(call, keys, values, packed)]
     parts += _packed_parts(call, rows, packed)
     if call.sink_logits is not None:
-        # Scores without values.
+        # Attention-sink logits are scores without values.
         lse = call.sink_logits.float()[None, :, None].expand(call.output_shape[:3])
         parts.append(Part(call.query.new_zeros(call.output_shape), lse))
     return _merged(parts).to(dtype)
 
 
 def _exact_parts(call: AttendCall, keys: Tensor, values: Tensor, packed: int) -> Iterator[Part]:
-    """Sink and tail; of a causal call, the tokens that all queries see are a part of their own."""
+    """Yield the parts of sink and tail; if causal, tokens that all queries see are one part."""
     exact, query, scale = keys.shape[2], call.query, call.scale
     if call.causal:
         old = exact - query.shape[2]
@@ -115,7 +115,7 @@ def _exact_parts(call: AttendCall, keys: Tensor, values: Tensor, packed: int) ->
 
 
 def _packed_parts(call: AttendCall, rows: Rows, packed: int) -> Iterator[Part]:
-    """The packed tokens, tile by tile."""
+    """Yield the parts of the packed tokens, tile by tile."""
     if not packed:
         return
     query, query_noise, mask = call.query, _query_noise(call, rows), call.wide_mask
@@ -128,7 +128,7 @@ def _packed_parts(call: AttendCall, rows: Rows, packed: int) -> Iterator[Part]:
             for x in (call.keys, call.values)
         )
         square = _scales(call.keys, rows, first, stop)[:, :, :tokens].square()
-        # Divided by the largest, so that both numbers suit 16 bits.
+        # Division by the largest keeps both factors in the range of 16 bits.
         largest = square.nan_to_num(0.0).amax((2, 3), keepdim=True).clamp(min=_SMALLEST)
         of_keys = (square / largest).to(query.dtype)
         of_query = (-query_noise * largest.repeat_interleave(call.repeats, 1)).to(query.dtype)
@@ -142,20 +142,20 @@ def _packed_parts(call: AttendCall, rows: Rows, packed: int) -> Iterator[Part]:
 
 
 def _decoded(view: KVView, rows: Rows, first: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Tokens of blocks ``first`` to ``stop``, ``[B, K, T, D]``."""
+    """Decode the tokens of blocks ``first`` to ``stop`` (excluded), ``[B, K, T, D]``."""
     parts = (None if a is None else a[rows, :, first:stop] for a in view.packed or ())
     scale = torch_ops.scale_of_rows(view.channel_scale, rows)
     return ops.decode_fitting(Packed(*parts), view.codec, channel_scale=scale, dtype=dtype)
 
 
 def _scales(view: KVView, rows: Rows, first: int, stop: int) -> Tensor:
-    """Their scales, float32 ``[B, K, T, 1]``."""
+    """Return the scales of the same tokens, float32 ``[B, K, T, 1]``."""
     packed = cast(Packed, view.packed)
     return packed.scales[rows, :, first:stop].flatten(2)[..., None].float()
 
 
 def _query_noise(call: AttendCall, rows: Rows) -> Tensor:
-    """What a dot product loses for a token whose scale is 1, float32 ``[B, H, L, 1]``."""
+    """Return the score correction for a token whose scale is 1, float32 ``[B, H, L, 1]``."""
     keys, scaled = call.keys, call.query.float()
     if (own := torch_ops.scale_of_rows(keys.channel_scale, rows)) is not None:
         scaled = scaled * own.repeat_interleave(call.repeats, -2)[..., None, :]
@@ -168,7 +168,7 @@ def _query_noise(call: AttendCall, rows: Rows) -> Tensor:
 
 
 def _columns(mask: Tensor, start: int, stop: int) -> Tensor:
-    """Columns of a mask with four axes; tokens behind its last one are hidden."""
+    """Return columns of a mask with four axes; tokens after its last column are hidden."""
     if mask.shape[-1] == 1:
         return mask
     part = mask[..., start:stop]
@@ -177,7 +177,7 @@ def _columns(mask: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _merged(parts: list[Part]) -> Tensor:
-    """The output over all tokens, float32; zero for a query that sees none."""
+    """Merge the parts into the output, float32; zero for a query that sees no token."""
     lse = torch.stack([part.lse for part in parts])
     top = lse.amax(0)
     weights = torch.exp(lse - torch.where(top == -math.inf, 0.0, top))
@@ -200,7 +200,7 @@ def _part(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> Part:
-    """Attention over keys and values ``[B, K, T, D]``; T is L if it is causal.
+    """Attend over keys and values ``[B, K, T, D]``; T is L if it is causal.
 
     A mask is ``[B or 1, H or 1, L or 1, T]``, boolean or additive.
     """
@@ -243,13 +243,13 @@ def _part_on_cuda(
         return Part(*flash(query, keys, values, 0.0, causal, False, scale=scale)[:2])
     repeats = query.shape[1] // keys.shape[1]
     if mask is not None:
-        # Rows of a bias begin at whole 16 bytes.
+        # Rows of the bias must start at multiples of 16 bytes.
         room = -mask.shape[-1] % _WHOLE
         mask = pad(mask, (0, room))[..., : mask.shape[-1]]
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
     output, lse = efficient(query, keys, values, mask, True, 0.0, causal, scale=scale)[:2]
-    # It pads the queries of its log-sum-exp.
+    # The log-sum-exp is padded along the queries.
     return Part(output, lse[..., : query.shape[2]])
 
 

@@ -1,8 +1,8 @@
-"""A trial run of a model of transformers: what can be compressed, and does it reach attention?
+"""A trial run of a model of transformers: it finds out which layers can be compressed.
 
-A few tokens go through the model itself, weights and hooks included, so that a quantized, patched
-or offloaded model is judged as it is; that takes as long as two tokens of text. The cache is a
-compressed one; attention takes from it what it would read, and computes nothing.
+A few tokens run through the model itself, including weights and hooks, so that a quantized, patched
+or offloaded model is tested as it is. That takes as long as two tokens of text. The cache is a
+compressed one; attention reads from it, but computes nothing.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ from rotormlx.torch.implementations import another_attention
 from rotormlx.torch.latent_layer import RotorLatentLayer, latent_dim
 from rotormlx.torch.layer import RotorLayer
 
-# What transformers calls to make a cache for ``generate``.
+# The method of transformers that makes a cache for ``generate``.
 PREPARE = "_prepare_cache_for_generation"
-# What a model may call its cache; the second is the name of versions before 5.24.
+# Names of the cache parameter of a model; the second is used by versions before 5.24.
 CACHE_NAMES = ("cache", "past_key_values")
-# Prefill and decode: some models take another path for a single token.
+# Tokens of a prefill and a decode step: some models have another path for a single token.
 PROBE_TOKENS = (3, 1)
-# Whose ``generate`` takes keys and values out of the cache; a trial of ``forward`` does not see it.
+# Classes whose ``generate`` reads keys and values, which a trial of ``forward`` does not show.
 _READERS = ("WhisperGenerationMixin",)
-# What the printed form of a module becomes on one line: "Stack( (block): ... )".
+# The printed form of a module on one line, such as "Stack( (block): ... )".
 _LISTING = re.compile(r"(\w+)\( \(\w+\): .* \)")
 # The attention function that computes nothing.
 _PRETENDING = "rotormlx_probe"
 
 
 def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
-    """Run the model on a few tokens and see, layer by layer, what can be compressed.
+    """Run the model on a few tokens and report, layer by layer, what can be compressed.
 
-    The model is as before afterwards.
+    The model is unchanged afterwards.
 
     Args:
         model: What ``from_pretrained`` returned.
 
     Returns:
-        One entry per cache, without bits, which a configuration gives; those of cross-attention
-        follow those of self-attention.
+        One entry per cache, without bits, which come from a configuration. Entries of
+        cross-attention follow those of self-attention.
 
     Raises:
-        ValueError: If nothing can be compressed, or the model does with keys and values what a
-            compressed cache cannot do.
+        ValueError: If nothing can be compressed, or the model uses keys and values in a way that a
+            compressed cache does not support.
     """
     if any(kind.__name__ in _READERS for kind in type(model).__mro__):
         reason = "its generate reads keys and values, which a compressed cache does not give out"
@@ -106,7 +106,7 @@ def probe(model: PreTrainedModel) -> tuple[LayerReport, ...]:
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """What the model's ``forward`` calls its cache.
+    """Return the name of the cache parameter of the model's ``forward``.
 
     Raises:
         ValueError: If it takes no cache.
@@ -119,10 +119,10 @@ def cache_name(model: PreTrainedModel) -> str:
 
 
 def own_cache(model: PreTrainedModel) -> Any:
-    """An empty cache as ``generate`` makes it for this model.
+    """Return an empty cache as ``generate`` makes it for this model.
 
     Raises:
-        ValueError: If it makes none, or one that is no plain ``DynamicCache``.
+        ValueError: If it makes none, or one that is not a plain ``DynamicCache``.
         RuntimeError: If the installed transformers makes its caches in another way.
     """
     name = cache_name(model)
@@ -130,14 +130,14 @@ def own_cache(model: PreTrainedModel) -> Any:
     if not callable(prepare):
         raise RuntimeError(
             f"[apply] transformers must have {type(model).__name__}.{PREPARE}, but the installed "
-            "one has not; use the model without rotormlx."
+            "version does not; use the model without rotormlx."
         )
     settings = copy.deepcopy(model.generation_config)
     settings.update(use_cache=True, cache_implementation=None, is_assistant=False)
     made: dict[str, Any] = {}
     try:
         prepare(model, settings, made, GenerationMode.GREEDY_SEARCH, 1, sum(PROBE_TOKENS))
-    except Exception as error:  # what is wrong with a configuration shows in any way
+    except Exception as error:  # a bad configuration may raise any exception
         raise _refusal(model, f"transformers cannot make its cache ({brief(error)})") from error
     cache = made.get(name)
     own = self_attention(cache)
@@ -149,12 +149,12 @@ def own_cache(model: PreTrainedModel) -> Any:
 
 
 def self_attention(cache: Any) -> Any:
-    """The part of a model's cache that grows with the text."""
+    """Return the part of a model's cache that grows with the text."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def brief(error: Exception) -> str:
-    """Kind and first sentence of an error, with a module's listing cut to its class."""
+    """Return the type and first sentence of an error; cut a printed module to its class name."""
     text = _LISTING.sub(r"\1", " ".join(str(error).split()))
     first = text.split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first}"
@@ -172,10 +172,10 @@ def _refusal(model: PreTrainedModel, reason: str) -> ValueError:
 
 @contextmanager
 def _prepared(model: PreTrainedModel, attention: str | None) -> Iterator[None]:
-    """The model in evaluation mode, not compiled, with another attention if any; then as it was.
+    """Put the model into evaluation mode, not compiled, with another attention function if given.
 
-    What a run may change comes back: attributes of modules, buffers, and the states of the random
-    number generators. Buffers that are weights are not copied.
+    Afterwards everything that a run may change is restored: attributes of modules, buffers, and the
+    states of the random number generators. Buffers that are weights are not copied.
     """
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with (
@@ -217,9 +217,9 @@ def _kept_modules(model: PreTrainedModel) -> Iterator[None]:
 def _step(model: PreTrainedModel, cache: Cache, tokens: int) -> None:
     try:
         model(**_inputs(model, tokens), use_cache=True, **{cache_name(model): cache})
-    except Exception as error:  # a model may do anything with what it gets, so anything may come
+    except Exception as error:  # a model may raise any exception
         label, _, message = str(error).partition("] ")
-        # What is required and what came; what to do is said by the refusal.
+        # Keep what is required and what was given; the refusal adds what to do.
         reason = message.partition(";")[0].rstrip(".")
         if not label.startswith("[") or not reason:
             reason = f"its trial run on a few tokens fails ({brief(error)})"
@@ -234,12 +234,12 @@ def _inputs(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
         return {"input_ids": ids, "decoder_input_ids": ids}
     states = torch.zeros(1, 4, _encoder_width(model), dtype=model.dtype, device=ids.device)
     encoded = BaseModelOutput(last_hidden_state=states)
-    encoded.attention_mask = None  # some models ask their encoder's output for it
+    encoded.attention_mask = None  # some models read this attribute
     return {"encoder_outputs": encoded, "decoder_input_ids": ids}
 
 
 def _plain_token(model: PreTrainedModel) -> int:
-    """A token that stands for nothing but itself."""
+    """Return a token without a special meaning."""
     special: set[int] = set()
 
     def collect(settings: dict[Any, Any]) -> None:
@@ -254,7 +254,7 @@ def _plain_token(model: PreTrainedModel) -> int:
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    """Where the model takes its inputs; weights that accelerate moves lie elsewhere."""
+    """Return the device of the model's inputs; accelerate may keep weights on another one."""
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     return model.device if device is None else torch.device(device)
 
@@ -264,10 +264,10 @@ def _encoder_width(model: PreTrainedModel) -> int:
     for part in (getattr(config, "encoder", config), config.get_text_config(decoder=True)):
         if (width := getattr(part, "hidden_size", None)) is not None:
             return int(width)
-    raise ValueError("the width of its encoder must be in the configuration, but is not")
+    raise ValueError("the configuration must give the width of the encoder, but it does not")
 
 
-# ---- attention that pretends --------------------------------------------------------------------
+# ---- attention that computes nothing ------------------------------------------------------------
 
 
 def _pretend(
@@ -281,7 +281,7 @@ def _pretend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Zeros in the shape of attention's output, after a look at what it is asked."""
+    """Check the arguments as attention would, and return zeros in the shape of its output."""
     if isinstance(key, Tensor) and isinstance(value, Tensor):
         if kwargs.get("s_aux") is not None:
             check_head_dim(value.shape[-1])
@@ -298,7 +298,7 @@ AttentionInterface.register(_PRETENDING, _pretend)
 AttentionMaskInterface.register(_PRETENDING, sdpa_mask)
 
 
-# ---- what is said -------------------------------------------------------------------------------
+# ---- reports ------------------------------------------------------------------------------------
 
 
 def _layer_report(index: int, layer: Any) -> LayerReport:

@@ -1,7 +1,8 @@
-"""Caches in files, the same files that mlx-lm's ``save_prompt_cache`` writes.
+"""Saving and loading of caches, in the same files that mlx-lm's ``save_prompt_cache`` writes.
 
-A cache saved on the MLX side is read here and the other way round, bit for bit. Compressed layers
-are ``RotorKVCache`` there; sliding windows are ``RotatingKVCache``, whose tokens are put in order.
+Caches saved with MLX load here, and caches saved here load with MLX, bit for bit. In a file,
+compressed layers are ``RotorKVCache`` and sliding windows are ``RotatingKVCache``. Tokens of a
+sliding window are put in order.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from rotormlx.torch.parallel import check_whole
 _SLIDING = "RotatingKVCache"
 _DTYPES = {
     **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"},
-    torch.int32: "U32",  # words: torch counts in signed integers
+    torch.int32: "U32",  # words, which torch holds as signed integers
 }
 
 State = list[Any]
@@ -57,17 +58,17 @@ def save_prompt_cache(
     cache: RotorCache,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a cache to a file that only the same model takes back, here or in MLX.
+    """Write a cache to a file that only the same model can load, here or in MLX.
 
-    The file is as mlx-lm's ``save_prompt_cache`` writes it, with a checksum and the model's
-    fingerprint. It appears whole or not at all: an interrupt, a full disk or a crash leaves what
-    was there before.
+    The file has the format of mlx-lm's ``save_prompt_cache``, with a checksum and the model's
+    fingerprint. A save either completes or leaves the old file: after an interrupt, a full disk or
+    a crash, the path holds what it held before.
 
     Args:
-        path: A ``.safetensors`` file; that suffix is appended where it is missing.
+        path: A ``.safetensors`` file; the suffix is appended if it is missing.
         model: The model that filled the cache.
-        cache: All batch rows must have the same length and no padding.
-        metadata: Texts to keep with it.
+        cache: The cache; all batch rows must have the same length and no padding.
+        metadata: Strings to store with it.
 
     Raises:
         ValueError: If rows differ, a layer is of a kind that the file cannot hold, or the model is
@@ -78,7 +79,7 @@ def save_prompt_cache(
     """
     if not isinstance(cache, RotorCache):
         raise ValueError(
-            f"[prompt cache] A RotorCache is required behind the model, but a "
+            f"[prompt cache] A RotorCache is required after the model, but a "
             f"{type(cache).__name__} was given; call save_prompt_cache(path, model, cache)."
         )
     check_whole(model)
@@ -91,22 +92,22 @@ def save_prompt_cache(
 def load_prompt_cache(
     path: str | Path, model: PreTrainedModel, *, device: torch.device | str | None = None
 ) -> tuple[RotorCache, dict[str, str]]:
-    """Read a cache that MLX or torch has saved.
+    """Load a cache that MLX or torch has saved.
 
-    It goes on as the file says, with its own bits, rotation and calibration, whatever
-    :func:`rotormlx.torch.apply` was given.
+    The cache keeps the bits, rotation and calibration of the file, independent of the configuration
+    given to :func:`rotormlx.torch.apply`.
 
     Args:
         path: A ``.safetensors`` file.
-        model: The model that is to go on with the cache; its attention must be ``rotormlx``.
-        device: Where the tensors go; the device of the model if None.
+        model: The model that will use the cache; its attention must be ``rotormlx``.
+        device: Device of the tensors; the device of the model if None.
 
     Returns:
         The cache, and the metadata that was saved with it.
 
     Raises:
-        ValueError: If the file is no such cache, is damaged, of another format version, or belongs
-            to another model, or the model is spread over ranks.
+        ValueError: If the file holds no such cache, is damaged, has another format version, or
+            belongs to another model, or if the model is spread over ranks.
 
     Source: docs/FORMAT.md, section 8.
     """
@@ -135,7 +136,7 @@ def load_prompt_cache(
 def _state_of(index: int, layer: Any) -> tuple[str, State]:
     if isinstance(layer, RotorIndexedLatentLayer):
         raise ValueError(
-            f"[prompt cache] A file can hold latents, but not the indexer's keys beside them in "
+            f"[prompt cache] A file can hold latents, but not the keys of the indexer in "
             f"layer {index}; keep this cache in memory."
         )
     if isinstance(layer, RotorLayer):
@@ -149,7 +150,7 @@ def _state_of(index: int, layer: Any) -> tuple[str, State]:
 
 
 def state_of(layer: RotorLayer) -> State:
-    """Everything a compressed layer holds, as its like on the MLX side gives it.
+    """Return everything that a compressed layer holds, in the order of the MLX cache's state.
 
     That is ``RotorKVCache.state`` for one row, and ``BatchRotorKVCache.state`` for a batch.
     """
@@ -170,7 +171,7 @@ def state_of(layer: RotorLayer) -> State:
 
 
 class _Fit(NamedTuple):
-    """Whether a file fits a model.
+    """Checks of whether a file fits a model.
 
     path: The file.
     cache: An empty cache of the model.
@@ -187,7 +188,7 @@ class _Fit(NamedTuple):
         return self.model.config.get_text_config(decoder=True)
 
     def check(self, saved: SavedCaches) -> None:
-        """Refuse a file whose layers are of other kinds or shapes than the model's."""
+        """Refuse a file whose layers differ from the model's in kind or shape."""
         layers, classes = self.cache.layers, _layouts(saved)
         if len(layers) != len(classes):
             raise self.misfit(f"{len(layers)} layers", f"{len(classes)}")
@@ -208,7 +209,7 @@ class _Fit(NamedTuple):
             self._check_shape(index, shape)
 
     def check_lengths(self) -> None:
-        """Refuse layers of other lengths than the others'."""
+        """Refuse layers whose lengths differ."""
         lengths = {self.cache.get_seq_length(index) for index in range(len(self.cache.layers))}
         if len(lengths) > 1:
             raise self._damaged("one number of tokens in all layers", sorted(lengths))
@@ -240,7 +241,7 @@ class _Fit(NamedTuple):
             )
 
     def misfit(self, required: str, came: object) -> ValueError:
-        """A refusal of the file."""
+        """Return the error for a file that does not fit the model."""
         return cache_file.misfit(self.path, self.text.model_type, required, came)
 
     def _damaged(self, required: str, came: object) -> ValueError:
@@ -251,24 +252,24 @@ class _Fit(NamedTuple):
 
 
 def _layouts(saved: SavedCaches) -> list[str]:
-    """The class of each cache, of those that differ in MLX's attention alone the first."""
+    """Return the class of each cache; classes that differ only in MLX's attention count as one."""
     return [LAYOUTS.get(name, name) for name in saved.classes]
 
 
 def _head_dims(text: PreTrainedConfig) -> set[int]:
-    """What a vector of this model may have as dimensions."""
+    """Return all dimensions that a vector of this model may have."""
     named = set(_named_dims(text.to_dict()))
     if (latent := latent_dim(text)) is not None:
         named.add(latent)
     heads, hidden = getattr(text, "num_attention_heads", 0), getattr(text, "hidden_size", 0)
     if heads and hidden:
         named.add(hidden // heads)
-    # Where a part of a vector is turned by position, the parts have names, and not the whole.
+    # If only a part of a vector gets RoPE, the configuration names the parts, not their sum.
     return named | {a + b for a in named for b in named if a != b}
 
 
 def _named_dims(settings: dict[Any, Any]) -> Iterator[int]:
-    """Also those of single layers."""
+    """Yield all head_dims in the settings, including those of single layers."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _named_dims(value)
@@ -277,7 +278,7 @@ def _named_dims(settings: dict[Any, Any]) -> Iterator[int]:
 
 
 def _fill(layer: RotorLayer, name: str, state: State, device: torch.device) -> None:
-    """Take what was saved, with the configuration that it was saved with."""
+    """Fill a layer with a saved state and the configuration it was saved with."""
     layer.config = RotorConfig.from_json(state[1])
     if name == layer.kinds[1]:
         batch = SavedBatch.named(state, layer.config)
@@ -286,8 +287,8 @@ def _fill(layer: RotorLayer, name: str, state: State, device: torch.device) -> N
         if len({(row.tokens, row.packed) for row in rows}) > 1:
             raise ValueError(
                 "[prompt cache] All batch rows of a file must have one length to be read by torch, "
-                f"but they have {[row.tokens for row in rows]} tokens; save each row by itself "
-                "with mlx-lm."
+                f"but they have {[row.tokens for row in rows]} tokens; save each row in its own "
+                "file with mlx-lm."
             )
     else:
         saved = SavedCache.named(state, layer.config)
@@ -295,8 +296,8 @@ def _fill(layer: RotorLayer, name: str, state: State, device: torch.device) -> N
         rows = [replace(saved.counts) for _ in range(len(stores[0].exact) if stores else 1)]
     layer.calibrated = calibrated
     if not any(row.tokens for row in rows):
-        return  # an empty layer: of which batch, the next tokens tell
-    # No row yet: buffers are as large as a window, which only the file tells.
+        return  # an empty layer; the next tokens determine its batch size
+    # Zero rows, so that nothing is allocated for a window whose size only the file gives.
     layer.lazy_initialization(*(store.exact[:0].to(device) for store in stores))
     layer.batch_size, layer.rows = len(rows), rows
     layer.length, layer.padding = rows[0].tokens, [0] * len(rows)
@@ -305,13 +306,13 @@ def _fill(layer: RotorLayer, name: str, state: State, device: torch.device) -> N
 
 
 def _sliding_state(layer: DynamicSlidingWindowLayer) -> State:
-    """As ``RotatingKVCache.state``: keys, values, offset, keep, size, next place."""
+    """Return ``RotatingKVCache.state``: keys, values, offset, keep, size, next place."""
     window, offset = layer.sliding_window, layer.cumulative_length
     if not layer.is_initialized:
         return [None, None, 0, 0, window, 0]
     keys, values = (x[:, :, -window + 1 :] for x in _tensors(layer))
     if offset >= window:
-        # A full ring has one place more, the oldest, which is written next and never read.
+        # A full ring has one more place, the oldest, which is overwritten next and never read.
         keys, values = (torch.cat([x[:, :, :1], x], dim=2) for x in (keys, values))
     return [keys, values, offset, 0, window, keys.shape[2]]
 
@@ -337,7 +338,7 @@ def _tensors(layer: DynamicSlidingWindowLayer) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(x: Tensor, offset: int, place: int) -> Tensor:
-    """The tokens of a ring, oldest first."""
+    """Return the tokens of a ring, oldest first."""
     if place == x.shape[2]:
         return x
     if place < offset:
@@ -349,7 +350,7 @@ def _in_order(x: Tensor, offset: int, place: int) -> Tensor:
 
 
 def _tensor(tensor: Tensor | Array) -> tuple[str, tuple[int, ...], Callable[[], Array]]:
-    """Dtype, shape and bytes of a tensor, which are made when their turn comes."""
+    """Return dtype, shape and a function that makes the array when it is written."""
     if not isinstance(tensor, Tensor):  # the counts of a batch
         return "I32", tensor.shape, tensor.copy
 

@@ -1,8 +1,8 @@
 """A compressed layer in buffers of a fixed place and size, for CUDA graphs and ``torch.compile``.
 
-Prompts go the way of :class:`RotorLayer`, whose lengths the host knows. A step of one token is the
-operator ``rotormlx::step``, which reads and advances lengths on the device: nothing depends on how
-many tokens there are, so one graph serves every step.
+Prompts are handled as in :class:`RotorLayer`, with lengths on the host. A step of one token is the
+operator ``rotormlx::step``, which reads and advances lengths on the device. Nothing depends on the
+number of tokens, so one graph serves every step.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rotormlx.torch.store import Calibrated, Store, zeros
 from rotormlx.torch.store_step import Step
 from rotormlx.torch.torch_ops import AttendCall, KVView
 
-# New tokens of a step of the operator, at most.
+# Maximum number of new tokens in a step of the operator.
 _STEP = BLOCK
 
 
 class DeviceStep:
-    """The new keys and values of a step, until attention asks for them."""
+    """The new keys and values of a step, held until attention reads them."""
 
     def __init__(self, layer: RotorStaticLayer, keys: Tensor, values: Tensor) -> None:
         self.layer = layer
@@ -44,7 +44,7 @@ class DeviceStep:
         """Store the tokens and attend to everything, ``[B, H, L, Dv]``; see ``rotormlx::step``."""
         layer = self.layer
         if mask is not None and mask.shape[-1] > 1:
-            # Columns are positions; a row's tokens begin behind its padding.
+            # Columns are positions; a row's tokens start after its padding.
             columns = torch.arange(mask.shape[-1], device=mask.device) + layer.row_padding[:, None]
             index = columns.clamp(max=mask.shape[-1] - 1)[:, None, None, :]
             mask = mask.expand(len(query), -1, -1, -1)
@@ -64,7 +64,7 @@ class DeviceStep:
     def _traced(
         self, query: Tensor, mask: Tensor | None, scale: float, sink_logits: Tensor | None
     ) -> Tensor:
-        """The same as one operator of a graph."""
+        """Do the same as a single operator in a graph."""
         layer = self.layer
         made: Tensor = torch.ops.rotormlx.step(
             query,
@@ -87,24 +87,24 @@ class RotorStaticLayer(RotorLayer):
     Args:
         config: How to compress.
         layer: Index of the layer in the model; selects its rotations.
-        calibrated: As of :class:`RotorLayer`.
-        max_cache_len: Positions of a sequence at most, padding included.
+        calibrated: Calibrated arrays as for :class:`RotorLayer`, or None.
+        max_cache_len: Maximum number of positions of a sequence, including padding.
 
     Source: docs/FORMAT.md, section 8.
     """
 
     is_compileable = True
-    # int32 [B, 2]: packed tokens and all tokens of each row; int32 [B]: see Step; int64 [B]:
-    # positions before the first token of each row; int64 []: positions so far. All on the device.
+    # On the device: packed tokens and all tokens of each row, int32 [B, 2]; see Step, int32 [B];
+    # positions before the first token of each row, int64 [B]; positions so far, int64 [].
     lengths: Tensor
     counter: Tensor
     row_padding: Tensor
     positions: Tensor
-    # What the operator takes of keys and values: exact, words, scales, centres (of keys), channel
+    # The operator's arguments for keys and values: exact, words, scales, centres (of keys), channel
     # scale.
     buffers: tuple[Tensor | None, ...] = ()
     facts: dict[str, Any]
-    # The same buffers, as attention reads them.
+    # Views of the same buffers for attention.
     views: tuple[KVView, KVView]
 
     def __init__(
@@ -126,8 +126,8 @@ class RotorStaticLayer(RotorLayer):
     # ---- transformers' contract -----------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make empty buffers for keys and values such as these."""
-        # The operator takes both in one dtype, that of the output.
+        """Make empty buffers for keys and values of these shapes."""
+        # The operator takes keys and values in one dtype, that of the output.
         super().lazy_initialization(key_states.to(value_states.dtype), value_states)
 
     def update(  # type: ignore[override]
@@ -135,8 +135,8 @@ class RotorStaticLayer(RotorLayer):
     ) -> tuple[KVHandle, KVHandle]:
         """Take new tokens; see :meth:`RotorLayer.update`.
 
-        A single token behind a prompt is stored on the device; whether there is room is known to
-        the host for prompts only, and on a CPU.
+        A single token after a prompt is stored on the device. Whether there is room is checked for
+        prompts and on a CPU only.
         """
         if not (self.is_on_device and key_states.shape[2] == 1):
             self.settle()
@@ -152,35 +152,35 @@ class RotorStaticLayer(RotorLayer):
         )
 
     def store(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None) -> LayerView:
-        """As :meth:`RotorLayer.store`; what then counts is on the device."""
+        """Store as :meth:`RotorLayer.store` does, then copy the lengths to the device."""
         view = super().store(keys, values, padding)
         self._to_device()
         return view
 
     def get_seq_length(self) -> Any:
-        """Positions so far, left padding included: a tensor once there is a prompt."""
+        """Return the positions so far, including left padding; a tensor after a prompt."""
         return self.positions if self.is_on_device else self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the mask for ``query_length`` new tokens, and the position of the first."""
+        """Return the mask's columns for ``query_length`` new tokens, and the first position."""
         if self.is_on_device and query_length == 1:
             return self.max_cache_len, 0
         return int(self.get_seq_length()) + query_length, 0
 
     def get_max_length(self) -> int:
-        """Positions of a sequence at most."""
+        """Return the maximum number of positions of a sequence."""
         return self.max_cache_len
 
     get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As :meth:`RotorLayer.crop`."""
+        """Remove tokens at the end; see :meth:`RotorLayer.crop`."""
         self.settle()
         super().crop(tokens_to_remove)
         self._to_device()
 
     def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
-        """As :meth:`RotorLayer.batch_select_indices`."""
+        """Keep these batch rows; see :meth:`RotorLayer.batch_select_indices`."""
         self.settle()
         super().batch_select_indices(indices)
         self._to_device()
@@ -193,7 +193,7 @@ class RotorStaticLayer(RotorLayer):
         return sum(x.nbytes for x in self.buffers if x is not None)
 
     def settle(self) -> None:
-        """Let the host know what the device does, and pack what is due."""
+        """Read the lengths back from the device, and pack full blocks."""
         if not self.is_on_device:
             return
         self.length = int(self.positions)
@@ -219,9 +219,9 @@ class RotorStaticLayer(RotorLayer):
             )
 
     def _to_device(self) -> None:
-        """Put what the host knows into the buffers.
+        """Copy the tokens and lengths of the host into the buffers.
 
-        The operator packs whole blocks, so where a crop has left a part of one, steps stay with the
+        The operator packs whole blocks only. If a crop has left a partial block, steps run on the
         host until it is full.
         """
         self.is_on_device = False
@@ -248,9 +248,9 @@ class RotorStaticLayer(RotorLayer):
         self.is_on_device = True
 
     def _share(self, store: Store, place: int) -> None:
-        """Let a store of the host have the packed blocks of the device.
+        """Let a store of the host share the packed blocks of the device.
 
-        Its exact tokens stay its own: attention may still read them when these are written.
+        Exact tokens are not shared: attention may still read the store's when the device's change.
         """
         view = self.views[place]
         used = any(row.packed for row in self.rows)
@@ -259,7 +259,7 @@ class RotorStaticLayer(RotorLayer):
             store.channel_scale = view.channel_scale if used else None
 
     def _fits(self) -> bool:
-        """Whether the buffers are those of this batch, dtype and device."""
+        """Return whether the buffers fit this batch, dtype and device."""
         if not self.buffers:
             return False
         stores = cast(tuple[Store, Store], self.stores)
@@ -271,7 +271,7 @@ class RotorStaticLayer(RotorLayer):
         return True
 
     def _allocate(self) -> None:
-        """Make the buffers, and note what the operator is told besides."""
+        """Make the buffers, and collect the operator's other arguments."""
         config, stores = self.config, cast(tuple[Store, Store], self.stores)
         blocks = max(1, -(-(self.max_cache_len - config.sink) // BLOCK))
         capacity = config.sink + config.window + BLOCK - 1 + _STEP
@@ -315,5 +315,5 @@ class RotorStaticLayer(RotorLayer):
         state = (self.lengths, self.counter, self.row_padding, self.positions)
         for x in (*self.buffers, *state):
             if x is not None:
-                # Else a CUDA graph would copy them before every step.
+                # Otherwise a CUDA graph would copy them before every step.
                 torch._dynamo.mark_static_address(x)

@@ -1,9 +1,9 @@
-"""The operator ``torch.ops.rotormlx.step``: a decode step over lengths that lie on the device.
+"""The operator ``torch.ops.rotormlx.step``: a decode step whose lengths are on the device.
 
-It stores the new tokens, packs a block where one is due, and attends, all in buffers of a fixed
-place and size. So ``torch.compile(fullgraph=True)`` traces it, and a CUDA graph replays it. A block
-is packed at the start of the step after the one that filled the tail, which attends to the same
-bytes as packing at its end would.
+It stores the new tokens, packs a block if one is full, and attends, all in buffers of a fixed place
+and size. So ``torch.compile(fullgraph=True)`` can trace it, and a CUDA graph can replay it. A block
+is packed at the start of the step after the one that filled the tail; attention reads the same
+bytes as if it had been packed at the end of that step.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _STORE: dict[str, Callable[[Step], None]] = {
 
 
 def step_fitting(stored: Step, call: AttendCall) -> Tensor:
-    """What the operator does, for parts that are known to fit: those of a cache's own buffers.
+    """Run the operator on parts that are known to fit (a cache's own buffers).
 
-    Nothing is checked, and nothing of it can be traced.
+    Nothing is checked, and the call cannot be traced.
     """
     _STORE.get(call.query.device.type, store)(stored)
     return ops.attend_fitting(call)
 
 
 def _fake(stored: Step, call: AttendCall) -> Tensor:
-    """For tracing."""
+    """Return an output of the right shape and dtype, for tracing."""
     return ops.fake_attend(call)
 
 

@@ -1,4 +1,4 @@
-"""The buffers of one layer: exact tokens and packed blocks, each batch row with its own lengths."""
+"""The buffers of one layer: exact tokens and packed blocks; every batch row has its own lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rotormlx.storage.cache_fields import SavedStore
 from rotormlx.torch import ops
 from rotormlx.torch.torch_ops import KVView, scale_of_rows
 
-# Rows that have the same lengths are handled together; a slice stands for all of them.
+# Rows of equal lengths are handled together; a slice stands for all rows.
 Rows = slice | list[int]
 Places = Sequence[tuple[Rows, tuple[int, ...]]]
 # Channel scales or matrices of a calibration, for the keys and the values of a layer.
@@ -28,15 +28,16 @@ Calibrated = tuple[Tensor, Tensor]
 class Store:
     """The keys or the values of one layer: exact tokens in one buffer, packed blocks in others.
 
-    The layer tracks lengths; methods receive them. A buffer that was handed out in a
-    :class:`KVView` is only ever written behind the tokens that counted then, or replaced.
+    The layer tracks lengths; methods receive them. A buffer that is part of a :class:`KVView` is
+    only written after the tokens counted at that time, or replaced.
 
     Args:
-        codec: How the packed tokens are coded.
-        config: Fixes sink and window.
-        like: Gives batch, KV heads, dtype and device.
-        calibrated: Of a calibrated configuration, else None: the channel scale, float32 ``[K, D]``,
-            or the rotations, float32 ``[K, D, D]``, on the device.
+        codec: Codec of the packed tokens.
+        config: Configuration; sets sink and window.
+        layer: Index of the layer.
+        like: Tensor that gives batch, KV heads, dtype and device.
+        calibrated: For a calibrated configuration, the channel scale, float32 ``[K, D]``, or the
+            rotations, float32 ``[K, D, D]``, on the device; else None.
     """
 
     def __init__(
@@ -53,14 +54,14 @@ class Store:
         self.capacity = config.sink + config.window + BLOCK
         self.exact = zeros(like, (*like.shape[:2], self.capacity, codec.head_dim))
         self.calibrated = calibrated
-        self._view: KVView | None = None  # the latest, for as long as its buffers are the store's
+        self._view: KVView | None = None  # the latest view, valid while its buffers are the store's
         self.packed: Packed | None = None
         self.channel_scale: Tensor | None = None
         self.forget_packed()
 
     @property
     def view(self) -> KVView:
-        """What attention reads; it stays valid while tokens are appended and packed."""
+        """The view that attention reads; it stays valid while tokens are appended and packed."""
         view = self._view
         if (
             view is None
@@ -73,16 +74,16 @@ class Store:
         return view
 
     def twin(self) -> Store:
-        """A store of the same buffers; only tokens that do not count yet are written in place."""
+        """Return a store that shares the buffers; writes go only after the counted tokens."""
         return copy.copy(self)
 
     def append(self, x: Tensor, places: Places, exact_tokens: int) -> None:
-        """Write the last tokens of each row of ``x`` behind its exact ones.
+        """Write the last tokens of each row of ``x`` after its exact ones.
 
         Args:
             x: New tokens, ``[B, K, L, D]``.
-            places: For rows alike, how many exact tokens they had, and how many they have then.
-            exact_tokens: The most that a row has then.
+            places: For each group of rows, its numbers of exact tokens before and after.
+            exact_tokens: The largest number of exact tokens of a row afterwards.
         """
         if exact_tokens > self.exact.shape[2]:
             wider = zeros(self.exact, (*x.shape[:2], exact_tokens, x.shape[3]))
@@ -109,7 +110,7 @@ class Store:
         self._write(rows, self._encode(rows, x), block)
 
     def drop(self, exact_tokens: Sequence[int], packed_now: Sequence[int]) -> None:
-        """Close the gap behind the sink that packing has left, in a buffer of its own."""
+        """Close the gap that packing has left after the sink, in a new buffer."""
         sink = self.config.sink
         need = max(have - gone for have, gone in zip(exact_tokens, packed_now, strict=True))
         shape = (*self.exact.shape[:2], max(self.capacity, need), self.codec.head_dim)
@@ -122,7 +123,7 @@ class Store:
         self.exact = kept
 
     def forget_packed(self) -> None:
-        """Nothing packed is left."""
+        """Remove all packed blocks."""
         self.packed = None
         self.channel_scale = None if self.config.rotation == CALIBRATED else self.calibrated
 
@@ -139,13 +140,13 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, room for growth included."""
+        """Bytes allocated, including room for growth."""
         own_scale = self.channel_scale if self.calibrated is None else None
         parts = [self.exact, own_scale, *(self.packed or ())]
         return sum(a.nbytes for a in parts if a is not None)
 
     def saved(self, counts: Counts, *, single: bool) -> SavedStore:
-        """The arrays, as long as the longest row's counts; ``single`` for the one row of a file."""
+        """Return the arrays cut to these counts; ``single`` if the file holds one row."""
         packed = Packed(None, None, None)
         if self.packed is not None:
             packed = Packed(*(a if a is None else a[:, :, : counts.blocks] for a in self.packed))
@@ -155,7 +156,7 @@ class Store:
         return SavedStore(self.exact[:, :, : counts.exact], *packed, scale)
 
     def fill(self, saved: SavedStore) -> None:
-        """Take what :meth:`saved` gave, for an empty store; the arrays were checked."""
+        """Fill an empty store with the result of :meth:`saved`; the arrays are already checked."""
         device = self.exact.device
         exact = saved.exact.to(device)
         packed = (saved.words, saved.scales, saved.centres)
@@ -200,7 +201,7 @@ class Store:
         )
 
     def _fill_up(self, rows: Rows, x: Tensor, block: int, filled: int) -> None:
-        """Complete a block, which counts ``filled`` tokens: its centre and its paths go on."""
+        """Complete a block of ``filled`` tokens; its centre and its trellis paths continue."""
         if self.packed is None:
             raise ValueError("[RotorCache] There is no packed block to fill up.")
         last = Packed(*(None if a is None else a[rows, :, block : block + 1] for a in self.packed))
@@ -214,10 +215,10 @@ class Store:
         self._write(rows, Packed(words, scales, last.centres), block)
 
     def _write(self, rows: Rows, new: Packed, block: int) -> None:
-        """Put blocks at position ``block``; what stood there and behind it counts no longer."""
+        """Write blocks at position ``block``; blocks from there on are no longer used."""
         stop = block + new.scales.shape[2]
         if self.packed is None or stop > self.packed.scales.shape[2]:
-            # Room for a thirty-second more than needed, so that a long cache is seldom copied.
+            # One 32nd more room than needed, so that a long cache is rarely copied.
             blocks = stop + max(4, stop // 32)
             before = self.packed or Packed(None, None, None)
             pairs = zip(before, new, strict=True)
@@ -236,17 +237,17 @@ class Store:
 
 
 def zeros(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """A buffer in the place of another tensor, and in its dtype where none is given.
+    """Return a buffer of zeros on the device of a tensor, in its dtype unless one is given.
 
-    What is made in inference mode could not be written to outside of it, but a cache may be filled
-    here and go on there.
+    It is made outside inference mode: a tensor made within cannot be written outside of it, and a
+    cache may be used in both.
     """
     with torch.inference_mode(False):
         return torch.zeros(tuple(shape), dtype=dtype or like.dtype, device=like.device)
 
 
 def groups(facts: Iterable[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, ...]]]:
-    """Batch rows of equal facts: which rows, and the facts."""
+    """Group batch rows by equal facts; yield the rows and the facts of each group."""
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for row, fact in enumerate(facts):
         alike[fact].append(row)
@@ -256,9 +257,9 @@ def groups(facts: Iterable[tuple[int, ...]]) -> Iterator[tuple[Rows, tuple[int, 
 
 @lru_cache(maxsize=16)
 def lengths_on(device: torch.device, rows: tuple[tuple[int, int], ...]) -> Tensor:
-    """Packed and all tokens of each row, int32 ``[B, 2]``; the layers of a step share it."""
+    """Return packed and all tokens of each row, int32 ``[B, 2]``; all layers of a step share it."""
     on_gpu = device.type == "cuda"
-    # From pinned memory, so that the host does not wait for the device.
+    # Pinned memory, so that the host does not wait for the device.
     made = torch.tensor(rows, dtype=torch.int32, pin_memory=on_gpu)
     return made.to(device, non_blocking=on_gpu)
 
@@ -266,11 +267,11 @@ def lengths_on(device: torch.device, rows: tuple[tuple[int, int], ...]) -> Tenso
 def new_store(
     config: RotorConfig, layer: int, role: str, like: Tensor, calibrated: Calibrated | None = None
 ) -> Store:
-    """An empty store for keys or values such as ``like``, ``[B, K, S, D]``.
+    """Make an empty store for keys or values of the shape of ``like``, ``[B, K, S, D]``.
 
     Raises:
-        ValueError: If head_dim is one that the rotations cannot do, or what is calibrated is
-            missing or does not fit.
+        ValueError: If the rotations do not support head_dim, or the calibrated arrays are
+            missing or do not fit.
     """
     _, heads, _, head_dim = like.shape
     if not config.is_calibrated:
@@ -281,7 +282,7 @@ def new_store(
         have = "none" if own is None else f"{tuple(own.shape)}"
         raise ValueError(
             f"[RotorCache] A calibrated cache needs an array {wanted} for the {role}s of layer "
-            f"{layer}, but {have} came; use rotormlx.torch.apply(model, calibration=...), or "
+            f"{layer}, but {have} was given; use rotormlx.torch.apply(model, calibration=...), or "
             "calibrate this model: rotormlx calibrate MODEL."
         )
     if config.rotation == CALIBRATED:

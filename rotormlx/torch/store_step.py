@@ -1,4 +1,4 @@
-"""Storing a decode step in buffers of a fixed place, whose lengths lie beside them.
+"""Storage of a decode step in buffers of a fixed place, with lengths on the same device.
 
 Source: docs/FORMAT.md, section 8.
 """
@@ -17,17 +17,17 @@ from rotormlx.torch.torch_ops import KVView
 
 
 class Step(NamedTuple):
-    """What a step stores where, whose parts fit together.
+    """The tokens that a step stores and the buffers it changes; the parts must fit together.
 
     new: Keys and values, ``[B, K, L, D]``, L at most 64.
-    lengths: int32 ``[B, 2]``, changed: packed tokens and all tokens of each row.
-    counter: int32 ``[B]``, 0 before and after: on a GPU the thread blocks of a row count in it.
-    keys: Buffers with room behind what counts, changed. The exact one is ``[B, K, capacity, D]``,
+    lengths: Packed tokens and all tokens of each row, int32 ``[B, 2]``; changed.
+    counter: int32 ``[B]``, 0 before and after; on a GPU, the thread blocks of a row count in it.
+    keys: Buffers with room after the used part; changed. The exact one is ``[B, K, capacity, D]``,
         with a capacity of at least ``sink + window + 63 + L``.
-    values: Likewise.
+    values: Buffers of the values, likewise.
     sink: Exact tokens before the packed ones.
-    window: Exact tokens that are kept behind them; the tail is full with 64 more.
-    own_scale: Whether a row takes the channel scale of its first block.
+    window: Exact tokens kept after the packed ones; the tail is full with 64 more.
+    own_scale: Whether each row uses the channel scale of its own first block.
     """
 
     new: tuple[Tensor, Tensor]
@@ -41,10 +41,10 @@ class Step(NamedTuple):
 
 
 def store(stored: Step, encode: Callable[..., Packed] = torch_ops.encode) -> None:
-    """Pack where a tail is full, and store the new tokens of every row. Reads the lengths.
+    """Pack full tails, and store the new tokens of every row; reads the lengths.
 
     Raises:
-        ValueError: If a row has no room; nothing is changed then.
+        ValueError: If a row has no room; then nothing is changed.
     """
     keys, values, sink = stored.keys, stored.values, stored.sink
     room, capacity = cast(Packed, keys.packed).scales.shape[2] * BLOCK, keys.exact.shape[2]

@@ -1,9 +1,9 @@
-"""The codec and its attention in torch operations: right on any device that torch runs on.
+"""The codec and its attention in torch operations, for any device that torch supports.
 
-Encoding uses only elementwise operations and sums in a fixed order, so a block's bytes do not
-depend on how many blocks are encoded in one call, and are those of the MLX path. Attention rotates
-the query once, reads levels straight from words and rotates the output back once; a long history is
-walked tile by tile. Lengths stay on the device: nothing here waits for it.
+Encoding uses only elementwise operations and sums in a fixed order. So a block's bytes do not
+depend on how many blocks one call encodes, and are equal to those of the MLX path. Attention
+rotates the query once, reads levels directly from words and rotates the output back once; it goes
+through a long history tile by tile. Lengths stay on the device: nothing here waits for it.
 
 Words are int32 tensors that hold the bits of the format's uint32, because torch shifts and gathers
 int32 on every device.
@@ -38,19 +38,19 @@ from rotormlx.codec.format import (
 from rotormlx.codec.random_stream import Floats
 from rotormlx.codec.rotation import Rotation, Stage
 
-# Values that are encoded at once: at 3 bits about fifty float32 tensors of them are alive, 50 MiB.
+# Elements encoded at once; at 3 bits, about fifty float32 tensors of this size exist, 50 MiB.
 TILE_VALUES = 2**18
 # Scores held at once, over all query heads: 16 MiB in float32.
 TILE_SCORES = 2**22
 TILE_TOKENS = 2048
 
-# Scores ``[B, K, G, T]``, positions ``[B, T]`` and which of them count, to scores with the others
-# hidden.
+# From scores ``[B, K, G, T]``, positions ``[B, T]`` and which of them count, to scores in which the
+# others are hidden.
 Hide = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Softmax(NamedTuple):
-    """A softmax under way over the tokens seen so far, float32.
+    """The state of a softmax over the tokens seen so far, float32.
 
     top: Largest score, ``[B, K, G, 1]``.
     total: Sum of exponentials, ``[B, K, G, 1]``.
@@ -66,14 +66,13 @@ class Softmax(NamedTuple):
 class KVView:
     """The keys or the values of one layer, as attention reads them.
 
-    What a backend makes of a view is kept as long as the view, so one that is used again costs
-    less.
+    A backend keeps what it prepares from a view with the view, so using the view again costs less.
 
-    codec: How the packed tokens are coded.
-    exact: ``[B, K, capacity, D]``, the sink first.
+    codec: Codec of the packed tokens.
+    exact: Exact tokens ``[B, K, capacity, D]``, the sink first.
     packed: Whole blocks with room at the end, or None.
     channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, or None for 1.
-    prepared: What a backend keeps of the view, by its name.
+    prepared: What backends have prepared from the view, by name of the backend.
     """
 
     codec: Codec
@@ -83,23 +82,23 @@ class KVView:
     prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What backends keep is of these buffers at their addresses, so a copy makes its own.
+        # Prepared data depends on the addresses of these buffers, so a copy starts without it.
         return type(self), (self.codec, self.exact, self.packed, self.channel_scale)
 
 
 class AttendCall(NamedTuple):
-    """A call of attention, whose fields fit together, as ``checks.check_call`` sees to.
+    """A call of attention; ``checks.check_call`` checks that its fields fit together.
 
     query: ``[B, H, L, D]``, float16, bfloat16 or float32; head h reads KV head ``h * K // H``.
     lengths: int32 ``[B, 2]`` on the device: packed tokens and all tokens of each batch row.
-    keys: Keys with room behind the tokens that count.
-    values: Values likewise.
+    keys: Keys with room after the counted tokens.
+    values: Values, likewise.
     sink: Exact tokens before the packed ones.
     scale: Factor of the scores.
     causal: Whether the last query of a row sees all of its tokens, and each query before it one
         fewer.
     mask: Boolean (True: visible) or additive, broadcastable to ``[B, H, L, S]``, or None.
-    sink_logits: ``[H]``: a score in the softmax without a value; or None.
+    sink_logits: ``[H]``, a score in the softmax that has no value; or None.
     """
 
     query: Tensor
@@ -114,7 +113,7 @@ class AttendCall(NamedTuple):
 
     @property
     def kv_heads(self) -> int:
-        """K."""
+        """Number of KV heads, K."""
         return self.keys.exact.shape[1]
 
     @property
@@ -134,13 +133,13 @@ class AttendCall(NamedTuple):
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        """``(B, H, L, Dv)``."""
+        """Shape of the output, ``(B, H, L, Dv)``."""
         batch, heads, length, _ = self.query.shape
         return batch, heads, length, self.values.codec.head_dim
 
     @property
     def scaled_query(self) -> Tensor:
-        """The query times the scale by KV heads, float32 ``[B, K, G, D]``."""
+        """The query times the scale, grouped by KV head, float32 ``[B, K, G, D]``."""
         batch, _, length, head_dim = self.query.shape
         scaled = self.query.float() * self.scale
         return scaled.reshape(batch, self.kv_heads, self.repeats * length, head_dim)
@@ -169,12 +168,12 @@ def encode(
 
     Args:
         x: Keys or values, ``[B, K, N * 64, D]``, float16, bfloat16 or float32.
-        codec: Role, bits and rotation.
+        codec: Codec: role, bits and rotation.
         channel_scale: float32 ``[K, D]`` or ``[B, K, D]``, positive; None for 1.
         centres: float16 ``[B, K, N, D]``; None for the means of the blocks. Keys only.
-        start: Tokens of the one block before it are coded already; what comes out for them does
-            not count.
-        state: What those leave to the trellis codes of values, int32 ``[B, K, N, D]``; see
+        start: Number of tokens at the start of the block that are coded already; the output for
+            them has no meaning. If it is not 0, there is one block.
+        state: State of the trellis codes of values after those tokens, int32 ``[B, K, N, D]``; see
             :func:`rotormlx.codec.trellis.state_after`.
 
     Returns:
@@ -197,7 +196,7 @@ def encode(
 def decode(
     packed: Packed, codec: Codec, *, channel_scale: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
-    """The vectors that packed blocks stand for, ``[B, K, N * 64, D]``.
+    """Decode packed blocks to vectors ``[B, K, N * 64, D]``.
 
     Source: docs/FORMAT.md, section 6.
     """
@@ -219,14 +218,14 @@ def decode(
 
 
 def prefill_scale(x: Tensor, codec: Codec) -> Tensor:
-    """The channel scale ``prefill`` of a first block.
+    """Compute the channel scale ``prefill`` from a first block.
 
     Args:
         x: Keys or values of the first block, ``[B, K, 64, D]``.
-        codec: Role of the block.
+        codec: Codec; gives the role of the block.
 
     Returns:
-        float32 ``[B, K, D]``.
+        The channel scale, float32 ``[B, K, D]``.
 
     Source: docs/FORMAT.md, section 5.
     """
@@ -248,7 +247,7 @@ def encode_blocks(
 ) -> Packed:
     """Compress blocks ``[B, K, N, 64, D]``; see :func:`encode`.
 
-    ``path`` is ``start`` and ``state`` of that.
+    ``path`` holds its ``start`` and ``state``.
     """
     y = x.float()
     if codec.role == KEY:
@@ -260,7 +259,7 @@ def encode_blocks(
 
     rotated = rotate(y, codec.rotation)
     norm = square_root(sum_in_order(rotated * rotated, -1))
-    # Of two tensors: torch divides a number by a tensor in two roundings.
+    # Two tensors, because torch divides a number by a tensor with two roundings.
     root = torch.full_like(norm, math.sqrt(codec.head_dim))
     size = (norm / root).half()
     is_special = (size == 0) | ~torch.isfinite(size)
@@ -276,14 +275,14 @@ def encode_blocks(
 def nearest_codes(z: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """Return the codes of the nearest levels, and these levels."""
     limits = boundaries(codec.bits, z.device)
-    # Right of a boundary: a tie goes to the larger magnitude.
+    # right=True: a tie goes to the larger magnitude.
     index = torch.bucketize(z.abs(), limits, right=True, out_int32=True)
     codes = index | ((z < 0).int() << (codec.bits - 1))
     return codes, level_table(codec.bits, z.device)[codes]
 
 
 def path_codes(z: Tensor, codec: Codec, start: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Trellis codes of ``[B, K, N, 64, D]``, and their levels; see :func:`encode`."""
+    """Return the trellis codes of ``[B, K, N, 64, D]``, and their levels; see :func:`encode`."""
     if codec.role == KEY:
         start, state = 0, None
     # The packed axis first, the lanes of all blocks side by side.
@@ -301,7 +300,7 @@ def path_codes(z: Tensor, codec: Codec, start: int, state: Tensor | None) -> tup
 
 
 def block_means(x: Tensor) -> Tensor:
-    """Centres of blocks ``[..., 64, D]``, float16 ``[..., D]``: means over the finite rows."""
+    """Return centres of blocks ``[..., 64, D]``, float16 ``[..., D]``: sums of finite rows / 64."""
     finite = torch.isfinite(x).all(-1, keepdim=True)
     mean = sum_in_order(torch.where(finite, x, 0.0), -2)[..., 0, :] / BLOCK
     return mean.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16).half()
@@ -310,7 +309,7 @@ def block_means(x: Tensor) -> Tensor:
 def rotate(y: Tensor, rotation: Rotation) -> Tensor:
     """Rotate rows ``[B, K, N, 64, D]``, float32."""
     if not rotation.stages:
-        # One product a block: a matrix product of another shape may add up in another order.
+        # One product per block: matrix products of other shapes may sum in another order.
         whole = matrix(rotation, y.device)
         heads = whole.expand(y.shape[1], -1, -1)
         blocks = [
@@ -324,12 +323,12 @@ def rotate(y: Tensor, rotation: Rotation) -> Tensor:
 
 
 def multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Rows ``[B, K, N, 64, D]`` times a matrix ``[D, D]``, or one per KV head, ``[K, D, D]``."""
+    """Multiply rows ``[B, K, N, 64, D]`` by a matrix ``[D, D]``, or one per KV head."""
     return rows @ (matrix if matrix.ndim == 2 else matrix[:, None])
 
 
 def apply_stage(y: Tensor, stage: Stage) -> Tensor:
-    """Mix the channels of float32 ``[..., D]``, one column of all blocks after the other."""
+    """Mix the channels of float32 ``[..., D]``, column by column of all blocks."""
     outer, radix, stride = stage.outer, stage.radix, stage.stride
     groups = y[..., stage.start : stage.stop].unflatten(-1, (outer, radix, stride))
     columns = stage_columns(stage, y.device)
@@ -343,10 +342,9 @@ def apply_stage(y: Tensor, stage: Stage) -> Tensor:
 
 
 def sum_in_order(x: Tensor, axis: int) -> Tensor:
-    """The sum over an axis, kept with size 1: halves are added until one number is left.
+    """Sum over an axis, kept with size 1, by adding halves until one number is left.
 
-    ``torch.sum`` may choose its order by the shape of the whole tensor; this order is always the
-    same.
+    The order is always the same; that of ``torch.sum`` may depend on the shape of the tensor.
     """
     x = x.transpose(axis, -1)
     while (n := x.shape[-1]) > 1:
@@ -357,7 +355,7 @@ def sum_in_order(x: Tensor, axis: int) -> Tensor:
 
 
 def square_root(x: Tensor) -> Tensor:
-    """The nearest float32 to the root of float32 numbers; torch's own may be the one beside it."""
+    """Return the correctly rounded float32 root; torch's own may be off by one unit."""
     return torch.sqrt(x.double()).float()
 
 
@@ -365,7 +363,7 @@ def square_root(x: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, codec: Codec) -> Tensor:
-    """Words ``[..., rows, lanes]`` from codes ``[..., 64, D]``, int32."""
+    """Pack codes ``[..., 64, D]`` into words ``[..., rows, lanes]``, int32."""
     if codec.role == KEY:
         codes = codes.transpose(-1, -2)
     planes = []
@@ -382,10 +380,10 @@ def pack(codes: Tensor, codec: Codec) -> Tensor:
 
 
 def levels(words: Tensor, codec: Codec) -> Tensor:
-    """float32 levels ``[..., fields, lanes]`` of words ``[..., rows, lanes]``, in word order.
+    """Return float32 levels ``[..., fields, lanes]`` of words ``[..., rows, lanes]``.
 
-    Word order puts the first field of every word before the second of any, because then unpacking
-    moves nothing: see :func:`in_word_order`.
+    Levels are in word order: the first fields of all words come before all second fields, so that
+    unpacking moves nothing; see :func:`in_word_order`.
     """
     first, rows = codec.planes[0], codec.plane_rows[0]
     shifts = torch.arange(0, 32, first.bits, dtype=torch.int32, device=words.device)
@@ -402,7 +400,7 @@ def levels(words: Tensor, codec: Codec) -> Tensor:
 
 
 def high_bits(words: Tensor, codec: Codec) -> Tensor:
-    """High bits of 3-bit codes in the word order of the low ones, ``[..., 16, rows, lanes]``."""
+    """Return high bits of 3-bit codes in the low bits' word order, ``[..., 16, rows, lanes]``."""
     low, high = codec.planes
     rows = codec.plane_rows[0]
     a_high_word = high.a_word // low.a_word
@@ -412,14 +410,14 @@ def high_bits(words: Tensor, codec: Codec) -> Tensor:
 
 
 def in_word_order(a: Tensor, codec: Codec) -> Tensor:
-    """Put the packed axis, which is the last of ``a``, into the order that levels come in."""
+    """Put the packed axis, the last one of ``a``, into the order of :func:`levels`."""
     per_word, rows = codec.planes[0].a_word, codec.plane_rows[0]
     a = torch.nn.functional.pad(a, (0, rows * per_word - codec.packed_axis_size))
     return a.unflatten(-1, (rows, per_word)).transpose(-1, -2).flatten(-2)
 
 
 def in_natural_order(level: Tensor, codec: Codec) -> Tensor:
-    """Levels ``[..., 64, D]`` from levels in word order."""
+    """Reorder levels from word order to ``[..., 64, D]``."""
     per_word, rows = codec.planes[0].a_word, codec.plane_rows[0]
     level = level.unflatten(-2, (per_word, rows)).transpose(-3, -2).flatten(-3, -2)
     level = level[..., : codec.packed_axis_size, :]
@@ -430,11 +428,11 @@ def in_natural_order(level: Tensor, codec: Codec) -> Tensor:
 
 
 def attend(call: AttendCall) -> Tensor:
-    """Attention over a partly packed cache.
+    """Attend over a partly packed cache.
 
     Returns:
-        ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees nothing. Sums are in
-        float32.
+        The output ``[B, H, L, Dv]`` in the dtype of the query; zero for a query that sees no token.
+        Sums are in float32.
 
     Source: docs/FORMAT.md, section 7.
     """
@@ -450,10 +448,10 @@ def attend(call: AttendCall) -> Tensor:
 
 
 def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Softmax) -> Softmax:
-    """Go over the packed blocks first of all; q is ``[B, K, G, D]``, already scaled.
+    """Process the packed blocks, before all other tokens; q is ``[B, K, G, D]``, already scaled.
 
-    The output stays in the rotated space of the values until the end, so no value may have been
-    summed before.
+    The output stays in the rotated space of the values until the end, so no value may be summed
+    before.
     """
     keys, values, device = call.keys, call.values, q.device
     if keys.packed is None or values.packed is None:
@@ -478,7 +476,7 @@ def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Sof
         state, weights = advance(state, hide(scores, position, slot < call.lengths[:, :1]))
         words, scales = (a[:, :, start:stop] for a in values.packed[:2])
         weights = weights.unflatten(3, (stop - start, BLOCK)).transpose(2, 3)
-        # The scale of a hidden token may be anything, NaN among it.
+        # The scale of a hidden token may be any number, including NaN.
         weights = torch.where(weights == 0, 0.0, weights * scales.float()[..., None, :])
         weights = in_word_order(weights, values.codec)
         output = (weights @ levels(words, values.codec)).sum(2)
@@ -491,7 +489,7 @@ def attend_packed(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Sof
 
 
 def attend_exact(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Softmax) -> Softmax:
-    """Go over the sink and the tail; q is ``[B, K, G, D]``, already scaled."""
+    """Process the sink and the tail; q is ``[B, K, G, D]``, already scaled."""
     packed_count, count = call.lengths[:, :1], call.lengths[:, 1:]
     for start, stop in tiles(call.capacity, tile):
         slot = torch.arange(start, stop, device=q.device)
@@ -500,7 +498,7 @@ def attend_exact(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Soft
         keys, values = (x.exact[:, :, start:stop].float() for x in (call.keys, call.values))
         scores = q @ keys.transpose(-1, -2)
         state, weights = advance(state, hide(scores, position, counts))
-        # What lies behind the last token may be anything, NaN among it.
+        # Buffers after the last token may hold any number, including NaN.
         rows = torch.where(counts[:, None, :, None], values, 0.0)
         state = state._replace(output=state.output + weights @ rows)
     return state
@@ -509,9 +507,9 @@ def attend_exact(call: AttendCall, q: Tensor, tile: int, hide: Hide, state: Soft
 def hide_tokens(
     call: AttendCall, last: Tensor | None, scores: Tensor, position: Tensor, counts: Tensor
 ) -> Tensor:
-    """Mask scores ``[B, K, G, T]`` of tokens at positions ``[B, T]``, of which some count.
+    """Mask scores ``[B, K, G, T]`` of tokens at positions ``[B, T]``; ``counts`` says which exist.
 
-    ``last`` is what :func:`last_seen` gives, or None.
+    ``last`` is the result of :func:`last_seen`, or None.
     """
     visible = counts[:, None, None, :]
     if last is not None:
@@ -525,15 +523,15 @@ def hide_tokens(
 
 
 def last_seen(call: AttendCall) -> Tensor:
-    """The last position that a query sees where the mask is causal, ``[B, 1, G, 1]``."""
+    """Return the last position that each query of a causal call sees, ``[B, 1, G, 1]``."""
     length = call.query.shape[2]
     step = torch.arange(length, device=call.query.device)
-    # Query heads first, then queries.
+    # Rows are ordered by query head, then by query.
     return (call.lengths[:, 1:] - length + step).repeat(1, call.repeats)[:, None, :, None]
 
 
 def start_softmax(call: AttendCall) -> Softmax:
-    """A softmax that has seen nothing, or only the attention-sink logits."""
+    """Return the state before any token; it includes the attention-sink logits, if any."""
     batch, _, length, dim = call.output_shape
     rows = (batch, call.kv_heads, call.repeats * length)
     output = call.query.new_zeros((*rows, dim), dtype=torch.float32)
@@ -546,13 +544,13 @@ def start_softmax(call: AttendCall) -> Softmax:
 
 
 def advance(state: Softmax, scores: Tensor) -> tuple[Softmax, Tensor]:
-    """Take in the scores ``[B, K, G, T]`` of a tile.
+    """Add the scores ``[B, K, G, T]`` of a tile to the state.
 
     Returns:
-        The state with its output still lacking this tile's values, and the tile's exponentials.
+        The state, whose output still lacks this tile's values, and the tile's exponentials.
     """
     top = torch.maximum(state.top, scores.amax(-1, keepdim=True))
-    # A row that has seen nothing has no top: subtract 0 from its -inf.
+    # If a row has seen no token, its top is -inf; subtract 0 instead.
     reference = torch.where(top == -math.inf, 0.0, top)
     weights = torch.exp(scores - reference)
     shrink = torch.exp(state.top - reference)
@@ -561,14 +559,14 @@ def advance(state: Softmax, scores: Tensor) -> tuple[Softmax, Tensor]:
 
 
 def mask_at(call: AttendCall, position: Tensor) -> Tensor | None:
-    """The columns of a call's mask at positions ``[B, T]``, ``[B, K or 1, G, T]``."""
+    """Return the mask's columns at positions ``[B, T]``, as ``[B, K or 1, G, T]``."""
     mask, length = call.wide_mask, call.query.shape[2]
     if mask is None:
         return None
     if mask.shape[-1] > 1:
         _, mask_heads, rows, _ = mask.shape
         mask = mask.expand(len(position), -1, -1, -1)
-        # Tokens behind the last column are hidden, as docs/TORCH.md says.
+        # Tokens after the last column are hidden; see docs/TORCH.md.
         columns = mask.shape[-1]
         index = position.clamp(max=columns - 1)[:, None, None, :]
         mask = mask.gather(3, index.expand(-1, mask_heads, rows, -1))
@@ -581,30 +579,30 @@ def mask_at(call: AttendCall, position: Tensor) -> Tensor | None:
 
 
 def scale_of_rows(scale: Tensor | None, rows: slice | list[int]) -> Tensor | None:
-    """The channel scale of some batch rows; ``[K, D]`` is that of all."""
+    """Return the channel scale of some batch rows; ``[K, D]`` holds for all rows."""
     return scale if scale is None or scale.ndim == 2 else scale[rows]
 
 
 def side_by_side(words: Tensor) -> Tensor:
-    """Words with those of a block one behind the other, as native code reads them."""
+    """Return words with those of a block contiguous, as native code reads them."""
     rows, lanes = words.shape[-2:]
     lie_so = words.stride(-1) == 1 and (rows == 1 or words.stride(-2) == lanes)
     return words if lie_so else words.contiguous()
 
 
-# ---- constants, made once a device --------------------------------------------------------------
+# ---- constants, made once per device ------------------------------------------------------------
 
 
 @cache
 def level_table(bits: int, device: torch.device) -> Tensor:
-    """The level of every code, float32: of a trellis ``[2**(bits + 1)]``, else ``[2**bits]``."""
+    """Return the level of every code, float32 ``[2**(bits + 1)]`` (trellis) or ``[2**bits]``."""
     levels = codebook.trellis_levels if bits in TRELLIS_BITS else codebook.levels
     return torch.from_numpy(levels(bits)).to(device)
 
 
 @cache
 def high_shifts(rows: int, device: torch.device) -> Tensor:
-    """Where the high bit of a field of a row lies in its word, int32 ``[16, rows]``."""
+    """Return the position of the high bit of each field in its word, int32 ``[16, rows]``."""
     low, high = PLANES[3]
     a_high_word = high.a_word // low.a_word
     shifts = [
@@ -616,34 +614,34 @@ def high_shifts(rows: int, device: torch.device) -> Tensor:
 
 @cache
 def boundaries(bits: int, device: torch.device) -> Tensor:
-    """Where the nearest magnitude changes, float32."""
+    """Return the boundaries at which the nearest magnitude changes, float32."""
     return torch.from_numpy(codebook.boundaries(bits)).to(device)
 
 
 @derived
 def matrix(rotation: Rotation, device: torch.device) -> Tensor:
-    """The transposed matrix, float32 ``[D, D]`` or one per KV head: rows times it are rotated."""
+    """Return the transposed matrix, float32 ``[D, D]`` or per KV head; rows @ it are rotated."""
     return float32(rotation.matrix, device).mT
 
 
 @derived
 def inverse_matrix(rotation: Rotation, device: torch.device) -> Tensor:
-    """The transposed inverse, as :func:`matrix`: rows times it are un-rotated."""
+    """Return the transposed inverse of :func:`matrix`; rows times it are rotated back."""
     return float32(np.swapaxes(rotation.inverse, -1, -2), device)
 
 
 @derived
 def stage_columns(stage: Stage, device: torch.device) -> tuple[Tensor, ...]:
-    """Column r of every block of a stage, float32 ``[outer, radix, stride]``."""
+    """Return, for each r, column r of all blocks of a stage, float32 ``[outer, radix, stride]``."""
     return tuple(float32(column, device) for column in stage.blocks.transpose(3, 0, 2, 1))
 
 
 def float32(a: Floats, device: torch.device) -> Tensor:
-    """A float64 array as a float32 tensor."""
+    """Convert a float64 array to a float32 tensor."""
     return torch.from_numpy(np.array(a, np.float32, order="C")).to(device)
 
 
 def tiles(count: int, tile: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of at most ``tile`` that cover ``count``."""
+    """Yield consecutive ranges of at most ``tile`` that cover ``count``."""
     for start in range(0, count, tile):
         yield start, min(start + tile, count)

@@ -263,7 +263,7 @@ def test_a_compiled_model_reads_the_same_bytes(llama):
         assert [cache.packed_tokens for cache in caches] == [128, 128]
         torch._dynamo.reset()
         one_graph = torch.compile(llama, backend="eager", fullgraph=True)
-        with pytest.raises(Exception, match="one graph was asked for; compile without fullgraph"):
+        with pytest.raises(Exception, match="one graph was requested; compile without fullgraph"):
             one_graph(tokens(5), **{CACHE: rt.RotorCache(llama.config)})
 
 

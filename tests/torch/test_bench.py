@@ -148,14 +148,17 @@ def test_a_shape_has_the_parameters_of_its_model(name, parameters):
     ("arguments", "sentence"),
     [
         (["bench", "none", "--device", "cpu"], "MODEL must be one of llama-1b"),
-        ([*TINY, "--bits", "5"], "--bits must be of (2, 3, 4, 8), comma-separated, but '5' came"),
-        ([*TINY, "--bits", ""], "--bits must be of"),
+        (
+            [*TINY, "--bits", "5"],
+            "--bits must be from (2, 3, 4, 8), comma-separated, but it is '5'",
+        ),
+        ([*TINY, "--bits", ""], "--bits must be from"),
         ([*TINY, "--weights"], "--weights needs a folder with weights, but tiny is a shape"),
         ([*TINY, "--history", "4090", "--tokens", "9"], "4,096 positions, but 4,100 tokens"),
         ([*TINY, "--dtype", "int8"], "--dtype must be one of float32"),
         ([*TINY, "--device", "tpu"], "--device must be cpu, cuda or cuda:N, but 'tpu' came"),
-        ([*TINY, "--output", "/none/a.json"], "in a folder that exists, but /none/a.json came"),
-        ([*TINY, "--output", "/"], "--output must be a file in a folder that exists, but / came"),
+        ([*TINY, "--output", "/none/a.json"], "in an existing folder, but it is /none/a.json"),
+        ([*TINY, "--output", "/"], "--output must be a file in an existing folder, but it is /"),
     ],
 )
 def test_bad_input_is_refused_by_one_sentence(arguments, sentence):

@@ -249,7 +249,7 @@ def test_a_step_that_attention_never_saw_is_refused():
         ((1, K, 5), (1, K, 5, DV), r"shape \[B, K, L, head_dim\]"),
         ((1, K, 5, D), (1, K, 4, DV), "but the values have shape"),
         ((1, K, 5, D + 8), (1, K, 5, DV), "holds keys of shape"),
-        ((2, K, 5, D), (2, K, 5, DV), "use a cache of its own"),
+        ((2, K, 5, D), (2, K, 5, DV), "use a new cache"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(keys, values, message):

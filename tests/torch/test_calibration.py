@@ -448,7 +448,7 @@ def test_arguments_in_another_order_are_refused(models, tmp_path):
     rt.apply(other)
     cache = filled(other)
     where = tmp_path / "a"
-    with pytest.raises(ValueError, match=r"A RotorCache is required behind the model, but a dict"):
+    with pytest.raises(ValueError, match=r"A RotorCache is required after the model, but a dict"):
         rt.save_prompt_cache(where, cache, {"x": "y"})
     with pytest.raises(ValueError, match=r"must be a model of transformers, but a RotorCache"):
         rt.save_prompt_cache(where, cache, cache)
@@ -461,10 +461,10 @@ def test_a_calibrated_cache_without_its_calibration_says_what_to_do(models):
     model, other = models
     rt.apply(other)
     with pytest.raises(
-        ValueError, match=r"needs its calibration, but none came; .*load_calibration"
+        ValueError, match=r"needs its calibration, but none was given; .*load_calibration"
     ):
         rt.RotorCache(other.config, RotorConfig(rotation="calibrated"))
-    with pytest.raises(ValueError, match=r"needs its calibration, but a str came; .*load_calib"):
+    with pytest.raises(ValueError, match=r"needs its calibration, but a str was given; .*load"):
         rt.RotorCache(other.config, CONFIG, "c.safetensors")
     for apply, own in ((rotormlx.apply, model), (rt.apply, other)):
         with pytest.raises(ValueError, match=r"a Calibration or its file, but a dict was given"):

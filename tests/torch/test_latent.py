@@ -135,7 +135,7 @@ def test_saved_and_loaded(tmp_path):
 def test_what_latents_cannot_do_is_said(tmp_path):
     model = torch_zoo.build("deepseek_v32")
     cache = compressed(model, K8V8)
-    with pytest.raises(ValueError, match="but not the indexer's keys beside them in layer 0"):
+    with pytest.raises(ValueError, match="but not the keys of the indexer in layer 0"):
         rt.save_prompt_cache(tmp_path / "cache", model, cache)
     with pytest.raises(ValueError, match="must be in a cache that grows, but a static one"):
         RotorCache(torch_zoo.build("deepseek_v3").config, max_cache_len=64)

@@ -509,7 +509,9 @@ def test_encode_refuses_what_does_not_fit():
     x = rows((B, K, BLOCK, 64))
     encode_refused(x[0], r"\[encode\] The keys must have 4 dimensions \(batch, heads, tokens")
     encode_refused(x[:, :, :60], "S a multiple of 64, but the keys have shape")
-    encode_refused(x.double(), "must be float16, bfloat16 or float32, but torch.float64")
+    encode_refused(
+        x.double(), "must be float16, bfloat16 or float32, but the dtype is torch.float64"
+    )
     encode_refused(x.transpose(-1, -2), "must be contiguous, but its stride is 64")
     encode_refused(rows((B, K, BLOCK, 52)), "head_dim must be a multiple of 8")
     encode_refused(x, "role must be 'key' or 'value', but 'keys'", role="keys")
@@ -548,16 +550,20 @@ REFUSED = {
     "query-device": ("query", lambda x: x.to("meta"), "must be on meta, but the lengths are on"),
     "lengths-shape": ("lengths", lambda x: x[:1], r"lengths must have shape \(2, 2\)"),
     "lengths-dtype": ("lengths", lambda x: x.long(), "dtype torch.int32"),
-    "lengths-packed": ("lengths", lambda x: x + 64, "row 0 says 320 packed of 394 tokens"),
+    "lengths-packed": ("lengths", lambda x: x + 64, "row 0 has 320 packed of 394 tokens"),
     "lengths-exact": ("lengths", lambda x: x * torch.tensor([0, 1]).int(), "at most 77 exact"),
-    "lengths-negative": ("lengths", lambda x: x * 0 - 1, "packed tokens from 0 to 256"),
+    "lengths-negative": ("lengths", lambda x: x * 0 - 1, "from 0 to 256 packed tokens"),
     "exact": ("value_exact", lambda x: x[:, :, 1:], "must agree in batch, KV heads and capacity"),
     "words-bits": ("key_words", lambda x: x[..., :4, :], "key words must have shape"),
     "words-missing": ("key_words", lambda x: None, "given together or not at all"),
     "scales-dtype": ("value_scales", lambda x: x.float(), "dtype torch.float16"),
     "scales-device": ("value_scales", lambda x: x.to("meta"), "value scales are on meta"),
     "centres": ("key_centres", lambda x: x[..., :32], "key centres must have shape"),
-    "mask-causal": ("mask", lambda x: torch.ones(1, dtype=torch.bool), "Either causal or a mask"),
+    "mask-causal": (
+        "mask",
+        lambda x: torch.ones(1, dtype=torch.bool),
+        "Only one of causal and a mask",
+    ),
     "logits": ("sink_logits", lambda x: torch.ones(H + 1), r"must have shape \(6,\)"),
 }
 

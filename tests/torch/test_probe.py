@@ -30,7 +30,7 @@ REFUSED = {
     "gemma2": "passes softcap to its attention (Gemma2Attention)",
     "seq2seq/t5": "passes position_bias to its attention (T5Attention)",
     "speech/whisper": "its generate reads keys and values",
-    "gpt_neo": "must take another attention function",
+    "gpt_neo": "does not support set_attn_implementation",
     "rwkv": "its forward has no parameter cache or past_key_values",
     "mistral": "head_dim must be a multiple of 8",
 }
@@ -174,7 +174,7 @@ def test_another_path_for_a_single_token_is_seen():
 
 
 def test_an_exact_layer_that_asks_for_too_much_is_seen():
-    """Attention-sink logits make it ours to compute, and it knows no capped scores."""
+    """Attention-sink logits need rotormlx's attention, which does not support capped scores."""
     model = build("gpt-oss")
     sliding = layers_of(model)[0].self_attn
     forward = sliding.forward

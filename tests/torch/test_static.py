@@ -281,7 +281,7 @@ def test_steps_that_do_not_fit_are_refused():
             torch.ops.rotormlx.step(query, *new, *rest, **facts)
 
     refused(r"New keys must have shape \[1, 3, L, 32\]", new=(new[1], new[1]))
-    refused(r"L being the queries' 65 and from 1 to 64", torch.randn(1, K, 65, D), vectors(65))
+    refused(r"queries' L of 65, from 1 to 64", torch.randn(1, K, 65, D), vectors(65))
     short = [*rest]
     short[2], short[7] = (x[:, :, :20] for x in (rest[2], rest[7]))
     refused("at least 74 exact tokens", rest=short)
