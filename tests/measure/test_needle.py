@@ -337,7 +337,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A model with random weights finds nothing.
     assert not any(trial["found"] for trial in found["trials"])
     page = (tmp_path / "out" / "needle.md").read_text()
-    assert "13 a scheme" in page
+    assert "13 per scheme" in page
     assert "| copy, 600 tokens | 0.0% (0% to 56%) | 0.0% (0% to 56%) |" in page
 
 

@@ -217,6 +217,6 @@ def test_a_full_disk_is_a_sentence(
 
     monkeypatch.setattr(reading, "write_array_header_1_0", full)
     with pytest.raises(
-        RuntimeError, match=r"quality-unfinished, .*: No space left on device; make"
+        RuntimeError, match=r"quality-unfinished, .*: No space left on device; free some space"
     ):
         run(model, tmp_path)
