@@ -298,7 +298,7 @@ def test_an_interrupted_step_of_a_torch_layer_is_whole_or_nothing(case):
             found.append("after")
         elif same(now, before):
             found.append("before")
-            with pytest.raises(RuntimeError, match="forgotten; run the model again"):
+            with pytest.raises(RuntimeError, match="were discarded; run the model again"):
                 handle.step.read(None)
             read(layer, APPENDED, 20)
             assert same(torch_snapshot(layer), after)
