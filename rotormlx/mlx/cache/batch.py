@@ -101,6 +101,8 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens; see :meth:`RotorKVCache.update_and_fetch`.
 
+        After any exception, including an interrupt, the cache is unchanged.
+
         Args:
             keys: ``[B, K, S, D]``, float16, bfloat16 or float32.
             values: ``[B, K, S, Dv]``, likewise.
@@ -111,8 +113,6 @@ class BatchRotorKVCache(StoredCache[BatchStore]):
         Raises:
             ValueError: If a shape or dtype does not fit.
             MemoryError: If MLX's memory limit leaves no room for them.
-
-            After any exception, including an interrupt, the cache is unchanged.
         """
         check_update(keys, values, self._keys, self._values)
         if keys.shape[0] != len(self.rows):

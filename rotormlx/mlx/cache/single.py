@@ -71,6 +71,8 @@ class RotorKVCache(StoredCache[Store]):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens.
 
+        After any exception, including an interrupt, the cache is unchanged.
+
         Args:
             keys: ``[B, K, S, D]``, float16, bfloat16 or float32.
             values: ``[B, K, S, Dv]``, likewise.
@@ -81,8 +83,6 @@ class RotorKVCache(StoredCache[Store]):
         Raises:
             ValueError: If a shape or dtype does not fit.
             MemoryError: If MLX's memory limit leaves no room for them.
-
-            After any exception, including an interrupt, the cache is unchanged.
         """
         check_update(keys, values, self._keys, self._values)
         counts = replace(self.counts)
