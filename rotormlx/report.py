@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from rotormlx.codec.parts import ROPE_BITS, keys_and_values, latent_and_rope
 from rotormlx.config import CALIBRATED, RotorConfig
 
 FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
+# The printed form of a module on one line, such as "Stack( (block): ... )".
+_LISTING = re.compile(r"(\w+)\( \(\w+\): .* \)")
 
 
 @dataclass(frozen=True)
@@ -245,3 +248,11 @@ def packed_tokens(tokens: int, config: RotorConfig) -> int:
 def megabytes(size: int) -> str:
     """Return a number of bytes as text, in decimal MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def brief(error: Exception) -> str:
+    """Return the type and first sentence of an error; cut a printed module to its class name."""
+    # Only the first sentence: a wrong argument to mx makes it list all signatures.
+    text = _LISTING.sub(r"\1", " ".join(str(error).split()))
+    first = text.split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}"

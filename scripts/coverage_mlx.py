@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import rotormlx
 from rotormlx.mlx.host_caches import leaves
-from rotormlx.mlx.probe import brief
+from rotormlx.report import brief
 from scripts.coverage_table import COLUMNS, CONFIG, ROOT, STEPS, Result, begin, judge, refused
 from tests.support.models import visible
 

@@ -17,8 +17,9 @@ import torch
 import transformers
 
 import rotormlx.torch
+from rotormlx.report import brief
 from rotormlx.torch.cache import RotorCache
-from rotormlx.torch.probe import brief, cache_name, self_attention
+from rotormlx.torch.probe import cache_name, self_attention
 from scripts.coverage_table import (
     COLUMNS,
     CONFIG,

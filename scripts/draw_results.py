@@ -21,7 +21,8 @@ import matplotlib as mpl
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from rotormlx.measure.plots import log_axis
 
 PAGES = Path(__file__).parent.parent / "docs" / "results"
 STYLE = {
@@ -127,23 +128,6 @@ def panels(count: int, width: float, height: float, **shared: Any) -> tuple[Figu
     figure.get_layout_engine().set(wspace=0.05)
     axes = figure.subplots(1, count, squeeze=False, **shared)[0]
     return figure, list(axes)
-
-
-def plain(value: float, _: int = 0) -> str:
-    """Format a tick without exponent: 0.001, 32,768."""
-    return f"{value:,.10g}"
-
-
-def log_axis(axis: Any, ticks: list[float] | None = None) -> None:
-    """Put plain numbers on a log axis, at the given ticks or at 1, 2 and 5 of each decade."""
-    if ticks:
-        axis.set_ticks(ticks)
-    else:
-        low, high = axis.get_view_interval()
-        wide = high / low > 1000
-        axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(plain))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def divergence_axis(ax: Axes) -> None:

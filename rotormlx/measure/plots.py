@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -111,16 +111,24 @@ def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
     """Use a logarithmic axis with plain numbers, such as 0.001, if all values are positive."""
     if all(value > 0 for value in values):
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        ticks = (1,) if high / low > 1000 else (1, 2, 5) if high / low > 10 else range(1, 10)
-        axes.yaxis.set_major_locator(LogLocator(subs=tuple(ticks)))
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes.yaxis)
+
+
+def log_axis(axis: Axis, ticks: Sequence[float] = ()) -> None:
+    """Put plain numbers on a logarithmic axis, at the given ticks or at round numbers."""
+    if ticks:
+        axis.set_ticks(ticks)
+    else:
+        low, high = axis.get_view_interval()
+        subs = (1,) if high / low > 1000 else (1, 2, 5) if high / low > 10 else range(1, 10)
+        axis.set_major_locator(LogLocator(subs=tuple(subs)))
+    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plain(value: float, _: int) -> str:
-    """Return a tick without an exponent."""
-    return np.format_float_positional(float(f"{value:.3g}"), trim="-")
+    """Return a tick without an exponent: 0.00001, 32,768."""
+    return f"{value:,.10f}".rstrip("0").rstrip(".")
 
 
 def _legend(axes: Axes) -> None:

@@ -29,7 +29,7 @@ from rotormlx.mlx.host_caches import (
     replaced,
 )
 from rotormlx.mlx.ways import DECODED, DECODED_LATENT, FUSED, LATENT, WAYS, Way, named
-from rotormlx.report import LayerReport, Report, megabytes
+from rotormlx.report import LayerReport, Report, brief, megabytes
 
 # Prefill and decode, because some models take another path for a single token.
 PROBE_TOKENS = (3, 1)
@@ -361,13 +361,6 @@ def _what_failed(error: Exception) -> str:
     if takes_no_handle or str(error).startswith("[KVView]"):
         return _TOUCHED
     return f"the model fails with compressed caches ({brief(error)})"
-
-
-def brief(error: Exception) -> str:
-    """Return the kind and the first sentence of an error."""
-    # Only the first sentence: a wrong argument to mx makes it list all signatures.
-    first = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}"
 
 
 # ---- the report ---------------------------------------------------------------------------------

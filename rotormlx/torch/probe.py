@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rotormlx.codec.rotation import check_head_dim
 from rotormlx.config import RotorConfig
-from rotormlx.report import LayerReport
+from rotormlx.report import LayerReport, brief
 from rotormlx.torch.attention import checked
 from rotormlx.torch.cache import (
     RotorCache,
@@ -55,8 +54,6 @@ CACHE_NAMES = ("cache", "past_key_values")
 PROBE_TOKENS = (3, 1)
 # Classes whose ``generate`` reads keys and values, which a trial of ``forward`` does not show.
 _READERS = ("WhisperGenerationMixin",)
-# The printed form of a module on one line, such as "Stack( (block): ... )".
-_LISTING = re.compile(r"(\w+)\( \(\w+\): .* \)")
 # The attention function that computes nothing.
 _PRETENDING = "rotormlx_probe"
 
@@ -151,13 +148,6 @@ def own_cache(model: PreTrainedModel) -> Any:
 def self_attention(cache: Any) -> Any:
     """Return the part of a model's cache that grows with the text."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def brief(error: Exception) -> str:
-    """Return the type and first sentence of an error; cut a printed module to its class name."""
-    text = _LISTING.sub(r"\1", " ".join(str(error).split()))
-    first = text.split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}"
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> ValueError:

@@ -320,6 +320,9 @@ def test_legend_is_about_the_columns_that_are_shown() -> None:
         [said] = quality_report.legend([name])
         key = "95 %" if name.endswith("95 %") else name
         assert key in said.partition(":")[0]
+    found = quality_report.legend(["KL", "PPL"])
+    assert found[0].endswith("in nats.")
+    assert found[1:] == ["PPL: perplexity."]
 
 
 def test_columns_of_continuations_are_shown_where_there_are_any(
